@@ -1,0 +1,45 @@
+# Every target sets up what it needs. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SIDE := $(VENV)/share/flashar_pl/torch_fidelity
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup test test-slow lint demo demo-full clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## create .venv and install flashar-pl with its development tools
+
+# torch-fidelity goes beside the environment, without its dependencies: a torchvision that does not match torch
+# would break `import lightning`. flashar_pl/metrics/features.py loads the one file it needs from there.
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SIDE) torch-fidelity==0.4.0
+	$(BIN)/python -c 'import torch, torchmetrics, lightning'
+	touch $(STAMP)
+
+test: setup  ## the test suite: at most 4 minutes on 2 cores, no network, weights or GPU
+	$(BIN)/python -m pytest
+
+test-slow: setup  ## the tests marked slow
+	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+lint: setup  ## ruff, import directions, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+demo: setup  ## embedded data set: shards, raster pre-training, FlashAR post-training, report (about 6 minutes)
+	$(BIN)/flashar demo
+
+demo-full: setup  ## the demo with the from-scratch contrast and a second sample seed
+	$(BIN)/flashar demo --full
+
+clean:  ## remove the environment and caches, never runs/ or data/
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

@@ -1,0 +1,233 @@
+"""What every backbone is to the rest of the package: conditions, prefixes, batches and the `Backbone` interface.
+
+Shapes: B samples, R rows of a forward (B, or 2B with guidance), P prefix length, S slots of a plan, D width,
+V codes, T text positions, C text feature width, K = P + S.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.transformer import run_blocks
+from flashar_pl.numerics import wide
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """Features of a text encoder, left-padded: valid positions stand at the end."""
+
+    features: Tensor
+    """(B, T, C) floating point."""
+    mask: Tensor | None = None
+    """(B, T) bool or 0/1, True = valid; None = every position is valid."""
+
+    def __post_init__(self) -> None:
+        if self.features.ndim != 3:
+            raise ValueError(f"TextFeatures.features has shape {tuple(self.features.shape)}; expected (B, T, C).")
+        if self.mask is not None and self.mask.shape != self.features.shape[:2]:
+            raise ValueError(
+                f"TextFeatures.mask has shape {tuple(self.mask.shape)}; expected {tuple(self.features.shape[:2])}."
+            )
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def to(self, device: torch.device | str) -> TextFeatures:
+        return TextFeatures(self.features.to(device), None if self.mask is None else self.mask.to(device))
+
+
+Condition = Tensor | TextFeatures | list[Tensor]
+"""Class ids (B,) int64, text features, or one 1-D tensor of token ids for each sample (the whole prefix)."""
+
+
+def move_condition(condition: Condition, device: torch.device | str) -> Condition:
+    """The same condition on `device`."""
+    if isinstance(condition, list):
+        return [ids.to(device) for ids in condition]
+    return condition.to(device)
+
+
+def slice_condition(condition: Condition, rows: slice) -> Condition:
+    """Samples `rows` of a condition."""
+    if isinstance(condition, TextFeatures):
+        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
+    return condition[rows]
+
+
+@dataclass
+class Batch:
+    """What a DataModule yields."""
+
+    codes: Tensor
+    """(B, H, W) int64, 0-based code ids."""
+    condition: Condition
+    """Class ids (B,), TextFeatures, or a list of B id tensors."""
+    valid: Tensor | None = None
+    """(B,) bool, False for rows that only fill up a last batch; None = all valid."""
+    index: Tensor | None = None
+    """(B,) int64 sample ids within the split; None = unknown."""
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            self.codes.to(device),
+            move_condition(self.condition, device),
+            None if self.valid is None else self.valid.to(device),
+            None if self.index is None else self.index.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The embedded condition."""
+
+    x: Tensor
+    """(R, P, D)."""
+    lengths: Tensor
+    """(R,) int64, valid positions of each row; they stand at the end."""
+    mask: Tensor | None = None
+    """(R, P) bool, True = valid; None = every position is valid."""
+
+    def __len__(self) -> int:
+        return self.x.shape[1]
+
+
+class Backbone(nn.Module, ABC):
+    """A decoder-only transformer over codes. The grid is never part of it; a `DecodePlan` brings it.
+
+    Layers run on the sequence [prefix | slots of the plan in plan order]; FlashAR forks them at any index. The head
+    is a plain attribute once a FlashAR model owns it (`release_head`); it is used the same way before and after.
+    """
+
+    kind: str
+    """Name under which `build_backbone` finds this class."""
+    dim: int
+    """Width D."""
+    n_layer: int
+    """Number of blocks L."""
+    vocabulary: int
+    """Number of codes V that the head scores."""
+    row_ends: bool
+    """Whether the raster plan of this backbone has forced row-end tokens."""
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: nn.Linear
+
+    @abstractmethod
+    def config_dict(self) -> dict[str, Any]:
+        """Plain types from which `build_backbone` makes an equal backbone."""
+
+    @abstractmethod
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (R, n) int64, ROW_END for a row-end token -> (R, n, D)."""
+
+    @abstractmethod
+    def prefix(self, condition: Condition) -> Prefix:
+        """The embedded condition. In training mode it applies the label or caption dropout."""
+
+    @abstractmethod
+    def with_unconditional(self, condition: Condition, unconditional: Condition | None) -> Condition:
+        """The conditions of 2B rows: the given ones, then the unconditional ones (None = the model's own)."""
+
+    @abstractmethod
+    def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
+        """(cos, sin) of every position, (1 or R, P + S, E / 2) float32."""
+
+    @abstractmethod
+    def make_block(self) -> nn.Module:
+        """A new block of this backbone's sizes, for branches."""
+
+    @abstractmethod
+    def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
+        """What a KV cache must hold, with `extra_layers` for branches."""
+
+    @abstractmethod
+    def check_condition(self, condition: Condition, batch: int | None = None) -> None:
+        """ValueError if the condition is of the wrong kind, out of range, or not of `batch` samples."""
+
+    def input_dropout(self, x: Tensor) -> Tensor:
+        """Dropout on the embedded sequence (R, L, D); none by default."""
+        return x
+
+    def release_head(self) -> nn.Linear:
+        """Hand the head over to another module: it stays usable here, but its parameters are registered there."""
+        head = self.head
+        if "head" in self._modules:
+            del self._modules["head"]
+            object.__setattr__(self, "head", head)
+        return head
+
+    def layers(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """Blocks start..stop-1 (Eq. 4, 5) on x (R, L, D)."""
+        return run_blocks(self.blocks[start:stop], x, rope, mask, cache, start)
+
+    def sequence_mask(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Tensor:
+        """(1 or R, 1, K, K) bool mask of the prefix and the first `n_slots` slots, K = P + n_slots.
+
+        Padded prefix positions are hidden from everyone but themselves, so that no row of the softmax is empty.
+        """
+        length = len(prefix) + n_slots
+        mask = plan_mask(plan, len(prefix), prefix.x.device)[:length, :length]
+        if prefix.mask is None:
+            return mask[None, None]
+        visible = torch.ones(prefix.x.shape[0], length, dtype=torch.bool, device=mask.device)
+        visible[:, : len(prefix)] = prefix.mask
+        itself = torch.eye(length, dtype=torch.bool, device=mask.device)
+        return ((mask & visible[:, None]) | itself)[:, None]
+
+    @torch.no_grad()
+    def raster_logits(self, codes: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced raster logits (B, H, W, V) float32; [b, p, q] predicts codes[b, p, q] (Eq. 1).
+
+        codes (B, H, W) int64; every code must lie in [0, V).
+        """
+        check_codes(codes, self.vocabulary)
+        self.check_condition(condition, codes.shape[0])
+        plan = raster_plan(codes.shape[1], codes.shape[2], row_end=self.row_ends)
+        prefix = self.prefix(condition)
+        x = self.input_dropout(torch.cat([prefix.x, self.embed(slot_codes(codes, plan))], dim=1))
+        x = self.layers(x, self.rope(plan, prefix), self.sequence_mask(plan, prefix, plan.n_slots))
+        x = self.norm(x)[:, len(prefix) - 1 :]  # (B, 1 + S, D)
+        logits = wide(self.head(x[:, plan.on("h_source", x.device) + 1]))  # (B, N, V)
+        return logits.unflatten(1, codes.shape[1:])
+
+
+@lru_cache(maxsize=32)
+def plan_mask(plan: DecodePlan, prefix: int, device: torch.device) -> Tensor:
+    """`plan.mask(prefix)` on a device, built once."""
+    return plan.mask(prefix).to(device)
+
+
+def slot_codes(codes: Tensor, plan: DecodePlan) -> Tensor:
+    """Codes (B, H, W) in slot order (B, S), ROW_END where the slot is a row end."""
+    cell = plan.on("cell", codes.device)
+    return torch.where(cell >= 0, codes.flatten(1)[:, cell], ROW_END)
+
+
+def check_codes(codes: Tensor, vocabulary: int) -> None:
+    """ValueError unless codes are (B, H, W) integers. The range is checked where that costs no synchronisation."""
+    if codes.ndim != 3 or codes.is_floating_point():
+        raise ValueError(f"codes have shape {tuple(codes.shape)}, dtype {codes.dtype}; expected (B, H, W) integers.")
+    if codes.device.type == "cpu" and codes.numel():
+        low, high = int(codes.min()), int(codes.max())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"codes range from {low} to {high}; expected 0 to {vocabulary - 1} (the vocabulary).")

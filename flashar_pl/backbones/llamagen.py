@@ -1,0 +1,303 @@
+"""LlamaGen (Sun et al., 2024): raster autoregressive transformers over VQ codes, class- and text-conditional.
+
+Shapes: R rows, P prefix (1 class token or T text positions), S slots, D width, E head width, C caption width.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashar_pl.backbones.base import Backbone, Condition, Prefix, TextFeatures
+from flashar_pl.grid import DecodePlan
+from flashar_pl.layers.kv_cache import CacheSpec
+from flashar_pl.layers.rope import Rope, angles_2d
+from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
+
+TEXT_POSITIONS = 120
+"""Caption positions of the published text-conditional models; the learnt null caption has as many."""
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """Everything that defines a LlamaGen model."""
+
+    dim: int
+    """Width D."""
+    n_layer: int
+    """Number of blocks L."""
+    n_head: int
+    """Query heads."""
+    n_kv_head: int | None = None
+    """Key/value heads; None = n_head."""
+    vocab_size: int = 16384
+    """Number of codes V."""
+    condition: Literal["class", "text"] = "class"
+    """Class ids, or features of a text encoder read from files."""
+    num_classes: int = 1000
+    """Classes; class id num_classes is the null class."""
+    caption_dim: int = 2048
+    """Width C of the text features."""
+    multiple_of: int = 256
+    """The feed-forward width is rounded up to a multiple of this."""
+    ffn_dim_multiplier: float | None = None
+    """Scales the feed-forward width before rounding; None = 1."""
+    ffn_dim: int | None = None
+    """Feed-forward width; None = 8/3 of dim, scaled and rounded as above."""
+    rope_base: float = 10000.0
+    """Base of the RoPE frequencies."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    token_dropout: float = 0.1
+    """Dropout on the embedded sequence."""
+    attn_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    resid_dropout: float = 0.1
+    """Dropout after the attention output projection."""
+    ffn_dropout: float = 0.1
+    """Dropout after the feed-forward output projection."""
+    condition_dropout: float = 0.1
+    """Probability that a training sample sees the null condition instead of its own."""
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_head or (self.dim // self.n_head) % 4:
+            raise ValueError(
+                f"dim {self.dim} over n_head {self.n_head}: the head width must be a whole multiple of 4 (2-D RoPE)."
+            )
+        if self.condition not in ("class", "text"):
+            raise ValueError(f'condition is {self.condition!r}; expected "class" or "text".')
+        for name in ("token_dropout", "attn_dropout", "resid_dropout", "ffn_dropout", "condition_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """Feed-forward width F."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        width = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    @property
+    def block(self) -> BlockConfig:
+        """Sizes of one block."""
+        return BlockConfig(
+            dim=self.dim,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            head_dim=self.dim // self.n_head,
+            ffn_dim=self.feed_forward_dim,
+            norm_eps=self.norm_eps,
+            attn_dropout=self.attn_dropout,
+            resid_dropout=self.resid_dropout,
+            ffn_dropout=self.ffn_dropout,
+        )
+
+
+PRESETS: dict[str, LlamaGenConfig] = {
+    "llamagen-b": LlamaGenConfig(dim=768, n_layer=12, n_head=12),  # 110,888,448 parameters
+    "llamagen-l": LlamaGenConfig(dim=1024, n_layer=24, n_head=16),  # 342,910,976
+    "llamagen-xl": LlamaGenConfig(dim=1280, n_layer=36, n_head=20),  # 774,699,520
+    "llamagen-xxl": LlamaGenConfig(dim=1536, n_layer=48, n_head=24),  # 1,410,972,672
+    "llamagen-3b": LlamaGenConfig(dim=3200, n_layer=24, n_head=32),  # 3,096,659,200
+    "llamagen-xl-t2i": LlamaGenConfig(dim=1280, n_layer=36, n_head=20, condition="text"),  # 777,678,080
+}
+"""Published sizes (LlamaGen, Tab. 1); parameter counts for 16,384 codes and 1,000 classes."""
+
+
+def preset(name: str, **overrides: Any) -> LlamaGenConfig:
+    """The published size `name` with some fields changed."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
+        raise ValueError(f"no preset {name!r}; closest: {', '.join(near)}.")
+    known = [f.name for f in fields(LlamaGenConfig)]
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
+            raise ValueError(f"a LlamaGen model has no option {key!r}; closest: {', '.join(near)}.")
+    return LlamaGenConfig(**{**asdict(PRESETS[name]), **overrides})
+
+
+class ClassEmbedding(nn.Module):
+    """One prefix token per class id; the last row is the null class."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.table(ids)[:, None]  # (R, 1, D)
+
+
+class CaptionEmbedding(nn.Module):
+    """A two-layer MLP on text features, and the null caption (a constant of the checkpoint, never trained)."""
+
+    null: Tensor
+
+    def __init__(self, caption_dim: int, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.register_buffer("null", torch.randn(TEXT_POSITIONS, caption_dim) / caption_dim**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))  # (R, T, D)
+
+
+class LlamaGen(Backbone):
+    """A LlamaGen model; see `LlamaGenConfig`. Condition: class ids (B,) int64, or `TextFeatures`."""
+
+    kind = "llamagen"
+    row_ends = False
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.vocab_size
+        self.condition_embedding: ClassEmbedding | CaptionEmbedding
+        if config.condition == "class":
+            self.condition_embedding = ClassEmbedding(config.num_classes, config.dim)
+        else:
+            self.condition_embedding = CaptionEmbedding(config.caption_dim, config.dim)
+        self.code_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.apply(_initialise)
+        nn.init.zeros_(self.head.weight)  # uniform logits at step 0: loss = ln V
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> LlamaGen:
+        """A published size with random weights; `overrides` are fields of `LlamaGenConfig`."""
+        return cls(preset(name, **overrides))
+
+    @classmethod
+    def from_official(
+        cls, state_dict: dict[str, Tensor], n_head: int, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
+    ) -> LlamaGen:
+        """A model from an official LlamaGen state dict; every size but `n_head` is read from the tensors.
+
+        Missing, unknown or misshapen keys raise ValueError.
+        """
+        from flashar_pl.backbones.llamagen_weights import read_official
+
+        return read_official(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The official state dict, bit-exact inverse of `from_official`."""
+        from flashar_pl.backbones.llamagen_weights import write_official
+
+        return write_official(self)
+
+    def config_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, **asdict(self.config)}
+
+    def make_block(self) -> nn.Module:
+        block = Block(self.config.block)
+        block.apply(_initialise)
+        return block
+
+    def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
+        block = self.config.block
+        return CacheSpec(self.n_layer + extra_layers, block.n_kv_head, block.head_dim)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return self.code_embedding(codes)
+
+    def input_dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.token_dropout, self.training)
+
+    def prefix(self, condition: Condition) -> Prefix:
+        if isinstance(condition, TextFeatures):
+            features = self._drop_condition(condition.features, self._null_caption(condition.features.shape[1]))
+            x = self.condition_embedding(features.to(self.code_embedding.weight.dtype))
+            mask = None if condition.mask is None else condition.mask.bool()
+            lengths = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
+            return Prefix(x, lengths, mask)
+        assert isinstance(condition, Tensor)
+        null = torch.tensor(self.config.num_classes, device=condition.device)
+        ids = self._drop_condition(condition, null)
+        return Prefix(self.condition_embedding(ids), torch.ones_like(ids))
+
+    def _drop_condition(self, condition: Tensor, null: Tensor) -> Tensor:
+        """In training, replace each sample's condition by `null` with probability `condition_dropout`."""
+        if not self.training or self.config.condition_dropout == 0:
+            return condition
+        dropped = torch.rand(condition.shape[0], device=condition.device) < self.config.condition_dropout
+        return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), null.to(condition.dtype), condition)
+
+    def _null_caption(self, positions: int) -> Tensor:
+        assert isinstance(self.condition_embedding, CaptionEmbedding)
+        return self.condition_embedding.null[:positions]
+
+    def with_unconditional(self, condition: Condition, unconditional: Condition | None) -> Condition:
+        if unconditional is None:
+            if isinstance(condition, TextFeatures):
+                null = self._null_caption(condition.features.shape[1]).to(condition.features.dtype)
+                unconditional = TextFeatures(null.expand_as(condition.features), condition.mask)
+            else:
+                assert isinstance(condition, Tensor)
+                unconditional = torch.full_like(condition, self.config.num_classes)
+        if isinstance(condition, TextFeatures) and isinstance(unconditional, TextFeatures):
+            return _join_features(condition, unconditional)
+        if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
+            return torch.cat([condition, unconditional])
+        raise ValueError(f"condition is {_kind(condition)}, unconditional {_kind(unconditional)}; expected the same kind.")
+
+    def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
+        """2-D positions (row, column) per slot; the prefix rows of both tables are zero, as in LlamaGen."""
+        device = prefix.x.device
+        head_dim = self.config.block.head_dim
+        angles = angles_2d(plan.on("row", device), plan.on("column", device), head_dim, self.config.rope_base)
+        zeros = angles.new_zeros(len(prefix), head_dim // 2)
+        return torch.cat([zeros, angles.cos()])[None], torch.cat([zeros, angles.sin()])[None]
+
+    def check_condition(self, condition: Condition, batch: int | None = None) -> None:
+        config = self.config
+        if config.condition == "class":
+            if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.is_floating_point():
+                raise ValueError(f"this model is class-conditional; expected class ids (B,) int64, got {_kind(condition)}.")
+            if condition.device.type == "cpu" and condition.numel():
+                low, high = int(condition.min()), int(condition.max())
+                if low < 0 or high > config.num_classes:
+                    raise ValueError(
+                        f"class ids range from {low} to {high}; expected 0 to {config.num_classes - 1} "
+                        f"({config.num_classes} = unconditional)."
+                    )
+        else:
+            if not isinstance(condition, TextFeatures):
+                raise ValueError(f"this model is text-conditional; expected TextFeatures, got {_kind(condition)}.")
+            _, positions, width = condition.features.shape
+            if width != config.caption_dim or positions > TEXT_POSITIONS:
+                raise ValueError(
+                    f"text features have {positions} positions of width {width}; expected at most {TEXT_POSITIONS} "
+                    f"of width {config.caption_dim}."
+                )
+        if batch is not None and len(condition) != batch:
+            raise ValueError(f"the condition has {len(condition)} samples; expected {batch}, one per sample.")
+
+
+def _join_features(first: TextFeatures, second: TextFeatures) -> TextFeatures:
+    if (first.mask is None) != (second.mask is None):
+        raise ValueError("of condition and unconditional only one has a mask; expected both or none.")
+    mask = None if first.mask is None or second.mask is None else torch.cat([first.mask, second.mask])
+    return TextFeatures(torch.cat([first.features, second.features]), mask)
+
+
+def _kind(condition: Condition) -> str:
+    if isinstance(condition, Tensor):
+        return f"a tensor of shape {tuple(condition.shape)}, dtype {condition.dtype}"
+    return "TextFeatures" if isinstance(condition, TextFeatures) else f"a {type(condition).__name__}"
+
+
+def _initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for linear and embedding weights (LlamaGen)."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)

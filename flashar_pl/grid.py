@@ -1,0 +1,231 @@
+"""Decoding orders as data: which cell of the code grid is decoded at which step, and from what.
+
+A `DecodePlan` is made by a pure function of (H, W) and used unchanged by training, decoding, scoring and plots.
+It orders *slots*: the positions of the sequence after the prefix. A slot holds the code of a raster cell, or a
+forced row-end token (Emu3.5). No other module does neighbour arithmetic.
+
+Shapes: H, W grid; N = H * W cells, raster index i = p * W + q; S slots (N, or N + H - 1 with row ends); P prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PREFIX = -1
+"""Source of a cell that is predicted by the last prefix token."""
+NONE = -2
+"""Source of a cell that this head does not predict."""
+ROW_END = -1
+"""Entry of `DecodePlan.cell` for a forced row-end token."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """A decoding order. Build one with `raster_plan` or `diagonal_plan`; equal arguments give the same object."""
+
+    name: str
+    """"raster" or "diagonal"."""
+    height: int
+    width: int
+    order: Tensor
+    """(N,) int64: raster index of the k-th decoded cell; rows ascend inside a step."""
+    step: Tensor
+    """(N,) int64, by raster cell: the step that decodes it."""
+    n_steps: int
+    """Number of decoding steps; one draw of codes each (Sec. 3.2: H + W - 1 for the diagonal plan)."""
+    cell: Tensor
+    """(S,) int64, in plan order: raster cell of a slot, or ROW_END."""
+    h_source: Tensor
+    """(N,) int64, by raster cell: the slot whose horizontal logits predict it, or PREFIX, or NONE."""
+    v_source: Tensor
+    """(N,) int64, by raster cell: the slot whose vertical logits predict it, or PREFIX, or NONE."""
+    slot_step: Tensor
+    """(S,) int64, non-decreasing: slots of one step enter the model together."""
+    visible: Literal["step"] | Tensor = "step"
+    """"step": a slot sees the slots with slot_step <= its own. Otherwise (S, S) bool, row sees column."""
+    _on: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        return f"DecodePlan({self.name}, {self.height}x{self.width}, {self.n_steps} steps, {self.n_slots} slots)"
+
+    @property
+    def n_cells(self) -> int:
+        """N = H * W."""
+        return self.height * self.width
+
+    @property
+    def n_slots(self) -> int:
+        """S."""
+        return self.cell.numel()
+
+    @cached_property
+    def row(self) -> Tensor:
+        """(S,) int64: grid row of a slot; a row end belongs to the row that it ends."""
+        return torch.where(self.cell >= 0, self.cell // self.width, self._row_end_index)
+
+    @cached_property
+    def column(self) -> Tensor:
+        """(S,) int64: grid column of a slot; W for a row end."""
+        return torch.where(self.cell >= 0, self.cell % self.width, self.width)
+
+    @cached_property
+    def _row_end_index(self) -> Tensor:
+        return (self.cell == ROW_END).long().cumsum(0) - 1  # only raster plans have row ends
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """(N,) int64, by raster cell: its slot. The inverse of `cell`."""
+        slot = torch.empty(self.n_cells, dtype=torch.int64)
+        held = self.cell >= 0
+        slot[self.cell[held]] = torch.arange(self.n_slots)[held]
+        return slot
+
+    @cached_property
+    def cells_of_step(self) -> tuple[Tensor, ...]:
+        """For each step, the raster cells it decodes, rows ascending."""
+        return torch.split(self.order, torch.bincount(self.step, minlength=self.n_steps).tolist())
+
+    @cached_property
+    def slots_of_step(self) -> tuple[slice, ...]:
+        """For each step, the contiguous slots that are fed once its cells are known."""
+        ends = torch.bincount(self.slot_step, minlength=self.n_steps).cumsum(0).tolist()
+        return tuple(slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends))
+
+    @property
+    def n_inputs(self) -> int:
+        """Slots that some prediction depends on: those of the last step are never fed."""
+        return self.slots_of_step[-1].start
+
+    @property
+    def has_vertical(self) -> bool:
+        """Whether any cell has a vertical source."""
+        return bool((self.v_source != NONE).any())
+
+    @cached_property
+    def slot_mask(self) -> Tensor:
+        """(S, S) bool: row slot may attend to column slot."""
+        if isinstance(self.visible, Tensor):
+            return self.visible
+        return self.slot_step[:, None] >= self.slot_step[None, :]
+
+    def mask(self, prefix: int, order: Literal["plan", "raster"] = "plan") -> Tensor:
+        """(P + S, P + S) bool attention mask, True = may attend.
+
+        The prefix is causal and never sees the image; every slot sees the whole prefix and what `visible` allows
+        (Sec. 3.2 and 4.4). `order="raster"` sorts the slots by raster position instead of plan order.
+        """
+        if prefix < 0:
+            raise ValueError(f"prefix length is {prefix}; expected 0 or more.")
+        if order not in ("plan", "raster"):
+            raise ValueError(f'order is {order!r}; expected "plan" or "raster".')
+        image = self.slot_mask
+        if order == "raster":
+            by_position = torch.argsort(self.row * (self.width + 1) + self.column)
+            image = image[by_position][:, by_position]
+        mask = torch.zeros(prefix + self.n_slots, prefix + self.n_slots, dtype=torch.bool)
+        mask[:prefix, :prefix] = torch.ones(prefix, prefix, dtype=torch.bool).tril()
+        mask[prefix:, :prefix] = True
+        mask[prefix:, prefix:] = image
+        return mask
+
+    def on(self, name: str, device: torch.device | str) -> Tensor:
+        """Tensor attribute `name` on `device`, copied there once."""
+        key = (name, str(device))
+        if key not in self._on:
+            self._on[key] = getattr(self, name).to(device)
+        return self._on[key]
+
+
+def _check(height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise ValueError(f"grid is {height} x {width}; expected at least 1 x 1.")
+
+
+@lru_cache(maxsize=64)
+def diagonal_plan(height: int, width: int) -> DecodePlan:
+    """One anti-diagonal D_t = {(p, q): p + q = t} per step (Eq. 2, 3): H + W - 1 steps.
+
+    The horizontal source of (p, q) is its left neighbour's slot, the vertical source the slot above; (0, 0) has the
+    prefix for both.
+    """
+    _check(height, width)
+    n = height * width
+    p, q = torch.arange(n) // width, torch.arange(n) % width
+    step = p + q
+    order = torch.argsort(step * height + p)
+    slot = torch.empty(n, dtype=torch.int64)
+    slot[order] = torch.arange(n)
+    corner = torch.tensor([PREFIX])
+    left = torch.where(q > 0, slot.roll(1), NONE)
+    up = torch.where(p > 0, slot.roll(width), NONE)
+    return DecodePlan(
+        name="diagonal",
+        height=height,
+        width=width,
+        order=order,
+        step=step,
+        n_steps=height + width - 1,
+        cell=order,
+        h_source=torch.cat([corner, left[1:]]),
+        v_source=torch.cat([corner, up[1:]]),
+        slot_step=step[order],
+    )
+
+
+@lru_cache(maxsize=64)
+def raster_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
+    """One cell per step in raster order (Eq. 1): H * W steps, horizontal head only.
+
+    With `row_end`, a forced row-end token follows every row but the last. It enters the model together with the last
+    code of its row, and its horizontal logits predict the first cell of the next row.
+    """
+    _check(height, width)
+    n = height * width
+    cells = torch.arange(n)
+    if row_end:
+        rows = [torch.cat([cells[p * width : (p + 1) * width], torch.tensor([ROW_END])]) for p in range(height)]
+        cell = torch.cat(rows)[:-1]
+    else:
+        cell = cells
+    held = cell >= 0
+    slots = torch.arange(cell.numel())
+    return DecodePlan(
+        name="raster",
+        height=height,
+        width=width,
+        order=cells,
+        step=cells,
+        n_steps=n,
+        cell=cell,
+        h_source=slots[held] - 1,
+        v_source=torch.full((n,), NONE),
+        slot_step=held.long().cumsum(0) - 1,
+        visible=torch.ones(cell.numel(), cell.numel(), dtype=torch.bool).tril() if row_end else "step",
+    )
+
+
+PLANS = ("diagonal", "raster")
+"""Names that `make_plan` knows."""
+
+
+def make_plan(name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
+    """The plan called `name`; `row_end` concerns the raster plan only."""
+    if name == "diagonal":
+        return diagonal_plan(height, width)
+    if name == "raster":
+        return raster_plan(height, width, row_end)
+    raise ValueError(f"plan is {name!r}; expected one of {', '.join(PLANS)}.")
+
+
+def check_grid(grid: Iterable[int]) -> tuple[int, int]:
+    """(H, W) as a tuple of two positive ints."""
+    values = tuple(int(side) for side in grid)
+    if len(values) != 2 or min(values) < 1:
+        raise ValueError(f"grid is {values}; expected (H, W) with H, W >= 1.")
+    return values

@@ -1,0 +1,49 @@
+"""Static key/value cache in plan order: the visible keys of a step are one contiguous slice.
+
+Shapes: R rows, G key/value heads, K positions (prefix + slots), E head width, n new positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a backbone needs cached per layer."""
+
+    n_layer: int
+    n_kv_head: int
+    head_dim: int
+
+    def n_bytes(self, rows: int, length: int, dtype: torch.dtype) -> int:
+        """Bytes of keys and values for `rows` rows of `length` positions."""
+        return 2 * self.n_layer * rows * self.n_kv_head * length * self.head_dim * dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once. `filled` positions are valid; a forward appends n more.
+
+    All layers of one forward append at the same place; `advance` then moves the mark.
+    """
+
+    def __init__(self, spec: CacheSpec, rows: int, length: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        shape = (spec.n_layer, rows, spec.n_kv_head, length, spec.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
+        self.values = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
+        self.filled = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (R, G, n, E) of `layer` after the filled positions; return all visible ones (R, G, filled + n, E)."""
+        end = self.filled + keys.shape[2]
+        assert end <= self.keys.shape[3], f"cache holds {self.keys.shape[3]} positions, {end} are needed"
+        self.keys[layer, :, :, self.filled : end] = keys
+        self.values[layer, :, :, self.filled : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, n: int) -> None:
+        """Make the n positions just appended by every layer valid."""
+        self.filled += n

@@ -1,0 +1,139 @@
+"""The pre-norm transformer block that both backbones share.
+
+Shapes: R rows, L positions of this forward, K visible positions, D width, A query heads, G key/value heads,
+E head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.rope import Rope, apply_rope
+from flashar_pl.numerics import wide
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and conventions of one transformer block."""
+
+    dim: int
+    """Width D."""
+    n_head: int
+    """Query heads A."""
+    n_kv_head: int
+    """Key/value heads G; A must be a multiple."""
+    head_dim: int
+    """Head width E; A * E need not equal D."""
+    ffn_dim: int
+    """Feed-forward width F."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key, before RoPE."""
+    rope_interleaved: bool = True
+    """RoPE pairs: (2i, 2i + 1) if true, (i, i + E / 2) otherwise."""
+    attn_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    resid_dropout: float = 0.0
+    """Dropout after the attention output projection."""
+    ffn_dropout: float = 0.0
+    """Dropout after the feed-forward output projection."""
+
+    def __post_init__(self) -> None:
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast to the dtype of x, times the weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(x)
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention. One projection holds the row blocks [q; k; v]."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
+        self.widths = widths
+        self.wqkv = nn.Linear(config.dim, sum(widths), bias=False)
+        self.wo = nn.Linear(widths[0], config.dim, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        config = self.config
+        split = self.wqkv(x).split(self.widths, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in split)  # (R, A or G, L, E)
+        q = apply_rope(self.q_norm(q), rope, config.rope_interleaved)
+        k = apply_rope(self.k_norm(k), rope, config.rope_interleaved)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)  # (R, G, K, E)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=config.attn_dropout if self.training else 0.0,
+            enable_gqa=config.n_head != config.n_kv_head,
+        )
+        y = self.wo(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, config.resid_dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x). One projection holds the row blocks [w1; w3]."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.dropout = config.ffn_dropout
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return F.dropout(self.w2(F.silu(gate) * up), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); out = h + feed_forward(norm(h))."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        """x (R, L, D) -> (R, L, D). mask: bool, broadcastable to (R, 1, L, K), True = may attend; None = all visible.
+
+        With a cache, keys and values are appended to its `layer` and everything filled so far is visible.
+        """
+        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def run_blocks(
+    blocks: nn.ModuleList, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int
+) -> Tensor:
+    """x (R, L, D) through `blocks`; `first_layer` is the cache layer of the first one."""
+    for offset, block in enumerate(blocks):
+        x = block(x, rope, mask, cache, first_layer + offset)
+    return x

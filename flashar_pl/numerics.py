@@ -1,0 +1,57 @@
+"""Numerics in one place: dtypes, the fp32 islands, and random numbers.
+
+- Masks are bool, True = may attend, and go to `scaled_dot_product_attention` as they are.
+- Softmax, cross-entropy, gate and RoPE are computed in float32 whatever the model's dtype: bfloat16 has 8 bits of
+  mantissa, too few for sums over 16,384 or more codes.
+- Master weights are float32; compute may be bfloat16 (`autocast`). At a learning rate of 2e-5 a pure bfloat16 AdamW
+  rounds most updates away.
+- Statistics of metrics are float64 (`flashar_pl.metrics`).
+- One float64 uniform per (sample seed, cell), so that a sample depends on its seed and not on device count.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of compute dtypes on the command line."""
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """The dtype called `name` (fp32, bf16 or fp16)."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32, or unchanged if it is float64 (tests compare gradients in float64)."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def full_precision(device_type: str) -> AbstractContextManager:
+    """A region that autocast leaves alone."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int]:
+    """One seed per sample: None draws them, an int s gives s + i, a sequence of `batch` ints is taken as it is."""
+    if seeds is None:
+        return torch.randint(0, 2**31 - 1, (batch,)).tolist()
+    if isinstance(seeds, int):
+        return [seeds + i for i in range(batch)]
+    listed = [int(seed) for seed in seeds]
+    if len(listed) != batch:
+        raise ValueError(f"seeds has {len(listed)} entries; expected one int or {batch} entries.")
+    return listed
+
+
+def uniforms(seeds: list[int], n_cells: int) -> Tensor:
+    """(B, N) float64 in [0, 1) on the CPU: row i is drawn in raster order from a generator seeded with seeds[i]."""
+    rows = [torch.rand(n_cells, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, n_cells, dtype=torch.float64)

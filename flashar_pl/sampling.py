@@ -1,0 +1,103 @@
+"""From logits to codes: guidance, temperature, top-k, top-p, drawing. Pure, vectorised, no host synchronisation.
+
+Shapes: leading axes are free, the last one is V codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashar_pl.numerics import wide
+
+MIN_TEMPERATURE = 1e-5
+"""Lower bound that keeps the division finite; LlamaGen uses the same."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How codes are drawn from logits. Invalid values raise ValueError on construction."""
+
+    cfg_scale: float = 1.0
+    """Classifier-free guidance s in u + s (c - u); 1 = off (one pass), 0 = unconditional."""
+    cfg_interval: int | None = None
+    """k: a step is guided if at most k + 1 cells were decoded before it; None = every step."""
+    temperature: float = 1.0
+    """Divides the logits."""
+    top_k: int = 0
+    """Keep the k largest logits, ties included; 0 = off."""
+    top_p: float = 1.0
+    """Keep the smallest set of codes whose probability exceeds p; 1 = off."""
+    greedy: bool = False
+    """Take the largest logit after guidance instead of drawing."""
+
+    def __post_init__(self) -> None:
+        if self.cfg_scale < 0:
+            raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
+        if self.cfg_interval is not None and self.cfg_interval < 0:
+            raise ValueError(f"cfg_interval is {self.cfg_interval}; expected 0 or more, or None for every step.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 or more.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional row is needed at all."""
+        return self.cfg_scale != 1.0
+
+    def guides(self, decoded: int) -> bool:
+        """Whether a step with `decoded` cells before it is guided."""
+        return self.guided and (self.cfg_interval is None or decoded <= self.cfg_interval + 1)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance u + s (c - u) on float32 logits (..., V)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (..., V) divided by the temperature, with removed codes at -inf: top-k first, then top-p on the rest.
+
+    Ties with the k-th largest logit are kept. Top-p keeps the code that crosses the threshold, so at least one.
+    """
+    logits = wide(logits) / max(temperature, MIN_TEMPERATURE)
+    vocabulary = logits.shape[-1]
+    if 0 < top_k < vocabulary:
+        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p < 1.0:
+        ordered, index = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        removed = before > top_p
+        removed[..., 0] = False
+        logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, index, removed), float("-inf"))
+    return logits
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Filtered probabilities (..., V), float32 (float64 for float64 logits); they sum to 1."""
+    SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p)
+    return filter_logits(logits, temperature, top_k, top_p).softmax(-1)
+
+
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: the first code k with cdf[k] > u * cdf[-1], in vocabulary order.
+
+    weights: (..., V) non-negative, any positive sum; uniform: (...) float64 in [0, 1). Returns (...) int64.
+    The CDF is float64, so that a code depends on rounding only where u lies at a CDF edge.
+    """
+    cdf = weights.double().cumsum(-1)  # (..., V)
+    threshold = uniform.unsqueeze(-1) * cdf[..., -1:]
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(weights.shape[-1] - 1)
+
+
+def choose(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
+    """Codes (...) int64 from guided logits (..., V) and uniforms (...) float64."""
+    if settings.greedy:
+        return logits.argmax(-1)
+    return draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p).softmax(-1), uniform)
