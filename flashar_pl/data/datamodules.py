@@ -1,0 +1,134 @@
+"""The Lightning DataModule of code shards: wiring only; the order is in `order.py`, the state in `loader.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from flashar_pl.backbones.base import Batch
+from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TextEncoder, TrainingBatches, TrainingLoader
+from flashar_pl.data.manifest import Manifest
+from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
+from flashar_pl.data.reader import ShardReader
+
+
+class CodesDataModule(LightningDataModule):
+    """Batches of codes from shards made by `flashar tokenize`.
+
+    The order of training samples follows from the seed, the epoch and the shards alone: runs on any number of devices
+    and workers see the same global batches, and a checkpoint continues exactly where it was saved, in the middle of an
+    epoch too, on another number of devices or workers. The data is cut over devices here, whatever the Trainer's
+    `use_distributed_sampler` says.
+
+    Args:
+        shards: directory with the shards and their manifest.json.
+        batch_size: global training batch of one forward pass, over all devices; must be a multiple of their number.
+            With gradient accumulation an optimiser step sees this many samples several times over.
+        num_workers: worker processes of each device that read ahead; 0 reads in the training process.
+        seed: seed of the order of training samples and of the choice of crops.
+        window: blocks of the shards whose samples are shuffled together.
+        validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
+        limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
+        text_encoder: for shards with captions, turns a caption into the 1-D int64 token ids of the whole prefix.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+        window: int = 256,
+        validation_batch_size: int | None = None,
+        limit_validation_samples: int | None = None,
+        text_encoder: TextEncoder | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["text_encoder"], logger=False)
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}; expected 0 or more.")
+        self.location = shards
+        self.batch_size, self.num_workers, self.seed, self.window = batch_size, num_workers, seed, window
+        self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
+        self.limit_validation_samples = limit_validation_samples
+        self.text_encoder = text_encoder
+        self._manifest: Manifest | None = None
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the shards, read when first asked for. Raises ValueError as `Manifest.load` does."""
+        if self._manifest is None:
+            self._manifest = Manifest.load(self.location)
+        return self._manifest
+
+    def setup(self, stage: str) -> None:
+        """Check the settings against the shards and the devices before any long work. Raises ValueError."""
+        _, ranks = self._rank()
+        manifest = self.manifest
+        check_cut(self.validation_batch_size, ranks, "validation_batch_size")
+        if manifest.condition.kind == "text" and self.text_encoder is None:
+            raise ValueError(f"The shards of {manifest.name!r} hold captions: give text_encoder to turn them into ids.")
+        if stage == "fit":
+            check_cut(self.batch_size, ranks)
+            blocks, readers = len(manifest.block_sizes("train")), ranks * max(1, self.num_workers)
+            if readers > blocks:
+                raise ValueError(
+                    f"{ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
+                    f"split at {self.location} has {blocks} blocks. Set num_workers to at most "
+                    f"{blocks // ranks}, or write the shards with smaller blocks."
+                )
+            self._order()
+
+    def train_dataloader(self) -> TrainingLoader:
+        """This device's training batches; the loader holds the place in the data."""
+        rank, ranks = self._rank()
+        trainer = self.trainer
+        batches = TrainingBatches(
+            ShardReader(self.manifest, "train"),
+            self._order(),
+            rank,
+            ranks,
+            self.text_encoder,
+            reshuffle=trainer is None or trainer.overfit_batches == 0,  # type: ignore[attr-defined]
+        )
+        processed = None
+        if trainer is not None:
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            processed = lambda: progress.current.processed  # type: ignore[attr-defined]  # noqa: E731
+        return TrainingLoader(batches, self.num_workers, processed)
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """This device's validation batches, each sample once over all devices."""
+        return self._evaluation("validation", self.limit_validation_samples)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """This device's test batches, each sample once over all devices."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """The test split, as `test_dataloader`."""
+        return self._evaluation("test")
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a `Batch` as a whole; anything else goes the Trainer's way."""
+        if isinstance(batch, Batch):
+            return batch.to(device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def _order(self) -> TrainingOrder:
+        return TrainingOrder(self.manifest.block_sizes("train"), self.batch_size, self.seed, self.window)
+
+    def _evaluation(self, split: str, limit: int | None = None) -> EvaluationLoader:
+        rank, ranks = self._rank()
+        reader = ShardReader(self.manifest, split)
+        order = EvaluationOrder(len(reader), self.validation_batch_size, limit)
+        return EvaluationLoader(EvaluationBatches(reader, order, rank, ranks, self.text_encoder), self.num_workers)
+
+    def _rank(self) -> tuple[int, int]:
+        """(this device's place, number) among those that see different data: tensor-parallel devices share theirs."""
+        if self.trainer is None:
+            return 0, 1
+        cut = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return cut["rank"], cut["num_replicas"]

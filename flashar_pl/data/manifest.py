@@ -1,0 +1,256 @@
+"""The manifest of a set of code shards: what `manifest.json` says, read and written.
+
+A data set is a directory: `manifest.json` and WebDataset tars. A tar holds *records*; one record is a block of
+samples (`codes.npy`, `ids.npy` and the condition, see `writer.py`). The manifest stores where each member of each
+record begins, so that samples are read by offset and no tar is ever scanned.
+
+Shapes: n samples of a block, K crops of an image, H x W grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "validation", "test")
+KINDS = ("class", "text", "text-features")
+CONDITION_MEMBERS = {
+    "class": ("labels.npy",),
+    "text": ("texts.json",),
+    "text-features": ("features.npy", "lengths.npy"),
+}
+
+
+def code_dtype(vocabulary: int) -> np.dtype:
+    """The smallest unsigned type that holds code ids 0 .. vocabulary - 1."""
+    return np.min_scalar_type(vocabulary - 1)
+
+
+@dataclass(frozen=True)
+class ConditionSpec:
+    """What the samples are conditioned on."""
+
+    kind: str
+    """"class" (one class id), "text" (one caption), or "text-features" (features of a text encoder)."""
+    num_classes: int | None = None
+    """"class": number of classes; ids are 0 .. num_classes - 1."""
+    length: int | None = None
+    """"text-features": the text length T every batch is left-padded to; no sample is longer."""
+    width: int | None = None
+    """"text-features": feature width C."""
+
+    def __post_init__(self) -> None:
+        needed = {"class": ("num_classes",), "text": (), "text-features": ("length", "width")}
+        if self.kind not in KINDS:
+            raise ValueError(f"Condition kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
+        for name in ("num_classes", "length", "width"):
+            value = getattr(self, name)
+            if name in needed[self.kind]:
+                _positive(f"{name} of condition kind {self.kind!r}", value)
+            elif value is not None:
+                raise ValueError(f"{name}={value!r} has no meaning for condition kind {self.kind!r}; leave it out.")
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The members of a record that hold the condition."""
+        return CONDITION_MEMBERS[self.kind]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One block of samples inside a tar."""
+
+    samples: int
+    members: dict[str, tuple[int, int]]
+    """Member name, such as "codes.npy" -> (offset of its first byte in the tar, number of bytes)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    path: str
+    """Relative to the manifest."""
+    samples: int
+    bytes: int
+    sha256: str
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader must know about a set of shards. `load` it from a directory; a `ShardWriter` makes it."""
+
+    name: str
+    """Name of the data set, such as "digits"."""
+    tokenizer: dict[str, Any]
+    """`config()` of the tokenizer that made the codes and decodes them."""
+    grid: tuple[int, int]
+    """(H, W) of every sample."""
+    vocabulary: int
+    """Codes are 0 .. vocabulary - 1."""
+    condition: ConditionSpec
+    crops: int
+    """Tokenised crops of each image; training draws one per epoch, evaluation takes the first."""
+    splits: dict[str, tuple[Shard, ...]]
+    root: str = ""
+    """Directory the shard paths are relative to; not stored."""
+
+    def __post_init__(self) -> None:
+        if len(self.grid) != 2:
+            raise ValueError(f"grid {self.grid!r}; expected (height, width).")
+        for name, value in (("height", self.grid[0]), ("width", self.grid[1])):
+            _positive(f"grid {name}", value)
+        _positive("vocabulary", self.vocabulary)
+        _positive("crops", self.crops)
+
+    @classmethod
+    def load(cls, location: str | os.PathLike[str]) -> Manifest:
+        """Read the manifest at `location`, the directory or the file itself.
+
+        Raises:
+            ValueError: no manifest there (says what was looked for and what makes it), not JSON, another format
+                version, or a missing or wrong field.
+        """
+        path = Path(location)
+        if path.name != FILE_NAME:
+            path = path / FILE_NAME
+        if not path.is_file():
+            raise ValueError(
+                f"No shards at {path.parent}: looked for {path}. "
+                f"Make them with `flashar tokenize digits --out {path.parent}` (digits is the embedded data set)."
+            )
+        return cls.parse(path.read_text(encoding="utf-8"), root=str(path.parent), source=str(path))
+
+    @classmethod
+    def parse(cls, text: str, root: str, source: str) -> Manifest:
+        """Build a manifest from its JSON; `source` names it in errors. Raises ValueError as `load` does."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} is not JSON ({error}). Restore it, or tokenize the data set again.") from error
+        version = data.get("format") if isinstance(data, dict) else None
+        if version != FORMAT:
+            raise ValueError(f"{source} has format {version!r}; this version of flashar-pl reads format {FORMAT}.")
+        try:
+            splits = {name: tuple(_shard(s) for s in shards) for name, shards in data["splits"].items()}
+            return cls(
+                name=data["name"],
+                tokenizer=data["tokenizer"],
+                grid=tuple(data["grid"]),
+                vocabulary=data["vocabulary"],
+                condition=ConditionSpec(**data["condition"]),
+                crops=data["crops"],
+                splits=splits,
+                root=root,
+            )
+        except KeyError as error:
+            raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{source} has a wrong field: {error}") from error
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `manifest.json` into `directory` under a temporary name, then rename it. Returns its path."""
+        path = Path(directory) / FILE_NAME
+        data = {"format": FORMAT} | asdict(self)
+        del data["root"]
+        data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
+        partial = path.with_name(f".{FILE_NAME}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+        return path
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split. Raises ValueError for a split that is not there."""
+        if not self.splits.get(split):
+            raise ValueError(
+                f"The shards of {self.name!r} at {self.root or '.'} have no {split!r} split; "
+                f"they have: {', '.join(name for name, shards in self.splits.items() if shards) or 'none'}."
+            )
+        return self.splits[split]
+
+    def samples(self, split: str) -> int:
+        """Number of samples in a split, 0 if there is none of that name."""
+        return sum(shard.samples for shard in self.splits.get(split, ()))
+
+    def block_sizes(self, split: str) -> np.ndarray:
+        """Samples of each block of a split, in the order of the manifest: (M,) int64."""
+        return np.array([r.samples for shard in self.shards(split) for r in shard.records], dtype=np.int64)
+
+    def fingerprint(self, split: str) -> str:
+        """A short hash of the contents of a split: equal for equal shards, wherever they lie."""
+        digest = hashlib.sha256()
+        for shard in self.shards(split):
+            digest.update(f"{shard.samples} {shard.sha256}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def check_matches(
+    manifest: Manifest,
+    vocabulary: int,
+    num_classes: int | None = None,
+    grid: tuple[int, int] | None = None,
+    text_width: int | None = None,
+) -> None:
+    """Check that a model can train on, or be scored on, these shards.
+
+    Args:
+        manifest: of the shards.
+        vocabulary: number of codes V the model scores.
+        num_classes: of a class-conditional model; None for a text-conditional one.
+        grid: (H, W) the run is set up for; None = any, a model has no grid of its own.
+        text_width: width C of the text features the model takes; None if it takes none.
+
+    Raises:
+        ValueError: the first mismatch: what the shards have and what the model expects.
+    """
+    where = f"The shards of {manifest.name!r} at {manifest.root or '.'}"
+    kind = manifest.condition.kind
+    if manifest.vocabulary != vocabulary:
+        raise ValueError(
+            f"{where} hold codes of a vocabulary of {manifest.vocabulary}, the model has {vocabulary}. "
+            f"Set the model's vocabulary to {manifest.vocabulary}, or tokenize with the model's tokenizer."
+        )
+    expected = "class" if num_classes is not None else "text-features" if text_width is not None else "text"
+    if kind != expected:
+        raise ValueError(f"{where} have the condition {kind!r}, the model expects {expected!r}.")
+    if num_classes != manifest.condition.num_classes:
+        raise ValueError(
+            f"{where} have {manifest.condition.num_classes} classes, the model has {num_classes}. "
+            f"Set the model's num_classes to {manifest.condition.num_classes}."
+        )
+    if text_width != manifest.condition.width:
+        raise ValueError(
+            f"{where} have text features of width {manifest.condition.width}, the model takes {text_width}."
+        )
+    if grid is not None and tuple(grid) != manifest.grid:
+        raise ValueError(
+            f"{where} have a grid of {manifest.grid[0]} x {manifest.grid[1]} codes, the run is set up for "
+            f"{grid[0]} x {grid[1]}. Change the grid, or tokenize at the matching image size."
+        )
+
+
+def _shard(data: dict[str, Any]) -> Shard:
+    path = data["path"]
+    if os.path.isabs(path) or ".." in Path(path).parts:
+        raise ValueError(f"shard path {path!r} leaves the directory of the manifest")
+    records = tuple(
+        Record(r["samples"], {name: (int(at), int(size)) for name, (at, size) in r["members"].items()})
+        for r in data["records"]
+    )
+    if data["samples"] != sum(r.samples for r in records) or any(r.samples < 1 for r in records):
+        raise ValueError(f"shard {path!r}: {data['samples']} samples do not agree with its records")
+    return Shard(path, data["samples"], data["bytes"], data["sha256"], records)
+
+
+def _positive(what: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what} is {value!r}; expected an integer >= 1.")

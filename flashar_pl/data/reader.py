@@ -1,0 +1,218 @@
+"""Reading code shards by offset: any samples of a split, in any order, without scanning a tar.
+
+Shards are mapped into memory, so a sample costs its own bytes only, and workers share the page cache.
+
+Shapes: n samples asked for, m samples of a record, K crops, H x W grid, T text length, C feature width.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashar_pl.data.manifest import Manifest, Record, Shard, code_dtype
+
+OPEN_SHARDS = 128
+"""Shards a reader keeps mapped; each holds one file descriptor."""
+KNOWN_RECORDS = 8192
+"""Records whose headers a reader remembers."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples as numpy arrays; exactly one kind of condition is set."""
+
+    codes: np.ndarray
+    """(n, H, W) int64."""
+    ids: np.ndarray
+    """(n,) int64, numbers of the samples in their source."""
+    labels: np.ndarray | None = None
+    """(n,) int64."""
+    texts: list[str] | None = None
+    features: np.ndarray | None = None
+    """(n, T, C) float32, left-padded with zeros to the manifest's length T."""
+    mask: np.ndarray | None = None
+    """(n, T) bool, True = valid."""
+
+
+class ShardReader:
+    """Random access to the samples of one split.
+
+    Samples are numbered 0 .. len - 1 in the order of the manifest. Files are opened when first needed, so a reader
+    can be sent to worker processes.
+
+    Raises:
+        ValueError: the split does not exist.
+    """
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest, self.split = manifest, split
+        self._shards = manifest.shards(split)
+        self._records = [(shard, record) for shard in self._shards for record in shard.records]
+        sizes = manifest.block_sizes(split)
+        self._starts = np.concatenate([[0], np.cumsum(sizes)])  # (M + 1,)
+        self._maps: dict[str, mmap.mmap] = {}
+        self._parsed: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}, "_parsed": {}}
+
+    def read(self, positions: np.ndarray, crops: np.ndarray | None = None) -> Samples:
+        """The samples at `positions`, in that order.
+
+        Args:
+            positions: (n,) int64, sample numbers within the split.
+            crops: (n,) int64, which crop of each; None = the first.
+
+        Raises:
+            ValueError: a shard is missing, truncated or damaged, or holds a code outside the vocabulary.
+        """
+        manifest, n = self.manifest, len(positions)
+        blocks = np.searchsorted(self._starts, positions, side="right") - 1  # (n,)
+        rows = (positions - self._starts[blocks]).tolist()
+        chosen = [0] * n if crops is None else crops.tolist()
+        codes = np.empty((n, *manifest.grid), dtype=np.int64)  # (n, H, W)
+        ids = np.empty(n, dtype=np.int64)
+        records = [self._record(block) for block in blocks.tolist()]
+        for i, (record, row, crop) in enumerate(zip(records, rows, chosen, strict=True)):
+            codes[i] = record["codes.npy"][row, crop]
+            ids[i] = record["ids.npy"][row]
+        if n and codes.max() >= manifest.vocabulary:
+            worst = int(codes.reshape(n, -1).max(axis=1).argmax())
+            shard = self._records[int(blocks[worst])][0]
+            raise ValueError(
+                f"{self._path(shard)} holds the code {codes.max()}, outside the vocabulary of {manifest.vocabulary}: "
+                "the shard is damaged. Copy it again, or tokenize the data set again."
+            )
+        return Samples(codes, ids, **self._condition(records, rows))
+
+    def labels(self) -> np.ndarray:
+        """Class ids of the whole split: (N,) int64. Raises ValueError if there are none, or as `read` does."""
+        if self.manifest.condition.kind != "class":
+            raise ValueError(f"Shards with the condition {self.manifest.condition.kind!r} have no class labels.")
+        return np.concatenate([self._record(i)["labels.npy"] for i in range(len(self._records))])
+
+    def _condition(self, records: list[dict[str, Any]], rows: list[int]) -> dict[str, Any]:
+        spec = self.manifest.condition
+        pairs = list(zip(records, rows, strict=True))
+        if spec.kind == "class":
+            return {"labels": np.array([record["labels.npy"][row] for record, row in pairs], dtype=np.int64)}
+        if spec.kind == "text":
+            return {"texts": [record["texts.json"][row] for record, row in pairs]}
+        assert spec.length is not None
+        assert spec.width is not None
+        features = np.zeros((len(rows), spec.length, spec.width), dtype=np.float32)  # (n, T, C)
+        mask = np.zeros((len(rows), spec.length), dtype=bool)  # (n, T)
+        for i, (record, row) in enumerate(pairs):
+            stop = int(record["stops"][row])
+            length = int(record["lengths.npy"][row])
+            features[i, spec.length - length :] = record["features.npy"][stop - length : stop]
+            mask[i, spec.length - length :] = True
+        return {"features": features, "mask": mask}
+
+    def _record(self, block: int) -> dict[str, Any]:
+        """The members of a record, as views of the mapped file, checked against the manifest."""
+        found = self._parsed.get(block)
+        if found is None:
+            if len(self._parsed) >= KNOWN_RECORDS:
+                del self._parsed[next(iter(self._parsed))]
+            shard, record = self._records[block]
+            found = self._parsed[block] = read_record(self.manifest, self._map(shard), record, self._path(shard))
+        return found
+
+    def _path(self, shard: Shard) -> str:
+        return str(Path(self.manifest.root) / shard.path)
+
+    def _map(self, shard: Shard) -> mmap.mmap:
+        if shard.path not in self._maps:
+            if len(self._maps) >= OPEN_SHARDS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[shard.path] = map_shard(self._path(shard), shard.bytes)
+        return self._maps[shard.path]
+
+
+def map_shard(path: str, size: int) -> mmap.mmap:
+    """Map a shard into memory. Raises ValueError if it is missing or has not `size` bytes."""
+    if not os.path.isfile(path):
+        raise ValueError(f"The shard {path} is missing: the manifest lists it. Copy it again, or tokenize again.")
+    found = os.path.getsize(path)
+    if found != size:
+        raise ValueError(
+            f"The shard {path} has {found} bytes, the manifest says {size}: it is truncated or was replaced. "
+            "Copy it again, or tokenize the data set again."
+        )
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def read_record(manifest: Manifest, data: mmap.mmap, record: Record, path: str) -> dict[str, Any]:
+    """The members of a record: numpy views, or a list of str for texts; "stops" are the ends of ragged texts.
+
+    Raises:
+        ValueError: a member is missing, damaged, or has not the shape and type the manifest implies.
+    """
+    m, spec = record.samples, manifest.condition
+    found: dict[str, Any] = {}
+    for name in ("codes.npy", "ids.npy", *spec.members):
+        if name not in record.members:
+            raise ValueError(f"The manifest of {manifest.name!r} lists a record of {path} without {name}.")
+        offset, size = record.members[name]
+        if name == "texts.json":
+            found[name] = _texts(data[offset : offset + size], m, path)
+        else:
+            found[name] = _array(data, offset, size, f"{name} at byte {offset} of {path}")
+    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+        "codes.npy": ((m, manifest.crops, *manifest.grid), (code_dtype(manifest.vocabulary).name,)),
+        "ids.npy": ((m,), ("int64",)),
+        "labels.npy": ((m,), ("int64",)),
+        "lengths.npy": ((m,), ("int64",)),
+    }
+    if spec.kind == "text-features":
+        found["stops"] = np.cumsum(found["lengths.npy"])  # (m,)
+        assert spec.width is not None
+        expected["features.npy"] = ((int(found["stops"][-1]), spec.width), ("float16", "float32"))
+    for name in found.keys() & expected.keys():
+        shape, types = expected[name]
+        if found[name].shape != shape or found[name].dtype.name not in types:
+            raise ValueError(
+                f"{name} of {path} has shape {found[name].shape} and type {found[name].dtype}; "
+                f"the manifest implies {shape} and {' or '.join(types)}. Tokenize the data set again."
+            )
+    return found
+
+
+def _array(data: mmap.mmap, offset: int, size: int, what: str) -> np.ndarray:
+    """A .npy file at `offset` of a mapped shard, as a read-only view."""
+    head = io.BytesIO(data[offset : offset + min(size, 4096)])
+    try:
+        if np.lib.format.read_magic(head) != (1, 0):
+            raise ValueError("not .npy version 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
+        if fortran or dtype.hasobject:
+            raise ValueError("not a plain C-ordered array")
+        count = int(np.prod(shape, dtype=np.int64))
+        if head.tell() + count * dtype.itemsize != size:
+            raise ValueError(f"{size} bytes do not hold an array of shape {shape} and type {dtype}")
+        return np.frombuffer(data, dtype, count, offset + head.tell()).reshape(shape)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"Damaged {what}: {error}. Copy the shard again, or tokenize the data set again.") from error
+
+
+def _texts(raw: bytes, m: int, path: str) -> list[str]:
+    try:
+        texts = json.loads(raw)
+    except ValueError as error:
+        raise ValueError(f"Damaged texts.json in {path}: {error}. Copy the shard again.") from error
+    if not isinstance(texts, list) or len(texts) != m:
+        raise ValueError(f"texts.json in {path} does not hold {m} captions. Tokenize the data set again.")
+    return texts

@@ -1,0 +1,101 @@
+"""Checking shards against their manifest."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flashar_pl.data.manifest import Manifest, Shard
+from flashar_pl.data.reader import map_shard, read_record
+from flashar_pl.data.writer import file_sha256
+
+SHOWN = 20
+"""Problems listed in an error."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found to be in order."""
+
+    samples: dict[str, int]
+    """Samples of each split."""
+    shards: int
+    bytes: int
+    labels: dict[str, list[int]]
+    """Samples of each class in each split; empty unless deep and class-conditional."""
+
+
+def verify(location: str | os.PathLike[str], deep: bool = True) -> Verification:
+    """Check a set of shards.
+
+    Args:
+        location: directory of the manifest, or the manifest itself.
+        deep: also read every byte: hashes, the members of each tar, shapes and types, code range, label range,
+            ids unique within a split. Otherwise only that every shard is there and has the right size.
+
+    Raises:
+        ValueError: no manifest, or a list of everything that is wrong.
+    """
+    manifest = Manifest.load(location)
+    problems: list[str] = []
+    labels: dict[str, list[int]] = {}
+    for split, shards in manifest.splits.items():
+        ids, counts = [], np.zeros(manifest.condition.num_classes or 0, dtype=np.int64)
+        for shard in shards:
+            path = str(Path(manifest.root) / shard.path)
+            try:
+                map_shard(path, shard.bytes)
+                if deep:
+                    ids += _check_contents(manifest, shard, path, counts)
+            except ValueError as error:
+                problems.append(str(error))
+        if ids and len(np.unique(np.concatenate(ids))) < sum(map(len, ids)):
+            problems.append(f"The {split} split holds a sample id more than once.")
+        if deep and len(counts):
+            labels[split] = counts.tolist()
+    if problems:
+        more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        listed = "".join(f"\n  {p}" for p in problems[:SHOWN])
+        raise ValueError(f"The shards at {manifest.root} are not as the manifest says:{listed}{more}")
+    every = [shard for shards in manifest.splits.values() for shard in shards]
+    samples = {split: manifest.samples(split) for split in manifest.splits}
+    return Verification(samples, len(every), sum(shard.bytes for shard in every), labels)
+
+
+def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> list[np.ndarray]:
+    """The ids of the shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
+    found = file_sha256(path)
+    if found != shard.sha256:
+        raise ValueError(f"The shard {path} has the SHA-256 {found}, the manifest says {shard.sha256}.")
+    inside = Counter(_tar_members(path))
+    listed = Counter((offset, size) for record in shard.records for offset, size in record.members.values())
+    if inside != listed:
+        raise ValueError(f"The members of the tar {path} are not those the manifest lists.")
+    data, ids = map_shard(path, shard.bytes), []
+    for record in shard.records:
+        members = read_record(manifest, data, record, path)
+        codes = members["codes.npy"]
+        if codes.max() >= manifest.vocabulary:
+            raise ValueError(f"{path} holds the code {codes.max()}; the vocabulary is {manifest.vocabulary}.")
+        if len(counts):
+            seen = members["labels.npy"]
+            if seen.min() < 0 or seen.max() >= len(counts):
+                raise ValueError(f"{path} holds labels {seen.min()} .. {seen.max()}; there are {len(counts)} classes.")
+            counts += np.bincount(seen, minlength=len(counts))
+        ids.append(np.array(members["ids.npy"]))
+    return ids
+
+
+def _tar_members(path: str) -> Iterator[tuple[int, int]]:
+    try:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                yield info.offset_data, info.size
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not a readable tar: {error}.") from error

@@ -1,0 +1,267 @@
+"""Writing code shards: blocks of samples as records of ordinary WebDataset tars, with a manifest beside them.
+
+A record of n samples has these members:
+
+    codes.npy     (n, K, H, W)   smallest unsigned type that holds the vocabulary
+    ids.npy       (n,)           int64, number of the sample in its source
+    labels.npy    (n,)           int64 class ids                              condition kind "class"
+    texts.json    n strings                                                   condition kind "text"
+    features.npy  (sum T_i, C)   float16 or float32, one sample after another condition kind "text-features"
+    lengths.npy   (n,)           int64 text lengths T_i                       condition kind "text-features"
+
+Shapes: n samples, K crops of an image, H x W grid, T_i length of a text, C feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from flashar_pl.data.manifest import SPLITS, ConditionSpec, Manifest, Record, Shard, code_dtype
+
+
+class ShardWriter:
+    """Writes one data set; nothing stands at `out` until `close` has finished.
+
+    Use as a context manager: leaving it normally closes it, leaving it by an exception removes what was written.
+
+    Args:
+        out: directory to make; it must not exist.
+        name: of the data set.
+        tokenizer: `config()` of the tokenizer that made the codes.
+        grid: (H, W).
+        vocabulary: codes are 0 .. vocabulary - 1.
+        condition: what the samples are conditioned on.
+        crops: crops of each image, K.
+        block: samples of a record, the unit training shuffles.
+        shard_blocks: records of a tar.
+
+    Raises:
+        ValueError: `out` exists, or a size is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        name: str,
+        tokenizer: dict[str, Any],
+        grid: tuple[int, int],
+        vocabulary: int,
+        condition: ConditionSpec,
+        crops: int = 1,
+        block: int = 100,
+        shard_blocks: int = 100,
+    ) -> None:
+        if block < 1 or shard_blocks < 1:
+            raise ValueError(f"block={block}, shard_blocks={shard_blocks}; expected integers >= 1.")
+        self.out = Path(out)
+        if self.out.exists():
+            raise ValueError(f"{self.out} exists; nothing was written. Remove it, or choose another --out.")
+        # The manifest checks the sizes before anything is written; its splits are filled in by `close`.
+        self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {})
+        self._dtype = code_dtype(vocabulary)
+        self._block, self._shard_blocks = block, shard_blocks
+        self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._open: dict[str, _Tar] = {}
+        self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        self.partial = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
+        self.partial.mkdir(parents=True)
+
+    def write(
+        self,
+        split: str,
+        codes: np.ndarray,
+        *,
+        ids: np.ndarray | Sequence[int],
+        labels: np.ndarray | Sequence[int] | None = None,
+        texts: Sequence[str] | None = None,
+        features: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        """Append samples to a split.
+
+        Args:
+            split: "train", "validation" or "test".
+            codes: (n, K, H, W) integers; (n, H, W) if there is one crop.
+            ids: (n,) integers >= 0, each sample's number in its source.
+            labels: (n,) class ids, for condition kind "class".
+            texts: n captions, for "text".
+            features: n arrays (T_i, C) of floats, 1 <= T_i <= length, for "text-features".
+
+        Raises:
+            ValueError: a split of another name, a wrong shape or type, a code outside the vocabulary, a label out
+                of range, or a condition of another kind. Nothing of the call is written then.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"Split {split!r}; expected one of {', '.join(SPLITS)}.")
+        codes = self._checked_codes(np.asarray(codes))  # (n, K, H, W)
+        n = len(codes)
+        columns: dict[str, Any] = {"codes": codes, "ids": _integers("ids", ids, n, None)}
+        columns |= self._checked_condition(n, labels, texts, features)
+        self._pending[split].extend({key: column[i] for key, column in columns.items()} for i in range(n))
+        while len(self._pending[split]) >= self._block:
+            self._write_record(split, self._pending[split][: self._block])
+            del self._pending[split][: self._block]
+
+    def close(self) -> Manifest:
+        """Write what is pending and the manifest, and move the directory to `out`. Returns the manifest."""
+        for split in SPLITS:
+            if self._pending[split]:
+                self._write_record(split, self._pending[split])
+                self._pending[split] = []
+            if split in self._open:
+                self._shards[split].append(self._open.pop(split).close())
+        splits = {split: tuple(shards) for split, shards in self._shards.items() if shards}
+        if not splits:
+            self.abort()
+            raise ValueError(f"No sample was written, so there is nothing to put at {self.out}.")
+        replace(self.manifest, splits=splits).save(self.partial)
+        if self.out.exists():
+            raise ValueError(f"{self.out} has appeared meanwhile; the finished shards are left at {self.partial}.")
+        self.partial.rename(self.out)
+        self.manifest = Manifest.load(self.out)
+        return self.manifest
+
+    def abort(self) -> None:
+        """Remove everything written so far."""
+        for tar in self._open.values():
+            tar.abandon()
+        self._open = {}
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _checked_codes(self, codes: np.ndarray) -> np.ndarray:
+        manifest = self.manifest
+        shape = (manifest.crops, *manifest.grid)
+        if manifest.crops == 1 and codes.ndim == 3:
+            codes = codes[:, None]  # (n, 1, H, W)
+        if codes.shape[1:] != shape or codes.dtype.kind not in "iu":
+            raise ValueError(
+                f"codes have shape {codes.shape} and type {codes.dtype}; expected integers of shape (n, {shape})."
+            )
+        if codes.size and (codes.min() < 0 or codes.max() >= manifest.vocabulary):
+            raise ValueError(
+                f"codes range over {codes.min()} .. {codes.max()}; "
+                f"the vocabulary of {manifest.vocabulary} allows 0 .. {manifest.vocabulary - 1}."
+            )
+        return codes.astype(self._dtype)
+
+    def _checked_condition(self, n: int, labels: Any, texts: Any, features: Any) -> dict[str, Any]:
+        spec = self.manifest.condition
+        given = {"labels": labels, "texts": texts, "features": features}
+        wanted = {"class": "labels", "text": "texts", "text-features": "features"}[spec.kind]
+        if [key for key, value in given.items() if value is not None] != [wanted]:
+            raise ValueError(
+                f"Condition kind {spec.kind!r} takes {wanted}= and nothing else; "
+                f"given: {', '.join(k for k, v in given.items() if v is not None) or 'none'}."
+            )
+        if spec.kind == "class":
+            return {"labels": _integers("labels", labels, n, spec.num_classes)}
+        if len(given[wanted]) != n:
+            raise ValueError(f"{len(given[wanted])} {wanted} for {n} samples.")
+        if spec.kind == "text":
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError("texts must all be of type str.")
+            return {"texts": list(texts)}
+        assert spec.length is not None
+        rows = [np.asarray(row) for row in features]
+        for row in rows:
+            if row.ndim != 2 or row.shape[1] != spec.width or not 1 <= len(row) <= spec.length:
+                raise ValueError(
+                    f"Text features of shape {row.shape}; expected (1 .. {spec.length}, {spec.width}) for each sample."
+                )
+            if row.dtype not in (np.float16, np.float32):
+                raise ValueError(f"Text features of type {row.dtype}; expected float16 or float32.")
+        return {"features": rows}
+
+    def _write_record(self, split: str, samples: list[dict[str, Any]]) -> None:
+        members = {
+            "codes.npy": _npy(np.stack([s["codes"] for s in samples])),  # (n, K, H, W)
+            "ids.npy": _npy(np.array([s["ids"] for s in samples], dtype=np.int64)),
+        }
+        kind = self.manifest.condition.kind
+        if kind == "class":
+            members["labels.npy"] = _npy(np.array([s["labels"] for s in samples], dtype=np.int64))
+        elif kind == "text":
+            members["texts.json"] = json.dumps([s["texts"] for s in samples], ensure_ascii=False).encode()
+        else:
+            members["features.npy"] = _npy(np.concatenate([s["features"] for s in samples]))  # (sum T_i, C)
+            members["lengths.npy"] = _npy(np.array([len(s["features"]) for s in samples], dtype=np.int64))
+        if split not in self._open:
+            self._open[split] = _Tar(self.partial, f"{split}-{len(self._shards[split]):06d}")
+        tar = self._open[split]
+        tar.write(len(samples), members)
+        if len(tar.counts) == self._shard_blocks:
+            self._shards[split].append(self._open.pop(split).close())
+
+
+class _Tar:
+    """One tar being written by webdataset."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        self.path = directory / f"{stem}.tar"
+        self.stem = stem
+        self.counts: list[int] = []
+        # A fixed time makes equal data give equal files, so that hashes can be compared.
+        self._tar = webdataset.TarWriter(str(self.path), encoder=False, mtime=0, mode=0o644)
+
+    def write(self, samples: int, members: dict[str, bytes]) -> None:
+        self._tar.write({"__key__": f"{self.stem}-{len(self.counts):06d}"} | members)
+        self.counts.append(samples)
+
+    def abandon(self) -> None:
+        self._tar.close()
+
+    def close(self) -> Shard:
+        self._tar.close()
+        members: list[dict[str, tuple[int, int]]] = [{} for _ in self.counts]
+        with tarfile.open(self.path) as tar:
+            for info in tar:
+                key, _, member = info.name.partition(".")
+                members[int(key.rpartition("-")[2])][member] = (info.offset_data, info.size)
+        records = tuple(Record(n, found) for n, found in zip(self.counts, members, strict=True))
+        return Shard(self.path.name, sum(self.counts), self.path.stat().st_size, file_sha256(self.path), records)
+
+
+def file_sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _integers(what: str, values: Any, n: int, below: int | None) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (n,) or array.dtype.kind not in "iu":
+        raise ValueError(f"{what} have shape {array.shape} and type {array.dtype}; expected integers of shape ({n},).")
+    if n and (array.min() < 0 or (below is not None and array.max() >= below)):
+        limit = "0 or more" if below is None else f"0 .. {below - 1}"
+        raise ValueError(f"{what} range over {array.min()} .. {array.max()}; expected {limit}.")
+    return array.astype(np.int64)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
