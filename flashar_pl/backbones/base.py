@@ -207,7 +207,7 @@ class Backbone(nn.Module, ABC):
         x = self.input_dropout(torch.cat([prefix.x, self.embed(slot_codes(codes, plan))], dim=1))
         x = self.layers(x, self.rope(plan, prefix), self.sequence_mask(plan, prefix, plan.n_slots))
         x = self.norm(x)[:, len(prefix) - 1 :]  # (B, 1 + S, D)
-        logits = wide(self.head(x[:, plan.on("h_source", x.device) + 1]))  # (B, N, V)
+        logits = wide(self.head(x))[:, plan.on("h_source", x.device) + 1]  # (B, N, V)
         return logits.unflatten(1, codes.shape[1:])
 
 

@@ -47,3 +47,7 @@ class KVCache:
     def advance(self, n: int) -> None:
         """Make the n positions just appended by every layer valid."""
         self.filled += n
+
+    def keep_rows(self, rows: int) -> None:
+        """Drop all but the first `rows` rows."""
+        self.keys, self.values = self.keys[:, :rows], self.values[:, :rows]

@@ -1,0 +1,372 @@
+"""Distances between two sets of feature rows: FID, Inception Score, KID, precision and recall.
+
+Pure functions in float64. Every argument is a torch tensor or a numpy array; every result is a Python float.
+Higher is better for the Inception Score, precision, recall and F1; lower is better for the distances.
+
+Shape legend: n samples, m reference rows, d feature columns, C classes, s splits or subsets, k neighbours.
+"""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array: TypeAlias = Tensor | np.ndarray
+
+ADM_SPLIT_SIZE = 5000  # rows per part of the Inception Score in the ADM evaluator
+ROW_BLOCK, COLUMN_BLOCK = 1024, 8192  # one block of squared distances: at most 64 MiB in float64
+ROUNDING = 1e-12  # a Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0
+# A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal.
+SAME_ROW = 1e-12
+
+
+def as_rows(values: Array, name: str = "values", minimum: int = 1) -> Tensor:
+    """Check one set of rows and return it as a tensor of shape (n, d) in its own floating dtype (integers: float64).
+
+    Raises:
+        ValueError: not two-dimensional, empty, not real numbers, fewer than `minimum` rows, or not finite.
+    """
+    rows = torch.as_tensor(values).detach()
+    if rows.ndim != 2 or rows.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (rows, columns), got {tuple(rows.shape)}")
+    if rows.is_complex() or rows.dtype == torch.bool:
+        raise ValueError(f"{name} must hold real numbers, got {rows.dtype}")
+    if len(rows) < minimum:
+        raise ValueError(f"{name} has {len(rows)} row(s), this metric needs at least {minimum}")
+    if not rows.is_floating_point():
+        return rows.double()
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+        raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(rows)} rows")
+    return rows
+
+
+def _pair(samples: Array, reference: Array, minimum: int) -> tuple[Tensor, Tensor]:
+    x, y = as_rows(samples, "samples", minimum), as_rows(reference, "reference", minimum)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"samples have {x.shape[1]} columns, reference has {y.shape[1]}: the features must be the same"
+        )
+    return x, y.to(x.device)
+
+
+# ------------------------------------------------------------------------------------------------ Fréchet distance
+
+
+def frechet_distance(samples: Array, reference: Array) -> float:
+    """Fréchet distance |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of samples (n, d) and reference (m, d).
+
+    FID on Inception pool features, sFID on spatial features (Heusel et al., 2017, Eq. 6). Covariances are unbiased and
+    float64. The means are taken and subtracted in the dtype of the rows, as the ADM evaluator and torch-fidelity do: for float32 rows
+    with a large common offset it loses digits (3e-4 of the result in one reference vector); give float64 rows for the
+    exact value. Singular covariances (n <= d) need no special case.
+
+    Raises:
+        ValueError: fewer than 2 rows, different numbers of columns, or values that are not finite.
+    """
+    x, y = _pair(samples, reference, minimum=2)
+    offset = _stored_mean(x) - _stored_mean(y)  # (d,)
+    return _frechet(float(offset.dot(offset)), *_factor_of_rows(x), *_factor_of_rows(y))
+
+
+def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: Array) -> float:
+    """The same distance from means (d,) and covariances (d, d).
+
+    Raises:
+        ValueError: shapes do not match, values are not finite, or a matrix is not a covariance (not symmetric, or with
+            an eigenvalue below -1e-4 of the largest; smaller negative ones are rounding and count as 0).
+    """
+    first, second = check_moments(mu, sigma, "first"), check_moments(mu2, sigma2, "second")
+    if first[0].shape != second[0].shape:
+        raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries: the features must be the same")
+    device = first[0].device
+    offset = float((first[0] - second[0].to(device)).square().sum())
+    covariances = (first[1], second[1].to(device))
+    factors = [(_factor_of_covariance(covariance), covariance.trace()) for covariance in covariances]
+    return _frechet(offset, *factors[0], *factors[1])
+
+
+def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Tensor, Tensor]:
+    """Return a mean (d,) and a covariance (d, d) as float64 tensors; ValueError where they cannot be such a pair."""
+    mean, covariance = torch.as_tensor(mu).detach().double(), torch.as_tensor(sigma).detach().double()
+    if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
+        raise ValueError(
+            f"{name} moments must be a mean (d,) and a covariance (d, d), got {tuple(mean.shape)} and "
+            f"{tuple(covariance.shape)}"
+        )
+    if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise ValueError(f"{name} moments hold NaN or infinity")
+    scale = float(covariance.abs().max()) if len(mean) else 0.0
+    if float((covariance - covariance.T).abs().max()) > 1e-4 * scale:
+        raise ValueError(f"{name} covariance is not symmetric")
+    return mean, (covariance + covariance.T) / 2
+
+
+def _stored_mean(rows: Tensor) -> np.ndarray:
+    """Mean over rows (d,) in their own dtype (bfloat16: float32), added in numpy's order."""
+    kept = rows.float() if rows.dtype == torch.bfloat16 else rows
+    return kept.cpu().numpy().mean(axis=0)
+
+
+def _covariance(rows: Tensor) -> Tensor:
+    """Unbiased covariance (d, d) in float64, accumulated over blocks of centred rows."""
+    mean = sum((block.double().sum(dim=0) for block in rows.split(COLUMN_BLOCK)), start=rows.new_zeros(()).double())
+    mean = mean / len(rows)  # (d,)
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(COLUMN_BLOCK):
+        centred = block.double() - mean
+        total.addmm_(centred.T, centred)
+    return total / (len(rows) - 1)
+
+
+def _factor_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """F with F^T F = covariance and at most min(n, d) rows, and the covariance's trace."""
+    if len(rows) <= rows.shape[1]:
+        wide = rows.double()
+        factor = (wide - wide.mean(dim=0)) / (len(rows) - 1) ** 0.5  # (n, d)
+        return factor, factor.square().sum()
+    covariance = _covariance(rows)
+    return _factor_of_covariance(covariance), covariance.trace()
+
+
+def _factor_of_covariance(covariance: Tensor) -> Tensor:
+    """F (r, d) with F^T F = covariance, r the number of positive eigenvalues."""
+    values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
+    if values[0] < -1e-4 * values.abs().max():
+        raise ValueError(
+            f"not a covariance: its smallest eigenvalue is {float(values[0]):.3g}, its largest {float(values[-1]):.3g}"
+        )
+    kept = values > 0
+    return (vectors[:, kept] * values[kept].sqrt()).T
+
+
+def _frechet(offset: float, factor_x: Tensor, trace_x: Tensor, factor_y: Tensor, trace_y: Tensor) -> float:
+    # tr (S1 S2)^(1/2) = nuclear norm of F1 F2^T: real by construction, and exact to rounding for singular matrices.
+    root_trace = torch.linalg.svdvals(factor_x @ factor_y.T).sum()
+    spread = float(trace_x + trace_y)
+    distance = offset + spread - 2 * float(root_trace)
+    return distance if distance > ROUNDING * spread else 0.0
+
+
+# ------------------------------------------------------------------------------------------------ Inception Score
+
+
+def inception_score(
+    logits_or_probs: Array,
+    splits: int | None = None,
+    *,
+    split_size: int = ADM_SPLIT_SIZE,
+    shuffle_seed: int | None = None,
+    kind: str = "auto",
+) -> float:
+    """Inception Score: mean over parts of exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016).
+
+    Args:
+        logits_or_probs: (n, C) logits (Inception: without bias) or class probabilities.
+        splits: None cuts consecutive parts of `split_size` rows, the last one shorter and with equal weight (ADM); a
+            number cuts that many parts at i * n // splits (torch-fidelity, which uses 10).
+        shuffle_seed: permute the rows first with numpy's RandomState of this seed (torch-fidelity: 2020); None keeps
+            their order.
+        kind: "logits", "probs", or "auto": probabilities where no entry is negative and every row sums to 1.
+
+    Raises:
+        ValueError: wrong shape, not finite, `splits` not in 1..n, `split_size` < 1, unknown kind, or "probs" whose rows
+            are no probabilities.
+    """
+    scores = inception_score_parts(logits_or_probs, splits, split_size=split_size, shuffle_seed=shuffle_seed, kind=kind)
+    return float(np.mean(scores))
+
+
+def inception_score_parts(
+    logits_or_probs: Array,
+    splits: int | None = None,
+    *,
+    split_size: int = ADM_SPLIT_SIZE,
+    shuffle_seed: int | None = None,
+    kind: str = "auto",
+) -> list[float]:
+    """The score of each part, in order, for a spread; arguments as in `inception_score`."""
+    rows = as_rows(logits_or_probs, "logits_or_probs")
+    if kind not in ("auto", "logits", "probs"):
+        raise ValueError(f"kind must be 'auto', 'logits' or 'probs', got {kind!r}")
+    is_probs = _are_probabilities(rows)
+    if kind == "probs" and not is_probs:
+        raise ValueError("kind='probs', but the rows are not probabilities: negative entries or sums other than 1")
+    if shuffle_seed is not None:
+        order = np.random.RandomState(shuffle_seed).permutation(len(rows))
+        rows = rows[torch.as_tensor(order, device=rows.device)]
+    return [_part_score(part.double(), is_probs and kind != "logits") for part in _parts(rows, splits, split_size)]
+
+
+def _are_probabilities(rows: Tensor) -> bool:
+    tolerance = 1e-2 if rows.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    sums = rows.double().sum(dim=1)
+    return bool((rows >= 0).all() and ((sums - 1).abs() <= tolerance).all())
+
+
+def _parts(rows: Tensor, splits: int | None, split_size: int) -> Iterator[Tensor]:
+    if splits is None:
+        if split_size < 1:
+            raise ValueError(f"split_size must be at least 1, got {split_size}")
+        yield from rows.split(split_size)
+        return
+    if not 1 <= splits <= len(rows):
+        raise ValueError(f"splits must be between 1 and the number of rows ({len(rows)}), got {splits}")
+    for i in range(splits):
+        yield rows[i * len(rows) // splits : (i + 1) * len(rows) // splits]
+
+
+def _part_score(part: Tensor, is_probs: bool) -> float:
+    if is_probs:
+        p = part  # (b, C)
+        own = torch.special.xlogy(p, p)  # 0 log 0 = 0
+    else:
+        log_p = part.log_softmax(dim=1)
+        p = log_p.exp()
+        own = p * log_p
+    divergence = (own - torch.special.xlogy(p, p.mean(dim=0))).sum(dim=1)  # (b,)
+    return float(divergence.mean().exp())
+
+
+# ------------------------------------------------------------------------------------------------ kernel distance
+
+
+def kernel_distance(
+    samples: Array,
+    reference: Array,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef: float = 1.0,
+    *,
+    kernel: str = "poly",
+    sigma: float = 10.0,
+    seed: int = 2020,
+) -> float:
+    """Kernel distance (KID): mean unbiased MMD^2 over random subsets (Binkowski et al., 2018), as in torch-fidelity.
+
+    Args:
+        samples, reference: (n, d) and (m, d).
+        subsets, subset_size: number and size of the subsets, drawn without replacement from numpy's RandomState(seed),
+            samples before reference.
+        degree, gamma, coef: polynomial kernel (gamma x.y + coef)^degree; gamma None means 1 / d.
+        kernel: "poly", or "rbf" with width `sigma`.
+
+    It may be negative, because the estimator is unbiased.
+
+    Raises:
+        ValueError: fewer rows than `subset_size`, subset_size < 2, subsets < 1, unknown kernel, shapes as elsewhere.
+    """
+    parts = kernel_distance_subsets(
+        samples, reference, subsets, subset_size, degree, gamma, coef, kernel=kernel, sigma=sigma, seed=seed
+    )
+    return float(np.mean(parts))
+
+
+def kernel_distance_subsets(
+    samples: Array,
+    reference: Array,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    degree: int = 3,
+    gamma: float | None = None,
+    coef: float = 1.0,
+    *,
+    kernel: str = "poly",
+    sigma: float = 10.0,
+    seed: int = 2020,
+) -> list[float]:
+    """The MMD^2 of each subset, for a spread; arguments as in `kernel_distance`."""
+    x, y = _pair(samples, reference, minimum=2)
+    if kernel not in ("poly", "rbf"):
+        raise ValueError(f"kernel must be 'poly' or 'rbf', got {kernel!r}")
+    if subsets < 1 or subset_size < 2 or sigma <= 0:
+        raise ValueError(f"subsets >= 1, subset_size >= 2 and sigma > 0: got {subsets}, {subset_size}, {sigma}")
+    if min(len(x), len(y)) < subset_size:
+        raise ValueError(
+            f"subset_size is {subset_size}, but there are {len(x)} samples and {len(y)} reference rows: "
+            f"use subset_size={min(len(x), len(y))} or less"
+        )
+    scale = 1.0 / x.shape[1] if gamma is None else gamma
+
+    def gram(a: Tensor, b: Tensor) -> Tensor:
+        if kernel == "rbf":
+            return torch.exp(-_squared_distances(a, b) / (2 * sigma**2))
+        return (scale * (a @ b.T) + coef) ** degree
+
+    generator = np.random.RandomState(seed)
+    results = []
+    for _ in range(subsets):
+        a = x[torch.as_tensor(generator.choice(len(x), subset_size, replace=False), device=x.device)].double()
+        b = y[torch.as_tensor(generator.choice(len(y), subset_size, replace=False), device=x.device)].double()
+        results.append(_unbiased_mmd(gram(a, a), gram(b, b), gram(a, b)))
+    return results
+
+
+def _unbiased_mmd(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
+    size = len(xx)
+    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+    return float(within - 2 * xy.mean())
+
+
+# ------------------------------------------------------------------------------------------------ precision and recall
+
+
+def precision_recall(samples: Array, reference: Array, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al., 2019) as the ADM evaluator defines them.
+
+    A row's ball reaches to its k-th nearest neighbour in its own set, the row itself being number 0. Precision is the
+    share of samples (n, d) inside (<=) the ball of any reference row (m, d), recall the share of reference rows inside
+    the ball of any sample. Distances are squared Euclidean, computed in float64 blocks and rounded to float32, so that
+    ties are ties; the original tries float16 first, which moves a few rows in a thousand (its float32 path agrees with
+    this one).
+
+    Raises:
+        ValueError: k < 1, fewer than k + 1 rows in either set, and as elsewhere.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    x, y = _pair(samples, reference, minimum=k + 1)
+    radius_x, radius_y = _radii(x, k), _radii(y, k)  # (n,), (m,)
+    covered_y = torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    covered_x = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    for rows in _blocks(len(x), ROW_BLOCK):
+        block = x[rows].double()
+        for columns in _blocks(len(y), COLUMN_BLOCK):
+            distance = _squared_distances(block, y[columns].double()).float()
+            covered_x[rows] |= (distance <= radius_y[columns]).any(dim=1)
+            covered_y[columns] |= (distance <= radius_x[rows, None]).any(dim=0)
+    return float(covered_x.double().mean()), float(covered_y.double().mean())
+
+
+def f1_score(precision: float, recall: float) -> float:
+    """Harmonic mean of precision and recall, 0 where both are 0."""
+    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+
+
+def _radii(rows: Tensor, k: int) -> Tensor:
+    """Squared distance (n,) float32 from each row to its k-th nearest neighbour, itself being number 0."""
+    radii = []
+    for own in _blocks(len(rows), ROW_BLOCK):
+        block = rows[own].double()
+        nearest = torch.empty(len(block), 0, dtype=torch.float32, device=rows.device)
+        for columns in _blocks(len(rows), COLUMN_BLOCK):
+            distance = _squared_distances(block, rows[columns].double()).float()
+            merged = torch.cat([nearest, distance], dim=1)
+            nearest = merged.topk(min(k + 1, merged.shape[1]), dim=1, largest=False, sorted=True).values
+        radii.append(nearest[:, k])
+    return torch.cat(radii)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """|a_i - b_j|^2 in float64; exactly 0 for equal rows."""
+    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None, :]
+    distance = norms - 2 * (a @ b.T)
+    return distance.masked_fill_(distance <= SAME_ROW * norms, 0.0)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,0 +1,168 @@
+"""`GridModel`: a backbone with its output heads, trained, scored and decoded under any `DecodePlan`.
+
+Shapes: B samples, R rows, P prefix, S slots, S' slots that were fed, H, W grid, N cells, D width, V codes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashar_pl.backbones.base import Backbone, Condition, check_codes, slot_codes
+from flashar_pl.grid import DecodePlan, make_plan
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.rope import Rope
+from flashar_pl.models.dual_head import DualHead, step_sources
+from flashar_pl.models.losses import AUX_WEIGHT
+
+States = tuple[Tensor, Tensor | None]
+"""Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
+
+ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate")
+"""What a parameter is for; every parameter has exactly one role (Sec. 4.3 trains them differently)."""
+
+
+@dataclass
+class Logits:
+    """Materialised logits of a whole grid, float32."""
+
+    fused: Tensor
+    """(B, H, W, V): [p, q] predicts the code at (p, q)."""
+    horizontal: Tensor
+    """(B, H, W, V): what the horizontal head emits at (p, q), for the cell to the right (raster: the next one)."""
+    vertical: Tensor
+    """(B, H, W, V): what the vertical head emits at (p, q), for the cell below."""
+    gate: Tensor
+    """(B, H, W): weight of the horizontal logits for the target (p, q)."""
+
+
+class GridModel(nn.Module, ABC):
+    """Backbone, branches and heads behind one interface."""
+
+    backbone: Backbone
+    dual_head: DualHead
+    plan_name: str
+    """Name of the plan the model was made for."""
+
+    @abstractmethod
+    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
+        """Final hidden states (R, L, D) of a sequence x (R, L, D)."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain types from which `flashar_pl.models.weights.build_model` makes an equal model."""
+
+    @abstractmethod
+    def cache_spec(self) -> CacheSpec:
+        """What a KV cache must hold for this model."""
+
+    @abstractmethod
+    def role(self, name: str) -> str:
+        """Role of the parameter called `name`."""
+
+    def roles(self) -> dict[str, str]:
+        """Parameter name -> role, for every parameter."""
+        roles = {name: self.role(name) for name, _ in self.named_parameters()}
+        assert set(roles.values()) <= set(ROLES)
+        return roles
+
+    def default_plan(self, height: int, width: int) -> DecodePlan:
+        """The plan this model was made for."""
+        return self.make_plan(self.plan_name, height, width)
+
+    def make_plan(self, name: str, height: int, width: int) -> DecodePlan:
+        """The plan called `name`, with row ends where the backbone has them. ValueError if the model cannot run it."""
+        plan = make_plan(name, height, width, row_end=self.backbone.row_ends)
+        if plan.has_vertical and self.dual_head.vertical is None:
+            raise ValueError(
+                f"the {name} plan needs a vertical head, and this is a raster model; wrap it first: "
+                "FlashAR(backbone, branch_layer=m)."
+            )
+        return plan
+
+    def _teacher_forced(self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int) -> States:
+        """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
+        check_codes(codes, self.backbone.vocabulary)
+        if codes.shape[1:] != (plan.height, plan.width):
+            raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
+        self.backbone.check_condition(condition, codes.shape[0])
+        prefix = self.backbone.prefix(condition)
+        x = torch.cat([prefix.x, self.backbone.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
+        length = x.shape[1]
+        cos, sin = self.backbone.rope(plan, prefix)
+        rope = cos[:, :length], sin[:, :length]
+        mask = self.backbone.sequence_mask(plan, prefix, n_slots)
+        h, v = self.states(self.backbone.input_dropout(x), rope, mask)
+        return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
+
+    def forward(self, codes: Tensor, condition: Condition, plan: DecodePlan | None = None) -> Logits:
+        """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
+        plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
+        h, v = self._teacher_forced(codes, condition, plan, plan.n_slots)
+        fused, horizontal, vertical, gate = self.dual_head(h, v, plan)
+        shape = codes.shape[1:]
+        return Logits(*(part.unflatten(1, shape) for part in (fused, horizontal, vertical, gate)))
+
+    def loss(
+        self,
+        codes: Tensor,
+        condition: Condition,
+        plan: DecodePlan | None = None,
+        valid: Tensor | None = None,
+        aux_weight: float = AUX_WEIGHT,
+    ) -> dict[str, Tensor]:
+        """Training losses of codes (B, H, W) int64 (Eq. 9, 10); logits are never materialised.
+
+        valid: (B,) bool; other samples count nothing. Returns scalars "loss" = fused + aux_weight (L_H + L_V),
+        "fused", "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the
+        plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
+        """
+        plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
+        h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs)
+        losses = self.dual_head.losses(h, v, codes.flatten(1), plan)
+        weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)
+        samples = weight.sum().clamp_min(1)
+
+        def mean(values: Tensor, targets: Tensor | None) -> Tensor:
+            count = plan.n_cells if targets is None else int(targets.sum())
+            if count == 0:
+                return values.sum() * 0.0
+            if targets is not None:
+                values = values * targets.to(values)
+            return (values.sum(1) * weight).sum() / (samples * count)
+
+        fused = mean(losses.fused, None)
+        if plan.has_vertical:
+            horizontal = mean(losses.horizontal, plan.h_source >= 0)
+            vertical = mean(losses.vertical, plan.v_source >= 0)
+            total = fused + aux_weight * (horizontal + vertical)
+        else:
+            horizontal, vertical, total = fused, torch.zeros_like(fused), fused
+        return {
+            "loss": total,
+            "fused": fused.detach(),
+            "horizontal": horizontal.detach(),
+            "vertical": vertical.detach(),
+            "nll": losses.fused.detach().sum(1),
+            "gate": losses.gate.unflatten(1, codes.shape[1:]),
+        }
+
+    def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache) -> States:
+        """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
+        h, v = self.states(x, rope, mask, cache)
+        cache.advance(x.shape[1])
+        return h[:, -1:], None if v is None else v[:, -1:]
+
+    def step(self, codes: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache) -> States:
+        """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
+        states = self.states(self.backbone.embed(codes), rope, mask, cache)
+        cache.advance(codes.shape[1])
+        return states
+
+    def step_logits(self, states: States, plan: DecodePlan, t: int) -> Tensor:
+        """Fused logits (R, n, V) float32 of the cells of step t, from the states that were fed last."""
+        return self.dual_head.step(*states, step_sources(plan, self.dual_head.corner)[t])

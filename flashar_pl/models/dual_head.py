@@ -1,0 +1,229 @@
+"""Both output heads, the fusion gate and the fusion rule: the one module that turns hidden states into logits.
+
+Shapes: B samples, R rows, H, W grid, N cells, S' slots that were fed, D width, V codes, n cells of a step.
+Hidden states are (R, 1 + S', D): the last prefix token, then the slots in plan order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flashar_pl.grid import NONE, PREFIX, DecodePlan
+from flashar_pl.models.losses import dual_nll, head_nll
+from flashar_pl.numerics import full_precision, wide
+
+Corner = Literal["horizontal", "fused"]
+Fusion = Literal["gate", "average"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """For every raster cell, which heads predict it (Sec. 4.2), and from which row of the hidden states."""
+
+    h: Tensor
+    """(N,) int64: row of the horizontal states; 0 = last prefix token."""
+    v: Tensor
+    """(N,) int64: row of the vertical states."""
+    both: Tensor
+    """Raster cells that both heads predict."""
+    only_h: Tensor
+    """Raster cells that only the horizontal head predicts."""
+    only_v: Tensor
+    """Raster cells that only the vertical head predicts."""
+
+
+@lru_cache(maxsize=64)
+def sources(plan: DecodePlan, corner: Corner, device: torch.device) -> Sources:
+    """The sources of `plan`; corner "horizontal" leaves (0, 0) to the horizontal head, "fused" gives it both."""
+    has_h = plan.h_source != NONE
+    has_v = plan.v_source != NONE
+    if corner == "horizontal":
+        has_v &= plan.v_source != PREFIX
+    cells = torch.arange(plan.n_cells)
+    return Sources(
+        h=(plan.h_source + 1).clamp_min(0).to(device),
+        v=(plan.v_source + 1).clamp_min(0).to(device),
+        both=cells[has_h & has_v].to(device),
+        only_h=cells[has_h & ~has_v].to(device),
+        only_v=cells[~has_h & has_v].to(device),
+    )
+
+
+@dataclass(frozen=True)
+class StepSources:
+    """Sources of one step's cells among the states that were fed last: contiguous, so slices suffice.
+
+    Of the step's n cells the first `only_h` have no vertical source and the last `only_v` no horizontal one.
+    """
+
+    h: slice
+    """Horizontal states of cells [0, n - only_v)."""
+    v: slice
+    """Vertical states of cells [only_h, n)."""
+    only_h: int
+    only_v: int
+
+
+@lru_cache(maxsize=64)
+def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
+    """`StepSources` of every step. The states fed last are those of the previous step, or the last prefix token."""
+    cpu = sources(plan, corner, torch.device("cpu"))
+    has_h = torch.zeros(plan.n_cells, dtype=torch.bool)
+    has_h[cpu.both] = has_h[cpu.only_h] = True
+    has_v = torch.zeros(plan.n_cells, dtype=torch.bool)
+    has_v[cpu.both] = has_v[cpu.only_v] = True
+    steps = []
+    for t, cells in enumerate(plan.cells_of_step):
+        first = 0 if t == 0 else plan.slots_of_step[t - 1].start + 1
+        only_h, only_v = int((~has_v[cells]).sum()), int((~has_h[cells]).sum())
+        n = len(cells)
+        steps.append(
+            StepSources(
+                h=_as_slice(cpu.h[cells[: n - only_v]] - first),
+                v=_as_slice(cpu.v[cells[only_h:]] - first),
+                only_h=only_h,
+                only_v=only_v,
+            )
+        )
+    return tuple(steps)
+
+
+def _as_slice(index: Tensor) -> slice:
+    if not len(index):
+        return slice(0, 0)
+    begin = int(index[0])
+    assert begin >= 0 and torch.equal(index, torch.arange(begin, begin + len(index))), "sources are not contiguous"
+    return slice(begin, begin + len(index))
+
+
+class FusionGate(nn.Module):
+    """g = sigmoid(MLP([h^H; h^V])) in float32 (Eq. 7). The last layer starts at zero, so g starts at 0.5."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = max(64, dim // 8)
+        self.hidden = nn.Linear(2 * dim, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h: Tensor, v: Tensor) -> Tensor:
+        """h, v (..., D) -> (...) float32, the weight of the horizontal logits."""
+        with full_precision(h.device.type):
+            x = wide(torch.cat([h, v], dim=-1))
+            x = nn.functional.silu(nn.functional.linear(x, wide(self.hidden.weight)))
+            x = nn.functional.linear(x, wide(self.out.weight), wide(self.out.bias))
+            return torch.sigmoid(x.squeeze(-1))
+
+
+@dataclass
+class TargetLosses:
+    """Per-target losses in nats, float32; raster order."""
+
+    fused: Tensor
+    """(B, N)."""
+    horizontal: Tensor
+    """(B, N); 0 where the horizontal head does not predict."""
+    vertical: Tensor
+    """(B, N); 0 where the vertical head does not predict."""
+    gate: Tensor
+    """(B, N), detached."""
+
+
+class DualHead(nn.Module):
+    """Horizontal head, and where there is a second branch the vertical head and the fusion rule."""
+
+    def __init__(
+        self, horizontal: nn.Linear, vertical: nn.Linear | None = None, gate: FusionGate | None = None,
+        corner: Corner = "horizontal",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.horizontal = horizontal
+        self.vertical = vertical
+        self.gate = gate
+        self.corner: Corner = corner
+
+    def weigh(self, h: Tensor, v: Tensor) -> Tensor:
+        """Gate (...) float32 for pairs of states (..., D): Eq. 7, or 0.5 without a gate."""
+        if self.gate is None:
+            return torch.full(h.shape[:-1], 0.5, dtype=wide(h[:0]).dtype, device=h.device)
+        return self.gate(h, v)
+
+    def gates(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> Tensor:
+        """Weight of the horizontal logits for every target: (B, N) float32."""
+        where = sources(plan, self.corner, h.device)
+        gate = torch.ones(h.shape[0], plan.n_cells, dtype=wide(h[:0]).dtype, device=h.device)
+        if v is None or self.vertical is None:
+            return gate
+        gate[:, where.only_v] = 0.0
+        gate[:, where.both] = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]])
+        return gate
+
+    def forward(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All logits at once: fused, horizontal, vertical (B, N, V) and gate (B, N), float32.
+
+        `fused` and `gate` are by target; `horizontal` and `vertical` are what the heads emit at each cell. h, v must
+        hold all S slots. Without a vertical branch, `vertical` equals `horizontal`.
+        """
+        z_h = wide(self.horizontal(h))  # (B, 1 + S, V)
+        z_v = z_h if v is None or self.vertical is None else wide(self.vertical(v))
+        gate = self.gates(h, v, plan)
+        where = sources(plan, self.corner, h.device)
+        fused = torch.lerp(z_v[:, where.v], z_h[:, where.h], gate[..., None])  # (B, N, V)
+        emitted = plan.on("slot", h.device) + 1
+        return fused, z_h[:, emitted], z_v[:, emitted], gate
+
+    def losses(self, h: Tensor, v: Tensor | None, codes: Tensor, plan: DecodePlan) -> TargetLosses:
+        """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits."""
+        where = sources(plan, self.corner, h.device)
+        dtype = wide(h[:0]).dtype
+        batch = h.shape[0]
+        fused = torch.zeros(batch, plan.n_cells, dtype=dtype, device=h.device)
+        horizontal, vertical = torch.zeros_like(fused), torch.zeros_like(fused)
+        gate = torch.ones_like(fused)
+
+        def select(states: Tensor, index: Tensor, cells: Tensor) -> Tensor:
+            return states[:, index[cells]].flatten(0, 1)  # (B * M, D)
+
+        def put(into: Tensor, cells: Tensor, values: Tensor) -> Tensor:
+            return into.index_copy(1, cells, values.view(batch, -1).to(dtype))
+
+        if len(where.only_h):
+            nll = head_nll(select(h, where.h, where.only_h), self.horizontal.weight, codes[:, where.only_h].flatten())
+            fused, horizontal = put(fused, where.only_h, nll), put(horizontal, where.only_h, nll)
+        if v is None or self.vertical is None:
+            assert not len(where.both) and not len(where.only_v)
+            return TargetLosses(fused, horizontal, vertical, gate)
+        if len(where.only_v):
+            nll = head_nll(select(v, where.v, where.only_v), self.vertical.weight, codes[:, where.only_v].flatten())
+            fused, vertical = put(fused, where.only_v, nll), put(vertical, where.only_v, nll)
+            gate = put(gate, where.only_v, torch.zeros_like(nll))
+        if len(where.both):
+            a, b = select(h, where.h, where.both), select(v, where.v, where.both)
+            g = self.weigh(a, b)
+            nll, nll_h, nll_v = dual_nll(
+                a, b, g, self.horizontal.weight, self.vertical.weight, codes[:, where.both].flatten()
+            )
+            fused = put(fused, where.both, nll)
+            horizontal, vertical = put(horizontal, where.both, nll_h), put(vertical, where.both, nll_v)
+            gate = put(gate, where.both, g.detach())
+        return TargetLosses(fused, horizontal, vertical, gate.detach())
+
+    def step(self, h: Tensor, v: Tensor | None, at: StepSources) -> Tensor:
+        """Fused logits (R, n, V) float32 of one step's cells from the states (R, n', D) that were fed last (Eq. 8).
+
+        Only the logits that some cell needs are computed.
+        """
+        z_h = wide(self.horizontal(h[:, at.h]))  # (R, n - only_v, V)
+        if v is None or self.vertical is None or at.v.start == at.v.stop:
+            return z_h
+        z_v = wide(self.vertical(v[:, at.v]))  # (R, n - only_h, V)
+        both = z_h.shape[1] - at.only_h
+        gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both])
+        fused = torch.lerp(z_v[:, :both], z_h[:, at.only_h :], gate[..., None])
+        return torch.cat([z_h[:, : at.only_h], fused, z_v[:, both:]], dim=1)

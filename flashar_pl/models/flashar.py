@@ -1,0 +1,156 @@
+"""FlashAR: a raster backbone that also predicts downwards, and a gate that fuses both predictions (Sec. 4).
+
+Shapes: R rows, L positions, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.transformer import run_blocks
+from flashar_pl.models.base import GridModel, States
+from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
+
+
+class VerticalBranch(nn.Module):
+    """The cloned top layers and final norm (Eq. 6, without the head)."""
+
+    def __init__(self, blocks: list[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int) -> Tensor:
+        return self.norm(run_blocks(self.blocks, x, rope, mask, cache, first_layer))
+
+
+class FlashAR(GridModel):
+    """Trunk F_0..F_{m-1}, horizontal branch F_m..F_{L-1}, vertical branch cloned from it, both heads and the gate.
+
+    Args:
+        backbone: the pre-trained raster model; its head is handed over to this model's `dual_head`.
+        branch_layer: m, 0 <= m <= L. The paper uses L - 1 for LlamaGen.
+        vertical_layers: k, the number of cloned layers F_m..F_{m+k-1}; None = L - m; if m + k passes L, the last k
+            layers are cloned. With m = L and None only norm and head are.
+        fusion: "gate" (Eq. 7) or "average" (g = 0.5, NAR).
+        corner: (0, 0) from the "horizontal" head (the paper) or "fused" like the interior (NAR).
+
+    Before any training step the vertical branch equals the horizontal one: "training-free" diagonal decoding.
+    A backbone on the meta device is cloned later, by `init_vertical_from_backbone` after its weights are loaded.
+    """
+
+    plan_name = "diagonal"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        branch_layer: int,
+        vertical_layers: int | None = None,
+        fusion: Fusion = "gate",
+        corner: Corner = "horizontal",
+    ) -> None:
+        super().__init__()
+        n_layer = backbone.n_layer
+        if not 0 <= branch_layer <= n_layer:
+            raise ValueError(f"branch_layer is {branch_layer}; expected 0 to {n_layer} (the number of layers).")
+        if vertical_layers is not None and not 0 <= vertical_layers <= n_layer:
+            raise ValueError(f"vertical_layers is {vertical_layers}; expected 0 to {n_layer}, or None.")
+        if fusion not in ("gate", "average"):
+            raise ValueError(f'fusion is {fusion!r}; expected "gate" or "average".')
+        if corner not in ("horizontal", "fused"):
+            raise ValueError(f'corner is {corner!r}; expected "horizontal" or "fused".')
+        self.branch_layer = branch_layer
+        self.vertical_layers = n_layer - branch_layer if vertical_layers is None else vertical_layers
+        self.fusion: Fusion = fusion
+        self.backbone = backbone
+        head = backbone.release_head()
+        like = head.weight
+        with torch.device("meta"):
+            blocks = [backbone.make_block() for _ in range(self.vertical_layers)]
+            self.vertical = VerticalBranch(blocks, _same_norm(backbone.norm))
+            vertical_head = nn.Linear(head.in_features, head.out_features, bias=False)
+        with torch.device(like.device):
+            gate = FusionGate(backbone.dim).to(like.dtype) if fusion == "gate" else None
+        self.dual_head = DualHead(head, vertical_head, gate, corner)
+        if like.device.type != "meta":
+            self.vertical.to_empty(device=like.device).to(like.dtype)
+            vertical_head.to_empty(device=like.device).to(like.dtype)
+            self.init_vertical_from_backbone()
+
+    @property
+    def first_cloned_layer(self) -> int:
+        """Index of the backbone layer that the first vertical layer is a clone of."""
+        return min(self.branch_layer, self.backbone.n_layer - self.vertical_layers)
+
+    @torch.no_grad()
+    def init_vertical_from_backbone(self) -> None:
+        """Copy the top layers, the final norm and the head into the vertical branch (Sec. 4.1)."""
+        cloned = self.backbone.blocks[self.first_cloned_layer :][: self.vertical_layers]
+        for block, source in zip(self.vertical.blocks, cloned, strict=True):
+            block.load_state_dict(source.state_dict())
+        self.vertical.norm.load_state_dict(self.backbone.norm.state_dict())
+        assert self.dual_head.vertical is not None
+        self.dual_head.vertical.load_state_dict(self.dual_head.horizontal.state_dict())
+
+    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
+        """h^H (Eq. 5) and h^V (Eq. 6) from the shared trunk state (Eq. 4), each (R, L, D), after the final norms."""
+        trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
+        h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
+        return h, self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "kind": "flashar",
+            "backbone": self.backbone.config_dict(),
+            "branch_layer": self.branch_layer,
+            "vertical_layers": self.vertical_layers,
+            "fusion": self.fusion,
+            "corner": self.dual_head.corner,
+        }
+
+    def cache_spec(self) -> CacheSpec:
+        return self.backbone.cache_spec(extra_layers=self.vertical_layers)
+
+    def role(self, name: str) -> str:
+        for prefix, role in (
+            ("dual_head.horizontal.", "horizontal_head"),
+            ("dual_head.vertical.", "vertical_head"),
+            ("dual_head.gate.", "gate"),
+            ("vertical.", "vertical"),
+        ):
+            if name.startswith(prefix):
+                return role
+        return "backbone"
+
+    @classmethod
+    def from_nar(
+        cls, state_dict: dict[str, Tensor], n_head: int, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
+    ) -> FlashAR:
+        """A model from an official NAR state dict: one extra block on the last layer's output, averaged logits.
+
+        Also reads the authors' LlamaGen-FlashAR weights without gate and with the branch at the last layer.
+        Missing, unknown or misshapen keys raise ValueError.
+        """
+        from flashar_pl.models.weights import read_nar
+
+        return read_nar(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+
+    def to_nar(self) -> dict[str, Tensor]:
+        """The official NAR state dict, inverse of `from_nar`."""
+        from flashar_pl.models.weights import write_nar
+
+        return write_nar(self)
+
+
+def _same_norm(norm: nn.Module) -> nn.Module:
+    """A norm of the same kind and size."""
+    from flashar_pl.layers.transformer import RMSNorm
+
+    assert isinstance(norm, RMSNorm)
+    return RMSNorm(norm.weight.shape[0], norm.eps)

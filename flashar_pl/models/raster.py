@@ -1,0 +1,36 @@
+"""A raster autoregressive model: a backbone and its own head (Eq. 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.rope import Rope
+from flashar_pl.models.base import GridModel, States
+from flashar_pl.models.dual_head import DualHead
+
+
+class RasterAR(GridModel):
+    """A bare backbone behind the `GridModel` interface, for pre-training and as the baseline. It owns no parameter."""
+
+    plan_name = "raster"
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+        object.__setattr__(self, "dual_head", DualHead(backbone.head))  # the head stays registered in the backbone
+
+    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
+        return self.backbone.norm(self.backbone.layers(x, rope, mask, cache)), None
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "raster", "backbone": self.backbone.config_dict()}
+
+    def cache_spec(self) -> CacheSpec:
+        return self.backbone.cache_spec()
+
+    def role(self, name: str) -> str:
+        return "horizontal_head" if name.startswith("backbone.head.") else "backbone"

@@ -1,0 +1,368 @@
+"""Weights of grid models: official files in and out, our own files, and what a training run starts from.
+
+Our format is a directory with `config.json` (everything needed to build the model, plus grid and tokenizer) and
+`model.safetensors`. Lightning checkpoints carry the same description under the key "flashar". Every file is read with
+`weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flashar_pl.backbones.llamagen import PRESETS, LlamaGen, LlamaGenConfig
+from flashar_pl.backbones.llamagen_weights import (
+    backbone_renames,
+    block_renames,
+    clean_official,
+    count_layers,
+    gather,
+    infer_config,
+    load_strictly,
+    scatter,
+)
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.raster import RasterAR
+
+FORMAT = 1
+CHECKPOINT_KEY = "flashar"
+"""Key of the description inside a Lightning checkpoint."""
+NET_PREFIX, EMA_PREFIX = "net.", "ema."
+"""Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
+
+Weights = Literal["auto", "raw", "ema"]
+"""Which weights of a checkpoint to use: "auto" = averaged ones if present."""
+
+
+@dataclass
+class Description:
+    """What a checkpoint says about itself."""
+
+    model: dict[str, Any]
+    """Argument of `build_model`."""
+    grid: tuple[int, int] | None = None
+    """(H, W) it was trained on; None = unknown (official files)."""
+    tokenizer: dict[str, Any] | None = None
+    """Argument of `build_tokenizer`; None = unknown."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Step, stage and data of the run that wrote it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"format": FORMAT, **asdict(self), "grid": None if self.grid is None else list(self.grid)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Description:
+        """Inverse of `to_dict`."""
+        if values.get("format") != FORMAT:
+            raise ValueError(f"the checkpoint has format {values.get('format')!r}; this version reads {FORMAT}.")
+        grid = values.get("grid")
+        return cls(
+            model=values["model"],
+            grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            tokenizer=values.get("tokenizer"),
+            training=values.get("training", {}),
+        )
+
+
+@dataclass
+class Loaded:
+    """A model read from a file."""
+
+    model: GridModel
+    description: Description
+    source: str
+    """What kind of file it was, for messages."""
+
+
+def build_model(config: dict[str, Any]) -> GridModel:
+    """The model that `GridModel.config()` describes, with new weights."""
+    values = dict(config)
+    kind = values.pop("kind", None)
+    backbone_values = dict(values.pop("backbone"))
+    backbone_kind = backbone_values.pop("kind")
+    if backbone_kind != LlamaGen.kind:
+        raise ValueError(f"backbone kind is {backbone_kind!r}; expected {LlamaGen.kind!r}.")
+    backbone = LlamaGen(LlamaGenConfig(**backbone_values))
+    if kind == "raster":
+        return RasterAR(backbone)
+    if kind == "flashar":
+        return FlashAR(backbone, **values)
+    raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
+
+
+def build_on_meta(config: dict[str, Any]) -> GridModel:
+    """`build_model` without memory for weights."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+# --- official containers -------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: str | Path) -> dict[str, Any]:
+    """Content of a .pt/.pth/.ckpt/.safetensors file, without running code from it."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no file {path}.")
+    if path.suffix == ".safetensors":
+        return dict(load_file(path))
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - torch.load raises many types for a broken file
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+
+
+def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The state dict inside an official container: under "model", "module" or "state_dict", or the content itself."""
+    for key in ("model", "module", "state_dict"):
+        inner = content.get(key)
+        if isinstance(inner, dict):
+            return inner
+    return content
+
+
+def is_nar(state_dict: dict[str, Tensor]) -> bool:
+    """Whether an official state dict has a second head."""
+    return any(key.endswith("medusa_output.weight") for key in state_dict)
+
+
+NAR_HEAD = {
+    "vertical.norm.weight": ("medusa_norm.weight",),
+    "dual_head.vertical.weight": ("medusa_output.weight",),
+}
+
+
+def _nar_renames(n_layer: int, extra: int, condition: str) -> list[tuple[str, tuple[str, ...]]]:
+    """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head."""
+    renames = [
+        (ours.replace("head.weight", "dual_head.horizontal.weight") if ours == "head.weight" else f"backbone.{ours}", src)
+        for ours, src in backbone_renames(n_layer, condition)
+    ]
+    for i in range(extra):
+        renames += block_renames(f"vertical.blocks.{i}.", f"layers.{n_layer + i}.")
+    return renames + list(NAR_HEAD.items())
+
+
+def read_nar(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> FlashAR:
+    """See `FlashAR.from_nar`."""
+    cleaned = clean_official(state_dict)
+    gates = sorted(key for key in cleaned if key.startswith("hv_"))
+    if gates:
+        raise ValueError(
+            f"the checkpoint mixes logits by a gate on logits ({', '.join(gates)}), which this model does not have; "
+            "only checkpoints that average both heads can be imported."
+        )
+    n_layer = count_layers(cleaned) - 1
+    config = infer_config(cleaned, n_head, n_layer=n_layer, rope_base=rope_base, norm_eps=norm_eps)
+    weights = gather(cleaned, _nar_renames(n_layer, 1, config.condition))
+    with torch.device("meta"):
+        model = FlashAR(LlamaGen(config), n_layer, vertical_layers=1, fusion="average", corner="fused")
+    load_strictly(model, weights)
+    return model
+
+
+def write_nar(model: FlashAR) -> dict[str, Tensor]:
+    """See `FlashAR.to_nar`."""
+    backbone = model.backbone
+    if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
+        raise ValueError(
+            f"the model branches at layer {model.branch_layer} of {backbone.n_layer} with {model.vertical_layers} "
+            f"vertical layers and fusion {model.fusion!r}; a NAR checkpoint has one layer after the last and averages."
+        )
+    assert isinstance(backbone, LlamaGen)
+    return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))
+
+
+def read_official_model(
+    state_dict: dict[str, Tensor], n_head: int | None, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
+) -> GridModel:
+    """RasterAR from LlamaGen weights, FlashAR from NAR weights. n_head None = that of the published size."""
+    cleaned = clean_official(state_dict)
+    n_head = n_head or _published_heads(cleaned)
+    if is_nar(cleaned):
+        return read_nar(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps)
+    return RasterAR(LlamaGen.from_official(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps))
+
+
+def _published_heads(state_dict: dict[str, Tensor]) -> int:
+    embedding = state_dict.get("tok_embeddings.weight")
+    if embedding is None:
+        raise ValueError("not a LlamaGen checkpoint: tok_embeddings.weight is missing.")
+    heads = {config.dim: config.n_head for config in PRESETS.values()}
+    if embedding.shape[1] not in heads:
+        raise ValueError(
+            f"width {embedding.shape[1]} is no published size, and weights do not tell the number of heads; "
+            "give it: --n-head."
+        )
+    return heads[embedding.shape[1]]
+
+
+def official_weights(model: GridModel) -> dict[str, Tensor]:
+    """The official state dict of a raster or NAR-shaped model."""
+    if isinstance(model, FlashAR):
+        return model.to_nar()
+    assert isinstance(model.backbone, LlamaGen)
+    return model.backbone.to_official()
+
+
+# --- our own files -------------------------------------------------------------------------------------------------
+
+
+def save_model(directory: str | Path, model: GridModel, description: Description) -> None:
+    """Write `config.json` and `model.safetensors`; the directory must not exist. It appears complete or not at all."""
+    target = Path(directory)
+    if target.exists():
+        raise ValueError(f"{target} exists; choose another directory or remove it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.mkdir()
+    try:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(description.to_dict(), indent=2) + "\n")
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None = None) -> Loaded:
+    """A model from our directory, a Lightning checkpoint, or an official LlamaGen or NAR file.
+
+    weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes.
+
+    Raises:
+        ValueError: the path does not exist, is none of these, or its keys and shapes do not fit.
+    """
+    path = Path(path)
+    if weights not in ("auto", "raw", "ema"):
+        raise ValueError(f"weights is {weights!r}; expected auto, raw or ema.")
+    if path.is_dir():
+        if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
+            raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.")
+        description = Description.from_dict(json.loads((path / "config.json").read_text()))
+        return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
+    content = read_tensors(path)
+    if CHECKPOINT_KEY in content:
+        description = Description.from_dict(content[CHECKPOINT_KEY])
+        state, kind = _select(content["state_dict"], weights, path)
+        return Loaded(_fill(description, state), description, f"checkpoint ({kind} weights)")
+    if weights == "ema":
+        raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
+    model = read_official_model(official_state_dict(content), n_head)
+    return Loaded(model, Description(model=model.config()), "official file")
+
+
+def _select(state_dict: dict[str, Tensor], weights: Weights, path: Path) -> tuple[dict[str, Tensor], str]:
+    has_ema = any(key.startswith(EMA_PREFIX) for key in state_dict)
+    if weights == "ema" and not has_ema:
+        raise ValueError(f"{path} holds no averaged weights; use --weights raw.")
+    kind = "ema" if has_ema and weights != "raw" else "raw"
+    prefix = EMA_PREFIX if kind == "ema" else NET_PREFIX
+    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}, kind
+
+
+def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
+    model = build_on_meta(description.model)
+    load_strictly(model, state)
+    return model
+
+
+# --- starting a run ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InitReport:
+    """What became of a model's tensors when a run started from a file."""
+
+    source: str
+    loaded: int
+    """Parameters taken from the file."""
+    cloned: int
+    """Parameters of the vertical branch copied from the backbone."""
+    new: int
+    """Parameters with fresh values."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {self.loaded:,} parameters loaded, {self.cloned:,} cloned into the vertical branch, "
+            f"{self.new:,} new"
+        )
+
+
+def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") -> InitReport:
+    """Start `model` from a file: official, raster or FlashAR weights.
+
+    A raster file fills the backbone, and a FlashAR model clones its vertical branch from it. A FlashAR file fills
+    everything. Values are copied into the model's own dtype.
+
+    Raises:
+        ValueError: the file's architecture is not the model's; the message names the fields that differ.
+    """
+    heads = model.backbone.config.n_head if isinstance(model.backbone, LlamaGen) else None
+    loaded = load_model(path, weights, n_head=heads)
+    source = loaded.model
+    _check_same("backbone", source.config()["backbone"], model.config()["backbone"], path)
+    if isinstance(source, FlashAR) and isinstance(model, RasterAR):
+        raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
+    total = sum(p.numel() for p in model.parameters())
+    if isinstance(source, FlashAR):
+        _check_same("model", source.config(), model.config(), path)
+        model.load_state_dict(source.state_dict())
+        return InitReport(f"{path} ({loaded.source})", total, 0, 0)
+    with torch.no_grad():
+        weights_in = {**source.backbone.state_dict(), "head.weight": source.backbone.head.weight}
+        weights_in.pop("head.weight")
+        model.backbone.load_state_dict({k: v for k, v in weights_in.items() if k in model.backbone.state_dict()})
+        model.backbone.head.weight.copy_(source.backbone.head.weight)
+    taken = sum(p.numel() for p in source.parameters())
+    if not isinstance(model, FlashAR):
+        return InitReport(f"{path} ({loaded.source})", taken, 0, total - taken)
+    model.init_vertical_from_backbone()
+    roles = model.roles()
+    cloned = sum(p.numel() for name, p in model.named_parameters() if roles[name] in ("vertical", "vertical_head"))
+    return InitReport(f"{path} ({loaded.source})", taken, cloned, total - taken - cloned)
+
+
+NOT_ARCHITECTURE = {
+    "token_dropout",
+    "attn_dropout",
+    "resid_dropout",
+    "ffn_dropout",
+    "condition_dropout",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "backbone",
+}
+"""Fields that may differ between a file and the run that starts from it."""
+
+
+def _check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path) -> None:
+    found, expected = _resolved(found), _resolved(expected)
+    different = [
+        f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
+        for key in sorted(found.keys() | expected.keys())
+        if key not in NOT_ARCHITECTURE and found.get(key) != expected.get(key)
+    ]
+    if different:
+        raise ValueError(f"{path} holds another {what}: {'; '.join(different)}.")
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with derived sizes filled in, so that equal models compare equal."""
+    if config.get("kind") != LlamaGen.kind:
+        return config
+    values = LlamaGenConfig(**{key: value for key, value in config.items() if key != "kind"})
+    unused = ("caption_dim",) if values.condition == "class" else ("num_classes",)
+    resolved = {**config, "ffn_dim": values.feed_forward_dim, "n_kv_head": values.n_kv_head or values.n_head}
+    return {key: value for key, value in resolved.items() if key not in unused}

@@ -1,0 +1,209 @@
+"""A tokenizer made of encoder, codebook and decoder: what the LlamaGen VQ and the Emu3.5 IBQ have in common.
+
+Shapes: B images of h x w pixels, f pixels per code, H = h / f, W = w / f, N codes of dimension D, Z latent channels,
+M = B * H * W vectors to look up.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashar_pl.tokenizers.base import Tokenizer
+from flashar_pl.tokenizers.convnet import Decoder, Encoder, NetSpec
+
+LOOKUP_ELEMENTS = 2**24
+"""Largest number of scores held at once by `best_codes` (64 MiB of float32)."""
+
+DECODE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+T = TypeVar("T", bound="ConvTokenizer")
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """All sizes of a `ConvTokenizer`."""
+
+    encoder: NetSpec
+    decoder: NetSpec
+    codes: int
+    """N."""
+    dim: int
+    """D."""
+
+    def __post_init__(self) -> None:
+        if self.encoder.downsample != self.decoder.downsample:
+            raise ValueError(
+                f"the encoder halves the image to 1/{self.encoder.downsample} of its side, the decoder doubles it "
+                f"{self.decoder.downsample} times; both must agree."
+            )
+
+
+class Codebook(nn.Module):
+    """The table of code vectors; `codebook_used` is a training counter that some published files carry along."""
+
+    codebook_used: Tensor | None
+
+    def __init__(self, codes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(codes, dim)
+        self.register_buffer("codebook_used", None)
+
+
+class ConvTokenizer(Tokenizer):
+    """Encoder, 1x1 convolution, codebook, 1x1 convolution, decoder.
+
+    Encoding always runs in float32 (no autocast, no TF32): lower precision flips codes. Decoding runs in `decode_dtype`,
+    under autocast where that is bfloat16. Weights are float32 and frozen; `.to(device)` moves them.
+    """
+
+    unit_norm: bool
+    """Are latents and code vectors scaled to unit length before they are compared and before decoding?"""
+
+    def __init__(self, spec: TokenizerSpec, *, decode_dtype: str = "float32", weights: str | None = None) -> None:
+        """Random weights; `from_official` and the file readers of the subclasses load published ones.
+
+        decode_dtype: "float32" or "bfloat16". weights: where the weights came from, for `config()`.
+        """
+        super().__init__()
+        if decode_dtype not in DECODE_DTYPES:
+            raise ValueError(f"decode_dtype is {decode_dtype!r}; expected one of {', '.join(DECODE_DTYPES)}.")
+        self.spec = spec
+        self.decode_dtype = decode_dtype
+        self.weights = weights
+        self.vocabulary = spec.codes
+        self.downsample = spec.encoder.downsample
+        self.encoder = Encoder(spec.encoder)
+        self.decoder = Decoder(spec.decoder)
+        self.quantize = Codebook(spec.codes, spec.dim)
+        self.quant_conv = nn.Conv2d(spec.encoder.latent, spec.dim, 1)
+        self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, 1)
+        self.requires_grad_(False)
+        self.eval()
+
+    @abstractmethod
+    def from_uint8(self, images: Tensor) -> Tensor:
+        """uint8 to float32 in [-1, 1], as in the published training code."""
+
+    @abstractmethod
+    def to_uint8(self, images: Tensor) -> Tensor:
+        """Values around [-1, 1] to uint8, as in the published sampling code (truncated, not rounded)."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.check_images(images, floating=False)
+        return self.encode_float(self.from_uint8(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.to_uint8(self.decode_float(codes))
+
+    @torch.no_grad()
+    def encode_float(self, images: Tensor) -> Tensor:
+        self.check_images(images, floating=True)
+        self._check_weights()
+        with full_precision(images.device):
+            z = self.quant_conv(self.encoder(images.float()))  # (B, D, H, W)
+            rows = z.movedim(1, -1).flatten(0, 2)  # (M, D)
+            codes = best_codes(self._unit(rows), self._unit(self.quantize.embedding.weight))  # (M,)
+        return codes.view(z.shape[0], *z.shape[2:])  # (B, H, W)
+
+    @torch.no_grad()
+    def decode_float(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        self._check_weights()
+        if self.decode_dtype == "float32":
+            with full_precision(codes.device):
+                return self._decode(codes)
+        with torch.autocast(codes.device.type, DECODE_DTYPES[self.decode_dtype]):
+            return self._decode(codes).float()
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        z = self._unit(F.embedding(codes, self.quantize.embedding.weight)).movedim(-1, 1)  # (B, D, H, W)
+        return self.decoder(self.post_quant_conv(z.contiguous()))  # (B, 3, h, w)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1) if self.unit_norm else rows
+
+    def _check_weights(self) -> None:
+        if self.quantize.embedding.weight.dtype != torch.float32:
+            raise ValueError(
+                f"the tokenizer's weights are {self.quantize.embedding.weight.dtype}; they must stay float32, because "
+                "codes flip in lower precision. Use .to(device) without a dtype; decode_dtype='bfloat16' speeds up "
+                "decoding."
+            )
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 arithmetic on `device`: neither autocast nor TF32, whatever the caller has switched on."""
+    convolution, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolution.fp32_precision, matmul.fp32_precision
+    convolution.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        convolution.fp32_precision, matmul.fp32_precision = before
+
+
+def best_codes(rows: Tensor, table: Tensor) -> Tensor:
+    """argmax_n <rows[m], table[n]> for every m, the first one where several are equal.
+
+    rows (M, D), table (N, D), both float32; returns (M,) int64. Between unit vectors this is the nearest code, since
+    |z - e|^2 = 2 - 2 <z, e>. At most `LOOKUP_ELEMENTS` scores exist at a time (never fewer than one row of N).
+    """
+    chunk = max(1, LOOKUP_ELEMENTS // table.shape[0])
+    columns = table.t()  # (D, N)
+    return torch.cat([(part @ columns).argmax(dim=1) for part in rows.split(chunk)])
+
+
+def load_strict(
+    build: Callable[[], T], state: Mapping[str, Tensor], official: Callable[[str], str], what: str, hint: str = ""
+) -> T:
+    """`build()` with the weights of `state`, copied to float32. `official` maps our names to those in `state`.
+
+    Raises ValueError naming every tensor that is missing, left over or of another shape.
+    """
+    with torch.device("meta"):
+        model = build()
+    wanted = {official(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
+    _compare({name: shape for name, (_, shape) in wanted.items()}, state, what, hint)
+    weights = {own: state[name].detach().to(torch.float32, copy=True) for name, (own, _) in wanted.items()}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.requires_grad_(False)
+
+
+def _compare(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor], what: str, hint: str) -> None:
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
+    if odd:
+        raise ValueError(f"this is not {what}: {_some(odd)} hold no floating-point tensor. {hint}".rstrip())
+    problems = []
+    if missing := [name for name in wanted if name not in state]:
+        problems.append(f"missing: {_some(missing)}")
+    if unexpected := [name for name in state if name not in wanted]:
+        problems.append(f"not expected: {_some(unexpected)}")
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in state and state[name].shape != shape
+    ]
+    if shapes:
+        problems.append(f"other shape: {_some(shapes)}")
+    if problems:
+        raise ValueError(f"this is not {what}. {'; '.join(problems)}. {hint}".rstrip())
+
+
+def _some(names: list[str], limit: int = 6) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def describe(weights: str | None, **settings: Any) -> dict[str, Any]:
+    """A config dict; a tokenizer that came from no file says so by leaving `weights` out."""
+    return {"weights": weights, **settings} if weights is not None else settings

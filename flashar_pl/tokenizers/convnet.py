@@ -1,0 +1,214 @@
+"""The convolutional encoder and decoder of the VQGAN family, shared by the LlamaGen VQ and the Emu3.5 IBQ tokenizers.
+
+Shapes: B images, C channels, h x w pixels, L levels, f = 2^(L-1), latents (B, Z, h/f, w/f).
+Source: Esser et al. 2021 (VQGAN); parameter names are those of LlamaGen's published VQ files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPS = 32
+EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """Sizes of an encoder or a decoder. Levels are listed from full resolution down to the latents."""
+
+    stem: int
+    """Channels after the encoder's first convolution. A decoder starts at widths[-1] and ignores it."""
+    widths: tuple[int, ...]
+    """Channels of each level; L levels mean L - 1 halvings."""
+    blocks: int
+    """Residual blocks per level."""
+    attention: tuple[bool, ...]
+    """For each level: does self-attention follow every residual block?"""
+    latent: int
+    """Channels Z between the network and the 1x1 convolution beside the quantiser."""
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != len(self.attention) or not self.widths or self.blocks < 1:
+            raise ValueError(f"{self}: expected at least one level, one attention flag for each, and one block.")
+        uneven = [c for c in (self.stem, *self.widths) if c % GROUPS]
+        if uneven:
+            raise ValueError(f"channel counts {uneven} are not multiples of the {GROUPS} groups of the normalisation.")
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent along each side, 2^(L-1)."""
+        return 2 ** (len(self.widths) - 1)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, inner, eps=EPS)
+        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
+        self.norm2 = nn.GroupNorm(GROUPS, outer, eps=EPS)
+        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, outer, h, w)
+        h = self.conv2(F.silu(self.norm2(h)))  # (B, outer, h, w)
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class SelfAttention(nn.Module):
+    """Single-head attention over all h * w positions, scaled by C^-1/2, added to its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=EPS)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h * w, C)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halves both sides: one row and column of zeros at the end, then a 3x3 convolution with stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, h / 2, w / 2)
+
+
+class Upsample(nn.Module):
+    """Doubles both sides by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by attention where asked for, then the change of size."""
+
+    def __init__(self, inner: int, width: int, blocks: int, attention: bool, resize: nn.Module | None) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(inner if i == 0 else width, width) for i in range(blocks))
+        self.attn = nn.ModuleList(SelfAttention(width) for _ in range(blocks if attention else 0))
+        self.downsample = resize if isinstance(resize, Downsample) else None
+        self.upsample = resize if isinstance(resize, Upsample) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        resize = self.downsample or self.upsample
+        return x if resize is None else resize(x)
+
+
+def _middle(channels: int) -> nn.ModuleList:
+    return nn.ModuleList([ResBlock(channels, channels), SelfAttention(channels), ResBlock(channels, channels)])
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, h, w) to latents (B, Z, h/f, w/f); `conv_blocks[l]` is level l, full resolution first."""
+
+    def __init__(self, spec: NetSpec) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, spec.stem, 3, padding=1)
+        self.conv_blocks = nn.ModuleList()
+        inner, last = spec.stem, len(spec.widths) - 1
+        for level, width in enumerate(spec.widths):
+            resize = Downsample(width) if level < last else None
+            self.conv_blocks.append(Level(inner, width, spec.blocks, spec.attention[level], resize))
+            inner = width
+        self.mid = _middle(inner)
+        self.norm_out = nn.GroupNorm(GROUPS, inner, eps=EPS)
+        self.conv_out = nn.Conv2d(inner, spec.latent, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)  # (B, stem, h, w)
+        for block in (*self.conv_blocks, *self.mid):
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, Z, h/f, w/f)
+
+
+class Decoder(nn.Module):
+    """Latents (B, Z, h/f, w/f) to pixels (B, 3, h, w); `conv_blocks[0]` is the level at the latents' resolution."""
+
+    def __init__(self, spec: NetSpec) -> None:
+        super().__init__()
+        inner = spec.widths[-1]
+        self.conv_in = nn.Conv2d(spec.latent, inner, 3, padding=1)
+        self.mid = _middle(inner)
+        self.conv_blocks = nn.ModuleList()
+        for level in reversed(range(len(spec.widths))):
+            width = spec.widths[level]
+            resize = Upsample(width) if level > 0 else None
+            self.conv_blocks.append(Level(inner, width, spec.blocks, spec.attention[level], resize))
+            inner = width
+        self.norm_out = nn.GroupNorm(GROUPS, inner, eps=EPS)
+        self.conv_out = nn.Conv2d(inner, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.conv_in(z)  # (B, widths[-1], h/f, w/f)
+        for block in (*self.mid, *self.conv_blocks):
+            z = block(z)
+        return self.conv_out(F.silu(self.norm_out(z)))  # (B, 3, h, w)
+
+
+def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
+    """The sizes of `side` ("encoder" or "decoder") from the tensors of a state dict with this module's names.
+
+    The number of levels is counted, so f = 16 and f = 8 differ by one level (four or three halvings).
+    Raises ValueError where a tensor that carries a size is missing; every other tensor is checked by the strict load.
+    """
+
+    def shape(name: str, dims: int) -> torch.Size:
+        tensor = state.get(f"{side}.{name}")
+        if tensor is None or tensor.ndim != dims:
+            got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            first = ", ".join(sorted(state)[:3]) or "nothing"
+            raise ValueError(
+                f"'{side}.{name}' is {got}; expected a LlamaGen VQ state dict (this one holds {len(state)} tensors: "
+                f"{first}, ...). Pass the content of its 'model' entry."
+            )
+        return tensor.shape
+
+    def count(pattern: str) -> int:
+        n = 0
+        while f"{side}.{pattern.format(n)}" in state:
+            n += 1
+        return n
+
+    levels = count("conv_blocks.{}.res.0.conv1.weight")
+    if levels == 0:
+        shape("conv_blocks.0.res.0.conv1.weight", 4)
+    widths = [shape(f"conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
+    attention = [f"{side}.conv_blocks.{i}.attn.0.q.weight" in state for i in range(levels)]
+    conv_in, conv_out = shape("conv_in.weight", 4), shape("conv_out.weight", 4)
+    encoder = side == "encoder"
+    if not encoder:  # stored from the latents up to full resolution
+        widths, attention = widths[::-1], attention[::-1]
+    return NetSpec(
+        stem=conv_in[0],
+        widths=tuple(widths),
+        blocks=count("conv_blocks.0.res.{}.conv1.weight"),
+        attention=tuple(attention),
+        latent=conv_out[0] if encoder else conv_in[1],
+    )

@@ -1,0 +1,181 @@
+"""Emu3.5's image tokenizer (IBQ): 131,072 codes, 16 pixels per code.
+
+Shapes: B images of h x w pixels, f pixels per code, H = h / f, W = w / f.
+Source: Shi et al. 2024 (index backpropagation quantisation); the files of BAAI/Emu3.5-VisionTokenizer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, describe, load_strict
+from flashar_pl.tokenizers.convnet import NetSpec
+from flashar_pl.tokenizers.files import read_settings, read_state_dict, require_file, unwrap
+
+ADVICE = (
+    "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "
+    "model.ckpt with config.yaml), or one of the two weight files; nothing is downloaded for you."
+)
+PAIRS = (("model.safetensors", "config.json"), ("model.ckpt", "config.yaml"))
+"""The two published formats: weights and settings."""
+
+PUBLISHED: dict[str, Any] = {
+    "codebook_size": 131072,
+    "embed_dim": 256,
+    "double_z": False,
+    "z_channels": 256,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 256,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 4,
+    "attn_resolutions": [16],
+    "dropout": 0.0,
+}
+"""The settings of the published tokenizer."""
+
+
+class IBQ(ConvTokenizer):
+    """A code is the argmax over the codebook of the dot product with the latent: no normalisation, not the nearest."""
+
+    unit_norm = False
+
+    def __init__(self, spec: TokenizerSpec, *, decode_dtype: str = "float32", weights: str | None = None) -> None:
+        super().__init__(spec, decode_dtype=decode_dtype, weights=weights)
+        self.settings: str | None = None
+
+    @classmethod
+    def from_official(
+        cls,
+        state_dict: Mapping[str, Any],
+        ddconfig: Mapping[str, Any],
+        *,
+        decode_dtype: str = "float32",
+        weights: str | None = None,
+    ) -> IBQ:
+        """Loads a state dict in the published layout, bare or under "state_dict"; weights are copied.
+
+        ddconfig: the published settings, flat (config.json) or with a "ddconfig" entry somewhere (config.yaml).
+        The codebook's size is read from its tensor. Raises ValueError where settings and tensors disagree, and for
+        any tensor that is missing, left over or of another shape.
+        """
+        state = unwrap(state_dict)
+        codebook = state.get("quantize.embedding.weight")
+        if not isinstance(codebook, Tensor) or codebook.ndim != 2:
+            raise ValueError("this is not an Emu3.5 IBQ state dict: it has no matrix 'quantize.embedding.weight'.")
+        spec = read_ibq_settings(ddconfig, codes=codebook.shape[0], dim=codebook.shape[1])
+        levels = len(spec.encoder.widths)
+        return load_strict(
+            lambda: cls(spec, decode_dtype=decode_dtype, weights=weights),
+            state,
+            lambda name: official_name(name, levels),
+            "an Emu3.5 IBQ state dict with the sizes of its settings",
+            f"Settings: {spec}.",
+        )
+
+    @classmethod
+    def from_files(
+        cls, weights: str | Path | None, *, settings: str | Path | None = None, decode_dtype: str = "float32"
+    ) -> IBQ:
+        """Loads either published format from its directory or its weights file.
+
+        settings: the file with the settings; None takes the one published beside the weights.
+        """
+        file = _weights_file(weights)
+        names = dict(PAIRS)
+        beside = file.with_name(names.get(file.name, "config.json" if file.suffix == ".safetensors" else "config.yaml"))
+        config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
+        model = cls.from_official(
+            read_state_dict(file), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
+        )
+        model.settings = None if settings is None else str(settings)
+        return model
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
+        levels = len(self.spec.encoder.widths)
+        return {official_name(name, levels): tensor.detach().clone() for name, tensor in self.state_dict().items()}
+
+    def config(self) -> dict[str, Any]:
+        settings = {} if self.settings is None else {"settings": self.settings}
+        return {"kind": "ibq", **describe(self.weights, **settings, decode_dtype=self.decode_dtype)}
+
+    def from_uint8(self, images: Tensor) -> Tensor:
+        return images.float() / 127.5 - 1
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def official_name(name: str, levels: int) -> str:
+    """The published name of one of our parameters: encoder levels are `down.l`, decoder levels `up.l`, both counted
+    from full resolution (our decoder counts from the latents), and the middle is block_1, attn_1, block_2."""
+
+    def level(match: re.Match[str]) -> str:
+        index = int(match[2])
+        return f"{match[1]}.down.{index}." if match[1] == "encoder" else f"{match[1]}.up.{levels - 1 - index}."
+
+    name = re.sub(r"^(encoder|decoder)\.conv_blocks\.(\d+)\.", level, name)
+    name = re.sub(r"^((?:encoder\.down|decoder\.up)\.\d+)\.res\.", r"\1.block.", name)
+    middle = ("block_1", "attn_1", "block_2")
+    return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)
+
+
+def read_ibq_settings(config: Mapping[str, Any], codes: int | None = None, dim: int | None = None) -> TokenizerSpec:
+    """Sizes from published settings; `codes` and `dim` come from the codebook's tensor and must agree with them.
+
+    Level l stands at resolution / 2^l and has attention where that number is in attn_resolutions. The resolution is
+    no image size: images may have any sides that are multiples of f.
+    """
+    outer, net = _find_ddconfig(config) or (config, config)
+    needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
+    if missing := [key for key in needed if key not in net]:
+        raise ValueError(f"the tokenizer's settings lack {', '.join(missing)}; they have {', '.join(map(str, net))}.")
+    for key, fixed in (("in_channels", 3), ("out_ch", 3), ("double_z", False)):
+        if net.get(key, fixed) != fixed:
+            raise ValueError(f"the tokenizer's settings have {key} = {net[key]!r}; this reader knows only {fixed}.")
+    sizes = {"codes": codes, "dim": dim}
+    for key, name in (("codebook_size", "codes"), ("n_embed", "codes"), ("embed_dim", "dim")):
+        stated = outer.get(key)
+        if stated is None:
+            continue
+        if sizes[name] not in (None, stated):
+            raise ValueError(f"the settings say {key} = {stated}, but the codebook's tensor says {sizes[name]}.")
+        sizes[name] = stated
+    if sizes["codes"] is None or sizes["dim"] is None:
+        raise ValueError("the tokenizer's settings lack codebook_size (or n_embed) and embed_dim.")
+    widths = tuple(int(net["ch"]) * int(multiplier) for multiplier in net["ch_mult"])
+    attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in range(len(widths)))
+    blocks, latent = int(net["num_res_blocks"]), int(net["z_channels"])
+    return TokenizerSpec(
+        encoder=NetSpec(int(net["ch"]), widths, blocks, attention, latent),
+        decoder=NetSpec(widths[-1], widths, blocks + 1, attention, latent),
+        codes=int(sizes["codes"]),
+        dim=int(sizes["dim"]),
+    )
+
+
+def _find_ddconfig(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first mapping, outermost first, that has a "ddconfig" entry, and that entry."""
+    if isinstance(config.get("ddconfig"), Mapping):
+        return config, config["ddconfig"]
+    for value in config.values():
+        if isinstance(value, Mapping) and (found := _find_ddconfig(value)):
+            return found
+    return None
+
+
+def _weights_file(weights: str | Path | None) -> Path:
+    if weights is not None and (directory := Path(weights).expanduser()).is_dir():
+        for name, _ in PAIRS:
+            if (directory / name).is_file():
+                return directory / name
+        raise ValueError(f"{directory} has neither {PAIRS[0][0]} nor {PAIRS[1][0]}. {ADVICE}")
+    return require_file(weights, "tokenizer weights file", ADVICE)

@@ -1,0 +1,103 @@
+"""LlamaGen's VQ tokenizers: VQ-16 and VQ-8.
+
+Shapes: B images of h x w pixels, f pixels per code, H = h / f, W = w / f.
+Source: Sun et al. 2024 (LlamaGen), section 2.1; the files vq_ds16_c2i.pt, vq_ds16_t2i.pt and vq_ds8_c2i.pt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, describe, load_strict
+from flashar_pl.tokenizers.convnet import NetSpec, read_spec
+from flashar_pl.tokenizers.files import read_state_dict, require_file, unwrap
+
+USED = "quantize.codebook_used"
+ADVICE = (
+    "Give the path of LlamaGen's vq_ds16_c2i.pt (kind vq16) or vq_ds8_c2i.pt (kind vq8), from huggingface.co/"
+    "FoundationVision/LlamaGen; nothing is downloaded for you."
+)
+
+
+def _preset(widths: tuple[int, ...]) -> TokenizerSpec:
+    attention = (False,) * (len(widths) - 1) + (True,)
+    return TokenizerSpec(
+        encoder=NetSpec(stem=128, widths=widths, blocks=2, attention=attention, latent=256),
+        decoder=NetSpec(stem=widths[-1], widths=widths, blocks=3, attention=attention, latent=256),
+        codes=16384,
+        dim=8,
+    )
+
+
+VQ_PRESETS: dict[str, TokenizerSpec] = {
+    "vq16": _preset((128, 128, 256, 256, 512)),
+    "vq8": _preset((128, 256, 256, 512)),
+}
+"""The published sizes: channel multipliers 1, 1, 2, 2, 4 (f = 16) and 1, 2, 2, 4 (f = 8) of 128 channels."""
+
+
+class VQ16(ConvTokenizer):
+    """LlamaGen's VQ tokenizer of any size; VQ-8 is the same network with one level less.
+
+    f is 2^(levels - 1), with the levels counted in the state dict: five levels are f = 16, four are f = 8.
+    Latents and code vectors are compared at unit length (the published `codebook_l2_norm`).
+    """
+
+    unit_norm = True
+
+    @classmethod
+    def from_official(
+        cls, state_dict: Mapping[str, Any], *, decode_dtype: str = "float32", weights: str | None = None
+    ) -> VQ16:
+        """Loads a state dict in the published layout, bare or under "model" / "state_dict"; weights are copied.
+
+        Every size is read from the tensors: channels, levels (hence f), blocks, attention, latents, codebook.
+        The buffer "quantize.codebook_used" may be present or not. Raises ValueError for any tensor that is missing,
+        left over or of another shape.
+        """
+        state = unwrap(state_dict)
+        used = state.get(USED)
+        codebook = state.get("quantize.embedding.weight")
+        spec = TokenizerSpec(
+            encoder=read_spec(state, "encoder"),
+            decoder=read_spec(state, "decoder"),
+            codes=codebook.shape[0] if codebook is not None else 1,
+            dim=codebook.shape[-1] if codebook is not None else 1,
+        )
+
+        def build() -> VQ16:
+            model = cls(spec, decode_dtype=decode_dtype, weights=weights)
+            if used is not None:
+                model.quantize.register_buffer("codebook_used", torch.empty(used.shape))
+            return model
+
+        return load_strict(build, state, lambda name: name, "a LlamaGen VQ state dict")
+
+    @classmethod
+    def from_file(cls, weights: str | Path | None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
+        """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
+        file = require_file(weights, "VQ weights file", ADVICE)
+        model = cls.from_official(read_state_dict(file), decode_dtype=decode_dtype, weights=str(weights))
+        for other, spec in VQ_PRESETS.items():
+            if model.spec == spec and other != kind:
+                raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")
+        return model
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
+        return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
+
+    def config(self) -> dict[str, Any]:
+        kind = "vq8" if self.downsample == 8 else "vq16"
+        return {"kind": kind, **describe(self.weights, decode_dtype=self.decode_dtype)}
+
+    def from_uint8(self, images: Tensor) -> Tensor:
+        return (images.float() / 255 - 0.5) / 0.5  # torchvision's ToTensor and Normalize(0.5, 0.5)
+
+    def to_uint8(self, images: Tensor) -> Tensor:
+        return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
