@@ -60,8 +60,8 @@ class Codebook(nn.Module):
 class ConvTokenizer(Tokenizer):
     """Encoder, 1x1 convolution, codebook, 1x1 convolution, decoder.
 
-    Encoding always runs in float32 (no autocast, no TF32): lower precision flips codes. Decoding runs in `decode_dtype`,
-    under autocast where that is bfloat16. Weights are float32 and frozen; `.to(device)` moves them.
+    Encoding always runs in float32 (no autocast, no TF32): lower precision flips codes. Decoding runs in
+    `decode_dtype`, under autocast where that is bfloat16. Weights are float32 and frozen; `.to(device)` moves them.
     """
 
     unit_norm: bool
@@ -142,7 +142,8 @@ class ConvTokenizer(Tokenizer):
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """float32 arithmetic on `device`: neither autocast nor TF32, whatever the caller has switched on."""
-    convolution, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul: Any = torch.backends.cuda.matmul
     before = convolution.fp32_precision, matmul.fp32_precision
     convolution.fp32_precision = matmul.fp32_precision = "ieee"
     try:
@@ -204,6 +205,9 @@ def _some(names: list[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def describe(weights: str | None, **settings: Any) -> dict[str, Any]:
-    """A config dict; a tokenizer that came from no file says so by leaving `weights` out."""
-    return {"weights": weights, **settings} if weights is not None else settings
+def codebook_shape(state: Mapping[str, Tensor], what: str) -> tuple[int, int]:
+    """(N, D) from the code vectors of a state dict; ValueError where there are none."""
+    table = state.get("quantize.embedding.weight")
+    if not isinstance(table, Tensor) or table.ndim != 2:
+        raise ValueError(f"this is not {what}: it has no matrix 'quantize.embedding.weight'.")
+    return table.shape[0], table.shape[1]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, describe, load_strict
+from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec
 from flashar_pl.tokenizers.files import read_settings, read_state_dict, require_file, unwrap
 
@@ -67,10 +67,7 @@ class IBQ(ConvTokenizer):
         any tensor that is missing, left over or of another shape.
         """
         state = unwrap(state_dict)
-        codebook = state.get("quantize.embedding.weight")
-        if not isinstance(codebook, Tensor) or codebook.ndim != 2:
-            raise ValueError("this is not an Emu3.5 IBQ state dict: it has no matrix 'quantize.embedding.weight'.")
-        spec = read_ibq_settings(ddconfig, codes=codebook.shape[0], dim=codebook.shape[1])
+        spec = read_ibq_settings(ddconfig, *codebook_shape(state, "an Emu3.5 IBQ state dict"))
         levels = len(spec.encoder.widths)
         return load_strict(
             lambda: cls(spec, decode_dtype=decode_dtype, weights=weights),
@@ -104,8 +101,12 @@ class IBQ(ConvTokenizer):
         return {official_name(name, levels): tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
-        settings = {} if self.settings is None else {"settings": self.settings}
-        return {"kind": "ibq", **describe(self.weights, **settings, decode_dtype=self.decode_dtype)}
+        return {
+            "kind": "ibq",
+            "weights": self.weights,
+            "settings": self.settings,
+            "decode_dtype": self.decode_dtype,
+        }
 
     def from_uint8(self, images: Tensor) -> Tensor:
         return images.float() / 127.5 - 1

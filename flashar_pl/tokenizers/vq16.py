@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, describe, load_strict
+from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, read_spec
 from flashar_pl.tokenizers.files import read_state_dict, require_file, unwrap
 
 USED = "quantize.codebook_used"
+WHAT = "a LlamaGen VQ state dict"
 ADVICE = (
     "Give the path of LlamaGen's vq_ds16_c2i.pt (kind vq16) or vq_ds8_c2i.pt (kind vq8), from huggingface.co/"
     "FoundationVision/LlamaGen; nothing is downloaded for you."
@@ -62,13 +63,8 @@ class VQ16(ConvTokenizer):
         """
         state = unwrap(state_dict)
         used = state.get(USED)
-        codebook = state.get("quantize.embedding.weight")
-        spec = TokenizerSpec(
-            encoder=read_spec(state, "encoder"),
-            decoder=read_spec(state, "decoder"),
-            codes=codebook.shape[0] if codebook is not None else 1,
-            dim=codebook.shape[-1] if codebook is not None else 1,
-        )
+        encoder, decoder = read_spec(state, "encoder"), read_spec(state, "decoder")
+        spec = TokenizerSpec(encoder, decoder, *codebook_shape(state, WHAT))
 
         def build() -> VQ16:
             model = cls(spec, decode_dtype=decode_dtype, weights=weights)
@@ -76,7 +72,7 @@ class VQ16(ConvTokenizer):
                 model.quantize.register_buffer("codebook_used", torch.empty(used.shape))
             return model
 
-        return load_strict(build, state, lambda name: name, "a LlamaGen VQ state dict")
+        return load_strict(build, state, lambda name: name, WHAT)
 
     @classmethod
     def from_file(cls, weights: str | Path | None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
@@ -94,7 +90,7 @@ class VQ16(ConvTokenizer):
 
     def config(self) -> dict[str, Any]:
         kind = "vq8" if self.downsample == 8 else "vq16"
-        return {"kind": kind, **describe(self.weights, decode_dtype=self.decode_dtype)}
+        return {"kind": kind, "weights": self.weights, "decode_dtype": self.decode_dtype}
 
     def from_uint8(self, images: Tensor) -> Tensor:
         return (images.float() / 255 - 0.5) / 0.5  # torchvision's ToTensor and Normalize(0.5, 0.5)
