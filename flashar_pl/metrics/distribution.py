@@ -47,7 +47,7 @@ def _pair(samples: Array, reference: Array, minimum: int) -> tuple[Tensor, Tenso
     x, y = as_rows(samples, "samples", minimum), as_rows(reference, "reference", minimum)
     if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"samples have {x.shape[1]} columns, reference has {y.shape[1]}: the features must be the same"
+            f"samples have {x.shape[1]} columns, reference has {y.shape[1]}: they must be the same features"
         )
     return x, y.to(x.device)
 
@@ -59,9 +59,9 @@ def frechet_distance(samples: Array, reference: Array) -> float:
     """Fréchet distance |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of samples (n, d) and reference (m, d).
 
     FID on Inception pool features, sFID on spatial features (Heusel et al., 2017, Eq. 6). Covariances are unbiased and
-    float64. The means are taken and subtracted in the dtype of the rows, as the ADM evaluator and torch-fidelity do: for float32 rows
-    with a large common offset it loses digits (3e-4 of the result in one reference vector); give float64 rows for the
-    exact value. Singular covariances (n <= d) need no special case.
+    float64. The means are taken and subtracted in the dtype of the rows, as the ADM evaluator and torch-fidelity do:
+    for float32 rows with a large common offset this loses digits (3e-4 of the result in one reference vector); give float64
+    rows for the exact value. Singular covariances (n <= d) need no special case; equal sets give exactly 0.
 
     Raises:
         ValueError: fewer than 2 rows, different numbers of columns, or values that are not finite.

@@ -1,77 +1,35 @@
-"""Feature extractors: images in, feature rows out.
+"""One door to the feature extractors: Inception for real images, a small classifier for tiny ones."""
 
-An extractor is any `nn.Module` with an integer `num_features` that maps uint8 images (B, 3, h, w) to (B, num_features).
-Subclasses of `FeatureExtractor` also give spatial features (sFID) and class logits (Inception Score) from one pass.
+from pathlib import Path
 
-Shape legend: B batch, h x w image, D pooled features, S spatial features, C classes.
-"""
+from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures, train_classifier
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, extract_features
+from flashar_pl.metrics.inception import WEIGHTS_FILE, WEIGHTS_URL, InceptionFeatures
 
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Features:
-    """What one pass over B images yields; None where the extractor has no such output."""
-
-    pool: Tensor  # (B, D) float
-    spatial: Tensor | None = None  # (B, S) float
-    logits: Tensor | None = None  # (B, C) float
+__all__ = [
+    "ClassifierFeatures",
+    "FeatureExtractor",
+    "Features",
+    "InceptionFeatures",
+    "check_images",
+    "extract_features",
+    "load_extractor",
+    "train_classifier",
+]
 
 
-class FeatureExtractor(nn.Module):
-    """Base of the extractors: `num_features` is D, `num_spatial` is S or None, `num_classes` is C or None."""
-
-    num_features: int
-    num_spatial: int | None = None
-    num_classes: int | None = None
-
-    def extract(self, images: Tensor) -> Features:
-        """Features of uint8 images (B, 3, h, w)."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """Text that changes with the weights; cached reference statistics are stored under it."""
-        raise NotImplementedError
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Pooled features (B, D) of uint8 images (B, 3, h, w)."""
-        return self.extract(images).pool
-
-
-def check_images(images: Tensor) -> Tensor:
-    """Return `images` if they are uint8 (B, 3, h, w); ValueError otherwise.
-
-    Every metric here sees 8-bit images, as the ADM evaluator does: rounding is part of the measured quantity.
-    """
-    if not torch.is_tensor(images) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
-        raise ValueError(
-            f"images must be uint8 (B, 3, h, w), got {got}; float images in [-1, 1]: "
-            "tokenizer.decode gives the rounded uint8 images"
-        )
-    return images
-
-
-def device_of(extractor: nn.Module) -> torch.device:
-    """Device of the extractor's first parameter or buffer; CPU where it has none."""
-    for tensor in (*extractor.parameters(), *extractor.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-@torch.no_grad()
-def extract_features(extractor: nn.Module, images: Tensor) -> Features:
-    """Checked, gradient-free features of uint8 images (B, 3, h, w) from any extractor.
+def load_extractor(path: Path | str) -> FeatureExtractor:
+    """The extractor stored at `path`: a directory made by ClassifierFeatures.save, or torch-fidelity's weight file.
 
     Raises:
-        ValueError: images are not uint8 (B, 3, h, w), or the extractor's rows do not have its `num_features` columns.
+        ValueError: nothing usable there; the message says what was looked for.
     """
-    images = check_images(images).to(device_of(extractor))
-    features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
-    expected = (len(images), int(extractor.num_features))  # type: ignore[arg-type]
-    if tuple(features.pool.shape) != expected:
-        raise ValueError(f"the extractor gave features of shape {tuple(features.pool.shape)}, expected {expected}")
-    return features
+    given = Path(path).expanduser()
+    if given.is_dir():
+        return ClassifierFeatures.load(given)
+    if given.is_file():
+        return InceptionFeatures(given)
+    raise ValueError(
+        f"no feature extractor at {given}: expected a directory with {CONFIG_FILE} (a trained classifier) or the file "
+        f"{WEIGHTS_FILE} ({WEIGHTS_URL})"
+    )

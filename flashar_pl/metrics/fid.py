@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from flashar_pl.metrics.distribution import check_moments, frechet_distance_from_moments
-from flashar_pl.metrics.features import extract_features
+from flashar_pl.metrics.extractor import extract_features
 
 
 class _Columns(nn.Module):
@@ -25,8 +25,8 @@ class _Columns(nn.Module):
 class FrechetDistance(FrechetInceptionDistance):
     """torchmetrics' FID that also takes feature rows and stored reference moments.
 
-    Sums are float64 whatever the features are, and stay so under .half() or set_dtype. The extractor is kept outside the
-    module tree: a LightningModule that owns this metric neither trains, wraps nor saves it. Its device follows the metric.
+    Sums are float64 whatever the features are, and stay so under .half() or set_dtype. The extractor is kept outside
+    the module tree (a LightningModule that owns this metric neither trains, wraps nor saves it) and follows its device.
 
     Args:
         feature: an extractor (uint8 images (B, 3, h, w) -> (B, D), integer attribute `num_features`), or the number D
@@ -64,9 +64,7 @@ class FrechetDistance(FrechetInceptionDistance):
                 although reference moments are set.
         """
         if real and self._reference is not None:
-            raise ValueError(
-                "reference moments are set: real images would mix with them (clear_reference() drops them)"
-            )
+            raise ValueError("reference moments are set, real rows would mix with them: call clear_reference() first")
         rows = self._rows(imgs)
         if valid is not None:
             rows = rows[valid.to(rows.device)]

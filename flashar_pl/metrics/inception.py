@@ -1,7 +1,7 @@
 """The Inception network of FID (2015 TensorFlow weights), through torch-fidelity's one model file.
 
-torch-fidelity's package imports torchvision, which a CPU build of torch cannot load. Its Inception file needs only torch,
-so that file alone is imported, inside an empty shell of the package.
+torch-fidelity's package imports torchvision, which a CPU build of torch cannot load. Its Inception file needs only
+torch, so that file alone is imported, inside an empty shell of the package.
 
 Shape legend: B batch, D = 2048 pooled features, S = 17 * 17 * 7 = 2023 spatial features, C = 1008 classes.
 """
@@ -17,7 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.metrics.features import FeatureExtractor, Features, check_images
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -76,9 +76,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 def build_network(state: dict[str, Tensor]) -> nn.Module:
     """torch-fidelity's FeatureExtractorInceptionV3 with outputs 2048 and logits_unbiased, holding `state`.
 
-    Its constructor reads weights either with weights_only=False or over the network. Both are avoided: without a path it
-    asks one function of its module for a state dict, and that function, in this private copy of the module, hands over
-    the one given here.
+    Its constructor reads weights either with weights_only=False or over the network. Both are avoided: without a path
+    it asks one function of its module for a state dict, and that function, in this private copy of the module, hands
+    over the one given here.
     """
     module = load_fidelity_module()
     module.load_state_dict_from_url = lambda url, progress=False: state  # type: ignore[attr-defined]
@@ -91,7 +91,7 @@ def build_network(state: dict[str, Tensor]) -> nn.Module:
 class InceptionFeatures(FeatureExtractor):
     """Pool (B, 2048), spatial (B, 2023) and bias-free logits (B, 1008) of the 2015 Inception network, in float32.
 
-    The spatial features are the ADM evaluator's `mixed_6/conv:0`, first 7 channels, flattened as rows, columns, channels.
+    The spatial features are the ADM evaluator's `mixed_6/conv:0`, first 7 channels, flattened row, column, channel.
     In the TensorFlow graph mixed, mixed_1 ... mixed_10 are Mixed_5b, 5c, 5d, 6a ... 6e, 7a ... 7c, and torch-fidelity's
     weight converter maps `mixed_6/conv/conv2d_params` to `Mixed_6d.branch1x1.conv`: the layer is certain. Inside that
     scope the graph's last operation carries the scope's own name, after Conv2D, batchnorm, CheckNumerics and

@@ -1,0 +1,172 @@
+"""A small classifier for tiny images: demo features for FID, and the class accuracy of samples.
+
+Shape legend: n images or B batch, h x w image, D features, C classes.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of
+
+CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
+KIND = "classifier"
+SMALLEST_IMAGE = 4  # two convolutions, one 2 x 2 pooling, and something left to flatten
+
+
+class ClassifierFeatures(FeatureExtractor):
+    """Three convolutions, a hidden layer of D units (the features) and a linear layer of C logits.
+
+    Args:
+        image_size: (h, w) of the images, at least 4 x 4.
+        num_classes: C.
+        num_features: D.
+    """
+
+    def __init__(self, image_size: tuple[int, int], num_classes: int, num_features: int = 32) -> None:
+        super().__init__()
+        height, width = image_size
+        if min(height, width) < SMALLEST_IMAGE or num_classes < 2 or num_features < 1:
+            raise ValueError(
+                f"images of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE}, 2 classes and 1 feature are needed, "
+                f"got {image_size}, {num_classes}, {num_features}"
+            )
+        self.image_size = (int(height), int(width))
+        self.num_classes, self.num_features = int(num_classes), int(num_features)
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.hidden = nn.Linear(32 * (height // 2) * (width // 2), num_features)
+        self.head = nn.Linear(num_features, num_classes)
+
+    def config(self) -> dict[str, object]:
+        """Plain settings that rebuild the network."""
+        return {
+            "kind": KIND,
+            "image_size": list(self.image_size),
+            "num_classes": self.num_classes,
+            "num_features": self.num_features,
+        }
+
+    def extract(self, images: Tensor) -> Features:
+        """Features (B, D) after the ReLU and logits (B, C) of uint8 images (B, 3, h, w)."""
+        if tuple(check_images(images).shape[2:]) != self.image_size:
+            raise ValueError(f"the classifier was made for {self.image_size} images, got {tuple(images.shape[2:])}")
+        x = self.convolutions(images.to(self.hidden.weight.dtype) / 127.5 - 1)  # (B, 32, h/2, w/2)
+        features = F.relu(self.hidden(x.flatten(1)))  # (B, D)
+        return Features(features, None, self.head(features))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, batch_size: int = 512) -> Tensor:
+        """Most likely class ids (n,) int64 of uint8 images (n, 3, h, w)."""
+        device = device_of(self)
+        ids = [self.extract(part.to(device)).logits for part in check_images(images).split(batch_size)]
+        return torch.cat([logits.argmax(dim=1) for logits in ids if logits is not None])
+
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """Share of uint8 images (n, 3, h, w) whose predicted class equals labels (n,)."""
+        if len(images) == 0 or tuple(labels.shape) != (len(images),):
+            raise ValueError(f"one label per image, got {len(images)} images and labels {tuple(labels.shape)}")
+        predicted = self.predict(images)
+        return float((predicted == labels.to(predicted.device)).double().mean())
+
+    def fingerprint(self) -> str:
+        """Hash of the weights."""
+        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().numpy().tobytes())
+        return "classifier-" + digest.hexdigest()[:16]
+
+    def save(self, directory: Path | str) -> Path:
+        """Write classifier.safetensors and classifier.json to a directory, made if missing; nothing is overwritten."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if (folder / name).exists():
+                raise ValueError(f"{folder / name} exists: choose another directory or remove the file")
+        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+        save_file(state, temporary)
+        os.replace(temporary, folder / WEIGHTS_FILE)
+        temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.config(), indent=1) + "\n")
+        os.replace(temporary, folder / CONFIG_FILE)
+        return folder
+
+    @classmethod
+    def load(cls, directory: Path | str) -> "ClassifierFeatures":
+        """Read what `save` wrote. ValueError where a file is missing or does not fit."""
+        folder = Path(directory)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"no classifier in {folder}: {name} is missing; ClassifierFeatures.save makes it")
+        try:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            if config.pop("kind", None) != KIND:
+                raise ValueError(f"{folder / CONFIG_FILE} does not describe a classifier")
+            height, width = config.pop("image_size")
+            model = cls((height, width), **config)
+            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+        except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"the classifier in {folder} cannot be read: {str(error)[:400]}") from error
+        return model.requires_grad_(False).eval()
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    num_features: int = 32,
+    epochs: int = 20,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+) -> ClassifierFeatures:
+    """Train a classifier on uint8 images (n, 3, h, w) and labels (n,) int64; on the CPU, the same for the same seed.
+
+    AdamW with a one-cycle cosine learning rate; the caller's random state is untouched.
+
+    Raises:
+        ValueError: images are not uint8 (n, 3, h, w), labels do not match or are negative, fewer than 2 classes.
+    """
+    images, labels = check_images(images).cpu(), torch.as_tensor(labels).cpu()
+    if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64 or len(images) < 2:
+        raise ValueError(f"labels must be int64 of shape ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
+    if int(labels.min()) < 0:
+        raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    if int(labels.max()) >= classes:
+        raise ValueError(f"label {int(labels.max())} is outside the {classes} classes 0..{classes - 1}")
+    order = np.random.RandomState(seed)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(seed)
+        height, width = images.shape[2:]
+        model = ClassifierFeatures((height, width), classes, num_features)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+        steps = epochs * -(-len(images) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps)
+        for _ in range(epochs):
+            for part in torch.as_tensor(order.permutation(len(images))).split(batch_size):
+                logits = model.extract(images[part]).logits  # (B, C)
+                assert logits is not None
+                optimiser.zero_grad(set_to_none=True)
+                F.cross_entropy(logits, labels[part]).backward()
+                optimiser.step()
+                schedule.step()
+    return model.requires_grad_(False).eval()
