@@ -109,13 +109,45 @@ class Cursor:
         return self.batches - self.position
 
 
-class TrainingLoader:
+class Loader:
+    """Hands out batches read by worker processes that live as long as the loader.
+
+    It is no torch `DataLoader`, so a Trainer does not replace its sampler: the data is cut over ranks already.
+    """
+
+    def __init__(self, batches: Dataset, sampler: Any, num_workers: int) -> None:
+        self._loader = DataLoader(
+            batches,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=_as_is,
+            persistent_workers=num_workers > 0,
+            # Its own generator: else each pass draws from the global one, and a resumed run would see other dropout.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def _iterator(self) -> Any:
+        """The running workers. A Trainer looks for this name to stop them, after an exception too."""
+        return self._loader._iterator
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+
+    def close(self) -> None:
+        """Stop the workers. Left to the garbage collector, each may take five seconds."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
+
+
+class TrainingLoader(Loader):
     """Training batches with a place that is saved and restored exactly.
 
     One pass of the iterator is the rest of an epoch; the next pass is the next epoch, unless `sampler.set_epoch`
     chose another. The state counts batches handed out, never those prefetched by workers.
-
-    It is no torch `DataLoader`, so a Trainer does not replace its sampler: it cuts the data over ranks itself.
 
     Args:
         batches: what to load.
@@ -131,7 +163,7 @@ class TrainingLoader:
         self.batches = batches
         self.sampler = Cursor(len(batches))
         self._processed = processed
-        self._loader = _loader(batches, self.sampler, num_workers)
+        super().__init__(batches, self.sampler, num_workers)
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the cursor stands."""
@@ -179,32 +211,19 @@ class TrainingLoader:
         }
 
 
-class EvaluationLoader:
-    """Evaluation batches, the same ones in every pass. Like `TrainingLoader`, no torch `DataLoader`."""
+class EvaluationLoader(Loader):
+    """Evaluation batches, the same ones in every pass."""
 
     def __init__(self, batches: EvaluationBatches, num_workers: int = 0) -> None:
         check_cut(batches.order.batch_size, batches.ranks)
         self.batches = batches
-        self._loader = _loader(batches, range(len(batches)), num_workers)
+        super().__init__(batches, range(len(batches)), num_workers)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         yield from self._loader
-
-
-def _loader(batches: Dataset, sampler: Any, num_workers: int) -> DataLoader:
-    return DataLoader(
-        batches,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        persistent_workers=num_workers > 0,
-        # Its own generator: otherwise each pass draws from the global one, and a resumed run would see other dropout.
-        generator=torch.Generator(),
-    )
 
 
 def _as_is(batch: Any) -> Any:

@@ -1,0 +1,224 @@
+"""Loaders: real workers, exact places, no trace in the global random state."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
+
+from flashar_pl.backbones.base import Batch, TextFeatures
+from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, Loader, TrainingBatches, TrainingLoader
+from flashar_pl.data.order import EvaluationOrder, TrainingOrder
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
+
+BATCH = 12
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Manifest:
+    return write_classes(tmp_path_factory.mktemp("data") / "toy", crops=3)
+
+
+@pytest.fixture(autouse=True)
+def close_loaders(monkeypatch):
+    """Stop the workers of every loader a test made."""
+    made: list[Loader] = []
+    init = Loader.__init__
+    monkeypatch.setattr(Loader, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
+    yield
+    for loader in made:
+        loader.close()
+
+
+def training(manifest: Manifest, rank: int = 0, ranks: int = 1, seed: int = 0, **kwargs) -> TrainingBatches:
+    order = TrainingOrder(manifest.block_sizes("train"), BATCH, seed, 4)
+    return TrainingBatches(ShardReader(manifest, "train"), order, rank, ranks, **kwargs)
+
+
+def rows(batch: Batch) -> list[tuple[int, int]]:
+    """(sample, crop) of each row, read back from the codes and compared with the condition."""
+    index = batch.index.numpy()
+    crop = [
+        next(k for k in range(3) if np.array_equal(codes.numpy(), sample_codes(np.array([i]), 3)[0, k]))
+        for codes, i in zip(batch.codes, index, strict=True)
+    ]
+    assert batch.codes.dtype == batch.condition.dtype == batch.index.dtype == torch.int64
+    assert batch.condition.tolist() == (index % 5).tolist()
+    return list(zip(index.tolist(), crop, strict=True))
+
+
+def epoch_rows(loader: TrainingLoader) -> list[list[tuple[int, int]]]:
+    return [rows(batch) for batch in loader]
+
+
+def test_an_epoch_shows_each_sample_at_most_once_and_epochs_differ(toy: Manifest) -> None:
+    loader = TrainingLoader(training(toy))
+    first, second = epoch_rows(loader), epoch_rows(loader)
+    assert len(first) == len(second) == len(loader) == 107 // BATCH
+    for epoch in (first, second):
+        seen = [i for batch in epoch for i, _ in batch]
+        assert len(set(seen)) == len(seen) == 96
+    assert first != second
+    assert {crop for batch in first for _, crop in batch} == {0, 1, 2}
+    crops = [dict(row for batch in epoch for row in batch) for epoch in (first, second)]
+    shared = crops[0].keys() & crops[1].keys()
+    assert 0.1 < np.mean([crops[0][i] == crops[1][i] for i in shared]) < 0.6, "a new crop each epoch"
+
+
+def test_two_workers_give_what_none_gives_and_ranks_add_up(toy: Manifest) -> None:
+    alone = TrainingLoader(training(toy))
+    ranks = [TrainingLoader(training(toy, rank, 2), num_workers=2) for rank in range(2)]
+    for _ in range(2):
+        expected = epoch_rows(alone)
+        parts = [epoch_rows(loader) for loader in ranks]
+        assert [a + b for a, b in zip(*parts, strict=True)] == expected
+
+
+@pytest.mark.parametrize("stops", [(3, 2, 3), (1, 8, 4), (8, 1, 9)])
+def test_resume_on_other_ranks_and_workers_is_exact(toy: Manifest, stops: tuple[int, ...]) -> None:
+    """2 ranks x 2 workers -> 1 x 0 -> 2 x 1, stopped in the middle of epochs, equals the uninterrupted run."""
+    plain = TrainingLoader(training(toy))
+    expected = [batch for _ in range(3) for batch in epoch_rows(plain)]
+    seen, state = [], None
+    for count, (ranks, workers) in zip(stops, [(2, 2), (1, 0), (2, 1)], strict=True):
+        loaders = [TrainingLoader(training(toy, rank, ranks), workers) for rank in range(ranks)]
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+        taken: list[list] = [[] for _ in loaders]
+        for part, loader in zip(taken, loaders, strict=True):
+            while len(part) < count:
+                for batch in loader:
+                    part.append(rows(batch))
+                    if len(part) == count:
+                        break
+        seen += [[row for part in parts for row in part] for parts in zip(*taken, strict=True)]
+        states = [loader.state_dict() for loader in loaders]
+        assert all(s == states[0] for s in states), "the state is the same on every rank"
+        state = pickle.loads(pickle.dumps(states[0]))
+    assert seen == expected[: sum(stops)]
+
+
+def test_state_counts_batches_handed_out_not_prefetched(toy: Manifest) -> None:
+    loader = TrainingLoader(training(toy), num_workers=2)
+    iterator = iter(loader)
+    next(iterator)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["position"]) == (0, 1)
+
+
+def test_state_never_runs_ahead_of_training(toy: Manifest) -> None:
+    """Guards a checkpoint written when a step fails: its batch must come again."""
+    done = 0
+    loader = TrainingLoader(training(toy), processed=lambda: done)
+    iterator = iter(loader)
+    next(iterator)
+    assert loader.state_dict()["position"] == 0
+    done = 1
+    next(iterator)
+    assert loader.state_dict()["position"] == 1
+
+
+def test_trainer_protocol(toy: Manifest) -> None:
+    """iter() before load_state_dict and set_epoch, as the Trainer calls them; set_epoch restarts another epoch only."""
+    reference = TrainingLoader(training(toy))
+    reference.sampler.set_epoch(4)
+    expected = epoch_rows(reference)
+    loader = TrainingLoader(training(toy))
+    iter(loader)
+    loader.load_state_dict(loader.state_dict() | {"epoch": 4, "position": 5})
+    iterator = iter(loader)
+    loader.sampler.set_epoch(4)
+    assert len(loader) == 8
+    assert [rows(batch) for batch in iterator] == expected[5:]
+    loader.sampler.set_epoch(4)
+    assert len(epoch_rows(loader)) == 8, "a finished epoch is followed by the next"
+    assert loader.sampler.epoch == 5
+    loader.sampler.set_epoch(4)
+    assert epoch_rows(loader) == expected
+
+
+def test_without_reshuffling_every_epoch_is_the_same(toy: Manifest) -> None:
+    loader = TrainingLoader(training(toy, reshuffle=False))
+    assert epoch_rows(loader) == epoch_rows(loader)
+
+
+def test_resuming_another_order_in_mid_epoch_is_an_error(toy: Manifest) -> None:
+    loader = TrainingLoader(training(toy))
+    next(iter(loader))
+    state = loader.state_dict()
+    other = TrainingLoader(training(toy, seed=9))
+    with pytest.raises(ValueError, match="batch 1 of epoch 0 of an order with seed=0; this run has seed=9"):
+        other.load_state_dict(state)
+    other.load_state_dict(state | {"epoch": 1, "position": 0})
+    assert other.sampler.epoch == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_leaves_the_global_random_state_alone(toy: Manifest, workers: int) -> None:
+    """Guards exact resume with dropout: a pass of a plain DataLoader draws from the global generator."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    list(TrainingLoader(training(toy), workers))
+    order = EvaluationOrder(23, 8)
+    list(EvaluationLoader(EvaluationBatches(ShardReader(toy, "validation"), order), workers))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2)])
+def test_evaluation_shows_each_sample_once_and_marks_the_rest(toy: Manifest, ranks: int, workers: int) -> None:
+    seen = []
+    for rank in range(ranks):
+        batches = EvaluationBatches(ShardReader(toy, "validation"), EvaluationOrder(23, 8), rank, ranks)
+        loader = EvaluationLoader(batches, workers)
+        for _ in range(2):
+            got = list(loader)
+            assert len(got) == len(loader) == 3
+            assert [len(batch) for batch in got] == [8 // ranks] * 3
+        for batch in got:
+            seen += [row for row, valid in zip(rows(batch), batch.valid.tolist(), strict=True) if valid]
+    assert sorted(seen) == [(i, 0) for i in range(23)], "every sample once, first crop"
+
+
+def test_uneven_cut_is_an_error(toy: Manifest) -> None:
+    with pytest.raises(ValueError, match=r"batch_size=12 is the global batch .* over 5 devices"):
+        TrainingLoader(training(toy, 0, 5))
+    with pytest.raises(ValueError, match="over 3 devices"):
+        EvaluationLoader(EvaluationBatches(ShardReader(toy, "test"), EvaluationOrder(31, 8), 0, 3))
+
+
+def test_text_conditions(tmp_path: Path) -> None:
+    codes, ids = sample_codes(np.arange(6)), range(6)
+    common = {"name": "t", "tokenizer": {}, "grid": GRID, "vocabulary": VOCABULARY}
+    with ShardWriter(tmp_path / "a", condition=ConditionSpec("text"), **common) as writer:
+        writer.write("test", codes, ids=ids, texts=["x" * (i + 1) for i in range(6)])
+    reader = ShardReader(writer.manifest, "test")
+    batches = EvaluationBatches(reader, EvaluationOrder(6, 4), text_encoder=lambda s: torch.arange(len(s)))
+    assert [len(t) for t in batches[1].condition] == [5, 6, 6, 6]
+
+    spec = ConditionSpec("text-features", length=3, width=2)
+    with ShardWriter(tmp_path / "b", condition=spec, **common) as writer:
+        writer.write("test", codes, ids=ids, features=[np.ones((1 + i % 3, 2), np.float32) for i in range(6)])
+    batch = EvaluationBatches(ShardReader(writer.manifest, "test"), EvaluationOrder(6, 3))[0]
+    assert isinstance(batch.condition, TextFeatures)
+    assert batch.condition.mask.tolist() == [[False, False, True], [False, True, True], [True, True, True]]
+    assert batch.condition.features.dtype == torch.float32
+
+
+def test_close_stops_the_workers_at_once(toy: Manifest) -> None:
+    """Guards against workers that hold up the end of a run for five seconds each."""
+    loader = TrainingLoader(training(toy), num_workers=2)
+    next(iter(loader))
+    workers = loader._iterator._workers
+    assert all(worker.is_alive() for worker in workers)
+    start = time.monotonic()
+    loader.close()
+    assert time.monotonic() - start < 3
+    assert not any(worker.is_alive() for worker in workers)
+    loader.close()
+    assert len(list(loader)) == 7, "a closed loader starts again where it stands"

@@ -1,0 +1,381 @@
+"""Shards: what is written is read back, stays an ordinary WebDataset, and damage is noticed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
+
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, check_matches, code_dtype, verify
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Manifest:
+    return write_classes(tmp_path / "toy", crops=2)
+
+
+def writer_for(out: Path, condition: ConditionSpec, **kwargs) -> ShardWriter:
+    return ShardWriter(
+        out, name="toy", tokenizer={}, grid=GRID, vocabulary=VOCABULARY, condition=condition, block=4, **kwargs
+    )
+
+
+def test_any_samples_in_any_order(toy: Manifest) -> None:
+    reader = ShardReader(toy, "train")
+    assert len(reader) == toy.samples("train") == 107
+    assert [len(s.records) for s in toy.shards("train")] == [3, 3, 3, 2]
+    assert toy.block_sizes("train").tolist() == [10] * 10 + [7]
+    where = np.random.default_rng(0).permutation(107)
+    crops = where % 2
+    got = reader.read(where, crops)
+    np.testing.assert_array_equal(got.codes, sample_codes(where, 2)[np.arange(107), crops])
+    np.testing.assert_array_equal(got.ids, where)
+    np.testing.assert_array_equal(got.labels, where % 5)
+    assert got.codes.dtype == got.labels.dtype == np.int64
+    np.testing.assert_array_equal(reader.read(where[:3]).codes, sample_codes(where[:3], 2)[:, 0])
+    np.testing.assert_array_equal(reader.labels(), np.arange(107) % 5)
+
+
+def test_open_files_and_remembered_records_are_bounded(toy: Manifest, monkeypatch) -> None:
+    monkeypatch.setattr("flashar_pl.data.reader.OPEN_SHARDS", 2)
+    monkeypatch.setattr("flashar_pl.data.reader.KNOWN_RECORDS", 3)
+    reader = ShardReader(toy, "train")
+    for i in [0, 40, 80, 106, 0, 50]:
+        assert reader.read(np.array([i])).ids.tolist() == [i]
+    assert len(reader._maps) == 2
+    assert len(reader._parsed) == 3
+
+
+def test_reader_travels_to_a_worker(toy: Manifest) -> None:
+    """Guards spawn and forkserver workers: maps and file handles do not pickle."""
+    reader = ShardReader(toy, "validation")
+    reader.read(np.array([1]))
+    copy = pickle.loads(pickle.dumps(reader))
+    np.testing.assert_array_equal(copy.read(np.array([3])).codes, reader.read(np.array([3])).codes)
+
+
+def test_webdataset_reads_our_tars(toy: Manifest) -> None:
+    urls = [str(Path(toy.root) / s.path) for s in toy.shards("train")]
+    records = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+    assert len({r["__key__"] for r in records}) == len(records) == 11
+    codes = np.concatenate([r["codes.npy"] for r in records])
+    assert codes.dtype == np.uint16
+    np.testing.assert_array_equal(codes, sample_codes(np.arange(107), 2))
+    np.testing.assert_array_equal(np.concatenate([r["labels.npy"] for r in records]), np.arange(107) % 5)
+    np.testing.assert_array_equal(np.concatenate([r["ids.npy"] for r in records]), np.arange(107))
+
+
+def test_smallest_type() -> None:
+    sizes = {17: "uint8", 256: "uint8", 257: "uint16", 16384: "uint16", 65536: "uint16", 131072: "uint32"}
+    assert {v: code_dtype(v).name for v in sizes} == sizes
+
+
+def test_equal_data_gives_equal_files(tmp_path: Path) -> None:
+    """Guards the hashes against times and names in the tar."""
+    one, two = write_classes(tmp_path / "one"), write_classes(tmp_path / "two")
+    assert one.splits == two.splits
+    assert one.fingerprint("train") == two.fingerprint("train") != one.fingerprint("validation")
+
+
+def test_manifest_round_trip(toy: Manifest) -> None:
+    assert Manifest.load(toy.root) == Manifest.load(Path(toy.root) / "manifest.json") == toy
+    data = json.loads((Path(toy.root) / "manifest.json").read_text())
+    assert {k: data[k] for k in ("format", "name", "grid", "vocabulary", "condition", "crops")} == {
+        "format": 1,
+        "name": "toy",
+        "grid": list(GRID),
+        "vocabulary": VOCABULARY,
+        "condition": {"kind": "class", "num_classes": 5},
+        "crops": 2,
+    }
+    record = data["splits"]["train"][0]["records"][0]
+    offset, size = record["members"]["codes.npy"]
+    tar = (Path(toy.root) / "train-000000.tar").read_bytes()
+    assert record["samples"] == 10
+    assert tar[offset : offset + 6] == b"\x93NUMPY"
+    assert size == 128 + 10 * 2 * 12 * 2
+    assert not list(Path(toy.root).glob(".*"))
+
+
+def test_captions(tmp_path: Path) -> None:
+    texts = [f"une tasse n\u00b0 {i}" for i in range(10)]
+    with writer_for(tmp_path / "t", ConditionSpec("text")) as writer:
+        writer.write("train", sample_codes(np.arange(10)), ids=range(10), texts=texts)
+    verify(tmp_path / "t")
+    got = ShardReader(writer.manifest, "train").read(np.array([9, 0, 5]))
+    assert got.texts == [texts[9], texts[0], texts[5]]
+    assert got.labels is None
+
+
+def test_text_features_are_left_padded(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.normal(size=(1 + i % 4, 6)).astype(np.float16) for i in range(10)]
+    with writer_for(tmp_path / "t", ConditionSpec("text-features", length=5, width=6)) as writer:
+        writer.write("train", sample_codes(np.arange(10)), ids=range(10), features=rows)
+    verify(tmp_path / "t")
+    got = ShardReader(writer.manifest, "train").read(np.arange(10)[::-1])
+    assert got.features.shape == (10, 5, 6)
+    assert got.features.dtype == np.float32
+    for i, (features, mask) in enumerate(zip(got.features, got.mask, strict=True)):
+        row = rows[9 - i]
+        assert mask.tolist() == [False] * (5 - len(row)) + [True] * len(row)
+        np.testing.assert_array_equal(features[mask], row.astype(np.float32))
+        assert not features[~mask].any()
+
+
+CLASS = ConditionSpec("class", num_classes=5)
+CODES = sample_codes(np.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"codes": CODES + VOCABULARY}, "vocabulary of 300 allows 0 .. 299"),
+        ({"codes": CODES - 50}, "codes range over -50"),
+        ({"codes": CODES[..., :3]}, r"shape \(2, 1, 3, 3\)"),
+        ({"codes": CODES.astype(float)}, "float64"),
+        ({"labels": [0, 5]}, "labels range over 0 .. 5; expected 0 .. 4"),
+        ({"labels": [0, -1]}, "labels range over -1"),
+        ({"labels": [0, 1, 2]}, r"labels have shape \(3,\)"),
+        ({"labels": None}, "takes labels= and nothing else; given: none"),
+        ({"texts": ["a", "b"]}, "given: labels, texts"),
+        ({"ids": [1]}, r"ids have shape \(1,\)"),
+        ({"ids": [-1, 0]}, "ids range over -1"),
+        ({"split": "dev"}, "Split 'dev'; expected one of train, validation, test"),
+    ],
+)
+def test_bad_samples_are_refused_when_written(tmp_path: Path, kwargs: dict, message: str) -> None:
+    good = {"split": "train", "codes": CODES, "ids": [0, 1], "labels": [0, 1]}
+    with pytest.raises(ValueError, match=message), writer_for(tmp_path / "t", CLASS) as writer:
+        writer.write(**(good | kwargs))
+    assert list(tmp_path.iterdir()) == [], "an error leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("condition", "kwargs", "message"),
+    [
+        (ConditionSpec("text"), {"texts": ["a"]}, "1 texts for 2 samples"),
+        (ConditionSpec("text"), {"texts": ["a", 3]}, "type str"),
+        (ConditionSpec("text-features", length=2, width=3), {"features": [np.ones((1, 3))] * 2}, "float64"),
+        (
+            ConditionSpec("text-features", length=2, width=3),
+            {"features": [np.ones((3, 3), np.float32)] * 2},
+            r"shape \(3, 3\); expected \(1 .. 2, 3\)",
+        ),
+    ],
+)
+def test_bad_texts_are_refused_when_written(tmp_path: Path, condition, kwargs: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message), writer_for(tmp_path / "t", condition) as writer:
+        writer.write("train", CODES, ids=[0, 1], **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ConditionSpec("klass"), "expected one of class, text, text-features"),
+        (lambda: ConditionSpec("class"), "num_classes of condition kind 'class' is None"),
+        (lambda: ConditionSpec("text", num_classes=3), "has no meaning"),
+        (lambda: Manifest("x", {}, (0, 4), 3, CLASS, 1, {}), "grid height is 0"),
+        (lambda: Manifest("x", {}, (4, 4), 0, CLASS, 1, {}), "vocabulary is 0"),
+        (lambda: writer_for(Path("nowhere"), CLASS, shard_blocks=0), "shard_blocks=0"),
+    ],
+)
+def test_bad_descriptions(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_writer_never_overwrites(tmp_path: Path) -> None:
+    write_classes(tmp_path / "t")
+    before = (tmp_path / "t" / "manifest.json").read_bytes()
+    with pytest.raises(ValueError, match="exists; nothing was written"):
+        write_classes(tmp_path / "t")
+    assert (tmp_path / "t" / "manifest.json").read_bytes() == before
+
+    writer = writer_for(tmp_path / "u", CLASS)
+    writer.write("train", CODES, ids=[0, 1], labels=[0, 1])
+    (tmp_path / "u").mkdir()
+    with pytest.raises(ValueError, match="appeared meanwhile; the finished shards are left at"):
+        writer.close()
+    assert (writer.partial / "manifest.json").exists()
+
+
+def test_an_interrupted_or_empty_writer_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with writer_for(tmp_path / "t", CLASS) as writer:
+            for i in range(9):
+                writer.write("train", CODES, ids=[i, i + 1], labels=[0, 1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(ValueError, match="No sample was written"), writer_for(tmp_path / "t", CLASS):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"looked for .*nothing/manifest.json.*flashar tokenize digits --out .*nothing"
+    ):
+        Manifest.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format=2), "format 2; this version of flashar-pl reads format 1"),
+        (lambda d: d.pop("grid"), "lacks the field 'grid'"),
+        (lambda d: d.update(vocabulary="many"), "vocabulary is 'many'"),
+        (lambda d: d["condition"].update(colour=1), "wrong field: .*colour"),
+        (lambda d: d["splits"]["train"][0].update(path="../x.tar"), "leaves the directory"),
+        (lambda d: d["splits"]["train"][0].update(samples=3), "3 samples do not agree"),
+        (lambda d: d.update(splits=None), "wrong field"),
+    ],
+)
+def test_damaged_manifest(toy: Manifest, change, message: str) -> None:
+    path = Path(toy.root) / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message):
+        Manifest.load(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        Manifest.load(path)
+
+
+def damage(manifest: Manifest, member: str, at: int, value: bytes) -> None:
+    """Overwrite bytes of a member of the first training record."""
+    shard = manifest.shards("train")[0]
+    path = Path(manifest.root) / shard.path
+    data = bytearray(path.read_bytes())
+    start = shard.records[0].members[member][0] + at
+    data[start : start + len(value)] = value
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("member", ["codes.npy", "labels.npy"])
+@pytest.mark.parametrize("at", [0, 10, 40, 60])
+def test_damaged_npy_is_an_error_with_the_file_name(toy: Manifest, member: str, at: int) -> None:
+    """Guards against reading noise: any byte of the header, magic or shape."""
+    damage(toy, member, at, b"\xff\x00(")
+    with pytest.raises(ValueError, match=rf"(Damaged )?{member} .*train-000000.tar"):
+        ShardReader(toy, "train").read(np.array([0]))
+
+
+def test_damaged_payload_outside_the_vocabulary(toy: Manifest) -> None:
+    damage(toy, "codes.npy", 128, b"\xff\xff")
+    with pytest.raises(ValueError, match="holds the code 65535, outside the vocabulary of 300"):
+        ShardReader(toy, "train").read(np.array([30, 0]))
+
+
+def test_damaged_captions(tmp_path: Path) -> None:
+    with writer_for(tmp_path / "t", ConditionSpec("text")) as writer:
+        writer.write("train", CODES, ids=[0, 1], texts=["a", "b"])
+    damage(writer.manifest, "texts.json", 0, b"{")
+    with pytest.raises(ValueError, match=r"Damaged texts\.json"):
+        ShardReader(writer.manifest, "train").read(np.array([0]))
+    damage(writer.manifest, "texts.json", 0, b'["aaaaaa"]')
+    with pytest.raises(ValueError, match="does not hold 2 captions"):
+        ShardReader(writer.manifest, "train").read(np.array([0]))
+
+
+def test_missing_and_truncated_shards(toy: Manifest) -> None:
+    path = Path(toy.root) / "train-000001.tar"
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(1000)
+    reader = ShardReader(toy, "train")
+    reader.read(np.arange(30))
+    with pytest.raises(ValueError, match=rf"train-000001.tar has 1000 bytes, the manifest says {size}"):
+        reader.read(np.array([30]))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"train-000001.tar is missing"):
+        reader.read(np.array([30]))
+    with pytest.raises(ValueError, match=r"not as the manifest says:\n.*train-000001.tar is missing"):
+        verify(toy.root, deep=False)
+
+
+def test_missing_split(tmp_path: Path) -> None:
+    manifest = write_classes(tmp_path / "t", {"train": 12})
+    with pytest.raises(ValueError, match="no 'test' split; they have: train"):
+        ShardReader(manifest, "test")
+
+
+def test_verify_reports_what_it_checked(toy: Manifest) -> None:
+    got = verify(toy.root)
+    assert got.samples == {"train": 107, "validation": 23, "test": 31}
+    assert got.shards == 4 + 1 + 2
+    assert got.labels["train"] == np.bincount(np.arange(107) % 5).tolist()
+    assert verify(toy.root, deep=False).labels == {}
+
+
+def test_verify_finds_one_flipped_bit(toy: Manifest) -> None:
+    damage(toy, "codes.npy", 130, b"\x07")
+    verify(toy.root, deep=False)
+    with pytest.raises(ValueError, match=r"train-000000.tar has the SHA-256 \w{64}, the manifest says"):
+        verify(toy.root)
+
+
+def forge(manifest: Manifest) -> None:
+    """Make the manifest agree with changed bytes, as a faulty writer would."""
+    from flashar_pl.data.writer import file_sha256
+
+    path = Path(manifest.root) / "manifest.json"
+    data = json.loads(path.read_text())
+    data["splits"]["train"][0]["sha256"] = file_sha256(Path(manifest.root) / "train-000000.tar")
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("member", "at", "value", "message"),
+    [
+        ("codes.npy", 128, b"\xff\xff", "holds the code 65535"),
+        ("labels.npy", 128, b"\x09", "labels 0 .. 9; there are 5 classes"),
+        ("ids.npy", 128, b"\x01", "sample id more than once"),
+        ("ids.npy", -500, b"name-of-another-file", "is not a readable tar|members of the tar"),
+    ],
+)
+def test_verify_checks_contents_even_if_the_hash_agrees(toy: Manifest, member, at, value, message: str) -> None:
+    damage(toy, member, at, value)
+    forge(toy)
+    with pytest.raises(ValueError, match=message):
+        verify(toy.root)
+
+
+def test_verify_lists_at_most_twenty_problems(tmp_path: Path) -> None:
+    manifest = write_classes(tmp_path / "t", {"train": 300}, shard_blocks=1)
+    for shard in manifest.shards("train"):
+        (Path(manifest.root) / shard.path).unlink()
+    with pytest.raises(ValueError, match="and 10 more"):
+        verify(manifest.root)
+
+
+def test_shards_may_be_moved(toy: Manifest, tmp_path: Path) -> None:
+    shutil.move(toy.root, tmp_path / "elsewhere")
+    verify(tmp_path / "elsewhere")
+
+
+def test_check_matches(toy: Manifest, tmp_path: Path) -> None:
+    check_matches(toy, VOCABULARY, 5, GRID)
+    check_matches(toy, VOCABULARY, 5)
+    for args, message in [
+        ((16384, 5, GRID), "vocabulary of 300, the model has 16384"),
+        ((VOCABULARY, 1000, GRID), "5 classes, the model has 1000"),
+        ((VOCABULARY, 5, (4, 4)), "grid of 3 x 4 codes, the run is set up for 4 x 4"),
+        ((VOCABULARY, None, GRID), "condition 'class', the model expects 'text'"),
+        ((VOCABULARY, None, GRID, 2048), "condition 'class', the model expects 'text-features'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_matches(toy, *args)
+    features = Manifest("x", {}, GRID, 9, ConditionSpec("text-features", length=3, width=8), 1, {})
+    check_matches(features, 9, text_width=8)
+    with pytest.raises(ValueError, match="width 8, the model takes 16"):
+        check_matches(features, 9, text_width=16)
