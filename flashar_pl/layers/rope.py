@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashar_pl.numerics import wide
+
 Rope = tuple[Tensor, Tensor]
 """cos and sin, each (X, L, E / 2) float32, X = 1 or R."""
 
@@ -40,7 +42,7 @@ def apply_rope(x: Tensor, rope: Rope, interleaved: bool) -> Tensor:
     """
     cos, sin = (table[:, None] for table in rope)  # (X, 1, L, E / 2)
     if interleaved:  # one complex product: on a CPU 2.7 times faster than four strided real ones
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (R, A, L, E / 2)
+        pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))  # (R, A, L, E / 2)
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = wide(x).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
