@@ -1,0 +1,78 @@
+"""build_tokenizer and the border checks every tokenizer shares."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flashar_pl.tokenizers import PixelTokenizer, build_tokenizer
+
+
+def test_config_round_trip():
+    tokenizer = build_tokenizer({"kind": "pixels", "levels": 17})
+    assert isinstance(tokenizer, PixelTokenizer)
+    assert tokenizer.config() == {"kind": "pixels", "levels": 17}
+    assert build_tokenizer(tokenizer.config()).vocabulary == 17
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"levels": 17}, ["no 'kind'", "pixels", "vq16", "ibq"]),
+        ({"kind": "pixel", "levels": 17}, ["did you mean 'pixels'"]),
+        ({"kind": "VQ-16"}, ["did you mean 'vq16'"]),
+        ({"kind": "zzz"}, ["known: pixels, vq16, vq8, ibq"]),
+        ({"kind": "pixels"}, ["needs the setting 'levels'"]),
+        ({"kind": "pixels", "level": 17}, ["did you mean 'levels'"]),
+        ({"kind": "vq16", "weigths": "x"}, ["did you mean 'weights'"]),
+        ({"kind": "vq16"}, ["no VQ weights file", "vq_ds16_c2i.pt", "nothing is downloaded"]),
+        ({"kind": "vq8", "weights": "/nowhere/vq.pt"}, ["/nowhere/vq.pt does not exist", "vq_ds8_c2i.pt"]),
+        ({"kind": "ibq"}, ["Emu3.5-VisionTokenizer"]),
+        ({"kind": "ibq", "weights": "/nowhere"}, ["/nowhere does not exist", "Emu3.5-VisionTokenizer"]),
+    ],
+)
+def test_bad_configs_say_what_to_do(config, words):
+    with pytest.raises(ValueError) as caught:
+        build_tokenizer(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_import_is_light():
+    """A command that only needs a config must not wait for Lightning, safetensors or tiktoken."""
+    code = (
+        "import sys, flashar_pl.tokenizers; "
+        "print([m for m in ('lightning', 'safetensors', 'tiktoken', 'transformers', 'PIL', 'webdataset') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_image_borders():
+    tokenizer = PixelTokenizer(17)
+    tokenizer.downsample = 16
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\); expected \(B, 3, h, w\)"):
+        tokenizer.encode(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"40 x 33 pixels; both sides must be multiples of 16.*32 x 32"):
+        tokenizer.encode(torch.zeros(1, 3, 40, 33, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"float32; expected uint8 here \(encode_float takes"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="uint8; expected floating point"):
+        tokenizer.encode_float(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="int64; expected uint8"):
+        tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.int64))
+
+
+def test_code_borders():
+    tokenizer = PixelTokenizer(17)
+    with pytest.raises(ValueError, match=r"codes lie in 0 \.\. 17; this tokenizer has codes 0 \.\. 16"):
+        tokenizer.decode(torch.tensor([[[0, 17]]]))
+    with pytest.raises(ValueError, match=r"-1 \.\. 3"):
+        tokenizer.decode(torch.tensor([[[-1, 3]]]))
+    with pytest.raises(ValueError, match=r"expected \(B, H, W\) int64"):
+        tokenizer.decode(torch.zeros(4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="int32"):
+        tokenizer.decode(torch.zeros(1, 4, 4, dtype=torch.int32))
+    assert tokenizer.decode(torch.zeros(0, 4, 4, dtype=torch.int64)).shape == (0, 3, 4, 4)
