@@ -9,7 +9,8 @@ Shapes: H, W grid; N = H * W cells, raster index i = p * W + q; S slots (N, or N
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -23,6 +24,16 @@ NONE = -2
 """Source of a cell that this head does not predict."""
 ROW_END = -1
 """Entry of `DecodePlan.cell` for a forced row-end token."""
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Tensors made inside may be cached: the caller's inference mode and default device do not reach them.
+
+    Otherwise a plan first used by a validation in inference mode could not be used by the training that follows.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,20 +76,24 @@ class DecodePlan:
         return self.cell.numel()
 
     @cached_property
+    @plain_tensors()
     def row(self) -> Tensor:
         """(S,) int64: grid row of a slot; a row end belongs to the row that it ends."""
         return torch.where(self.cell >= 0, self.cell // self.width, self._row_end_index)
 
     @cached_property
+    @plain_tensors()
     def column(self) -> Tensor:
         """(S,) int64: grid column of a slot; W for a row end."""
         return torch.where(self.cell >= 0, self.cell % self.width, self.width)
 
     @cached_property
+    @plain_tensors()
     def _row_end_index(self) -> Tensor:
         return (self.cell == ROW_END).long().cumsum(0) - 1  # only raster plans have row ends
 
     @cached_property
+    @plain_tensors()
     def slot(self) -> Tensor:
         """(N,) int64, by raster cell: its slot. The inverse of `cell`."""
         slot = torch.empty(self.n_cells, dtype=torch.int64)
@@ -87,11 +102,13 @@ class DecodePlan:
         return slot
 
     @cached_property
+    @plain_tensors()
     def cells_of_step(self) -> tuple[Tensor, ...]:
         """For each step, the raster cells it decodes, rows ascending."""
         return torch.split(self.order, torch.bincount(self.step, minlength=self.n_steps).tolist())
 
     @cached_property
+    @plain_tensors()
     def slots_of_step(self) -> tuple[slice, ...]:
         """For each step, the contiguous slots that are fed once its cells are known."""
         ends = torch.bincount(self.slot_step, minlength=self.n_steps).cumsum(0).tolist()
@@ -108,6 +125,7 @@ class DecodePlan:
         return bool((self.v_source != NONE).any())
 
     @cached_property
+    @plain_tensors()
     def slot_mask(self) -> Tensor:
         """(S, S) bool: row slot may attend to column slot."""
         if isinstance(self.visible, Tensor):
@@ -138,7 +156,8 @@ class DecodePlan:
         """Tensor attribute `name` on `device`, copied there once."""
         key = (name, str(device))
         if key not in self._on:
-            self._on[key] = getattr(self, name).to(device)
+            with plain_tensors():
+                self._on[key] = getattr(self, name).to(device)
         return self._on[key]
 
 
@@ -147,13 +166,18 @@ def _check(height: int, width: int) -> None:
         raise ValueError(f"grid is {height} x {width}; expected at least 1 x 1.")
 
 
-@lru_cache(maxsize=64)
 def diagonal_plan(height: int, width: int) -> DecodePlan:
     """One anti-diagonal D_t = {(p, q): p + q = t} per step (Eq. 2, 3): H + W - 1 steps.
 
     The horizontal source of (p, q) is its left neighbour's slot, the vertical source the slot above; (0, 0) has the
     prefix for both.
     """
+    return _diagonal_plan(height, width)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _diagonal_plan(height: int, width: int) -> DecodePlan:
     _check(height, width)
     n = height * width
     p, q = torch.arange(n) // width, torch.arange(n) % width
@@ -178,13 +202,18 @@ def diagonal_plan(height: int, width: int) -> DecodePlan:
     )
 
 
-@lru_cache(maxsize=64)
 def raster_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
     """One cell per step in raster order (Eq. 1): H * W steps, horizontal head only.
 
     With `row_end`, a forced row-end token follows every row but the last. It enters the model together with the last
     code of its row, and its horizontal logits predict the first cell of the next row.
     """
+    return _raster_plan(height, width, row_end)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _raster_plan(height: int, width: int, row_end: bool) -> DecodePlan:
     _check(height, width)
     n = height * width
     cells = torch.arange(n)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
+from flashar_pl.grid import ROW_END, DecodePlan, plain_tensors, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import run_blocks
@@ -186,7 +186,10 @@ class Backbone(nn.Module, ABC):
         Padded prefix positions are hidden from everyone but themselves, so that no row of the softmax is empty.
         """
         length = len(prefix) + n_slots
-        mask = plan_mask(plan, len(prefix), prefix.x.device)[:length, :length]
+        if n_slots:
+            mask = plan_mask(plan, len(prefix), prefix.x.device)[:length, :length]
+        else:
+            mask = torch.ones(length, length, dtype=torch.bool, device=prefix.x.device).tril()
         if prefix.mask is None:
             return mask[None, None]
         visible = torch.ones(prefix.x.shape[0], length, dtype=torch.bool, device=mask.device)
@@ -211,7 +214,8 @@ class Backbone(nn.Module, ABC):
         return logits.unflatten(1, codes.shape[1:])
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=8)
+@plain_tensors()
 def plan_mask(plan: DecodePlan, prefix: int, device: torch.device) -> Tensor:
     """`plan.mask(prefix)` on a device, built once."""
     return plan.mask(prefix).to(device)
@@ -220,7 +224,7 @@ def plan_mask(plan: DecodePlan, prefix: int, device: torch.device) -> Tensor:
 def slot_codes(codes: Tensor, plan: DecodePlan) -> Tensor:
     """Codes (B, H, W) in slot order (B, S), ROW_END where the slot is a row end."""
     cell = plan.on("cell", codes.device)
-    return torch.where(cell >= 0, codes.flatten(1)[:, cell], ROW_END)
+    return torch.where(cell >= 0, codes.flatten(1)[:, cell].long(), ROW_END)
 
 
 def check_codes(codes: Tensor, vocabulary: int) -> None:

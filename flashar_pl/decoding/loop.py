@@ -61,6 +61,8 @@ def generate(
     backbone = wrapped.backbone
     backbone.check_condition(condition)
     listed = sample_seeds(seeds, len(condition))
+    if not listed:
+        raise ValueError("condition holds no samples; expected at least one.")
     device = next(wrapped.parameters()).device
     condition = move_condition(condition, device)
     if unconditional is not None:
@@ -83,13 +85,9 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
     """
     batch, length = noise.shape[0], len(prefix)
     rope = model.backbone.rope(plan, prefix)
-    cache = KVCache(
-        model.cache_spec(), prefix.x.shape[0], length + plan.n_inputs, prefix.x.dtype, prefix.x.device
-    )
+    cache = KVCache(model.cache_spec(), prefix.x.shape[0], length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
     drawn = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)  # (B, N)
-    states = model.prefill(
-        prefix.x, _positions(rope, 0, length), model.backbone.sequence_mask(plan, prefix, 0), cache
-    )
+    states = model.prefill(prefix.x, _positions(rope, 0, length), model.backbone.sequence_mask(plan, prefix, 0), cache)
     done = 0
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])

@@ -123,7 +123,7 @@ class GridModel(nn.Module, ABC):
         """
         plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
         h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs)
-        losses = self.dual_head.losses(h, v, codes.flatten(1), plan)
+        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan)
         weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)
         samples = weight.sum().clamp_min(1)
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.grid import NONE, PREFIX, DecodePlan
+from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
 from flashar_pl.models.losses import dual_nll, head_nll
 from flashar_pl.numerics import full_precision, wide
 
@@ -38,6 +38,7 @@ class Sources:
 
 
 @lru_cache(maxsize=64)
+@plain_tensors()
 def sources(plan: DecodePlan, corner: Corner, device: torch.device) -> Sources:
     """The sources of `plan`; corner "horizontal" leaves (0, 0) to the horizontal head, "fused" gives it both."""
     has_h = plan.h_source != NONE
@@ -70,6 +71,7 @@ class StepSources:
 
 
 @lru_cache(maxsize=64)
+@plain_tensors()
 def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
     """`StepSources` of every step. The states fed last are those of the previous step, or the last prefix token."""
     cpu = sources(plan, corner, torch.device("cpu"))

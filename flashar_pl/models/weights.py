@@ -147,7 +147,10 @@ NAR_HEAD = {
 def _nar_renames(n_layer: int, extra: int, condition: str) -> list[tuple[str, tuple[str, ...]]]:
     """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head."""
     renames = [
-        (ours.replace("head.weight", "dual_head.horizontal.weight") if ours == "head.weight" else f"backbone.{ours}", src)
+        (
+            ours.replace("head.weight", "dual_head.horizontal.weight") if ours == "head.weight" else f"backbone.{ours}",
+            src,
+        )
         for ours, src in backbone_renames(n_layer, condition)
     ]
     for i in range(extra):
@@ -321,9 +324,8 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
         model.load_state_dict(source.state_dict())
         return InitReport(f"{path} ({loaded.source})", total, 0, 0)
     with torch.no_grad():
-        weights_in = {**source.backbone.state_dict(), "head.weight": source.backbone.head.weight}
-        weights_in.pop("head.weight")
-        model.backbone.load_state_dict({k: v for k, v in weights_in.items() if k in model.backbone.state_dict()})
+        expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
+        model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
         model.backbone.head.weight.copy_(source.backbone.head.weight)
     taken = sum(p.numel() for p in source.parameters())
     if not isinstance(model, FlashAR):
