@@ -117,7 +117,9 @@ class Backbone(nn.Module, ABC):
     n_layer: int
     """Number of blocks L."""
     vocabulary: int
-    """Number of codes V that the head scores."""
+    """Number of codes V."""
+    first_code: int = 0
+    """Row of the head that scores code 0; more than 0 if the head also scores text tokens."""
     row_ends: bool
     """Whether the raster plan of this backbone has forced row-end tokens."""
     blocks: nn.ModuleList
@@ -210,7 +212,8 @@ class Backbone(nn.Module, ABC):
         x = self.input_dropout(torch.cat([prefix.x, self.embed(slot_codes(codes, plan))], dim=1))
         x = self.layers(x, self.rope(plan, prefix), self.sequence_mask(plan, prefix, plan.n_slots))
         x = self.norm(x)[:, len(prefix) - 1 :]  # (B, 1 + S, D)
-        logits = wide(self.head(x))[:, plan.on("h_source", x.device) + 1]  # (B, N, V)
+        logits = wide(self.head(x))[..., self.first_code :]  # (B, 1 + S, V)
+        logits = logits[:, plan.on("h_source", x.device) + 1]  # (B, N, V)
         return logits.unflatten(1, codes.shape[1:])
 
 

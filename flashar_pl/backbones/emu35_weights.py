@@ -1,0 +1,167 @@
+"""Official Emu3.5 weights in and out: one table of names, read in both directions, strict both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
+from flashar_pl.backbones.tensor_source import (
+    Rename,
+    SafetensorsDirectory,
+    TensorSource,
+    check_names,
+    fill,
+    source_dtype,
+    split_rows,
+)
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def block_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
+    """Names of one block under the given prefixes, with the rows of each official tensor."""
+    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+    table: dict[str, dict[str, int]] = {
+        "attention_norm.weight": {"input_layernorm": config.dim},
+        "attention.wqkv.weight": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "attention.wo.weight": {"self_attn.o_proj": config.dim},
+        "attention.q_norm.weight": {"self_attn.q_norm": config.head_dim},
+        "attention.k_norm.weight": {"self_attn.k_norm": config.head_dim},
+        "ffn_norm.weight": {"post_attention_layernorm": config.dim},
+        "feed_forward.w13.weight": {"mlp.gate_proj": config.ffn_dim, "mlp.up_proj": config.ffn_dim},
+        "feed_forward.w2.weight": {"mlp.down_proj": config.dim},
+    }
+    for key, pieces in table.items():
+        yield Rename(ours + key, tuple((f"{official}{name}.weight", rows) for name, rows in pieces.items()))
+
+
+def body_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
+    """Names of embedding, blocks and final norm under the given prefixes."""
+    yield Rename(f"{ours}embedding.weight", ((f"{official}embed_tokens.weight", config.vocab_size),))
+    for i in range(config.n_layer):
+        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.")
+    yield Rename(f"{ours}norm.weight", ((f"{official}norm.weight", config.dim),))
+
+
+def head_rename(config: Emu35Config, ours: str, official: str) -> Rename:
+    """Name of a head; heads="visual" skips the text rows."""
+    return Rename(ours, ((official, config.head_rows),), skip=config.vocab_size - config.head_rows)
+
+
+def backbone_renames(config: Emu35Config, ours: str = "", head: str = "head.weight") -> list[Rename]:
+    """Names of a whole official checkpoint; `ours` is the prefix of our names, `head` our name of the head."""
+    return [*body_renames(config, ours, "model."), head_rename(config, head, HEAD)]
+
+
+def is_table(key: str) -> bool:
+    """Whether an official entry is a RoPE table that some saved files carry, and no weight."""
+    return key.endswith("rotary_emb.inv_freq")
+
+
+def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = None) -> Emu35Config:
+    """Our config from a HF config.json. head_dim: width found in the weights, used where config.json has none.
+
+    Raises:
+        ValueError: a needed field is missing, or a feature that Emu3.5 does not have is switched on.
+    """
+    outer, values = values, values.get("backbone_config", values)
+    rope = values.get("rope_parameters") or {}
+    found = {**values, "rope_theta": values.get("rope_theta", rope.get("rope_theta"))}
+    found["head_dim"] = values.get("head_dim") or head_dim
+    needed = {
+        "dim": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "ffn_dim": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "rope_base": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+    }
+    absent = [name for name in needed.values() if found.get(name) is None]
+    if absent:
+        raise ValueError(f"config.json lacks {', '.join(absent)}; expected an Emu3.5 config.json.")
+    unsupported = {
+        "rope_scaling": values.get("rope_scaling") or (rope.get("rope_type", "default") != "default" and rope),
+        "tie_word_embeddings": values.get("tie_word_embeddings"),
+        "hidden_act": values.get("hidden_act", "silu") != "silu" and values["hidden_act"],
+    }
+    for name, value in unsupported.items():
+        if value:
+            raise ValueError(f"config.json sets {name} to {value!r}, which Emu3.5 does not use.")
+    return Emu35Config(
+        **{ours: found[name] for ours, name in needed.items()},
+        visual_token_offset=_visual_offset(outer, values),
+        eol_token_id=values.get("eol_token_id"),
+        boi_token_id=values.get("boi_token_id"),
+        heads=heads,
+    )
+
+
+def _visual_offset(*configs: dict[str, Any]) -> int | None:
+    for values in configs:
+        if values.get("visual_token_offset") is not None:
+            return int(values["visual_token_offset"])
+    for values in configs:
+        if values.get("eoi_token_id") is not None:
+            return int(values["eoi_token_id"]) + 1
+    return None
+
+
+def found_head_dim(source: TensorSource, prefix: str = "model.") -> int | None:
+    """Head width in the weights; None if the key that tells it is missing."""
+    key = f"{prefix}layers.0.self_attn.q_norm.weight"
+    return source.shape(key)[0] if key in set(source.keys()) else None
+
+
+def read_official(source: TensorSource, config: dict[str, Any], heads: Heads) -> Emu35:
+    """See `Emu35.from_official`."""
+    parsed = parse_config(config, heads, found_head_dim(source))
+    renames = backbone_renames(parsed)
+    check_names(source, renames, ignored=filter(is_table, source.keys()))
+    with torch.device("meta"):
+        backbone = Emu35(parsed).to(source_dtype(source, EMBEDDING))
+    fill(backbone, source, renames)
+    return backbone
+
+
+def read_json(directory: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint directory."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        raise ValueError(f"no file {path}; expected the directory of a checkpoint.")
+    return json.loads(path.read_text())
+
+
+def read_directory(directory: str | Path, heads: Heads) -> Emu35:
+    """See `Emu35.from_directory`."""
+    return read_official(SafetensorsDirectory(directory), read_json(directory), heads)
+
+
+def write_official(backbone: Emu35, source: str | Path | None) -> dict[str, Tensor]:
+    """See `Emu35.to_official`."""
+    config = backbone.config
+    ours = {**backbone.state_dict(), "head.weight": backbone.head.weight}
+    official = split_rows(ours, backbone_renames(config))
+    if config.heads == "visual":
+        official[HEAD] = with_text_rows(official[HEAD], config, source, HEAD)
+    return official
+
+
+def with_text_rows(head: Tensor, config: Emu35Config, source: str | Path | None, key: str) -> Tensor:
+    """A whole head: the text rows of `key` in the checkpoint directory `source`, then the visual rows (V, D)."""
+    if source is None:
+        raise ValueError(
+            "the model holds visual heads only; give source=DIR, the checkpoint it came from, for the text rows of "
+            f"{key}."
+        )
+    n_text = config.vocab_size - config.head_rows
+    text = SafetensorsDirectory(source).rows(key, 0, n_text)
+    return torch.cat([text.to(head), head])
