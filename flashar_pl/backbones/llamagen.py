@@ -249,7 +249,9 @@ class LlamaGen(Backbone):
             return _join_features(condition, unconditional)
         if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
             return torch.cat([condition, unconditional])
-        raise ValueError(f"condition is {_kind(condition)}, unconditional {_kind(unconditional)}; expected the same kind.")
+        raise ValueError(
+            f"condition is {_kind(condition)}, unconditional {_kind(unconditional)}; expected the same kind."
+        )
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         """2-D positions (row, column) per slot; the prefix rows of both tables are zero, as in LlamaGen."""
@@ -263,7 +265,9 @@ class LlamaGen(Backbone):
         config = self.config
         if config.condition == "class":
             if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.is_floating_point():
-                raise ValueError(f"this model is class-conditional; expected class ids (B,) int64, got {_kind(condition)}.")
+                raise ValueError(
+                    f"this model is class-conditional; expected class ids (B,) int64, got {_kind(condition)}."
+                )
             if condition.device.type == "cpu" and condition.numel():
                 low, high = int(condition.min()), int(condition.max())
                 if low < 0 or high > config.num_classes:

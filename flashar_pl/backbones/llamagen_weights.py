@@ -101,10 +101,14 @@ def infer_config(
         raise ValueError(f"n_head is {n_head}; expected a divisor of the width {dim} found in the checkpoint.")
     head_dim = dim // n_head
     n_kv_head = (state_dict["layers.0.attention.wqkv.weight"].shape[0] - dim) // (2 * head_dim)
-    if n_kv_head < 1 or n_head % n_kv_head or dim + 2 * n_kv_head * head_dim != len(
-        state_dict["layers.0.attention.wqkv.weight"]
+    if (
+        n_kv_head < 1
+        or n_head % n_kv_head
+        or dim + 2 * n_kv_head * head_dim != len(state_dict["layers.0.attention.wqkv.weight"])
     ):
-        raise ValueError(f"n_head {n_head} does not fit the checkpoint's wqkv of width {dim}; give its true head count.")
+        raise ValueError(
+            f"n_head {n_head} does not fit the checkpoint's wqkv of width {dim}; give its true head count."
+        )
     common = {
         "dim": dim,
         "n_layer": n_layer,
@@ -134,9 +138,7 @@ def count_layers(state_dict: dict[str, Tensor]) -> int:
 def read_official(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> LlamaGen:
     """See `LlamaGen.from_official`."""
     cleaned = clean_official(state_dict)
-    config = infer_config(
-        cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps
-    )
+    config = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps)
     weights = gather(cleaned, list(backbone_renames(config.n_layer, config.condition)))
     backbone = build_empty(config, weights)
     return backbone

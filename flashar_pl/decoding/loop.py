@@ -87,7 +87,9 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
     rope = model.backbone.rope(plan, prefix)
     cache = KVCache(model.cache_spec(), prefix.x.shape[0], length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
     drawn = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)  # (B, N)
-    states = model.prefill(prefix.x, _positions(rope, 0, length), model.backbone.sequence_mask(plan, prefix, 0), cache)
+    vertical = plan.has_vertical
+    mask = model.backbone.sequence_mask(plan, prefix, 0)
+    states = model.prefill(prefix.x, _positions(rope, 0, length), mask, cache, vertical)
     done = 0
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
@@ -105,8 +107,9 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
         slots = plan.slots_of_step[t]
         fed = _with_row_ends(drawn[:, done - n : done], slots.stop - slots.start)
         fed = fed.repeat(states[0].shape[0] // batch, 1)  # (R, slots)
-        mask = _key_mask(plan, prefix, slots, states[0].shape[0])
-        states = model.step(fed, _positions(rope, length + slots.start, length + slots.stop), mask, cache)
+        step_mask = _key_mask(plan, prefix, slots, states[0].shape[0])
+        positions = _positions(rope, length + slots.start, length + slots.stop)
+        states = model.step(fed, positions, step_mask, cache, vertical)
     return drawn
 
 

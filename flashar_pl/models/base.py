@@ -49,8 +49,10 @@ class GridModel(nn.Module, ABC):
     """Name of the plan the model was made for."""
 
     @abstractmethod
-    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
-        """Final hidden states (R, L, D) of a sequence x (R, L, D)."""
+    def states(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+    ) -> States:
+        """Final hidden states (R, L, D) of a sequence x (R, L, D); without `vertical`, that branch is left out."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -84,7 +86,9 @@ class GridModel(nn.Module, ABC):
             )
         return plan
 
-    def _teacher_forced(self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int) -> States:
+    def _teacher_forced(
+        self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int, vertical: bool
+    ) -> States:
         """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
         check_codes(codes, self.backbone.vocabulary)
         if codes.shape[1:] != (plan.height, plan.width):
@@ -96,13 +100,13 @@ class GridModel(nn.Module, ABC):
         cos, sin = self.backbone.rope(plan, prefix)
         rope = cos[:, :length], sin[:, :length]
         mask = self.backbone.sequence_mask(plan, prefix, n_slots)
-        h, v = self.states(self.backbone.input_dropout(x), rope, mask)
+        h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical)
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
     def forward(self, codes: Tensor, condition: Condition, plan: DecodePlan | None = None) -> Logits:
         """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
         plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
-        h, v = self._teacher_forced(codes, condition, plan, plan.n_slots)
+        h, v = self._teacher_forced(codes, condition, plan, plan.n_slots, vertical=True)
         fused, horizontal, vertical, gate = self.dual_head(h, v, plan)
         shape = codes.shape[1:]
         return Logits(*(part.unflatten(1, shape) for part in (fused, horizontal, vertical, gate)))
@@ -122,7 +126,7 @@ class GridModel(nn.Module, ABC):
         plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
         plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
-        h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs)
+        h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan)
         weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)
         samples = weight.sum().clamp_min(1)
@@ -151,15 +155,15 @@ class GridModel(nn.Module, ABC):
             "gate": losses.gate.unflatten(1, codes.shape[1:]),
         }
 
-    def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache) -> States:
+    def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
-        h, v = self.states(x, rope, mask, cache)
+        h, v = self.states(x, rope, mask, cache, vertical)
         cache.advance(x.shape[1])
         return h[:, -1:], None if v is None else v[:, -1:]
 
-    def step(self, codes: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache) -> States:
+    def step(self, codes: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
         """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
-        states = self.states(self.backbone.embed(codes), rope, mask, cache)
+        states = self.states(self.backbone.embed(codes), rope, mask, cache, vertical)
         cache.advance(codes.shape[1])
         return states
 

@@ -199,7 +199,7 @@ class DualHead(nn.Module):
             nll = head_nll(select(h, where.h, where.only_h), self.horizontal.weight, codes[:, where.only_h].flatten())
             fused, horizontal = put(fused, where.only_h, nll), put(horizontal, where.only_h, nll)
         if v is None or self.vertical is None:
-            assert not len(where.both) and not len(where.only_v)
+            assert len(where.only_h) == plan.n_cells, "this plan needs a vertical head"
             return TargetLosses(fused, horizontal, vertical, gate)
         if len(where.only_v):
             nll = head_nll(select(v, where.v, where.only_v), self.vertical.weight, codes[:, where.only_v].flatten())

@@ -98,11 +98,13 @@ class FlashAR(GridModel):
         assert self.dual_head.vertical is not None
         self.dual_head.vertical.load_state_dict(self.dual_head.horizontal.state_dict())
 
-    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
+    def states(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+    ) -> States:
         """h^H (Eq. 5) and h^V (Eq. 6) from the shared trunk state (Eq. 4), each (R, L, D), after the final norms."""
         trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
         h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
-        return h, self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+        return h, None if not vertical else self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
 
     def config(self) -> dict[str, Any]:
         return {

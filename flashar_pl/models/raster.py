@@ -23,7 +23,9 @@ class RasterAR(GridModel):
         self.backbone = backbone
         object.__setattr__(self, "dual_head", DualHead(backbone.head))  # the head stays registered in the backbone
 
-    def states(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None) -> States:
+    def states(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+    ) -> States:
         return self.backbone.norm(self.backbone.layers(x, rope, mask, cache)), None
 
     def config(self) -> dict[str, Any]:
