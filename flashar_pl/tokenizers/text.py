@@ -95,6 +95,13 @@ class Emu35Text:
         self.vocabulary = len(table) + len(self._special)
         self.visual_token_offset = self._special[FIRST_VISUAL]
 
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Emu35Text:
+        """The tokenizer of a directory with the released files; emu3_vision_tokens.txt may be absent."""
+        folder = Path(directory).expanduser()
+        listed = folder / "emu3_vision_tokens.txt"
+        return cls(folder / "emu3.tiktoken", listed if listed.is_file() else None)
+
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text after NFC normalisation. parse_special: `<|name|>` becomes the token of that name."""
         text = unicodedata.normalize("NFC", text)

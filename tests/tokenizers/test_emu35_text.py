@@ -205,6 +205,16 @@ def test_damaged_asset_files(tmp_path, text):
         Emu35Text(good, listed)
 
 
+def test_directory_of_released_files(tmp_path, text):
+    write_ranks(tmp_path / "emu3.tiktoken", [bytes([i]) for i in range(256)])
+    assert Emu35Text.from_directory(tmp_path).vocabulary == 256 + 211 + 131072
+    names = ("<|image token|>", "<|image start|>", "<|image end|>", "<|visual token 000000|>")
+    (tmp_path / "emu3_vision_tokens.txt").write_text("\n".join(names))
+    assert Emu35Text.from_directory(tmp_path).vocabulary == 256 + 208 + 4
+    with pytest.raises(ValueError, match=r"nowhere/emu3\.tiktoken does not exist"):
+        Emu35Text.from_directory("/nowhere")
+
+
 def test_without_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[emu\]'"):
@@ -218,8 +228,7 @@ def released() -> Emu35Text:
     folder = os.environ.get("FLASHAR_EMU35_ASSETS")
     if not folder:
         pytest.skip("set FLASHAR_EMU35_ASSETS to the directory of emu3.tiktoken")
-    special = Path(folder) / "emu3_vision_tokens.txt"
-    return Emu35Text(Path(folder) / "emu3.tiktoken", special if special.is_file() else None)
+    return Emu35Text.from_directory(folder)
 
 
 def test_released_files_give_the_official_ids(released):
