@@ -60,8 +60,8 @@ def frechet_distance(samples: Array, reference: Array) -> float:
 
     FID on Inception pool features, sFID on spatial features (Heusel et al., 2017, Eq. 6). Covariances are unbiased and
     float64. The means are taken and subtracted in the dtype of the rows, as the ADM evaluator and torch-fidelity do:
-    for float32 rows with a large common offset this loses digits (3e-4 of the result in one reference vector); give float64
-    rows for the exact value. Singular covariances (n <= d) need no special case; equal sets give exactly 0.
+    for float32 rows with a large common offset this loses digits (3e-4 of the result in one reference vector); give
+    float64 rows for the exact value. Singular covariances (n <= d) need no special case; equal sets give exactly 0.
 
     Raises:
         ValueError: fewer than 2 rows, different numbers of columns, or values that are not finite.
@@ -132,13 +132,13 @@ def _factor_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factor_of_covariance(covariance: Tensor) -> Tensor:
-    """F (r, d) with F^T F = covariance, r the number of positive eigenvalues."""
+    """F (r, d) with F^T F = covariance, r the numerical rank."""
     values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
     if values[0] < -1e-4 * values.abs().max():
         raise ValueError(
             f"not a covariance: its smallest eigenvalue is {float(values[0]):.3g}, its largest {float(values[-1]):.3g}"
         )
-    kept = values > 0
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values.abs().max()  # the rest is rounding
     return (vectors[:, kept] * values[kept].sqrt()).T
 
 

@@ -70,7 +70,8 @@ def extract_features(extractor: nn.Module, images: Tensor) -> Features:
         ValueError: images are not uint8 (B, 3, h, w), or the extractor's rows do not have its `num_features` columns.
     """
     images = check_images(images).to(device_of(extractor))
-    features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
+    with torch.autocast(images.device.type, enabled=False):  # inside a mixed-precision step features stay float32
+        features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
     expected = (len(images), int(extractor.num_features))  # type: ignore[arg-type]
     if tuple(features.pool.shape) != expected:
         raise ValueError(f"the extractor gave features of shape {tuple(features.pool.shape)}, expected {expected}")
