@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,10 @@ def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int
     """One seed per sample: None draws them, an int s gives s + i, a sequence of `batch` ints is taken as it is."""
     if seeds is None:
         return torch.randint(0, 2**31 - 1, (batch,)).tolist()
-    if isinstance(seeds, Tensor):
-        seeds = seeds.tolist()
-    if isinstance(seeds, Integral):
-        return [int(seeds) + i for i in range(batch)]
-    listed = [int(seed) for seed in seeds]
+    given: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    if isinstance(given, Integral):  # numpy's integers too
+        return [int(given) + i for i in range(batch)]
+    listed = [int(seed) for seed in given]
     if len(listed) != batch:
         raise ValueError(f"seeds has {len(listed)} entries; expected one int or {batch} entries.")
     return listed

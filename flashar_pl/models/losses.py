@@ -20,12 +20,16 @@ AUX_WEIGHT = 0.05
 """Weight of L_H + L_V in the training loss (Sec. 4.3)."""
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits of one head in one chunk: 8 MiB of float32 on a CPU, 64 MiB on a GPU, where small GEMMs are slow."""
+"""Logits of one head in the largest chunk: 8 MiB of float32 on a CPU, 64 MiB on a GPU, where small GEMMs are slow."""
 
 
-def chunk_size(vocabulary: int, device_type: str) -> int:
-    """Targets per chunk."""
-    return max(1, CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary)
+def chunk_size(targets: int, vocabulary: int, device_type: str) -> int:
+    """Targets per chunk: a sixteenth of them, but not less than an eighth of the largest chunk.
+
+    About five chunks are alive at a time, so the loss needs a third of one set of logits at most unless these are small.
+    """
+    largest = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
+    return max(1, min(largest, max(largest // 8, targets // 16)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -79,7 +83,7 @@ class _SingleHead(torch.autograd.Function):
         ctx.save_for_backward(x, weight, labels)
         ctx.dtype = dtype
         w = weight.to(dtype)
-        size = chunk_size(weight.shape[0], x.device.type)
+        size = chunk_size(len(labels), weight.shape[0], x.device.type)
         with full_precision(x.device.type):
             return torch.cat(
                 [_nll(wide(a.to(dtype) @ w.t()), b) for a, b in zip(x.split(size), labels.split(size))]
@@ -92,7 +96,7 @@ class _SingleHead(torch.autograd.Function):
         x, weight, labels = ctx.saved_tensors
         gradients = _HeadGradients(x, weight, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
         w = weight.to(ctx.dtype)
-        size = chunk_size(weight.shape[0], x.device.type)
+        size = chunk_size(len(labels), weight.shape[0], x.device.type)
         for begin in range(0, len(labels), size):
             rows = slice(begin, begin + size)
             a = x[rows].to(ctx.dtype)
@@ -118,7 +122,7 @@ class _TwoHeads(torch.autograd.Function):
         ctx.dtype = dtype
         w_h, w_v = weight_h.to(dtype), weight_v.to(dtype)
         out = [torch.empty(len(labels), dtype=wide(h[:0]).dtype, device=h.device) for _ in range(3)]
-        size = chunk_size(weight_h.shape[0], h.device.type)
+        size = chunk_size(len(labels), weight_h.shape[0], h.device.type)
         with full_precision(h.device.type):
             for begin in range(0, len(labels), size):
                 rows = slice(begin, begin + size)
@@ -136,7 +140,7 @@ class _TwoHeads(torch.autograd.Function):
         gradients_v = _HeadGradients(v, weight_v, needs[1], needs[4])
         gate_gradient = torch.zeros_like(gate) if needs[2] else None
         w_h, w_v = weight_h.to(ctx.dtype), weight_v.to(ctx.dtype)
-        size = chunk_size(weight_h.shape[0], h.device.type)
+        size = chunk_size(len(labels), weight_h.shape[0], h.device.type)
         for begin in range(0, len(labels), size):
             rows = slice(begin, begin + size)
             a_h, a_v = h[rows].to(ctx.dtype), v[rows].to(ctx.dtype)
