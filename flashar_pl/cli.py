@@ -1,0 +1,154 @@
+"""The `flashar` command: one table of verbs, and a dispatcher that imports a verb's code only when it is called.
+
+Neither torch nor Lightning is imported here, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb."""
+
+    target: str
+    """"module:function" below flashar_pl.commands."""
+    summary: str
+    """One line for `flashar --help`."""
+    trains: bool = False
+    """True: the function takes the raw arguments (LightningCLI parses them); False: a typed function."""
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
+    "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
+    "validate": Command("fit:validate", "losses, likelihood and FID on the validation split", trains=True),
+    "test": Command("fit:test", "losses, likelihood and FID on the test split", trains=True),
+    "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
+    "generate": Command("generate:generate", "sample images from a checkpoint"),
+    "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
+    "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
+    "plot": Command("plot:plot", "draw convergence curves from TensorBoard event files"),
+    "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),
+}
+
+HELP = """\
+flashar: post-train raster autoregressive image generators to decode one anti-diagonal of the code grid per step.
+
+usage: flashar COMMAND [options]        flashar COMMAND --help
+
+{commands}
+
+options:
+  --help        this text; after a command: its options
+  --version     print the version
+  --traceback   show where an error comes from (or set FLASHAR_DEBUG=1)
+
+start here:
+  flashar demo                                                   everything on 1,797 small images, about 6 minutes
+  flashar fit --config experiments/demo_raster.yaml              one training run
+  flashar generate --checkpoint CKPT --classes 3,7 --out samples/
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (None = that of the process) and return its exit code: 0, 1 (a bound was missed), 2
+    (wrong input) or 130 (interrupted)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("FLASHAR_DEBUG", "") not in ("", "0")
+    if "--traceback" in words:
+        words.remove("--traceback")
+        debug = True
+    try:
+        return dispatch(words)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if debug or (getattr(error, "name", None) or "").startswith("flashar_pl"):  # a missing module of ours: a bug
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"flashar: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+def dispatch(words: list[str]) -> int:
+    """Find the verb, parse its options, call it."""
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(HELP.format(commands=command_list(COMMANDS)))
+        return 0
+    if words[0] in ("--version", "-V"):
+        from flashar_pl import __version__
+
+        print(f"flashar-pl {__version__}")
+        return 0
+    name, rest = split_verb(words)
+    if name is None:
+        return 0
+    command = COMMANDS[name]
+    function = load(command)
+    if command.trains:
+        return _code(function(rest))
+    from flashar_pl.commands.arguments import parse
+
+    try:
+        positional, options = parse(function, f"flashar {name}", rest)
+    except SystemExit as end:  # --help was printed
+        return _code(end.code)
+    return _code(function(*positional, **options))
+
+
+def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
+    """The verb (one or two words) and what follows; None after a list of nested verbs was printed.
+
+    Raises:
+        ValueError: no such verb; the closest ones are named.
+    """
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
+    nested = {name: command for name, command in COMMANDS.items() if name.split()[0] == words[0]}
+    if nested and (len(words) == 1 or words[1] in ("--help", "-h")):
+        print(f"usage: flashar {words[0]} WHAT [options]        flashar {words[0]} WHAT --help\n")
+        print(command_list(nested))
+        return None, []
+    from flashar_pl.commands.arguments import closest
+
+    typed = " ".join(words[:2]) if nested else words[0]
+    raise ValueError(f"no command {typed!r}; {closest(typed, nested or COMMANDS)} See flashar --help.")
+
+
+def command_list(commands: dict[str, Command]) -> str:
+    """One aligned line per verb."""
+    return "\n".join(f"  {name:<17} {command.summary}" for name, command in commands.items())
+
+
+def load(command: Command) -> Callable[..., Any]:
+    """The function behind a verb."""
+    module, function = command.target.split(":")
+    return getattr(importlib.import_module(f"flashar_pl.commands.{module}"), function)
+
+
+def _code(result: Any) -> int:
+    """Exit code of a command's result: an int is one, anything else (a path, a table, nothing) means success."""
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

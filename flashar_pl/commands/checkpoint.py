@@ -1,0 +1,148 @@
+"""A checkpoint as the commands use it: model, grid and tokenizer, on a device, in a dtype.
+
+torch is imported inside the functions: `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashar_pl.commands.common import parse_grid, parse_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashar_pl.models import GridModel
+    from flashar_pl.models.weights import Description
+
+Plan = Literal["raster", "diagonal"]
+Weights = Literal["auto", "raw", "ema"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Source:
+    """A loaded checkpoint."""
+
+    model: GridModel
+    description: Description
+    path: str
+    kind: str
+    """What kind of file it was."""
+    grid: tuple[int, int] | None
+    """(H, W); None = neither the checkpoint nor the user said it."""
+    tokenizer: dict[str, Any] | None
+    """Argument of `build_tokenizer`; None = unknown."""
+
+    def need_grid(self) -> tuple[int, int]:
+        """The grid. Raises ValueError where it is not known."""
+        if self.grid is None:
+            raise ValueError(f"{self.path} ({self.kind}) does not say which grid it was trained on; add --grid 16x16.")
+        return self.grid
+
+    def need_tokenizer(self) -> dict[str, Any]:
+        """The tokenizer's config. Raises ValueError where it is not known."""
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
+                "vq16:FILE (published LlamaGen weights), or --codes-only for codes without images."
+            )
+        return self.tokenizer
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values for reports."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "parameters": count_parameters(self.model),
+            "model": self.model.config(),
+            "grid": None if self.grid is None else list(self.grid),
+            "tokenizer": self.tokenizer,
+            "training": self.description.training,
+        }
+
+
+def count_parameters(model: GridModel) -> int:
+    """Number of parameters of a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def open_checkpoint(
+    path: str,
+    *,
+    weights: Weights = "auto",
+    n_head: int | None = None,
+    branch_layer: int | None = None,
+    grid: str | tuple[int, int] | None = None,
+    tokenizer: str | dict[str, Any] | None = None,
+    device: str = "cpu",
+    dtype: Dtype = "fp32",
+) -> Source:
+    """Read a checkpoint of any kind. Options given here win over what the file says.
+
+    branch_layer: wraps a raster model into an untrained FlashAR that branches at this layer.
+
+    Raises:
+        ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model.
+    """
+    from flashar_pl.models.flashar import FlashAR
+    from flashar_pl.models.weights import load_model
+    from flashar_pl.numerics import dtype_from_name
+
+    place, kind = find_device(device), dtype_from_name(dtype)
+    given_grid, given_tokenizer = parse_grid(grid), parse_tokenizer(tokenizer)
+    if not Path(path).exists():
+        raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
+    loaded = load_model(path, weights, n_head)
+    model = loaded.model
+    if branch_layer is not None:
+        if isinstance(model, FlashAR):
+            raise ValueError(
+                f"{path} is a FlashAR model (branch layer {model.branch_layer}); leave out --branch-layer."
+            )
+        model = FlashAR(model.backbone, branch_layer)
+    description = loaded.description
+    return Source(
+        model=model.to(device=place, dtype=kind).eval().requires_grad_(False),
+        description=description,
+        path=str(path),
+        kind=loaded.source,
+        grid=given_grid or description.grid,
+        tokenizer=given_tokenizer or description.tokenizer,
+    )
+
+
+def check_plan(model: GridModel, plan: str | None, grid: tuple[int, int]) -> str:
+    """The plan's name (None = the model's own), if this model can run it.
+
+    Raises:
+        ValueError: a raster model cannot run the diagonal plan without a branch layer.
+    """
+    from flashar_pl.models.raster import RasterAR
+
+    name = plan or model.plan_name
+    if name == "diagonal" and isinstance(model, RasterAR):
+        layers = model.backbone.n_layer
+        raise ValueError(
+            f"this is a raster model without a vertical head. Add --branch-layer m (0 to {layers}; {layers - 1} is "
+            "usual) for training-free diagonal decoding, or use --plan raster."
+        )
+    model.make_plan(name, *grid)
+    return name
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" = the GPU if there is one. Raises ValueError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device; use --device cpu.")
+    return device

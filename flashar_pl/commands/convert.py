@@ -1,0 +1,105 @@
+"""`flashar convert`: official, Lightning and our own checkpoints into one another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashar_pl.commands.checkpoint import Source, Weights, open_checkpoint
+from flashar_pl.commands.common import require_new
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
+
+
+def convert(
+    source: str,
+    /,
+    *,
+    out: str,
+    to: Literal["flashar", "official"] = "flashar",
+    weights: Weights = "auto",
+    n_head: int | None = None,
+    grid: str | None = None,
+    tokenizer: str | None = None,
+) -> Path:
+    """Convert a checkpoint, bit for bit.
+
+    Reads official LlamaGen and NAR files (.pt, .safetensors), Lightning checkpoints and converted directories. Writes
+    a directory with config.json and model.safetensors that loads by its path alone, or an official file again.
+    Prints the architecture and the number of parameters.
+
+    Example:
+        flashar convert c2i_B_256.pt --grid 16x16 --tokenizer vq16:vq_ds16_c2i.pt --out models/llamagen-b
+        flashar convert models/llamagen-b --to official --out c2i_B_again.pt
+
+    Args:
+        source: the checkpoint to read.
+        out: where to write; must not exist. With --to official a name ending in .pt or .safetensors, or a directory
+            that will hold model.pt.
+        to: our directory format (flashar), or official LlamaGen or NAR names (official).
+        weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
+        n_head: attention heads; needed for official files of unpublished sizes.
+        grid: code grid HEIGHTxWIDTH to note in the result, where the source does not say it.
+        tokenizer: tokenizer to note in the result, such as vq16:FILE, where the source does not say it.
+    """
+    from dataclasses import replace
+
+    from flashar_pl.models.weights import official_weights, save_model
+
+    target = require_new(out, "converted checkpoint")
+    if to == "flashar" and target.suffix in FILE_SUFFIXES:
+        raise ValueError(
+            f"--out {out} names a file; our format is a directory, such as --out {target.with_suffix('')}."
+        )
+    read = open_checkpoint(source, weights=weights, n_head=n_head, grid=grid, tokenizer=tokenizer)
+    if to == "official":
+        tensors = official_weights(read.model)
+        if target.suffix not in FILE_SUFFIXES:
+            target = target / "model.pt"
+        write_tensors(target, tensors)
+    else:
+        note = replace(read.description, model=read.model.config(), grid=read.grid, tokenizer=read.tokenizer)
+        save_model(target, read.model, note)
+    print(describe(read))
+    print(f"wrote {target}")
+    return target
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write an official state dict under a temporary name, then rename it."""
+    import torch
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.suffix == ".safetensors":
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        else:
+            torch.save({"model": tensors}, part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def describe(source: Source) -> str:
+    """What was read, in a few lines."""
+    config = source.model.config()
+    backbone: dict[str, Any] = config["backbone"]
+    parameters = sum(p.numel() for p in source.model.parameters())
+    shape = ", ".join(f"{key} {backbone[key]}" for key in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size"))
+    lines = [
+        f"{source.path}: {source.kind}",
+        f"  model       {config['kind']}, {parameters:,} parameters, {next(source.model.parameters()).dtype}",
+        f"  backbone    {backbone['kind']}: {shape}, condition {backbone['condition']}",
+    ]
+    if config["kind"] == "flashar":
+        keys = ("branch_layer", "vertical_layers", "fusion", "corner")
+        lines.append("  FlashAR     " + ", ".join(f"{key} {config[key]}" for key in keys))
+    lines.append(f"  grid        {'not known' if source.grid is None else f'{source.grid[0]} x {source.grid[1]}'}")
+    lines.append(f"  tokenizer   {source.tokenizer or 'not known'}")
+    return "\n".join(lines)

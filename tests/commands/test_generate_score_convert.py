@@ -1,0 +1,253 @@
+"""`flashar generate`, `score`, `convert`, `tokenize`: results, files, and bad input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_backbone
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flashar_pl import decoding
+from flashar_pl.commands.score import image_nll
+from flashar_pl.data.shards import Manifest, ShardReader
+from flashar_pl.models import FlashAR
+from flashar_pl.models.weights import load_model
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_pictures_codes_and_settings(run, flashar_model, work):
+    code, _, err = run(
+        *("generate", "--checkpoint", flashar_model, "--classes", "3,7", "--num-images", 3, "--seed", 5),
+        *("--batch-size", 4, "--out", "samples", "--cfg-scale", 1.5),
+    )
+    assert code == 0, err
+    codes = np.load("samples/codes.npy")
+    assert codes.shape == (6, 8, 8)
+    record = json.loads(Path("samples/settings.json").read_text())
+    assert [image["label"] for image in record["images"]] == ["class3"] * 3 + ["class7"] * 3
+    assert [image["seed"] for image in record["images"]] == list(range(5, 11))
+    assert record["settings"]["cfg_scale"] == 1.5
+    assert record["settings"]["plan"] == "diagonal"
+    assert record["checkpoint"]["model"]["kind"] == "flashar"
+    assert record["versions"]["torch"] == torch.__version__
+    for i, image in enumerate(record["images"]):
+        pixels = np.asarray(Image.open(f"samples/{image['file']}"))
+        assert pixels.shape == (8, 8, 3)
+        assert (np.round(pixels[..., 0] / 255 * 16) == codes[i]).all()
+    assert Image.open("samples/grid.png").size == (3 * 48 + 4, 2 * 48 + 2)
+    assert not list(work.glob(".*part"))
+
+
+def test_generate_equals_the_library_and_a_partial_batch_is_padded(run, flashar_model, work):
+    """Guards the last partial batch: decoded at its own size it would have another batch shape than the others."""
+    shapes = []
+    original = decoding.generate
+
+    def spy(model, condition, *args, **kwargs):
+        shapes.append(len(condition))
+        return original(model, condition, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "generate", spy)
+        for size, name in ((4, "four"), (7, "seven")):
+            words = ("--classes", "0-4", "--num-images", 1, "--seed", 9, "--batch-size", size, "--out", name)
+            assert run("generate", "--checkpoint", flashar_model, *words)[0] == 0
+    assert shapes == [4, 4, 7]
+    model = load_model(flashar_model).model
+    expected = original(model, torch.arange(5), (8, 8), "diagonal", seeds=9).numpy()
+    assert (np.load("four/codes.npy") == expected).all()
+    assert (np.load("seven/codes.npy") == expected).all()
+
+
+def test_generate_is_a_function_too(flashar_model, work):
+    from flashar_pl.commands.generate import generate
+
+    path = generate(checkpoint=flashar_model, out="out", classes=[2], num_images=1, codes_only=True, plan="raster")
+    assert sorted(p.name for p in path.iterdir()) == ["codes.npy", "settings.json"]
+
+
+def test_generate_bfloat16(run, flashar_model, work):
+    words = ("--classes", "1", "--num-images", 2, "--dtype", "bf16", "--out", "samples")
+    assert run("generate", "--checkpoint", flashar_model, *words)[0] == 0
+
+
+def test_generate_from_official_weights_needs_grid_and_tokenizer(run, refused, work):
+    torch.save({"model": tiny_backbone().to_official()}, "official.pt")
+    base = ("generate", "--checkpoint", "official.pt", "--n-head", 2, "--classes", "3", "--out", "samples")
+    assert "--grid" in refused(*base)
+    assert "--tokenizer" in refused(*base, "--grid", "4x6")
+    assert "the tokenizer has 9 codes, the model 17" in refused(*base, "--grid", "4x6", "--tokenizer", "pixels:9")
+    assert not Path("samples").exists()
+    code, _, err = run(*base, "--grid", "4x6", "--tokenizer", "pixels:17")
+    assert code == 0, err
+    assert np.load("samples/codes.npy").shape == (4, 4, 6)
+    assert "--n-head" in refused("generate", "--checkpoint", "official.pt", "--classes", "3", "--out", "more")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors"])
+def test_generate_from_text_features(run, refused, work, suffix):
+    backbone = tiny_backbone(condition="text", caption_dim=12)
+    torch.save({"model": backbone.to_official()}, "t2i.pt")
+    features = torch.randn(2, 5, 12)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    name = f"captions{suffix}"
+    if suffix == ".npy":
+        np.save(name, features.numpy())
+    elif suffix == ".npz":
+        np.savez(name, features=features.numpy(), mask=mask.numpy())
+    else:
+        save_file({"features": features, "mask": mask}, name)
+    base = ("generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only")
+    words = ("--text-features", name, "--num-images", 2, "--batch-size", 3, "--out", "samples")
+    code, _, err = run(*base, *words)
+    assert code == 0, err
+    assert np.load("samples/codes.npy").shape == (4, 4, 4)
+    assert "text-conditional" in refused(*base, "--classes", "3", "--out", "more")
+
+
+def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, flashar_model, work):
+    base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
+    assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
+    assert "expected ids such as 3,7" in refused(*base, "--classes", "three")
+    assert "--classes" in refused(*base)
+    assert "cfg_scale is -0.5; expected 0 or more" in refused(*base, "--classes", "3", "--cfg-scale", -0.5)
+    assert "top_p" in refused(*base, "--classes", "3", "--top-p", 1.5)
+    assert "expected one of raster, diagonal" in refused(*base, "--classes", "3", "--plan", "zigzag")
+    assert "num_images is 0" in refused(*base, "--classes", "3", "--num-images", 0)
+    assert "device" in refused(*base, "--classes", "3", "--device", "gpu")
+    raster = ("generate", "--checkpoint", raster_model, "--out", "samples", "--classes", "3")
+    assert "--branch-layer" in refused(*raster, "--plan", "diagonal")
+    assert "no checkpoint nothing.ckpt" in refused(
+        "generate", "--checkpoint", "nothing.ckpt", "--out", "samples", "--classes", "3"
+    )
+    assert not list(work.iterdir())
+
+
+def test_generate_never_overwrites(refused, flashar_model, work):
+    Path("samples").mkdir()
+    Path("samples/mine.txt").write_text("keep")
+    message = refused("generate", "--checkpoint", flashar_model, "--classes", "3", "--out", "samples")
+    assert "samples exists" in message
+    assert [p.name for p in Path("samples").iterdir()] == ["mine.txt"]
+
+
+# --- score ---------------------------------------------------------------------------------------------------------
+
+
+def test_score_is_the_mean_image_nll(run, flashar_model, shards, work):
+    words = ("--batch-size", 50, "--limit", 120, "--out", "score.json")
+    code, out, err = run("score", "--checkpoint", flashar_model, "--data", shards, *words)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result == json.loads(Path("score.json").read_text())
+    assert (result["images"], result["plan"], result["split"]) == (120, "diagonal", "test")
+    manifest = Manifest.load(shards)
+    from flashar_pl.data.order import EvaluationOrder
+
+    order = EvaluationOrder(297, 120, 120)
+    samples = ShardReader(manifest, "test").read(order.batch(0, 0, 1)[0])
+    with torch.no_grad():
+        model = load_model(flashar_model).model.eval()
+        nll = model.loss(torch.tensor(samples.codes), torch.tensor(samples.labels))["nll"]
+    assert result["nll_nats_per_image"] == pytest.approx(float(nll.mean()), abs=1e-3)
+    assert result["standard_error"] == pytest.approx(float(nll.std() / 120**0.5), rel=1e-4)
+    assert result["bits_per_code"] == pytest.approx(float(nll.mean()) / 64 / np.log(2), rel=1e-4)
+
+
+def test_score_training_free_equals_the_untrained_flashar(run, raster_model, shards):
+    base = ("score", "--checkpoint", raster_model, "--data", shards, "--limit", 20)
+    code, out, err = run(*base, "--plan", "diagonal", "--branch-layer", 1)
+    assert code == 0, err
+    free = json.loads(out)["nll_nats_per_image"]
+    own = json.loads(run(*base)[1])
+    assert own["plan"] == "raster"
+    assert abs(own["nll_nats_per_image"] - free) > 1
+    model = FlashAR(load_model(raster_model).model.backbone, 1)
+
+    assert float(image_nll(model.eval(), Manifest.load(shards), "test", "diagonal", 64, 20).mean()) == pytest.approx(
+        free
+    )
+
+
+def test_score_bad_input(refused, run, flashar_model, raster_model, shards, work):
+    base = ("score", "--data", shards, "--checkpoint")
+    assert "looked for nowhere/manifest.json" in refused("score", "--data", "nowhere", "--checkpoint", flashar_model)
+    assert "leave out --branch-layer" in refused(*base, flashar_model, "--branch-layer", 1)
+    assert "--branch-layer" in refused(*base, raster_model, "--plan", "diagonal")
+    assert "expected 0 to 2" in refused(*base, raster_model, "--branch-layer", 5)
+    torch.save({"model": tiny_backbone(vocab_size=9).to_official()}, "nine.pt")
+    assert "vocabulary of 17, the model has 9" in refused(*base, "nine.pt", "--n-head", 2)
+    torch.save({"model": tiny_backbone(num_classes=4).to_official()}, "four.pt")
+    assert "10 classes, the model has 4" in refused(*base, "four.pt", "--n-head", 2)
+    run("convert", "nine.pt", "--out", "other", "--n-head", 2, "--grid", "4x4")
+    torch.save({"model": tiny_backbone().to_official()}, "same.pt")
+    run("convert", "same.pt", "--out", "small", "--n-head", 2, "--grid", "4x4")
+    assert "grid of 8 x 8 codes, the run is set up for 4 x 4" in refused(*base, "small")
+    run("convert", "same.pt", "--out", "vq", "--n-head", 2, "--grid", "8x8", "--tokenizer", "vq16:weights.pt")
+    assert "codes of the tokenizer 'vq16'" in refused(*base, "vq")
+
+
+# --- convert -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", ["raster", "nar"])
+def test_convert_round_trip_is_bit_exact(run, work, suffix, kind):
+    backbone = tiny_backbone()
+    if kind == "raster":
+        official = backbone.to_official()
+    else:
+        official = FlashAR(backbone, 2, vertical_layers=1, fusion="average", corner="fused").to_nar()
+    if suffix == ".pt":
+        torch.save({"model": official}, "in.pt")
+    else:
+        save_file({k: v.contiguous() for k, v in official.items()}, "in.safetensors")
+    code, out, err = run("convert", f"in{suffix}", "--out", "ours", "--n-head", 2, "--grid", "8x8")
+    assert code == 0, err
+    total = sum(p.numel() for p in load_model("ours").model.parameters())
+    assert f"{total:,} parameters" in out
+    assert load_model("ours").description.grid == (8, 8)
+    assert run("convert", "ours", "--to", "official", "--out", f"back{suffix}")[0] == 0
+    back = (
+        load_file("back.safetensors") if suffix == ".safetensors" else torch.load("back.pt", weights_only=True)["model"]
+    )
+    assert back.keys() == official.keys()
+    assert all(torch.equal(back[name], official[name]) and back[name].dtype == official[name].dtype for name in back)
+
+
+def test_convert_bad_input(refused, run, flashar_model, raster_model, work):
+    official = tiny_backbone().to_official()
+    missing = dict(official)
+    del missing["layers.1.attention.wo.weight"]
+    torch.save({"model": missing}, "missing.pt")
+    message = refused("convert", "missing.pt", "--out", "ours", "--n-head", 2)
+    assert "layers.1.attention.wo.weight" in message
+    Path("text.pt").write_text("hello")
+    assert "text.pt" in refused("convert", "text.pt", "--out", "ours")
+    assert "no published size" in refused("convert", _saved(official), "--out", "ours")
+    assert "is a directory" in refused("convert", raster_model, "--out", "ours.pt")
+    assert "NAR" in refused("convert", flashar_model, "--to", "official", "--out", "flashar.pt")
+    assert sorted(p.name for p in work.iterdir()) == ["missing.pt", "official.pt", "text.pt"]
+    Path("ours").mkdir()
+    assert "ours exists" in refused("convert", raster_model, "--out", "ours")
+    assert not list(Path("ours").iterdir())
+
+
+def _saved(official) -> str:
+    torch.save({"model": official}, "official.pt")
+    return "official.pt"
+
+
+# --- tokenize ------------------------------------------------------------------------------------------------------
+
+
+def test_tokenize_digits(run, refused, work):
+    code, out, err = run("tokenize", "digits", "--out", "digits")
+    assert code == 0, err
+    assert "1,300 train" in out
+    assert Manifest.load("digits").samples("test") == 297
+    assert "digits exists" in refused("tokenize", "digits", "--out", "digits")
