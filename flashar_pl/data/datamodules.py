@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 
 from flashar_pl.backbones.base import Batch
-from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TextEncoder, TrainingBatches, TrainingLoader
+from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TrainingBatches, TrainingLoader
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
 from flashar_pl.data.reader import ShardReader
@@ -43,7 +44,7 @@ class CodesDataModule(LightningDataModule):
         window: int = 256,
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
-        text_encoder: TextEncoder | None = None,
+        text_encoder: Callable | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["text_encoder"], logger=False)
@@ -55,6 +56,8 @@ class CodesDataModule(LightningDataModule):
         self.limit_validation_samples = limit_validation_samples
         self.text_encoder = text_encoder
         self._manifest: Manifest | None = None
+        self._training: TrainingLoader | None = None
+        self._restored: dict[str, Any] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -71,6 +74,7 @@ class CodesDataModule(LightningDataModule):
         if manifest.condition.kind == "text" and self.text_encoder is None:
             raise ValueError(f"The shards of {manifest.name!r} hold captions: give text_encoder to turn them into ids.")
         if stage == "fit":
+            self._training, self._restored = None, {}
             check_cut(self.batch_size, ranks)
             blocks, readers = len(manifest.block_sizes("train")), ranks * max(1, self.num_workers)
             if readers > blocks:
@@ -97,7 +101,20 @@ class CodesDataModule(LightningDataModule):
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
             processed = lambda: progress.current.processed  # type: ignore[attr-defined]  # noqa: E731
-        return TrainingLoader(batches, self.num_workers, processed)
+        place = self._restored if self._training is None else self._training.state_dict()
+        self._training = TrainingLoader(batches, self.num_workers, processed)
+        if place:
+            self._training.load_state_dict(place)
+        return self._training
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the training data. The Trainer saves it from the loader too, but after an epoch's last batch
+        it does not restore that one."""
+        return self._restored if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start training at a saved place, at the next `train_dataloader`."""
+        self._training, self._restored = None, state_dict
 
     def val_dataloader(self) -> EvaluationLoader:
         """This device's validation batches, each sample once over all devices."""

@@ -96,11 +96,6 @@ class Cursor:
         self.epoch = 0
         self.position = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`, unless the cursor is in that epoch already. The Trainer calls this."""
-        if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
-
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         return ((epoch, g) for g in range(self.position, self.batches))
@@ -146,14 +141,16 @@ class Loader:
 class TrainingLoader(Loader):
     """Training batches with a place that is saved and restored exactly.
 
-    One pass of the iterator is the rest of an epoch; the next pass is the next epoch, unless `sampler.set_epoch`
-    chose another. The state counts batches handed out, never those prefetched by workers.
+    One pass of the iterator is the rest of an epoch; when none is left, the next epoch. The loader counts epochs
+    itself: after a run that stopped within an epoch, the Trainer's own count is one ahead of the data. The state
+    counts batches handed out, never those prefetched by workers.
 
     Args:
         batches: what to load.
         num_workers: worker processes; 0 loads in this process.
         processed: gives the number of batches of this epoch that training has finished. The state never runs ahead
-            of it, so a batch that failed half-way is drawn again; None = trust the count of batches handed out.
+            of it, so a batch that failed half-way is drawn again; and a pass that starts at 0 starts an epoch, even
+            if the one before was cut short. None = trust the count of batches handed out.
     """
 
     def __init__(
@@ -161,29 +158,30 @@ class TrainingLoader(Loader):
     ) -> None:
         check_cut(batches.order.batch_size, batches.ranks)
         self.batches = batches
-        self.sampler = Cursor(len(batches))
+        self.cursor = Cursor(len(batches))
         self._processed = processed
-        super().__init__(batches, self.sampler, num_workers)
+        super().__init__(batches, self.cursor, num_workers)
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the cursor stands."""
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator starts at the first `next`: the Trainer calls iter() before it restores the epoch.
-        cursor = self.sampler
-        if cursor.position >= len(self):
-            cursor.set_epoch(cursor.epoch + 1)
+        # A generator starts at the first `next`, when the Trainer has restored its progress.
+        cursor = self.cursor
+        cut_short = self._processed is not None and self._processed() == 0 < cursor.position
+        if cut_short or cursor.position >= len(self):
+            cursor.epoch, cursor.position = cursor.epoch + 1, 0
         for batch in self._loader:
             cursor.position += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The place, and what it is a place in. Plain integers and strings."""
-        position = self.sampler.position
+        position = self.cursor.position
         if self._processed is not None:
             position = min(position, self._processed())
-        return {"epoch": self.sampler.epoch, "position": position} | self._identity()
+        return {"epoch": self.cursor.epoch, "position": position} | self._identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -199,7 +197,7 @@ class TrainingLoader(Loader):
                 f"{name}={state[name]!r}; this run has {name}={self._identity()[name]!r}, so it cannot continue "
                 f"there. Resume with the old {name}, or start a new run from the checkpoint's weights."
             )
-        self.sampler.epoch, self.sampler.position = state["epoch"], state["position"]
+        self.cursor.epoch, self.cursor.position = state["epoch"], state["position"]
 
     def _identity(self) -> dict[str, Any]:
         order, reader = self.batches.order, self.batches.reader

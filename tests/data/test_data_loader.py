@@ -124,22 +124,28 @@ def test_state_never_runs_ahead_of_training(toy: Manifest) -> None:
 
 
 def test_trainer_protocol(toy: Manifest) -> None:
-    """iter() before load_state_dict and set_epoch, as the Trainer calls them; set_epoch restarts another epoch only."""
+    """The Trainer calls iter() before load_state_dict and once more after it, and expects a whole epoch's length."""
     reference = TrainingLoader(training(toy))
-    reference.sampler.set_epoch(4)
-    expected = epoch_rows(reference)
+    expected = [epoch_rows(reference) for _ in range(4)]
     loader = TrainingLoader(training(toy))
     iter(loader)
-    loader.load_state_dict(loader.state_dict() | {"epoch": 4, "position": 5})
+    loader.load_state_dict(loader.state_dict() | {"epoch": 2, "position": 5})
     iterator = iter(loader)
-    loader.sampler.set_epoch(4)
     assert len(loader) == 8
-    assert [rows(batch) for batch in iterator] == expected[5:]
-    loader.sampler.set_epoch(4)
-    assert len(epoch_rows(loader)) == 8, "a finished epoch is followed by the next"
-    assert loader.sampler.epoch == 5
-    loader.sampler.set_epoch(4)
-    assert epoch_rows(loader) == expected
+    assert [rows(batch) for batch in iterator] == expected[2][5:]
+    assert epoch_rows(loader) == expected[3], "a finished epoch is followed by the next"
+    assert not hasattr(loader, "sampler"), "the Trainer would set its own epoch"
+
+
+def test_an_epoch_cut_short_is_followed_by_the_next(toy: Manifest) -> None:
+    """Guards limit_train_batches: training that stands at 0 must not get the rest of the old epoch."""
+    reference = TrainingLoader(training(toy))
+    expected = [epoch_rows(reference) for _ in range(2)]
+    done = 0
+    loader = TrainingLoader(training(toy), processed=lambda: done)
+    iterator = iter(loader)
+    assert [rows(next(iterator)) for _ in range(3)] == expected[0][:3]
+    assert epoch_rows(loader) == expected[1]
 
 
 def test_without_reshuffling_every_epoch_is_the_same(toy: Manifest) -> None:
@@ -155,7 +161,7 @@ def test_resuming_another_order_in_mid_epoch_is_an_error(toy: Manifest) -> None:
     with pytest.raises(ValueError, match="batch 1 of epoch 0 of an order with seed=0; this run has seed=9"):
         other.load_state_dict(state)
     other.load_state_dict(state | {"epoch": 1, "position": 0})
-    assert other.sampler.epoch == 1
+    assert other.cursor.epoch == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -111,6 +111,31 @@ def test_resume_from_the_end_of_an_epoch(toy, whole, tmp_path) -> None:
     assert rest.seen == whole.seen[8:]
 
 
+def test_resume_after_a_run_that_stopped_within_an_epoch(toy, whole, tmp_path) -> None:
+    """A checkpoint saved after fit: the Trainer counts the unfinished epoch as finished, the data must not."""
+    part = fit(toy, tmp_path, max_steps=11, max_epochs=-1)
+    part.trainer.save_checkpoint(tmp_path / "after.ckpt")
+    rest = fit(toy, tmp_path, ckpt=tmp_path / "after.ckpt", max_steps=24, max_epochs=-1)
+    assert [seen[1:] for seen in rest.seen] == [seen[1:] for seen in whole.seen[11:]]
+
+
+def test_resume_from_the_end_of_an_epoch_cut_short(toy, whole, tmp_path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    fit(toy, tmp_path, saver, max_epochs=1, limit_train_batches=5)
+    rest = fit(toy, tmp_path, ckpt=tmp_path / "end.ckpt", limit_train_batches=5)
+    assert rest.seen == whole.seen[8:13] + whole.seen[16:21]
+
+
+def test_reloaded_loaders_and_a_second_fit(toy, whole, tmp_path) -> None:
+    """A loader made anew each epoch goes on; another fit with the same DataModule starts at the beginning."""
+    assert fit(toy, tmp_path, reload_dataloaders_every_n_epochs=1).seen == whole.seen
+    data = CodesDataModule(toy.root, batch_size=12, window=4, seed=5)
+    for _ in range(2):
+        module = Probe()
+        trainer_for(tmp_path, max_epochs=2).fit(module, datamodule=data)
+        assert module.seen == whole.seen[:16]
+
+
 def test_a_failed_batch_comes_again(toy, whole, tmp_path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="crash", save_on_exception=True, every_n_train_steps=1000)
     with pytest.raises(RuntimeError, match="power cut"):
