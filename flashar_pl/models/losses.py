@@ -26,7 +26,7 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
 def chunk_size(targets: int, vocabulary: int, device_type: str) -> int:
     """Targets per chunk: a sixteenth of them, but not less than an eighth of the largest chunk.
 
-    About five chunks are alive at a time, so the loss needs a third of one set of logits at most unless these are small.
+    About five chunks are alive at a time: a third of one set of logits, unless these are small.
     """
     largest = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
     return max(1, min(largest, max(largest // 8, targets // 16)))
