@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from flashar_pl.backbones.base import Batch
 from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TrainingBatches, TrainingLoader
-from flashar_pl.data.manifest import Manifest
+from flashar_pl.data.manifest import Manifest, check_matches
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
 from flashar_pl.data.reader import ShardReader
 
@@ -65,6 +65,10 @@ class CodesDataModule(LightningDataModule):
         if self._manifest is None:
             self._manifest = Manifest.load(self.location)
         return self._manifest
+
+    def check_model(self, vocabulary: int, num_classes: int | None = None, text_width: int | None = None) -> None:
+        """Raises ValueError unless a model can train on these shards; see `check_matches`."""
+        check_matches(self.manifest, vocabulary, num_classes, text_width=text_width)
 
     def setup(self, stage: str) -> None:
         """Check the settings against the shards and the devices before any long work. Raises ValueError."""

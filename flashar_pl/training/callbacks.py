@@ -1,0 +1,240 @@
+"""What happens around a training step. `FlashARModule.configure_callbacks` adds these to every run.
+
+Lightning moves ModelCheckpoint behind all other callbacks and calls the module's own hooks after all callbacks. So a
+checkpoint holds what these callbacks did in the same step, which it would not if they were hooks of the module.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from flashar_pl.backbones.base import Batch
+from flashar_pl.training.stages import Schedule
+from flashar_pl.training.strategies import allow_frozen_parameters
+
+if TYPE_CHECKING:
+    from flashar_pl.training.module import FlashARModule
+
+
+def log_interval(trainer: Trainer) -> int:
+    """Optimiser steps between two entries of the logger; 0 = never."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+
+
+def logs_now(trainer: Trainer) -> bool:
+    """Whether the step in progress is one whose metrics Lightning writes to the logger."""
+    every = log_interval(trainer)
+    return every > 0 and (trainer.global_step + 1) % every == 0
+
+
+class InitialWeights(Callback):
+    """Reads `init_from` unless a checkpoint was restored, then starts the averaged weights as a copy."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _as_ours(pl_module).load_initial_weights()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            _as_ours(pl_module).load_initial_weights()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _as_ours(pl_module).load_initial_weights()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _as_ours(pl_module).load_initial_weights()
+
+
+class StageSwitch(Callback):
+    """Applies the schedule: which roles have gradients, and the learning rate of every group.
+
+    Parameters are frozen here, after a strategy has wrapped the model, and never before (see `strategies.py`).
+    """
+
+    def __init__(self) -> None:
+        self.stage: int | None = None
+        """Stage that the model is set up for; None = not yet."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.stage = None
+        if stage == "fit" and _as_ours(pl_module).schedule.build(total_steps=1).freezes:
+            allow_frozen_parameters(trainer.strategy)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = _as_ours(pl_module)
+        if module.total_steps is None:
+            module.total_steps = _total_steps(trainer)
+        elif trainer.max_steps > 0 and trainer.max_steps != module.total_steps:
+            rank_zero_info(
+                f"The run was started for {module.total_steps} steps and its schedule stays so; this fit stops at "
+                f"{trainer.max_steps}."
+            )
+        self._apply(trainer, module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._apply(trainer, _as_ours(pl_module))
+
+    def _apply(self, trainer: Trainer, module: FlashARModule) -> None:
+        schedule, step = module.built_schedule, trainer.global_step
+        groups = trainer.optimizers[0].param_groups
+        stage = schedule.stage(step)
+        if stage != self.stage:
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(schedule.trains(group["role"], step))
+            self._announce(schedule, step, [group["role"] for group in groups])
+            self.stage = stage
+        for group in groups:
+            group["lr"] = schedule.lr(group["role"], step, module.optimiser.lr)
+
+    def _announce(self, schedule: Schedule, step: int, roles: list[str]) -> None:
+        training = ", ".join(dict.fromkeys(role for role in roles if schedule.trains(role, step)))
+        rank_zero_info(f"Stage {schedule.stage(step)} at step {step} of {schedule.total_steps}: {training} train.")
+
+
+class EmaUpdate(Callback):
+    """Moves the averaged weights towards the trained ones after every optimiser step."""
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay is {decay}; expected 0 <= ema_decay < 1, such as 0.999.")
+        self.decay = decay
+        self._seen = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._seen:  # gradients were only accumulated
+            return
+        self._seen = trainer.global_step
+        module = _as_ours(pl_module)
+        assert module.ema is not None
+        torch._foreach_lerp_(list(module.ema.parameters()), list(module.net.parameters()), 1 - self.decay)
+
+
+class RandomState(Callback):
+    """Keeps every random number generator in the checkpoint, and validation away from them.
+
+    A run that continues on as many ranks draws the same numbers (dropout, dropped conditions) as one that was never
+    interrupted. On another number of ranks, and at the start of a run, each rank seeds its own.
+    """
+
+    def __init__(self) -> None:
+        self._restored: list[dict[str, Any]] | None = None
+        self._kept: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._restored is None and trainer.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._restored is None:
+            return
+        states, self._restored = self._restored, None
+        if len(states) == trainer.world_size:
+            set_random_state(states[trainer.global_rank])
+        else:
+            set_random_state(states[0])
+            torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._kept = get_random_state()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._kept is not None:
+            set_random_state(self._kept)
+        self._kept = None
+
+    def state_dict(self) -> dict[str, Any]:
+        states: list[Any] = [self._kept or get_random_state()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            states = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(states, self._kept or get_random_state())
+        return {"ranks": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict["ranks"]
+
+
+def get_random_state() -> dict[str, Any]:
+    """State of the generators of torch (CPU and the current CUDA device), numpy and Python, as plain types."""
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Inverse of `get_random_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+class TrainingLog(Callback):
+    """Logs the learning rate of every role, the stage, and the speed."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()  # validation and what was done before it are not training time
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if logs_now(trainer):
+            module = _as_ours(pl_module)
+            groups = trainer.optimizers[0].param_groups
+            rates = {f"lr/{group['role']}": float(group["lr"]) for group in groups}
+            stage = module.built_schedule.stage(trainer.global_step)
+            pl_module.log_dict({**rates, "train/stage": float(stage)}, batch_size=1)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(batch, Batch)
+        self._tokens += batch.codes.numel() * trainer.world_size
+        if trainer.global_step % max(1, log_interval(trainer)) == 0:
+            speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
+            pl_module.log("train/tokens_per_second", speed, batch_size=1)
+            self._restart()
+
+    def _restart(self) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+
+def _total_steps(trainer: Trainer) -> int:
+    total = trainer.estimated_stepping_batches
+    if not math.isfinite(total) or total < 1:
+        raise ValueError(
+            f"the run has {total} steps; the schedule needs their number: set trainer.max_steps or trainer.max_epochs."
+        )
+    return int(total)
+
+
+def _as_ours(module: LightningModule) -> FlashARModule:
+    return cast("FlashARModule", module)

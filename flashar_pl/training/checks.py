@@ -1,0 +1,53 @@
+"""What is checked before a run does anything long."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from flashar_pl.backbones.llamagen import LlamaGenConfig
+
+PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
+"""Names of LlamaGen's published class-conditional weights."""
+PUBLISHED_HOME = "https://huggingface.co/FoundationVision/LlamaGen"
+
+
+def check_initial_file(path: str | Path) -> None:
+    """ValueError if there is nothing at `path`: what was looked for and how to get it."""
+    given = Path(path).expanduser()
+    if given.exists():
+        return
+    if PUBLISHED.match(given.name):
+        how = f"Download {given.name} from {PUBLISHED_HOME} to {given.parent}/."
+    else:
+        how = (
+            "A raster checkpoint is made by a raster run, the demo's by: "
+            "flashar fit --config experiments/demo_raster.yaml"
+        )
+    raise ValueError(f"model.init_from: no file {given}. {how}")
+
+
+PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")
+
+
+def check_precision(precision: str) -> None:
+    """ValueError for a Trainer precision without float32 master weights."""
+    if precision in PURE_HALF:
+        raise ValueError(
+            f"trainer.precision is {precision}: 16-bit weights would lose most updates at post-training learning "
+            "rates; use bf16-mixed (16-bit compute, float32 weights) or 32-true."
+        )
+
+
+def check_data(datamodule: Any, config: LlamaGenConfig) -> None:
+    """ValueError if the shards do not fit the model. A data module without `check_model` is not checked."""
+    check = getattr(datamodule, "check_model", None)
+    if check is None:
+        return
+    of_class = config.condition == "class"
+    check(
+        vocabulary=config.vocab_size,
+        num_classes=config.num_classes if of_class else None,
+        text_width=None if of_class else config.caption_dim,
+    )

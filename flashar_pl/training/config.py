@@ -1,0 +1,195 @@
+"""Settings of a training run. The text under a field is its help text on the command line."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig, preset
+from flashar_pl.training.stages import Schedule
+
+STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
+"""The paper's two-stage schedule (Sec. 5.1)."""
+
+
+@dataclass
+class BackboneConfig:
+    """The raster model."""
+
+    preset: str | None = None
+    """Published size, such as llamagen-b; None = options give every size."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Fields of LlamaGenConfig that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
+
+    def resolve(self) -> LlamaGenConfig:
+        """The full configuration. ValueError for an unknown preset or option (the closest names are offered)."""
+        if self.preset is not None:
+            return preset(self.preset, **self.options)
+        known = [f.name for f in fields(LlamaGenConfig)]
+        for key in self.options:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
+                raise ValueError(f"model.backbone.options has no {key!r}; closest: {', '.join(near)}.")
+        missing = [name for name in ("dim", "n_layer", "n_head") if name not in self.options]
+        if missing:
+            raise ValueError(
+                f"model.backbone has neither a preset nor {', '.join(missing)} in options; "
+                "expected for example preset: llamagen-b."
+            )
+        return LlamaGenConfig(**self.options)
+
+
+@dataclass
+class FlashARConfig:
+    """The vertical branch and the fusion of both predictions."""
+
+    branch_layer: int
+    """m, the layer at which the vertical branch forks off, 0 to the number of layers L; the paper uses L - 1."""
+    vertical_layers: int | None = None
+    """Number of cloned layers; None = L - m."""
+    fusion: Literal["gate", "average"] = "gate"
+    """Learnt gate (Eq. 7), or a fixed weight of 0.5."""
+    corner: Literal["horizontal", "fused"] = "horizontal"
+    """What predicts cell (0, 0): the horizontal head (the paper), or both like any other cell (NAR)."""
+
+
+@dataclass
+class OptimiserConfig:
+    """AdamW on float32 weights."""
+
+    lr: float = 2e-5
+    """Base learning rate; the schedule scales it per role."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices and embeddings; vectors have none."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
+            raise ValueError(
+                f"lr is {self.lr}, weight_decay {self.weight_decay}, clip {self.clip}; expected lr > 0, "
+                "weight_decay >= 0, clip > 0."
+            )
+
+
+@dataclass
+class ScheduleConfig:
+    """Two stages and one cosine over the whole run (Sec. 4.3)."""
+
+    stage1_share: float | None = None
+    """Share of the steps in which only vertical branch, vertical head and gate train; None = 0.2, raster models 0."""
+    backbone_factor: float | None = None
+    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, raster models 1."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+
+    def resolve(self, raster: bool) -> ScheduleConfig:
+        """The same settings without None. ValueError for a stage 1 in which nothing could train."""
+        share = (0.0 if raster else STAGE1_SHARE) if self.stage1_share is None else self.stage1_share
+        factor = (1.0 if raster else BACKBONE_FACTOR) if self.backbone_factor is None else self.backbone_factor
+        if raster and share > 0:
+            raise ValueError(
+                f"schedule.stage1_share is {share}, but a raster model has no vertical branch to train in stage 1; "
+                "set it to 0, or give model.flashar."
+            )
+        return ScheduleConfig(share, factor, self.warmup)
+
+    def build(self, total_steps: int) -> Schedule:
+        """The schedule over `total_steps`; resolved settings only."""
+        assert self.stage1_share is not None
+        assert self.backbone_factor is not None
+        return Schedule(total_steps, self.stage1_share, self.backbone_factor, self.warmup)
+
+
+@dataclass
+class ValidationConfig:
+    """What a validation does besides the likelihood of held-out images."""
+
+    samples: int = 0
+    """Images to generate for the Fréchet distance; 0 = none. Sample i has class i modulo the number of classes."""
+    sample_batch: int = 64
+    """Images generated at once on one device."""
+    grid_images: int = 0
+    """Images shown in the sample grid of every validation; 0 = no grid."""
+    plan: Literal["diagonal", "raster"] | None = None
+    """Decoding order of samples and likelihood; None = the model's own."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance of the samples; 1 = none."""
+    temperature: float = 1.0
+    """Softmax temperature of the samples."""
+    top_k: int = 0
+    """Draw from the k most likely codes; 0 = all."""
+    top_p: float = 1.0
+    """Draw from the most likely codes with this much probability; 1 = all."""
+    seed: int = 0
+    """Sample i is drawn with seed + i, in every validation."""
+    features: str | None = None
+    """Feature extractor of the Fréchet distance: a classifier's directory, or the file of Inception weights."""
+    reference: str | None = None
+    """File (.npz) with the moments of real images; None = the images of the validated split."""
+    fid_every: int = 1
+    """Compute the Fréchet distance in every such validation of a fit."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.grid_images < 0 or self.sample_batch < 1 or self.fid_every < 1:
+            raise ValueError(
+                f"validation.samples is {self.samples}, grid_images {self.grid_images}, sample_batch "
+                f"{self.sample_batch}, fid_every {self.fid_every}; expected at least 0, 0, 1, 1."
+            )
+        if self.samples == 1 or (self.samples and self.features is None):
+            raise ValueError(
+                f"validation.samples is {self.samples} and features {self.features!r}; a Fréchet distance needs two or "
+                "more samples and a feature extractor. For pictures alone set grid_images."
+            )
+        if self.features is not None and not self.samples:
+            raise ValueError(f"validation.features is {self.features!r}, but samples is 0; expected 2 or more.")
+        if self.cfg_scale < 0:
+            raise ValueError(f"validation.cfg_scale is {self.cfg_scale}; expected 0 or more.")
+
+
+def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
+    """The argument of `flashar_pl.models.weights.build_model`."""
+    config = backbone.resolve()
+    described = {"kind": LlamaGen.kind, **{f.name: getattr(config, f.name) for f in fields(config)}}
+    if flashar is None:
+        return {"kind": "raster", "backbone": described}
+    if not 0 <= flashar.branch_layer <= config.n_layer:
+        raise ValueError(
+            f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {config.n_layer} (the number of layers)."
+        )
+    return {"kind": "flashar", "backbone": described, **{f.name: getattr(flashar, f.name) for f in fields(flashar)}}
+
+
+SETTINGS = ("backbone", "flashar", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation")
+"""Constructor arguments of `FlashARModule`."""
+TYPES: dict[str, Any] = {
+    "backbone": BackboneConfig,
+    "flashar": FlashARConfig,
+    "optimiser": OptimiserConfig,
+    "schedule": ScheduleConfig,
+    "validation": ValidationConfig,
+}
+
+
+def plain_settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Constructor arguments as dictionaries, lists, numbers and text: what a checkpoint or a YAML can hold."""
+    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in arguments.items()}  # type: ignore[arg-type]
+    return {name: _without_tuples(value) for name, value in plain.items()}
+
+
+def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `plain_settings`."""
+    typed = {
+        name: TYPES[name](**value) if name in TYPES and value is not None else value for name, value in plain.items()
+    }
+    typed["optimiser"].betas = tuple(typed["optimiser"].betas)
+    return typed
+
+
+def _without_tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_tuples(item) for key, item in value.items()}
+    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value

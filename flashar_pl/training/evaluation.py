@@ -1,0 +1,236 @@
+"""The callback that turns validation and test batches into numbers and pictures.
+
+Shapes: B samples, H, W grid, b samples generated at once, h x w pixels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from flashar_pl.backbones.base import Batch
+from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
+from flashar_pl.metrics.fid import FrechetDistance
+from flashar_pl.metrics.reference import load_reference
+from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.training.images import gate_picture, save_png, tile
+from flashar_pl.training.validation import LossSums, SampleConditions, sample_codes
+
+if TYPE_CHECKING:
+    from flashar_pl.training.module import FlashARModule
+
+
+class Evaluation(Callback):
+    """Losses, likelihood and gate of a split; sample grid, Fréchet distance and class accuracy of generated images.
+
+    Everything is measured on the averaged weights where the run keeps them. Results are equal on every rank, and the
+    number of ranks changes none of them. Logged under val/ or test/; pictures go to TensorBoard and, as PNG, to
+    `samples/` and `gate/` in the log directory.
+    """
+
+    def __init__(self) -> None:
+        self.validations = 0
+        """Validations of the fit so far."""
+        self.extractor: FeatureExtractor | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.distances: dict[str, FrechetDistance] = {}
+        """One for each split: its real images are seen once."""
+        self.sums: LossSums | None = None
+        self.conditions: SampleConditions | None = None
+        self._counts_real = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = int(state_dict["validations"])
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Load tokenizer, extractor and reference now: what is missing shows before training, not after an epoch."""
+        config = _as_ours(pl_module).validation
+        if stage == "predict" or not (config.samples or config.grid_images) or self.tokenizer is not None:
+            return
+        manifest = _as_ours(pl_module).manifest
+        if manifest is None:
+            raise ValueError(
+                "validation.samples and grid_images need a data module with a manifest, whose tokenizer decodes them."
+            )
+        self.tokenizer = build_tokenizer(manifest.tokenizer)
+        if config.features is not None:
+            self.extractor = load_extractor(config.features)
+            self.distances = {split: self._distance(config.reference) for split in ("val", "test")}
+
+    def _distance(self, reference: str | None) -> FrechetDistance:
+        assert self.extractor is not None
+        distance = FrechetDistance(self.extractor.num_features)
+        if reference is not None:
+            moments = load_reference(reference, self.extractor)
+            distance.set_reference(moments.mu, moments.sigma, moments.n)
+        return distance
+
+    # --- the same for validation and test ---------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(_as_ours(pl_module), "val", trainer.sanity_checking)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(_as_ours(pl_module), "test", False)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(_as_ours(pl_module), "val", outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(_as_ours(pl_module), "test", outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validations += trainer.state.fn == TrainerFn.FITTING
+            self._finish(trainer, _as_ours(pl_module), "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, _as_ours(pl_module), "test")
+
+    def _begin(self, module: FlashARModule, split: str, sanity: bool) -> None:
+        self.sums = None
+        self.conditions = SampleConditions(module.net, max(module.validation.samples, module.validation.grid_images))
+        distance = self.distances.get(split)
+        self._counts_real = distance is not None and not distance.has_reference and not sanity
+
+    def _add(self, module: FlashARModule, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
+        if self.sums is None:
+            self.sums = LossSums(module.evaluation_plan(batch.codes), batch.codes.device)
+        self.sums.add(losses, batch.valid)
+        if self._samples_wanted(module):
+            assert self.conditions is not None
+            self.conditions.collect(batch.condition, batch.index, batch.valid)
+        if self._counts_real:
+            assert self.tokenizer is not None
+            assert self.extractor is not None
+            images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
+            rows = extract_features(self.extractor.to(batch.codes.device), images).pool
+            self.distances[split].to(rows.device).update_features(rows, real=True, valid=batch.valid)
+
+    def _samples_wanted(self, module: FlashARModule) -> bool:
+        return bool(module.validation.samples or module.validation.grid_images)
+
+    def _finish(self, trainer: Trainer, module: FlashARModule, split: str) -> None:
+        assert self.sums is not None, "no batch was seen"
+        results = self.sums.reduce(lambda values: _sum(trainer, values))
+        if self._samples_wanted(module):
+            results |= self._sample(trainer, module, split)
+        for name, value in results.items():
+            shown = split == "val" and name == "nll"
+            module.log(f"{split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
+        if "gate_mean" in results:
+            self._show(trainer, module, f"{split}/gate_map", "gate", gate_picture(self.sums.gate_map.cpu()))
+
+    # --- samples ----------------------------------------------------------------------------------------------------
+
+    def _sample(self, trainer: Trainer, module: FlashARModule, split: str) -> dict[str, float]:
+        """Generate; log the grid; return fid and accuracy where they are due."""
+        config = module.validation
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
+        n = max(measured, config.grid_images)
+        if n == 0:
+            return {}
+        assert self.sums is not None
+        assert self.conditions is not None
+        assert self.tokenizer is not None
+        distance = self.distances.get(split) if measured else None
+        if distance is not None:
+            distance.reset()  # generated rows only: real ones stay
+        rank, ranks = trainer.global_rank, trainer.world_size
+        hits = torch.zeros(2, dtype=torch.float64, device=module.device)  # right, judged
+        sheet: Tensor | None = None
+        conditions = self.conditions.join()
+        for numbers, codes in sample_codes(module.evaluated, self.sums.plan, conditions, n, config, rank, ranks):
+            images = self.tokenizer.to(codes.device).decode(codes)  # (b, 3, h, w)
+            if distance is not None:
+                judged = numbers < measured
+                hits += self._measure(distance, images[judged.to(images.device)], numbers[judged])
+            if sheet is None:
+                sheet = images.new_zeros(config.grid_images, *images.shape[1:], dtype=torch.int32)
+            shown = numbers < config.grid_images
+            sheet[numbers[shown]] = images[shown.to(images.device)].to(torch.int32)
+        self._show_sheet(trainer, module, split, sheet)
+        return {} if distance is None else self._scores(trainer, distance, hits)
+
+    def _measure(self, distance: FrechetDistance, images: Tensor, numbers: Tensor) -> Tensor:
+        """Add images to the distance; returns (right, judged) class predictions."""
+        assert self.extractor is not None
+        assert self.conditions is not None
+        hits = torch.zeros(2, dtype=torch.float64, device=images.device)
+        if not len(images):
+            return hits
+        features = extract_features(self.extractor.to(images.device), images)
+        distance.to(images.device).update_features(features.pool, real=False)
+        classes = self.conditions.classes
+        if features.logits is not None and classes is not None and features.logits.shape[1] == classes:
+            wanted = (numbers % classes).to(images.device)
+            hits[0] = (features.logits.argmax(1) == wanted).sum()
+            hits[1] = len(images)
+        return hits
+
+    def _scores(self, trainer: Trainer, distance: FrechetDistance, hits: Tensor) -> dict[str, float]:
+        right, judged = _sum(trainer, hits).tolist()
+        scores = {"fid": float(distance.compute())}
+        if judged:
+            scores["accuracy"] = right / judged
+        return scores
+
+    def _show_sheet(self, trainer: Trainer, module: FlashARModule, split: str, sheet: Tensor | None) -> None:
+        """Join the ranks' parts of the sample grid and show it. A rank without samples has none."""
+        if not module.validation.grid_images:
+            return
+        assert self.tokenizer is not None
+        assert self.sums is not None
+        if sheet is None:
+            scale = self.tokenizer.downsample
+            size = (self.sums.plan.height * scale, self.sums.plan.width * scale)
+            sheet = torch.zeros(module.validation.grid_images, 3, *size, dtype=torch.int32, device=module.device)
+        images = _sum(trainer, sheet).to(torch.uint8).cpu()
+        self._show(trainer, module, f"{split}/samples", "samples", tile(images))
+
+    def _show(self, trainer: Trainer, module: FlashARModule, tag: str, folder: str, image: Tensor) -> None:
+        """A picture (3, h, w) uint8 for TensorBoard and as PNG."""
+        directory = trainer.log_dir  # every rank asks: it is broadcast
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(tag, image.numpy(), trainer.global_step)
+        if directory is not None:
+            split = tag.split("/")[0]
+            save_png(image, Path(directory) / folder / f"{split}_step_{trainer.global_step:07d}.png")
+
+
+def _sum(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sum over ranks."""
+    return trainer.strategy.reduce(values, reduce_op="sum")  # type: ignore[return-value]
+
+
+def _as_ours(module: LightningModule) -> FlashARModule:
+    return cast("FlashARModule", module)

@@ -1,0 +1,203 @@
+"""The LightningModule of raster pre-training and FlashAR post-training: wiring only.
+
+The step's mathematics is `GridModel.loss`, the schedule `stages.py`, what happens around a step `callbacks.py`, what a
+validation measures `evaluation.py`.
+
+Shapes: B samples, H, W grid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from flashar_pl.backbones.base import Batch
+from flashar_pl.grid import DecodePlan
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, initialise, read_tensors
+from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
+from flashar_pl.training.checks import check_data, check_initial_file, check_precision
+from flashar_pl.training.config import (
+    SETTINGS,
+    BackboneConfig,
+    FlashARConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    ValidationConfig,
+    model_config,
+    plain_settings,
+    typed_settings,
+)
+from flashar_pl.training.evaluation import Evaluation
+from flashar_pl.training.optim import adamw
+from flashar_pl.training.stages import Schedule
+
+
+class FlashARModule(LightningModule):
+    """Trains a raster model, or post-trains FlashAR from one.
+
+    Args:
+        backbone: the raster model.
+        flashar: vertical branch and fusion; null = raster pre-training.
+        init_from: weights to start from: an official file, a checkpoint or a converted model, raster or FlashAR; null
+            = random weights. A raster model's layers are cloned into the vertical branch.
+        optimiser: AdamW.
+        schedule: stages and learning rates.
+        aux_weight: weight of the losses of the single heads.
+        ema_decay: keep averaged weights with this decay, such as 0.999, and validate, sample and convert those; null =
+            off.
+        validation: what a validation does besides the likelihood of held-out images.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        flashar: FlashARConfig | None = None,
+        init_from: str | None = None,
+        optimiser: OptimiserConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        aux_weight: float = AUX_WEIGHT,
+        ema_decay: float | None = None,
+        validation: ValidationConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_config = model_config(backbone, flashar)
+        self.backbone, self.flashar, self.init_from = backbone, flashar, init_from
+        self.optimiser = optimiser or OptimiserConfig()
+        self.schedule = (schedule or ScheduleConfig()).resolve(raster=flashar is None)
+        self.schedule.build(total_steps=1)  # its values are checked now
+        self.aux_weight, self.ema_decay = aux_weight, ema_decay
+        self.validation = validation or ValidationConfig()
+        self.net: GridModel
+        self.ema: GridModel | None = None
+        self.total_steps: int | None = None
+        """Length of the run in optimiser steps, fixed when it starts and kept in its checkpoints."""
+        self._has_weights = False
+        average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
+        self._run_callbacks: list[Callback] = [
+            InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(),
+        ]  # fmt: skip
+
+    # --- model ------------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> list[Callback]:
+        present = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [callback for callback in self._run_callbacks if callback not in present]
+
+    def configure_model(self) -> None:
+        """Build the model with new float32 weights, once."""
+        if hasattr(self, "net"):
+            return
+        self.net = build_model(self.model_config).float()
+        if self.ema_decay is not None:
+            self.ema = build_model(self.model_config).float().requires_grad_(False)
+
+    def load_initial_weights(self) -> None:
+        """Read `init_from` and copy the result into the averaged weights, unless a checkpoint was restored."""
+        if self._has_weights:
+            return
+        self._has_weights = True
+        if self.init_from is not None:
+            check_initial_file(self.init_from)
+            rank_zero_info(str(initialise(self.net, self.init_from)))
+        if self.ema is not None:
+            self.ema.load_state_dict(self.net.state_dict())
+
+    @property
+    def evaluated(self) -> GridModel:
+        """The averaged model where there is one, else the trained one."""
+        return self.net if self.ema is None else self.ema
+
+    @property
+    def manifest(self) -> Any:
+        """Manifest of the data module; None where there is none."""
+        return getattr(self.trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
+
+    @property
+    def built_schedule(self) -> Schedule:
+        """The schedule of the run; known once training has started."""
+        assert self.total_steps is not None
+        return self.schedule.build(self.total_steps)
+
+    def setup(self, stage: str) -> None:
+        """Check precision and data against the model. Raises ValueError."""
+        if stage == "fit":
+            check_precision(self.trainer.precision)
+        check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, aux_weight=self.aux_weight)
+        if logs_now(self.trainer):
+            names = ("fused", "horizontal", "vertical")
+            self.log("train/loss", losses["loss"].detach(), prog_bar=True, batch_size=1)
+            self.log_dict({f"train/{name}": losses[name] for name in names}, batch_size=1)
+        return losses["loss"]
+
+    def evaluation_plan(self, codes: Tensor) -> DecodePlan:
+        """The plan of validation for codes (B, H, W)."""
+        return self.net.make_plan(self.validation.plan or self.net.plan_name, codes.shape[1], codes.shape[2])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        plan = self.evaluation_plan(batch.codes)
+        return self.evaluated.loss(
+            batch.codes, batch.condition, plan=plan, valid=batch.valid, aux_weight=self.aux_weight
+        )
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
+        """Likelihood of each image: "nll" (B,) in nats, with the batch's "index" and "valid" (B,)."""
+        return {"nll": self.validation_step(batch, batch_idx)["nll"], "index": batch.index, "valid": batch.valid}
+
+    # --- optimiser --------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return adamw(self.net, self.optimiser.lr, self.optimiser.betas, self.optimiser.weight_decay)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        self.clip_gradients(optimizer, self.optimiser.clip, "norm")
+
+    # --- checkpoint -------------------------------------------------------------------------------------------------
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments as plain types, in the layout of the `model:` part of a YAML."""
+        return plain_settings({name: getattr(self, name) for name in SETTINGS})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        manifest = self.manifest
+        training = {"step": self.trainer.global_step, "total_steps": self.total_steps, "settings": self.settings()}
+        if self.total_steps is not None:
+            training["stage"] = self.built_schedule.stage(self.trainer.global_step)
+        description = Description(
+            model=self.net.config(),
+            grid=None if manifest is None else tuple(manifest.grid),
+            tokenizer=None if manifest is None else dict(manifest.tokenizer),
+            training=training,
+        )
+        checkpoint[CHECKPOINT_KEY] = description.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if CHECKPOINT_KEY not in checkpoint:
+            raise ValueError(
+                "this checkpoint was not written by flashar-pl; to start from its weights set model.init_from."
+            )
+        self.total_steps = checkpoint[CHECKPOINT_KEY]["training"].get("total_steps")
+        self._has_weights = True
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> FlashARModule:
+        """The module that wrote a Lightning checkpoint; give the same path to the Trainer, which loads the weights."""
+        content = read_tensors(path)
+        if CHECKPOINT_KEY not in content:
+            raise ValueError(f"{path} is not a Lightning checkpoint of flashar-pl; expected one written by a fit.")
+        return cls(**typed_settings(Description.from_dict(content[CHECKPOINT_KEY]).training["settings"]))

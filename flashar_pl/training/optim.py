@@ -1,0 +1,50 @@
+"""AdamW over parameter groups that know their role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashar_pl.models.base import ROLES, GridModel
+
+
+def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
+    """One group per role and kind of parameter, in a fixed order: a checkpoint refers to parameters by position.
+
+    Matrices and embeddings (ndim >= 2) have weight decay, vectors none. Every group has its role under "role".
+    Every parameter of the model is in exactly one group.
+    """
+    roles = model.roles()
+    parts: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (role, decays): [] for role in ROLES for decays in (True, False)
+    }
+    for name, parameter in model.named_parameters():
+        parts[roles[name], parameter.ndim >= 2].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "role": role, "weight_decay": weight_decay if decays else 0.0}
+        for (role, decays), parameters in parts.items()
+        if parameters
+    ]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == {id(parameter) for parameter in model.parameters()}, "a parameter is in no group"
+    return groups
+
+
+def adamw(
+    model: GridModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05
+) -> torch.optim.AdamW:
+    """AdamW over all parameters of the model, frozen ones included: those without gradient are skipped.
+
+    Raises:
+        ValueError: a parameter is neither float32 nor float64. At post-training learning rates an update of a
+            bfloat16 weight is mostly rounded away.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
+            )
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, fused=True)

@@ -1,0 +1,64 @@
+"""Which parameters train at a step, and how fast: pure functions of the step (Sec. 4.3, 5.1)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+STAGE1_ROLES = ("vertical", "vertical_head", "gate")
+"""What trains in stage 1."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Two stages under one cosine. A step is the number of completed optimiser steps."""
+
+    total_steps: int
+    """Steps of the whole run, fixed when it starts."""
+    stage1_share: float = 0.2
+    """Share of the steps that belong to stage 1; 0 = there is no stage 1 (raster pre-training)."""
+    backbone_factor: float = 0.2
+    """Learning rate of the backbone in stage 2 relative to the base."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"the run has {self.total_steps} steps; expected at least 1.")
+        if not 0 <= self.stage1_share <= 1:
+            raise ValueError(f"schedule.stage1_share is {self.stage1_share}; expected 0 to 1.")
+        if self.backbone_factor < 0:
+            raise ValueError(f"schedule.backbone_factor is {self.backbone_factor}; expected 0 or more.")
+        if self.warmup < 0:
+            raise ValueError(f"schedule.warmup is {self.warmup}; expected 0 or more steps.")
+
+    @property
+    def stage1_steps(self) -> int:
+        """ceil(share * total), in exact arithmetic: 0.2 * 35 is not 7 in floating point."""
+        return math.ceil(Fraction(str(self.stage1_share)) * self.total_steps)
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some role is frozen at some step."""
+        return self.stage1_steps > 0 or self.backbone_factor == 0
+
+    def stage(self, step: int) -> int:
+        """1 or 2."""
+        return 1 if step < self.stage1_steps else 2
+
+    def factor(self, role: str, stage: int) -> float:
+        """Learning rate of a role relative to the base; 0 = frozen. The horizontal head is frozen in stage 1 too."""
+        if stage == 1:
+            return 1.0 if role in STAGE1_ROLES else 0.0
+        return self.backbone_factor if role == "backbone" else 1.0
+
+    def trains(self, role: str, step: int) -> bool:
+        """Whether a role has gradients at a step."""
+        return self.factor(role, self.stage(step)) > 0
+
+    def lr(self, role: str, step: int, base: float) -> float:
+        """base * factor * (1 + cos(pi step / total)) / 2, after the warm-up; 0 from `total_steps` on."""
+        done = min(step / self.total_steps, 1.0)
+        rising = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
+        return base * self.factor(role, self.stage(step)) * rising * (1 + math.cos(math.pi * done)) / 2

@@ -1,0 +1,159 @@
+"""Pieces of a validation: sums of losses over ranks, and samples whose content does not depend on the rank count.
+
+Shapes: B samples of a batch, H, W grid, n samples to generate, b samples generated at once, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.backbones.base import Condition, TextFeatures, move_condition, slice_condition
+from flashar_pl.backbones.llamagen import LlamaGen
+from flashar_pl.decoding import generate
+from flashar_pl.grid import DecodePlan
+from flashar_pl.models.base import GridModel
+from flashar_pl.training.config import ValidationConfig
+
+LOSSES = ("loss", "fused", "horizontal", "vertical")
+
+
+class LossSums:
+    """Sums over the valid samples of a split, float64. Every rank adds its own; `reduce` joins them.
+
+    Means are taken at the end over all samples, so ranks and batches may hold different numbers of them.
+    """
+
+    def __init__(self, plan: DecodePlan, device: torch.device) -> None:
+        self.plan = plan
+        self.scalars = torch.zeros(len(LOSSES) + 3, dtype=torch.float64, device=device)
+        self.gate = torch.zeros(plan.n_cells, dtype=torch.float64, device=device)  # (N,)
+        both = (plan.h_source >= 0) & (plan.v_source >= 0)
+        self.interior = both.to(device)  # (N,)
+
+    def add(self, losses: dict[str, Tensor], valid: Tensor | None) -> None:
+        """Add what `GridModel.loss` returned for a batch; valid (B,) bool or None = all."""
+        nll, gate = losses["nll"].double(), losses["gate"].flatten(1).double()  # (B,), (B, N)
+        weight = torch.ones_like(nll) if valid is None else valid.to(nll)
+        count = weight.sum()
+        entropy = (binary_entropy(gate) * self.interior).sum(1) / self.interior.sum().clamp_min(1)  # (B,)
+        means = [losses[name].double() * count for name in LOSSES]
+        self.scalars += torch.stack([*means, (nll * weight).sum(), (entropy * weight).sum(), count])
+        self.gate += (gate * weight[:, None]).sum(0)
+
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means over all samples of all ranks; `total` sums a tensor over ranks. Also joins `gate`.
+
+        Keys: loss, fused, horizontal, vertical (nats per target), nll (nats per image) and, where the plan has
+        targets that both heads predict, gate_mean and gate_entropy (nats) over those targets.
+        """
+        scalars, self.gate = total(self.scalars), total(self.gate)
+        *means, entropy, count = scalars.tolist()
+        if count == 0:
+            raise ValueError("the split has no samples; expected at least one.")
+        result = {name: value / count for name, value in zip((*LOSSES, "nll"), means, strict=True)}
+        self.gate = self.gate / count
+        if bool(self.interior.any()):
+            result["gate_mean"] = float(self.gate[self.interior].mean())
+            result["gate_entropy"] = entropy / count
+        return result
+
+    @property
+    def gate_map(self) -> Tensor:
+        """Mean gate (H, W) after `reduce`."""
+        return self.gate.view(self.plan.height, self.plan.width)
+
+
+def binary_entropy(p: Tensor) -> Tensor:
+    """-(p ln p + (1 - p) ln(1 - p)) in nats, 0 at 0 and 1."""
+    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
+
+
+class SampleConditions:
+    """The conditions of generated samples: sample i has condition i modulo their number.
+
+    A class-conditional model goes through its classes; any other through the conditions of the first `limit` samples
+    that validation saw, collected over all ranks.
+    """
+
+    def __init__(self, model: GridModel, limit: int) -> None:
+        backbone = model.backbone
+        self.classes: int | None = None
+        if isinstance(backbone, LlamaGen) and backbone.config.condition == "class":
+            self.classes = backbone.config.num_classes
+        self.limit = limit
+        self._seen: dict[int, Condition] = {}
+
+    def collect(self, condition: Condition, index: Tensor | None, valid: Tensor | None) -> None:
+        """Remember the conditions of a validation batch, by sample id; index (B,) int64."""
+        if self.classes is not None or len(self._seen) >= self.limit:
+            return
+        if index is None:
+            raise ValueError("samples of a text-conditional model need Batch.index, the ids of the validation samples.")
+        cpu = move_condition(condition, "cpu")
+        for row, sample in enumerate(index.tolist()):
+            if len(self._seen) < self.limit and (valid is None or bool(valid[row])):
+                self._seen[sample] = slice_condition(cpu, slice(row, row + 1))
+
+    def join(self) -> Callable[[list[int]], Condition]:
+        """Collect from all ranks; returns the function from sample numbers to their conditions."""
+        if self.classes is not None:
+            classes = self.classes
+            return lambda samples: torch.tensor(samples, dtype=torch.int64) % classes
+        seen = dict(self._seen)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, seen)
+            seen = {sample: condition for part in parts for sample, condition in part.items()}
+        listed = [seen[sample] for sample in sorted(seen)[: self.limit]]
+        return lambda samples: _stack([listed[i % len(listed)] for i in samples])
+
+
+def _stack(conditions: list[Condition]) -> Condition:
+    """One condition of len(conditions) samples from conditions of one sample each."""
+    first = conditions[0]
+    if isinstance(first, TextFeatures):
+        features = torch.cat([c.features for c in conditions if isinstance(c, TextFeatures)])
+        masks = [c.mask for c in conditions if isinstance(c, TextFeatures) and c.mask is not None]
+        return TextFeatures(features, torch.cat(masks) if masks else None)
+    if isinstance(first, list):
+        return [ids for c in conditions if isinstance(c, list) for ids in c]
+    return torch.cat([c for c in conditions if isinstance(c, Tensor)])
+
+
+def sample_codes(
+    model: GridModel,
+    plan: DecodePlan,
+    condition_of: Callable[[list[int]], Condition],
+    n: int,
+    settings: ValidationConfig,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's part of samples 0 .. n - 1: pairs of their numbers (b,) and codes (b, H, W).
+
+    Samples are cut into batches of one size, batch k goes to rank k modulo ranks, and every rank runs as many batches.
+    So a sample does not depend on the number of ranks, and ranks that must act together do.
+    """
+    size = min(settings.sample_batch, n)
+    rounds = -(-n // (size * ranks))
+    for turn in range(rounds):
+        begin = (turn * ranks + rank) * size
+        numbers = list(range(begin, begin + size))
+        codes = generate(
+            model,
+            condition_of(numbers),
+            (plan.height, plan.width),
+            plan=plan.name,
+            cfg_scale=settings.cfg_scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seeds=[settings.seed + i for i in numbers],
+        )
+        keep = max(0, min(size, n - begin))
+        if keep:
+            yield torch.tensor(numbers[:keep]), codes[:keep]
