@@ -72,9 +72,7 @@ class Emu35Config:
         if self.visual_token_offset is None and self.heads == "visual":
             raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
         if self.visual_token_offset is not None and not 0 <= self.visual_token_offset < self.vocab_size:
-            raise ValueError(
-                f"visual_token_offset is {self.visual_token_offset}; expected 0 to {self.vocab_size - 1}, the vocabulary."
-            )
+            raise ValueError(f"visual_token_offset is {self.visual_token_offset}; expected 0 to {self.vocab_size - 1}.")
         for name in ("dropout", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
@@ -241,7 +239,8 @@ class Emu35(Backbone):
 
     def null_prefix(self, ids: Tensor) -> Tensor:
         """The prefix (T,) with its prompt replaced by the unconditional one; the image header stays."""
-        begins = (ids == self.config.boi_token_id).nonzero()
+        assert self.config.boi_token_id is not None
+        begins = ids.eq(self.config.boi_token_id).nonzero()
         if not len(begins):
             raise ValueError(f"a prefix lacks the image begin token {self.config.boi_token_id}; expected it once.")
         return torch.cat([ids.new_tensor(self.config.unconditional_prompt), ids[int(begins[-1]) :]])

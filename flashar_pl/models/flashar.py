@@ -5,7 +5,8 @@ Shapes: R rows, L positions, D width.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class FlashAR(GridModel):
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=False)
         with torch.device(like.device):
             gate = FusionGate(backbone.dim).to(like.dtype) if fusion == "gate" else None
-        self.dual_head = DualHead(head, vertical_head, gate, corner)
+        self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code)
         if like.device.type != "meta":
             self.vertical.to_empty(device=like.device).to(like.dtype)
             vertical_head.to_empty(device=like.device).to(like.dtype)
@@ -99,7 +100,14 @@ class FlashAR(GridModel):
         self.dual_head.vertical.load_state_dict(self.dual_head.horizontal.state_dict())
 
     def states(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        vertical: bool = True,
+        *,
+        n_prefix: int,
     ) -> States:
         """h^H (Eq. 5) and h^V (Eq. 6) from the shared trunk state (Eq. 4), each (R, L, D), after the final norms."""
         trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
@@ -142,6 +150,18 @@ class FlashAR(GridModel):
         from flashar_pl.models.weights import read_nar
 
         return read_nar(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+
+    @classmethod
+    def from_released(cls, directory: str | Path, heads: Literal["full", "visual"] = "full") -> FlashAR:
+        """A model from a checkpoint directory of the authors' Emu3.5-FlashAR: config.json and safetensors files.
+
+        It keeps the conventions of their code (`flashar_pl.models.released.Compatibility`). heads="visual" loads only
+        the rows of both heads that score visual codes, all that decoding needs. Missing, unknown or misshapen keys
+        raise ValueError.
+        """
+        from flashar_pl.models.released import read_released
+
+        return read_released(directory, heads)
 
     def to_nar(self) -> dict[str, Tensor]:
         """The official NAR state dict, inverse of `from_nar`."""

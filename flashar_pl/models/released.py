@@ -1,0 +1,238 @@
+"""FlashAR for Emu3.5 as its authors released it (lxazjk/Emu3.5-FlashAR): their checkpoints in and out.
+
+Their code differs from the paper in four places. `Compatibility` names them, `ReleasedFlashAR` implements them, and no
+other file knows of them.
+
+Shapes: R rows, L positions of this forward, K visible positions, P prefix, D width, M pairs of states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashar_pl.backbones.base import Backbone, Prefix
+from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
+from flashar_pl.backbones.emu35_weights import (
+    block_renames,
+    body_renames,
+    found_head_dim,
+    head_rename,
+    is_table,
+    parse_config,
+    read_json,
+    with_text_rows,
+)
+from flashar_pl.backbones.tensor_source import (
+    Rename,
+    SafetensorsDirectory,
+    TensorSource,
+    check_names,
+    fill,
+    source_dtype,
+    split_rows,
+)
+from flashar_pl.grid import DecodePlan
+from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.rope import Rope
+from flashar_pl.models.base import States
+from flashar_pl.models.dual_head import DualHead, FusionGate
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.numerics import full_precision, wide
+
+MODEL_TYPE = "emu3_flashar"
+"""`model_type` in the config.json of a released checkpoint."""
+IGNORED = ("fuse_h_logit", "fuse_corner_h_logit")
+"""Parameters of earlier versions that some saved files carry; the released code does not use them."""
+
+
+@dataclass(frozen=True)
+class Compatibility:
+    """What the authors' code does differently from the paper. The defaults are theirs; it travels in the config."""
+
+    vertical_sees_prefix: bool = False
+    """Whether the vertical layers attend to the prefix. Theirs run on image tokens only."""
+    corner_gate: bool = True
+    """(0, 0): mix of the horizontal head and of the vertical head on the raw trunk state of the last prefix token, by
+    a gate of its own. If false, the horizontal head alone."""
+    row_gap: bool = False
+    """Whether the place of the row-end token is left free in the positions, as in pre-training. Theirs count on."""
+    pair_padding: bool = True
+    """With guidance, the image positions of a conditional and its unconditional row both start after the longer prefix.
+    Theirs pad the shorter one on the right. If false, each row counts from its own prefix."""
+
+
+class CornerGate(nn.Module):
+    """sigmoid(w h + b) in float32: the weight of the horizontal logits at (0, 0). It starts at 0.5."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out = nn.Linear(dim, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (..., D) -> (...) float32."""
+        with full_precision(h.device.type):
+            return torch.sigmoid(nn.functional.linear(wide(h), wide(self.out.weight), wide(self.out.bias))).squeeze(-1)
+
+
+class ReleasedDualHead(DualHead):
+    """Both heads with the gate, and a second gate for (0, 0)."""
+
+    def __init__(self, dual_head: DualHead, corner_gate: CornerGate) -> None:
+        super().__init__(dual_head.horizontal, dual_head.vertical, dual_head.gate, "released", dual_head.first_code)
+        self.corner_gate = corner_gate
+
+    def weigh(self, h: Tensor, v: Tensor, corner: bool) -> Tensor:
+        gate = super().weigh(h, v, corner)
+        return torch.cat([self.corner_gate(h[:, :1]), gate[:, 1:]], dim=1) if corner else gate
+
+
+class ReleasedFlashAR(FlashAR):
+    """FlashAR on an Emu3.5 backbone with the authors' conventions; see `Compatibility`.
+
+    Made by `FlashAR.from_released`, or by `build_model` from a config that such a model wrote.
+    """
+
+    backbone: Emu35  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        branch_layer: int,
+        vertical_layers: int,
+        compatibility: Compatibility | dict[str, bool],
+    ) -> None:
+        if not isinstance(backbone, Emu35):
+            raise ValueError(f"a released FlashAR checkpoint has an Emu3.5 backbone; got {type(backbone).__name__}.")
+        super().__init__(backbone, branch_layer, vertical_layers)
+        values = compatibility if isinstance(compatibility, dict) else asdict(compatibility)
+        self.compatibility = Compatibility(**values)
+        if self.compatibility.corner_gate:
+            like = self.dual_head.horizontal.weight
+            with torch.device(like.device):
+                self.dual_head = ReleasedDualHead(self.dual_head, CornerGate(backbone.dim).to(like.dtype))
+
+    def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
+        start = prefix.lengths  # (R,)
+        if guided and self.compatibility.pair_padding:
+            conditional, unconditional = start.chunk(2)
+            start = torch.maximum(conditional, unconditional).repeat(2)
+        gap = self.compatibility.row_gap or plan.n_slots > plan.n_cells  # row-end tokens need a position
+        return self.backbone.rope_at(plan, prefix, start, plan.width + gap)
+
+    def states(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        vertical: bool = True,
+        *,
+        n_prefix: int,
+    ) -> States:
+        """As `FlashAR.states`, but with `corner_gate` the vertical states of the prefix are the raw trunk states."""
+        trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
+        h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
+        if not vertical:
+            return h, None
+        n_new = x.shape[1]
+        n_cached = 0 if cache is None else cache.filled
+        if not self.compatibility.vertical_sees_prefix:
+            mask = without_prefix(mask, n_prefix, n_new, n_cached + n_new, x.device)
+        v = self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+        if self.compatibility.corner_gate:
+            n = max(0, n_prefix - n_cached)  # positions of this forward that belong to the prefix
+            v = torch.cat([trunk[:, :n], v[:, n:]], dim=1)
+        return h, v
+
+    def config(self) -> dict[str, Any]:
+        values = super().config()
+        del values["corner"], values["fusion"]
+        return {**values, "compatibility": asdict(self.compatibility)}
+
+    def role(self, name: str) -> str:
+        return "gate" if name.startswith("dual_head.corner_gate.") else super().role(name)
+
+    def to_released(self, source: str | Path | None = None) -> dict[str, Tensor]:
+        """The authors' state dict, bit-exact inverse of `from_released`.
+
+        source: directory the model came from; heads="visual" takes the text rows of both heads there.
+        """
+        config = self.backbone.config
+        official = split_rows(self.state_dict(), renames(config, self.vertical_layers))
+        if config.heads == "visual":
+            for key in ("horizontal_head.weight", "vertical_head.weight"):
+                official[key] = with_text_rows(official[key], config, source, key)
+        return official
+
+
+def without_prefix(mask: Tensor | None, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:
+    """`mask` with the prefix hidden from the image: (1 or R, 1, L, K) bool for the last L = n_new of K positions."""
+    keys = torch.arange(n_visible, device=device)
+    allowed = (keys >= n_prefix) | (keys[n_visible - n_new :, None] < n_prefix)  # (L, K)
+    return allowed[None, None] if mask is None else mask & allowed
+
+
+def renames(config: Emu35Config, vertical_layers: int) -> list[Rename]:
+    """Names of a released checkpoint."""
+    gate = max(64, config.dim // 8)
+    names = [
+        *body_renames(config, "backbone.", "backbone."),
+        head_rename(config, "dual_head.horizontal.weight", "horizontal_head.weight"),
+        head_rename(config, "dual_head.vertical.weight", "vertical_head.weight"),
+        Rename("vertical.norm.weight", (("vertical_norm.weight", config.dim),)),
+        Rename("dual_head.gate.hidden.weight", (("hv_gate_mlp.0.weight", gate),)),
+        Rename("dual_head.gate.out.weight", (("hv_gate_mlp.2.weight", 1),)),
+        Rename("dual_head.gate.out.bias", (("hv_gate_mlp.2.bias", 1),)),
+        Rename("dual_head.corner_gate.out.weight", (("hv_gate_corner.weight", 1),)),
+        Rename("dual_head.corner_gate.out.bias", (("hv_gate_corner.bias", 1),)),
+    ]
+    for i in range(vertical_layers):
+        names += block_renames(config, f"vertical.blocks.{i}.", f"vertical_block.{i}.")
+    return names
+
+
+def branch(values: dict[str, Any], n_layer: int) -> tuple[int, int]:
+    """(m, k) from a released config.json: the branch layer and the number of vertical layers."""
+    k = values.get("vertical_layers")
+    if not values.get("use_vertical_block", True) or not k:
+        raise ValueError(
+            f"config.json has use_vertical_block {values.get('use_vertical_block')!r}, vertical_layers {k!r}; "
+            "expected a checkpoint with at least one vertical layer."
+        )
+    start = values.get("vertical_start_layer")
+    m = n_layer - k if start is None or start < 0 else start
+    return m, k
+
+
+def read_released(directory: str | Path, heads: Heads) -> ReleasedFlashAR:
+    """See `FlashAR.from_released`."""
+    source = SafetensorsDirectory(directory)
+    model = released_on_meta(read_json(directory), source, heads)
+    fill_released(model, source)
+    return model
+
+
+def released_on_meta(values: dict[str, Any], source: TensorSource, heads: Heads) -> ReleasedFlashAR:
+    """The model of a released checkpoint in the checkpoint's dtype, without memory for weights."""
+    if values.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
+    config = parse_config(values, heads, found_head_dim(source, "backbone."))
+    m, k = branch(values, config.n_layer)
+    with torch.device("meta"):
+        model = ReleasedFlashAR(Emu35(config), m, k, Compatibility())
+    return model.to(source_dtype(source, "backbone.embed_tokens.weight"))
+
+
+def fill_released(model: ReleasedFlashAR, source: TensorSource, device: torch.device | str = "cpu") -> None:
+    """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
+    assert isinstance(model.dual_head.gate, FusionGate) and model.compatibility.corner_gate
+    table = renames(model.backbone.config, model.vertical_layers)
+    check_names(source, table, ignored=[*IGNORED, *filter(is_table, source.keys())])
+    fill(model, source, table, device)
