@@ -84,7 +84,7 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
     noise: (B, N) float64 uniforms in plan order.
     """
     batch, length = noise.shape[0], len(prefix)
-    rope = model.backbone.rope(plan, prefix)
+    rope = model.rope(plan, prefix, settings.guided)
     cache = KVCache(model.cache_spec(), prefix.x.shape[0], length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
     drawn = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)  # (B, N)
     vertical = plan.has_vertical

@@ -35,6 +35,7 @@ class KVCache:
         self.keys = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
         self.values = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
         self.filled = 0
+        self.n_prefix = 0  # how many of the filled positions belong to the prefix
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store (R, G, n, E) of `layer` after the filled positions; return all visible ones (R, G, filled + n, E)."""

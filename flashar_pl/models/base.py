@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone, Condition, check_codes, slot_codes
+from flashar_pl.backbones.base import Backbone, Condition, Prefix, check_codes, slot_codes
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
@@ -50,9 +50,23 @@ class GridModel(nn.Module, ABC):
 
     @abstractmethod
     def states(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        vertical: bool = True,
+        *,
+        n_prefix: int,
     ) -> States:
-        """Final hidden states (R, L, D) of a sequence x (R, L, D); without `vertical`, that branch is left out."""
+        """Final hidden states (R, L, D) of a sequence x (R, L, D); without `vertical`, that branch is left out.
+
+        n_prefix: how many of the visible positions, cached ones included, belong to the prefix; they come first.
+        """
+
+    def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
+        """(cos, sin) of every position. guided: the rows are B conditional ones, then their B unconditional ones."""
+        return self.backbone.rope(plan, prefix)
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -97,10 +111,10 @@ class GridModel(nn.Module, ABC):
         prefix = self.backbone.prefix(condition)
         x = torch.cat([prefix.x, self.backbone.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
         length = x.shape[1]
-        cos, sin = self.backbone.rope(plan, prefix)
+        cos, sin = self.rope(plan, prefix)
         rope = cos[:, :length], sin[:, :length]
         mask = self.backbone.sequence_mask(plan, prefix, n_slots)
-        h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical)
+        h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical, n_prefix=len(prefix))
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
     def forward(self, codes: Tensor, condition: Condition, plan: DecodePlan | None = None) -> Logits:
@@ -157,13 +171,14 @@ class GridModel(nn.Module, ABC):
 
     def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
-        h, v = self.states(x, rope, mask, cache, vertical)
+        cache.n_prefix = x.shape[1]
+        h, v = self.states(x, rope, mask, cache, vertical, n_prefix=cache.n_prefix)
         cache.advance(x.shape[1])
         return h[:, -1:], None if v is None else v[:, -1:]
 
     def step(self, codes: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
         """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
-        states = self.states(self.backbone.embed(codes), rope, mask, cache, vertical)
+        states = self.states(self.backbone.embed(codes), rope, mask, cache, vertical, n_prefix=cache.n_prefix)
         cache.advance(codes.shape[1])
         return states
 

@@ -17,7 +17,7 @@ from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
 from flashar_pl.models.losses import dual_nll, head_nll
 from flashar_pl.numerics import full_precision, wide
 
-Corner = Literal["horizontal", "fused"]
+Corner = Literal["horizontal", "fused", "released"]
 Fusion = Literal["gate", "average"]
 
 
@@ -35,23 +35,27 @@ class Sources:
     """Raster cells that only the horizontal head predicts."""
     only_v: Tensor
     """Raster cells that only the vertical head predicts."""
+    corner: bool
+    """Whether both heads predict (0, 0), then the first cell of `both`."""
 
 
 @lru_cache(maxsize=64)
 @plain_tensors()
 def sources(plan: DecodePlan, corner: Corner, device: torch.device) -> Sources:
-    """The sources of `plan`; corner "horizontal" leaves (0, 0) to the horizontal head, "fused" gives it both."""
+    """The sources of `plan`; corner "horizontal" leaves (0, 0) to the horizontal head, any other gives it both."""
     has_h = plan.h_source != NONE
     has_v = plan.v_source != NONE
     if corner == "horizontal":
         has_v &= plan.v_source != PREFIX
     cells = torch.arange(plan.n_cells)
+    both = has_h & has_v
     return Sources(
         h=(plan.h_source + 1).clamp_min(0).to(device),
         v=(plan.v_source + 1).clamp_min(0).to(device),
-        both=cells[has_h & has_v].to(device),
+        both=cells[both].to(device),
         only_h=cells[has_h & ~has_v].to(device),
         only_v=cells[~has_h & has_v].to(device),
+        corner=bool(both[0]),
     )
 
 
@@ -68,6 +72,8 @@ class StepSources:
     """Vertical states of cells [only_h, n)."""
     only_h: int
     only_v: int
+    corner: bool
+    """Whether this step decodes (0, 0) from both heads."""
 
 
 @lru_cache(maxsize=64)
@@ -90,6 +96,7 @@ def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
                 v=_as_slice(cpu.v[cells[only_h:]] - first),
                 only_h=only_h,
                 only_v=only_v,
+                corner=cpu.corner and t == 0,
             )
         )
     return tuple(steps)
@@ -111,6 +118,15 @@ class FusionGate(nn.Module):
         hidden = max(64, dim // 8)
         self.hidden = nn.Linear(2 * dim, hidden, bias=False)
         self.out = nn.Linear(hidden, 1)
+        self.start_even()
+
+    def reset_parameters(self) -> None:
+        """New weights, for a gate that was built without memory."""
+        self.hidden.reset_parameters()
+        self.start_even()
+
+    def start_even(self) -> None:
+        """g = 0.5 everywhere."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -141,17 +157,32 @@ class DualHead(nn.Module):
     """Horizontal head, and where there is a second branch the vertical head and the fusion rule."""
 
     def __init__(
-        self, horizontal: nn.Linear, vertical: nn.Linear | None = None, gate: FusionGate | None = None,
+        self,
+        horizontal: nn.Linear,
+        vertical: nn.Linear | None = None,
+        gate: FusionGate | None = None,
         corner: Corner = "horizontal",
-    ) -> None:  # fmt: skip
+        first_code: int = 0,
+    ) -> None:
+        """first_code: row of both heads that scores code 0; the rows before it score text tokens."""
         super().__init__()
         self.horizontal = horizontal
         self.vertical = vertical
         self.gate = gate
         self.corner: Corner = corner
+        self.first_code = first_code
 
-    def weigh(self, h: Tensor, v: Tensor) -> Tensor:
-        """Gate (...) float32 for pairs of states (..., D): Eq. 7, or 0.5 without a gate."""
+    def code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
+        """Logits (..., V) float32 of the codes for states (..., D)."""
+        if self.first_code:
+            return wide(nn.functional.linear(states, head.weight[self.first_code :]))
+        return wide(head(states))
+
+    def weigh(self, h: Tensor, v: Tensor, corner: bool) -> Tensor:
+        """Gate (R, M) float32 for pairs of states (R, M, D): Eq. 7, or 0.5 without a gate.
+
+        corner: whether the first pair is the one that predicts (0, 0). It is a pair like any other here.
+        """
         if self.gate is None:
             return torch.full(h.shape[:-1], 0.5, dtype=wide(h[:0]).dtype, device=h.device)
         return self.gate(h, v)
@@ -163,7 +194,7 @@ class DualHead(nn.Module):
         if v is None or self.vertical is None:
             return gate
         gate[:, where.only_v] = 0.0
-        gate[:, where.both] = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]])
+        gate[:, where.both] = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]], where.corner)
         return gate
 
     def forward(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,8 +203,8 @@ class DualHead(nn.Module):
         `fused` and `gate` are by target; `horizontal` and `vertical` are what the heads emit at each cell. h, v must
         hold all S slots. Without a vertical branch, `vertical` equals `horizontal`.
         """
-        z_h = wide(self.horizontal(h))  # (B, 1 + S, V)
-        z_v = z_h if v is None or self.vertical is None else wide(self.vertical(v))
+        z_h = self.code_logits(self.horizontal, h)  # (B, 1 + S, V)
+        z_v = z_h if v is None or self.vertical is None else self.code_logits(self.vertical, v)
         gate = self.gates(h, v, plan)
         where = sources(plan, self.corner, h.device)
         fused = torch.lerp(z_v[:, where.v], z_h[:, where.h], gate[..., None])  # (B, N, V)
@@ -181,8 +212,12 @@ class DualHead(nn.Module):
         return fused, z_h[:, emitted], z_v[:, emitted], gate
 
     def losses(self, h: Tensor, v: Tensor | None, codes: Tensor, plan: DecodePlan) -> TargetLosses:
-        """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits."""
+        """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
+
+        They are normalised over all rows of the heads, so over text tokens too where the heads score them.
+        """
         where = sources(plan, self.corner, h.device)
+        codes = codes + self.first_code  # rows of the heads
         dtype = wide(h[:0]).dtype
         batch = h.shape[0]
         fused = torch.zeros(batch, plan.n_cells, dtype=dtype, device=h.device)
@@ -206,8 +241,9 @@ class DualHead(nn.Module):
             fused, vertical = put(fused, where.only_v, nll), put(vertical, where.only_v, nll)
             gate = put(gate, where.only_v, torch.zeros_like(nll))
         if len(where.both):
-            a, b = select(h, where.h, where.both), select(v, where.v, where.both)
-            g = self.weigh(a, b)
+            a, b = h[:, where.h[where.both]], v[:, where.v[where.both]]  # (B, M, D) each
+            g = self.weigh(a, b, where.corner).flatten()
+            a, b = a.flatten(0, 1), b.flatten(0, 1)
             nll, nll_h, nll_v = dual_nll(
                 a, b, g, self.horizontal.weight, self.vertical.weight, codes[:, where.both].flatten()
             )
@@ -221,11 +257,11 @@ class DualHead(nn.Module):
 
         Only the logits that some cell needs are computed.
         """
-        z_h = wide(self.horizontal(h[:, at.h]))  # (R, n - only_v, V)
+        z_h = self.code_logits(self.horizontal, h[:, at.h])  # (R, n - only_v, V)
         if v is None or self.vertical is None or at.v.start == at.v.stop:
             return z_h
-        z_v = wide(self.vertical(v[:, at.v]))  # (R, n - only_h, V)
+        z_v = self.code_logits(self.vertical, v[:, at.v])  # (R, n - only_h, V)
         both = z_h.shape[1] - at.only_h
-        gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both])
+        gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)
         fused = torch.lerp(z_v[:, :both], z_h[:, at.only_h :], gate[..., None])
         return torch.cat([z_h[:, : at.only_h], fused, z_v[:, both:]], dim=1)

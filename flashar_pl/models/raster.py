@@ -21,10 +21,18 @@ class RasterAR(GridModel):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone = backbone
-        object.__setattr__(self, "dual_head", DualHead(backbone.head))  # the head stays registered in the backbone
+        dual_head = DualHead(backbone.head, first_code=backbone.first_code)
+        object.__setattr__(self, "dual_head", dual_head)  # the head stays registered in the backbone
 
     def states(
-        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None = None, vertical: bool = True
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        vertical: bool = True,
+        *,
+        n_prefix: int,
     ) -> States:
         return self.backbone.norm(self.backbone.layers(x, rope, mask, cache)), None
 
