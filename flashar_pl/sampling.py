@@ -6,6 +6,7 @@ Shapes: leading axes are free, the last one is V codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -34,11 +35,11 @@ class SamplingSettings:
     """Take the largest logit after guidance instead of drawing."""
 
     def __post_init__(self) -> None:
-        if self.cfg_scale < 0:
+        if not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
             raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
         if self.cfg_interval is not None and self.cfg_interval < 0:
             raise ValueError(f"cfg_interval is {self.cfg_interval}; expected 0 or more, or None for every step.")
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is {self.temperature}; expected 0 or more.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more.")
@@ -71,7 +72,7 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if top_p < 1.0:
-        ordered, index = logits.sort(dim=-1, descending=True)
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
         removed = before > top_p
         removed[..., 0] = False

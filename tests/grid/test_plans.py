@@ -189,7 +189,7 @@ def test_bad_arguments_are_named() -> None:
         plan.mask(-1)
     with pytest.raises(ValueError, match="order is 'columns'"):
         plan.mask(1, "columns")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="spiral.*diagonal, raster"):
+    with pytest.raises(ValueError, match=r"spiral.*diagonal, raster"):
         make_plan("spiral", 2, 2)
     with pytest.raises(ValueError, match="expected \\(H, W\\)"):
         check_grid([4])
