@@ -24,7 +24,7 @@ class CodesDataModule(LightningDataModule):
     `use_distributed_sampler` says.
 
     Args:
-        shards: directory with the shards and their manifest.json.
+        shards: where the shards and their manifest.json are: a directory, a URL, or `pipe:COMMAND` with {path} in it.
         batch_size: global training batch of one forward pass, over all devices; must be a multiple of their number.
             With gradient accumulation an optimiser step sees this many samples several times over.
         num_workers: worker processes of each device that read ahead; 0 reads in the training process.
@@ -32,6 +32,7 @@ class CodesDataModule(LightningDataModule):
         window: blocks of the shards whose samples are shuffled together.
         validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
         limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
+        cache: directory for copies of shards that are not local; empty = the user's cache directory.
         text_encoder: for shards with captions, turns a caption into the 1-D int64 token ids of the whole prefix.
     """
 
@@ -44,6 +45,7 @@ class CodesDataModule(LightningDataModule):
         window: int = 256,
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
+        cache: str | None = None,
         text_encoder: Callable | None = None,
     ) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class CodesDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed, self.window = batch_size, num_workers, seed, window
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.limit_validation_samples = limit_validation_samples
-        self.text_encoder = text_encoder
+        self.cache, self.text_encoder = cache, text_encoder
         self._manifest: Manifest | None = None
         self._training: TrainingLoader | None = None
         self._restored: dict[str, Any] = {}
@@ -94,7 +96,7 @@ class CodesDataModule(LightningDataModule):
         rank, ranks = self._rank()
         trainer = self.trainer
         batches = TrainingBatches(
-            ShardReader(self.manifest, "train"),
+            ShardReader(self.manifest, "train", self.cache),
             self._order(),
             rank,
             ranks,
@@ -143,7 +145,7 @@ class CodesDataModule(LightningDataModule):
 
     def _evaluation(self, split: str, limit: int | None = None) -> EvaluationLoader:
         rank, ranks = self._rank()
-        reader = ShardReader(self.manifest, split)
+        reader = ShardReader(self.manifest, split, self.cache)
         order = EvaluationOrder(len(reader), self.validation_batch_size, limit)
         return EvaluationLoader(EvaluationBatches(reader, order, rank, ranks, self.text_encoder), self.num_workers)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
+
 FORMAT = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
@@ -102,7 +104,7 @@ class Manifest:
     """Tokenised crops of each image; training draws one per epoch, evaluation takes the first."""
     splits: dict[str, tuple[Shard, ...]]
     root: str = ""
-    """Directory the shard paths are relative to; not stored."""
+    """Location the shard paths are relative to; not stored."""
 
     def __post_init__(self) -> None:
         if len(self.grid) != 2:
@@ -114,12 +116,15 @@ class Manifest:
 
     @classmethod
     def load(cls, location: str | os.PathLike[str]) -> Manifest:
-        """Read the manifest at `location`, the directory or the file itself.
+        """Read the manifest at `location`: the directory, the file itself, a URL or a `pipe:` command (locations.py).
 
         Raises:
             ValueError: no manifest there (says what was looked for and what makes it), not JSON, another format
                 version, or a missing or wrong field.
         """
+        if is_remote(str(location)):
+            root = str(location).removesuffix(f"/{FILE_NAME}")
+            return cls.parse(read_bytes(root, FILE_NAME).decode(), root=root, source=f"{FILE_NAME} of {root}")
         path = Path(location)
         if path.name != FILE_NAME:
             path = path / FILE_NAME
@@ -176,6 +181,12 @@ class Manifest:
                 f"they have: {', '.join(name for name, shards in self.splits.items() if shards) or 'none'}."
             )
         return self.splits[split]
+
+    def local_path(self, shard: Shard, cache: str | os.PathLike[str] | None = None) -> str:
+        """Where the shard can be opened: itself, or its copy in `cache`. Raises ValueError if it cannot be copied."""
+        if is_remote(self.root):
+            return str(fetch(self.root, shard.path, shard.sha256, default_cache() if cache is None else Path(cache)))
+        return str(Path(self.root) / shard.path)
 
     def samples(self, split: str) -> int:
         """Number of samples in a split, 0 if there is none of that name."""

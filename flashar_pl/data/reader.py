@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,12 +47,17 @@ class ShardReader:
     Samples are numbered 0 .. len - 1 in the order of the manifest. Files are opened when first needed, so a reader
     can be sent to worker processes.
 
+    Args:
+        manifest: of the shards.
+        split: "train", "validation" or "test".
+        cache: directory for copies of remote shards; None = the user's cache directory.
+
     Raises:
         ValueError: the split does not exist.
     """
 
-    def __init__(self, manifest: Manifest, split: str) -> None:
-        self.manifest, self.split = manifest, split
+    def __init__(self, manifest: Manifest, split: str, cache: str | None = None) -> None:
+        self.manifest, self.split, self.cache = manifest, split, cache
         self._shards = manifest.shards(split)
         self._records = [(shard, record) for shard in self._shards for record in shard.records]
         sizes = manifest.block_sizes(split)
@@ -131,7 +135,7 @@ class ShardReader:
         return found
 
     def _path(self, shard: Shard) -> str:
-        return str(Path(self.manifest.root) / shard.path)
+        return self.manifest.local_path(shard, self.cache)
 
     def _map(self, shard: Shard) -> mmap.mmap:
         if shard.path not in self._maps:

@@ -7,7 +7,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -31,13 +30,14 @@ class Verification:
     """Samples of each class in each split; empty unless deep and class-conditional."""
 
 
-def verify(location: str | os.PathLike[str], deep: bool = True) -> Verification:
+def verify(location: str | os.PathLike[str], deep: bool = True, cache: str | None = None) -> Verification:
     """Check a set of shards.
 
     Args:
-        location: directory of the manifest, or the manifest itself.
+        location: of the manifest, as `Manifest.load` takes it.
         deep: also read every byte: hashes, the members of each tar, shapes and types, code range, label range,
             ids unique within a split. Otherwise only that every shard is there and has the right size.
+        cache: directory for copies of remote shards; None = the user's cache directory.
 
     Raises:
         ValueError: no manifest, or a list of everything that is wrong.
@@ -48,8 +48,8 @@ def verify(location: str | os.PathLike[str], deep: bool = True) -> Verification:
     for split, shards in manifest.splits.items():
         ids, counts = [], np.zeros(manifest.condition.num_classes or 0, dtype=np.int64)
         for shard in shards:
-            path = str(Path(manifest.root) / shard.path)
             try:
+                path = manifest.local_path(shard, cache)
                 map_shard(path, shard.bytes)
                 if deep:
                     ids += _check_contents(manifest, shard, path, counts)
