@@ -1,0 +1,1 @@
+"""Code shards: format, order, loaders, the Lightning DataModule, and the embedded data set."""
