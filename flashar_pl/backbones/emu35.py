@@ -79,6 +79,11 @@ class Emu35Config:
         if self.condition_dropout and self.unconditional_prompt is None:
             raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, from which the constructor makes an equal object."""
+        prompt = self.unconditional_prompt
+        return {**asdict(self), "unconditional_prompt": None if prompt is None else list(prompt)}
+
     @property
     def n_codes(self) -> int:
         """Number of visual codes V; 0 if their place in the vocabulary is unknown."""
@@ -197,9 +202,7 @@ class Emu35(Backbone):
         return write_official(self, source)
 
     def config_dict(self) -> dict[str, Any]:
-        values = asdict(self.config)
-        prompt = values["unconditional_prompt"]
-        return {"kind": self.kind, **values, "unconditional_prompt": None if prompt is None else list(prompt)}
+        return {"kind": self.kind, **self.config.to_dict()}
 
     def make_block(self) -> nn.Module:
         block = Block(self.config.block)

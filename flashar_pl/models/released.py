@@ -40,7 +40,7 @@ from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.models.base import States
-from flashar_pl.models.dual_head import DualHead, FusionGate
+from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.numerics import full_precision, wide
 
@@ -96,7 +96,8 @@ class ReleasedDualHead(DualHead):
 class ReleasedFlashAR(FlashAR):
     """FlashAR on an Emu3.5 backbone with the authors' conventions; see `Compatibility`.
 
-    Made by `FlashAR.from_released`, or by `build_model` from a config that such a model wrote.
+    Made by `FlashAR.from_released`, or by `build_model` from a config that such a model wrote. fusion and corner follow
+    from `compatibility`; they stand in the config for readers.
     """
 
     backbone: Emu35  # type: ignore[assignment]
@@ -107,12 +108,19 @@ class ReleasedFlashAR(FlashAR):
         branch_layer: int,
         vertical_layers: int,
         compatibility: Compatibility | dict[str, bool],
+        fusion: Fusion = "gate",
+        corner: Corner | None = None,
     ) -> None:
         if not isinstance(backbone, Emu35):
             raise ValueError(f"a released FlashAR checkpoint has an Emu3.5 backbone; got {type(backbone).__name__}.")
         super().__init__(backbone, branch_layer, vertical_layers)
         values = compatibility if isinstance(compatibility, dict) else asdict(compatibility)
         self.compatibility = Compatibility(**values)
+        expected: Corner = "released" if self.compatibility.corner_gate else "horizontal"
+        if fusion != "gate" or corner not in (None, expected):
+            raise ValueError(
+                f"fusion is {fusion!r}, corner {corner!r}; with {self.compatibility} expected 'gate' and {expected!r}."
+            )
         if self.compatibility.corner_gate:
             like = self.dual_head.horizontal.weight
             with torch.device(like.device):
@@ -152,9 +160,7 @@ class ReleasedFlashAR(FlashAR):
         return h, v
 
     def config(self) -> dict[str, Any]:
-        values = super().config()
-        del values["corner"], values["fusion"]
-        return {**values, "compatibility": asdict(self.compatibility)}
+        return {**super().config(), "compatibility": asdict(self.compatibility)}
 
     def role(self, name: str) -> str:
         return "gate" if name.startswith("dual_head.corner_gate.") else super().role(name)

@@ -20,6 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashar_pl.backbones import build_backbone
+from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen, LlamaGenConfig
 from flashar_pl.backbones.llamagen_weights import (
     backbone_renames,
@@ -32,8 +34,10 @@ from flashar_pl.backbones.llamagen_weights import (
     scatter,
 )
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.directories import backbone_config, is_official_directory, read_directory, stream_weights
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.released import ReleasedFlashAR
 
 FORMAT = 1
 CHECKPOINT_KEY = "flashar"
@@ -90,13 +94,11 @@ def build_model(config: dict[str, Any]) -> GridModel:
     """The model that `GridModel.config()` describes, with new weights."""
     values = dict(config)
     kind = values.pop("kind", None)
-    backbone_values = dict(values.pop("backbone"))
-    backbone_kind = backbone_values.pop("kind")
-    if backbone_kind != LlamaGen.kind:
-        raise ValueError(f"backbone kind is {backbone_kind!r}; expected {LlamaGen.kind!r}.")
-    backbone = LlamaGen(LlamaGenConfig(**backbone_values))
+    backbone = build_backbone(values.pop("backbone"))
     if kind == "raster":
         return RasterAR(backbone)
+    if kind == "flashar" and "compatibility" in values:
+        return ReleasedFlashAR(backbone, **values)
     if kind == "flashar":
         return FlashAR(backbone, **values)
     raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
@@ -213,10 +215,17 @@ def _published_heads(state_dict: dict[str, Tensor]) -> int:
     return heads[embedding.shape[1]]
 
 
-def official_weights(model: GridModel) -> dict[str, Tensor]:
-    """The official state dict of a raster or NAR-shaped model."""
+def official_weights(model: GridModel, source: str | Path | None = None) -> dict[str, Tensor]:
+    """The official state dict of a raster, NAR-shaped or released model.
+
+    source: directory that an Emu3.5 model with visual heads came from, for the text rows of its heads.
+    """
+    if isinstance(model, ReleasedFlashAR):
+        return model.to_released(source)
     if isinstance(model, FlashAR):
         return model.to_nar()
+    if isinstance(model.backbone, Emu35):
+        return model.backbone.to_official(source)
     assert isinstance(model.backbone, LlamaGen)
     return model.backbone.to_official()
 
@@ -241,7 +250,7 @@ def save_model(directory: str | Path, model: GridModel, description: Description
 
 
 def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None = None) -> Loaded:
-    """A model from our directory, a Lightning checkpoint, or an official LlamaGen or NAR file.
+    """A model from our directory, a Lightning checkpoint, an official LlamaGen or NAR file, or an Emu3.5 directory.
 
     weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes.
 
@@ -251,6 +260,9 @@ def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None =
     path = Path(path)
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights is {weights!r}; expected auto, raw or ema.")
+    if is_official_directory(path):
+        model = read_directory(path, heads="visual")
+        return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
     if path.is_dir():
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
             raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.")
@@ -313,6 +325,8 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
     Raises:
         ValueError: the file's architecture is not the model's; the message names the fields that differ.
     """
+    if is_official_directory(path):
+        return _initialise_from_directory(model, path)
     heads = model.backbone.config.n_head if isinstance(model.backbone, LlamaGen) else None
     loaded = load_model(path, weights, n_head=heads)
     source = loaded.model
@@ -337,7 +351,18 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
     return InitReport(f"{path} ({loaded.source})", taken, cloned, total - taken - cloned)
 
 
+def _initialise_from_directory(model: GridModel, path: str | Path) -> InitReport:
+    """`initialise` from an official Emu3.5 directory, read into the model itself."""
+    own = model.config()["backbone"]
+    _check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
+    cloned, new = stream_weights(model, path)
+    total = sum(p.numel() for p in model.parameters())
+    return InitReport(f"{path} (official directory)", total - cloned - new, cloned, new)
+
+
 NOT_ARCHITECTURE = {
+    "dropout",
+    "unconditional_prompt",
     "token_dropout",
     "attn_dropout",
     "resid_dropout",

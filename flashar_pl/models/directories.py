@@ -1,0 +1,84 @@
+"""Official Emu3.5 directories (config.json and safetensors files): the base model and the authors' FlashAR.
+
+A model is read tensor by tensor, into memory of its own (`read_directory`) or into one that exists already, sharded
+over ranks or not (`stream_weights`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashar_pl.backbones.emu35 import Emu35, Heads
+from flashar_pl.backbones.emu35_weights import (
+    backbone_renames,
+    found_head_dim,
+    is_table,
+    parse_config,
+    read_json,
+)
+from flashar_pl.backbones.tensor_source import SafetensorsDirectory, check_names, fill
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.released import MODEL_TYPE, ReleasedFlashAR, fill_released, read_released
+
+
+def is_official_directory(path: str | Path) -> bool:
+    """Whether `path` is a directory whose config.json is in the Hugging Face style, with a model_type."""
+    config = Path(path) / "config.json"
+    return config.exists() and "model_type" in json.loads(config.read_text())
+
+
+def read_directory(directory: str | Path, heads: Heads = "visual") -> GridModel:
+    """RasterAR from the base model, FlashAR from the authors' checkpoint, in the checkpoint's dtype."""
+    if read_json(directory)["model_type"] == MODEL_TYPE:
+        return read_released(directory, heads)
+    return RasterAR(Emu35.from_directory(directory, heads))
+
+
+def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
+    """`Backbone.config_dict()` of the model in `directory`; no weights are read."""
+    values, source = read_json(directory), SafetensorsDirectory(directory)
+    prefix = "backbone." if values.get("model_type") == MODEL_TYPE else "model."
+    return {"kind": Emu35.kind, **parse_config(values, heads, found_head_dim(source, prefix)).to_dict()}
+
+
+def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> tuple[int, int]:
+    """Copy an official directory into `model`, tensor by tensor, each rank its own rows only.
+
+    The model may be on the meta device (it gets memory on `device`) and sharded by FSDP2. From the base model a
+    FlashAR model takes its backbone and horizontal head, clones its vertical branch from them, and on the meta device
+    gets a new gate. Returns the numbers of parameters that were cloned, and that the directory does not hold.
+
+    Raises:
+        ValueError: names or shapes do not fit, or the authors' FlashAR checkpoint is given to another kind of model.
+    """
+    if not isinstance(model.backbone, Emu35):
+        raise ValueError(f"{directory} holds an Emu3.5 model; this run has a {model.backbone.kind} backbone.")
+    source = SafetensorsDirectory(directory)
+    if read_json(directory).get("model_type") == MODEL_TYPE:
+        if not isinstance(model, ReleasedFlashAR):
+            raise ValueError(
+                f"{directory} holds a FlashAR checkpoint with its authors' conventions, which this model does not "
+                "have; load it with FlashAR.from_released, or start from the base model."
+            )
+        fill_released(model, source, device)
+        return 0, 0
+    flashar = isinstance(model, FlashAR)
+    head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
+    renames = backbone_renames(model.backbone.config, "backbone.", head)
+    check_names(source, renames, ignored=filter(is_table, source.keys()))
+    without_values = any(parameter.is_meta for parameter in model.parameters())
+    fill(model, source, renames, device)
+    if not isinstance(model, FlashAR):
+        return 0, 0
+    if without_values and model.dual_head.gate is not None:
+        model.dual_head.gate.reset_parameters()
+    model.init_vertical_from_backbone()
+    sizes = [(model.role(name), parameter.numel()) for name, parameter in model.named_parameters()]
+    cloned = sum(size for role, size in sizes if role in ("vertical", "vertical_head"))
+    return cloned, sum(size for role, size in sizes if role == "gate")
