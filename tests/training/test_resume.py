@@ -1,0 +1,116 @@
+"""An interrupted run equals one that was never interrupted, bit for bit, dropout included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training_toys import STEPS, fit, make_module
+
+from flashar_pl.models.weights import load_model
+
+
+class Losses(Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen[trainer.global_step] = float(outputs["loss"])
+
+
+def optimiser_state(module) -> dict:
+    return module.trainer.optimizers[0].state_dict()["state"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, toy_shards: str):
+    """The uninterrupted run, with a checkpoint after every step; it validates on the way."""
+    root = tmp_path_factory.mktemp("whole")
+    losses = Losses()
+    save = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    module = fit(
+        root, toy_shards, make_module(ema_decay=0.9), enable_checkpointing=True, callbacks=[losses, save],
+        limit_val_batches=1.0, val_check_interval=3, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    return root, module, losses.seen
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6, 8])
+def test_continued_equals_uninterrupted(whole, toy_shards: str, tmp_path: Path, step: int) -> None:
+    """Stage 1 ends after step 2, the first epoch after step 6. Guards the moments of parameters that were frozen when
+    the checkpoint was written, the generators behind dropout, the schedule's length, the data cursor and the averages.
+    """
+    root, module, seen = whole
+    losses = Losses()
+    continued = fit(
+        tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=root / f"step={step}.ckpt", callbacks=[losses],
+        limit_val_batches=1.0, val_check_interval=3, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    assert losses.seen == {s: seen[s] for s in range(step + 1, STEPS + 1)}
+    for (name, a), b in zip(module.state_dict().items(), continued.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    states, others = optimiser_state(module), optimiser_state(continued)
+    assert states.keys() == others.keys()
+    for key, state in states.items():
+        assert all(torch.equal(state[name], others[key][name]) for name in state)
+
+
+def test_dropout_is_part_of_the_comparison(whole, toy_shards: str, tmp_path: Path) -> None:
+    """Without the stored generators the continued run differs: otherwise the test above would prove nothing."""
+    root, _, seen = whole
+    checkpoint = torch.load(root / "step=3.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["RandomState"]
+    torch.save(checkpoint, tmp_path / "without.ckpt")
+    losses = Losses()
+    fit(tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=tmp_path / "without.ckpt", callbacks=[losses])
+    assert losses.seen[4] != seen[4]
+
+
+def test_the_run_keeps_its_length(whole, toy_shards: str, tmp_path: Path, capsys) -> None:
+    """A resumed run with another max_steps must not stretch the cosine or move the switch."""
+    root, _, seen = whole
+    losses = Losses()
+    module = make_module(ema_decay=0.9)
+    fit(tmp_path, toy_shards, module, ckpt_path=root / "step=1.ckpt", callbacks=[losses], max_steps=5)
+    assert module.total_steps == STEPS
+    assert losses.seen == {s: seen[s] for s in (2, 3, 4, 5)}
+
+
+def test_checkpoint_is_plain_and_loads_as_a_model(whole) -> None:
+    """weights_only=True, everything needed to rebuild the model, and the averaged weights by default."""
+    root, module, _ = whole
+    path = root / f"step={STEPS}.ckpt"
+    content = torch.load(path, weights_only=True)["flashar"]
+    assert content["grid"] == [4, 4]
+    assert content["tokenizer"] == {"kind": "pixels", "levels": 8}
+    assert (content["training"]["step"], content["training"]["total_steps"]) == (STEPS, STEPS)
+    assert content["training"]["stage"] == 2
+    for weights, net in (("auto", module.ema), ("ema", module.ema), ("raw", module.net)):
+        loaded = load_model(path, weights).model
+        assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+
+
+def test_averages_are_written_with_the_step_they_belong_to(whole) -> None:
+    """A checkpoint must hold the average after its own step: ModelCheckpoint has to come behind the update."""
+    root, _, _ = whole
+    ema = None
+    for step in range(1, STEPS + 1):
+        state = torch.load(root / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        net = state["net.backbone.blocks.1.ffn_norm.weight"]
+        if ema is not None:
+            ema = torch.lerp(ema, net, 1 - 0.9)
+            assert torch.equal(ema, state["ema.backbone.blocks.1.ffn_norm.weight"]), step
+        ema = state["ema.backbone.blocks.1.ffn_norm.weight"]
+
+
+def test_validation_does_not_disturb_training(whole, toy_shards: str, tmp_path: Path) -> None:
+    """The same losses with and without validation: it must give back the random numbers it used."""
+    _, _, seen = whole
+    losses = Losses()
+    fit(tmp_path, toy_shards, make_module(ema_decay=0.9), callbacks=[losses])
+    assert losses.seen == seen

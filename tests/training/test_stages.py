@@ -1,0 +1,99 @@
+"""The schedule as pure functions of the step, and the parameter groups it applies to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import tiny
+import torch
+
+from flashar_pl.models import RasterAR
+from flashar_pl.models.base import ROLES
+from flashar_pl.training.config import ScheduleConfig
+from flashar_pl.training.optim import adamw, parameter_groups
+from flashar_pl.training.stages import Schedule
+
+
+@pytest.mark.parametrize(("total", "steps"), [(300, 60), (35, 7), (10, 2), (11, 3), (1, 1), (4, 1)])
+def test_stage_one_is_the_first_fifth_rounded_up(total: int, steps: int) -> None:
+    """0.2 * 35 is 7.000000000000001 in floating point: its ceiling would be 8."""
+    schedule = Schedule(total)
+    assert schedule.stage1_steps == steps
+    assert [schedule.stage(s) for s in range(total)] == [1] * steps + [2] * (total - steps)
+
+
+def test_factors_follow_the_paper() -> None:
+    """The horizontal head is frozen in stage 1 and trains at the full rate in stage 2; the backbone at a fifth."""
+    schedule = Schedule(100)
+    stage1 = {role: schedule.factor(role, 1) for role in ROLES}
+    assert stage1 == {"backbone": 0, "horizontal_head": 0, "vertical": 1, "vertical_head": 1, "gate": 1}
+    stage2 = {role: schedule.factor(role, 2) for role in ROLES}
+    assert stage2 == {"backbone": 0.2, "horizontal_head": 1, "vertical": 1, "vertical_head": 1, "gate": 1}
+
+
+def test_one_cosine_spans_both_stages() -> None:
+    schedule = Schedule(50)
+    for step in (0, 9, 10, 25, 49):
+        wanted = 3e-4 * (1 + math.cos(math.pi * step / 50)) / 2
+        assert schedule.lr("gate", step, 3e-4) == pytest.approx(wanted)
+        assert schedule.lr("backbone", step, 3e-4) == pytest.approx(0.0 if step < 10 else 0.2 * wanted)
+
+
+def test_the_rate_does_not_rise_again_behind_the_end() -> None:
+    assert Schedule(10).lr("gate", 10, 1.0) == 0
+    assert Schedule(10).lr("gate", 15, 1.0) == 0
+
+
+def test_warmup_starts_above_zero_and_ends_at_the_cosine() -> None:
+    schedule = Schedule(100, stage1_share=0, backbone_factor=1, warmup=4)
+    ratios = [schedule.lr("backbone", s, 1.0) / Schedule(100, 0, 1).lr("backbone", s, 1.0) for s in range(6)]
+    assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_raster_settings_have_one_stage() -> None:
+    schedule = ScheduleConfig().resolve(raster=True).build(10)
+    assert not schedule.freezes
+    assert all(schedule.trains(role, 0) for role in ("backbone", "horizontal_head"))
+    with pytest.raises(ValueError, match="no vertical branch"):
+        ScheduleConfig(stage1_share=0.2).resolve(raster=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"total_steps": 0}, "at least 1"),
+        ({"stage1_share": 1.5}, "0 to 1"),
+        ({"backbone_factor": -1}, "0 or more"),
+        ({"warmup": -1}, "0 or more"),
+    ],
+)
+def test_wrong_schedules_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"total_steps": 10, **values})
+
+
+@pytest.mark.parametrize("model", [tiny.flashar(), tiny.flashar(m=2, fusion="average"), RasterAR(tiny.backbone())])
+def test_groups_are_disjoint_and_exhaustive(model) -> None:
+    """A parameter in no group would never train, one in two groups would train twice."""
+    groups = parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    listed = [names[id(p)] for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(names.values())
+    roles = model.roles()
+    for group in groups:
+        assert {roles[names[id(p)]] for p in group["params"]} == {group["role"]}
+        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_order_of_groups_is_fixed() -> None:
+    """Optimiser states are stored by position: another order would give a parameter the moments of another."""
+    first, second = (parameter_groups(tiny.flashar(), 0.05) for _ in range(2))
+    assert [(g["role"], [p.shape for p in g["params"]]) for g in first] == [
+        (g["role"], [p.shape for p in g["params"]]) for g in second
+    ]
+
+
+def test_half_precision_weights_are_refused() -> None:
+    with pytest.raises(ValueError, match="float32"):
+        adamw(tiny.flashar().to(torch.bfloat16), 1e-4)
