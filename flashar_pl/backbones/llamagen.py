@@ -284,11 +284,19 @@ class LlamaGen(Backbone):
                     f"text features have {positions} positions of width {width}; expected at most {TEXT_POSITIONS} "
                     f"of width {config.caption_dim}."
                 )
+            mask = condition.mask
+            if mask is not None and mask.device.type == "cpu" and bool((mask.bool().int().diff(dim=1) < 0).any()):
+                raise ValueError("a text mask has padding after valid positions; expected left-padded features.")
         if batch is not None and len(condition) != batch:
             raise ValueError(f"the condition has {len(condition)} samples; expected {batch}, one per sample.")
 
 
 def _join_features(first: TextFeatures, second: TextFeatures) -> TextFeatures:
+    if first.features.shape[1:] != second.features.shape[1:]:
+        raise ValueError(
+            f"condition has {first.features.shape[1]} positions of width {first.features.shape[2]}, unconditional "
+            f"{second.features.shape[1]} of {second.features.shape[2]}; expected the same."
+        )
     if (first.mask is None) != (second.mask is None):
         raise ValueError("of condition and unconditional only one has a mask; expected both or none.")
     mask = None if first.mask is None or second.mask is None else torch.cat([first.mask, second.mask])
