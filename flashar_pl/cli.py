@@ -28,6 +28,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
     "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
     "validate": Command("fit:validate", "losses, likelihood and FID on the validation split", trains=True),
     "test": Command("fit:test", "losses, likelihood and FID on the test split", trains=True),

@@ -1,0 +1,57 @@
+"""`flashar fit`, `validate`, `test`, `predict`: the doors to LightningCLI. Lightning is imported when one is called."""
+
+from __future__ import annotations
+
+import sys
+
+
+def fit(argv: list[str]) -> int:
+    """Train: `flashar fit --config experiments/NAME.yaml [--key value ...]`."""
+    return run("fit", argv)
+
+
+def validate(argv: list[str]) -> int:
+    """Measure on the validation split: `flashar validate --ckpt_path PATH`."""
+    return run("validate", argv)
+
+
+def test(argv: list[str]) -> int:
+    """Measure on the test split: `flashar test --ckpt_path PATH`."""
+    return run("test", argv)
+
+
+def predict(argv: list[str]) -> int:
+    """Likelihood of each test image: `flashar predict --ckpt_path PATH`."""
+    return run("predict", argv)
+
+
+def run(verb: str, argv: list[str]) -> int:
+    """Run one verb of LightningCLI on FlashARModule and CodesDataModule; the exit code.
+
+    Raises:
+        ValueError: wrong configuration, data or checkpoint.
+    """
+    if not argv:
+        raise ValueError(
+            f"flashar {verb} needs a configuration: --config experiments/demo_raster.yaml, or --ckpt_path of a "
+            f"checkpoint. See flashar {verb} --help."
+        )
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from flashar_pl.data.datamodules import CodesDataModule
+    from flashar_pl.training.lightning_cli import ExperimentCLI
+    from flashar_pl.training.module import FlashARModule
+
+    try:
+        ExperimentCLI(FlashARModule, CodesDataModule, [verb, *argv])
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise
+        raise ValueError(f"the checkpoint does not fit the model. {' '.join(str(error).split())[:600]}") from error
+    except SystemExit as end:  # --help and --print_config
+        if end.code not in (None, 0):
+            print(f"flashar {verb} ended with exit code {end.code}", file=sys.stderr)
+            return end.code if isinstance(end.code, int) else 1
+    return 0

@@ -1,0 +1,121 @@
+"""The configuration inside a checkpoint, and what a continued run changes about it.
+
+A checkpoint is a file, or a directory of shards with a meta.pt beside them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from flashar_pl.models.weights import CHECKPOINT_KEY
+
+CONFIG_KEY = "flashar_config"
+"""Key of the configuration (YAML text) inside a Lightning checkpoint."""
+NOT_STORED = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
+"""Options of one call, not of the experiment."""
+DEFAULT_ROOT = "runs/run"
+"""Run directory where none is given."""
+
+
+def read_meta(path: str) -> dict[str, Any]:
+    """Everything but large tensors of a Lightning checkpoint: a file, or a directory of shards with its meta.pt.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    place = Path(path)
+    file = place / "meta.pt" if place.is_dir() else place
+    if not file.is_file():
+        raise ValueError(f"{path} is a directory without meta.pt; expected a Lightning checkpoint.")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise ValueError(f"{path} is no Lightning checkpoint that can be read safely: {str(error)[:200]}") from error
+    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        raise ValueError(
+            f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"
+        )
+    return content
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The configuration stored in a Lightning checkpoint, without the options of one call. {} if it has none.
+
+    Raises:
+        ValueError: the file is no checkpoint of ours.
+    """
+    return plain(read_meta(path).get(CONFIG_KEY, "{}"))
+
+
+def plain(text: str) -> dict[str, Any]:
+    """YAML text as a dict, without the options of one call."""
+    return {key: value for key, value in yaml.safe_load(text).items() if key not in NOT_STORED}
+
+
+def check_same_model(path: str, config: dict[str, Any]) -> None:
+    """ValueError if a checkpoint holds another model than `config` (the argument of `build_model`) describes."""
+    stored = flatten(read_meta(path)[CHECKPOINT_KEY]["model"])
+    now = {key: value for key, value in flatten(config).items() if not key.endswith("dropout")}
+    wrong = [
+        f"{key} {stored[key]!r} (this run: {value!r})"
+        for key, value in now.items()
+        if key in stored and value is not None and stored[key] is not None and stored[key] != value
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} holds another model: {'; '.join(wrong)}. Continue it with its own settings, or start a new run "
+            "from its weights with --model.init_from."
+        )
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Lines "key: old -> new" for what differs between two nested configurations."""
+    old, new = flatten(before), flatten(after)
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def run_directory(trainer: Any) -> Path:
+    """Where a fit with this `trainer` configuration writes: its root, or the place its own logger names."""
+    arguments = getattr(trainer.logger, "init_args", None)
+    if arguments is not None and arguments.get("save_dir") is not None:
+        version = arguments.get("version")
+        parts = [arguments.get("name"), version if isinstance(version, str) else None]
+        return Path(arguments["save_dir"], *[part for part in parts if part])
+    return Path(trainer.default_root_dir or DEFAULT_ROOT)
+
+
+def check_run_directory(directory: Path, checkpoint: str | None) -> None:
+    """ValueError if a new fit would write into a directory with files, or a continued one into another run's."""
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return
+    last = directory / "checkpoints" / "last.ckpt"
+    if checkpoint is None:
+        hint = f"continue with --ckpt_path {last}" if last.exists() else "remove it"
+        raise ValueError(
+            f"the run directory {directory} exists; nothing was written. Choose another "
+            f"--trainer.default_root_dir, or {hint}."
+        )
+    if directory.resolve() not in Path(checkpoint).resolve().parents:
+        raise ValueError(
+            f"the run directory {directory} holds another run than {checkpoint}; choose a new "
+            "--trainer.default_root_dir."
+        )
