@@ -130,7 +130,7 @@ class SafetensorsDirectory(TensorSource):
         raw = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
         with at.file.open("rb") as file:
             file.seek(at.begin + begin * row_bytes)
-            if file.readinto(memoryview(raw.numpy())) != len(raw):
+            if file.readinto(raw.numpy().data) != len(raw):
                 raise ValueError(f"{at.file} ends inside {key}; the download is incomplete.")
         return raw.view(at.dtype).view(end - begin, *at.shape[1:])
 
