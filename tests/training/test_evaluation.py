@@ -1,0 +1,195 @@
+"""What a validation measures, against plain computations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from training_toys import CLASSES, ValidationConfig, fit, make_data, make_module, make_trainer
+
+from flashar_pl.backbones.base import TextFeatures
+from flashar_pl.decoding import generate
+from flashar_pl.grid import diagonal_plan
+from flashar_pl.metrics.distribution import frechet_distance
+from flashar_pl.metrics.features import ClassifierFeatures
+from flashar_pl.tokenizers import PixelTokenizer
+from flashar_pl.training.images import gate_picture, tile
+from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, sample_codes
+
+ALL = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
+
+
+def validate(
+    tmp_path: Path, shards: str, module, verb: str = "validate", batch: int = 4, **trainer
+) -> dict[str, float]:
+    """Results of one pass over the validation (or test) split, with random but not untrained weights."""
+    torch.manual_seed(5)
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    data = make_data(shards, validation_batch_size=batch)
+    [results] = getattr(make_trainer(tmp_path, **{**ALL, **trainer}), verb)(module, datamodule=data, verbose=False)
+    return results
+
+
+def whole_split(shards: str, split: str = "validation"):
+    from flashar_pl.data.reader import ShardReader
+    from flashar_pl.data.shards import Manifest
+
+    reader = ShardReader(Manifest.load(shards), split)
+    samples = reader.read(np.arange(len(reader)))
+    return torch.from_numpy(samples.codes), torch.from_numpy(samples.labels)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_means_are_over_images_not_over_batches(tmp_path: Path, toy_shards: str, verb: str) -> None:
+    """13 images in batches of 4: a mean of batch means, or padding that counts, would be off."""
+    module = make_module()
+    results = validate(tmp_path, toy_shards, module, verb)
+    split, prefix = ("validation", "val") if verb == "validate" else ("test", "test")
+    codes, labels = whole_split(toy_shards, split)
+    module.net.eval()
+    with torch.no_grad():
+        losses = module.net.loss(codes, labels)
+    for name in ("loss", "fused", "horizontal", "vertical"):
+        assert results[f"{prefix}/{name}"] == pytest.approx(float(losses[name]), rel=1e-5)
+    assert results[f"{prefix}/nll"] == pytest.approx(float(losses["nll"].mean()), rel=1e-5)
+    gate = losses["gate"][:, 1:, 1:]
+    assert results[f"{prefix}/gate_mean"] == pytest.approx(float(gate.mean()), rel=1e-5)
+    entropy = -(gate * gate.log() + (1 - gate) * (1 - gate).log())
+    assert results[f"{prefix}/gate_entropy"] == pytest.approx(float(entropy.mean()), rel=1e-4)
+
+
+def test_likelihood_under_the_chosen_plan(tmp_path: Path, toy_shards: str) -> None:
+    """validation.plan raster scores the horizontal head alone, in raster order, and shows no gate."""
+    module = make_module(validation=ValidationConfig(plan="raster"))
+    results = validate(tmp_path, toy_shards, module)
+    codes, labels = whole_split(toy_shards)
+    logits = module.net.eval().backbone.raster_logits(codes, labels)
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten(), reduction="sum") / len(codes)
+    assert results["val/nll"] == pytest.approx(float(nll), rel=1e-5)
+    assert "val/gate_mean" not in results
+
+
+def test_fid_and_accuracy_match_plain_computations(tmp_path: Path, toy_shards: str, toy_classifier: str) -> None:
+    """11 samples in batches of 4 against the decoded images of the split."""
+    config = ValidationConfig(samples=11, sample_batch=4, features=toy_classifier, cfg_scale=1.5, seed=3, top_k=6)
+    module = make_module(validation=config)
+    results = validate(tmp_path, toy_shards, module)
+    classes = torch.arange(12) % CLASSES
+    parts = [
+        generate(module.net, classes[i : i + 4], (4, 4), cfg_scale=1.5, top_k=6, seeds=list(range(3 + i, 7 + i)))
+        for i in (0, 4, 8)
+    ]
+    decode = PixelTokenizer(8).decode
+    classifier = ClassifierFeatures.load(toy_classifier)
+    drawn, real = decode(torch.cat(parts)[:11]), decode(whole_split(toy_shards)[0])
+    wanted = frechet_distance(classifier(drawn).double().numpy(), classifier(real).double().numpy())
+    assert results["val/fid"] == pytest.approx(wanted, rel=1e-4)
+    assert results["val/accuracy"] == pytest.approx(classifier.accuracy(drawn, classes[:11]))
+
+
+def test_averaged_weights_are_the_ones_measured(tmp_path: Path, toy_shards: str) -> None:
+    module = make_module(ema_decay=0.5)
+    results = validate(tmp_path, toy_shards, module)  # copies the (random) weights into the average
+    before = results["val/nll"]
+    with torch.no_grad():
+        for parameter in module.net.parameters():
+            parameter.zero_()
+    data = make_data(toy_shards)
+    [again] = make_trainer(tmp_path, **ALL).validate(module, datamodule=data, verbose=False)
+    assert again["val/nll"] == pytest.approx(before, rel=1e-6)
+
+
+def test_a_fit_writes_scalars_pictures_and_their_png(tmp_path: Path, toy_shards: str, toy_classifier: str) -> None:
+    """Every name that plots and reports read; the distance only in every second validation."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = ValidationConfig(samples=6, grid_images=4, features=toy_classifier, fid_every=2)
+    module = make_module(validation=config)
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    fit(
+        tmp_path, toy_shards, module, max_steps=9, logger=logger, log_every_n_steps=3, limit_val_batches=1.0,
+        val_check_interval=3, check_val_every_n_epoch=None, num_sanity_val_steps=1,
+    )  # fmt: skip
+    events = EventAccumulator(str(tmp_path)).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    train = {"loss", "fused", "horizontal", "vertical", "stage", "tokens_per_second"}
+    assert {f"train/{name}" for name in train} <= scalars.keys()
+    assert {f"lr/{role}" for role in module.net.roles().values()} <= scalars.keys()
+    assert {"val/nll", "val/fused", "val/gate_mean", "val/gate_entropy"} <= scalars.keys()
+    assert [value for _, value in scalars["train/stage"]] == [2, 2, 2]
+    assert len(scalars["val/nll"]) == 3
+    assert len(scalars["val/fid"]) == len(scalars["val/accuracy"]) == 1
+    assert set(events.Tags()["images"]) == {"val/samples", "val/gate_map"}
+    names = [f"val_step_{step:07d}.png" for step in (3, 6, 9)]
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "gate").iterdir()) == names
+    assert Image.open(tmp_path / "samples" / names[0]).size == (66, 66)
+
+
+def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
+    """Every rank runs as many batches, so that ranks that act together (FSDP) never wait for one that is done."""
+    module = make_module()
+    module.configure_model()
+    config = ValidationConfig(grid_images=1, sample_batch=2, seed=4)
+    conditions = SampleConditions(module.net, 5).join()
+    runs = []
+    for ranks in (1, 2, 3):
+        codes = torch.full((5, 4, 4), -1)
+        for rank in range(ranks):
+            for numbers, part in sample_codes(module.net, diagonal_plan(4, 4), conditions, 5, config, rank, ranks):
+                assert (codes[numbers] == -1).all(), "drawn twice"
+                codes[numbers] = part
+        runs.append(codes)
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+
+
+def test_text_conditions_come_from_validation_samples() -> None:
+    """A model without classes samples the first captions it validated on, and starts again behind the last."""
+    import tiny
+
+    conditions = SampleConditions(tiny.flashar(condition="text"), limit=2)
+    batch = tiny.captions([2, 5, 3])
+    conditions.collect(batch, torch.tensor([7, 4, 9]), torch.tensor([True, False, True]))
+    chosen = conditions.join()([0, 1, 2])
+    assert isinstance(chosen, TextFeatures)
+    assert torch.equal(chosen.features, batch.features[[0, 2, 0]])
+    assert torch.equal(chosen.mask, batch.mask[[0, 2, 0]])
+
+
+def test_padding_counts_nothing() -> None:
+    """A batch of padding only: no division by zero, no change."""
+    plan = diagonal_plan(2, 2)
+    module = make_module()
+    module.configure_model()
+    codes, labels = torch.zeros(2, 2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    sums = LossSums(plan, torch.device("cpu"))
+    for valid in ([True, True], [False, False], [True, False]):
+        mask = torch.tensor(valid)
+        sums.add(module.net.eval().loss(codes, labels, valid=mask), mask)
+    result = sums.reduce(lambda values: values)
+    assert result["nll"] == pytest.approx(4 * float(np.log(8)))  # an untrained head is uniform over 8 codes
+    with pytest.raises(ValueError, match="no samples"):
+        LossSums(plan, torch.device("cpu")).reduce(lambda values: values)
+
+
+def test_entropy_at_the_ends() -> None:
+    assert binary_entropy(torch.tensor([0.0, 1.0, 0.5])).tolist() == pytest.approx([0, 0, np.log(2)])
+
+
+def test_tiles_and_gate_colours() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 40, 32)
+    sheet = tile(images)  # 2 rows of 3, no enlargement
+    assert sheet.shape == (3, 82, 100)
+    assert [int(sheet[0, 0, 0]), int(sheet[0, 0, 34]), int(sheet[0, 42, 0]), int(sheet[0, 42, 68])] == [0, 1, 3, 255]
+    assert tile(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (3, 32, 32)
+    picture = gate_picture(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    corners = picture[:, [0, 0, -1], [0, -1, 0]].T.tolist()
+    assert corners == [[255, 0, 0], [0, 0, 255], [255, 255, 255]]

@@ -1,0 +1,93 @@
+"""Two real gloo processes against one: weights across the stage switch, validation, and the checkpoint between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_toys import fit
+from two_ranks import VALIDATING, module
+
+from flashar_pl.training.strategies import allow_frozen_parameters
+
+SCRIPT = Path(__file__).with_name("two_ranks.py")
+
+
+def run(*words: object) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    command = [sys.executable, str(SCRIPT), *map(str, words)]
+    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, toy_shards: str, toy_classifier: str):
+    """(directory, records of the two ranks, the same run in this process)."""
+    out = tmp_path_factory.mktemp("two")
+    run(toy_shards, toy_classifier, out)
+    records = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    alone = fit(
+        tmp_path_factory.mktemp("one"), toy_shards, module(toy_classifier), data={"validation_batch_size": 4},
+        **VALIDATING,
+    )  # fmt: skip
+    return out, records, alone
+
+
+def test_ranks_agree_exactly(both) -> None:
+    """Frozen before the wrap, a parameter would drift apart on the ranks once it trains, without an error."""
+    _, (first, second), _ = both
+    assert first["weights"].keys() == second["weights"].keys()
+    for name, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][name]), name
+
+
+def test_weights_equal_those_of_one_process(both) -> None:
+    """Same global batches, ten steps, the switch after two."""
+    _, (first, _), alone = both
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(first["weights"][name], value, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_validation_does_not_depend_on_the_ranks(both) -> None:
+    """13 images and 7 samples over two ranks: averages of rank averages, or padding that counts, would be off."""
+    _, records, alone = both
+    names = [name for name in alone.trainer.callback_metrics if name.startswith("val/")]
+    assert {"val/nll", "val/gate_mean", "val/fid", "val/accuracy"} <= set(names)
+    for name in names:
+        wanted = float(alone.trainer.callback_metrics[name])
+        assert records[0]["results"][name] == records[1]["results"][name], name
+        assert records[0]["results"][name] == pytest.approx(wanted, rel=2e-3, abs=1e-4), name
+
+
+def test_ranks_draw_different_numbers(both) -> None:
+    """With one seed everywhere both ranks would drop the same units."""
+    _, (first, second), _ = both
+    assert not torch.equal(first["drawn"], second["drawn"])
+
+
+def test_checkpoint_of_two_ranks_continues_on_one(both, toy_shards: str, toy_classifier: str, tmp_path: Path) -> None:
+    out, (first, _), _ = both
+    ranks = torch.load(out / "end.ckpt", weights_only=True)["callbacks"]["RandomState"]["ranks"]
+    assert len(ranks) == 2
+    assert not torch.equal(ranks[0]["torch"], ranks[1]["torch"])
+    continued = fit(tmp_path, toy_shards, module(toy_classifier), ckpt_path=out / "end.ckpt", max_steps=12)
+    assert continued.trainer.global_step == 12
+    assert continued.total_steps == 10  # the rate is 0 behind the planned end, so nothing moves
+    for name, value in first["weights"].items():
+        if name.startswith("net."):
+            assert torch.equal(continued.state_dict()[name], value), name
+
+
+def test_ddp_without_search_for_unused_parameters_is_refused() -> None:
+    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+
+    strategy = DDPStrategy()
+    allow_frozen_parameters(strategy)
+    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
+    allow_frozen_parameters(SingleDeviceStrategy())
+    with pytest.raises(ValueError, match="find_unused_parameters=False"):
+        allow_frozen_parameters(DDPStrategy(find_unused_parameters=False))
