@@ -93,17 +93,22 @@ class GridModel(nn.Module, ABC):
     def make_plan(self, name: str, height: int, width: int) -> DecodePlan:
         """The plan called `name`, with row ends where the backbone has them. ValueError if the model cannot run it."""
         plan = make_plan(name, height, width, row_end=self.backbone.row_ends)
+        self.check_plan(plan)
+        return plan
+
+    def check_plan(self, plan: DecodePlan) -> None:
+        """ValueError if the model cannot run `plan`."""
         if plan.has_vertical and self.dual_head.vertical is None:
             raise ValueError(
-                f"the {name} plan needs a vertical head, and this is a raster model; wrap it first: "
+                f"the {plan.name} plan needs a vertical head, and this is a raster model; wrap it first: "
                 "FlashAR(backbone, branch_layer=m)."
             )
-        return plan
 
     def _teacher_forced(
         self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int, vertical: bool
     ) -> States:
         """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
+        self.check_plan(plan)
         check_codes(codes, self.backbone.vocabulary)
         if codes.shape[1:] != (plan.height, plan.width):
             raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
