@@ -1,0 +1,192 @@
+"""The chunked loss against the plain one: materialised logits and F.cross_entropy, values and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashar_pl.grid import diagonal_plan, raster_plan
+from flashar_pl.models import FlashAR, RasterAR, losses
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.losses import AUX_WEIGHT
+
+BATCH = 3
+
+
+def plain_loss(model: GridModel, codes: Tensor, ids: Tensor, plan_name: str, valid: Tensor | None) -> dict[str, Tensor]:
+    """Eq. 9 and 10 from all logits at once."""
+    height, width = codes.shape[1:]
+    out = model(codes, ids, (diagonal_plan if plan_name == "diagonal" else raster_plan)(height, width))
+    rows = torch.ones(len(codes), dtype=torch.bool) if valid is None else valid
+
+    def nll(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+
+    def mean(values: Tensor) -> Tensor:
+        return values[rows].mean() if values[rows].numel() else values.sum() * 0
+
+    fused = nll(out.fused, codes)
+    result = {"nll": fused.flatten(1).sum(1), "fused": mean(fused), "gate": out.gate}
+    if plan_name == "raster":
+        return {**result, "loss": result["fused"]}
+    result["horizontal"] = mean(nll(out.horizontal[:, :, :-1], codes[:, :, 1:]))  # targets with q > 0
+    result["vertical"] = mean(nll(out.vertical[:, :-1], codes[:, 1:]))  # targets with p > 0
+    return {**result, "loss": result["fused"] + AUX_WEIGHT * (result["horizontal"] + result["vertical"])}
+
+
+def gradients(model: GridModel, loss: Tensor) -> dict[str, Tensor]:
+    """Zeros where a parameter takes no part."""
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    named = zip(model.named_parameters(), found)
+    return {name: torch.zeros_like(p) if grad is None else grad for (name, p), grad in named}
+
+
+def assert_equal_losses(
+    model: GridModel, plan_name: str, grid: tuple[int, int] = (3, 4), valid: Tensor | None = None
+) -> None:
+    codes, ids = tiny.codes(BATCH, *grid), tiny.classes(BATCH)
+    plan = model.make_plan(plan_name, *grid)
+    plain, chunked = plain_loss(model, codes, ids, plan_name, valid), model.loss(codes, ids, plan, valid)
+    for key, value in plain.items():
+        torch.testing.assert_close(chunked[key], value.to(chunked[key]), atol=1e-12, rtol=1e-12, check_dtype=False)
+    ours, reference = gradients(model, chunked["loss"]), gradients(model, plain["loss"])
+    for name, value in reference.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-12, rtol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+    assert any(value.any() for value in reference.values())
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+@pytest.mark.parametrize("corner", ["horizontal", "fused"])
+@pytest.mark.parametrize("fusion", ["gate", "average"])
+def test_loss_and_gradients(fusion: str, corner: str, plan: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 5 leave a remainder in every group of targets (interior, first row, first column)."""
+    monkeypatch.setattr(losses, "chunk_size", lambda *_: chunk)
+    assert_equal_losses(tiny.flashar(fusion=fusion, corner=corner).double(), plan)
+
+
+@pytest.mark.parametrize("valid", [[True, False, True], [False, False, True], [False, False, False]])
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+def test_samples_that_are_not_valid_get_no_gradient(plan: str, valid: list[bool]) -> None:
+    model, mask = tiny.flashar().double(), torch.tensor(valid)
+    if any(valid):
+        assert_equal_losses(model, plan, valid=mask)
+    else:  # a rank whose share of a last batch is padding only
+        loss = model.loss(tiny.codes(BATCH, 3, 4), tiny.classes(BATCH), model.make_plan(plan, 3, 4), mask)["loss"]
+        assert loss.detach() == 0
+        assert not any(value.any() for value in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (5, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("corner", ["horizontal", "fused"])
+def test_grids_without_an_interior(grid: tuple[int, int], corner: str) -> None:
+    """L_H or L_V of a single column or row has no target and is 0, not NaN."""
+    assert_equal_losses(tiny.flashar(corner=corner).double(), "diagonal", grid)
+    result = tiny.flashar(corner=corner).loss(tiny.codes(2, *grid), tiny.classes(2))
+    assert (result["horizontal"] == 0) == (grid[1] == 1)
+    assert (result["vertical"] == 0) == (grid[0] == 1)
+
+
+def test_raster_model() -> None:
+    assert_equal_losses(RasterAR(tiny.backbone()).double(), "raster")
+
+
+def test_frozen_heads_get_no_gradient() -> None:
+    """Stage 1 freezes the backbone and the horizontal head; the rest must be as if they were not frozen."""
+    model = tiny.flashar().double()
+    codes, ids = tiny.codes(BATCH, 3, 4), tiny.classes(BATCH)
+    full = gradients(model, model.loss(codes, ids)["loss"])
+    for name, role in model.roles().items():
+        if role in ("backbone", "horizontal_head"):
+            model.get_parameter(name).requires_grad_(False)
+    model.loss(codes, ids)["loss"].backward()
+    for name, role in model.roles().items():
+        gradient = model.get_parameter(name).grad
+        if role in ("backbone", "horizontal_head"):
+            assert gradient is None
+        else:
+            torch.testing.assert_close(gradient, full[name], atol=1e-12, rtol=1e-10)
+
+
+def test_auxiliary_weight() -> None:
+    model, codes, ids = tiny.flashar(), tiny.codes(2, 3, 4), tiny.classes(2)
+    parts = model.loss(codes, ids)
+    total = parts["fused"] + 0.05 * (parts["horizontal"] + parts["vertical"])
+    torch.testing.assert_close(parts["loss"].detach(), total)
+    torch.testing.assert_close(model.loss(codes, ids, aux_weight=0.0)["loss"].detach(), parts["fused"])
+    assert [key for key, value in parts.items() if value.requires_grad] == ["loss"]
+
+
+def test_nll_is_the_sum_over_cells_whatever_is_valid() -> None:
+    model, codes, ids = tiny.flashar(), tiny.codes(3, 3, 4), tiny.classes(3)
+    nll = model.loss(codes, ids, valid=torch.tensor([True, False, False]))["nll"]
+    log_p = model(codes, ids).fused.log_softmax(-1).gather(-1, codes[..., None])
+    torch.testing.assert_close(nll, -log_p.flatten(1).sum(1), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny.flashar, lambda: RasterAR(tiny.backbone())])
+def test_bfloat16_autocast_is_close_to_float32(make: object) -> None:
+    model: GridModel = make()  # type: ignore[operator]
+    codes, ids = tiny.codes(4, 3, 4), tiny.classes(4)
+    exact = model.loss(codes, ids)
+    exact["loss"].backward()
+    reference = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = model.loss(codes, ids)
+    mixed["loss"].backward()
+    assert mixed["loss"].dtype == mixed["nll"].dtype == mixed["gate"].dtype == torch.float32
+    torch.testing.assert_close(mixed["loss"], exact["loss"], atol=0.05, rtol=0.02)
+    for name, expected in reference.items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.dtype == torch.float32, "master weights have float32 gradients"
+        cosine = F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)
+        assert cosine > 0.98, (name, float(cosine))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pure_half_precision_losses_are_float32(dtype: torch.dtype) -> None:
+    model, codes, ids = tiny.flashar(), tiny.codes(4, 3, 4), tiny.classes(4)
+    exact = model.loss(codes, ids)["loss"].detach()
+    result = model.to(dtype).loss(codes, ids)
+    assert result["loss"].dtype == torch.float32
+    torch.testing.assert_close(result["loss"].detach(), exact, atol=0.1, rtol=0.03)
+    result["loss"].backward()
+    for name, parameter in model.named_parameters():
+        if "code_embedding" not in name:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all()
+
+
+def test_large_logits_stay_finite() -> None:
+    """exp of a logit of 200 overflows float32; log-sum-exp must be taken after subtracting the maximum."""
+    model = tiny.flashar()
+    with torch.no_grad():
+        model.dual_head.horizontal.weight.mul_(100)
+    loss = model.loss(tiny.codes(2, 3, 4), tiny.classes(2))["loss"]
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_second_backward_recomputes_again() -> None:
+    """The recomputation must not overwrite what it saved."""
+    model, codes, ids = FlashAR(tiny.backbone(), 1).double(), tiny.codes(2, 3, 3), tiny.classes(2)
+    loss = model.loss(codes, ids)["loss"]
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, value in once.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * value)
+
+
+def test_chunk_size_follows_targets_and_vocabulary() -> None:
+    assert losses.chunk_size(10**6, 16384, "cpu") == 128
+    assert losses.chunk_size(10, 16384, "cpu") == 16, "not below an eighth of the largest"
+    assert losses.chunk_size(640, 16384, "cpu") == 40
+    assert losses.chunk_size(10**6, 10**9, "cpu") == 1
+    assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 1024
