@@ -47,4 +47,4 @@ def adamw(
             raise ValueError(
                 f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
             )
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas)

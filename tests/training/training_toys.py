@@ -59,12 +59,12 @@ def save_classifier(out: Path) -> str:
     return str(ClassifierFeatures(GRID, CLASSES, 6).save(out))
 
 
-def make_module(flashar: bool = True, dropout: bool = True, **overrides: Any) -> FlashARModule:
+def make_module(flashar: bool | FlashARConfig = True, dropout: bool = True, **overrides: Any) -> FlashARModule:
     """A FlashAR (or raster) module at a learning rate that moves every weight visibly in ten steps."""
     options = OPTIONS if dropout else {**OPTIONS, **NO_DROPOUT}
     settings: dict[str, Any] = {
         "backbone": BackboneConfig(options=options),
-        "flashar": FlashARConfig(branch_layer=1) if flashar else None,
+        "flashar": FlashARConfig(branch_layer=1) if flashar is True else flashar or None,
         "optimiser": OptimiserConfig(lr=1e-2),
     }
     return FlashARModule(**{**settings, **overrides})

@@ -1,0 +1,260 @@
+"""The wiring of FlashARModule: precision, freezing, averages, initial weights, and what is refused before any step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training_toys import (
+    OPTIONS,
+    STEPS,
+    BackboneConfig,
+    FlashARConfig,
+    OptimiserConfig,
+    ScheduleConfig,
+    ValidationConfig,
+    fit,
+    make_data,
+    make_module,
+    make_trainer,
+)
+
+from flashar_pl.models.weights import load_model
+from flashar_pl.training.config import plain_settings, typed_settings
+from flashar_pl.training.module import FlashARModule
+
+
+class Watch(Callback):
+    """Losses, rates, frozen roles and weights of every step."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[dict[str, float]] = []
+        self.frozen: list[set[str]] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        roles = pl_module.net.roles()
+        self.losses.append(float(outputs["loss"]))
+        self.rates.append({group["role"]: group["lr"] for group in trainer.optimizers[0].param_groups})
+        self.frozen.append({roles[n] for n, p in pl_module.net.named_parameters() if not p.requires_grad})
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.net.named_parameters()})
+
+
+@pytest.fixture(scope="module")
+def raster_checkpoint(tmp_path_factory, toy_shards: str) -> Path:
+    root = tmp_path_factory.mktemp("raster")
+    save = ModelCheckpoint(root, filename="last")
+    fit(root, toy_shards, make_module(flashar=False), max_steps=6, enable_checkpointing=True, callbacks=[save])
+    return root / "last.ckpt"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("flashar", [True, False])
+def test_trains_with_float32_weights(tmp_path: Path, toy_shards: str, precision: str, flashar: bool) -> None:
+    """Thirty steps learn the toy, weights stay float32 under bfloat16 compute."""
+    watch = Watch()
+    fit(tmp_path, toy_shards, make_module(flashar), max_steps=30, precision=precision, callbacks=[watch])
+    assert {p.dtype for p in watch.weights[-1].values()} == {torch.float32}
+    assert sum(watch.losses[-3:]) / 3 < 0.8 * watch.losses[0]
+
+
+def test_stage_one_moves_only_the_new_parts(tmp_path: Path, toy_shards: str) -> None:
+    """Frozen means bit-equal: weight decay, moments or a late freeze would show."""
+    watch = Watch()
+    module = fit(tmp_path, toy_shards, make_module(), callbacks=[watch])
+    roles = module.net.roles()
+    assert watch.frozen == [{"backbone", "horizontal_head"}] * 2 + [set()] * (STEPS - 2)
+    for name, role in roles.items():
+        moved = not torch.equal(watch.weights[1][name], watch.weights[0][name])
+        assert moved == (role in ("vertical", "vertical_head", "gate")), name
+        assert not torch.equal(watch.weights[-2][name], watch.weights[2][name]), name
+    for step, rates in enumerate(watch.rates):
+        assert rates == {role: module.built_schedule.lr(role, step, 1e-2) for role in rates}
+
+
+def test_gradients_are_clipped(tmp_path: Path, toy_shards: str) -> None:
+    """The norm of all gradients together."""
+    norms = []
+
+    class Norms(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            grads = [p.grad for p in pl_module.net.parameters() if p.grad is not None]
+            norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))))
+
+    module = make_module(optimiser=OptimiserConfig(lr=1e-2, clip=0.05))
+    fit(tmp_path, toy_shards, module, callbacks=[Norms()])
+    assert max(norms) == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_auxiliary_weight_reaches_the_loss(tmp_path: Path, toy_shards: str) -> None:
+    """fused + 0.05 (H + V) by default; the setting must not be ignored."""
+    seen = {}
+    for weight in (0.05, 1.0):
+        watch = Watch()
+        fit(tmp_path, toy_shards, make_module(aux_weight=weight), max_steps=1, callbacks=[watch])
+        seen[weight] = watch.losses[0]
+    assert seen[1.0] > seen[0.05] * 2  # at the start all three terms are ln V
+
+
+def test_averages_move_once_per_optimiser_step(tmp_path: Path, toy_shards: str) -> None:
+    """With accumulated gradients a batch without a step must not move them."""
+    watch = Watch()
+    module = make_module(ema_decay=0.5)
+    module.configure_model()
+    start = {name: value.clone() for name, value in module.net.state_dict().items()}
+    fit(tmp_path, toy_shards, module, max_steps=2, accumulate_grad_batches=2, callbacks=[watch])
+    assert module.ema is not None
+    for name, value in module.ema.state_dict().items():
+        first = torch.lerp(start[name], watch.weights[1][name], 0.5)
+        assert torch.equal(value, torch.lerp(first, watch.weights[3][name], 0.5)), name
+
+
+def test_callbacks_run_before_checkpoints(tmp_path: Path, toy_shards: str) -> None:
+    """A second fit with the same trainer gets no second set."""
+    module = make_module(ema_decay=0.9)
+    trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=[ModelCheckpoint(tmp_path)], max_steps=1)
+    for _ in range(2):
+        trainer.fit(module, datamodule=make_data(toy_shards))
+    kinds = [type(callback).__name__ for callback in trainer.callbacks]
+    assert kinds.count("EmaUpdate") == kinds.count("StageSwitch") == kinds.count("Evaluation") == 1
+    assert kinds[-1] == "ModelCheckpoint"
+
+
+def test_starts_from_a_raster_checkpoint(tmp_path: Path, toy_shards: str, raster_checkpoint: Path, capsys) -> None:
+    """Layers, norm and head are cloned after the weights are read, and what came from where is printed."""
+    module = make_module(init_from=str(raster_checkpoint), ema_decay=0.9)
+    trainer = make_trainer(tmp_path, limit_val_batches=1.0)
+    [results] = trainer.validate(module, datamodule=make_data(toy_shards), verbose=False)
+    raster = load_model(raster_checkpoint).model
+    backbone = module.net.backbone
+    assert torch.equal(backbone.blocks[0].attention.wqkv.weight, raster.backbone.blocks[0].attention.wqkv.weight)
+    assert torch.equal(module.net.dual_head.vertical.weight, raster.backbone.head.weight)
+    cloned = module.net.vertical.blocks[0].state_dict()
+    assert all(torch.equal(value, cloned[name]) for name, value in raster.backbone.blocks[1].state_dict().items())
+    assert all(torch.equal(a, b) for a, b in zip(module.ema.parameters(), module.net.parameters(), strict=True))
+    assert results["val/nll"] > 0
+    again = make_module(init_from=str(raster_checkpoint), flashar=False)
+    again.configure_model()
+    again.load_initial_weights()
+    assert torch.equal(again.net.backbone.head.weight, raster.backbone.head.weight)
+
+
+def test_a_continued_run_does_not_read_its_initial_weights(tmp_path: Path, toy_shards: str) -> None:
+    """They would be overwritten, and the file may be gone by then."""
+    save = ModelCheckpoint(tmp_path, filename="last")
+    fit(tmp_path, toy_shards, make_module(), max_steps=3, enable_checkpointing=True, callbacks=[save])
+    module = make_module(init_from=str(tmp_path / "gone.ckpt"))
+    fit(tmp_path, toy_shards, module, ckpt_path=tmp_path / "last.ckpt", max_steps=4)
+    with pytest.raises(ValueError, match="no file"):
+        fit(tmp_path, toy_shards, make_module(init_from=str(tmp_path / "gone.ckpt")), max_steps=4)
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("runs/x/last.ckpt", "flashar fit --config experiments/demo_raster.yaml"),
+        ("weights/c2i_XL_384.pt", "https://huggingface.co/FoundationVision/LlamaGen"),
+    ],
+)
+def test_missing_weights_say_how_to_get_them(path: str, hint: str) -> None:
+    module = make_module(init_from=path)
+    module.configure_model()
+    with pytest.raises(ValueError, match="no file") as error:
+        module.load_initial_weights()
+    assert path in str(error.value)
+    assert hint in str(error.value)
+
+
+def test_weights_of_another_size_are_refused(raster_checkpoint: Path) -> None:
+    module = make_module(init_from=str(raster_checkpoint), backbone=BackboneConfig(options={**OPTIONS, "dim": 32}))
+    module.configure_model()
+    with pytest.raises(ValueError, match="dim 16"):
+        module.load_initial_weights()
+
+
+def wrong_module(**overrides) -> None:
+    make_module(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"backbone": BackboneConfig(preset="llamagen-xxxl")}, "llamagen-xxl"),
+        ({"backbone": BackboneConfig(preset="llamagen-b", options={"tokendropout": 0.1})}, "token_dropout"),
+        ({"backbone": BackboneConfig(options={**OPTIONS, "n_heads": 2})}, "n_head"),
+        ({"backbone": BackboneConfig(options={"dim": 8})}, "n_layer"),
+        ({"flashar": FlashARConfig(branch_layer=3)}, "0 to 2"),
+        ({"schedule": ScheduleConfig(stage1_share=2)}, "0 to 1"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+    ],
+)
+def test_wrong_settings_are_refused_at_once(overrides: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong_module(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples": 8}, "feature extractor"),
+        ({"features": "x"}, "samples is 0"),
+        ({"cfg_scale": -1}, "0 or more"),
+        ({"sample_batch": 0}, "at least"),
+    ],
+)
+def test_wrong_validation_settings_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ValidationConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"vocab_size": 9}, "vocabulary of 8"), ({"num_classes": 4}, "3 classes")]
+)
+def test_data_of_another_kind_are_refused(tmp_path: Path, toy_shards: str, options: dict, message: str) -> None:
+    module = make_module(backbone=BackboneConfig(options={**OPTIONS, **options}))
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, toy_shards, module)
+    assert not hasattr(module, "net"), "checked before the model is built"
+
+
+def test_sixteen_bit_weights_are_refused(tmp_path: Path, toy_shards: str) -> None:
+    with pytest.raises(ValueError, match="bf16-mixed"):
+        fit(tmp_path, toy_shards, precision="bf16-true")
+
+
+def test_a_run_without_end_is_refused(tmp_path: Path, toy_shards: str) -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        fit(tmp_path, toy_shards, max_steps=-1, max_epochs=-1)
+
+
+def test_a_missing_extractor_is_reported_before_training(tmp_path: Path, toy_shards: str) -> None:
+    watch = Watch()
+    module = make_module(validation=ValidationConfig(samples=4, features=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="no feature extractor"):
+        fit(tmp_path, toy_shards, module, callbacks=[watch])
+    assert not watch.losses
+
+
+def test_settings_travel_through_a_checkpoint(tmp_path: Path, toy_shards: str) -> None:
+    """The module that wrote a checkpoint can be rebuilt from the path alone."""
+    module = make_module(ema_decay=0.9, aux_weight=0.1, validation=ValidationConfig(plan="raster", seed=4))
+    save = ModelCheckpoint(tmp_path, filename="last")
+    fit(tmp_path, toy_shards, module, max_steps=2, enable_checkpointing=True, callbacks=[save])
+    again = FlashARModule.from_checkpoint(tmp_path / "last.ckpt")
+    assert again.settings() == module.settings()
+    assert typed_settings(plain_settings({"optimiser": OptimiserConfig()}))["optimiser"] == OptimiserConfig()
+    with pytest.raises(ValueError, match="no file"):
+        FlashARModule.from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_prediction_is_the_likelihood_of_each_image(tmp_path: Path, toy_shards: str) -> None:
+    module = make_module()
+    module.configure_model()
+    parts = make_trainer(tmp_path).predict(module, datamodule=make_data(toy_shards, validation_batch_size=4))
+    nll = torch.cat([part["nll"][part["valid"]] for part in parts])
+    assert nll.shape == (7,)
+    torch.testing.assert_close(nll, torch.full((7,), 16 * torch.tensor(8.0).log().item()))  # uniform before training
