@@ -219,8 +219,9 @@ def branch(values: dict[str, Any], n_layer: int) -> tuple[int, int]:
 
 def read_released(directory: str | Path, heads: Heads) -> ReleasedFlashAR:
     """See `FlashAR.from_released`."""
+    values = read_json(directory)
     source = SafetensorsDirectory(directory)
-    model = released_on_meta(read_json(directory), source, heads)
+    model = released_on_meta(values, source, heads)
     fill_released(model, source)
     return model
 

@@ -66,6 +66,7 @@ def test_token_logits_match_the_official_model(state, golden):
         torch.testing.assert_close(got, want[mask], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_token_logits_match_qwen3(state, golden):
     """The architecture is that of Qwen3 with other sizes."""
     transformers = pytest.importorskip("transformers")

@@ -176,9 +176,11 @@ def test_every_part_of_the_setting_matters(visual, changes, unguided):
     with torch.no_grad():
         same = torch.allclose(other(codes, prefix).fused, visual(codes, prefix).fused, atol=1e-3)
     assert same == (not unguided)
-    null = list(IO["c1_4x4/in/uncond_short_ids"])
-    made = [generate(net, prefix, (4, 4), greedy=True, cfg_scale=3.0, unconditional=null) for net in (visual, other)]
-    assert not torch.equal(*made)
+    if not unguided:
+        null = list(IO["c1_4x4/in/uncond_short_ids"])
+        settings = {"greedy": True, "cfg_scale": 3.0, "unconditional": null}
+        made = [generate(net, prefix, (4, 4), **settings) for net in (visual, other)]
+        assert not torch.equal(*made)
 
 
 def test_setting_travels_with_the_model(visual, tmp_path):
@@ -258,10 +260,10 @@ def test_wrong_checkpoints_are_refused(tmp_path):
         FlashAR.from_released(edited(tmp_path / "c", vertical_layers=3, vertical_start_layer=1))
     with pytest.raises(ValueError, match="branch_layer is 9"):
         FlashAR.from_released(edited(tmp_path / "d", vertical_start_layer=9))
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(ValueError, match=r"no file .*config\.json"):
         FlashAR.from_released(tmp_path)
     llamagen = LlamaGen(LlamaGenConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, num_classes=2))
-    with pytest.raises(ValueError, match="Emu3.5 backbone"):
+    with pytest.raises(ValueError, match=r"has an Emu3\.5 backbone"):
         ReleasedFlashAR(llamagen, 0, 1, Compatibility())
 
 
