@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -44,6 +45,10 @@ CHECKPOINT_KEY = "flashar"
 """Key of the description inside a Lightning checkpoint."""
 NET_PREFIX, EMA_PREFIX = "net.", "ema."
 """Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
+
+BROKEN_FILE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError,
+               AttributeError, AssertionError)  # fmt: skip
+"""What the readers raise for a damaged or foreign file; torch's unpickler has no error type of its own."""
 
 Weights = Literal["auto", "raw", "ema"]
 """Which weights of a checkpoint to use: "auto" = averaged ones if present."""
@@ -118,13 +123,16 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"no file {path}.")
-    if path.suffix == ".safetensors":
-        return dict(load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, ValueError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except BROKEN_FILE as error:
         raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a checkpoint, which is a dictionary.")
+    return content
 
 
 def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,269 @@
+"""Our own files, Lightning checkpoints, official containers, and what a run starts from."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import save_file
+from tiny import llamagen_golden
+
+from flashar_pl.models import FlashAR, RasterAR
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.weights import (
+    CHECKPOINT_KEY,
+    EMA_PREFIX,
+    NET_PREFIX,
+    Description,
+    build_model,
+    build_on_meta,
+    initialise,
+    load_model,
+    official_weights,
+    save_model,
+)
+
+MODELS = {
+    "raster": lambda: RasterAR(tiny.backbone(condition_dropout=0.2)),
+    "text": lambda: RasterAR(tiny.backbone(condition="text")),
+    "grouped": lambda: RasterAR(tiny.backbone(n_kv_head=1)),
+    "flashar": lambda: tiny.flashar(m=1, k=2, corner="fused"),
+    "average": lambda: tiny.flashar(m=2, fusion="average"),
+}
+
+
+def assert_same_model(found: GridModel, expected: GridModel) -> None:
+    assert found.config() == expected.config()
+    state = found.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(state[key], value), key
+
+
+def saved(path: Path, model: GridModel) -> Path:
+    save_model(path, model, Description(model.config(), grid=(3, 4)))
+    return path
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    description = Description(model.config(), (3, 4), {"kind": "pixels", "levels": 17}, {"step": 7})
+    save_model(tmp_path / "model", model, description)
+    loaded = load_model(tmp_path / "model")
+    assert loaded.description == description
+    assert_same_model(loaded.model, model)
+    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
+    condition = tiny.captions([1, 2]) if name == "text" else tiny.classes(2)
+    codes = tiny.codes(2, 3, 4)
+    assert torch.equal(loaded.model.eval()(codes, condition).fused, model(codes, condition).fused)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_config_is_plain_and_complete(name: str) -> None:
+    config = MODELS[name]().config()
+    assert json.loads(json.dumps(config)) == config
+    assert build_on_meta(config).config() == config
+    assert all(p.device.type == "meta" for p in build_on_meta(config).parameters())
+    assert build_model(config).config() == config
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    model = MODELS["raster"]()
+    saved(tmp_path / "model", model)
+    with pytest.raises(ValueError, match="exists; choose another directory"):
+        saved(tmp_path / "model", model)
+    with pytest.raises(TypeError):
+        save_model(tmp_path / "other", model, Description(model.config(), training={"bad": object()}))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "no half-written directory"
+
+
+def test_lightning_checkpoints_choose_their_weights(tmp_path: Path) -> None:
+    raw, averaged = tiny.flashar(seed=0), tiny.flashar(seed=3)
+    state = {NET_PREFIX + key: value for key, value in raw.state_dict().items()}
+    content = {CHECKPOINT_KEY: Description(raw.config(), (3, 4)).to_dict(), "state_dict": state}
+    torch.save(content, tmp_path / "raw.ckpt")
+    content["state_dict"] = {**state, **{EMA_PREFIX + key: value for key, value in averaged.state_dict().items()}}
+    torch.save(content, tmp_path / "both.ckpt")
+    assert_same_model(load_model(tmp_path / "raw.ckpt").model, raw)
+    assert_same_model(load_model(tmp_path / "both.ckpt").model, averaged)
+    assert_same_model(load_model(tmp_path / "both.ckpt", weights="ema").model, averaged)
+    assert_same_model(load_model(tmp_path / "both.ckpt", weights="raw").model, raw)
+    assert load_model(tmp_path / "both.ckpt").description.grid == (3, 4)
+    with pytest.raises(ValueError, match="holds no averaged weights; use --weights raw"):
+        load_model(tmp_path / "raw.ckpt", weights="ema")
+    with pytest.raises(ValueError, match="expected auto, raw or ema"):
+        load_model(tmp_path / "raw.ckpt", weights="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("container", ["model", "module", "state_dict", None])
+def test_official_containers(container: str | None, tmp_path: Path) -> None:
+    """The published samplers accept these; training saves add argparse arguments."""
+    state, _ = llamagen_golden("gpt_c2i_gqa_tiny")
+    content = state if container is None else {container: state, "args": argparse.Namespace(dim=64), "steps": 3}
+    torch.save(content, tmp_path / "official.pt")
+    loaded = load_model(tmp_path / "official.pt", n_head=4)
+    assert isinstance(loaded.model, RasterAR)
+    assert all(torch.equal(value, state[key]) for key, value in official_weights(loaded.model).items())
+
+
+def test_official_nar_file_and_safetensors(tmp_path: Path) -> None:
+    state, _ = llamagen_golden("nar_tiny")
+    save_file(state, tmp_path / "nar.safetensors")
+    loaded = load_model(tmp_path / "nar.safetensors", n_head=4)
+    assert isinstance(loaded.model, FlashAR)
+    assert loaded.model.dual_head.corner == "fused"
+    written = official_weights(loaded.model)
+    assert written.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in written.items())
+    with pytest.raises(ValueError, match=r"width 64 is no published size.*--n-head"):
+        load_model(tmp_path / "nar.safetensors")
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no file .*absent"):
+        load_model(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"holds no config.json and model.safetensors"):
+        load_model(tmp_path)
+    for name in ("text.pt", "text.safetensors", "text.ckpt"):
+        (tmp_path / name).write_text("not a checkpoint")
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match=name):
+            load_model(tmp_path / name)
+    torch.save({"model": {"a": torch.zeros(100)}}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
+    with pytest.raises(ValueError, match=r"cut\.pt"):
+        load_model(tmp_path / "cut.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match=r"tensor\.pt"):
+        load_model(tmp_path / "tensor.pt")
+
+
+class Evil:
+    """Runs code when unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("evil-was-here"),))
+
+
+def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, "evil.pt")
+    with pytest.raises(ValueError, match=r"not a checkpoint that can be read safely"):
+        load_model("evil.pt")
+    assert not Path("evil-was-here").exists()
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", MODELS["raster"]())
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "format": 99}))
+    with pytest.raises(ValueError, match="has format 99; this version reads 1"):
+        load_model(path)
+
+
+def test_weights_that_do_not_fit_their_description_are_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model", MODELS["raster"]())
+    config = json.loads((path / "config.json").read_text())
+    config["model"]["backbone"]["vocab_size"] = 20
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has shape \(19, 16\).*expects \(20, 16\)"):
+        load_model(path)
+    config["model"]["backbone"].update(vocab_size=19, n_layer=3)
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"blocks\.2"):
+        load_model(path)
+
+
+# --- starting a run --------------------------------------------------------------------------------------------------
+
+
+def test_raster_run_from_raster_file(tmp_path: Path) -> None:
+    source, model = MODELS["raster"](), RasterAR(tiny.backbone(seed=9))
+    report = initialise(model, saved(tmp_path / "m", source))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert (report.loaded, report.cloned, report.new) == (total, 0, 0)
+    for key, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_flashar_run_from_raster_file(tmp_path: Path) -> None:
+    """The vertical branch is cloned after the backbone's weights are in, not from its random start."""
+    source = MODELS["raster"]()
+    model = FlashAR(tiny.backbone(seed=9), 1)
+    report = initialise(model, saved(tmp_path / "m", source))
+    codes, ids = tiny.codes(2, 3, 4), tiny.classes(2)
+    assert torch.equal(model.eval().backbone.raster_logits(codes, ids), source.backbone.raster_logits(codes, ids))
+    out = model(codes, ids)
+    torch.testing.assert_close(out.vertical, out.horizontal, atol=1e-6, rtol=1e-6)
+    gate = sum(parameter.numel() for name, parameter in model.named_parameters() if model.role(name) == "gate")
+    assert report.new == gate
+    assert report.loaded == sum(parameter.numel() for parameter in source.parameters())
+    assert report.loaded + report.cloned + report.new == sum(parameter.numel() for parameter in model.parameters())
+    assert f"{report.loaded:,} parameters loaded" in str(report)
+
+
+def test_flashar_run_from_flashar_file(tmp_path: Path) -> None:
+    """A trained vertical branch is kept, never cloned again."""
+    source, model = tiny.flashar(seed=1), FlashAR(tiny.backbone(seed=9), 1)
+    report = initialise(model, saved(tmp_path / "m", source))
+    assert_same_model(model, source)
+    assert (report.cloned, report.new) == (0, 0)
+
+
+def test_run_from_official_file(tmp_path: Path) -> None:
+    """Heads come from the run's config, since official weights do not tell them."""
+    state, arrays = llamagen_golden("gpt_c2i_tiny")
+    torch.save({"model": state}, tmp_path / "c2i.pt")
+    sizes = {"dim": 64, "n_layer": 4, "n_head": 4, "vocab_size": 128, "num_classes": 10, "multiple_of": 32}
+    model = FlashAR(tiny.backbone(**sizes), 3).eval()
+    initialise(model, tmp_path / "c2i.pt")
+    logits = model.backbone.raster_logits(arrays["in/token_ids"].view(-1, 8, 8), arrays["in/class_ids"])
+    torch.testing.assert_close(logits.flatten(1, 2), arrays["out/logits"], **tiny.CLOSE)
+
+
+def test_text_run_takes_the_null_caption(tmp_path: Path) -> None:
+    source, model = MODELS["text"](), FlashAR(tiny.backbone(seed=9, condition="text"), 1)
+    initialise(model, saved(tmp_path / "m", source))
+    null = "condition_embedding.null"
+    assert torch.equal(model.backbone.state_dict()[null], source.backbone.state_dict()[null])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RasterAR(tiny.backbone(dim=24)), r"another backbone: dim 16 \(this run: 24\)"),
+        (lambda: RasterAR(tiny.backbone(n_layer=3)), r"n_layer 2 \(this run: 3\)"),
+        (lambda: RasterAR(tiny.backbone(n_kv_head=1)), r"n_kv_head 2 \(this run: 1\)"),
+        (lambda: RasterAR(tiny.backbone(condition="text")), r"condition 'class' \(this run: 'text'\)"),
+        (lambda: RasterAR(tiny.backbone(rope_base=5.0)), r"rope_base 10000.0 \(this run: 5.0\)"),
+    ],
+)
+def test_another_size_or_kind_is_named(make: object, message: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "m", MODELS["raster"]())
+    model = make()  # type: ignore[operator]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        initialise(model, path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dropouts_may_differ(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m", MODELS["raster"]())
+    initialise(FlashAR(tiny.backbone(token_dropout=0.0, resid_dropout=0.3, condition_dropout=0.5), 1), path)
+
+
+def test_flashar_files_start_flashar_runs_of_the_same_shape_only(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m", tiny.flashar(m=1))
+    with pytest.raises(ValueError, match="is a FlashAR model and this run trains a raster model"):
+        initialise(RasterAR(tiny.backbone()), path)
+    with pytest.raises(ValueError, match=r"another model: branch_layer 1 \(this run: 2\)"):
+        initialise(FlashAR(tiny.backbone(), 2), path)
+    with pytest.raises(ValueError, match=r"fusion 'gate' \(this run: 'average'\)"):
+        initialise(FlashAR(tiny.backbone(), 1, fusion="average"), path)
