@@ -67,8 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     if "--traceback" in words:
         words.remove("--traceback")
         debug = True
+    from flashar_pl.commands.common import Missed
+
     try:
         return dispatch(words)
+    except Missed as missed:
+        print(f"flashar: {one_line(missed)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output went away

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import new_directory, parse_classes, require_new, versions, write_json
-from flashar_pl.commands.pictures import save_png, tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,6 +148,8 @@ def _write_images(
 ) -> list[str]:
     """Decode and write every image and the contact sheet; names of the files."""
     import torch
+
+    from flashar_pl.training.images import save_png, tile
 
     device = next((t.device for t in (*decoder.parameters(), *decoder.buffers())), torch.device("cpu"))
     with torch.no_grad():

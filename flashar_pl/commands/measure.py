@@ -1,0 +1,132 @@
+"""Measurements behind the report: quality of samples, time per image, mean gate.
+
+Shapes: n samples, N images of a split, H x W grid, D features.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.generate import sample_codes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.metrics.features import ClassifierFeatures
+    from flashar_pl.models import GridModel
+    from flashar_pl.sampling import SamplingSettings
+    from flashar_pl.tokenizers import Tokenizer
+
+SEED_STRIDE = 1_000_000
+"""Sample i of sample seed s is drawn from s * SEED_STRIDE + i, so that seeds share no sample."""
+WARM_UP = 3
+"""Images decoded before the clock counts."""
+
+
+@dataclass
+class Judge:
+    """What samples are judged by: a classifier and the features of real images."""
+
+    classifier: ClassifierFeatures
+    tokenizer: Tokenizer
+    real: Tensor
+    """(m, D) features of real images."""
+
+    @classmethod
+    def build(cls, classifier: ClassifierFeatures, manifest: Manifest) -> Judge:
+        """With all images of every split as the real side."""
+        import torch
+
+        from flashar_pl.commands.classifier import split_images
+        from flashar_pl.metrics.features import extract_features
+        from flashar_pl.tokenizers import build_tokenizer
+
+        splits = [split for split in manifest.splits if manifest.samples(split)]
+        real = [extract_features(classifier, split_images(manifest, split)[0]).pool for split in splits]
+        return cls(classifier, build_tokenizer(manifest.tokenizer), torch.cat(real))
+
+    def judge(self, codes: Tensor, labels: Tensor) -> tuple[float, float]:
+        """FID and class accuracy of codes (n, H, W) that were sampled for labels (n,)."""
+        from flashar_pl.metrics.features import extract_features
+        from flashar_pl.metrics.fid import FrechetDistance
+
+        features = extract_features(self.classifier, self.tokenizer.decode(codes))
+        assert features.logits is not None
+        distance = FrechetDistance(self.classifier.num_features)
+        distance.update_features(self.real, real=True)
+        distance.update_features(features.pool, real=False)
+        return float(distance.compute()), float((features.logits.argmax(1) == labels).double().mean())
+
+
+def sample_quality(
+    model: GridModel,
+    plan: str,
+    grid: tuple[int, int],
+    judge: Judge,
+    *,
+    samples: int,
+    seeds: list[int],
+    batch_size: int,
+    settings: SamplingSettings,
+    advance: Callable[[int], Any],
+) -> dict[str, list[float]]:
+    """ "fid" and "accuracy" for each sample seed; sample i has class i modulo the number of classes."""
+    import torch
+
+    labels = torch.arange(samples) % judge.classifier.num_classes  # type: ignore[operator]
+    results: dict[str, list[float]] = {"fid": [], "accuracy": []}
+    for seed in seeds:
+        own = [seed * SEED_STRIDE + i for i in range(samples)]
+        codes = sample_codes(model, labels, grid, plan, settings, own, batch_size, advance)
+        fid, accuracy = judge.judge(codes, labels)
+        results["fid"].append(fid)
+        results["accuracy"].append(accuracy)
+    return results
+
+
+def time_per_image(models: list[tuple[GridModel, str]], grid: tuple[int, int], images: int) -> list[dict[str, float]]:
+    """Milliseconds to decode one image at batch 1 without guidance, for each (model, plan).
+
+    The models take turns image by image, so that other load on the machine hits all alike. The first `WARM_UP` images
+    of each are not counted. Returns median, lower and upper quartile.
+    """
+    import torch
+
+    from flashar_pl import decoding
+
+    times: list[list[float]] = [[] for _ in models]
+    for turn in range(WARM_UP + images):
+        condition = torch.tensor([turn % 10])
+        for i, (model, plan) in enumerate(models):
+            started = time.perf_counter()
+            decoding.generate(model, condition, grid, plan, seeds=turn)
+            if turn >= WARM_UP:
+                times[i].append(1000 * (time.perf_counter() - started))
+    results = []
+    for measured in times:
+        low, middle, high = statistics.quantiles(measured, n=4) if len(measured) > 1 else measured * 3
+        results.append({"median": middle, "lower_quartile": low, "upper_quartile": high})
+    return results
+
+
+def mean_gate(model: GridModel, manifest: Manifest, split: str, batch_size: int = 256) -> Tensor:
+    """Mean weight of the horizontal head (H, W) over the images of a split, under the diagonal plan."""
+    import numpy as np
+    import torch
+
+    from flashar_pl.data.shards import ShardReader
+
+    reader = ShardReader(manifest, split)
+    plan = model.make_plan("diagonal", *manifest.grid)
+    total = torch.zeros(manifest.grid, dtype=torch.float64)  # (H, W)
+    with torch.no_grad():
+        for part in np.array_split(np.arange(len(reader)), -(-len(reader) // batch_size)):
+            read = reader.read(part)
+            losses = model.loss(torch.from_numpy(read.codes), torch.from_numpy(read.labels), plan)
+            total += losses["gate"].double().sum(0)
+    return total / len(reader)

@@ -1,0 +1,156 @@
+"""`flashar plot`: convergence curves from TensorBoard event files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashar_pl.commands.common import require_new
+
+Curve = tuple[list[int], list[float]]
+"""Steps and values."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One quantity."""
+
+    title: str
+    unit: str
+    tags: tuple[str, ...]
+    """Tags or, ending in "/", prefixes of tags; the first is drawn solid, the others dashed, dotted, ..."""
+
+
+PANELS = (
+    Panel("Training loss (Eq. 9 + 10)", "nats per code", ("train/loss",)),
+    Panel("Held-out negative log-likelihood", "nats per image", ("val/nll",)),
+    Panel("Fréchet distance of samples", "FID", ("val/fid",)),
+    Panel("Class accuracy of samples", "share", ("val/accuracy",)),
+    Panel("Mean gate (weight of the horizontal head)", "g", ("val/gate_mean",)),
+    Panel("Learning rate", "rate", ("lr/",)),
+)
+STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
+
+
+def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
+    """Draw convergence curves of one or more runs: one panel per quantity, one colour per run.
+
+    Quantities: training loss, held-out NLL, FID, class accuracy of samples, mean gate, learning rate of each role.
+    Every logged point is drawn. Quantities that no run has are left out.
+
+    Example:
+        flashar plot runs/demo/raster runs/demo/flashar --out convergence.png
+
+    Args:
+        runs: run directories with TensorBoard event files; of a directory of runs, all runs inside are drawn.
+        out: PNG, PDF or SVG file to write; it must not exist.
+        width: of the figure in inches.
+    """
+    pyplot = require_pyplot()
+    target = require_new(out, "plot")
+    if target.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out is {out}; expected a name ending in .png, .pdf or .svg.")
+    curves = {name: read_scalars(path) for name, path in find_runs(list(runs)).items()}
+    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
+    if not panels:
+        raise ValueError(f"the event files of {', '.join(runs)} hold none of the known quantities, such as train/loss.")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        _draw(axis, panel, curves)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(part, dpi=130)
+    pyplot.close(figure)
+    part.replace(target)
+    print(f"{len(panels)} panels of {len(curves)} runs: {target}")
+    return target
+
+
+def require_pyplot() -> Any:
+    """matplotlib.pyplot on a canvas without a window. Raises ImportError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'flashar-pl[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def find_runs(given: list[str]) -> dict[str, Path]:
+    """Name -> directory with event files, for run directories and directories of runs.
+
+    Raises:
+        ValueError: a directory does not exist, or holds no event file at any depth.
+    """
+    if not given:
+        raise ValueError("name at least one run directory, such as runs/demo/flashar.")
+    found: dict[str, Path] = {}
+    for text in given:
+        root = Path(text)
+        places = sorted({file.parent for file in root.rglob("events.out.tfevents.*")}) if root.is_dir() else []
+        if not places:
+            raise ValueError(f"no TensorBoard event files below {root}; expected the directory of a `flashar fit`.")
+        for place in places:
+            found[str(place)] = place
+    common = os.path.commonpath([str(Path(name).parent) for name in found])
+    return {os.path.relpath(name, common): place for name, place in found.items()}
+
+
+def read_scalars(directory: Path) -> dict[str, Curve]:
+    """Every scalar point of the event files of a run: tag -> (steps, values), in the order of the steps.
+
+    A step that was logged twice (a run continued from an earlier checkpoint) keeps its last value.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+    events = EventAccumulator(str(directory), size_guidance={SCALARS: 0})  # 0 = every point
+    events.Reload()
+    curves: dict[str, Curve] = {}
+    for tag in events.Tags()["scalars"]:
+        points = {event.step: event.value for event in sorted(events.Scalars(tag), key=lambda event: event.wall_time)}
+        steps = sorted(points)
+        curves[tag] = steps, [points[step] for step in steps]
+    return curves
+
+
+def _matching(panel: Panel, curves: dict[str, Curve]) -> list[str]:
+    return [
+        tag
+        for tag in sorted(curves)
+        for wanted in panel.tags
+        if tag == wanted or (wanted[-1] == "/" and tag.startswith(wanted))
+    ]
+
+
+def _draw(axis: Any, panel: Panel, curves: dict[str, dict[str, Curve]]) -> None:
+    """One panel: a colour per run, a line style per tag."""
+    drawn = 0
+    for number, (run, found) in enumerate(curves.items()):
+        for style, tag in enumerate(_matching(panel, found)):
+            steps, values = found[tag]
+            few = len(steps) <= 30
+            name = run if len(_matching(panel, found)) == 1 else f"{run}: {tag.split('/')[-1]}"
+            axis.plot(
+                steps,
+                values,
+                color=f"C{number}",
+                linestyle=STYLES[style % len(STYLES)],
+                marker="o" if few else None,
+                markersize=3.5,
+                linewidth=1.4,
+                label=name,
+            )
+            drawn += 1
+    axis.set_title(panel.title, fontsize=11)
+    axis.set_xlabel("optimiser step")
+    axis.set_ylabel(panel.unit)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7 if drawn > 4 else 9)

@@ -1,0 +1,311 @@
+"""`flashar report`: raster, FlashAR and training-free decoding side by side, in numbers and pictures.
+
+Shapes: n samples, H x W grid.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.checkpoint import Source, Weights, count_parameters, open_checkpoint
+from flashar_pl.commands.common import Missed, new_directory, parse_classes, require_new, versions, write_json
+from flashar_pl.commands.generate import progress_bar, sample_codes
+from flashar_pl.commands.measure import Judge, mean_gate, sample_quality, time_per_image
+from flashar_pl.commands.plot import require_pyplot
+from flashar_pl.commands.score import check_data, image_nll, summary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.models import GridModel
+
+PICTURE_CFG, PICTURE_COLUMNS = 1.5, 8
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    key: str
+    name: str
+    model: GridModel
+    plan: str
+    checkpoint: str
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def report(
+    *,
+    raster: str,
+    flashar: str,
+    data: str,
+    classifier: str,
+    out: str,
+    scratch: str | None = None,
+    samples: int = 1000,
+    seeds: str | list[int] = "0",
+    timed_images: int = 30,
+    batch_size: int = 100,
+    weights: Weights = "auto",
+    check: bool = False,
+) -> dict[str, Any]:
+    """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
+
+    Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
+    (mean weight of the horizontal head). The training-free row is the raster checkpoint decoded diagonally with an
+    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance.
+
+    Example:
+        flashar report --raster runs/demo/raster/checkpoints/last.ckpt --data data/digits --out runs/demo/report
+            --flashar runs/demo/flashar/checkpoints/last.ckpt --classifier runs/demo/classifier
+
+    Args:
+        raster: checkpoint of the raster model.
+        flashar: checkpoint of the FlashAR model that was post-trained from it.
+        data: directory of class-conditional shards with their manifest.json; the test split is scored.
+        classifier: directory of the classifier behind FID and accuracy (`flashar classifier` makes it).
+        out: directory to make; it must not exist.
+        scratch: checkpoint of a FlashAR model trained from random weights with the same budget.
+        samples: images sampled for FID and accuracy, for each row and seed.
+        seeds: sample seeds, such as 0 or 0,1; FID and accuracy are means over them, with half their range.
+        timed_images: images decoded one by one for the time per image, after a warm-up.
+        batch_size: images sampled together.
+        weights: which weights of the checkpoints: averaged ones where present (auto), raw, or ema.
+        check: exit with 1 where a bound of the digits demo is missed.
+    """
+    import torch
+
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.metrics.features import ClassifierFeatures
+
+    target = require_new(out, "report")
+    require_pyplot()
+    seed_list = parse_classes(seeds)
+    if samples < 2 or timed_images < 1 or batch_size < 1:
+        raise ValueError(
+            f"samples is {samples}, timed_images {timed_images}, batch_size {batch_size}; expected at least 2, 1, 1."
+        )
+    manifest = Manifest.load(data)
+    judge = Judge.build(ClassifierFeatures.load(classifier), manifest)
+    rows = _rows(manifest, raster, flashar, scratch, weights)
+    measure(rows, manifest, judge, samples, seed_list, timed_images, batch_size)
+    bounds = check_bounds({row.key: row.results for row in rows})
+    values = {
+        "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
+        "bounds": bounds,
+        "settings": {"samples": samples, "seeds": seed_list, "cfg_scale": 1.0, "picture_cfg_scale": PICTURE_CFG},
+        "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    with new_directory(target, "report") as folder:
+        draw_samples(rows, manifest, judge, folder / "samples.png")
+        gate = mean_gate(rows[1].model, manifest, "test")
+        values["gate_map"] = gate.tolist()
+        draw_gate(gate, folder / "gate.png")
+        text = markdown(rows, values)
+        (folder / "report.md").write_text(text, encoding="utf-8")
+        write_json(folder / "report.json", values)
+    print(text)
+    print(f"wrote {target}/: report.md, report.json, samples.png, gate.png")
+    missed = [bound["text"] for bound in bounds if not bound["met"]]
+    if check and missed:
+        raise Missed(f"bounds missed: {'; '.join(missed)}. All numbers: {target}/report.json")
+    return values
+
+
+def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, weights: Weights) -> list[Row]:
+    """The rows, each model checked against the data."""
+    from flashar_pl.models.flashar import FlashAR
+    from flashar_pl.models.raster import RasterAR
+
+    sources = {"raster": open_checkpoint(raster, weights=weights), "flashar": open_checkpoint(flashar, weights=weights)}
+    if scratch is not None:
+        sources["scratch"] = open_checkpoint(scratch, weights=weights)
+    for key, source in sources.items():
+        expected = RasterAR if key == "raster" else FlashAR
+        if not isinstance(source.model, expected):
+            raise ValueError(
+                f"--{key} {source.path} is a {source.model.config()['kind']} model; expected another kind."
+            )
+        check_data(source.model, manifest, source.grid, source.tokenizer)
+    adapted = sources["flashar"].model
+    assert isinstance(adapted, FlashAR)
+    free = open_checkpoint(raster, weights=weights, branch_layer=adapted.branch_layer)
+
+    def row(key: str, name: str, source: Source, plan: str) -> Row:
+        return Row(key, name, source.model, plan, source.path)
+
+    rows = [
+        row("raster", "raster", sources["raster"], "raster"),
+        row("flashar", "FlashAR", sources["flashar"], "diagonal"),
+        row("training_free", "training-free diagonal", free, "diagonal"),
+    ]
+    if scratch is not None:
+        rows.append(row("scratch", "FlashAR from scratch, same budget", sources["scratch"], "diagonal"))
+    return rows
+
+
+def measure(
+    rows: list[Row],
+    manifest: Manifest,
+    judge: Judge,
+    samples: int,
+    seeds: list[int],
+    timed_images: int,
+    batch_size: int,
+) -> None:
+    """Fill in every row's results."""
+    from flashar_pl.sampling import SamplingSettings
+
+    grid = manifest.grid
+    with progress_bar(len(rows) * samples * len(seeds), "samples") as advance:
+        for row in rows:
+            quality = sample_quality(
+                row.model,
+                row.plan,
+                grid,
+                judge,
+                samples=samples,
+                seeds=seeds,
+                batch_size=batch_size,
+                settings=SamplingSettings(),
+                advance=advance,
+            )
+            nll = summary(image_nll(row.model, manifest, "test", row.plan, 256), grid[0] * grid[1])
+            row.results = {
+                "parameters": count_parameters(row.model),
+                "steps": row.model.make_plan(row.plan, *grid).n_steps,
+                **nll,
+                "fid": statistics.mean(quality["fid"]),
+                "accuracy": statistics.mean(quality["accuracy"]),
+                "per_seed": quality,
+            }
+    times = time_per_image([(row.model, row.plan) for row in rows], grid, timed_images)
+    for row, measured in zip(rows, times, strict=True):
+        row.results["ms_per_image"] = measured
+        row.results["speed_up"] = times[0]["median"] / measured["median"]
+
+
+# --- bounds ---------------------------------------------------------------------------------------------------------
+
+
+def check_bounds(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The digits demo's bounds: what was found, what is required, whether it is met."""
+    raster, flashar, free = results["raster"], results["flashar"], results["training_free"]
+    nll = "nll_nats_per_image"
+    found = [
+        ("raster NLL", raster[nll], "<", 76.0),
+        ("raster accuracy", raster["accuracy"], ">=", 0.88),
+        ("FlashAR NLL - raster NLL", flashar[nll] - raster[nll], "<", 4.0),
+        ("accuracy lost to FlashAR", raster["accuracy"] - flashar["accuracy"], "<=", 0.06),
+        ("decoding steps raster / FlashAR", raster["steps"] / flashar["steps"], ">=", 64 / 15),
+        ("training-free NLL - raster NLL", free[nll] - raster[nll], ">=", 15.0),
+        ("speed-up at batch 1", flashar["speed_up"], ">=", 1.5),
+    ]
+    if "scratch" in results:
+        found.append(("from-scratch NLL - FlashAR NLL", results["scratch"][nll] - flashar[nll], ">=", 3.0))
+    compare = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
+    return [
+        {
+            "text": f"{name} = {value:.3g}, required {sign} {limit:.3g}",
+            "value": value,
+            "required": f"{sign} {limit:.4g}",
+            "met": compare[sign](value, limit),
+        }
+        for name, value, sign, limit in found
+    ]
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[Row], values: dict[str, Any]) -> str:
+    """The table with its notes."""
+    seeds, threads = values["settings"]["seeds"], values["threads"]
+    head = ["", "decoding steps", "test NLL, nats/image", "FID", "class accuracy", "ms/image (batch 1)", "speed-up"]
+    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
+    for row in rows:
+        found = row.results
+        ms = found["ms_per_image"]
+        lines.append(
+            _line(
+                [
+                    row.name,
+                    str(found["steps"]),
+                    f"{found['nll_nats_per_image']:.2f} ± {found['standard_error']:.2f}",
+                    _with_spread(found["per_seed"]["fid"], 1),
+                    _with_spread(found["per_seed"]["accuracy"], 3),
+                    f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
+                    f"{found['speed_up']:.2f}x",
+                ]
+            )
+        )
+    spread = "half the range over the sample seeds" if len(seeds) > 1 else "one sample seed, so without spread"
+    notes = [
+        f"- NLL: {rows[0].results['images']} test images, mean ± standard error, under each row's own factorisation.",
+        f"- FID, accuracy: {values['settings']['samples']} samples per seed (seeds {', '.join(map(str, seeds))}), no "
+        f"guidance, against all real images of {values['data']['name']}, on a small classifier's features; {spread}.",
+        "  With so few images FID has a spread of 2 to 7 and a large bias: compare orders of magnitude only.",
+        f"- Time: one image at a time, median (quartiles) after warm-up, CPU threads: {threads}. The claim is latency: "
+        "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
+        f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (mean weight of the horizontal head).",
+    ]
+    bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
+    return "\n".join(["# Raster and diagonal decoding", "", *lines, "", *notes, "", "Bounds:", "", *bounds, ""])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _with_spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) -> None:
+    """The rows' sample grids side by side, one line of images per class, equal seeds."""
+    import torch
+
+    from flashar_pl.sampling import SamplingSettings
+    from flashar_pl.training.images import tile
+
+    classes = min(manifest.condition.num_classes or 1, 10)
+    labels = torch.arange(classes).repeat_interleave(PICTURE_COLUMNS)
+    settings = SamplingSettings(cfg_scale=PICTURE_CFG)
+    pyplot = require_pyplot()
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 5.6), squeeze=False, layout="constrained")
+    for axis, row in zip(axes[0], rows, strict=True):
+        seeds = list(range(len(labels)))
+        codes = sample_codes(row.model, labels, manifest.grid, row.plan, settings, seeds, len(labels))
+        sheet = tile(judge.tokenizer.decode(codes), PICTURE_COLUMNS)  # (3, h, w)
+        axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_gate(gate: Tensor, path: Path) -> None:
+    """Mean gate (H, W) as a heat map: 1 = horizontal head only, 0 = vertical head only."""
+    pyplot = require_pyplot()
+    figure, axis = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
+    shown = axis.imshow(gate.numpy(), vmin=0, vmax=1, cmap="coolwarm")
+    if max(gate.shape) <= 16:
+        for p in range(gate.shape[0]):
+            for q in range(gate.shape[1]):
+                axis.text(q, p, f"{gate[p, q]:.2f}", ha="center", va="center", fontsize=7)
+    axis.set_title("Mean gate on the test images", fontsize=11)
+    axis.set_xlabel("column q")
+    axis.set_ylabel("row p")
+    figure.colorbar(shown, label="weight of the horizontal head")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
