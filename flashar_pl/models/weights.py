@@ -46,8 +46,10 @@ CHECKPOINT_KEY = "flashar"
 NET_PREFIX, EMA_PREFIX = "net.", "ema."
 """Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
 
-BROKEN_FILE = (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError,
-               AttributeError, AssertionError)  # fmt: skip
+BROKEN_FILE = (
+    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError),
+    *(LookupError, TypeError, ValueError, AttributeError, AssertionError),
+)
 """What the readers raise for a damaged or foreign file; torch's unpickler has no error type of its own."""
 
 Weights = Literal["auto", "raw", "ema"]
