@@ -109,7 +109,7 @@ class ValidationConfig:
     """What a validation does besides the likelihood of held-out images."""
 
     samples: int = 0
-    """Images to generate for the Fréchet distance; 0 = none. Sample i has class i modulo the number of classes."""
+    """Images to generate for FID and Inception Score; 0 = none. Sample i has class i modulo the number of classes."""
     sample_batch: int = 64
     """Images generated at once on one device."""
     grid_images: int = 0
@@ -131,7 +131,7 @@ class ValidationConfig:
     reference: str | None = None
     """File (.npz) with the moments of real images; None = the images of the validated split."""
     fid_every: int = 1
-    """Compute the Fréchet distance in every such validation of a fit."""
+    """Compute FID and Inception Score in every such validation of a fit."""
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.grid_images < 0 or self.sample_batch < 1 or self.fid_every < 1:

@@ -15,19 +15,21 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from flashar_pl.backbones.base import Batch
+from flashar_pl.decoding.samples import Drawn, draw
+from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
 from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import load_reference
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.images import gate_picture, save_png, tile
-from flashar_pl.training.validation import LossSums, SampleConditions, sample_codes
+from flashar_pl.training.validation import LossSums, SampleConditions, sample_set
 
 if TYPE_CHECKING:
     from flashar_pl.training.module import FlashARModule
 
 
 class Evaluation(Callback):
-    """Losses, likelihood and gate of a split; sample grid, Fréchet distance and class accuracy of generated images.
+    """Losses, likelihood and gate of a split; sample grid, FID, Inception Score and class accuracy of generated images.
 
     Everything is measured on the averaged weights where the run keeps them. Results are equal on every rank, and the
     number of ranks changes none of them. Logged under val/ or test/; pictures go to TensorBoard and, as PNG, to
@@ -39,7 +41,7 @@ class Evaluation(Callback):
         """Validations of the fit so far."""
         self.extractor: FeatureExtractor | None = None
         self.tokenizer: Tokenizer | None = None
-        self.distances: dict[str, FrechetDistance] = {}
+        self.metrics: dict[str, DistributionMetrics] = {}
         """One for each split: its real images are seen once."""
         self.sums: LossSums | None = None
         self.conditions: SampleConditions | None = None
@@ -64,15 +66,15 @@ class Evaluation(Callback):
         self.tokenizer = build_tokenizer(manifest.tokenizer)
         if config.features is not None:
             self.extractor = load_extractor(config.features)
-            self.distances = {split: self._distance(config.reference) for split in ("val", "test")}
+            self.metrics = {split: self._new_metrics(config.reference) for split in ("val", "test")}
 
-    def _distance(self, reference: str | None) -> FrechetDistance:
+    def _new_metrics(self, reference: str | None) -> DistributionMetrics:
         assert self.extractor is not None
-        distance = FrechetDistance(self.extractor.num_features)
+        names = ["fid", "is"] if self.extractor.num_classes else ["fid"]
+        metrics = DistributionMetrics(self.extractor, names=names)
         if reference is not None:
-            moments = load_reference(reference, self.extractor)
-            distance.set_reference(moments.mu, moments.sigma, moments.n)
-        return distance
+            metrics.set_reference(load_reference(reference, self.extractor))
+        return metrics
 
     # --- the same for validation and test ---------------------------------------------------------------------------
 
@@ -115,8 +117,8 @@ class Evaluation(Callback):
     def _begin(self, module: FlashARModule, split: str, sanity: bool) -> None:
         self.sums = None
         self.conditions = SampleConditions(module.net, max(module.validation.samples, module.validation.grid_images))
-        distance = self.distances.get(split)
-        self._counts_real = distance is not None and not distance.has_reference and not sanity
+        metrics = self.metrics.get(split)
+        self._counts_real = metrics is not None and not _distance(metrics).has_reference and not sanity
 
     def _add(self, module: FlashARModule, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
         if self.sums is None:
@@ -130,7 +132,7 @@ class Evaluation(Callback):
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
-            self.distances[split].to(rows.device).update_features(rows, real=True, valid=batch.valid)
+            _distance(self.metrics[split].to(rows.device)).update_features(rows, real=True, valid=batch.valid)
 
     def _samples_wanted(self, module: FlashARModule) -> bool:
         return bool(module.validation.samples or module.validation.grid_images)
@@ -149,7 +151,7 @@ class Evaluation(Callback):
     # --- samples ----------------------------------------------------------------------------------------------------
 
     def _sample(self, trainer: Trainer, module: FlashARModule, split: str) -> dict[str, float]:
-        """Generate; log the grid; return fid and accuracy where they are due."""
+        """Generate; log the grid; return fid, is and accuracy where they are due."""
         config = module.validation
         fitting = trainer.state.fn == TrainerFn.FITTING
         measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
@@ -159,44 +161,40 @@ class Evaluation(Callback):
         assert self.sums is not None
         assert self.conditions is not None
         assert self.tokenizer is not None
-        distance = self.distances.get(split) if measured else None
-        if distance is not None:
-            distance.reset()  # generated rows only: real ones stay
-        rank, ranks = trainer.global_rank, trainer.world_size
+        metrics = self.metrics[split].to(module.device) if measured else None
+        if metrics is not None:
+            metrics.reset()  # generated rows only: real ones stay
         hits = torch.zeros(2, dtype=torch.float64, device=module.device)  # right, judged
         sheet: Tensor | None = None
-        conditions = self.conditions.join()
-        for numbers, codes in sample_codes(module.evaluated, self.sums.plan, conditions, n, config, rank, ranks):
-            images = self.tokenizer.to(codes.device).decode(codes)  # (b, 3, h, w)
-            if distance is not None:
-                judged = numbers < measured
-                hits += self._measure(distance, images[judged.to(images.device)], numbers[judged])
+        samples = sample_set(config, n, self.sums.plan, self.conditions.join())
+        batches = samples.batches_of_rank(trainer.global_rank, trainer.world_size)
+        tokenizer = self.tokenizer.to(module.device)
+        extractor = None if metrics is None or self.extractor is None else self.extractor.to(module.device)
+        for drawn in draw(module.evaluated, tokenizer, samples, batches, extractor):
+            if metrics is not None:
+                hits += self._measure(metrics, drawn, drawn.index < measured)
             if sheet is None:
-                sheet = images.new_zeros(config.grid_images, *images.shape[1:], dtype=torch.int32)
-            shown = numbers < config.grid_images
-            sheet[numbers[shown]] = images[shown.to(images.device)].to(torch.int32)
+                sheet = drawn.images.new_zeros(config.grid_images, *drawn.images.shape[1:], dtype=torch.int32)
+            shown = drawn.index < config.grid_images
+            sheet[drawn.index[shown]] = drawn.images[shown.to(sheet.device)].to(torch.int32)
         self._show_sheet(trainer, module, split, sheet)
-        return {} if distance is None else self._scores(trainer, distance, hits)
+        return {} if metrics is None else self._scores(trainer, metrics, hits)
 
-    def _measure(self, distance: FrechetDistance, images: Tensor, numbers: Tensor) -> Tensor:
-        """Add images to the distance; returns (right, judged) class predictions."""
-        assert self.extractor is not None
+    def _measure(self, metrics: DistributionMetrics, drawn: Drawn, judged: Tensor) -> Tensor:
+        """Add the judged (b,) bool samples to the metrics; returns (right, judged) class predictions."""
         assert self.conditions is not None
-        hits = torch.zeros(2, dtype=torch.float64, device=images.device)
-        if not len(images):
-            return hits
-        features = extract_features(self.extractor.to(images.device), images)
-        distance.to(images.device).update_features(features.pool, real=False)
-        classes = self.conditions.classes
-        if features.logits is not None and classes is not None and features.logits.shape[1] == classes:
-            wanted = (numbers % classes).to(images.device)
-            hits[0] = (features.logits.argmax(1) == wanted).sum()
-            hits[1] = len(images)
+        assert drawn.features is not None
+        metrics.update_features(drawn.features, drawn.index, valid=judged)
+        logits, classes = drawn.features.logits, self.conditions.classes
+        hits = torch.zeros(2, dtype=torch.float64, device=drawn.images.device)
+        if logits is not None and classes is not None and logits.shape[1] == classes:
+            right = logits.argmax(1).cpu() == drawn.index % classes
+            hits += torch.stack([right[judged].sum(), judged.sum()]).to(hits)
         return hits
 
-    def _scores(self, trainer: Trainer, distance: FrechetDistance, hits: Tensor) -> dict[str, float]:
+    def _scores(self, trainer: Trainer, metrics: DistributionMetrics, hits: Tensor) -> dict[str, float]:
         right, judged = _sum(trainer, hits).tolist()
-        scores = {"fid": float(distance.compute())}
+        scores = metrics.compute()
         if judged:
             scores["accuracy"] = right / judged
         return scores
@@ -225,6 +223,12 @@ class Evaluation(Callback):
         if directory is not None:
             split = tag.split("/")[0]
             save_png(image, Path(directory) / folder / f"{split}_step_{trainer.global_step:07d}.png")
+
+
+def _distance(metrics: DistributionMetrics) -> FrechetDistance:
+    """The part that counts real images."""
+    assert metrics.fid is not None
+    return metrics.fid
 
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Pieces of a validation: sums of losses over ranks, and samples whose content does not depend on the rank count.
+"""Pieces of a validation: sums of losses over ranks, and what samples to draw.
 
-Shapes: B samples of a batch, H, W grid, n samples to generate, b samples generated at once, C classes.
+Shapes: B samples of a batch, H, W grid, n samples to generate, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from flashar_pl.backbones.base import Condition, TextFeatures, move_condition, slice_condition
 from flashar_pl.backbones.llamagen import LlamaGen
-from flashar_pl.decoding import generate
+from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
+from flashar_pl.sampling import SamplingSettings
 from flashar_pl.training.config import ValidationConfig
 
 LOSSES = ("loss", "fused", "horizontal", "vertical")
@@ -124,36 +125,21 @@ def _stack(conditions: list[Condition]) -> Condition:
     return torch.cat([c for c in conditions if isinstance(c, Tensor)])
 
 
-def sample_codes(
-    model: GridModel,
-    plan: DecodePlan,
-    condition_of: Callable[[list[int]], Condition],
-    n: int,
-    settings: ValidationConfig,
-    rank: int = 0,
-    ranks: int = 1,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's part of samples 0 .. n - 1: pairs of their numbers (b,) and codes (b, H, W).
-
-    Samples are cut into batches of one size, batch k goes to rank k modulo ranks, and every rank runs as many batches.
-    So a sample does not depend on the number of ranks, and ranks that must act together do.
-    """
-    size = min(settings.sample_batch, n)
-    rounds = -(-n // (size * ranks))
-    for turn in range(rounds):
-        begin = (turn * ranks + rank) * size
-        numbers = list(range(begin, begin + size))
-        codes = generate(
-            model,
-            condition_of(numbers),
-            (plan.height, plan.width),
-            plan=plan.name,
+def sample_set(
+    settings: ValidationConfig, n: int, plan: DecodePlan, condition_of: Callable[[list[int]], Condition]
+) -> SampleSet:
+    """The n samples of a validation."""
+    return SampleSet(
+        condition_of,
+        n,
+        (plan.height, plan.width),
+        plan.name,
+        SamplingSettings(
             cfg_scale=settings.cfg_scale,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            seeds=[settings.seed + i for i in numbers],
-        )
-        keep = max(0, min(size, n - begin))
-        if keep:
-            yield torch.tensor(numbers[:keep]), codes[:keep]
+        ),
+        batch_size=min(settings.sample_batch, n),
+        seed=settings.seed,
+    )

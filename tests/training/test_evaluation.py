@@ -13,12 +13,13 @@ from training_toys import CLASSES, ValidationConfig, fit, make_data, make_module
 
 from flashar_pl.backbones.base import TextFeatures
 from flashar_pl.decoding import generate
+from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import diagonal_plan
-from flashar_pl.metrics.distribution import frechet_distance
+from flashar_pl.metrics.distribution import frechet_distance, inception_score
 from flashar_pl.metrics.features import ClassifierFeatures
 from flashar_pl.tokenizers import PixelTokenizer
 from flashar_pl.training.images import gate_picture, tile
-from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, sample_codes
+from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, sample_set
 
 ALL = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
 
@@ -91,6 +92,8 @@ def test_fid_and_accuracy_match_plain_computations(tmp_path: Path, toy_shards: s
     drawn, real = decode(torch.cat(parts)[:11]), decode(whole_split(toy_shards)[0])
     wanted = frechet_distance(classifier(drawn).double().numpy(), classifier(real).double().numpy())
     assert results["val/fid"] == pytest.approx(wanted, rel=1e-4)
+    score = inception_score(classifier.extract(drawn).logits, kind="logits")
+    assert results["val/is"] == pytest.approx(score, rel=1e-5)
     assert results["val/accuracy"] == pytest.approx(classifier.accuracy(drawn, classes[:11]))
 
 
@@ -125,7 +128,7 @@ def test_a_fit_writes_scalars_pictures_and_their_png(tmp_path: Path, toy_shards:
     assert {"val/nll", "val/fused", "val/gate_mean", "val/gate_entropy"} <= scalars.keys()
     assert [value for _, value in scalars["train/stage"]] == [2, 2, 2]
     assert len(scalars["val/nll"]) == 3
-    assert len(scalars["val/fid"]) == len(scalars["val/accuracy"]) == 1
+    assert len(scalars["val/fid"]) == len(scalars["val/is"]) == len(scalars["val/accuracy"]) == 1
     assert set(events.Tags()["images"]) == {"val/samples", "val/gate_map"}
     names = [f"val_step_{step:07d}.png" for step in (3, 6, 9)]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
@@ -143,9 +146,12 @@ def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
     for ranks in (1, 2, 3):
         codes = torch.full((5, 4, 4), -1)
         for rank in range(ranks):
-            for numbers, part in sample_codes(module.net, diagonal_plan(4, 4), conditions, 5, config, rank, ranks):
-                assert (codes[numbers] == -1).all(), "drawn twice"
-                codes[numbers] = part
+            samples = sample_set(config, 5, diagonal_plan(4, 4), conditions)
+            batches = samples.batches_of_rank(rank, ranks)
+            assert len(batches) == -(-3 // ranks)
+            for drawn in draw(module.net, PixelTokenizer(8), samples, batches):
+                assert (codes[drawn.index] == -1).all(), "drawn twice"
+                codes[drawn.index] = drawn.codes
         runs.append(codes)
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])

@@ -1,0 +1,139 @@
+"""A numbered set of samples, drawn batch by batch: what in-training validation and `flashar evaluate` share.
+
+Sample i is drawn from seed + i under condition i, in a batch of one fixed shape whose number is i // batch size. So a
+sample depends neither on the number of ranks, nor on which rank draws it, nor on whether a run was interrupted.
+
+Shapes: n samples in all, B samples of a batch, b of them wanted, H, W grid, h x w pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashar_pl.backbones.base import Condition
+from flashar_pl.decoding.loop import generate
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
+from flashar_pl.models.base import GridModel
+from flashar_pl.sampling import SamplingSettings
+from flashar_pl.tokenizers import Tokenizer
+from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Which samples to draw, and how."""
+
+    condition_of: Callable[[list[int]], Condition]
+    """From sample numbers to their conditions. Numbers of n and above, which fill up the last batch, occur too."""
+    n: int
+    """Samples 0 .. n - 1."""
+    grid: tuple[int, int]
+    """(H, W)."""
+    plan: str
+    """Name of the decoding plan."""
+    sampling: SamplingSettings
+    batch_size: int
+    """Samples drawn together, B; a last partial batch is filled up and the surplus dropped."""
+    seed: int = 0
+    """Sample i uses seed + i."""
+
+    @property
+    def batches(self) -> int:
+        """Number of batches."""
+        return -(-self.n // self.batch_size)
+
+    def batches_of_rank(self, rank: int, ranks: int) -> list[int]:
+        """Batches k with k % ranks == rank, equally many on every rank: ranks that share one model act together.
+
+        Some may lie behind the last; they are drawn and dropped.
+        """
+        rounds = -(-self.batches // ranks)
+        return [turn * ranks + rank for turn in range(rounds)]
+
+    def numbers(self, batch: int) -> list[int]:
+        """Sample numbers of a batch, always B of them."""
+        return list(range(batch * self.batch_size, (batch + 1) * self.batch_size))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The wanted samples of one batch."""
+
+    batch: int
+    index: Tensor
+    """(b,) int64 sample numbers, ascending."""
+    codes: Tensor
+    """(b, H, W) int64."""
+    images: Tensor
+    """(b, 3, h, w) uint8."""
+    features: Features | None
+    """Of the images; None without an extractor."""
+
+
+def draw(
+    model: GridModel,
+    tokenizer: Tokenizer,
+    samples: SampleSet,
+    batches: Iterable[int] | None = None,
+    extractor: FeatureExtractor | None = None,
+    side: int | None = None,
+) -> Iterator[Drawn]:
+    """Generate, decode, resize and extract features of the given batches (None = all), one after the other.
+
+    Tokenizer and extractor must be on the model's device. Padding goes through every stage and is cut off at the end,
+    so that every batch has the same shape everywhere. Batches without wanted samples are generated, not yielded.
+
+    Args:
+        side: see `decode_images`.
+    """
+    for batch in range(samples.batches) if batches is None else batches:
+        numbers = samples.numbers(batch)
+        codes = generate(
+            model,
+            samples.condition_of(numbers),
+            samples.grid,
+            samples.plan,
+            seeds=[samples.seed + i for i in numbers],
+            **asdict(samples.sampling),
+        )  # (B, H, W)
+        keep = min(len(numbers), samples.n - numbers[0])
+        if keep <= 0:
+            continue
+        images = decode_images(tokenizer, codes, side)  # (B, 3, h, w)
+        found = None if extractor is None else extract_features(extractor, images)
+        yield Drawn(batch, torch.tensor(numbers[:keep]), codes[:keep], images[:keep], _first(found, keep))
+
+
+def _first(features: Features | None, n: int) -> Features | None:
+    """The first n rows."""
+    if features is None:
+        return None
+    spatial, logits = features.spatial, features.logits
+    return Features(features.pool[:n], None if spatial is None else spatial[:n], None if logits is None else logits[:n])
+
+
+@torch.no_grad()
+def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) -> Tensor:
+    """Codes (B, H, W) to uint8 images (B, 3, h, w), resized to side x side pixels if `side` is given.
+
+    Resizing is LlamaGen's: bicubic without antialiasing, on the decoder's floating-point output, before the
+    tokenizer's own rule to uint8 (clamp(127.5 x + 128, 0, 255), truncated, for its VQ).
+
+    Raises:
+        ValueError: resizing a grid that is not square, or images of a tokenizer whose output is not continuous.
+    """
+    height, width = (edge * tokenizer.downsample for edge in codes.shape[1:])
+    if side is None or (height, width) == (side, side):
+        return tokenizer.decode(codes)
+    if height != width or not isinstance(tokenizer, ConvTokenizer):
+        raise ValueError(
+            f"images of {height} x {width} pixels from {type(tokenizer).__name__} cannot be resized to {side} x {side};"
+            " expected square images of a convolutional tokenizer."
+        )
+    resized = F.interpolate(tokenizer.decode_float(codes), size=(side, side), mode="bicubic")
+    return tokenizer.to_uint8(resized)
