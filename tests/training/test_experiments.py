@@ -1,0 +1,76 @@
+"""Every YAML in experiments/ parses, instantiates and builds the model its name says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+
+from flashar_pl.data.datamodules import CodesDataModule
+from flashar_pl.training.config import TYPES
+from flashar_pl.training.module import FlashARModule
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+FILES = sorted(FOLDER.glob("*.yaml"))
+LLAMAGEN = {"b": 110_888_448, "l": 342_910_976, "xl": 774_699_520, "xxl": 1_410_972_672}
+"""Published parameter counts."""
+
+
+def parse(path: Path) -> LightningCLI:
+    """The configuration as `flashar fit` reads it, on hardware that every machine has."""
+    here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false"]
+    return LightningCLI(
+        FlashARModule, CodesDataModule, run=False, auto_configure_optimizers=False, args=["--config", str(path), *here]
+    )
+
+
+def test_the_promised_files_are_there() -> None:
+    sizes = ["b_256", "l_256", "xl_256", "xxl_256", "l_384", "xl_384", "xxl_384"]
+    assert {f"llamagen_{size}" for size in sizes} | {"demo_raster", "demo_flashar"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_instantiates(path: Path) -> None:
+    """On the meta device: no memory for weights, whatever the size."""
+    cli = parse(path)
+    with torch.device("meta"):
+        cli.model.configure_model()
+    net = cli.model.net
+    assert {p.device.type for p in net.parameters()} == {"meta"}
+    published = re.match(r"llamagen_(b|l|xl|xxl)_(256|384)", path.stem)
+    if published:
+        size, resolution = published.groups()
+        roles = net.roles()
+        counts = {n: p.numel() for n, p in net.named_parameters() if roles[n] in ("backbone", "horizontal_head")}
+        assert sum(counts.values()) == LLAMAGEN[size]
+        assert net.branch_layer == net.backbone.n_layer - 1
+        assert cli.model.init_from == f"weights/c2i_{size.upper()}_{resolution}.pt"
+        assert cli.model.validation.cfg_scale == 2.0
+        assert cli.model.optimiser.lr == 2e-5
+        assert (cli.datamodule.batch_size, cli.trainer.max_epochs) == (512, 25)
+        assert cli.datamodule.location.endswith(resolution)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_header_says_how_on_what_and_what_comes_out(path: Path) -> None:
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"flashar fit --config experiments/{path.name}" in header
+    for word in ("Hardware:", "Time:", "Expected"):
+        assert word in header, word
+    if re.match(r"llamagen_xx?l_256", path.stem):
+        assert re.search(r"publish no XX?L weights for 256 x 256", header)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_holds_overrides_only(path: Path) -> None:
+    """A value that repeats a default would silently keep it when the default changes."""
+    model: dict[str, Any] = yaml.safe_load(path.read_text())["model"]
+    for part, kind in TYPES.items():
+        defaults = {name: getattr(kind, name, None) for name in kind.__dataclass_fields__}
+        for name, value in (model.get(part) or {}).items():
+            assert value != defaults[name], f"{part}.{name}"
