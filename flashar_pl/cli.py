@@ -28,6 +28,9 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "tokenize imagenet": Command("tokenize_images:tokenize_imagenet", "image folders or tars as shards of codes"),
+    "tokenize check": Command("tokenize_check:tokenize_check", "verify shards and draw decoded samples"),
+    "tokenize npy": Command("tokenize_images:tokenize_npy", "LlamaGen's .npy code files as shards of codes"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
     "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
     "validate": Command("fit:validate", "losses, likelihood and FID on the validation split", trains=True),

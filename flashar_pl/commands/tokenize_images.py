@@ -78,6 +78,8 @@ def tokenize_imagenet(
     crop_range = 1.1 if crop_range is None else crop_range
     if crop_range < 1:
         raise ValueError(f"crop_range is {crop_range}; expected 1 or more.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected 1 or more crops.")
     rank, ranks = ranks_from_environment()
     model, place = open_tokenizer(tokenizer, weights, device)
     if image_size < 1 or image_size % model.downsample:

@@ -47,6 +47,7 @@ class ShardWriter:
         crops: crops of each image, K.
         block: samples of a record, the unit training shuffles.
         shard_blocks: records of a tar.
+        first_shard: number in the name of each split's first tar.
 
     Raises:
         ValueError: `out` exists, or a size is not a positive integer.
@@ -64,6 +65,7 @@ class ShardWriter:
         crops: int = 1,
         block: int = 100,
         shard_blocks: int = 100,
+        first_shard: int = 0,
     ) -> None:
         if block < 1 or shard_blocks < 1:
             raise ValueError(f"block={block}, shard_blocks={shard_blocks}; expected integers >= 1.")
@@ -73,7 +75,7 @@ class ShardWriter:
         # The manifest checks the sizes before anything is written; its splits are filled in by `close`.
         self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {})
         self._dtype = code_dtype(vocabulary)
-        self._block, self._shard_blocks = block, shard_blocks
+        self._block, self._shard_blocks, self._first_shard = block, shard_blocks, first_shard
         self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._open: dict[str, _Tar] = {}
         self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
@@ -210,7 +212,7 @@ class ShardWriter:
             members["features.npy"] = _npy(np.concatenate([s["features"] for s in samples]))  # (sum T_i, C)
             members["lengths.npy"] = _npy(np.array([len(s["features"]) for s in samples], dtype=np.int64))
         if split not in self._open:
-            self._open[split] = _Tar(self.partial, f"{split}-{len(self._shards[split]):06d}")
+            self._open[split] = _Tar(self.partial, f"{split}-{self._first_shard + len(self._shards[split]):06d}")
         tar = self._open[split]
         tar.write(len(samples), members)
         if len(tar.counts) == self._shard_blocks:

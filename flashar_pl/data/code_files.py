@@ -1,0 +1,151 @@
+"""Codes that other programs made: LlamaGen's .npy files, and the .pt members of the FlashAR authors' Emu3.5 tars.
+
+Shapes: K crops of an image, H x W grid, N = H * W codes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from flashar_pl.data.images import Unreadable
+from flashar_pl.data.manifest import ConditionSpec
+from flashar_pl.data.sources import Names, Source, read_file
+
+
+class NpyFolders(Source):
+    """LlamaGen's layout: CODES/{i}.npy holds the codes of image i, LABELS/{i}.npy its class id.
+
+    Args:
+        codes: folder of the code files, int64 (1, K, N) each.
+        labels: folder of the label files, int64 (1,) each.
+        num_classes: number of classes.
+
+    Raises:
+        ValueError: no such files, or the numbers are not 0 .. n - 1 in both folders.
+    """
+
+    def __init__(self, codes: str, labels: str, num_classes: int) -> None:
+        self.codes, self.labels = Path(codes), Path(labels)
+        self._n = len(_numbers(self.codes))
+        if len(_numbers(self.labels)) != self._n:
+            raise ValueError(
+                f"{codes} holds {self._n} files, {labels} holds {len(_numbers(self.labels))}; expected a label for "
+                "every image."
+            )
+        self.condition = ConditionSpec("class", num_classes=num_classes)
+        self.skipped = {}
+
+    def __len__(self) -> int:
+        return self._n
+
+    def where(self, index: int) -> str:
+        return str(self.codes / f"{index}.npy")
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        label = _load_npy(read_file(str(self.labels / f"{index}.npy")))
+        if label.size != 1:
+            raise Unreadable(f"the label file holds {label.size} values")
+        return read_file(self.where(index)), int(label.reshape(-1)[0])
+
+    def fingerprint(self) -> str:
+        return Names([str(self._n)]).digest()
+
+    def layout(self, grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+        """(K, (H, W)) from the first file; grid None = a square.
+
+        Raises:
+            ValueError: the first file is damaged, or its codes do not fill the grid.
+        """
+        try:
+            array = _load_npy(read_file(self.where(0)))
+        except Unreadable as error:
+            raise ValueError(f"{self.where(0)}: {error}") from error
+        if array.ndim != 3 or array.shape[0] != 1:
+            raise ValueError(f"{self.where(0)} has shape {array.shape}; expected (1, crops, codes).")
+        side = math.isqrt(array.shape[2])
+        height, width = grid or (side, side)
+        if height * width != array.shape[2]:
+            raise ValueError(
+                f"{self.where(0)} holds {array.shape[2]} codes for each crop, not {height} x {width}; add --grid "
+                "HEIGHTxWIDTH."
+            )
+        return array.shape[1], (height, width)
+
+
+@dataclass(frozen=True)
+class NpyCodes:
+    """Bytes of a code file -> (K, H, W) int64."""
+
+    crops: int
+    grid: tuple[int, int]
+    vocabulary: int
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        array = _load_npy(data)
+        expected = (1, self.crops, self.grid[0] * self.grid[1])
+        if array.shape != expected:
+            raise Unreadable(f"shape {array.shape}, others have {expected}")
+        return checked(array.reshape(self.crops, *self.grid), self.vocabulary)
+
+
+@dataclass(frozen=True)
+class PtCodes:
+    """Bytes of a torch file with one int64 tensor (H, W) of codes without offset -> (1, H, W) int64.
+
+    Loaded with weights_only=True: no code in the file runs.
+    """
+
+    vocabulary: int
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        try:
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+            raise Unreadable(f"no torch file of a plain tensor ({type(error).__name__})") from error
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
+            raise Unreadable(f"expected an integer tensor (H, W), found {_describe(tensor)}")
+        return checked(tensor.numpy()[None], self.vocabulary)
+
+
+def checked(codes: np.ndarray, vocabulary: int) -> np.ndarray:
+    """Integer codes as int64. Raises `Unreadable` where one is outside the vocabulary."""
+    if codes.dtype.kind not in "iu":
+        raise Unreadable(f"codes of type {codes.dtype}")
+    if codes.size == 0 or codes.min() < 0 or codes.max() >= vocabulary:
+        spread = f"{codes.min()} .. {codes.max()}" if codes.size else "none"
+        raise Unreadable(f"codes {spread}; the vocabulary of {vocabulary} allows 0 .. {vocabulary - 1}")
+    return codes.astype(np.int64)
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _numbers(folder: Path) -> set[int]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; expected files 0.npy, 1.npy, ...")
+    found = {
+        int(entry.name[:-4])
+        for entry in os.scandir(folder)
+        if entry.name.endswith(".npy") and entry.name[:-4].isdigit()
+    }
+    if not found:
+        raise ValueError(f"{folder} holds no files named 0.npy, 1.npy, ...")
+    if missing := sorted(set(range(max(found) + 1)) - found):
+        raise ValueError(f"{folder} goes up to {max(found)}.npy but lacks {len(missing)}, such as {missing[0]}.npy.")
+    return found
+
+
+def _load_npy(data: bytes) -> np.ndarray:
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise Unreadable(f"no .npy file ({str(error)[:100]})") from error

@@ -1,0 +1,160 @@
+"""Pixels before the tokenizer: decoding, centre crops, ten crops, aspect-ratio buckets.
+
+Shapes: n images of h x w pixels, S side of a square crop, s side of a tokenised crop, f pixels per code,
+H = h / f rows and W = w / f columns of codes.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""File names that count as images, in lower case: those torchvision's ImageFolder takes."""
+
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, EOFError, struct.error, zlib.error)
+"""What Pillow raises for damaged files, besides DecompressionBombError."""
+
+RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
+"""Width / height of the default buckets."""
+
+
+class Unreadable(Exception):
+    """An image that cannot be used; its message says why."""
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """A decoded RGB image. Orientation tags are not applied and an alpha channel is dropped, as in torchvision.
+
+    Raises:
+        Unreadable: not an image, truncated or damaged.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image.convert("RGB")
+    except (*BROKEN, Image.DecompressionBombError) as error:
+        raise Unreadable(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def centre_crop(image: Image.Image, size: int) -> np.ndarray:
+    """The centre square of an RGB image, resized as in the evaluation of ADM and in LlamaGen's code extraction.
+
+    The image is halved with a box filter while its shorter side is at least twice `size`, then resized bicubically
+    so that the shorter side is `size`, then the centre is cut out.
+
+    Source: Dhariwal and Nichol 2021 (ADM), data preparation. Returns (3, size, size) uint8.
+    """
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return to_array(image.crop((left, top, left + size, top + size)))
+
+
+def to_array(image: Image.Image) -> np.ndarray:
+    """An RGB image as (3, h, w) uint8."""
+    return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
+
+
+def ten_crop(images: Tensor, size: int) -> Tensor:
+    """Ten crops of each square image, in torchvision's order.
+
+    Top left, top right, bottom left, bottom right, centre; then the same five places of the mirror image.
+
+    Args:
+        images: (n, 3, S, S) with S >= size.
+        size: side s of a crop.
+
+    Returns:
+        (n, 10, 3, s, s) of the same type.
+    """
+    far = images.shape[-1] - size
+    assert far >= 0, (images.shape, size)
+    middle = round(far / 2)  # halves to even, as in torchvision
+    places = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
+    crops = [
+        picture[..., top : top + size, left : left + size]
+        for picture in (images, images.flip(-1))
+        for top, left in places
+    ]
+    return torch.stack(crops, dim=1)
+
+
+def with_mirror(images: Tensor) -> Tensor:
+    """Each image (n, 3, s, s) and its mirror image: (n, 2, 3, s, s)."""
+    return torch.stack([images, images.flip(-1)], dim=1)
+
+
+@dataclass(frozen=True)
+class SquareCrop:
+    """Bytes of an image file -> its centre square (3, size, size) uint8."""
+
+    size: int
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        return centre_crop(open_rgb(data), self.size)
+
+
+@dataclass(frozen=True)
+class BucketCrop:
+    """Bytes of an image file -> the pixels (3, H f, W f) uint8 of the bucket nearest in aspect ratio."""
+
+    grids: tuple[tuple[int, int], ...]
+    """(H, W) of each bucket."""
+    downsample: int
+    """f."""
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        image = open_rgb(data)
+        height, width = nearest_grid(image.width / image.height, self.grids)
+        return fit(image, height * self.downsample, width * self.downsample)
+
+
+def nearest_grid(ratio: float, grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The grid (H, W) whose W / H is nearest to `ratio` on a logarithmic scale, the first one of equals."""
+    return min(grids, key=lambda grid: abs(math.log(ratio * grid[0] / grid[1])))
+
+
+def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """The largest centred part of an RGB image with the wanted aspect ratio, resized bicubically in one step.
+
+    Returns (3, height, width) uint8.
+    """
+    scale = min(image.width / width, image.height / height)
+    part_width, part_height = width * scale, height * scale
+    left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
+    # Rounding may leave the image by 1e-13, which Pillow refuses.
+    box = (max(left, 0), max(top, 0), min(left + part_width, image.width), min(top + part_height, image.height))
+    return to_array(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def default_grids(image_size: int, downsample: int) -> tuple[tuple[int, int], ...]:
+    """One grid (H, W) for each of `RATIOS`, none with more codes than a square image of `image_size` pixels.
+
+    Portrait and landscape grids mirror each other; equal ones are listed once.
+
+    Raises:
+        ValueError: `image_size` is no multiple of `downsample`.
+    """
+    if image_size < downsample or image_size % downsample:
+        raise ValueError(f"image size {image_size}: expected a multiple of {downsample} (pixels of one code).")
+    cells = (image_size // downsample) ** 2
+    grids: dict[tuple[int, int], None] = {}
+    for ratio in RATIOS:
+        long = max(1, round(math.sqrt(cells * max(ratio, 1 / ratio))))
+        short = max(1, cells // long)
+        grids[(long, short) if ratio < 1 else (short, long)] = None
+    return tuple(grids)
