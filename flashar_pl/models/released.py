@@ -237,9 +237,15 @@ def released_on_meta(values: dict[str, Any], source: TensorSource, heads: Heads)
     return model.to(source_dtype(source, "backbone.embed_tokens.weight"))
 
 
+def zero_biases(source: TensorSource) -> list[str]:
+    """Head biases of earlier versions that add nothing; a bias with values is left to be refused."""
+    biases = [key for key in ("horizontal_head.bias", "vertical_head.bias") if key in set(source.keys())]
+    return [key for key in biases if not source.rows(key, 0, source.shape(key)[0]).any()]
+
+
 def fill_released(model: ReleasedFlashAR, source: TensorSource, device: torch.device | str = "cpu") -> None:
     """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
     assert isinstance(model.dual_head.gate, FusionGate) and model.compatibility.corner_gate
     table = renames(model.backbone.config, model.vertical_layers)
-    check_names(source, table, ignored=[*IGNORED, *filter(is_table, source.keys())])
+    check_names(source, table, ignored=[*IGNORED, *zero_biases(source), *filter(is_table, source.keys())])
     fill(model, source, table, device)

@@ -268,12 +268,16 @@ def test_wrong_checkpoints_are_refused(tmp_path):
 
 
 def test_names_of_earlier_versions_are_tolerated(tmp_path):
-    """A `module.` prefix and two unused parameters."""
+    """A `module.` prefix, an unused parameter and a head bias of zeros; a bias with values changes the logits."""
     directory = edited(tmp_path)
     tensors = {f"module.{key}": value for key, value in load_file(CHECKPOINT / "model.safetensors").items()}
+    tensors |= {"module.fuse_h_logit": torch.zeros(1), "vertical_head.bias": torch.zeros(512)}
     (directory / "model.safetensors").unlink()
-    save_file({**tensors, "module.fuse_h_logit": torch.zeros(1)}, directory / "model.safetensors")
+    save_file(tensors, directory / "model.safetensors")
     codes, prefix = inputs("c1_4x4")
     with torch.no_grad():
         fused = FlashAR.from_released(directory).eval()(codes, prefix).fused
     torch.testing.assert_close(fused, IO["c1_4x4/out/logits_fused"][..., OFFSET:], **TOLERANCE)
+    save_file({**tensors, "vertical_head.bias": torch.ones(512)}, directory / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown keys \(vertical_head.bias\)"):
+        FlashAR.from_released(directory)
