@@ -18,7 +18,7 @@ from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_conditio
 from flashar_pl.grid import ROW_END, DecodePlan, check_grid
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.models.base import GridModel, States
+from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import full_precision, sample_seeds, uniforms
 from flashar_pl.sampling import SamplingSettings, choose, guide
@@ -83,9 +83,9 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
 
     noise: (B, N) float64 uniforms in plan order.
     """
-    batch, length = noise.shape[0], len(prefix)
+    batch, rows, length = noise.shape[0], prefix.x.shape[0], len(prefix)
     rope = model.rope(plan, prefix, settings.guided)
-    cache = KVCache(model.cache_spec(), prefix.x.shape[0], length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
+    cache = KVCache(model.cache_spec(), rows, length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
     drawn = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)  # (B, N)
     vertical = plan.has_vertical
     mask = model.backbone.sequence_mask(plan, prefix, 0)
@@ -94,9 +94,6 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
         guided = settings.guides(done)
-        if settings.guided and not guided and states[0].shape[0] > batch:  # guidance never comes back
-            states, rope = _first_rows(states, batch), _rope_rows(rope, batch)
-            cache.keep_rows(batch)
         logits = model.step_logits(states, plan, t)  # (R, n, V)
         if guided:
             logits = guide(logits[:batch], logits[batch:], settings.cfg_scale)
@@ -104,10 +101,13 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
         done += n
         if t + 1 == plan.n_steps:
             break
+        if guided and not settings.guides(done):  # guidance never comes back
+            rows, rope = batch, _rope_rows(rope, batch)
+            cache.keep_rows(batch)
         slots = plan.slots_of_step[t]
         fed = _with_row_ends(drawn[:, done - n : done], slots.stop - slots.start)
-        fed = fed.repeat(states[0].shape[0] // batch, 1)  # (R, slots)
-        step_mask = _key_mask(plan, prefix, slots, states[0].shape[0])
+        fed = fed.repeat(rows // batch, 1)  # (R, slots)
+        step_mask = _key_mask(plan, prefix, slots, rows)
         positions = _positions(rope, length + slots.start, length + slots.stop)
         states = model.step(fed, positions, step_mask, cache, vertical)
     return drawn
@@ -119,10 +119,6 @@ def _positions(rope: Rope, begin: int, end: int) -> Rope:
 
 def _rope_rows(rope: Rope, rows: int) -> Rope:
     return rope[0][:rows], rope[1][:rows]
-
-
-def _first_rows(states: States, rows: int) -> States:
-    return states[0][:rows], None if states[1] is None else states[1][:rows]
 
 
 def _with_row_ends(codes: Tensor, n_slots: int) -> Tensor:
