@@ -29,6 +29,9 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
     "tokenize imagenet": Command("tokenize_images:tokenize_imagenet", "image folders or tars as shards of codes"),
+    "tokenize text-image": Command(
+        "tokenize_text:tokenize_text_image", "captioned images as shards of codes by aspect ratio"
+    ),
     "tokenize check": Command("tokenize_check:tokenize_check", "verify shards and draw decoded samples"),
     "tokenize npy": Command("tokenize_images:tokenize_npy", "LlamaGen's .npy code files as shards of codes"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
@@ -38,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
     "generate": Command("generate:generate", "sample images from a checkpoint"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
+    "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
     "plot": Command("plot:plot", "draw convergence curves from TensorBoard event files"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),

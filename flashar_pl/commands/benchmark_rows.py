@@ -1,0 +1,185 @@
+"""One row of `flashar benchmark`: a model, a plan and a batch size, measured.
+
+Shapes: B images, H x W grid, P prefix, C text feature width.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashar_pl.backbones.base import Condition
+    from flashar_pl.models import GridModel
+    from flashar_pl.planner.measure import Speed
+    from flashar_pl.planner.sizes import ModelSizes
+
+GEMM_SAMPLES = 5
+"""Measurements of the matrix products alone, spread between those of the whole job."""
+
+
+def synthetic_model(sizes: ModelSizes, device: torch.device, dtype: torch.dtype) -> GridModel:
+    """A model of these sizes with random weights, made on the device and in the dtype it is used in."""
+    import torch
+
+    from flashar_pl.backbones import Emu35, LlamaGen
+    from flashar_pl.backbones.llamagen import LlamaGenConfig
+    from flashar_pl.models import FlashAR, RasterAR
+
+    with torch.device("meta"):
+        config = sizes.backbone
+        backbone = LlamaGen(config) if isinstance(config, LlamaGenConfig) else Emu35(config)
+        if sizes.flashar:
+            fusion: Any = "gate" if sizes.gated else "average"
+            model: GridModel = FlashAR(backbone, sizes.branch_layer, sizes.vertical_layers, fusion, sizes.corner)
+        else:
+            model = RasterAR(backbone)
+    model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *model.buffers()):
+            parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    return model.eval().requires_grad_(False)
+
+
+def synthetic_condition(sizes: ModelSizes, batch: int, guided: bool) -> tuple[Condition, Condition | None]:
+    """Conditions of `batch` images, and what guidance needs besides: class ids, random captions, or random prompts."""
+    import torch
+
+    from flashar_pl.backbones import Emu35Config, TextFeatures
+
+    config = sizes.backbone
+    if isinstance(config, Emu35Config):
+        ids = list(torch.randint(0, 1000, (batch, sizes.prefix)))
+        return ids, [row[:16] for row in ids] if guided else None  # the official empty prompt is this short
+    if config.condition == "text":
+        return TextFeatures(torch.randn(batch, sizes.prefix, config.caption_dim)), None
+    return torch.arange(batch) % config.num_classes, None
+
+
+@dataclass
+class Job:
+    """What the rows of one benchmark share."""
+
+    model: GridModel
+    sizes: ModelSizes
+    grid: tuple[int, int]
+    cfg_scale: float
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int
+    speeds: dict[str, Speed] = field(default_factory=dict)
+    """By plan: measured rates."""
+
+    def row(self, plan: str, batch: int, plain: bool = False) -> dict[str, Any]:
+        """Measure one row. plain: the raster plan by the plain decoder."""
+        from flashar_pl.planner import decode_job
+        from flashar_pl.planner.measure import GemmWalk, Timing, clock, clock_name, peak_memory, repeats_for
+
+        order = "raster" if plain else plan
+        planned = decode_job(self.sizes, order, self.grid, batch, self.cfg_scale != 1, self.dtype)
+        speed = self._speed(order, planned)
+        decode = self._decoder(order, batch, plain)
+        warm_up, timing, gemm = Timing(), Timing(), Timing()
+        with peak_memory(self.device) as peak:
+            clock(decode, self.device, warm_up)
+        count = repeats_for(warm_up.wall[0], self.repeats)
+        walk = None if plain else GemmWalk(self.model, planned)
+        for i in range(count):
+            clock(decode, self.device, timing)
+            if walk is not None and i < GEMM_SAMPLES:
+                sample = walk.measure(samples=max(1, 3 // count))
+                gemm.wall += sample.wall
+                gemm.cpu += sample.cpu
+        timed, name = timing.summary(), clock_name(self.device)
+        seconds = timed[f"{name}_s"]
+        products = gemm.summary() if walk is not None else None
+        floor = planned.floor(speed.bandwidth, speed.matrix)
+        return {
+            "plan": plan,
+            "batch": batch,
+            "steps": planned.plan.n_steps,
+            "warm_up_s": warm_up.wall[0],
+            "time": timed,
+            "seconds": seconds,
+            "spread_s": timed[f"{name}_iqr_s"],
+            "ms_per_image": 1e3 * seconds / batch,
+            "images_per_s": batch / seconds,
+            "ms_per_step": 1e3 * seconds / planned.plan.n_steps,
+            "peak_bytes": peak.bytes,
+            "bytes": planned.bytes,
+            "flops": planned.flops,
+            "bandwidth_floor_s": planned.bytes / speed.bandwidth,
+            "flop_floor_s": planned.flops / speed.matrix,
+            "floor_s": floor,
+            "share_of_floor": floor / seconds,
+            "gemm": products,
+            "gemm_s": None if products is None else products[f"{name}_s"],
+            "over_gemm": None if products is None else seconds / products[f"{name}_s"],
+        }
+
+    def _speed(self, plan: str, planned: Any) -> Speed:
+        from flashar_pl.planner.measure import device_speed
+
+        if plan not in self.speeds:
+            self.speeds[plan] = device_speed(self.sizes, planned, self.device, self.dtype)
+        return self.speeds[plan]
+
+    def _decoder(self, plan: str, batch: int, plain: bool) -> Any:
+        """A function that decodes `batch` images once."""
+        import torch
+
+        from flashar_pl.decoding import generate
+        from flashar_pl.decoding.plain import generate_plain
+        from flashar_pl.sampling import SamplingSettings
+
+        torch.manual_seed(0)
+        condition, unconditional = synthetic_condition(self.sizes, batch, self.cfg_scale != 1)
+        if plain:
+            settings = SamplingSettings(self.cfg_scale)
+            return lambda: generate_plain(self.model, condition, self.grid, settings, 0, unconditional)
+        return lambda: generate(
+            self.model, condition, self.grid, plan, cfg_scale=self.cfg_scale, seeds=0, unconditional=unconditional
+        )
+
+
+def vq_rows(
+    grid: tuple[int, int], batches: list[int], device: torch.device, dtype: torch.dtype, repeats: int
+) -> list[dict[str, Any]]:
+    """Time from codes to images of a VQ-16 with random weights, for every batch size, at most 8 images at once."""
+    import torch
+
+    from flashar_pl.planner.measure import Timing, clock, clock_name, repeats_for
+    from flashar_pl.tokenizers.vq16 import VQ16, VQ_PRESETS
+
+    name = "float32" if dtype == torch.float32 else "bfloat16"
+    decoder = VQ16(VQ_PRESETS["vq16"], decode_dtype=name).to(device).eval()
+    found = []
+    for batch in sorted({min(batch, 8) for batch in batches}):
+        codes = torch.randint(0, decoder.vocabulary, (batch, *grid), device=device)
+        warm_up, timing = Timing(), Timing()
+        with torch.no_grad():
+            clock(lambda codes=codes: decoder.decode(codes), device, warm_up)  # type: ignore[misc]
+            for _ in range(repeats_for(warm_up.wall[0], repeats)):
+                clock(lambda codes=codes: decoder.decode(codes), device, timing)  # type: ignore[misc]
+        timed = timing.summary()
+        seconds = timed[f"{clock_name(device)}_s"]
+        found.append({"batch": batch, "dtype": name, "time": timed, "ms_per_image": 1e3 * seconds / batch})
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU or of the processor."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,123 @@
+"""Speed-ups, Markdown table and drawing of `flashar benchmark`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "plan", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB", "memory floor ms",
+    "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",
+)  # fmt: skip
+
+
+def speedups(rows: list[dict[str, Any]], plain: str) -> list[dict[str, Any]]:
+    """For every batch size and parallel plan: against the raster plan of the same engine, against the row `plain`,
+    the ratio of steps, and the ratio of the matrix products alone; None where a row is missing."""
+    found = []
+    at = {(row["plan"], row["batch"]): row for row in rows}
+    for row in rows:
+        if row["plan"] in ("raster", plain):
+            continue
+        strong, slow = at.get(("raster", row["batch"])), at.get((plain, row["batch"]))
+        reference = strong or slow
+        found.append(
+            {
+                "plan": row["plan"],
+                "batch": row["batch"],
+                "over_raster": strong and strong["seconds"] / row["seconds"],
+                "over_plain_raster": slow and slow["seconds"] / row["seconds"],
+                "steps": reference and reference["steps"] / row["steps"],
+                "gemm_only": strong and strong["gemm_s"] / row["gemm_s"],
+            }
+        )
+    return found
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["plan"],
+        str(row["batch"]),
+        f"{row['ms_per_image']:.2f}",
+        f"{row['spread_s'] / row['seconds']:.1%}",
+        f"{row['images_per_s']:.2f}",
+        f"{row['ms_per_step']:.2f}",
+        str(row["steps"]),
+        f"{row['peak_bytes'] / 2**20:.0f}" if row["peak_bytes"] else "unknown",
+        f"{1e3 * row['bandwidth_floor_s']:.2f}",
+        f"{1e3 * row['flop_floor_s']:.2f}",
+        f"{row['share_of_floor']:.0%}",
+        "-" if row["gemm_s"] is None else f"{1e3 * row['gemm_s']:.2f}",
+        "-" if row["over_gemm"] is None else f"{row['over_gemm']:.2f}",
+        str(row["time"]["repeats"]),
+    ]
+
+
+def markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    """An aligned Markdown table."""
+    widths = [max(len(line[i]) for line in [list(header), *lines]) for i in range(len(header))]
+
+    def text(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([text(list(header)), text(["-" * width for width in widths]), *map(text, lines)])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The whole report as Markdown."""
+    threads = f", {result['threads']} thread(s)" if result["threads"] else ""
+    clock = "processor time" if result["clock"] == "cpu" else "wall time"
+    parts = [
+        f"{result['device']}{threads}; {result['command']['dtype']}, grid {result['grid'][0]}x{result['grid'][1]}, "
+        f"guidance {result['command']['cfg_scale']}; medians of {clock}; floors and GEMM-only per batch.",
+        markdown(COLUMNS, [_cells(row) for row in result["rows"]]),
+    ]
+    if result["speedups"]:
+        header = ("plan", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
+        lines = [
+            [each["plan"], str(each["batch"])]
+            + [_ratio(each[key]) for key in ("over_raster", "over_plain_raster", "steps", "gemm_only")]
+            for each in result["speedups"]
+        ]
+        parts.append("Speed-up:\n\n" + markdown(header, lines))
+    for row in result["vq"]:
+        parts.append(f"VQ-16 decoding, batch {row['batch']}, {row['dtype']}: {row['ms_per_image']:.1f} ms/image.")
+    once = [f"{row['plan']} at batch {row['batch']}" for row in result["rows"] if row["time"]["repeats"] == 1]
+    if once:
+        parts.append(f"Measured once only: {'; '.join(once)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Show the report."""
+    print(table(result))
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Milliseconds per image, and share of the floor, against the batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
+    for plan in dict.fromkeys(row["plan"] for row in result["rows"]):
+        rows = sorted((row for row in result["rows"] if row["plan"] == plan), key=lambda row: row["batch"])
+        batches = [row["batch"] for row in rows]
+        left.plot(batches, [row["ms_per_image"] for row in rows], marker="o", label=plan)
+        right.plot(batches, [row["share_of_floor"] for row in rows], marker="o", label=plan)
+    for axes, label in ((left, "ms per image"), (right, "floor / time")):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("batch size")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    left.set_yscale("log")
+    right.set_ylim(0, 1)
+    left.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

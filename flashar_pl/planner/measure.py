@@ -1,0 +1,277 @@
+"""Measurements that turn the planner's bytes and FLOPs into seconds: device rates, the GEMMs of a job alone, clocks.
+
+Wall time says what a user waits for. On a CPU that others use too, processor time is steadier; both are kept.
+
+Letters: R rows, n slots of a step, D width.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.planner.decode import DecodeJob, Forward
+from flashar_pl.planner.sizes import ModelSizes, block_linears
+
+
+@dataclass
+class Timing:
+    """Repeated measurements in seconds."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Processor time of all threads; what counts on a CPU, meaningless on a GPU."""
+
+    def summary(self) -> dict[str, Any]:
+        """Median and interquartile range of both clocks."""
+        return {
+            "repeats": len(self.wall),
+            "wall_s": statistics.median(self.wall),
+            "wall_iqr_s": spread(self.wall),
+            "cpu_s": statistics.median(self.cpu),
+            "cpu_iqr_s": spread(self.cpu),
+        }
+
+
+def spread(values: list[float]) -> float:
+    """Interquartile range; 0 for a single value."""
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock(call: Callable[[], Any], device: torch.device, into: Timing) -> Any:
+    """Run `call` between two synchronisations and add its time."""
+    synchronise(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    synchronise(device)
+    into.wall.append(time.perf_counter() - wall)
+    into.cpu.append(time.process_time() - cpu)
+    return result
+
+
+def clock_name(device: torch.device) -> Literal["wall", "cpu"]:
+    """The clock that ratios use: processor time for one thread of a CPU, which other processes hardly disturb."""
+    return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def repeats_for(seconds: float, wanted: int) -> int:
+    """How often to measure something that takes `seconds`: as wanted, 3 above 5 s, once above 20 s."""
+    return wanted if seconds <= 5 else min(wanted, 3) if seconds <= 20 else 1
+
+
+# --- device ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a device does at best, in the sizes of one model."""
+
+    copy: float
+    """Bytes per second read plus written by a copy as large as one forward's weights."""
+    read: float
+    """Bytes per second read by a sum over as many."""
+    matrix: float
+    """FLOP per second of the model's largest projection with many rows."""
+
+    @property
+    def bandwidth(self) -> float:
+        """The faster of copying and reading: decoding mostly reads."""
+        return max(self.copy, self.read)
+
+    def facts(self) -> dict[str, float]:
+        """Plain values."""
+        return {**asdict(self), "bandwidth": self.bandwidth}
+
+
+def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype: torch.dtype) -> Speed:
+    """Measured rates. The buffers are as large as the weights of one forward, so that caches help both alike."""
+    size = max(2**20, min(job.forwards[-1].weight_bytes, 4 * 2**30)) // 4 * 4
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * size / best(partial(target.copy_, source), device)
+    read = size / best(source.sum, device)
+    linear = max(block_linears(sizes.block), key=lambda each: each.parameters)
+    rows = 4096 if device.type == "cuda" else 512
+    x = torch.ones(rows, linear.n_in, dtype=dtype, device=device)
+    weight = torch.ones(linear.n_out, linear.n_in, dtype=dtype, device=device)
+    matrix = 2 * rows * linear.parameters / best(lambda: F.linear(x, weight), device)
+    return Speed(copy, read, matrix)
+
+
+def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Shortest time of a few runs after one that does not count, on the clock of `clock_name`."""
+    timing = Timing()
+    for _ in range(repeats + 1):
+        clock(call, device, timing)
+    return min(getattr(timing, clock_name(device))[1:])
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated: free GPU memory, or the machine's available memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes; 0 where /proc does not exist."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+@dataclass
+class Peak:
+    """Memory of a block of code."""
+
+    before: int = 0
+    bytes: int = 0
+    """Largest use while it ran; on a CPU of the whole process. 0 = this system does not tell."""
+
+    @property
+    def extra(self) -> int:
+        """What was added to the use before."""
+        return max(0, self.bytes - self.before)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Peak memory of the block: the GPU allocator's, or the resident size of this process (Linux)."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        peak.before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists() and os.access(reset, os.W_OK):
+        reset.write_text("5")  # VmHWM starts again from the present size
+    peak.before = _resident("VmRSS")
+    yield peak
+    peak.bytes = _resident("VmHWM")
+
+
+# --- the GEMMs of a job alone -------------------------------------------------------------------------------------
+
+
+class GemmWalk:
+    """Runs exactly the linears of a job, with the model's own weights and the rows of each forward."""
+
+    def __init__(self, model: GridModel, job: DecodeJob) -> None:
+        self.job = job
+        self.device = next(model.parameters()).device
+        blocks = list(model.backbone.blocks)
+        if job.plan.has_vertical and isinstance(model, FlashAR):
+            blocks += list(model.vertical.blocks)
+        self.block_weights = [m.weight for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+        condition = getattr(model.backbone, "condition_embedding", None)
+        linears = [] if condition is None else [m for m in condition.modules() if isinstance(m, nn.Linear)]
+        self.condition_weights = [m.weight for m in linears]
+        head = model.dual_head
+        self.head_weights = [
+            linear.weight[head.first_code :] for linear in (head.horizontal, head.vertical) if linear is not None
+        ]
+        self.gate_weight = None if head.gate is None else head.gate.hidden.weight.float()
+        self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def kinds(self) -> dict[Forward, int]:
+        """Forwards that differ in their GEMMs, and how often each occurs."""
+        counts: dict[tuple[Any, ...], int] = {}
+        first: dict[tuple[Any, ...], Forward] = {}
+        for forward in self.job.forwards:
+            counts[forward.gemms] = counts.get(forward.gemms, 0) + 1
+            first.setdefault(forward.gemms, forward)
+        return {first[gemms]: count for gemms, count in counts.items()}
+
+    def calls(self, forward: Forward) -> list[tuple[Tensor, Tensor]]:
+        """(input, weight) of every linear of a forward, in the order they run."""
+        rows = self.job.rows * forward.slots
+        pairs = [(rows, weight) for weight in self.block_weights]
+        if forward is self.job.forwards[0]:
+            pairs = [(rows, weight) for weight in self.condition_weights] + pairs
+        heads = iter(self.head_weights)
+        for gemm in forward.gemms:
+            if gemm.linear.name == "head":
+                pairs.append((gemm.rows, next(heads)))
+            elif gemm.linear.name == "gate":
+                assert self.gate_weight is not None
+                pairs.append((gemm.rows, self.gate_weight))
+        assert len(pairs) == sum(gemm.count for gemm in forward.gemms)
+        return [(self._input(count, weight), weight) for count, weight in pairs]
+
+    def _input(self, rows: int, weight: Tensor) -> Tensor:
+        key = (rows, weight.shape[1], weight.dtype)
+        if key not in self.inputs:
+            self.inputs[key] = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        return self.inputs[key]
+
+    @torch.no_grad()
+    def measure(self, samples: int = 3, advance: Callable[[int], Any] | None = None) -> Timing:
+        """Time of all GEMMs of the job, `samples` times: the sum over kinds of count times one measured walk.
+
+        A kind that makes up more than a tenth of the job is walked ten times for each sample.
+        """
+        total = Timing([0.0] * samples, [0.0] * samples)
+        for forward, count in self.kinds().items():
+            walk = self.runner(forward)
+            walk()
+            inner = 10 if count > len(self.job.forwards) / 10 else 1
+            for i in range(samples):
+                timing = Timing()
+                for _ in range(inner):
+                    clock(walk, self.device, timing)
+                total.wall[i] += count * statistics.median(timing.wall)
+                total.cpu[i] += count * statistics.median(timing.cpu)
+            if advance is not None:
+                advance(count)
+        return total
+
+    @torch.no_grad()
+    def runner(self, forward: Forward) -> Callable[[], Any]:
+        """A function that runs a forward's linears; on a GPU one CUDA graph, so that no launch is counted."""
+        calls = self.calls(forward)
+
+        @torch.no_grad()
+        def walk() -> None:
+            for x, weight in calls:
+                F.linear(x, weight)
+
+        if self.device.type != "cuda":
+            return walk
+        walk()
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            walk()
+        return graph.replay

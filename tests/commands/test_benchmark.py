@@ -1,0 +1,164 @@
+"""`flashar benchmark`: sound numbers in the JSON, refusals before allocation, no claim that was not measured."""
+
+import json
+
+import pytest
+import torch
+
+from flashar_pl import decoding
+from flashar_pl.commands import benchmark as command
+from flashar_pl.commands.benchmark import benchmark, choose_batches
+from flashar_pl.commands.benchmark_rows import synthetic_model
+from flashar_pl.commands.benchmark_table import markdown, speedups
+from flashar_pl.planner import decode_memory, measure, model_sizes
+
+CPU = torch.device("cpu")
+ROW = {"plan", "batch", "steps", "ms_per_image", "images_per_s", "ms_per_step", "peak_bytes", "bandwidth_floor_s"}
+
+
+@pytest.fixture
+def quick(flashar_model):
+    """Options of the fastest benchmark that measures every kind of row."""
+    return {"checkpoint": flashar_model, "device": "cpu", "repeats": 2, "threads": 1, "grid": "4x6"}
+
+
+def test_a_benchmark_writes_rows_speedups_and_a_table(run, flashar_model, work):
+    pytest.importorskip("matplotlib")
+    words = ["--checkpoint", flashar_model, "--device", "cpu", "--repeats", 2, "--grid", "4x6", "--out", "bench"]
+    code, out, err = run("benchmark", *words, "--batch-sizes", "1,3", "--threads", "1", "--png")
+    assert code == 0, err
+    result = json.loads((work / "bench" / "results.json").read_text())
+    assert [(row["plan"], row["batch"]) for row in result["rows"]] == [
+        (plan, batch) for batch in (1, 3) for plan in ("raster", "diagonal", "plain raster")
+    ]
+    for row in result["rows"]:
+        assert row.keys() >= ROW
+        assert row["steps"] == (9 if row["plan"] == "diagonal" else 24)
+        assert row["time"]["repeats"] == 2
+        assert row["ms_per_image"] == pytest.approx(1e3 * row["seconds"] / row["batch"])
+        assert row["floor_s"] >= max(row["bandwidth_floor_s"], row["flop_floor_s"]) * 0.999
+        assert (row["gemm_s"] is None) == (row["plan"] == "plain raster")
+    for each in result["speedups"]:
+        assert each["steps"] == pytest.approx(24 / 9)
+        assert each["over_raster"] > 0
+        assert each["over_plain_raster"] > 0
+    assert result["clock"] == "cpu"
+    assert "| diagonal " in out
+    assert (work / "bench" / "table.md").read_text() in out
+    assert (work / "bench" / "benchmark.png").stat().st_size > 1000
+
+
+def test_every_row_decodes_the_job_it_names(quick, monkeypatch):
+    """Guards against a speed-up measured on another plan, guidance, batch or grid than the table says."""
+    calls = []
+    real = decoding.generate
+
+    def generate(model, condition, grid, plan, **options):
+        calls.append((plan, len(condition), grid, options["cfg_scale"]))
+        return real(model, condition, grid, plan, **options)
+
+    monkeypatch.setattr(decoding, "generate", generate)
+    benchmark(**quick, batch_sizes="2", cfg_scale=3.0, skip_plain=True)
+    assert calls == [("raster", 2, (4, 6), 3.0)] * 3 + [("diagonal", 2, (4, 6), 3.0)] * 3  # a warm-up and two repeats
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatch, refused):
+    sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
+    need = decode_memory(sizes, "diagonal", (16, 16), 4, True, torch.float32).total
+    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / command.HEADROOM) + 10**6)
+    monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", None)
+    error = refused("benchmark", "--preset", "llamagen-b", "--batch-sizes", "1,5", "--device", "cpu")
+    assert "batch 5 with the" in error
+    assert "the largest that fits is 4" in error
+    batches = choose_batches(sizes, ["diagonal"], "auto,2", (16, 16), CPU, torch.float32, True)
+    assert batches == [4, 2]
+
+
+def test_auto_is_capped(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "available_memory", lambda device: 2**50)
+    sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
+    assert choose_batches(sizes, ["raster"], "auto", (16, 16), CPU, torch.float32, True) == [64]
+    assert "auto: batch 64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either --preset"),
+        (["--preset", "llamagen-b", "--checkpoint", "x.ckpt"], "give either --preset"),
+        (["--preset", "llamagen-z"], "no preset 'llamagen-z'"),
+        (["--preset", "llamagen-b", "--plans", "raster,spiral"], "plan is 'spiral'"),
+        (["--preset", "llamagen-b", "--batch-sizes", "1,many"], "batch_sizes is '1,many'"),
+        (["--preset", "llamagen-b", "--batch-sizes", "0"], "batch_sizes is '0'"),
+        (["--preset", "llamagen-b", "--repeats", "0"], "repeats is 0"),
+        (["--preset", "llamagen-b", "--threads", "0"], "threads 0; expected 1"),
+        (["--preset", "llamagen-b", "--png"], "--png needs --out"),
+        (["--preset", "llamagen-b", "--out", "."], "exists"),
+    ],
+)
+def test_wrong_options_are_refused(words, message, refused, work):
+    assert message in refused("benchmark", "--device", "cpu", *words)
+
+
+def test_threads_are_measured_printed_and_restored(quick, capsys):
+    before = torch.get_num_threads()
+    result = benchmark(**{**quick, "threads": None}, plans="diagonal", skip_plain=True, vq=False)
+    assert torch.get_num_threads() == before
+    assert f"threads: {result['threads']} (matrix products of one step with 1: " in capsys.readouterr().out
+    assert result["speedups"] == [
+        {"plan": "diagonal", "batch": 1, "over_raster": None, "over_plain_raster": None, "steps": None,
+         "gemm_only": None}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.1, 10), (5.0, 10), (5.1, 3), (20.0, 3), (20.1, 1)])
+def test_slow_rows_are_repeated_less(seconds, count):
+    assert measure.repeats_for(seconds, 10) == count
+    assert measure.repeats_for(seconds, 2) == min(count, 2)
+
+
+def test_speedups_are_ratios_of_the_same_batch():
+    rows = [
+        {"plan": plan, "batch": batch, "seconds": seconds * batch, "steps": steps, "gemm_s": gemm}
+        for batch in (1, 8)
+        for plan, seconds, steps, gemm in [("raster", 6, 256, 4.0), ("diagonal", 2, 31, 1.0), ("plain", 18, 256, None)]
+    ]
+    assert speedups(rows, "plain") == [
+        {"plan": "diagonal", "batch": batch, "over_raster": 3, "over_plain_raster": 9, "steps": 256 / 31,
+         "gemm_only": 4}
+        for batch in (1, 8)
+    ]  # fmt: skip
+    assert markdown(("a", "bb"), [["1", "2"]]).splitlines()[0] == "| a | bb |"
+
+
+@pytest.mark.parametrize("preset", ["llamagen-b", "emu35-34b"])
+def test_synthetic_weights_are_made_in_their_dtype(preset, monkeypatch):
+    """Guards the memory of a 34B model: float32 weights on the way would not fit beside it."""
+    small = {"n_layer": 2, "dim": 32, "ffn_dim": 48, "n_head": 2, "vocab_size": 64}
+    if preset == "emu35-34b":
+        small |= {"n_kv_head": 1, "head_dim": 8, "visual_token_offset": 40, "eol_token_id": 1, "boi_token_id": 2}
+    sizes = model_sizes({"backbone": {"preset": preset, **small}})
+    seen = []
+    real = torch.nn.Module.to_empty
+
+    def to_empty(self, *, device, recurse=True):
+        seen.append({parameter.dtype for parameter in self.parameters()})
+        return real(self, device=device, recurse=recurse)
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", to_empty)
+    model = synthetic_model(sizes, CPU, torch.bfloat16)
+    assert seen == [{torch.bfloat16}]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert all(parameter.isfinite().all() and parameter.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_peak_memory_sees_an_allocation():
+    """Guards the memory column: the peak must start anew for every row and see what was freed again."""
+    with measure.peak_memory(CPU) as first:
+        torch.ones(16 * 2**20)
+    if not first.bytes:
+        pytest.skip("this system does not report resident memory")
+    with measure.peak_memory(CPU) as second:
+        torch.ones(2**10)
+    assert first.extra >= 60 * 2**20
+    assert second.extra < 16 * 2**20
