@@ -168,9 +168,8 @@ def run_stages(stages: list[Stage]) -> None:
     try:
         for i, stage in enumerate(todo):
             left = pace * sum(s.seconds for s in todo[i:] if not s.background) + 30
-            print(
-                f"\n[{i + 1}/{len(todo) + 1}] {stage.title}: about {pace * stage.seconds:.0f} s, in all {left:.0f} s left"
-            )
+            count = f"[{i + 1}/{len(todo) + 1}]"
+            print(f"\n{count} {stage.title}: about {pace * stage.seconds:.0f} s; {left:.0f} s left in all")
             if stage.background:
                 stage.log = stage.directory.with_suffix(".log")
                 background.append((stage, start(stage)))

@@ -33,6 +33,7 @@ from flashar_pl.training.stored_config import (
     CONFIG_KEY,
     DEFAULT_ROOT,
     check_run_directory,
+    check_same_data,
     check_same_model,
     differences,
     plain,
@@ -56,7 +57,7 @@ class KeepConfig(SaveConfigCallback):
             text = self.text()
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.read_text(encoding="utf-8") != text:
-                path.rename(_free_name(path))  # a continued run keeps the configuration it had before
+                path.rename(free_name(path))  # a continued run keeps the configuration it had before
             part = path.with_name(f".{path.name}.{os.getpid()}.part")
             part.write_text(text, encoding="utf-8")
             part.replace(path)
@@ -70,8 +71,10 @@ class KeepConfig(SaveConfigCallback):
         checkpoint[CONFIG_KEY] = self.text()
 
 
-def _free_name(path: Path) -> Path:
-    """`path` with a number before its suffix, where nothing is yet."""
+def free_name(path: Path) -> Path:
+    """`path`, or with a number before its suffix where something is already."""
+    if not path.exists():
+        return path
     n = 1
     while path.with_name(f"{path.stem}.{n}{path.suffix}").exists():
         n += 1
@@ -98,7 +101,7 @@ class ExperimentCLI(LightningCLI):
         self._resumed: dict[str, Any] | None = None
         self._checkpoint = checkpoint_of(words)
         _quiet()
-        options = {"exit_on_error": False}
+        options = {"exit_on_error": False, "allow_abbrev": False}
         with tempfile.TemporaryDirectory() as folder:
             if self._checkpoint is not None:
                 self._resumed = read_config(self._checkpoint)
@@ -156,9 +159,10 @@ class ExperimentCLI(LightningCLI):
             rank_zero_info(f"  {line}")
 
     def after_instantiate_classes(self) -> None:
-        _ = self.datamodule.manifest  # missing shards show now
+        manifest = self.datamodule.manifest  # missing shards show now
         if self._checkpoint is not None:
             check_same_model(self._checkpoint, self.model.model_config)
+            check_same_data(self._checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
         features = self.model.validation.features
@@ -204,7 +208,7 @@ class ExperimentCLI(LightningCLI):
         }
         root = Path(self.trainer.default_root_dir)
         root.mkdir(parents=True, exist_ok=True)
-        path = _free_name(root / f"predictions_rank{self.trainer.global_rank}.npz")
+        path = free_name(root / f"predictions_rank{self.trainer.global_rank}.npz")
         np.savez(path, index=joined["index"], nll=joined["nll"])
         print(f"{len(joined['nll'])} images, mean {joined['nll'].mean():.4f} nats per image: {path}")
 

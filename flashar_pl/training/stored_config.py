@@ -56,6 +56,16 @@ def plain(text: str) -> dict[str, Any]:
     return {key: value for key, value in yaml.safe_load(text).items() if key not in NOT_STORED}
 
 
+def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
+    """ValueError if a checkpoint was trained on another grid than that of the data set `name`."""
+    stored = read_meta(path)[CHECKPOINT_KEY]["grid"]
+    if stored is not None and tuple(stored) != tuple(grid):
+        raise ValueError(
+            f"{path} was trained on a grid of {stored[0]} x {stored[1]} codes, the shards of {name!r} have "
+            f"{grid[0]} x {grid[1]}. Give shards of that grid: --data.shards."
+        )
+
+
 def check_same_model(path: str, config: dict[str, Any]) -> None:
     """ValueError if a checkpoint holds another model than `config` (the argument of `build_model`) describes."""
     stored = flatten(read_meta(path)[CHECKPOINT_KEY]["model"])
