@@ -78,8 +78,10 @@ def test_likelihood_under_the_chosen_plan(tmp_path: Path, toy_shards: str) -> No
 
 
 def test_fid_and_accuracy_match_plain_computations(tmp_path: Path, toy_shards: str, toy_classifier: str) -> None:
-    """11 samples in batches of 4 against the decoded images of the split."""
-    config = ValidationConfig(samples=11, sample_batch=4, features=toy_classifier, cfg_scale=1.5, seed=3, top_k=6)
+    """11 samples in batches of 4 against the decoded images of the split; 3 more are only shown."""
+    config = ValidationConfig(
+        samples=11, grid_images=14, sample_batch=4, features=toy_classifier, cfg_scale=1.5, seed=3, top_k=6
+    )
     module = make_module(validation=config)
     results = validate(tmp_path, toy_shards, module)
     classes = torch.arange(12) % CLASSES

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -108,9 +110,18 @@ def test_averages_are_written_with_the_step_they_belong_to(whole) -> None:
         ema = state["ema.backbone.blocks.1.ffn_norm.weight"]
 
 
+class Gambler(Callback):
+    """A validation that draws random numbers of every kind."""
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        torch.rand(3), np.random.rand(3), random.random()
+
+
 def test_validation_does_not_disturb_training(whole, toy_shards: str, tmp_path: Path) -> None:
-    """The same losses with and without validation: it must give back the random numbers it used."""
+    """The same losses whether and how validation draws random numbers: training gets its own back."""
     _, _, seen = whole
-    losses = Losses()
-    fit(tmp_path, toy_shards, make_module(ema_decay=0.9), callbacks=[losses])
-    assert losses.seen == seen
+    often = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    for callbacks, validating in (([], {}), ([Gambler()], {**often, "num_sanity_val_steps": 1})):
+        losses = Losses()
+        fit(tmp_path, toy_shards, make_module(ema_decay=0.9), callbacks=[losses, *callbacks], **validating)
+        assert losses.seen == seen
