@@ -226,7 +226,7 @@ class Emu35(Backbone):
         """Left-padded, so that image slots start at the same column in every row."""
         rows = self._drop_condition(_id_list(condition))
         counts = [len(ids) for ids in rows]
-        device = self.embedding.weight.device
+        device = rows[0].device
         lengths = torch.tensor(counts, device=device)
         x = self.embedding(pad_sequence(rows, batch_first=True, padding_side="left"))  # (R, P, D)
         if min(counts) == max(counts):

@@ -63,7 +63,7 @@ def generate(
     listed = sample_seeds(seeds, len(condition))
     if not listed:
         raise ValueError("condition holds no samples; expected at least one.")
-    device = next(wrapped.parameters()).device
+    device = wrapped.device
     condition = move_condition(condition, device)
     if unconditional is not None:
         backbone.check_condition(unconditional, len(listed))
@@ -72,7 +72,7 @@ def generate(
     with torch.no_grad(), evaluating(wrapped), full_precision(device.type):
         if settings.guided:
             condition = backbone.with_unconditional(condition, unconditional)
-        drawn = decode(wrapped, backbone.prefix(condition), order, settings, noise)  # (B, N) in plan order
+        drawn = decode(wrapped, wrapped.prefix(condition), order, settings, noise)  # (B, N) in plan order
     codes = torch.empty_like(drawn)
     codes[:, order.on("order", device)] = drawn
     return codes.view(-1, height, width)

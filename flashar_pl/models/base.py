@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, check_codes, slot_codes
 from flashar_pl.grid import DecodePlan, make_plan
@@ -173,6 +174,18 @@ class GridModel(nn.Module, ABC):
             "nll": losses.fused.detach().sum(1),
             "gate": losses.gate.unflatten(1, codes.shape[1:]),
         }
+
+    def prefix(self, condition: Condition) -> Prefix:
+        """The embedded condition. Decoding asks the model, not its backbone: see `flashar_pl.training.sharding`."""
+        return self.backbone.prefix(condition)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be. Sharded parameters may rest elsewhere."""
+        parameter = next(self.parameters())
+        if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
+            return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
+        return parameter.device
 
     def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""

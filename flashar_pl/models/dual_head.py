@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,9 +139,8 @@ class FusionGate(nn.Module):
             return torch.sigmoid(x.squeeze(-1))
 
 
-@dataclass
-class TargetLosses:
-    """Per-target losses in nats, float32; raster order."""
+class TargetLosses(NamedTuple):
+    """Per-target losses in nats, float32; raster order. A tuple, because FSDP2 looks for the tensors in outputs."""
 
     fused: Tensor
     """(B, N)."""

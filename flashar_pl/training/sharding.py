@@ -1,0 +1,119 @@
+"""How a model is cut over devices with FSDP2: which modules are gathered together, and in which dtypes.
+
+Every block, every embedding and the pair of heads is a unit: its parameters are gathered in the compute dtype while it
+runs, and are float32 shards otherwise. The gate is a unit that is gathered in float32. What is left (the final norms,
+and the head of a raster model) belongs to the model itself.
+
+Parameters exist only while a unit runs. So the model is entered through its registered methods, never through its parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from flashar_pl.models.base import GridModel
+
+Compute = Literal["bf16", "fp32"]
+"""Dtype of the gathered parameters and of activations."""
+DOORS = ("loss", "prefix", "prefill", "step", "step_logits")
+"""Methods of a model, besides forward, in which its parameters exist."""
+HEAD_DOORS = ("losses", "step")
+"""The same of a `DualHead`."""
+FLOAT32_UNITS = ("gate", "corner_gate")
+"""Parts of a `DualHead` that compute in float32."""
+
+
+def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload: bool = False) -> GridModel:
+    """Cut the parameters of `model` over `mesh`, in place; the model may be on the meta device.
+
+    mesh: one dimension = full sharding; two = (replicas, shards), copies of shards. Gradients are reduced in float32
+    whatever the compute dtype. offload: shards, gradients and optimiser states stay in CPU memory.
+    """
+    low = torch.bfloat16 if compute == "bf16" else None
+    inner = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    entry = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # text features come as float32
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": True,
+        "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+    }
+    backbone, dual_head = model.backbone, model.dual_head
+    for name, part in backbone.named_children():
+        if name not in ("blocks", "norm", "head"):
+            fully_shard(part, mp_policy=entry, **options)
+    for block in blocks(model):
+        fully_shard(block, mp_policy=inner, **options)
+    for name in FLOAT32_UNITS:
+        gate = getattr(dual_head, name, None)
+        if gate is not None:
+            fully_shard(gate, mp_policy=whole, **options)
+    if "dual_head" in model._modules:  # a raster model's head belongs to its backbone
+        fully_shard(dual_head, mp_policy=inner, **options)
+        for method in HEAD_DOORS:
+            register_fsdp_forward_method(dual_head, method)
+    fully_shard(model, mp_policy=inner, **options)
+    for method in DOORS:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def blocks(model: GridModel) -> list[nn.Module]:
+    """All transformer blocks: the backbone's, then those of the vertical branch."""
+    vertical = getattr(model, "vertical", None)
+    return [*model.backbone.blocks, *([] if vertical is None else vertical.blocks)]
+
+
+def recompute_blocks(model: GridModel) -> None:
+    """Keep only the inputs of blocks for the backward pass, which runs each block again. Call it before `shard`."""
+    for block in blocks(model):
+        block.forward = _Recomputed(block.forward)
+
+
+class _Recomputed:
+    """A forward under activation checkpointing wherever there are gradients."""
+
+    def __init__(self, forward: Any) -> None:
+        self.forward = forward
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if torch.is_grad_enabled():
+            return checkpoint(self.forward, *args, use_reentrant=False, **options)
+        return self.forward(*args, **options)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This device's part of a parameter; all of it where it is not sharded. Writing to it writes the parameter."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def allocate(model: GridModel, device: torch.device, offload: bool = False) -> None:
+    """Give a sharded model on the meta device memory: parameters hold NaN until weights are loaded."""
+    model.to_empty(device="cpu" if offload else device)
+    for parameter in model.parameters():
+        local(parameter).fill_(torch.nan)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+@torch.no_grad()
+def check_filled(model: GridModel) -> None:
+    """AssertionError if a parameter is on the meta device or was never given a value."""
+    for name, parameter in model.named_parameters():
+        assert not parameter.is_meta, f"{name} is on the meta device"
+        assert bool(torch.isfinite(local(parameter)).all()), f"{name} has no value"
