@@ -1,0 +1,250 @@
+"""What a training step needs: bytes on each GPU, FLOPs, and hours, for FSDP2, DDP or a single GPU.
+
+Master weights, gradients and moments are float32 shards; under FSDP2 a unit (a block, an embedding, the pair of heads)
+is gathered in bfloat16 while it runs. Activations are what autograd keeps for the backward pass, counted tensor by
+tensor; the logits exist for one chunk of targets at a time.
+
+Letters: L layers, m branch layer, k vertical layers, D width, A query heads, G key/value heads, E head width,
+F feed-forward width, T tokens (samples times sequence length), r and c bytes of the residual stream and of GEMM inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from flashar_pl.grid import make_plan
+from flashar_pl.models.losses import chunk_size
+from flashar_pl.planner.sizes import ModelSizes, block_linears
+
+STAGE1 = ("vertical", "vertical_head", "gate")
+"""Roles that train in stage 1 (Sec. 4.3)."""
+Moments = Literal["fp32", "8bit", "cpu"]
+"""Optimizer state: float32; 8-bit blocks of 256 values with a float32 scale; or float32 in CPU memory, together with
+master weights and gradients."""
+MOMENT_BYTES = {"fp32": 8.0, "8bit": 2 * (1 + 4 / 256), "cpu": 0.0}
+"""Bytes of both moments per parameter on the GPU."""
+CONTEXT_BYTES = 2 * 10**9
+"""CUDA context, kernels and communication buffers of one process."""
+FRAGMENTATION = 0.06
+"""Share of a GPU that the allocator cannot use."""
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How a model is trained."""
+
+    grid: tuple[int, int]
+    plan: str = "diagonal"
+    gpus: int = 8
+    samples: int = 1
+    """Samples of one forward on one GPU."""
+    accumulate: int = 1
+    """Forwards per optimiser step."""
+    sharded: bool = True
+    """FSDP2. False: every GPU holds everything, with autocast to bfloat16."""
+    replicas: int = 1
+    """Copies of the shards (hybrid sharding); gpus is a multiple."""
+    moments: Moments = "fp32"
+    checkpointing: bool = True
+    """Keep only the inputs of blocks and run each again in the backward pass."""
+    mixed: bool = True
+    """bfloat16 compute; False = float32 throughout."""
+    ema: bool = False
+    prefix: int | None = None
+    """Prefix positions; None = usual for the model."""
+    total_steps: int = 50_000
+    stage1_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if min(self.gpus, self.samples, self.accumulate, self.replicas, self.total_steps) < 1:
+            raise ValueError(
+                f"gpus is {self.gpus}, samples {self.samples}, accumulate {self.accumulate}, replicas {self.replicas}, "
+                f"total_steps {self.total_steps}; expected 1 or more of each."
+            )
+        if self.gpus % self.replicas:
+            raise ValueError(f"{self.gpus} GPUs cannot hold {self.replicas} replicas; expected a divisor of gpus.")
+        if self.moments not in MOMENT_BYTES:
+            raise ValueError(f"moments is {self.moments!r}; expected one of {', '.join(MOMENT_BYTES)}.")
+        if not 0 <= self.stage1_share <= 1:
+            raise ValueError(f"stage1_share is {self.stage1_share}; expected 0 to 1.")
+
+    @property
+    def shards(self) -> int:
+        """GPUs that share one copy of the parameters."""
+        return self.gpus // self.replicas if self.sharded else 1
+
+    def length(self, sizes: ModelSizes) -> int:
+        """Positions of one sequence: the prefix, and every slot but those of the last step."""
+        return (sizes.prefix if self.prefix is None else self.prefix) + make_plan(
+            self.plan, *self.grid, row_end=sizes.row_ends
+        ).n_inputs
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on one GPU."""
+
+    weights: int
+    ema: int
+    gradients: int
+    moments: int
+    activations: int
+    loss: int
+    """Logits of the chunks that are alive, and gradients of the hidden states."""
+    transient: int
+    """Gathered units and their unsharded gradients; without sharding the bfloat16 copies of autocast."""
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(asdict(self).values())
+
+
+def trainable(sizes: ModelSizes, stage: int) -> int:
+    """Parameters that train in a stage; a raster model has no stage 1."""
+    counts = sizes.parameters()
+    return sum(count for role, count in counts.items() if stage == 2 or role in STAGE1)
+
+
+def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> TrainingMemory:
+    """Peak bytes on one GPU in a stage. In stage 1 the moments of frozen parameters do not exist yet."""
+    offloaded = setup.moments == "cpu"
+    held = 0 if offloaded else sizes.n_parameters
+    trains = 0 if offloaded else trainable(sizes, stage)
+    return TrainingMemory(
+        weights=4 * held // setup.shards + 4 * sizes.buffer_elements,
+        ema=setup.ema * 4 * held // setup.shards,
+        gradients=4 * trains // setup.shards,
+        moments=int(MOMENT_BYTES[setup.moments] * trains / setup.shards),
+        activations=activation_bytes(sizes, setup, stage),
+        loss=loss_bytes(sizes, setup),
+        transient=transient_bytes(sizes, setup, stage),
+        context=CONTEXT_BYTES,
+    )
+
+
+def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
+    """CPU memory of one process for offloaded weights, gradients and moments."""
+    return 16 * sizes.n_parameters // setup.shards if setup.moments == "cpu" else 0
+
+
+def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
+    """Bytes per token that one block keeps for its backward pass."""
+    block = sizes.block
+    dim, query, keys = block.dim, block.n_head * block.head_dim, block.n_kv_head * block.head_dim
+    norms = 2 * ((4 + residual + compute) * dim + 4)  # float32 input, normalised, weighted for the GEMM, 1 / rms
+    attention = compute * ((query + 2 * keys) + query + keys + query)  # qkv, rotated q and k, output
+    if block.qk_norm:
+        wide = 4 if compute < 4 else 0  # float32 copies of queries and keys
+        attention += (wide + compute) * (query + keys) + 4 * (block.n_head + block.n_kv_head)
+    log_sums = 4 * block.n_head
+    feed_forward = compute * 4 * block.ffn_dim  # both halves of w13, silu, product
+    masks = dim * ((block.resid_dropout > 0) + (block.ffn_dropout > 0))
+    return norms + attention + log_sums + feed_forward + masks
+
+
+def activation_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
+    """Bytes that autograd keeps on one GPU between forward and backward, without logits."""
+    compute = 2 if setup.mixed else 4
+    residual = 2 if setup.mixed and setup.sharded else 4  # autocast adds bfloat16 to a float32 embedding
+    tokens = setup.samples * setup.length(sizes)
+    layers = sizes.n_layer + sizes.vertical_layers if stage == 2 else sizes.vertical_layers
+    full = block_activations(sizes, residual, compute)
+    branches = 1 + sizes.flashar if stage == 2 else 1
+    final_norm = (4 + residual) * sizes.dim * branches
+    if not setup.checkpointing:
+        return tokens * (layers * full + final_norm)
+    return tokens * (layers * residual * sizes.dim + full + final_norm)
+
+
+def loss_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
+    """Chunks of logits alive at once (five), and hidden states at the targets with their gradients."""
+    targets = setup.samples * setup.grid[0] * setup.grid[1]
+    chunk = chunk_size(targets, sizes.head_rows, "cuda")
+    return 5 * 4 * chunk * sizes.head_rows + targets * sizes.dim * 4 * 2 * (1 + sizes.flashar)
+
+
+def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
+    """What exists while a unit runs. The largest unit decides: units follow one another."""
+    low = 2 if setup.mixed else 4
+    heads = sizes.head_rows * sizes.dim * (1 + sizes.flashar)
+    if not setup.sharded:
+        linears = sum(linear.parameters for linear in block_linears(sizes.block))
+        copies = (sizes.n_layer + sizes.vertical_layers) * linears + heads
+        return 2 * copies if setup.mixed else 0
+    # a block: itself, the next one and its gather buffer; its gradient, and that in float32 for the reduction
+    block = sizes.block_parameters * (3 * low + low + 4)
+    trained = heads if stage == 2 else sizes.head_rows * sizes.dim * sizes.flashar
+    both_heads = heads * low + trained * (low + 4)  # float32 sums over chunks; the reduction reuses their place
+    embedding = sizes.embedding_parameters * (low + (low + 4 if stage == 2 else 0))
+    return max(block, both_heads, embedding) + sizes.block_parameters * low  # one more block is gathered ahead
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
+    """FLOPs of one forward of one GPU's samples: layers below the branch and above it, vertical layers, each head."""
+    length = setup.length(sizes)
+    tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
+    block = sizes.block
+    linears = 2 * tokens * sum(linear.parameters for linear in block_linears(block))
+    layer = linears + 4 * tokens * length * block.n_head * block.head_dim
+    head = 2 * targets * sizes.head_rows * sizes.dim
+    return {
+        "trunk": sizes.branch_layer * layer,
+        "horizontal": (sizes.n_layer - sizes.branch_layer) * layer,
+        "vertical": sizes.vertical_layers * layer,
+        "horizontal_head": head,
+        "vertical_head": sizes.flashar * head,
+    }
+
+
+def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
+    """FLOPs of one optimiser step on one GPU.
+
+    A backward pass costs two forwards (inputs and weights), recomputation one more. Heads are always recomputed. In
+    stage 1 nothing flows into the backbone: only the vertical layers have a backward pass, and of the horizontal head
+    the logits are computed once.
+    """
+    parts = forward_flops(sizes, setup)
+    layers = 4 if setup.checkpointing else 3
+    if stage == 2:
+        blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"])
+        heads = 4 * (parts["horizontal_head"] + parts["vertical_head"])
+    else:
+        blocks = parts["trunk"] + parts["horizontal"] + layers * parts["vertical"]
+        heads = 2 * parts["horizontal_head"] + 4 * parts["vertical_head"]
+    return setup.accumulate * (blocks + heads)
+
+
+def training_time(sizes: ModelSizes, setup: TrainingSetup, peak: float, mfu: float) -> dict[str, Any]:
+    """Seconds per step in both stages, hours and GPU-hours of the run, at `mfu` of `peak` FLOP/s per GPU."""
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu is {mfu}; expected 0 < mfu <= 1.")
+    flops = [step_flops(sizes, setup, stage) for stage in (1, 2)]
+    seconds = [count / (peak * mfu) for count in flops]
+    share = setup.stage1_share if sizes.flashar else 0.0
+    hours = setup.total_steps * (share * seconds[0] + (1 - share) * seconds[1]) / 3600
+    return {
+        "step_flops_per_gpu": {"stage1": flops[0], "stage2": flops[1]},
+        "step_seconds": {"stage1": seconds[0], "stage2": seconds[1]},
+        "hours": hours,
+        "gpu_hours": hours * setup.gpus,
+    }
+
+
+# --- whether it fits ----------------------------------------------------------------------------------------------
+
+
+def usable(gpu_bytes: int) -> int:
+    """Bytes of a GPU that can be planned with."""
+    return int(gpu_bytes * (1 - FRAGMENTATION))
+
+
+def peak_total(sizes: ModelSizes, setup: TrainingSetup) -> int:
+    """Bytes of the larger stage."""
+    stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
+    return max(training_memory(sizes, setup, stage).total for stage in stages)
