@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from flashar_pl.backbones.base import Batch
+from flashar_pl.training.sharding import local
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import allow_frozen_parameters
 
@@ -121,7 +122,8 @@ class EmaUpdate(Callback):
         self._seen = trainer.global_step
         module = _as_ours(pl_module)
         assert module.ema is not None
-        torch._foreach_lerp_(list(module.ema.parameters()), list(module.net.parameters()), 1 - self.decay)
+        averages, weights = ([local(p) for p in net.parameters()] for net in (module.ema, module.net))
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
 
 class RandomState(Callback):

@@ -13,7 +13,7 @@ STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 """The paper's two-stage schedule (Sec. 5.1)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackboneConfig:
     """The raster model."""
 
@@ -40,7 +40,7 @@ class BackboneConfig:
         return LlamaGenConfig(**self.options)
 
 
-@dataclass
+@dataclass(frozen=True)
 class FlashARConfig:
     """The vertical branch and the fusion of both predictions."""
 
@@ -54,7 +54,7 @@ class FlashARConfig:
     """What predicts cell (0, 0): the horizontal head (the paper), or both like any other cell (NAR)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimiserConfig:
     """AdamW on float32 weights."""
 
@@ -75,7 +75,7 @@ class OptimiserConfig:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class ScheduleConfig:
     """Two stages and one cosine over the whole run (Sec. 4.3)."""
 
@@ -104,7 +104,7 @@ class ScheduleConfig:
         return Schedule(total_steps, self.stage1_share, self.backbone_factor, self.warmup)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationConfig:
     """What a validation does besides the likelihood of held-out images."""
 
@@ -163,6 +163,8 @@ def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dic
     return {"kind": "flashar", "backbone": described, **{f.name: getattr(flashar, f.name) for f in fields(flashar)}}
 
 
+OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()
+"""Defaults of `FlashARModule`."""
 SETTINGS = ("backbone", "flashar", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation")
 """Constructor arguments of `FlashARModule`."""
 TYPES: dict[str, Any] = {
@@ -182,11 +184,11 @@ def plain_settings(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `plain_settings`."""
-    typed = {
+    first, second = plain["optimiser"]["betas"]
+    plain = plain | {"optimiser": plain["optimiser"] | {"betas": (first, second)}}
+    return {
         name: TYPES[name](**value) if name in TYPES and value is not None else value for name, value in plain.items()
     }
-    typed["optimiser"].betas = tuple(typed["optimiser"].betas)
-    return typed
 
 
 def _without_tuples(value: Any) -> Any:

@@ -20,11 +20,14 @@ from flashar_pl.backbones.base import Batch
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, initialise, read_tensors
+from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
 from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
 from flashar_pl.training.checks import check_data, check_initial_file, check_precision
 from flashar_pl.training.config import (
+    OPTIMISER,
+    SCHEDULE,
     SETTINGS,
+    VALIDATION,
     BackboneConfig,
     FlashARConfig,
     OptimiserConfig,
@@ -37,6 +40,7 @@ from flashar_pl.training.config import (
 from flashar_pl.training.evaluation import Evaluation
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.stages import Schedule
+from flashar_pl.training.strategies import check_checkpoint_kind, first_weights, new_model
 
 
 class FlashARModule(LightningModule):
@@ -44,14 +48,13 @@ class FlashARModule(LightningModule):
 
     Args:
         backbone: the raster model.
-        flashar: vertical branch and fusion; null = raster pre-training.
-        init_from: weights to start from: an official file, a checkpoint or a converted model, raster or FlashAR; null
-            = random weights. A raster model's layers are cloned into the vertical branch.
+        flashar: vertical branch and fusion, such as {branch_layer: 11}; null = raster pre-training.
+        init_from: official file, checkpoint or converted model to start from; null = random weights. The vertical
+            branch is cloned from a raster model.
         optimiser: AdamW.
         schedule: stages and learning rates.
         aux_weight: weight of the losses of the single heads.
-        ema_decay: keep averaged weights with this decay, such as 0.999, and validate, sample and convert those; null =
-            off.
+        ema_decay: keep averaged weights with this decay, such as 0.999, and validate with those; null = off.
         validation: what a validation does besides the likelihood of held-out images.
     """
 
@@ -60,20 +63,20 @@ class FlashARModule(LightningModule):
         backbone: BackboneConfig,
         flashar: FlashARConfig | None = None,
         init_from: str | None = None,
-        optimiser: OptimiserConfig | None = None,
-        schedule: ScheduleConfig | None = None,
+        optimiser: OptimiserConfig = OPTIMISER,
+        schedule: ScheduleConfig = SCHEDULE,
         aux_weight: float = AUX_WEIGHT,
         ema_decay: float | None = None,
-        validation: ValidationConfig | None = None,
+        validation: ValidationConfig = VALIDATION,
     ) -> None:
         super().__init__()
         self.model_config = model_config(backbone, flashar)
         self.backbone, self.flashar, self.init_from = backbone, flashar, init_from
-        self.optimiser = optimiser or OptimiserConfig()
-        self.schedule = (schedule or ScheduleConfig()).resolve(raster=flashar is None)
+        self.optimiser = optimiser
+        self.schedule = schedule.resolve(raster=flashar is None)
         self.schedule.build(total_steps=1)  # its values are checked now
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
-        self.validation = validation or ValidationConfig()
+        self.validation = validation
         self.net: GridModel
         self.ema: GridModel | None = None
         self.total_steps: int | None = None
@@ -84,28 +87,28 @@ class FlashARModule(LightningModule):
             InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(),
         ]  # fmt: skip
 
-    # --- model ------------------------------------------------------------------------------------------------------
-
     def configure_callbacks(self) -> list[Callback]:
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in self._run_callbacks if callback not in present]
 
     def configure_model(self) -> None:
-        """Build the model with new float32 weights, once."""
+        """Build the model with new float32 weights, once; a sharded one without weights."""
         if hasattr(self, "net"):
             return
-        self.net = build_model(self.model_config).float()
+        self.net = new_model(self.model_config, self.trainer.strategy)
         if self.ema_decay is not None:
-            self.ema = build_model(self.model_config).float().requires_grad_(False)
+            self.ema = new_model(self.model_config, self.trainer.strategy).requires_grad_(False)
 
     def load_initial_weights(self) -> None:
-        """Read `init_from` and copy the result into the averaged weights, unless a checkpoint was restored."""
-        if self._has_weights:
+        """Read `init_from` and copy the result into the averaged weights, unless a checkpoint is or will be restored."""
+        if self._has_weights or self.trainer.ckpt_path is not None:
             return
         self._has_weights = True
         if self.init_from is not None:
             check_initial_file(self.init_from)
-            rank_zero_info(str(initialise(self.net, self.init_from)))
+        report = first_weights(self.net, self.init_from, self.trainer.strategy)
+        if report is not None:
+            rank_zero_info(str(report))
         if self.ema is not None:
             self.ema.load_state_dict(self.net.state_dict())
 
@@ -129,6 +132,7 @@ class FlashARModule(LightningModule):
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
             check_precision(self.trainer.precision)
+        check_checkpoint_kind(self.trainer.ckpt_path, self.trainer.strategy)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -156,8 +160,6 @@ class FlashARModule(LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor | None]:
         """Likelihood of each image: "nll" (B,) in nats, with the batch's "index" and "valid" (B,)."""
         return {"nll": self.validation_step(batch, batch_idx)["nll"], "index": batch.index, "valid": batch.valid}
-
-    # --- optimiser --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return adamw(self.net, self.optimiser.lr, self.optimiser.betas, self.optimiser.weight_decay)

@@ -1,8 +1,42 @@
-"""What distributed strategies need to know about frozen parameters."""
+"""Where strategies differ: how a model is built and gets its first weights, and what they must know of frozen parameters."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.sharded_files import is_sharded
+from flashar_pl.models.weights import InitReport, build_model, initialise
+from flashar_pl.training.fsdp import ShardedStrategy
+
+
+def new_model(config: dict[str, Any], strategy: Strategy) -> GridModel:
+    """The model of `build_model(config)` in float32: with random weights, or cut into shards that wait for theirs."""
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.build(config)
+    return build_model(config).float()
+
+
+def first_weights(model: GridModel, path: str | None, strategy: Strategy) -> InitReport | None:
+    """The weights a run starts from: those of `path`, else random ones. All strategies give equal values.
+
+    Raises ValueError as `initialise` does.
+    """
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.start(model, path)
+    return None if path is None else initialise(model, path)
+
+
+def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
+    """ValueError for a sharded checkpoint and a strategy that cannot read it."""
+    if path is not None and is_sharded(path) and not isinstance(strategy, ShardedStrategy):
+        raise ValueError(
+            f"{path} is a sharded checkpoint; continue it with flashar_pl.training.fsdp.ShardedStrategy (one device "
+            "will do). To start another kind of run from its weights set model.init_from."
+        )
 
 
 def allow_frozen_parameters(strategy: Strategy) -> None:

@@ -1,0 +1,102 @@
+"""Sharded checkpoints: a directory with tensors in the format of torch.distributed.checkpoint and `meta.pt` beside them.
+
+torch writes the index of such a directory (`.metadata`) as a pickle and reads it as one, which runs whatever a foreign
+file says. It is read here with a list of the few classes an index needs, and must name tensors only.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+
+META = "meta.pt"
+"""Everything but tensors, plain types."""
+INDEX = ".metadata"
+ALLOWED = {
+    (metadata.__name__, name)
+    for name in (
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    (filesystem.__name__, "_StorageInfo"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+}
+"""What an index may refer to, besides dtypes."""
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether `path` is a sharded checkpoint."""
+    return (Path(path) / META).is_file() and (Path(path) / INDEX).is_file()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads a sharded checkpoint without running code from it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """The index. Raises ValueError if it is damaged, or refers to anything but tensors."""
+        file = Path(self.path) / INDEX
+        try:
+            with file.open("rb") as stream:
+                index = _Unpickler(stream).load()
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{file} is not the index of a sharded checkpoint that can be read safely: {error}"
+            ) from error
+        if not isinstance(index, metadata.Metadata):
+            raise ValueError(f"{file} is not the index of a sharded checkpoint.")
+        for name, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, metadata.TensorStorageMetadata):
+                raise ValueError(f"{file} has an entry {name!r} that is no tensor.")
+        if getattr(index, "storage_meta", None) is None:
+            index.storage_meta = metadata.StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self.read_metadata().state_dict_metadata)
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """Everything but tensors of a sharded checkpoint."""
+    content = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
+    assert isinstance(content, dict)
+    return content
+
+
+def read_sharded(path: str | Path, prefix: str) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU, of a sharded checkpoint: those whose name begins with `prefix`, without it."""
+    reader = SafeReader(path)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

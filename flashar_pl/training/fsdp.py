@@ -1,0 +1,235 @@
+"""Training on shards: FSDP2 behind Lightning's ModelParallelStrategy.
+
+Parameters, gradients and moments are float32 shards; blocks are gathered in the compute dtype while they run (see
+`sharding.py`). A checkpoint is a directory: every device writes its shards, and any number of devices reads them.
+
+On resume the optimiser gets a state for exactly those parameters that have one in the checkpoint, whatever is frozen at
+the time: deciding by `requires_grad` loses moments, or fails, when a run continues across the switch of stages.
+"""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.directories import is_official_directory
+from flashar_pl.models.dual_head import FusionGate
+from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
+from flashar_pl.models.weights import InitReport, build_model, build_on_meta, initialise
+from flashar_pl.training.sharding import Compute, allocate, check_filled, recompute_blocks, shard
+
+OPTIMISER = "optimiser."
+"""Prefix of optimiser states in a sharded checkpoint: optimiser.NAME OF THE PARAMETER.NAME OF THE STATE."""
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Parameters, gradients and optimiser states cut over all devices (FSDP2). Use it with precision 32-true.
+
+    Args:
+        compute: dtype in which parameters are gathered and activations kept: bf16 or fp32. Shards, the reduction of
+            gradients, moments and the gate are float32 either way.
+        replicas: number of copies of the shards. 1 = one copy over all devices. With the number of nodes, parameters
+            are gathered within a node, and only gradients travel between nodes; every device then holds more.
+        recompute: keep only the inputs of blocks for the backward pass (activation checkpointing).
+        offload: keep shards, gradients and moments in CPU memory, and run the optimiser there.
+        timeout_minutes: how long a device waits for the others.
+    """
+
+    def __init__(
+        self,
+        compute: Compute = "bf16",
+        replicas: int = 1,
+        recompute: bool = False,
+        offload: bool = False,
+        timeout_minutes: int = 30,
+    ) -> None:
+        if compute not in ("bf16", "fp32"):
+            raise ValueError(f"strategy.compute is {compute!r}; expected bf16 or fp32.")
+        if replicas < 1:
+            raise ValueError(f"strategy.replicas is {replicas}; expected 1 or more.")
+        super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
+        self.compute, self.replicas, self.recompute, self.offload = compute, replicas, recompute, offload
+        self.mesh: DeviceMesh
+        """What models are cut over: (shards,) or (replicas, shards)."""
+
+    def setup_environment(self) -> None:
+        devices = self.num_nodes * self.num_processes
+        if devices % self.replicas:
+            raise ValueError(
+                f"strategy.replicas is {self.replicas}, but there are {devices} devices; expected a divisor of it, "
+                f"such as the number of nodes ({self.num_nodes})."
+            )
+        self._data_parallel_size = devices
+        if self.offload and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
+        super().setup_environment()
+        shape, names = (devices,), ("shards",)
+        if self.replicas > 1:
+            shape, names = (self.replicas, devices // self.replicas), ("replicas", "shards")  # type: ignore[assignment]
+        self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+
+    def setup(self, trainer: Trainer) -> None:
+        if trainer.precision not in ("32-true", "32"):
+            raise ValueError(
+                f"trainer.precision is {trainer.precision} with a sharded strategy; expected 32-true. The dtype of "
+                f"activations is strategy.compute (now {self.compute})."
+            )
+        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
+        for loop in loops:
+            loop.inference_mode = False  # gathered parameters would be inference tensors in the next training step
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Shards are where they belong since `build`."""
+
+    # --- models -----------------------------------------------------------------------------------------------------
+
+    def build(self, config: dict[str, Any]) -> GridModel:
+        """The model of `build_model(config)`, float32, cut over the mesh, without weights."""
+        model = build_on_meta(config).float()
+        if self.recompute:
+            recompute_blocks(model)
+        shard(model, self.mesh, self.compute, self.offload)
+        allocate(model, self.root_device, self.offload)
+        return model
+
+    def start(self, model: GridModel, path: str | None) -> InitReport | None:
+        """Give a built model its first weights: from `path`, as `initialise`, or random ones.
+
+        An official Emu3.5 directory is streamed, each device its own rows. Everything else is made or read in the
+        memory of the first process and handed out from there.
+        """
+        if path is not None and is_official_directory(path):
+            self._new_gate(model)
+            report: InitReport | None = initialise(model, path)
+        else:
+            whole, report = self._first_process_only(lambda: _whole_model(model.config(), path))
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            set_model_state_dict(model, {} if whole is None else whole.state_dict(), options=options)
+        check_filled(model)
+        return report
+
+    def _new_gate(self, model: GridModel) -> None:
+        gate = getattr(model.dual_head, "gate", None)
+        if gate is None:
+            return
+        whole = FusionGate(model.backbone.dim)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(gate, whole.state_dict() if self.is_global_zero else {}, options=options)
+
+    def _first_process_only(self, make: Any) -> Any:
+        """(result, report) on the first process, (None, report) on the others; a ValueError there is raised by all."""
+        result, report, problem = None, None, None
+        if self.is_global_zero:
+            try:
+                result, report = make()
+            except ValueError as error:
+                problem = str(error)
+        report, problem = self.broadcast((report, problem))
+        if problem is not None:
+            raise ValueError(problem)
+        return result, report
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return dict(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Flat: "NAME OF THE PARAMETER.NAME OF THE STATE" -> tensor."""
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._parameters().items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+
+    def _parameters(self) -> dict[str, Tensor]:
+        assert self.lightning_module is not None
+        return dict(self.lightning_module.named_parameters())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a directory under a temporary name, then rename it: an older one is gone only when the new one is whole."""
+        path = Path(self.broadcast(filepath))
+        part = path.with_name(f".{path.name}.part")
+        if self.is_global_zero:
+            _remove(part)
+            part.mkdir(parents=True)
+        self.barrier()
+        tensors = checkpoint.pop("state_dict")
+        for states in checkpoint.pop("optimizer_states", []):
+            tensors |= {OPTIMISER + name: value for name, value in states.items()}
+        dcp.save(tensors, checkpoint_id=part)
+        if self.is_global_zero:
+            torch.save(checkpoint, part / META)
+            old = path.with_name(f".{path.name}.old")
+            _remove(old)
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+            _remove(old)
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read weights and moments into the shards; returns everything else. Always without running code from it."""
+        path = Path(self.broadcast(checkpoint_path))
+        if not is_sharded(path):
+            raise ValueError(
+                f"{path} is no sharded checkpoint. It continues with the strategy that wrote it; to start a sharded "
+                "run from its weights set model.init_from."
+            )
+        reader = SafeReader(path)
+        stored = reader.names()
+        state = self.lightning_module_state_dict()
+        wanted = {name for name in stored if not name.startswith(OPTIMISER)}
+        if wanted != state.keys():
+            odd = sorted(wanted ^ state.keys())
+            raise ValueError(
+                f"{path} does not fit the model: {len(odd)} names are only in one of them ({', '.join(odd[:4])})."
+            )
+        for optimizer in self.optimizers:
+            self._make_states(optimizer, [name for name in stored if name.startswith(OPTIMISER)])
+            state |= {OPTIMISER + name: value for name, value in self.optimizer_state(optimizer).items()}
+        dcp.load(state, storage_reader=reader)
+        return read_meta(path)
+
+    def _make_states(self, optimizer: Optimizer, stored: list[str]) -> None:
+        """Empty states for the parameters that have one in the checkpoint: by a step of rate 0 without gradient."""
+        names = {name.removeprefix(OPTIMISER).rpartition(".")[0] for name in stored}
+        optimizer.state.clear()
+        for name, parameter in self._parameters().items():
+            parameter.grad = torch.zeros_like(parameter) if name in names else None
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        if names:
+            optimizer.step()
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _whole_model(config: dict[str, Any], path: str | None) -> tuple[GridModel, InitReport | None]:
+    model = build_model(config).float()
+    return model, None if path is None else initialise(model, path)
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory or a file, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
