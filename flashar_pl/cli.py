@@ -29,9 +29,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
     "tokenize imagenet": Command("tokenize_images:tokenize_imagenet", "image folders or tars as shards of codes"),
-    "tokenize text-image": Command(
-        "tokenize_text:tokenize_text_image", "captioned images as shards of codes by aspect ratio"
-    ),
+    "tokenize text-image": Command("tokenize_text:tokenize_text_image", "captioned images as shards of codes"),
     "tokenize check": Command("tokenize_check:tokenize_check", "verify shards and draw decoded samples"),
     "tokenize npy": Command("tokenize_images:tokenize_npy", "LlamaGen's .npy code files as shards of codes"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
@@ -40,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     "test": Command("fit:test", "losses, likelihood and FID on the test split", trains=True),
     "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
     "generate": Command("generate:generate", "sample images from a checkpoint"),
+    "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
@@ -149,7 +148,7 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
 
 def command_list(commands: dict[str, Command]) -> str:
     """One aligned line per verb."""
-    return "\n".join(f"  {name:<17} {command.summary}" for name, command in commands.items())
+    return "\n".join(f"  {name:<19} {command.summary}" for name, command in commands.items())
 
 
 def load(command: Command) -> Callable[..., Any]:

@@ -57,6 +57,8 @@ def tokenize_check(
     for folder in found or [root]:  # none found: verify says what it looked for
         manifest = Manifest.load(folder)
         tokenizer = find_tokenizer(manifest, weights, device, needed=out is not None)
+        if tokenizer is not None:
+            check_weights(root, tokenizer)
         verified = verify(folder)
         facts = {"samples": verified.samples, "shards": verified.shards, "bytes": verified.bytes}
         facts |= {split: split_facts(manifest, split, verified) for split in verified.samples}
@@ -91,6 +93,19 @@ def find_tokenizer(manifest: Manifest, weights: str | None, device: str, needed:
             f"{tokenizer.vocabulary}: it is not the one that made them."
         )
     return tokenizer
+
+
+def check_weights(out: Path, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if the shards were made with other weights than the tokenizer has, where that was noted."""
+    from flashar_pl.data.encode import weights_hash
+    from flashar_pl.data.parts import read_json
+
+    for report in sorted(out.glob("tokenize-*.json")):
+        noted = read_json(report)["settings"].get("weights_hash")
+        if noted is not None and noted != weights_hash(tokenizer):
+            raise ValueError(
+                f"{report} says that the codes were made with other weights than {tokenizer.config()} has."
+            )
 
 
 def split_facts(manifest: Manifest, split: str, verified: Verification) -> dict[str, Any]:
@@ -155,9 +170,9 @@ def draw(manifest: Manifest, tokenizer: Tokenizer, number: int, path: Path, seed
     import numpy as np
     import torch
 
-    from flashar_pl.training.images import save_png, tile
     from flashar_pl.data.order import permutation, stream
     from flashar_pl.data.reader import ShardReader
+    from flashar_pl.training.images import save_png, tile
 
     split = next(iter(manifest.splits))
     reader = ShardReader(manifest, split)

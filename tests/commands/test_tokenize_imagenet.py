@@ -1,0 +1,353 @@
+"""`flashar tokenize imagenet` and `npy`: restarts, processes, damaged images, the codes themselves."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashar_pl.data.images import centre_crop, ten_crop
+from flashar_pl.data.shards import Manifest, ShardReader, verify
+from flashar_pl.tokenizers import VQ16
+
+CLASSES, EACH = 3, 9
+SMALL = ("--image-size", 16, "--shard-images", 5, "--block", 3, "--workers", 0)
+
+
+def make_images(root: Path, classes: int = CLASSES, each: int = EACH) -> Path:
+    """Blurred noise as small JPEGs of various sizes."""
+    rng = np.random.default_rng(0)
+    for c in range(classes):
+        (root / f"n{c}").mkdir(parents=True)
+        for i in range(each):
+            pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            size = [int(v) for v in rng.integers(18, 60, 2)]
+            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(
+                root / f"n{c}" / f"{i}.JPEG", quality=95
+            )
+    return root
+
+
+def vq_state() -> dict[str, torch.Tensor]:
+    with np.load(Path(__file__).parent.parent / "golden" / "vq" / "vq_tiny.npz") as arrays:
+        return {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}
+
+
+@pytest.fixture(scope="module")
+def vq(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("vq") / "vq.pt"
+    torch.save({"model": vq_state()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture
+def tokenize(run, images, vq):
+    def call(out: Path, *words: object, source: Path | str = images) -> tuple[int, str, str]:
+        return run("tokenize", "imagenet", "--images", source, "--out", out, "--weights", vq, *SMALL, *words)
+
+    return call
+
+
+def contents(out: Path, split: str = "train") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, labels and codes of all crops, in the order of the ids."""
+    manifest = Manifest.load(out)
+    reader = ShardReader(manifest, split)
+    every = np.arange(len(reader))
+    crops = [reader.read(every, np.full(len(every), k)) for k in range(manifest.crops)]
+    by_id = np.argsort(crops[0].ids)
+    return crops[0].ids[by_id], crops[0].labels[by_id], np.stack([c.codes for c in crops], axis=1)[by_id]
+
+
+def test_ten_crop_codes_are_those_of_the_tokenizer(tmp_path, tokenize, images):
+    """Guards the order of images, labels and crops, and the pixels that reach the tokenizer."""
+    code, out, _ = tokenize(tmp_path / "s", "--ten-crop", "--crop-range", 1.15)
+    assert code == 0
+    assert "27 of 27 images written (4x4: 27 codes)" in out
+    ids, labels, codes = contents(tmp_path / "s")
+    assert ids.tolist() == list(range(27))
+    assert labels.tolist() == [i // EACH for i in range(27)]
+    model = VQ16.from_official(vq_state())
+    for i in (0, 10, 26):
+        with Image.open(images / f"n{i // EACH}" / f"{i % EACH}.JPEG") as image:
+            pixels = torch.from_numpy(centre_crop(image, 18))  # int(16 * 1.15)
+        np.testing.assert_array_equal(codes[i], model.encode(ten_crop(pixels[None], 16)[0]).numpy())
+    manifest = Manifest.load(tmp_path / "s")
+    assert (manifest.crops, manifest.grid, manifest.vocabulary) == (10, (4, 4), 64)
+    assert manifest.tokenizer["kind"] == "vq16"
+    assert verify(tmp_path / "s").labels == {"train": [EACH] * CLASSES}
+    assert not list((tmp_path / "s").glob(".*")), "nothing temporary stays"
+
+
+def test_images_are_shuffled_unless_asked_otherwise(tmp_path, tokenize):
+    """Guards against blocks of a single class, which make batches of a few classes."""
+    tokenize(tmp_path / "a")
+    tokenize(tmp_path / "b", "--keep-order")
+    order = {name: ShardReader(Manifest.load(tmp_path / name), "train").read(np.arange(27)).ids for name in "ab"}
+    assert order["b"].tolist() == list(range(27))
+    assert len(set(order["a"][:9] // EACH)) > 1
+    np.testing.assert_array_equal(contents(tmp_path / "a")[2], contents(tmp_path / "b")[2])
+
+
+def test_image_and_mirror_without_ten_crop(tmp_path, tokenize, images):
+    tokenize(tmp_path / "s")
+    codes = contents(tmp_path / "s")[2]
+    model = VQ16.from_official(vq_state())
+    with Image.open(images / "n1" / "4.JPEG") as image:
+        pixels = torch.from_numpy(centre_crop(image, 16))
+    np.testing.assert_array_equal(codes[13], model.encode(torch.stack([pixels, pixels.flip(-1)])).numpy())
+
+
+def test_the_number_of_processes_does_not_matter(tmp_path, tokenize, monkeypatch):
+    """One after the other, in any order: only the last to finish writes the manifest."""
+    tokenize(tmp_path / "one")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank in (2, 0, 3, 1):
+        assert not (tmp_path / "four" / "manifest.json").exists()
+        monkeypatch.setenv("RANK", str(rank))
+        code, out, _ = tokenize(tmp_path / "four")
+        assert code == 0
+        assert ("the last process writes the manifest" in out) == (rank != 1)
+    assert Manifest.load(tmp_path / "one").splits == Manifest.load(tmp_path / "four").splits
+    verify(tmp_path / "four")
+
+
+def test_two_processes_at_once(tmp_path, tokenize, monkeypatch):
+    """Guards the races: both start, merge and clean up at the same time. 3 parts of 9 for 2 processes."""
+    tokenize(tmp_path / "one", "--shard-images", 9)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def work(rank: int) -> None:
+        os.environ["RANK"] = str(rank)
+        sys.exit(tokenize(tmp_path / "two", "--shard-images", 9)[0])
+
+    running = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(60)
+    assert [process.exitcode for process in running] == [0, 0]
+    for a, b in zip(contents(tmp_path / "one"), contents(tmp_path / "two"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    verify(tmp_path / "two")
+
+
+def test_a_killed_run_continues(tmp_path, tokenize, vq):
+    """kill -9 in the middle, with a worker process: the result is that of a run that was never interrupted."""
+    source = make_images(tmp_path / "images", each=30)
+    out = tmp_path / "killed"
+    words = ("--ten-crop", "--workers", "1", "--shard-images", "7")
+    command = ["tokenize", "imagenet", "--images", source, "--out", out, "--weights", vq, *SMALL, *words]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "flashar_pl.cli", *map(str, command)],
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob(".train/0*"))) < 3:
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert 3 <= len(list(out.glob(".train/0*/part.json"))) < 13
+    assert not (out / "manifest.json").exists(), "no reader takes it for complete"
+    assert tokenize(out, *words, source=source)[0] == 0
+    tokenize(tmp_path / "whole", *words, source=source)
+    assert Manifest.load(out).splits == Manifest.load(tmp_path / "whole").splits
+    assert contents(out)[0].tolist() == list(range(90))
+    verify(out)
+
+
+def test_finished_parts_are_not_done_again(tmp_path, tokenize, monkeypatch):
+    """Guards hours of work: only the part that was being written is lost."""
+    from flashar_pl.data import encode
+
+    passes = []
+    original = encode.ImageEncoder.__call__
+
+    def counting(self, pixels):
+        passes.append(len(pixels))
+        if sum(passes) > 17:
+            raise KeyboardInterrupt
+        return original(self, pixels)
+
+    monkeypatch.setattr(encode.ImageEncoder, "__call__", counting)
+    assert tokenize(tmp_path / "s", "--batch-size", 4)[0] == 130
+    assert len(list((tmp_path / "s" / ".train").glob("0*"))) == 3
+    passes.clear()
+    assert tokenize(tmp_path / "s", "--batch-size", 4)[0] == 0
+    assert sum(passes) == 27 - 15
+    passes.clear()
+    code, out, _ = tokenize(tmp_path / "s", "--batch-size", 4)
+    assert code == 0
+    assert "27 of 27" in out
+    assert passes == [], "a complete split is left alone"
+
+
+def test_a_kill_between_moving_tars_and_the_report(tmp_path, tokenize, monkeypatch):
+    """Guards the merge: it may be repeated from any point."""
+    from flashar_pl.data import parts
+
+    original = Manifest.save
+    for target, name in [(Manifest, "save"), (parts, "_replace")]:
+        out = tmp_path / name
+        calls = []
+
+        def dying(*args, _name=name, _calls=calls):
+            report = _name == "_replace" and Path(args[0]).name != "tokenize-train.json"
+            if report or (_name == "save" and "partial" in str(args[1])):
+                return original(*args) if _name == "save" else Path(args[0]).write_text(args[1])
+            _calls.append(args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, dying)
+            assert tokenize(out)[0] == 130
+        assert len(calls) == 1
+        assert tokenize(out)[0] == 0
+        verify(out)
+        assert not list(out.glob(".*"))
+
+
+def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, tokenize, refused, images, vq):
+    source = tmp_path / "images"
+    shutil.copytree(images, source)
+    (source / "n1" / "3.JPEG").write_bytes((source / "n1" / "3.JPEG").read_bytes()[:200])
+    (source / "n2" / "0.JPEG").write_bytes(b"")
+    words = ("tokenize", "imagenet", "--images", source, "--out", tmp_path / "s", "--weights", vq, *SMALL)
+    error = refused(*words)
+    assert "of 27 samples cannot be read, more than the share of 0.01" in error
+    assert ".JPEG: " in error
+    code, out, _ = tokenize(tmp_path / "s", "--max-bad-share", 0.08, source=source)
+    assert code == 0
+    assert "25 of 27 images written" in out
+    lines = (tmp_path / "s" / "bad_images.train.txt").read_text().splitlines()
+    assert [line.split("\t")[:2] for line in lines] == [
+        ["12", f"{source}/n1/3.JPEG"],
+        ["18", f"{source}/n2/0.JPEG"],
+    ]
+    report = json.loads((tmp_path / "s" / "tokenize-train.json").read_text())
+    assert (report["samples"], report["written"], report["unreadable"]) == (27, 25, 2)
+    ids, labels, _ = contents(tmp_path / "s")
+    assert ids.tolist() == [i for i in range(27) if i not in (12, 18)]
+    assert labels.tolist() == [i // EACH for i in ids]
+
+
+def test_an_image_that_was_away_is_read_after_a_restart(tmp_path, tokenize, images):
+    """Guards against loss: a mount that vanished for a while must not leave holes in parts that count as finished."""
+    source = tmp_path / "images"
+    shutil.copytree(images, source)
+    for c in range(CLASSES):  # the names stay listed, the contents are away
+        (source / f"n{c}" / "0.JPEG").rename(tmp_path / f"away{c}")
+        (source / f"n{c}" / "0.JPEG").symlink_to(tmp_path / "nothing")
+    assert tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)[0] == 2
+    for c in range(CLASSES):
+        (source / f"n{c}" / "0.JPEG").unlink()
+        (tmp_path / f"away{c}").rename(source / f"n{c}" / "0.JPEG")
+    assert "27 of 27" in tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)[1]
+
+
+def test_nothing_readable(tmp_path, refused, images, vq):
+    source = tmp_path / "images" / "a"
+    source.mkdir(parents=True)
+    (source / "1.jpg").write_bytes(b"x")
+    words = ("tokenize", "imagenet", "--images", source.parent, "--out", tmp_path / "s", "--weights", vq, *SMALL)
+    assert "None of the 1 samples can be read" in refused(*words, "--max-bad-share", 1)
+
+
+def test_a_second_split_joins_the_first(tmp_path, tokenize, refused, images, vq):
+    assert tokenize(tmp_path / "s")[0] == 0
+    first = Manifest.load(tmp_path / "s").splits["train"]
+    assert tokenize(tmp_path / "s", "--split", "validation")[0] == 0
+    manifest = Manifest.load(tmp_path / "s")
+    assert list(manifest.splits) == ["train", "validation"]
+    assert manifest.splits["train"] == first
+    verify(tmp_path / "s")
+    words = ("tokenize", "imagenet", "--images", images, "--out", tmp_path / "s", "--split", "test", *SMALL)
+    assert "has crops 2, this job makes 10" in refused(*words, "--weights", vq, "--ten-crop")
+    assert "has grid (4, 4), this job makes (5, 5)" in refused(*words, "--weights", vq, "--image-size", 20)
+    state = vq_state()
+    state["quantize.embedding.weight"][0, 0] += 1
+    torch.save({"model": state}, tmp_path / "other.pt")
+    assert "made with other weights" in refused(*words, "--weights", tmp_path / "other.pt")
+
+
+def test_a_restart_with_other_settings_is_refused(tmp_path, tokenize, refused, images, vq):
+    assert tokenize(tmp_path / "s")[0] == 0
+    words = ("tokenize", "imagenet", "--images", images, "--out", tmp_path / "s", "--weights", vq, *SMALL)
+    assert "is complete, but was made with block = 3; this command has 4" in refused(*words, "--block", 4)
+    (tmp_path / "s2" / ".train").mkdir(parents=True)
+    shutil.copy(tmp_path / "s" / "tokenize-train.json", tmp_path / "s2" / "x")
+    settings = json.loads((tmp_path / "s" / "tokenize-train.json").read_text())["settings"]
+    (tmp_path / "s2" / ".train" / "job.json").write_text(json.dumps(settings | {"source": "other"}))
+    error = refused(*(tmp_path / "s2" if word == tmp_path / "s" else word for word in words))
+    assert "was begun with source = 'other'" in error
+
+
+def test_wrong_input_is_refused_before_any_work(tmp_path, refused, images, vq):
+    words = ["tokenize", "imagenet", "--images", images, "--out", tmp_path / "s", "--weights", vq]
+    assert "only with --ten-crop" in refused(*words, "--crop-range", 1.1)
+    assert "expected 1 or more" in refused(*words, "--ten-crop", "--crop-range", 0.9)
+    assert "multiple of 4" in refused(*words, "--image-size", 30)
+    assert "share from 0 to 1" in refused(*words, "--max-bad-share", 2)
+    assert "--num-classes is for tars" in refused(*words, "--num-classes", 5)
+    assert "no VQ weights file was given" in refused(*words[:-2])
+    words[3] = tmp_path / "nowhere"
+    assert "nowhere" in refused(*words)
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("")
+    words[3] = images
+    assert "exists and holds no shards" in refused(*words)
+
+
+def test_tars_give_the_codes_of_the_folder(tmp_path, tokenize, images):
+    import webdataset
+
+    files = sorted(images.glob("*/*.JPEG"))
+    for k, part in enumerate((files[:11], files[11:])):
+        with webdataset.TarWriter(str(tmp_path / f"t-{k}.tar"), encoder=False) as tar:
+            for file in part:
+                label = file.parent.name[1:].encode()
+                tar.write({"__key__": f"{file.parent.name}_{file.stem}", "jpg": file.read_bytes(), "cls": label})
+    assert tokenize(tmp_path / "tar", "--num-classes", 3, source=f"{tmp_path}/t-{{0..1}}.tar")[0] == 0
+    assert tokenize(tmp_path / "folder")[0] == 0
+    for a, b in zip(contents(tmp_path / "tar"), contents(tmp_path / "folder"), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_npy_files(tmp_path, run, refused):
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 64, (12, 10, 16)), rng.integers(0, 5, 12)
+    for name, values in (("c", codes[:, None]), ("l", labels[:, None])):
+        (tmp_path / name).mkdir()
+        for i, value in enumerate(values):
+            np.save(tmp_path / name / f"{i}.npy", value)
+    words = ("tokenize", "npy", "--codes", tmp_path / "c", "--labels", tmp_path / "l", "--out", tmp_path / "s")
+    words += ("--shard-images", 5, "--workers", 0)
+    assert "has the label" in refused(*words, "--num-classes", 2)
+    shutil.rmtree(tmp_path / "s")
+    code, out, _ = run(*words, "--num-classes", 5, "--vocabulary", 64)
+    assert code == 0, out
+    found = contents(tmp_path / "s")
+    assert found[0].tolist() == list(range(12))
+    np.testing.assert_array_equal(found[1], labels)
+    np.testing.assert_array_equal(found[2], codes.reshape(12, 10, 4, 4))
+    shutil.rmtree(tmp_path / "s")
+    assert "the vocabulary of 60 allows" in refused(*words, "--num-classes", 5, "--vocabulary", 60)
