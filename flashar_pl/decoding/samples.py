@@ -125,15 +125,22 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) 
     tokenizer's own rule to uint8 (clamp(127.5 x + 128, 0, 255), truncated, for its VQ).
 
     Raises:
-        ValueError: resizing a grid that is not square, or images of a tokenizer whose output is not continuous.
+        ValueError: see `check_resize`.
     """
-    height, width = (edge * tokenizer.downsample for edge in codes.shape[1:])
-    if side is None or (height, width) == (side, side):
+    size = (codes.shape[1] * tokenizer.downsample, codes.shape[2] * tokenizer.downsample)
+    if side is None or size == (side, side):
         return tokenizer.decode(codes)
-    if height != width or not isinstance(tokenizer, ConvTokenizer):
+    convolutional = check_resize(tokenizer, (codes.shape[1], codes.shape[2]), side)
+    resized = F.interpolate(tokenizer.decode_float(codes), size=(side, side), mode="bicubic")
+    return convolutional.to_uint8(resized)
+
+
+def check_resize(tokenizer: Tokenizer, grid: tuple[int, int], side: int) -> ConvTokenizer:
+    """The tokenizer, if the images it decodes from a grid (H, W) can be resized to side x side; else ValueError."""
+    if grid[0] != grid[1] or not isinstance(tokenizer, ConvTokenizer):
+        height, width = (edge * tokenizer.downsample for edge in grid)
         raise ValueError(
             f"images of {height} x {width} pixels from {type(tokenizer).__name__} cannot be resized to {side} x {side};"
             " expected square images of a convolutional tokenizer."
         )
-    resized = F.interpolate(tokenizer.decode_float(codes), size=(side, side), mode="bicubic")
-    return tokenizer.to_uint8(resized)
+    return tokenizer

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,7 +161,7 @@ def _from_arrays(
 
 def cached_reference(
     folder: Path | str,
-    description: dict[str, object],
+    description: Mapping[str, object],
     extractor: FeatureExtractor,
     build: Callable[[], ReferenceStatistics],
 ) -> ReferenceStatistics:
@@ -172,7 +172,7 @@ def cached_reference(
             {"file": file_digest(path)}.
         build: called once where there is no stored result.
     """
-    key = json.dumps({"format": FORMAT, "of": description, "extractor": extractor.fingerprint()}, sort_keys=True)
+    key = json.dumps({"format": FORMAT, "of": dict(description), "extractor": extractor.fingerprint()}, sort_keys=True)
     file = Path(folder) / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     if file.is_file():
         return load_reference(file)

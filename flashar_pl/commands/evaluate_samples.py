@@ -1,0 +1,152 @@
+"""What samples an evaluation draws, and what has to be loaded to draw them.
+
+Shapes: n samples, h x w pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.checkpoint import Dtype, Source, Weights, find_device, open_checkpoint
+
+if TYPE_CHECKING:
+    from flashar_pl.decoding.samples import SampleSet
+    from flashar_pl.metrics.extractor import FeatureExtractor
+    from flashar_pl.models import GridModel
+    from flashar_pl.tokenizers import Tokenizer
+
+LLAMAGEN_SIDE, EVALUATION_SIDE = 384, 256
+"""LlamaGen measures its 384-pixel models at 256 pixels."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know to draw its part. Plain values: it travels to other processes."""
+
+    out: str
+    checkpoint: str
+    weights: Weights
+    n_head: int | None
+    branch_layer: int | None
+    grid: tuple[int, int]
+    tokenizer: dict[str, Any]
+    dtype: Dtype
+    plan: str
+    sampling: dict[str, Any]
+    labels: list[int]
+    batch_size: int
+    seed: int
+    features: str
+    side: int | None
+    keep_images: bool
+    threads: int
+    """CPU threads of every process: the last bit of a sum on a CPU depends on it."""
+
+    def samples(self) -> SampleSet:
+        """The numbered samples; numbers behind the last repeat its class."""
+        import torch
+
+        from flashar_pl.decoding.samples import SampleSet
+        from flashar_pl.sampling import SamplingSettings
+
+        labels = torch.tensor(self.labels)  # (n,)
+        return SampleSet(
+            lambda numbers: labels[torch.tensor(numbers).clamp(max=len(labels) - 1)],
+            len(labels),
+            self.grid,
+            self.plan,
+            SamplingSettings(**self.sampling),
+            self.batch_size,
+            self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything loaded on one device."""
+
+    source: Source
+    tokenizer: Tokenizer
+    extractor: FeatureExtractor
+
+
+def load_bench(
+    checkpoint: str,
+    *,
+    weights: Weights,
+    n_head: int | None,
+    branch_layer: int | None,
+    grid: str | tuple[int, int] | None,
+    tokenizer: str | dict[str, Any] | None,
+    dtype: Dtype,
+    features: str,
+    device: str,
+) -> Bench:
+    """Load model, tokenizer and feature extractor onto one device."""
+    from flashar_pl.metrics.features import load_extractor
+    from flashar_pl.tokenizers import build_tokenizer
+
+    extractor = load_extractor(features)
+    source = open_checkpoint(
+        checkpoint,
+        weights=weights,
+        n_head=n_head,
+        branch_layer=branch_layer,
+        grid=grid,
+        tokenizer=tokenizer,
+        device=device,
+        dtype=dtype,
+    )
+    source.need_grid()
+    decoder = build_tokenizer(source.need_tokenizer())
+    if decoder.vocabulary != source.model.backbone.vocabulary:
+        raise ValueError(
+            f"the tokenizer has {decoder.vocabulary} codes, the model {source.model.backbone.vocabulary}; "
+            "give the tokenizer that made the training codes: --tokenizer."
+        )
+    place = find_device(device)
+    return Bench(source, decoder.to(place), extractor.to(place))
+
+
+def class_count(model: GridModel) -> int:
+    """Number of classes of a class-conditional model. Raises ValueError for any other model."""
+    from flashar_pl.backbones.llamagen import LlamaGen
+
+    backbone = model.backbone
+    if not isinstance(backbone, LlamaGen) or backbone.config.condition != "class":
+        raise ValueError("evaluate draws samples by class; this model is conditioned on text.")
+    return backbone.config.num_classes
+
+
+def image_size(bench: Bench, resize: int | None) -> tuple[int | None, tuple[int, int]]:
+    """The side to resize to (None = not at all) and the size (h, w) of the measured images.
+
+    Raises:
+        ValueError: images that cannot be resized.
+    """
+    from flashar_pl.decoding.samples import check_resize
+
+    grid, scale = bench.source.need_grid(), bench.tokenizer.downsample
+    decoded = (grid[0] * scale, grid[1] * scale)
+    if resize is None and decoded == (LLAMAGEN_SIDE, LLAMAGEN_SIDE):
+        resize = EVALUATION_SIDE
+    if resize is None or decoded == (resize, resize):
+        return None, decoded
+    check_resize(bench.tokenizer, grid, resize)
+    return resize, (resize, resize)
+
+
+def sample_labels(kind: str, n: int, num_classes: int, seed: int) -> list[int]:
+    """Classes of n samples. Balanced ones alternate, so that every run of consecutive samples is balanced too."""
+    import numpy as np
+
+    if kind == "balanced":
+        return [i % num_classes for i in range(n)]
+    return np.random.default_rng((seed, num_classes)).integers(num_classes, size=n).tolist()
+
+
+def absolute(path: str | Path) -> str:
+    """A path that other processes understand too."""
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,31 @@
+"""What the tests of `flashar evaluate` share."""
+
+from pathlib import Path
+
+import torch
+
+from flashar_pl.decoding import generate
+from flashar_pl.metrics.classifier import ClassifierFeatures
+from flashar_pl.models.weights import load_model
+from flashar_pl.tokenizers import PixelTokenizer
+
+
+def save_classifier(out: Path) -> str:
+    """An untrained classifier of the digits' size: its features still tell images apart."""
+    torch.manual_seed(3)
+    return str(ClassifierFeatures((8, 8), 10, 32).save(out))
+
+
+def evaluation(checkpoint: str, reference: str, features: str) -> list[object]:
+    """Words of a command line without --out: 75 samples in batches of 16, the last one partial."""
+    return [
+        *("evaluate", "--checkpoint", checkpoint, "--reference", reference, "--features", features),
+        *("--num-samples", 75, "--batch-size", 16),
+    ]
+
+
+def sample_images(checkpoint: str, n: int, seed: int, cfg_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (n, 3, 8, 8) and codes (n, 8, 8) of samples 0 .. n - 1 with balanced labels, in one plain batch."""
+    model = load_model(checkpoint).model
+    codes = generate(model, torch.arange(n) % 10, (8, 8), cfg_scale=cfg_scale, seeds=seed)
+    return PixelTokenizer(17).decode(codes), codes
