@@ -136,7 +136,7 @@ def _draw(axis: Any, panel: Panel, curves: dict[str, dict[str, Curve]]) -> None:
     for number, (run, found) in enumerate(curves.items()):
         for style, tag in enumerate(_matching(panel, found)):
             steps, values = found[tag]
-            few = len(steps) <= 30
+            few = len(steps) <= 12
             name = run if len(_matching(panel, found)) == 1 else f"{run}: {tag.split('/')[-1]}"
             axis.plot(
                 steps,

@@ -50,6 +50,7 @@ def report(
     seeds: str | list[int] = "0",
     timed_images: int = 30,
     batch_size: int = 100,
+    threads: int = 1,
     weights: Weights = "auto",
     check: bool = False,
 ) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def report(
         seeds: sample seeds, such as 0 or 0,1; FID and accuracy are means over them, with half their range.
         timed_images: images decoded one by one for the time per image, after a warm-up.
         batch_size: images sampled together.
+        threads: CPU threads; models this small are fastest on one.
         weights: which weights of the checkpoints: averaged ones where present (auto), raw, or ema.
         check: exit with 1 where a bound of the digits demo is missed.
     """
@@ -85,10 +87,12 @@ def report(
     target = require_new(out, "report")
     require_pyplot()
     seed_list = parse_classes(seeds)
-    if samples < 2 or timed_images < 1 or batch_size < 1:
+    if samples < 2 or min(timed_images, batch_size, threads) < 1:
         raise ValueError(
-            f"samples is {samples}, timed_images {timed_images}, batch_size {batch_size}; expected at least 2, 1, 1."
+            f"samples is {samples}, timed_images {timed_images}, batch_size {batch_size}, threads {threads}; "
+            "expected at least 2, 1, 1, 1."
         )
+    torch.set_num_threads(threads)
     manifest = Manifest.load(data)
     judge = Judge.build(ClassifierFeatures.load(classifier), manifest)
     rows = _rows(manifest, raster, flashar, scratch, weights)
@@ -99,7 +103,7 @@ def report(
         "bounds": bounds,
         "settings": {"samples": samples, "seeds": seed_list, "cfg_scale": 1.0, "picture_cfg_scale": PICTURE_CFG},
         "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "versions": versions(),
     }
     with new_directory(target, "report") as folder:
@@ -129,9 +133,8 @@ def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, we
     for key, source in sources.items():
         expected = RasterAR if key == "raster" else FlashAR
         if not isinstance(source.model, expected):
-            raise ValueError(
-                f"--{key} {source.path} is a {source.model.config()['kind']} model; expected another kind."
-            )
+            kind = source.model.config()["kind"]
+            raise ValueError(f"--{key} {source.path} is a {kind} model; expected {expected.__name__}.")
         check_data(source.model, manifest, source.grid, source.tokenizer)
     adapted = sources["flashar"].model
     assert isinstance(adapted, FlashAR)
@@ -282,7 +285,7 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     labels = torch.arange(classes).repeat_interleave(PICTURE_COLUMNS)
     settings = SamplingSettings(cfg_scale=PICTURE_CFG)
     pyplot = require_pyplot()
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 5.6), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 6.2), squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
         seeds = list(range(len(labels)))
         codes = sample_codes(row.model, labels, manifest.grid, row.plan, settings, seeds, len(labels))

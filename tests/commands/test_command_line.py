@@ -70,7 +70,7 @@ def test_help_lists_every_verb(run):
 
 def test_unknown_command_and_option_offer_the_closest_names(refused):
     assert "did you mean score" in refused("scor")
-    assert "did you mean tokenize digits?" in refused("tokenize", "digit")
+    assert "did you mean tokenize digits" in refused("tokenize", "digit")
     assert "did you mean --checkpoint" in refused("score", "--chekpoint", "x")
     assert "--num-images is 'a few'; expected a whole number" in refused(
         "generate", "--checkpoint", "x", "--out", "y", "--num-images", "a few"

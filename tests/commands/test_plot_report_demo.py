@@ -1,0 +1,288 @@
+"""`flashar classifier`, `plot`, `report`, `demo`."""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashar_pl.commands import demo as demo_module
+from flashar_pl.commands.common import Missed
+from flashar_pl.commands.plot import find_runs, read_scalars
+from flashar_pl.commands.report import check_bounds
+
+# --- classifier ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory, shards) -> str:
+    from flashar_pl.commands.classifier import classifier
+
+    return str(classifier(data=shards, out=str(tmp_path_factory.mktemp("judge") / "classifier"), epochs=2))
+
+
+def test_classifier_learns_and_refuses(run, refused, classifier, shards, work):
+    code, out, err = run("classifier", "--data", shards, "--out", "c", "--epochs", 4)
+    assert code == 0, err
+    assert float(out.split("accuracy ")[1].split()[0]) > 0.8
+    assert sorted(p.name for p in Path("c").iterdir()) == ["classifier.json", "classifier.safetensors"]
+    assert "c exists" in refused("classifier", "--data", shards, "--out", "c")
+    assert "flashar tokenize digits" in refused("classifier", "--data", "none", "--out", "d")
+
+
+# --- plot ----------------------------------------------------------------------------------------------------------
+
+
+def write_events(directory: Path, points: int = 20, **tags: float) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(directory)) as writer:
+        for step in range(points):
+            for tag, value in tags.items():
+                writer.add_scalar(tag.replace("__", "/"), value + step, step)
+
+
+def test_every_point_is_read(tmp_path):
+    """Guards the event reader's default, which keeps 10,000 points of a tag and drops the rest at random."""
+    write_events(tmp_path / "run", 10_500, train__loss=0.0)
+    steps, values = read_scalars(tmp_path / "run")["train/loss"]
+    assert steps == list(range(10_500))
+    assert values[-1] == 10_499
+
+
+def test_a_continued_run_keeps_the_last_value_of_a_step(tmp_path):
+    write_events(tmp_path / "run", 3, train__loss=0.0)
+    import time
+
+    time.sleep(1.1)  # event files are named by the second
+    write_events(tmp_path / "run", 2, train__loss=100.0)
+    assert read_scalars(tmp_path / "run")["train/loss"] == ([0, 1, 2], [100.0, 101.0, 2.0])
+
+
+def test_plot_draws_a_panel_per_quantity(run, work):
+    write_events(Path("runs/a"), train__loss=2.0, val__nll=70.0, lr__backbone=0.1, lr__gate=0.2)
+    write_events(Path("runs/b"), train__loss=3.0, val__gate_mean=0.5)
+    assert list(find_runs(["runs"])) == ["a", "b"]
+    code, out, err = run("plot", "runs", "--out", "curves.png")
+    assert code == 0, err
+    assert "4 panels of 2 runs" in out  # loss, nll, gate, learning rate
+    width, height = Image.open("curves.png").size
+    assert width > 1000
+    assert height > 500
+
+
+def test_plot_bad_input(refused, work, monkeypatch):
+    write_events(Path("empty"), other=1.0)
+    Path("there.png").write_text("mine")
+    assert "no TensorBoard event files below nowhere" in refused("plot", "nowhere")
+    assert "none of the known quantities" in refused("plot", "empty")
+    assert "there.png exists" in refused("plot", "empty", "--out", "there.png")
+    assert Path("there.png").read_text() == "mine"
+    assert ".png, .pdf or .svg" in refused("plot", "empty", "--out", "there.doc")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert "pip install 'flashar-pl[demo]'" in refused("plot", "empty")
+
+
+# --- report --------------------------------------------------------------------------------------------------------
+
+
+def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, classifier, shards, work):
+    words = ("--raster", raster_model, "--flashar", flashar_model, "--scratch", flashar_model, "--data", shards)
+    more = ("--classifier", classifier, "--samples", 40, "--seeds", "0,1", "--timed-images", 2, "--batch-size", 16)
+    code, out, err = run("report", *words, *more, "--out", "report", "--check")
+    assert code == 1, err  # untrained models: the numbers are there, the bounds are missed
+    assert "bounds missed: raster NLL" in err
+    assert sorted(p.name for p in Path("report").iterdir()) == ["gate.png", "report.json", "report.md", "samples.png"]
+    values = json.loads(Path("report/report.json").read_text())
+    rows = values["rows"]
+    assert list(rows) == ["raster", "flashar", "training_free", "scratch"]
+    assert [row["steps"] for row in rows.values()] == [64, 15, 15, 15]
+    assert rows["flashar"]["nll_nats_per_image"] == rows["scratch"]["nll_nats_per_image"]
+    assert rows["flashar"]["per_seed"] == rows["scratch"]["per_seed"]
+    assert rows["raster"]["per_seed"]["fid"][0] != rows["raster"]["per_seed"]["fid"][1]
+    assert rows["raster"]["fid"] == statistics.mean(rows["raster"]["per_seed"]["fid"])
+    assert rows["raster"]["speed_up"] == 1
+    _, scored, _ = run(
+        "score", "--checkpoint", raster_model, "--data", shards, "--plan", "diagonal", "--branch-layer", 1
+    )
+    assert rows["training_free"]["nll_nats_per_image"] == pytest.approx(json.loads(scored)["nll_nats_per_image"])
+    assert np.array(values["gate_map"]).shape == (8, 8)
+    assert np.array(values["gate_map"])[0, 1:].tolist() == [1.0] * 7  # first row: horizontal head only
+    text = Path("report/report.md").read_text()
+    assert text in out
+    assert "latency" in text
+    assert "MISSED: raster NLL" in text
+
+
+def test_report_never_overwrites(refused, work):
+    Path("report").mkdir()
+    words = ("--raster", "a", "--flashar", "b", "--data", "c", "--classifier", "d")
+    assert "report exists" in refused("report", *words, "--out", "report")
+
+
+def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model, classifier, shards, work):
+    base = ("report", "--data", shards, "--classifier", classifier, "--out", "report")
+    swapped = refused(*base, "--raster", flashar_model, "--flashar", raster_model)
+    assert "is a flashar model; expected RasterAR" in swapped
+    assert "classifier.json is missing" in refused(
+        "report", "--data", shards, "--classifier", "none", "--out", "r", "--raster", "x", "--flashar", "y"
+    )
+    assert not list(work.iterdir())
+
+
+GOOD = {
+    "raster": {"nll_nats_per_image": 72.0, "accuracy": 0.94, "steps": 64, "speed_up": 1.0},
+    "flashar": {"nll_nats_per_image": 73.5, "accuracy": 0.93, "steps": 15, "speed_up": 2.4},
+    "training_free": {"nll_nats_per_image": 105.0, "accuracy": 0.3, "steps": 15, "speed_up": 2.4},
+    "scratch": {"nll_nats_per_image": 81.0, "accuracy": 0.6, "steps": 15, "speed_up": 2.4},
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "bad"),
+    [
+        ("raster", "nll_nats_per_image", 76.0),
+        ("raster", "accuracy", 0.87),
+        ("flashar", "nll_nats_per_image", 76.1),
+        ("flashar", "accuracy", 0.87),
+        ("flashar", "steps", 16),
+        ("flashar", "speed_up", 1.49),
+        ("training_free", "nll_nats_per_image", 86.9),
+        ("scratch", "nll_nats_per_image", 76.4),
+    ],
+)
+def test_each_bound_can_be_missed(row, key, bad):
+    assert all(bound["met"] for bound in check_bounds(GOOD))
+    found = {name: dict(values) for name, values in GOOD.items()}
+    found[row][key] = bad
+    assert not all(bound["met"] for bound in check_bounds(found))
+
+
+# --- demo ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def staged(work, monkeypatch):
+    """A demo whose sub-processes only leave the files that mark them as done; yields their command lines."""
+    Path("experiments").mkdir()
+    for name in ("raster", "flashar", "scratch"):
+        Path(f"experiments/demo_{name}.yaml").touch()
+    calls: list[list[str]] = []
+
+    class Finished:
+        def __init__(self, stage):
+            calls.append(stage.words)
+            (stage.directory / stage.last).parent.mkdir(parents=True, exist_ok=True)
+            if stage.last:
+                (stage.directory / stage.last).touch()
+            else:
+                stage.directory.mkdir()
+
+        def wait(self) -> int:
+            return 0
+
+        poll = wait
+
+    monkeypatch.setattr(demo_module, "start", Finished)
+    monkeypatch.setattr(demo_module, "plot", lambda *runs, out: Path(out).touch())
+
+    def tokenize(out: str) -> None:
+        Path(out).mkdir(parents=True)
+        Path(out, "manifest.json").touch()
+
+    monkeypatch.setattr(demo_module, "tokenize_digits", tokenize)
+    return calls
+
+
+def test_demo_runs_the_commands_a_user_would_type(run, refused, staged):
+    code, out, err = run("demo")
+    assert code == 0, err
+    assert [words[0] for words in staged] == ["classifier", "fit", "fit", "report"]
+    assert staged[1] == ["fit", "--config", "experiments/demo_raster.yaml"]
+    assert staged[2] == ["fit", "--config", "experiments/demo_flashar.yaml"]
+    assert "--check" in staged[3]
+    assert "left in all" in out
+    for name in (
+        "report.md",
+        "report.json",
+        "samples.png",
+        "gate.png",
+        "convergence.png",
+        "tensorboard --logdir runs/demo",
+    ):
+        assert name in out.split("files:")[1]
+    assert "--overwrite" in refused("demo")
+
+
+def test_full_demo_adds_the_contrast_and_reuses_what_is_there(run, staged):
+    assert run("demo")[0] == 0
+    staged.clear()
+    code, _, err = run("demo", "--full")
+    assert code == 0, err
+    assert [words[0] for words in staged] == ["fit", "report"]
+    assert staged[0] == ["fit", "--config", "experiments/demo_scratch.yaml"]
+    assert "--scratch" in staged[1]
+    assert staged[1][-1] == "0,1"
+
+
+def test_demo_moves_unfinished_and_old_results_aside(run, staged):
+    Path("runs/demo/raster").mkdir(parents=True)
+    Path("runs/demo/raster/half").touch()
+    assert run("demo")[0] == 0
+    assert Path("runs/demo/raster.unfinished-1/half").exists()
+    assert run("demo", "--overwrite")[0] == 0
+    assert Path("runs/demo.old-1/report").exists()
+    assert Path("runs/demo/report").exists()
+
+
+def test_demo_elsewhere_overrides_every_place(run, staged):
+    assert run("demo", "--out", "o", "--data", "d")[0] == 0
+    words = " ".join(staged[2])
+    for part in (
+        "--trainer.default_root_dir o/flashar",
+        "--model.init_from o/raster/checkpoints/last.ckpt",
+        "--model.validation.features o/classifier",
+        "--data.shards d",
+    ):
+        assert part in words
+    assert "init_from" not in " ".join(staged[1])
+
+
+def test_demo_reports_a_failed_stage_and_a_missed_bound(run, refused, staged, monkeypatch):
+    monkeypatch.setattr(demo_module, "run_process", lambda stage: 2)
+    assert "`flashar classifier` ended with exit code 2" in refused("demo")
+
+    def missed(stage):
+        (stage.directory / stage.last).parent.mkdir(parents=True, exist_ok=True)
+        (stage.directory / stage.last).touch()
+        return int(stage.words[0] == "report")
+
+    monkeypatch.setattr(demo_module, "run_process", missed)
+    code, out, err = run("demo")
+    assert code == 1
+    assert "a bound was missed" in err
+    assert "files:" in out
+    with pytest.raises(Missed):
+        demo_module.demo(out="runs/second", data="data/digits")
+
+
+def test_demo_outside_a_checkout(refused, work):
+    assert "experiments/demo_raster.yaml" in refused("demo")
+
+
+def test_the_demo_yamls_name_the_places_the_demo_expects():
+    """Guards the one fact told twice: a default run needs no overrides."""
+    import yaml
+
+    root = Path(__file__).parents[2]
+    for stage in demo_module.plan_stages(Path(demo_module.OUT), demo_module.DATA, full=True)[1:]:
+        config = yaml.safe_load((root / stage.words[2]).read_text())
+        assert config["trainer"]["default_root_dir"] == str(stage.directory)
+        assert config["data"]["shards"] == demo_module.DATA
+        assert config["model"]["validation"]["features"] == f"{demo_module.OUT}/classifier"
+        callback = config["trainer"]["callbacks"][0]["init_args"]
+        assert callback["filename"] == "last"
+        if stage.directory.name == "flashar":
+            assert config["model"]["init_from"] == f"{demo_module.OUT}/raster/{demo_module.LAST}"
