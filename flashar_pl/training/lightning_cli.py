@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -101,6 +102,7 @@ class ExperimentCLI(LightningCLI):
         self._resumed: dict[str, Any] | None = None
         self._checkpoint = checkpoint_of(words)
         _quiet()
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # text under a field is its help
         options = {"exit_on_error": False, "allow_abbrev": False}
         with tempfile.TemporaryDirectory() as folder:
             if self._checkpoint is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -91,22 +92,27 @@ class FlashARModule(LightningModule):
         present = self.trainer.callbacks  # type: ignore[attr-defined]
         return [callback for callback in self._run_callbacks if callback not in present]
 
+    @property
+    def _strategy(self) -> Strategy | None:
+        """None without a Trainer: a model can be built and looked at before there is one."""
+        return None if self._trainer is None else self._trainer.strategy
+
     def configure_model(self) -> None:
         """Build the model with new float32 weights, once; a sharded one without weights."""
         if hasattr(self, "net"):
             return
-        self.net = new_model(self.model_config, self.trainer.strategy)
+        self.net = new_model(self.model_config, self._strategy)
         if self.ema_decay is not None:
-            self.ema = new_model(self.model_config, self.trainer.strategy).requires_grad_(False)
+            self.ema = new_model(self.model_config, self._strategy).requires_grad_(False)
 
     def load_initial_weights(self) -> None:
-        """Read `init_from` and copy the result into the averaged weights, unless a checkpoint is or will be restored."""
-        if self._has_weights or self.trainer.ckpt_path is not None:
+        """Read `init_from` and copy it into the averaged weights, unless a checkpoint is or will be restored."""
+        if self._has_weights or (self._trainer is not None and self._trainer.ckpt_path is not None):
             return
         self._has_weights = True
         if self.init_from is not None:
             check_initial_file(self.init_from)
-        report = first_weights(self.net, self.init_from, self.trainer.strategy)
+        report = first_weights(self.net, self.init_from, self._strategy)
         if report is not None:
             rank_zero_info(str(report))
         if self.ema is not None:

@@ -1,4 +1,4 @@
-"""Where strategies differ: how a model is built and gets its first weights, and what they must know of frozen parameters."""
+"""Where strategies differ: how a model is built and gets its first weights, and what they must know of freezing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from flashar_pl.models.weights import InitReport, build_model, initialise
 from flashar_pl.training.fsdp import ShardedStrategy
 
 
-def new_model(config: dict[str, Any], strategy: Strategy) -> GridModel:
+def new_model(config: dict[str, Any], strategy: Strategy | None) -> GridModel:
     """The model of `build_model(config)` in float32: with random weights, or cut into shards that wait for theirs."""
     if isinstance(strategy, ShardedStrategy):
         return strategy.build(config)
     return build_model(config).float()
 
 
-def first_weights(model: GridModel, path: str | None, strategy: Strategy) -> InitReport | None:
+def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:
     """The weights a run starts from: those of `path`, else random ones. All strategies give equal values.
 
     Raises ValueError as `initialise` does.
