@@ -16,32 +16,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_images import make_images, vq_state
 
 from flashar_pl.data.images import centre_crop, ten_crop
 from flashar_pl.data.shards import Manifest, ShardReader, verify
 from flashar_pl.tokenizers import VQ16
 
-CLASSES, EACH = 3, 9
+CLASSES, EACH = 3, 9  # as make_images has them
 SMALL = ("--image-size", 16, "--shard-images", 5, "--block", 3, "--workers", 0)
-
-
-def make_images(root: Path, classes: int = CLASSES, each: int = EACH) -> Path:
-    """Blurred noise as small JPEGs of various sizes."""
-    rng = np.random.default_rng(0)
-    for c in range(classes):
-        (root / f"n{c}").mkdir(parents=True)
-        for i in range(each):
-            pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            size = [int(v) for v in rng.integers(18, 60, 2)]
-            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(
-                root / f"n{c}" / f"{i}.JPEG", quality=95
-            )
-    return root
-
-
-def vq_state() -> dict[str, torch.Tensor]:
-    with np.load(Path(__file__).parent.parent / "golden" / "vq" / "vq_tiny.npz") as arrays:
-        return {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}
 
 
 @pytest.fixture(scope="module")
