@@ -112,6 +112,8 @@ class Emu35Config:
         )
 
 
+NO_TEXT = (151849, 2610, 525, 264, 10950, 17847, 13, 13872, 25, 220, 35560, 3846, 2821, 25, 220, 151746)
+"""Ids of the published unconditional prompt; `Emu35Text.unconditional` makes them from the rank file."""
 PRESETS: dict[str, Emu35Config] = {
     "emu35-34b": Emu35Config(  # 34,103,460,864 parameters with full heads
         dim=5120,
@@ -126,6 +128,7 @@ PRESETS: dict[str, Emu35Config] = {
         visual_token_offset=282926 - 131072,
         eol_token_id=151846,
         boi_token_id=151852,
+        unconditional_prompt=NO_TEXT,
     ),
 }
 """Published sizes, for measurements with random weights. A checkpoint is read with its own config.json."""

@@ -60,6 +60,8 @@ UNCONDITIONAL = {
 MAX_PROMPT = 4096
 """Default limit of a prompt's tokens; the rest of the model's 32,768 positions is for the image."""
 
+RANK_FILE, SPECIAL_FILE = "emu3.tiktoken", "emu3_vision_tokens.txt"
+"""Names of the released assets; the second may be absent."""
 ADVICE = "Give the path of emu3.tiktoken, which comes with BAAI/Emu3.5-Image; nothing is downloaded for you."
 
 
@@ -99,8 +101,8 @@ class Emu35Text:
     def from_directory(cls, directory: str | Path) -> Emu35Text:
         """The tokenizer of a directory with the released files; emu3_vision_tokens.txt may be absent."""
         folder = Path(directory).expanduser()
-        listed = folder / "emu3_vision_tokens.txt"
-        return cls(folder / "emu3.tiktoken", listed if listed.is_file() else None)
+        listed = folder / SPECIAL_FILE
+        return cls(folder / RANK_FILE, listed if listed.is_file() else None)
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text after NFC normalisation. parse_special: `<|name|>` becomes the token of that name."""

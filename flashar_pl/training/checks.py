@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig
 
 PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
@@ -40,10 +41,13 @@ def check_precision(precision: str) -> None:
         )
 
 
-def check_data(datamodule: Any, config: LlamaGenConfig) -> None:
+def check_data(datamodule: Any, config: LlamaGenConfig | Emu35Config) -> None:
     """ValueError if the shards do not fit the model. A data module without `check_model` is not checked."""
     check = getattr(datamodule, "check_model", None)
     if check is None:
+        return
+    if isinstance(config, Emu35Config):
+        check(vocabulary=config.n_codes)
         return
     of_class = config.condition == "class"
     check(

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig, preset
+from flashar_pl.backbones import emu35, llamagen
+from flashar_pl.backbones.emu35 import Emu35, Emu35Config
+from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
+from flashar_pl.models.directories import backbone_config
+from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.training.stages import Schedule
 
 STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
@@ -18,26 +23,72 @@ class BackboneConfig:
     """The raster model."""
 
     preset: str | None = None
-    """Published size, such as llamagen-b; None = options give every size."""
+    """Published size, such as llamagen-b or emu35-34b; None = options give every size."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of LlamaGenConfig that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
+    """Fields of LlamaGenConfig or Emu35Config that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
+    directory: str | None = None
+    """Directory with released Emu3.5 weights whose config.json gives the sizes, in place of a preset."""
+    kind: Literal["llamagen", "emu35"] | None = None
+    """Family of a model without preset and directory; None = llamagen."""
 
-    def resolve(self) -> LlamaGenConfig:
-        """The full configuration. ValueError for an unknown preset or option (the closest names are offered)."""
-        if self.preset is not None:
-            return preset(self.preset, **self.options)
-        known = [f.name for f in fields(LlamaGenConfig)]
+    def resolve(self) -> LlamaGenConfig | Emu35Config:
+        """The full configuration. An Emu3.5 model has visual heads only, unless options say heads: full.
+
+        Raises:
+            ValueError: an unknown preset or option (the closest names are offered), a missing size, more than one of
+                preset and directory, or a family that they contradict.
+        """
+        family = self._family()
+        known = {f.name: f.default is MISSING for f in fields(family)}
         for key in self.options:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
                 raise ValueError(f"model.backbone.options has no {key!r}; closest: {', '.join(near)}.")
-        missing = [name for name in ("dim", "n_layer", "n_head") if name not in self.options]
+        if self.preset is not None and family is LlamaGenConfig:
+            return llamagen.preset(self.preset, **self.options)
+        visual = {"heads": "visual"} if family is Emu35Config else {}
+        if self.preset is not None:
+            return emu35.preset(self.preset, **{**visual, **self.options})
+        if self.directory is not None:
+            return Emu35Config(**{**_released(self.directory), **self.options})
+        missing = [name for name, needed in known.items() if needed and name not in self.options]
         if missing:
             raise ValueError(
                 f"model.backbone has neither a preset nor {', '.join(missing)} in options; "
-                "expected for example preset: llamagen-b."
+                f"expected for example preset: {'llamagen-b' if family is LlamaGenConfig else 'emu35-34b'}."
             )
-        return LlamaGenConfig(**self.options)
+        return family(**{**visual, **self.options})
+
+    def _family(self) -> type[LlamaGenConfig] | type[Emu35Config]:
+        """What `preset`, `directory` or `kind` says, if they agree."""
+        if self.preset is not None and self.directory is not None:
+            raise ValueError(
+                f"model.backbone has preset {self.preset!r} and directory {self.directory!r}; expected one of them."
+            )
+        found: str | None = Emu35.kind if self.directory is not None else None
+        if self.preset is not None:
+            known = [*llamagen.PRESETS, *emu35.PRESETS]
+            if self.preset not in known:
+                near = difflib.get_close_matches(self.preset, known, n=3, cutoff=0.3) or known
+                raise ValueError(f"model.backbone has no preset {self.preset!r}; closest: {', '.join(near)}.")
+            found = Emu35.kind if self.preset in emu35.PRESETS else LlamaGen.kind
+        if self.kind is not None and found not in (None, self.kind):
+            raise ValueError(
+                f"model.backbone.kind is {self.kind!r}, but {self.preset or self.directory} is an {found} model; "
+                "leave kind out."
+            )
+        if (found or self.kind or LlamaGen.kind) == LlamaGen.kind:
+            return LlamaGenConfig
+        return Emu35Config
+
+
+def _released(directory: str) -> dict[str, Any]:
+    """Fields of Emu35Config from a directory of released weights; the unconditional prompt if its tokens are there."""
+    values = backbone_config(directory, "visual")
+    del values["kind"]
+    if (Path(directory) / RANK_FILE).is_file():
+        values["unconditional_prompt"] = Emu35Text.from_directory(directory).unconditional("official").tolist()
+    return values
 
 
 @dataclass(frozen=True)
@@ -153,7 +204,8 @@ class ValidationConfig:
 def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
     """The argument of `flashar_pl.models.weights.build_model`."""
     config = backbone.resolve()
-    described = {"kind": LlamaGen.kind, **{f.name: getattr(config, f.name) for f in fields(config)}}
+    kind = LlamaGen.kind if isinstance(config, LlamaGenConfig) else Emu35.kind
+    described = {"kind": kind, **_without_tuples(asdict(config))}
     if flashar is None:
         return {"kind": "raster", "backbone": described}
     if not 0 <= flashar.branch_layer <= config.n_layer:
