@@ -1,0 +1,321 @@
+"""`flashar plan`: memory, time and decoding floor of a training run, by arithmetic.
+
+torch is imported inside the functions: `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashar_pl.commands.benchmark_table import markdown
+from flashar_pl.commands.common import parse_grid, require_new, write_json
+
+if TYPE_CHECKING:
+    from flashar_pl.planner.sizes import ModelSizes
+    from flashar_pl.planner.training import TrainingSetup
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet, for epochs of shards that are not there yet."""
+
+
+def plan(
+    *,
+    config: str | None = None,
+    preset: str | None = None,
+    gpus: int = 8,
+    gpu_memory: float | None = None,
+    gpu: Literal["h20", "h100", "h200", "a100"] = "h20",
+    mfu: float = 0.4,
+    samples: int | None = None,
+    strategy: Literal["fsdp", "ddp"] | None = None,
+    replicas: int | None = None,
+    moments: Literal["fp32", "8bit", "cpu"] | None = None,
+    checkpointing: Literal["on", "off"] | None = None,
+    grid: str | None = None,
+    prefix: int | None = None,
+    steps: int | None = None,
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Say what a training run needs before it is started: parameters, bytes per GPU, hours, and the decoding floor.
+
+    Everything is arithmetic on the configuration; no weights, data or GPU are needed. Options given here win over the
+    file. Communication is not in the time: it is hidden or part of the stated MFU. GB are 10^9 bytes.
+
+    Example:
+        flashar plan --config experiments/llamagen_l_256.yaml --gpus 8 --gpu-memory 96
+
+    Args:
+        config: YAML of a training run.
+        preset: a published size as FlashAR instead of a file: llamagen-b, -l, -xl, -xxl, -3b, -xl-t2i, emu35-34b.
+        gpus: GPUs of all nodes together.
+        gpu_memory: GB of one GPU. Default: that of --gpu.
+        gpu: whose published FLOP and memory rates are used.
+        mfu: share of the published FLOP rate that training reaches.
+        samples: samples of one forward on one GPU. Default: the file's batch size over the GPUs; 1 for a preset.
+        strategy: fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's.
+        replicas: copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1.
+        moments: optimizer state: fp32, 8bit, or cpu (with weights and gradients). Default: the file's, or fp32.
+        checkpointing: whether blocks are run again in the backward pass. Default: the file's; on for a preset.
+        grid: code grid HEIGHTxWIDTH. Default: of the shards, else guessed from their name, else of the family.
+        prefix: prefix positions. Default: 1 class token, 120 caption positions, or a prompt of 50 tokens.
+        steps: optimizer steps of the run. Default: the file's, or 50,000.
+        out: also write the numbers to this new JSON file.
+    """
+    from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
+    from flashar_pl.planner.training import training_memory, training_time, usable
+
+    if (config is None) == (preset is None):
+        raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
+    if out is not None:
+        require_new(out, "plan")
+    run = read_run(config, gpus) if config is not None else preset_run(str(preset), gpus)
+    sizes = run.sizes
+    given: dict[str, Any] = {
+        "gpus": gpus,
+        "samples": samples,
+        "sharded": None if strategy is None else strategy == "fsdp",
+        "replicas": replicas,
+        "moments": moments,
+        "checkpointing": None if checkpointing is None else checkpointing == "on",
+        "grid": parse_grid(grid),
+        "prefix": prefix,
+        "total_steps": steps,
+    }
+    setup = replace(run.setup, **{name: value for name, value in given.items() if value is not None})
+    if setup.moments == "cpu" and not setup.sharded:
+        raise ValueError("moments cpu needs --strategy fsdp, which can keep shards in CPU memory.")
+    rates = GPUS[gpu]
+    memory = int(1e9 * (rates.memory if gpu_memory is None else gpu_memory))
+    stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
+    totals = {stage: training_memory(sizes, setup, stage) for stage in stages}
+    peak, room = max(each.total for each in totals.values()), usable(memory)
+    result: dict[str, Any] = {
+        "config": config or preset,
+        "setup": asdict(setup),
+        "notes": run.notes,
+        "parameters": sizes.parameters(),
+        "memory": {f"stage{stage}": {**asdict(each), "total": each.total} for stage, each in totals.items()},
+        "host_bytes_per_process": _host_bytes(sizes, setup),
+        "gpu": {"name": gpu, "memory": memory, "usable": room, "flops": rates.flops, "bandwidth": rates.bandwidth},
+        "fits": peak <= room,
+        "changes": [] if peak <= room else what_would_fit(sizes, setup, room),
+        "gpus_that_fit": None if peak <= room else gpus_that_fit(sizes, setup, room),
+        "mfu": mfu,
+        "time": training_time(sizes, setup, rates.flops, mfu),
+        "decode": decode_floors(sizes, setup.grid, setup.prefix, rates.bandwidth, rates.flops),
+    }
+    print(report(result))
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
+    from flashar_pl.planner.training import host_bytes
+
+    return host_bytes(sizes, setup)
+
+
+@dataclass
+class Run:
+    """What a file or a preset says."""
+
+    sizes: ModelSizes
+    setup: TrainingSetup
+    notes: list[str]
+    """What was assumed."""
+
+
+def preset_run(preset: str, gpus: int) -> Run:
+    """A published size as FlashAR with the paper's branch layer, one sample per GPU, sharded, checkpointed."""
+    from flashar_pl.planner import model_sizes
+    from flashar_pl.planner.training import TrainingSetup
+
+    sizes = model_sizes({"kind": "flashar", "backbone": {"preset": preset}})
+    grid, note = _family_grid(sizes)
+    return Run(sizes, TrainingSetup(grid=grid, gpus=gpus), [note])
+
+
+def read_run(path: str, gpus: int) -> Run:
+    """Model and setup from a training YAML.
+
+    Raises:
+        ValueError: no such file, not a training configuration, or a batch that the GPUs cannot share.
+    """
+    import yaml
+
+    from flashar_pl.planner import model_sizes
+    from flashar_pl.planner.training import TrainingSetup
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no configuration {file}; expected a YAML such as experiments/llamagen_l_256.yaml.")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    if not isinstance(values, dict) or "backbone" not in (values.get("model") or {}):
+        raise ValueError(f"{file} has no model.backbone; expected the configuration of `flashar fit`.")
+    model, data, trainer = values["model"], values.get("data") or {}, values.get("trainer") or {}
+    sizes = model_sizes(model_values(model))
+    notes: list[str] = []
+    grid = _grid(sizes, data.get("shards"), notes)
+    batch = int(data.get("batch_size", 64))
+    if batch % gpus:
+        raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
+    accumulate = int(trainer.get("accumulate_grad_batches", 1))
+    schedule, settings = model.get("schedule") or {}, strategy_values(trainer)
+    share = schedule.get("stage1_share")
+    setup = TrainingSetup(
+        grid=grid,
+        plan="diagonal" if sizes.flashar else "raster",
+        gpus=gpus,
+        samples=batch // gpus,
+        accumulate=accumulate,
+        mixed="bf16" in str(trainer.get("precision", "32-true")) or settings["sharded"],
+        ema=bool(model.get("ema_decay")),
+        total_steps=_steps(trainer, data, batch * accumulate, notes),
+        stage1_share=(0.2 if sizes.flashar else 0.0) if share is None else float(share),
+        moments=optimiser_moments(model),
+        **settings,
+    )
+    return Run(sizes, setup, notes)
+
+
+def model_values(model: dict[str, Any]) -> dict[str, Any]:
+    """The argument of `model_sizes` from the model section of a training YAML."""
+    given = model["backbone"]
+    backbone = {**(given.get("options") or {})}
+    if given.get("preset") is not None:
+        backbone["preset"] = given["preset"]
+    if given.get("kind") is not None:
+        backbone["kind"] = given["kind"]
+    flashar = model.get("flashar")
+    return {"kind": "raster", "backbone": backbone} if flashar is None else {**flashar, "backbone": backbone}
+
+
+def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Sharding, replicas and checkpointing from the trainer section."""
+    strategy = trainer.get("strategy") or "auto"
+    options = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    name = str(strategy.get("class_path", "") if isinstance(strategy, dict) else strategy).lower()
+    sharded = "shard" in name or "fsdp" in name or "modelparallel" in name
+    return {"sharded": sharded, "checkpointing": bool(options.get("checkpointing", sharded))}
+
+
+def optimiser_moments(model: dict[str, Any]) -> Any:
+    """Optimizer state from the model section."""
+    return (model.get("optimiser") or {}).get("state", "fp32")
+
+
+def _grid(sizes: ModelSizes, shards: Any, notes: list[str]) -> tuple[int, int]:
+    """The grid of the shards: from their manifest, from a name such as imagenet_256, or the family's usual one."""
+    import json
+
+    manifest = Path(str(shards)) / "manifest.json"
+    if shards and manifest.is_file():
+        height, width = json.loads(manifest.read_text(encoding="utf-8"))["grid"]
+        return int(height), int(width)
+    if shards and (found := re.search(r"_(\d{2,4})$", str(shards).rstrip("/"))):
+        side = int(found[1]) // 16
+        notes.append(f"grid {side}x{side} guessed from the name {shards} ({found[1]} pixels, 16 per code)")
+        return side, side
+    grid, note = _family_grid(sizes)
+    notes.append(note)
+    return grid
+
+
+def _family_grid(sizes: ModelSizes) -> tuple[tuple[int, int], str]:
+    side = 32 if sizes.row_ends else 16
+    return (side, side), f"grid {side}x{side} assumed; give --grid for another one"
+
+
+def _steps(trainer: dict[str, Any], data: dict[str, Any], batch: int, notes: list[str]) -> int:
+    """Optimizer steps: max_steps, or epochs over the shards."""
+    if int(trainer.get("max_steps") or -1) > 0:
+        return int(trainer["max_steps"])
+    if trainer.get("max_epochs"):
+        notes.append(f"epochs counted with {IMAGENET:,} images (ImageNet)")
+        return int(trainer["max_epochs"]) * (IMAGENET // batch)
+    notes.append("50,000 steps assumed; give --steps for another number")
+    return 50_000
+
+
+def decode_floors(
+    sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, bandwidth: float, rate: float
+) -> list[dict[str, Any]]:
+    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run."""
+    from flashar_pl.planner import decode_job, decode_memory
+
+    found = []
+    for name in ("raster", "diagonal") if sizes.flashar else ("raster",):
+        job = decode_job(sizes, name, grid, prefix=prefix)
+        found.append(
+            {
+                "plan": name,
+                "steps": job.plan.n_steps,
+                "bytes": job.bytes,
+                "flops": job.flops,
+                "floor_s": job.floor(bandwidth, rate),
+                "memory": decode_memory(sizes, name, grid, prefix=prefix).total,
+            }
+        )
+    return found
+
+
+def report(result: dict[str, Any]) -> str:
+    """The numbers as Markdown."""
+    setup, gpu, time = result["setup"], result["gpu"], result["time"]
+    roles = [[role, f"{count:,}"] for role, count in result["parameters"].items() if count]
+    roles.append(["total", f"{sum(result['parameters'].values()):,}"])
+    stages = list(result["memory"])
+    names = list(result["memory"][stages[0]])
+    lines = [[name, *(f"{result['memory'][stage][name] / 1e9:.2f}" for stage in stages)] for name in names]
+    kind = "FSDP2" if setup["sharded"] else "DDP" if setup["gpus"] > 1 else "one GPU"
+    state = {"fp32": "float32 moments", "8bit": "8-bit moments", "cpu": "state in CPU memory"}[setup["moments"]]
+    text = [
+        f"{result['config']}: {setup['gpus']} GPU(s), {kind}, {setup['samples']} sample(s) per GPU and forward, "
+        f"{state}, {'with' if setup['checkpointing'] else 'without'} activation checkpointing, "
+        f"grid {setup['grid'][0]}x{setup['grid'][1]}",
+        *(f"note: {note}" for note in result["notes"]),
+        markdown(("parameters", "number"), roles),
+        markdown(("GB per GPU", *stages), lines),
+        _verdict(result),
+        f"FLOPs per GPU and step: {', '.join(f'{stage} {count / 1e12:.1f} TF' for stage, count in time['step_flops_per_gpu'].items())}; "  # noqa: E501
+        f"{setup['total_steps']:,} steps take {time['hours']:.1f} h, {time['gpu_hours']:.0f} GPU-hours, at "
+        f"{result['mfu']:.0%} of {gpu['flops'] / 1e12:.0f} TFLOP/s ({gpu['name']})",
+        "decoding one guided image in bfloat16:\n\n"
+        + markdown(
+            ("plan", "steps", "GB moved", "TFLOP", f"floor ms ({gpu['name']})", "GB needed"),
+            [
+                [
+                    each["plan"],
+                    str(each["steps"]),
+                    f"{each['bytes'] / 1e9:.1f}",
+                    f"{each['flops'] / 1e12:.2f}",
+                    f"{1e3 * each['floor_s']:.1f}",
+                    f"{each['memory'] / 1e9:.1f}",
+                ]
+                for each in result["decode"]
+            ],
+        ),
+    ]
+    return "\n\n".join(text)
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    gpu = result["gpu"]
+    peak = max(stage["total"] for stage in result["memory"].values())
+    room = f"{gpu['usable'] / 1e9:.1f} of {gpu['memory'] / 1e9:.0f} GB"
+    host = result["host_bytes_per_process"]
+    extra = f" CPU memory: {host / 1e9:.1f} GB per process." if host else ""
+    if result["fits"]:
+        return f"fits: {peak / 1e9:.1f} GB of {room} (the rest for fragmentation).{extra}"
+    advice = [f"{text}: {total / 1e9:.1f} GB" for text, total in result["changes"]]
+    if result["gpus_that_fit"]:
+        advice.append(f"{result['gpus_that_fit']} GPUs with FSDP2")
+    tips = "\n".join(f"- {tip}" for tip in advice) or "- larger GPUs: no change of this run is enough"
+    return f"does NOT fit: {peak / 1e9:.1f} GB, and {room} can be used.{extra} What would fit:\n{tips}"

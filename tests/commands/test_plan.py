@@ -1,0 +1,107 @@
+"""`flashar plan`: every YAML in experiments/ can be planned, and a run that does not fit comes with advice."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashar_pl.commands.plan import plan
+from flashar_pl.planner import model_sizes
+from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
+from flashar_pl.planner.training import TrainingSetup, peak_total, usable
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_can_be_planned(path, capsys):
+    result = plan(config=str(path), gpus=1 if path.stem.startswith("demo") else 8)
+    assert sum(result["parameters"].values()) > 1000
+    assert "GPU-hours" in capsys.readouterr().out
+
+
+def test_the_published_recipe(run, work):
+    """The paper's LlamaGen-L: 62,550 steps of batch 512 on 8 H20, with float32 state and without sharding."""
+    path = next(path for path in EXPERIMENTS if path.stem == "llamagen_l_256")
+    code, out, err = run("plan", "--config", path, "--gpus", 8, "--gpu-memory", 96, "--out", "plan.json")
+    assert code == 0, err
+    result = json.loads((work / "plan.json").read_text())
+    assert result["parameters"]["vertical_head"] == 1024 * 16384
+    assert result["setup"]["samples"] == 64
+    assert result["setup"]["total_steps"] == 62_550
+    assert result["setup"]["grid"] == [16, 16]
+    assert result["fits"]
+    assert result["memory"]["stage2"]["moments"] == 8 * 372_798_593
+    assert [each["steps"] for each in result["decode"]] == [256, 31]
+    assert "fits: " in out
+    assert "guessed from the name data/imagenet_256" in out
+
+
+def test_options_win_over_the_file(capsys):
+    path = next(path for path in EXPERIMENTS if path.stem == "llamagen_l_256")
+    result = plan(config=str(path), samples=2, strategy="fsdp", moments="8bit", grid="24x24", steps=7, replicas=2)
+    setup = result["setup"]
+    assert (setup["samples"], setup["sharded"], setup["moments"]) == (2, True, "8bit")
+    assert (setup["grid"], setup["total_steps"], setup["replicas"]) == ((24, 24), 7, 2)
+
+
+def test_advice_where_a_run_does_not_fit(capsys):
+    """Guards against advice that does not help: every change named must fit."""
+    result = plan(preset="emu35-34b", gpus=8, gpu_memory=80)
+    assert not result["fits"]
+    assert result["changes"]
+    assert all(total <= result["gpu"]["usable"] for _, total in result["changes"])
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out
+    assert "8-bit optimizer state" in out
+    better = plan(preset="emu35-34b", gpus=8, gpu_memory=80, moments="8bit")
+    assert better["fits"]
+    assert (
+        max(stage["total"] for stage in better["memory"].values()) == dict(result["changes"])["8-bit optimizer state"]
+    )
+    larger = plan(preset="emu35-34b", gpus=result["gpus_that_fit"], gpu_memory=80)
+    assert larger["fits"]
+
+
+def test_changes_are_combined_where_one_is_not_enough():
+    sizes = model_sizes({"backbone": {"preset": "llamagen-3b"}})
+    setup = TrainingSetup(grid=(24, 24), gpus=1, samples=64, sharded=False, checkpointing=False)
+    assert len(what_would_fit(sizes, setup, usable(40 * 10**9))) == 1
+    ((text, total),) = what_would_fit(sizes, setup, usable(40 * 10**9))
+    assert "activation checkpointing" in text
+    assert ";" in text
+    assert total <= usable(40 * 10**9)
+    assert what_would_fit(sizes, setup, 10**9) == []
+    assert gpus_that_fit(sizes, setup, 10**9) is None
+    assert peak_total(sizes, setup) > usable(40 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give either --config"),
+        (["--config", "none.yaml"], "no configuration none.yaml"),
+        (["--config", "list.yaml"], "has no model.backbone"),
+        (["--config", "broken.yaml"], "is not YAML"),
+        (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is not a multiple of 3"),
+        (["--preset", "llamagen-b", "--mfu", "40"], "mfu is 40"),
+        (["--preset", "llamagen-b", "--strategy", "ddp", "--moments", "cpu"], "moments cpu needs --strategy fsdp"),
+        (["--preset", "llamagen-b", "--gpus", "0"], "gpus is 0"),
+        (["--preset", "llamagen-b", "--out", "list.yaml"], "exists"),
+    ],
+)
+def test_wrong_input_is_refused(words, message, refused, work):
+    (work / "list.yaml").write_text("- a\n")
+    (work / "broken.yaml").write_text("model: [\n")
+    (work / "odd.yaml").write_text("model: {backbone: {preset: llamagen-b}}\ndata: {batch_size: 64}\n")
+    assert message in refused("plan", *words)
+
+
+def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
+    text = f"model: {{backbone: {{preset: llamagen-b}}}}\ndata: {{shards: {shards}}}\ntrainer: {{max_steps: 10}}\n"
+    (work / "run.yaml").write_text(text)
+    result = plan(config="run.yaml", gpus=1)
+    assert result["setup"]["grid"] == (8, 8)
+    assert result["setup"]["plan"] == "raster"
+    assert result["notes"] == []
+    assert GPUS[result["gpu"]["name"]].memory == 96
