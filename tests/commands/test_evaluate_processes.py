@@ -1,0 +1,145 @@
+"""`flashar evaluate` in several processes and after a kill: always the same result."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from evaluate_toys import evaluation, save_classifier
+
+from flashar_pl.cli import main
+from flashar_pl.commands import evaluate_parts
+
+FORK = multiprocessing.get_context("fork")  # torch is imported already; the test process runs one thread
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory, flashar_model, shards) -> list[str]:
+    """75 samples in 5 batches of 16: an odd number of batches, and a partial last one."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    given = evaluation(flashar_model, shards, save_classifier(folder / "classifier"))
+    return [str(word) for word in (*given, "--labels", "random", "--seed", 7, "--cache", folder / "cache")]
+
+
+@pytest.fixture(scope="module")
+def expected(words, tmp_path_factory) -> dict:
+    """The result of one process that nothing disturbed."""
+    out = tmp_path_factory.mktemp("plain") / "eval"
+    assert main([*words, "--out", str(out)]) == 0
+    return result_of(out)
+
+
+def result_of(out: Path) -> dict:
+    """Everything but the facts about the run itself."""
+    result = json.loads((out / "evaluation.json").read_text())
+    del result["run"]
+    return result
+
+
+def start(target: Callable[[], int]) -> multiprocessing.process.BaseProcess:
+    """A forked process that runs `target` and exits with its result."""
+    process = FORK.Process(target=lambda: os._exit(target()))
+    process.start()
+    return process
+
+
+def torchrun(words: list[str], ranks: int) -> list[int]:
+    """Exit codes of a command run by `ranks` processes with the environment that torchrun gives them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def rank_main(rank: int) -> int:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in own.items()})
+        return main(words)
+
+    processes = [start(lambda rank=rank: rank_main(rank)) for rank in range(ranks)]
+    for process in processes:
+        process.join(timeout=60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gloo_ranks_give_the_same_file(words, expected, tmp_path, ranks):
+    """Guards seeds and labels by global index, the shape of every batch, and sums in one order: not one bit differs."""
+    assert torchrun([*words, "--out", str(tmp_path / "eval")], ranks) == [0] * ranks
+    assert result_of(tmp_path / "eval") == expected
+    run = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["run"]
+    assert (run["processes"], run["images_drawn"]) == (ranks, 75)
+
+
+def test_wrong_input_ends_every_rank(words, tmp_path):
+    """Rank 1 must not wait for a rank 0 that has refused its settings."""
+    assert torchrun([*words, "--out", str(tmp_path / "eval"), "--metrics", "sfid"], 2) == [2, 2]
+    assert torchrun([*words, "--out", str(tmp_path / "eval"), "--devices", "2"], 2) == [2, 2]
+    assert not (tmp_path / "eval").exists()
+
+
+def test_processes_started_here_give_the_same_file(words, expected, tmp_path):
+    assert main([*words, "--out", str(tmp_path / "eval"), "--devices", "2"]) == 0
+    assert result_of(tmp_path / "eval") == expected
+
+
+def killed_in_part(words: list[str], batch: int) -> int:
+    """Exit code of a run that is killed while it stores a part."""
+
+    def run() -> int:
+        replace = os.replace
+
+        def dying(source, target):
+            if str(target).endswith(f"{batch:06d}.safetensors"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        evaluate_parts.os.replace = dying
+        return main(words)
+
+    process = start(run)
+    process.join(timeout=60)
+    return process.exitcode
+
+
+def test_a_killed_run_continues(words, expected, tmp_path, capsys):
+    """Killed in the third part, once more in the fourth, then finished; a part cut off by a crash is drawn again."""
+    out = tmp_path / "eval"
+    assert killed_in_part([*words, "--out", str(out)], 2) == -signal.SIGKILL
+    assert not (out / "evaluation.json").exists()
+    assert sorted(p.name for p in (out / "parts").glob("[0-9]*")) == [f"{k:06d}.safetensors" for k in (0, 1)]
+    assert len(list((out / "parts").glob(".*"))) == 1
+    assert killed_in_part([*words, "--out", str(out)], 3) == -signal.SIGKILL
+    cut = out / "parts" / "000001.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-5])
+    kept = (out / "parts" / "000000.safetensors").stat().st_mtime_ns
+
+    def unchanged(*args):
+        assert (out / "parts" / "000000.safetensors").stat().st_mtime_ns == kept
+        raise InterruptedError("stopped before the parts are removed")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flashar_pl.commands.evaluate.compute_metrics", unchanged)
+        assert main([*words, "--out", str(out)]) == 2
+    assert main([*words, "--out", str(out)]) == 0
+    assert result_of(out) == expected
+    assert sorted(p.name for p in out.iterdir()) == ["codes.npy", "evaluation.json", "grid.png"]
+
+
+def test_stored_parts_are_not_mixed_with_other_settings(words, tmp_path, capsys):
+    out = tmp_path / "eval"
+    killed_in_part([*words, "--out", str(out)], 1)
+    assert main([*words, "--out", str(out), "--cfg-scale", "2"]) == 2
+    assert "holds samples drawn with cfg_scale 1.0, this run has 2.0" in capsys.readouterr().err
+    other = [*words, "--out", str(out)]
+    other[other.index("--batch-size") + 1] = "8"
+    assert main(other) == 2
+    assert "batch_size 16, this run has 8" in capsys.readouterr().err
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert main([*words, "--out", str(out)]) == 2
+    assert "another process is drawing samples" in capsys.readouterr().err
+    assert main([*words, "--out", str(out), "--metrics", "is"]) == 0, "metrics and reference may change"
