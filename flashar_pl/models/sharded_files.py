@@ -1,4 +1,4 @@
-"""Sharded checkpoints: a directory with tensors in the format of torch.distributed.checkpoint and `meta.pt` beside them.
+"""Sharded checkpoints: directories of tensors in the format of torch.distributed.checkpoint, with a `meta.pt`.
 
 torch writes the index of such a directory (`.metadata`) as a pickle and reads it as one, which runs whatever a foreign
 file says. It is read here with a list of the few classes an index needs, and must name tensors only.

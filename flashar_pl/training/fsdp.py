@@ -162,7 +162,7 @@ class ShardedStrategy(ModelParallelStrategy):
         return dict(self.lightning_module.named_parameters())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a directory under a temporary name, then rename it: an older one is gone only when the new one is whole."""
+        """Write a directory under a temporary name, then rename it: the old one goes when the new one is whole."""
         path = Path(self.broadcast(filepath))
         part = path.with_name(f".{path.name}.part")
         if self.is_global_zero:

@@ -4,7 +4,7 @@ Every block, every embedding and the pair of heads is a unit: its parameters are
 runs, and are float32 shards otherwise. The gate is a unit that is gathered in float32. What is left (the final norms,
 and the head of a raster model) belongs to the model itself.
 
-Parameters exist only while a unit runs. So the model is entered through its registered methods, never through its parts.
+Parameters exist only while a unit runs. So a model is entered through its registered methods, never through its parts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flashar_pl.models.base import GridModel
 
 Compute = Literal["bf16", "fp32"]
 """Dtype of the gathered parameters and of activations."""
-DOORS = ("loss", "prefix", "prefill", "step", "step_logits")
+DOORS = ("enter", "loss", "prefix", "prefill", "step", "step_logits")
 """Methods of a model, besides forward, in which its parameters exist."""
 HEAD_DOORS = ("losses", "step")
 """The same of a `DualHead`."""
@@ -66,6 +66,7 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
         for method in HEAD_DOORS:
             register_fsdp_forward_method(dual_head, method)
     fully_shard(model, mp_policy=inner, **options)
+    model.enter = _nothing
     for method in DOORS:
         register_fsdp_forward_method(model, method)
     return model
@@ -81,6 +82,10 @@ def recompute_blocks(model: GridModel) -> None:
     """Keep only the inputs of blocks for the backward pass, which runs each block again. Call it before `shard`."""
     for block in blocks(model):
         block.forward = _Recomputed(block.forward)
+
+
+def _nothing() -> None:
+    """A door that leads nowhere: entering it makes FSDP2 settle what it settles once."""
 
 
 class _Recomputed:
@@ -102,13 +107,19 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def allocate(model: GridModel, device: torch.device, offload: bool = False) -> None:
-    """Give a sharded model on the meta device memory: parameters hold NaN until weights are loaded."""
+    """Give a sharded model on the meta device memory: parameters hold NaN until weights are loaded.
+
+    All of them must require gradients now. FSDP2 settles at the first entry in which dtype the gradients of a unit are
+    reduced and kept; for a unit that is frozen then it would be the compute dtype.
+    """
+    assert all(parameter.requires_grad for parameter in model.parameters())
     model.to_empty(device="cpu" if offload else device)
     for parameter in model.parameters():
         local(parameter).fill_(torch.nan)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    model.enter()
 
 
 @torch.no_grad()
