@@ -7,6 +7,7 @@ file says. It is read here with a list of the few classes an index needs, and mu
 from __future__ import annotations
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ class SafeReader(dcp.FileSystemReader):
         for name, entry in index.state_dict_metadata.items():
             if not isinstance(entry, metadata.TensorStorageMetadata):
                 raise ValueError(f"{file} has an entry {name!r} that is no tensor.")
-        if getattr(index, "storage_meta", None) is None:
-            index.storage_meta = metadata.StorageMeta()
+        index.storage_meta = getattr(index, "storage_meta", None) or metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 
@@ -98,5 +98,7 @@ def read_sharded(path: str | Path, prefix: str) -> dict[str, Tensor]:
         for name, entry in entries.items()
         if name.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

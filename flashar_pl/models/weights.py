@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +25,14 @@ from torch import Tensor
 from flashar_pl.backbones import build_backbone
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen, LlamaGenConfig
-from flashar_pl.backbones.llamagen_weights import (
-    backbone_renames,
-    block_renames,
-    clean_official,
-    count_layers,
-    gather,
-    infer_config,
-    load_strictly,
-    scatter,
-)
+from flashar_pl.backbones.llamagen_weights import clean_official, load_strictly
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import backbone_config, is_official_directory, read_directory, stream_weights
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.nar import is_nar, read_nar
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.models.sharded_files import SafeReader, is_sharded, read_meta, read_sharded
 
 FORMAT = 1
 CHECKPOINT_KEY = "flashar"
@@ -146,61 +140,6 @@ def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
     return content
 
 
-def is_nar(state_dict: dict[str, Tensor]) -> bool:
-    """Whether an official state dict has a second head."""
-    return any(key.endswith("medusa_output.weight") for key in state_dict)
-
-
-NAR_HEAD = {
-    "vertical.norm.weight": ("medusa_norm.weight",),
-    "dual_head.vertical.weight": ("medusa_output.weight",),
-}
-
-
-def _nar_renames(n_layer: int, extra: int, condition: str) -> list[tuple[str, tuple[str, ...]]]:
-    """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head."""
-    renames = [
-        (
-            ours.replace("head.weight", "dual_head.horizontal.weight") if ours == "head.weight" else f"backbone.{ours}",
-            src,
-        )
-        for ours, src in backbone_renames(n_layer, condition)
-    ]
-    for i in range(extra):
-        renames += block_renames(f"vertical.blocks.{i}.", f"layers.{n_layer + i}.")
-    return renames + list(NAR_HEAD.items())
-
-
-def read_nar(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> FlashAR:
-    """See `FlashAR.from_nar`."""
-    cleaned = clean_official(state_dict)
-    gates = sorted(key for key in cleaned if key.startswith("hv_"))
-    if gates:
-        raise ValueError(
-            f"the checkpoint mixes logits by a gate on logits ({', '.join(gates)}), which this model does not have; "
-            "only checkpoints that average both heads can be imported."
-        )
-    n_layer = count_layers(cleaned) - 1
-    config = infer_config(cleaned, n_head, n_layer=n_layer, rope_base=rope_base, norm_eps=norm_eps)
-    weights = gather(cleaned, _nar_renames(n_layer, 1, config.condition))
-    with torch.device("meta"):
-        model = FlashAR(LlamaGen(config), n_layer, vertical_layers=1, fusion="average", corner="fused")
-    load_strictly(model, weights)
-    return model
-
-
-def write_nar(model: FlashAR) -> dict[str, Tensor]:
-    """See `FlashAR.to_nar`."""
-    backbone = model.backbone
-    if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
-        raise ValueError(
-            f"the model branches at layer {model.branch_layer} of {backbone.n_layer} with {model.vertical_layers} "
-            f"vertical layers and fusion {model.fusion!r}; a NAR checkpoint has one layer after the last and averages."
-        )
-    assert isinstance(backbone, LlamaGen)
-    return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))
-
-
 def read_official_model(
     state_dict: dict[str, Tensor], n_head: int | None, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
 ) -> GridModel:
@@ -260,7 +199,8 @@ def save_model(directory: str | Path, model: GridModel, description: Description
 
 
 def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None = None) -> Loaded:
-    """A model from our directory, a Lightning checkpoint, an official LlamaGen or NAR file, or an Emu3.5 directory.
+    """A model from any file: our directory, a Lightning checkpoint (one file or shards), an official LlamaGen or
+    NAR file, or an Emu3.5 directory.
 
     weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes.
 
@@ -273,6 +213,8 @@ def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None =
     if is_official_directory(path):
         model = read_directory(path, heads="visual")
         return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
+    if is_sharded(path):
+        return _load_sharded(path, weights)
     if path.is_dir():
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
             raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.")
@@ -289,13 +231,27 @@ def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None =
     return Loaded(model, Description(model=model.config()), "official file")
 
 
+def _load_sharded(path: Path, weights: Weights) -> Loaded:
+    content = read_meta(path)
+    if CHECKPOINT_KEY not in content:
+        raise ValueError(f"{path} is a sharded checkpoint that flashar-pl did not write.")
+    description = Description.from_dict(content[CHECKPOINT_KEY])
+    prefix, kind = _prefix(SafeReader(path).names(), weights, path)
+    model = _fill(description, read_sharded(path, prefix))
+    return Loaded(model, description, f"sharded checkpoint ({kind} weights)")
+
+
 def _select(state_dict: dict[str, Tensor], weights: Weights, path: Path) -> tuple[dict[str, Tensor], str]:
-    has_ema = any(key.startswith(EMA_PREFIX) for key in state_dict)
+    prefix, kind = _prefix(state_dict, weights, path)
+    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}, kind
+
+
+def _prefix(names: Iterable[str], weights: Weights, path: Path) -> tuple[str, str]:
+    """(prefix of the names of the wanted weights, "raw" or "ema")."""
+    has_ema = any(name.startswith(EMA_PREFIX) for name in names)
     if weights == "ema" and not has_ema:
         raise ValueError(f"{path} holds no averaged weights; use --weights raw.")
-    kind = "ema" if has_ema and weights != "raw" else "raw"
-    prefix = EMA_PREFIX if kind == "ema" else NET_PREFIX
-    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}, kind
+    return (EMA_PREFIX, "ema") if has_ema and weights != "raw" else (NET_PREFIX, "raw")
 
 
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:

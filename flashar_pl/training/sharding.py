@@ -9,7 +9,7 @@ Parameters exist only while a unit runs. So a model is entered through its regis
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
         for method in HEAD_DOORS:
             register_fsdp_forward_method(dual_head, method)
     fully_shard(model, mp_policy=inner, **options)
-    model.enter = _nothing
+    cast(Any, model).enter = _nothing
     for method in DOORS:
         register_fsdp_forward_method(model, method)
     return model
@@ -119,7 +119,7 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False) -> N
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    model.enter()
+    cast(Any, model).enter()
 
 
 @torch.no_grad()
