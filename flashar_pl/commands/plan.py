@@ -168,42 +168,52 @@ def read_run(path: str, gpus: int) -> Run:
         raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     schedule, settings = model.get("schedule") or {}, strategy_values(trainer)
-    share = schedule.get("stage1_share")
+    share, offloaded = schedule.get("stage1_share"), settings.pop("offloaded")
     setup = TrainingSetup(
         grid=grid,
         plan="diagonal" if sizes.flashar else "raster",
         gpus=gpus,
         samples=batch // gpus,
         accumulate=accumulate,
-        mixed="bf16" in str(trainer.get("precision", "32-true")) or settings["sharded"],
         ema=bool(model.get("ema_decay")),
         total_steps=_steps(trainer, data, batch * accumulate, notes),
         stage1_share=(0.2 if sizes.flashar else 0.0) if share is None else float(share),
-        moments=optimiser_moments(model),
+        moments="cpu" if offloaded else optimiser_moments(model),
         **settings,
     )
     return Run(sizes, setup, notes)
 
 
 def model_values(model: dict[str, Any]) -> dict[str, Any]:
-    """The argument of `model_sizes` from the model section of a training YAML."""
-    given = model["backbone"]
-    backbone = {**(given.get("options") or {})}
-    if given.get("preset") is not None:
-        backbone["preset"] = given["preset"]
-    if given.get("kind") is not None:
-        backbone["kind"] = given["kind"]
+    """The argument of `model_sizes` from the model section of a training YAML.
+
+    Raises:
+        ValueError: an option that a training run would refuse too.
+    """
+    from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config
+
     flashar = model.get("flashar")
-    return {"kind": "raster", "backbone": backbone} if flashar is None else {**flashar, "backbone": backbone}
+    try:
+        backbone = BackboneConfig(**model["backbone"])
+        return model_config(backbone, None if flashar is None else FlashARConfig(**flashar))
+    except TypeError as error:
+        raise ValueError(f"the model section is not that of `flashar fit`: {error}") from error
 
 
 def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Sharding, replicas and checkpointing from the trainer section."""
+    """Sharding, replicas, compute dtype, checkpointing and offloading from the trainer section."""
     strategy = trainer.get("strategy") or "auto"
-    options = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
-    name = str(strategy.get("class_path", "") if isinstance(strategy, dict) else strategy).lower()
-    sharded = "shard" in name or "fsdp" in name or "modelparallel" in name
-    return {"sharded": sharded, "checkpointing": bool(options.get("checkpointing", sharded))}
+    if isinstance(strategy, dict) and "shard" in str(strategy.get("class_path", "")).lower():
+        options = strategy.get("init_args") or {}
+        return {
+            "sharded": True,
+            "replicas": int(options.get("replicas", 1)),
+            "mixed": options.get("compute", "bf16") == "bf16",
+            "checkpointing": bool(options.get("recompute", False)),
+            "offloaded": bool(options.get("offload", False)),
+        }
+    mixed = "bf16" in str(trainer.get("precision", "32-true"))
+    return {"sharded": False, "mixed": mixed, "checkpointing": False, "offloaded": False}
 
 
 def optimiser_moments(model: dict[str, Any]) -> Any:

@@ -45,6 +45,43 @@ def test_options_win_over_the_file(capsys):
     assert (setup["grid"], setup["total_steps"], setup["replicas"]) == ((24, 24), 7, 2)
 
 
+SHARDED = """
+model:
+  backbone: {{preset: emu35-34b}}
+  flashar: {{branch_layer: 60}}
+  schedule: {{stage1_share: 0.2}}
+data: {{batch_size: 16}}
+trainer:
+  max_steps: 50000
+  accumulate_grad_batches: 2
+  strategy:
+    class_path: flashar_pl.training.fsdp.ShardedStrategy
+    init_args: {options}
+"""
+
+
+def test_the_strategy_of_a_file_is_read(work, capsys):
+    """Guards the sizing of sharded runs: every argument of the strategy changes the memory."""
+    from flashar_pl.training.fsdp import ShardedStrategy
+
+    options = {"compute": "bf16", "replicas": 2, "recompute": True, "offload": False}
+    ShardedStrategy(**options)  # these names exist
+    (work / "run.yaml").write_text(SHARDED.format(options=json.dumps(options)))
+    setup = plan(config="run.yaml", gpus=16)["setup"]
+    assert (setup["sharded"], setup["replicas"], setup["checkpointing"], setup["mixed"]) == (True, 2, True, True)
+    assert (setup["samples"], setup["accumulate"], setup["moments"], setup["grid"]) == (1, 2, "fp32", (32, 32))
+    options |= {"compute": "fp32", "offload": True, "recompute": False}
+    (work / "other.yaml").write_text(SHARDED.format(options=json.dumps(options)))
+    result = plan(config="other.yaml", gpus=16)
+    assert (result["setup"]["mixed"], result["setup"]["moments"], result["setup"]["checkpointing"]) == (
+        False,
+        "cpu",
+        False,
+    )
+    assert result["host_bytes_per_process"] == 16 * sum(result["parameters"].values()) // 8
+    assert result["parameters"]["vertical_head"] == 131072 * 5120  # visual heads, as in training
+
+
 def test_advice_where_a_run_does_not_fit(capsys):
     """Guards against advice that does not help: every change named must fit."""
     result = plan(preset="emu35-34b", gpus=8, gpu_memory=80)
@@ -83,6 +120,7 @@ def test_changes_are_combined_where_one_is_not_enough():
         (["--config", "none.yaml"], "no configuration none.yaml"),
         (["--config", "list.yaml"], "has no model.backbone"),
         (["--config", "broken.yaml"], "is not YAML"),
+        (["--config", "wrong.yaml"], "not that of `flashar fit`"),
         (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is not a multiple of 3"),
         (["--preset", "llamagen-b", "--mfu", "40"], "mfu is 40"),
         (["--preset", "llamagen-b", "--strategy", "ddp", "--moments", "cpu"], "moments cpu needs --strategy fsdp"),
@@ -94,6 +132,7 @@ def test_wrong_input_is_refused(words, message, refused, work):
     (work / "list.yaml").write_text("- a\n")
     (work / "broken.yaml").write_text("model: [\n")
     (work / "odd.yaml").write_text("model: {backbone: {preset: llamagen-b}}\ndata: {batch_size: 64}\n")
+    (work / "wrong.yaml").write_text("model: {backbone: {size: 3}}\n")
     assert message in refused("plan", *words)
 
 
