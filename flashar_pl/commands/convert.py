@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.commands.checkpoint import Source, Weights, open_checkpoint
-from flashar_pl.commands.common import require_new
+from flashar_pl.commands.common import require_new, write_text
+from flashar_pl.commands.model_card import model_card, read_report
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,15 +26,17 @@ def convert(
     n_head: int | None = None,
     grid: str | None = None,
     tokenizer: str | None = None,
+    report: str | None = None,
 ) -> Path:
     """Convert a checkpoint, bit for bit.
 
-    Reads official LlamaGen and NAR files (.pt, .safetensors), Lightning checkpoints and converted directories. Writes
-    a directory with config.json and model.safetensors that loads by its path alone, or an official file again.
-    Prints the architecture and the number of parameters.
+    Reads official LlamaGen, NAR and LlamaGen-FlashAR files (.pt, .safetensors), Lightning checkpoints and converted
+    directories. Writes a directory with config.json, model.safetensors and a model card, README.md, that loads by its
+    path alone, or an official file again. Prints the architecture and the number of parameters.
 
     Example:
         flashar convert c2i_B_256.pt --grid 16x16 --tokenizer vq16:vq_ds16_c2i.pt --out models/llamagen-b
+        flashar convert runs/flashar/checkpoints/last.ckpt --report eval/evaluation.json --out models/flashar
         flashar convert models/llamagen-b --to official --out c2i_B_again.pt
 
     Args:
@@ -45,6 +48,7 @@ def convert(
         n_head: attention heads; needed for official files of unpublished sizes.
         grid: code grid HEIGHTxWIDTH to note in the result, where the source does not say it.
         tokenizer: tokenizer to note in the result, such as vq16:FILE, where the source does not say it.
+        report: evaluation.json of flashar evaluate, for the model card.
     """
     from dataclasses import replace
 
@@ -55,7 +59,10 @@ def convert(
         raise ValueError(
             f"--out {out} names a file; our format is a directory, such as --out {target.with_suffix('')}."
         )
+    if to == "official" and report is not None:
+        raise ValueError("--report is for the model card of a directory, which --to official does not write.")
     read = open_checkpoint(source, weights=weights, n_head=n_head, grid=grid, tokenizer=tokenizer)
+    measured = None if report is None else read_report(report, read.model.config())
     if to == "official":
         tensors = official_weights(read.model)
         if target.suffix not in FILE_SUFFIXES:
@@ -64,6 +71,7 @@ def convert(
     else:
         note = replace(read.description, model=read.model.config(), grid=read.grid, tokenizer=read.tokenizer)
         save_model(target, read.model, note)
+        write_text(target / "README.md", model_card(read, measured))
     print(describe(read))
     print(f"wrote {target}")
     return target

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,23 @@ class GridModel(nn.Module, ABC):
     def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
         """(cos, sin) of every position. guided: the rows are B conditional ones, then their B unconditional ones."""
         return self.backbone.rope(plan, prefix)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, weights: Literal["auto", "raw", "ema"] = "auto", n_head: int | None = None
+    ) -> Self:
+        """The model stored at `path`, on the CPU in evaluation mode; arguments as in `models.weights.load_model`.
+
+        Raises:
+            ValueError: no such model, or one of another class: a raster model is no FlashAR model.
+        """
+        from flashar_pl.models.weights import load_model
+
+        model = load_model(path, weights, n_head).model.eval()
+        if not isinstance(model, cls):
+            found = type(model).__name__
+            raise ValueError(f"{path} holds a {found} model, not a {cls.__name__}; expected {found}.from_pretrained.")
+        return model
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

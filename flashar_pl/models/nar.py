@@ -1,6 +1,11 @@
-"""Official NAR weights (LlamaGen with a second head) in and out."""
+"""Official NAR and LlamaGen-FlashAR weights (LlamaGen with a second head) in and out.
+
+Both store the vertical layers behind the backbone's own, and a second norm and head called medusa.
+"""
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor
@@ -44,8 +49,38 @@ def _nar_renames(n_layer: int, extra: int, condition: str) -> list[tuple[str, tu
     return renames + list(NAR_HEAD.items())
 
 
-def read_nar(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> FlashAR:
-    """See `FlashAR.from_nar`."""
+def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int, int]:
+    """(m, k) of a checkpoint with `n_blocks` blocks, vertical ones included.
+
+    The weights do not tell m. LlamaGen-FlashAR stores it among the training script's arguments: vertical_start_layer
+    (-1 = L, otherwise at most L), or L - k where vertical_start_last_minus_depth is set; k is medusa_attention_num.
+    Without arguments it is NAR's: one layer after the last.
+
+    Raises:
+        ValueError: the arguments do not fit the number of blocks.
+    """
+    k = int(getattr(arguments, "medusa_attention_num", 1))
+    n_layer = n_blocks - k
+    if not 1 <= k <= n_layer:
+        raise ValueError(
+            f"the checkpoint's arguments say medusa_attention_num {k}, and it has {n_blocks} blocks in all; expected "
+            "1 or more vertical layers and no fewer others."
+        )
+    start = int(getattr(arguments, "vertical_start_layer", -1))
+    if getattr(arguments, "vertical_start_last_minus_depth", False):
+        start = n_layer - k
+    return (n_layer if start < 0 else min(start, n_layer)), k
+
+
+def read_nar(
+    state_dict: dict[str, Tensor],
+    n_head: int,
+    *,
+    rope_base: float,
+    norm_eps: float,
+    arguments: argparse.Namespace | None = None,
+) -> FlashAR:
+    """See `FlashAR.from_nar`. arguments: see `branch_of`."""
     cleaned = clean_official(state_dict)
     gates = sorted(key for key in cleaned if key.startswith("hv_"))
     if gates:
@@ -53,11 +88,13 @@ def read_nar(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, no
             f"the checkpoint mixes logits by a gate on logits ({', '.join(gates)}), which this model does not have; "
             "only checkpoints that average both heads can be imported."
         )
-    n_layer = count_layers(cleaned) - 1
+    n_blocks = count_layers(cleaned)
+    m, k = branch_of(arguments, n_blocks)
+    n_layer = n_blocks - k
     config = infer_config(cleaned, n_head, n_layer=n_layer, rope_base=rope_base, norm_eps=norm_eps)
-    weights = gather(cleaned, _nar_renames(n_layer, 1, config.condition))
+    weights = gather(cleaned, _nar_renames(n_layer, k, config.condition))
     with torch.device("meta"):
-        model = FlashAR(LlamaGen(config), n_layer, vertical_layers=1, fusion="average", corner="fused")
+        model = FlashAR(LlamaGen(config), m, vertical_layers=k, fusion="average", corner="fused")
     load_strictly(model, weights)
     return model
 

@@ -141,13 +141,21 @@ def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_official_model(
-    state_dict: dict[str, Tensor], n_head: int | None, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
+    state_dict: dict[str, Tensor],
+    n_head: int | None,
+    *,
+    rope_base: float = 10000.0,
+    norm_eps: float = 1e-5,
+    arguments: argparse.Namespace | None = None,
 ) -> GridModel:
-    """RasterAR from LlamaGen weights, FlashAR from NAR weights. n_head None = that of the published size."""
+    """RasterAR from LlamaGen weights, FlashAR from NAR and LlamaGen-FlashAR weights.
+
+    n_head None = that of the published size. arguments: of the training script, where the file holds them.
+    """
     cleaned = clean_official(state_dict)
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
-        return read_nar(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps)
+        return read_nar(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps, arguments=arguments)
     return RasterAR(LlamaGen.from_official(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps))
 
 
@@ -227,7 +235,7 @@ def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None =
         return Loaded(_fill(description, state), description, f"checkpoint ({kind} weights)")
     if weights == "ema":
         raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
-    model = read_official_model(official_state_dict(content), n_head)
+    model = read_official_model(official_state_dict(content), n_head, arguments=content.get("args"))
     return Loaded(model, Description(model=model.config()), "official file")
 
 
