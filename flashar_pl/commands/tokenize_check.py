@@ -54,7 +54,8 @@ def tokenize_check(
     root = Path(shards)
     found = [path.parent for path in manifests(root)] if root.is_dir() else []
     result: dict[str, Any] = {}
-    for folder in found or [root]:  # none found: verify says what it looked for
+    folders: list[Any] = [*found] or [shards]  # none found: a URL, or `load` says what it looked for
+    for folder in folders:
         manifest = Manifest.load(folder)
         tokenizer = find_tokenizer(manifest, weights, device, needed=out is not None)
         if tokenizer is not None:
@@ -67,7 +68,7 @@ def tokenize_check(
             assert tokenizer is not None
             name = "" if len(found) < 2 else f"{manifest.grid[0]}x{manifest.grid[1]}"
             facts["picture"] = draw(manifest, tokenizer, decode or 16, picture_path(out, name), seed)
-        result[folder.name] = facts
+        result[Path(folder).name] = facts
     print("everything is as the manifest says")
     return result
 
