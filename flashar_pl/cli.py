@@ -41,6 +41,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
+    "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),
     "plan": Command("plan:plan", "memory, time and decoding floor of a training run, by arithmetic"),
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
     "plot": Command("plot:plot", "draw convergence curves from TensorBoard event files"),

@@ -1,0 +1,250 @@
+"""`flashar benchmark train`: a training step of both stages, next to a plain implementation.
+
+torch is imported inside the functions: `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal
+
+from flashar_pl.commands.benchmark_table import markdown
+from flashar_pl.commands.checkpoint import find_device
+from flashar_pl.commands.common import parse_grid, require_new, versions, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from flashar_pl.models import GridModel
+
+LOSSES = ("chunked", "plain")
+"""This package's loss, and the one that holds three logit tensors."""
+
+
+def benchmark_train(
+    *,
+    preset: str = "llamagen-b",
+    layers: int | None = None,
+    batch_size: int = 4,
+    grid: str = "16x16",
+    dtype: Literal["fp32", "bf16"] = "bf16",
+    repeats: int = 5,
+    threads: int = 1,
+    device: str = "auto",
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Time and memory of a training step: forward, backward, AdamW.
+
+    Both stages, with this package's loss and with a plain one that holds all logits of both heads and of their mix in
+    float32; everything else is the same (frozen roles through requires_grad, SDPA, float32 weights). The two take
+    turns. Needs no data and no download.
+
+    Example:
+        flashar benchmark train --preset llamagen-b --batch-size 4
+
+    Args:
+        preset: published LlamaGen size with random weights.
+        layers: use only so many layers.
+        batch_size: samples of a step.
+        grid: code grid HEIGHTxWIDTH.
+        dtype: bf16 is autocast over float32 weights; fp32 computes in float32.
+        repeats: measured steps of each kind, after one that does not count.
+        threads: CPU threads.
+        device: auto, cpu, cuda or cuda:N.
+        out: also write the numbers to this new JSON file.
+    """
+    command = dict(locals())
+    import torch
+
+    from flashar_pl.commands.benchmark_rows import device_name
+    from flashar_pl.planner.measure import clock_name
+
+    if min(batch_size, repeats, threads) < 1:
+        raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
+    if out is not None:
+        require_new(out, "benchmark")
+    place, shape = find_device(device), parse_grid(grid)
+    assert shape is not None
+    model = _model(preset, layers, place)
+    before = torch.get_num_threads()
+    try:
+        if place.type == "cpu":
+            torch.set_num_threads(threads)
+        bench = Steps(model, batch_size, shape, dtype == "bf16", place)
+        rows = [row for stage in (1, 2) for row in bench.stage(stage, repeats)]
+        result: dict[str, Any] = {
+            "command": command,
+            "device": device_name(place),
+            "clock": clock_name(place),
+            "threads": threads if place.type == "cpu" else None,
+            "parameters": {role: count for role, count in _role_counts(model).items() if count},
+            "rows": rows,
+            "versions": versions(),
+        }
+    finally:
+        torch.set_num_threads(before)
+    print(report(result))
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _model(preset: str, layers: int | None, device: torch.device) -> GridModel:
+    import torch
+
+    from flashar_pl.backbones.llamagen import LlamaGen
+    from flashar_pl.models import FlashAR
+
+    torch.manual_seed(0)
+    backbone = LlamaGen.from_preset(preset, **({} if layers is None else {"n_layer": layers}))
+    torch.nn.init.normal_(backbone.head.weight, std=0.02)
+    return FlashAR(backbone, backbone.n_layer - 1).to(device).train()
+
+
+def _role_counts(model: GridModel) -> dict[str, int]:
+    roles, counts = model.roles(), dict[str, int]()
+    for name, parameter in model.named_parameters():
+        counts[roles[name]] = counts.get(roles[name], 0) + parameter.numel()
+    return counts
+
+
+class Steps:
+    """Training steps of one model on one batch."""
+
+    def __init__(self, model: GridModel, batch: int, grid: tuple[int, int], mixed: bool, device: torch.device) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(0)
+        self.model, self.mixed, self.device = model, mixed, device
+        self.plan = model.default_plan(*grid)
+        vocabulary = model.backbone.vocabulary
+        self.codes = torch.randint(0, vocabulary, (batch, *grid), generator=generator).to(device)
+        self.condition = (torch.arange(batch) % 1000).to(device)
+        self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def freeze(self, stage: int) -> None:
+        """Only what trains in this stage has gradients and optimizer state."""
+        from flashar_pl.planner.training import STAGE1
+
+        roles = self.model.roles()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(stage == 2 or roles[name] in STAGE1)
+            parameter.grad = None
+        self.optimiser.state.clear()
+
+    def autocast(self) -> Any:
+        import torch
+
+        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
+
+    def loss(self, kind: str) -> Tensor:
+        """The training loss by one of `LOSSES`."""
+        from flashar_pl.planner.plain_loss import plain_loss
+
+        with self.autocast():
+            if kind == "plain":
+                return plain_loss(self.model, self.codes, self.condition, self.plan)
+            return self.model.loss(self.codes, self.condition, self.plan)["loss"]
+
+    def step(self, kind: str) -> None:
+        """One optimizer step."""
+        self.loss(kind).backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def stage(self, stage: int, repeats: int) -> list[dict[str, Any]]:
+        """Rows of both losses in one stage."""
+        from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
+
+        self.freeze(stage)
+        timings: dict[str, Timing] = {kind: Timing() for kind in LOSSES}
+        for i in range(repeats + 1):
+            for kind in LOSSES:
+                clock(lambda kind=kind: self.step(kind), self.device, timings[kind] if i else Timing())  # type: ignore[misc]
+        rows = []
+        for kind in LOSSES:
+            release()
+            with peak_memory(self.device) as whole:
+                self.step(kind)
+            timed = timings[kind].summary()
+            seconds = timed[f"{clock_name(self.device)}_s"]
+            rows.append(
+                {
+                    "stage": stage,
+                    "loss": kind,
+                    "time": timed,
+                    "seconds": seconds,
+                    "tokens_per_s": self.codes.numel() / seconds,
+                    "peak_bytes": whole.bytes,
+                    "step_bytes": whole.extra,
+                    "loss_bytes": self.loss_memory(kind),
+                }
+            )
+        return rows
+
+    def loss_memory(self, kind: str) -> int:
+        """Peak of the loss alone, forward and backward, from given hidden states; beyond the gradients of the heads,
+        which every implementation needs."""
+        import torch
+
+        from flashar_pl.planner.measure import peak_memory
+        from flashar_pl.planner.plain_loss import head_loss, hidden_states
+
+        frozen = not self.model.dual_head.horizontal.weight.requires_grad
+        with torch.no_grad(), self.autocast():
+            h, v = hidden_states(self.model, self.codes, self.condition, self.plan)
+        assert v is not None
+        states = h.clone().requires_grad_(not frozen), v.clone().requires_grad_()
+        del h, v
+        self.model.zero_grad()
+        release()
+        with peak_memory(self.device) as peak:
+            with self.autocast():
+                if kind == "plain":
+                    loss = head_loss(self.model, states, self.codes, self.plan)
+                else:
+                    losses = self.model.dual_head.losses(*states, self.codes.flatten(1), self.plan)
+                    loss = losses.fused.mean() + 0.05 * (losses.horizontal.mean() + losses.vertical.mean())
+            loss.backward()
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.model.zero_grad()
+        return max(0, peak.extra - gradients)
+
+
+def release() -> None:
+    """Give freed memory back to the system, so that the next peak starts from what is in use."""
+    import ctypes
+    import ctypes.util
+
+    gc.collect()
+    library = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
+    if trim is not None:
+        trim(0)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The numbers as Markdown."""
+    header = ("stage", "loss", "ms/step", "tokens/s", "step MiB", "loss MiB", "repeats")
+    lines = [
+        [
+            str(row["stage"]),
+            row["loss"],
+            f"{1e3 * row['seconds']:.0f}",
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['step_bytes'] / 2**20:.0f}",
+            f"{row['loss_bytes'] / 2**20:.0f}",
+            str(row["time"]["repeats"]),
+        ]
+        for row in result["rows"]
+    ]
+    command = result["command"]
+    clock = "processor time" if result["clock"] == "cpu" else "wall time"
+    head = (
+        f"{result['device']}; {command['preset']}, batch {command['batch_size']}, grid {command['grid']}, "
+        f"{command['dtype']}; medians of {clock}; memory of a step beyond weights and optimizer state, of the loss "
+        "beyond gradients."
+    )
+    return head + "\n\n" + markdown(header, lines)

@@ -1,0 +1,51 @@
+"""The training loss as plainly as published code computes it, to compare with; nothing else uses it.
+
+Every logit of both heads and of their mix exists at once, in float32, and autograd keeps what it wants.
+
+Shapes: B samples, P prefix, S' slots that are fed, H, W grid, N cells, D width, V codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashar_pl.backbones.base import Condition, slot_codes
+from flashar_pl.grid import DecodePlan
+from flashar_pl.models.base import GridModel, States
+from flashar_pl.models.dual_head import sources
+from flashar_pl.models.losses import AUX_WEIGHT
+
+
+def hidden_states(model: GridModel, codes: Tensor, condition: Condition, plan: DecodePlan) -> States:
+    """Final states (B, 1 + S', D) of the last prefix token and the slots, teacher-forced: what a loss starts from."""
+    prefix = model.backbone.prefix(condition)
+    slots = plan.n_inputs
+    x = torch.cat([prefix.x, model.backbone.embed(slot_codes(codes, plan)[:, :slots])], dim=1)
+    cos, sin = model.rope(plan, prefix)
+    rope = cos[:, : x.shape[1]], sin[:, : x.shape[1]]
+    mask = model.backbone.sequence_mask(plan, prefix, slots)
+    h, v = model.states(model.backbone.input_dropout(x), rope, mask, vertical=True, n_prefix=len(prefix))
+    return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
+
+
+def head_loss(model: GridModel, states: States, codes: Tensor, plan: DecodePlan) -> Tensor:
+    """The training loss (Eq. 9 plus 0.05 times Eq. 10) from states, with three logit tensors (B, N, V)."""
+    head, (h, v) = model.dual_head, states
+    assert v is not None and head.vertical is not None
+    where = sources(plan, head.corner, h.device)
+    z_h = head.horizontal(h[:, where.h]).float()  # (B, N, V)
+    z_v = head.vertical(v[:, where.v]).float()  # (B, N, V)
+    fused = torch.lerp(z_v, z_h, head.gates(h, v, plan)[..., None])  # (B, N, V)
+    target = codes.flatten(1) + head.first_code  # (B, N)
+    loss = F.cross_entropy(fused.flatten(0, 1), target.flatten())
+    has_h, has_v = (plan.h_source >= 0).to(h.device), (plan.v_source >= 0).to(h.device)
+    horizontal = F.cross_entropy(z_h[:, has_h].flatten(0, 1), target[:, has_h].flatten())
+    vertical = F.cross_entropy(z_v[:, has_v].flatten(0, 1), target[:, has_v].flatten())
+    return loss + AUX_WEIGHT * (horizontal + vertical)
+
+
+def plain_loss(model: GridModel, codes: Tensor, condition: Condition, plan: DecodePlan) -> Tensor:
+    """Equal to `model.loss(...)["loss"]` up to rounding, for the diagonal plan."""
+    return head_loss(model, hidden_states(model, codes, condition, plan), codes, plan)

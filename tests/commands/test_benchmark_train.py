@@ -1,0 +1,66 @@
+"""`flashar benchmark train`: the plain loss is the same loss, and the memory columns see what they should."""
+
+import json
+
+import pytest
+import torch
+from tiny import classes, codes, flashar
+
+from flashar_pl.backbones import LlamaGen
+from flashar_pl.commands.benchmark_train import benchmark_train
+from flashar_pl.models import FlashAR
+from flashar_pl.planner.plain_loss import plain_loss
+
+
+@pytest.mark.parametrize("corner", ["horizontal", "fused"])
+def test_the_plain_loss_is_the_same_loss(corner):
+    """Guards the comparison: another loss would be faster or slower for the wrong reason."""
+    model = flashar(corner=corner)
+    args = codes(3, 4, 5), classes(3), model.default_plan(4, 5)
+    gradients = []
+    for loss in (model.loss(*args)["loss"], plain_loss(model, *args)):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        torch.testing.assert_close(loss, plain_loss(model, *args), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_training_benchmark(work, run, monkeypatch):
+    """Three logit tensors of 256 x 16,384 floats are 16 MiB each: the chunked loss must stay far below."""
+    torch.manual_seed(0)
+    narrow = FlashAR(LlamaGen.from_preset("llamagen-b", dim=32, n_layer=1, n_head=2), 0).train()
+    monkeypatch.setattr("flashar_pl.commands.benchmark_train._model", lambda *_: narrow)
+    words = ["--batch-size", 4, "--grid", "8x8", "--repeats", 1, "--device", "cpu", "--dtype", "fp32"]
+    code, out, err = run("benchmark", "train", *words, "--out", "train.json")
+    assert code == 0, err
+    result = json.loads((work / "train.json").read_text())
+    rows = {(row["stage"], row["loss"]): row for row in result["rows"]}
+    assert rows.keys() == {(stage, loss) for stage in (1, 2) for loss in ("chunked", "plain")}
+    for row in rows.values():
+        assert row["tokens_per_s"] == pytest.approx(4 * 64 / row["seconds"])
+    assert "| 1     | chunked" in out
+    if not rows[2, "plain"]["loss_bytes"]:
+        pytest.skip("this system does not report resident memory")
+    for stage in (1, 2):
+        assert rows[stage, "plain"]["loss_bytes"] > 3 * 16 * 2**20
+        assert rows[stage, "chunked"]["loss_bytes"] < 0.35 * rows[stage, "plain"]["loss_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--preset", "llamagen-z"], "no preset 'llamagen-z'"),
+        (["--out", "."], "exists"),
+    ],
+)
+def test_wrong_options_are_refused(words, message, refused, work):
+    assert message in refused("benchmark", "train", "--device", "cpu", *words)
+
+
+def test_threads_are_restored():
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="grid is"):
+        benchmark_train(grid="0x3", device="cpu")
+    assert torch.get_num_threads() == before
