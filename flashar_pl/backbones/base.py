@@ -180,7 +180,7 @@ class Backbone(nn.Module, ABC):
         stop: int | None = None,
     ) -> Tensor:
         """Blocks start..stop-1 (Eq. 4, 5) on x (R, L, D)."""
-        return run_blocks(self.blocks[start:stop], x, rope, mask, cache, start)
+        return run_blocks(list(self.blocks)[start:stop], x, rope, mask, cache, start)
 
     def sequence_mask(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Tensor:
         """(1 or R, 1, K, K) bool mask of the prefix and the first `n_slots` slots, K = P + n_slots.

@@ -6,6 +6,7 @@ E head width, F feed-forward width.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -131,7 +132,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int
+    blocks: Iterable[nn.Module], x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int
 ) -> Tensor:
     """x (R, L, D) through `blocks`; `first_layer` is the cache layer of the first one."""
     for offset, block in enumerate(blocks):
