@@ -12,7 +12,9 @@ from flashar_pl.backbones.base import Batch
 from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TrainingBatches, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
+from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.reader import ShardReader
+from flashar_pl.tokenizers.text import MAX_PROMPT
 
 
 class CodesDataModule(LightningDataModule):
@@ -33,7 +35,9 @@ class CodesDataModule(LightningDataModule):
         validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
         limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
         cache: directory for copies of shards that are not local; empty = the user's cache directory.
-        text_encoder: for shards with captions, turns a caption into the 1-D int64 token ids of the whole prefix.
+        prompts: for shards with captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
+        max_prompt: longest prompt in tokens, template included; longer captions lose their end.
+        text_encoder: in place of prompts, turns a caption into the 1-D int64 token ids of the whole prefix.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class CodesDataModule(LightningDataModule):
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
         cache: str | None = None,
+        prompts: str | None = None,
+        max_prompt: int = MAX_PROMPT,
         text_encoder: Callable | None = None,
     ) -> None:
         super().__init__()
@@ -56,7 +62,9 @@ class CodesDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed, self.window = batch_size, num_workers, seed, window
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.limit_validation_samples = limit_validation_samples
-        self.cache, self.text_encoder = cache, text_encoder
+        self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
+        if prompts is not None and text_encoder is not None:
+            raise ValueError("prompts and text_encoder are both given; expected one of them.")
         self._manifest: Manifest | None = None
         self._training: TrainingLoader | None = None
         self._restored: dict[str, Any] = {}
@@ -68,17 +76,41 @@ class CodesDataModule(LightningDataModule):
             self._manifest = Manifest.load(self.location)
         return self._manifest
 
-    def check_model(self, vocabulary: int, num_classes: int | None = None, text_width: int | None = None) -> None:
-        """Raises ValueError unless a model can train on these shards; see `check_matches`."""
+    def check_model(
+        self,
+        vocabulary: int,
+        num_classes: int | None = None,
+        text_width: int | None = None,
+        visual_token_offset: int | None = None,
+    ) -> None:
+        """Raises ValueError unless a model can train on these shards; see `check_matches`.
+
+        visual_token_offset: of an Emu3.5 model; the assets in `prompts` must have the same.
+        """
         check_matches(self.manifest, vocabulary, num_classes, text_width=text_width)
+        encoder = self._encoder()
+        if isinstance(encoder, PromptEncoder):
+            encoder.text.check_vocabulary(visual_token_offset)
+
+    def _encoder(self) -> Callable | None:
+        """What turns captions into token ids; None for shards without captions."""
+        if self.manifest.condition.kind != "text":
+            return None
+        if self.text_encoder is None and self.prompts is not None:
+            self.text_encoder = PromptEncoder(self.prompts, self.manifest.grid, self.max_prompt)
+        if self.text_encoder is None:
+            raise ValueError(
+                f"The shards of {self.manifest.name!r} hold captions: give text_encoder, or for Emu3.5 prompts: the "
+                "directory with emu3.tiktoken, to turn them into ids."
+            )
+        return self.text_encoder
 
     def setup(self, stage: str) -> None:
         """Check the settings against the shards and the devices before any long work. Raises ValueError."""
         _, ranks = self._rank()
         manifest = self.manifest
         check_cut(self.validation_batch_size, ranks, "validation_batch_size")
-        if manifest.condition.kind == "text" and self.text_encoder is None:
-            raise ValueError(f"The shards of {manifest.name!r} hold captions: give text_encoder to turn them into ids.")
+        self._encoder()
         if stage == "fit":
             self._training, self._restored = None, {}
             check_cut(self.batch_size, ranks)
@@ -100,7 +132,7 @@ class CodesDataModule(LightningDataModule):
             self._order(),
             rank,
             ranks,
-            self.text_encoder,
+            self._encoder(),
             reshuffle=trainer is None or trainer.overfit_batches == 0,  # type: ignore[attr-defined]
         )
         processed = None
@@ -147,7 +179,7 @@ class CodesDataModule(LightningDataModule):
         rank, ranks = self._rank()
         reader = ShardReader(self.manifest, split, self.cache)
         order = EvaluationOrder(len(reader), self.validation_batch_size, limit)
-        return EvaluationLoader(EvaluationBatches(reader, order, rank, ranks, self.text_encoder), self.num_workers)
+        return EvaluationLoader(EvaluationBatches(reader, order, rank, ranks, self._encoder()), self.num_workers)
 
     def _rank(self) -> tuple[int, int]:
         """(this device's place, number) among those that see different data: tensor-parallel devices share theirs."""

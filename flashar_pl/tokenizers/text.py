@@ -104,6 +104,14 @@ class Emu35Text:
         listed = folder / SPECIAL_FILE
         return cls(folder / RANK_FILE, listed if listed.is_file() else None)
 
+    def check_vocabulary(self, visual_token_offset: int | None) -> None:
+        """ValueError unless a model whose visual codes begin at this token id was trained with this tokenizer."""
+        if visual_token_offset != self.visual_token_offset:
+            raise ValueError(
+                f"the prompt assets place visual codes from token id {self.visual_token_offset} on, the model from "
+                f"{visual_token_offset}; expected the {RANK_FILE} that came with the model's weights."
+            )
+
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         """Ids of a text after NFC normalisation. parse_special: `<|name|>` becomes the token of that name."""
         text = unicodedata.normalize("NFC", text)

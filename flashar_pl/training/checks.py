@@ -47,7 +47,7 @@ def check_data(datamodule: Any, config: LlamaGenConfig | Emu35Config) -> None:
     if check is None:
         return
     if isinstance(config, Emu35Config):
-        check(vocabulary=config.n_codes)
+        check(vocabulary=config.n_codes, visual_token_offset=config.visual_token_offset)
         return
     of_class = config.condition == "class"
     check(

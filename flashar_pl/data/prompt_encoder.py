@@ -1,0 +1,50 @@
+"""Captions of shards as what an Emu3.5 model is conditioned on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flashar_pl.tokenizers.text import MAX_PROMPT, Emu35Text
+
+UNLIMITED = 2**31
+
+
+class PromptEncoder:
+    """Caption -> 1-D int64 token ids of the whole prefix: template, caption, image begin, size digits, image token.
+
+    A `<|...|>` inside a caption is plain text. Longer prompts than `max_length` tokens (template included) lose the
+    end of their caption, never of the template; the first one of every process is announced by a UserWarning.
+    """
+
+    def __init__(self, assets: str | Path, grid: tuple[int, int], max_length: int = MAX_PROMPT) -> None:
+        """assets: directory with emu3.tiktoken and, where it lies there too, emu3_vision_tokens.txt.
+
+        Raises ValueError where a file is missing or damaged, tiktoken is not installed, or the limit leaves no room.
+        """
+        self.text = Emu35Text.from_directory(assets)
+        self.header = self.text.image_prefix(*grid)
+        self.max_length = max_length
+        self.truncated = 0
+        """Captions cut so far in this process."""
+        least = len(self.text.prompt("")) + 1
+        if max_length < least:
+            raise ValueError(f"max_prompt is {max_length}; expected at least {least}, the template and one token.")
+
+    def __call__(self, caption: str) -> Tensor:
+        ids = self.text.prompt(caption, max_length=UNLIMITED)
+        if len(ids) > self.max_length:
+            ids = self._cut(caption)
+        return torch.cat([ids, self.header])
+
+    def _cut(self, caption: str) -> Tensor:
+        self.truncated += 1
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ids = self.text.prompt(caption, max_length=self.max_length, too_long="truncate")
+        if self.truncated == 1:
+            warnings.warn(f"{said[0].message} Other captions that are too long are cut without a word.", stacklevel=3)
+        return ids
