@@ -150,7 +150,7 @@ def test_a_new_model_starts_at_uniform_logits() -> None:
     model = LlamaGen(LlamaGenConfig(dim=16, n_layer=2, n_head=2, vocab_size=19, num_classes=5)).eval()
     loss = RasterAR(model).loss(tiny.codes(2, 3, 3), tiny.classes(2))["loss"]
     assert loss.detach().item() == pytest.approx(math.log(19), abs=1e-5)
-    assert float(model.blocks[0].attention.wqkv.weight.std()) == pytest.approx(0.02, rel=0.15)
+    assert float(model.blocks[0].attention.wqkv.weight.detach().std()) == pytest.approx(0.02, rel=0.15)
 
 
 def test_label_dropout_has_its_rate_and_its_seed() -> None:
