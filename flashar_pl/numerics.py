@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
 from typing import Any
 
@@ -39,6 +40,23 @@ def full_precision(device_type: str) -> AbstractContextManager:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def strict_float32(device_type: str) -> Iterator[None]:
+    """float32 arithmetic: neither autocast nor TF32, whatever the caller has switched on.
+
+    For tokenizers, whose codes flip in lower precision, and for features that are compared with others' numbers.
+    """
+    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    matmul: Any = torch.backends.cuda.matmul
+    before = convolution.fp32_precision, matmul.fp32_precision
+    convolution.fp32_precision = matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        convolution.fp32_precision, matmul.fp32_precision = before
 
 
 def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int]:

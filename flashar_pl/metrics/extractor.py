@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.numerics import strict_float32
+
 
 @dataclass(frozen=True)
 class Features:
@@ -70,7 +72,7 @@ def extract_features(extractor: nn.Module, images: Tensor) -> Features:
         ValueError: images are not uint8 (B, 3, h, w), or the extractor's rows do not have its `num_features` columns.
     """
     images = check_images(images).to(device_of(extractor))
-    with torch.autocast(images.device.type, enabled=False):  # inside a mixed-precision step features stay float32
+    with strict_float32(images.device.type):  # also inside a mixed-precision step
         features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
     expected = (len(images), int(extractor.num_features))  # type: ignore[arg-type]
     if tuple(features.pool.shape) != expected:

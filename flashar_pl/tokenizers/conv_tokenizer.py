@@ -7,15 +7,15 @@ M = B * H * W vectors to look up.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashar_pl.numerics import strict_float32
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.convnet import Decoder, Encoder, NetSpec
 
@@ -107,7 +107,7 @@ class ConvTokenizer(Tokenizer):
     def encode_float(self, images: Tensor) -> Tensor:
         self.check_images(images, floating=True)
         self._check_weights()
-        with full_precision(images.device):
+        with strict_float32(images.device.type):
             z = self.quant_conv(self.encoder(images.float()))  # (B, D, H, W)
             rows = z.movedim(1, -1).flatten(0, 2)  # (M, D)
             codes = best_codes(self._unit(rows), self._unit(self.quantize.embedding.weight))  # (M,)
@@ -118,7 +118,7 @@ class ConvTokenizer(Tokenizer):
         self.check_codes(codes)
         self._check_weights()
         if self.decode_dtype == "float32":
-            with full_precision(codes.device):
+            with strict_float32(codes.device.type):
                 return self._decode(codes)
         with torch.autocast(codes.device.type, DECODE_DTYPES[self.decode_dtype]):
             return self._decode(codes).float()
@@ -137,20 +137,6 @@ class ConvTokenizer(Tokenizer):
                 "codes flip in lower precision. Use .to(device) without a dtype; decode_dtype='bfloat16' speeds up "
                 "decoding."
             )
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 arithmetic on `device`: neither autocast nor TF32, whatever the caller has switched on."""
-    convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    matmul: Any = torch.backends.cuda.matmul
-    before = convolution.fp32_precision, matmul.fp32_precision
-    convolution.fp32_precision = matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        convolution.fp32_precision, matmul.fp32_precision = before
 
 
 def best_codes(rows: Tensor, table: Tensor) -> Tensor:

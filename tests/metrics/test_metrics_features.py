@@ -186,3 +186,23 @@ def test_inception_bad_weights(tmp_path, monkeypatch, network_and_weights):
     monkeypatch.setattr(sys, "path", [])
     with pytest.raises(ValueError, match="pip install --no-deps --target"):
         inception.load_fidelity_module()
+
+
+def test_features_are_float32_whatever_the_caller_switched_on():
+    """TF32 convolutions, the default on GPUs, move Inception features in the third digit; so does autocast."""
+    seen = []
+
+    class Probe(nn.Module):
+        num_features = 3
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+            x = images.float().mean((2, 3))
+            return x @ torch.eye(3)
+
+    before = torch.backends.cudnn.conv.fp32_precision
+    with torch.autocast("cpu", torch.bfloat16):
+        features = extract_features(Probe(), torch.full((2, 3, 4, 4), 255, dtype=torch.uint8))
+    assert seen == [("ieee", "ieee")]
+    assert features.pool.dtype == torch.float32
+    assert torch.backends.cudnn.conv.fp32_precision == before
