@@ -38,9 +38,19 @@ def logs_now(trainer: Trainer) -> bool:
 
 
 class InitialWeights(Callback):
-    """Reads `init_from` unless a checkpoint was restored, then starts the averaged weights as a copy."""
+    """Reads `init_from` unless a checkpoint was restored, then starts the averaged weights as a copy.
+
+    Sharded strategies restore a checkpoint after `on_fit_start`.
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            _as_ours(pl_module).load_initial_weights()
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _as_ours(pl_module).load_initial_weights()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _as_ours(pl_module).load_initial_weights()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

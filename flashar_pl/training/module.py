@@ -41,7 +41,7 @@ from flashar_pl.training.config import (
 from flashar_pl.training.evaluation import Evaluation
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.stages import Schedule
-from flashar_pl.training.strategies import check_checkpoint_kind, first_weights, new_model
+from flashar_pl.training.strategies import first_weights, new_model
 
 
 class FlashARModule(LightningModule):
@@ -106,8 +106,8 @@ class FlashARModule(LightningModule):
             self.ema = new_model(self.model_config, self._strategy).requires_grad_(False)
 
     def load_initial_weights(self) -> None:
-        """Read `init_from` and copy it into the averaged weights, unless a checkpoint is or will be restored."""
-        if self._has_weights or (self._trainer is not None and self._trainer.ckpt_path is not None):
+        """Read `init_from` and copy the result into the averaged weights, unless a checkpoint was restored."""
+        if self._has_weights:
             return
         self._has_weights = True
         if self.init_from is not None:
@@ -138,7 +138,6 @@ class FlashARModule(LightningModule):
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
             check_precision(self.trainer.precision)
-        check_checkpoint_kind(self.trainer.ckpt_path, self.trainer.strategy)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
 
     # --- steps ------------------------------------------------------------------------------------------------------

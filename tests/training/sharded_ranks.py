@@ -1,11 +1,13 @@
 """Run by test_fsdp.py in real processes: python sharded_ranks.py JSON
 
-Every fit of the list runs in one launch; each writes its losses, and the first process what is asked for.
+The JSON is a list of fits (`run` takes one). All run in one launch; the first process writes a record of each.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
 
+from flashar_pl.models import dual_head
 from flashar_pl.training.fsdp import ShardedStrategy
 
 torch.set_num_threads(1)
@@ -24,7 +27,7 @@ CLIP = 0.05
 
 
 class Losses(Callback):
-    """The loss of every step over all ranks, and the norm of the clipped gradient's parameters."""
+    """The loss of every step, over all ranks."""
 
     def __init__(self) -> None:
         self.seen: dict[int, float] = {}
@@ -33,15 +36,53 @@ class Losses(Callback):
         self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
 
 
+class Dtypes(Callback):
+    """Dtypes of parameters while their unit runs, of shards, of gradients and of moments."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, set[str]] = {}
+
+    def note(self, what: str, *tensors: torch.Tensor) -> None:
+        self.seen.setdefault(what, set()).update(str(tensor.dtype) for tensor in tensors)
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        net = pl_module.net
+        for what, module in {
+            "block": net.backbone.blocks[0], "vertical block": net.vertical.blocks[0],
+            "embedding": net.backbone.code_embedding, "gate": net.dual_head.gate, "norm": net.backbone.norm,
+        }.items():  # fmt: skip
+            module.register_forward_pre_hook(lambda module, _, what=what: self.note(what, *module.parameters()))
+        net.backbone.blocks[0].register_forward_hook(lambda module, _, out: self.note("activation", out))
+        compute = dual_head.dual_nll
+
+        def dual_nll(h, v, gate, weight_h, weight_v, labels):
+            self.note("heads", weight_h, weight_v)
+            self.note("gate value", gate)
+            return compute(h, v, gate, weight_h, weight_v, labels)
+
+        dual_head.dual_nll = dual_nll
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        for parameter in pl_module.net.parameters():
+            assert isinstance(parameter, DTensor)
+            self.note("shard", parameter)
+            if parameter.grad is not None:
+                self.note("gradient", parameter.grad)
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self.note("moment", *(v for state in trainer.optimizers[0].state.values() for v in state.values()))
+
+
 def strategy_of(name: str, options: dict[str, Any]) -> Any:
     return ShardedStrategy(**options) if name == "sharded" else name
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One fit; job: see the defaults taken from it."""
+    """One fit. job: name, root (of its checkpoints and its record), shards, devices, strategy and its options, ..."""
     root = Path(job["root"])
     losses = Losses()
-    callbacks: list[Callback] = [losses]
+    dtypes = Dtypes()
+    callbacks: list[Callback] = [losses, *([dtypes] if job.get("dtypes") else [])]
     if job.get("save"):
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(
@@ -60,11 +101,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     weights = {name: whole(value) for name, value in trained.state_dict().items()}
     results = {name: float(value) for name, value in trained.trainer.callback_metrics.items()}
-    return {"losses": losses.seen, "weights": weights, "results": results}
+    return {"losses": losses.seen, "weights": weights, "results": results, "dtypes": dtypes.seen}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def go(jobs: list[dict[str, Any]], devices: int) -> None:
+    """Run fits in new processes: this file on `devices` ranks."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
+    command = [sys.executable, __file__, json.dumps([{**job, "devices": devices} for job in jobs])]
+    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=150)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
 
 
 def main(text: str) -> None:
