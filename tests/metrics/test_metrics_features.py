@@ -189,7 +189,7 @@ def test_inception_bad_weights(tmp_path, monkeypatch, network_and_weights):
 
 
 def test_features_are_float32_whatever_the_caller_switched_on():
-    """TF32 convolutions, the default on GPUs, move Inception features in the third digit; so does autocast."""
+    """Convolutions on GPUs default to TF32, which keeps 10 bits of the mantissa; bfloat16 autocast keeps 7."""
     seen = []
 
     class Probe(nn.Module):
