@@ -167,7 +167,8 @@ def run_stages(stages: list[Stage]) -> None:
     pace = 1.0
     try:
         for i, stage in enumerate(todo):
-            left = pace * sum(s.seconds for s in todo[i:] if not s.background) + 30
+            in_turn = sum(s.seconds for s in todo[i:] if not s.background)
+            left = pace * max(in_turn, *(s.seconds for s in todo if s.background), 0) + 30
             count = f"[{i + 1}/{len(todo) + 1}]"
             print(f"\n{count} {stage.title}: about {pace * stage.seconds:.0f} s; {left:.0f} s left in all")
             if stage.background:

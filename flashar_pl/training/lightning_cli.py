@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -41,9 +41,23 @@ from flashar_pl.training.stored_config import (
     read_config,
     run_directory,
 )
+from flashar_pl.training.strategies import check_checkpoint_kind
 
 NOISE = ("litlogger", "litmodels", "available: ", "does not have many workers", "LeafSpec", "Seed set to")
-VERBS = ("fit", "validate", "test", "predict")
+VERBS = {
+    "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
+    "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
+    "  flashar fit --ckpt_path runs/demo/raster/checkpoints/last.ckpt --trainer.max_steps 2000    (continue)\n\n"
+    "Options win over files, files over the configuration of the checkpoint that is continued.",
+    "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
+    "example:\n  flashar validate --ckpt_path runs/demo/flashar/checkpoints/last.ckpt\n\n"
+    "The configuration comes out of the checkpoint; options change it.",
+    "test": "Losses, likelihood and, where configured, FID and samples on the test split.\n\n"
+    "example:\n  flashar test --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
+    "predict": "Likelihood of every test image, written as .npz into the run directory.\n\n"
+    "example:\n  flashar predict --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
+}
+"""What each verb does, for its --help."""
 
 
 class KeepConfig(SaveConfigCallback):
@@ -102,7 +116,8 @@ class ExperimentCLI(LightningCLI):
         self._resumed: dict[str, Any] | None = None
         self._checkpoint = checkpoint_of(words)
         _quiet()
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)  # text under a field is its help
+        wants_help = any(word in ("--help", "-h") or word.endswith(".help") for word in words)
+        set_parsing_settings(docstring_parse_attribute_docstrings=wants_help)  # text under a field is its help; slow
         options = {"exit_on_error": False, "allow_abbrev": False}
         with tempfile.TemporaryDirectory() as folder:
             if self._checkpoint is not None:
@@ -116,11 +131,15 @@ class ExperimentCLI(LightningCLI):
                 save_config_callback=KeepConfig,
                 trainer_defaults={"default_root_dir": DEFAULT_ROOT, "enable_model_summary": False},
                 seed_everything_default=0,
-                parser_kwargs={**options, **{verb: dict(options) for verb in VERBS}},
+                parser_kwargs={**options, "formatter_class": _RunHelp, self._verb: options | _help(self._verb)},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=[self._verb, *configs_first(words)],
             )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verb of this call only: a parser for each of the four would take four times as long to build."""
+        return {self._verb: LightningCLI.subcommands()[self._verb]}
 
     # --- parsing ----------------------------------------------------------------------------------------------------
 
@@ -164,6 +183,7 @@ class ExperimentCLI(LightningCLI):
         manifest = self.datamodule.manifest  # missing shards show now
         if self._checkpoint is not None:
             check_same_model(self._checkpoint, self.model.model_config)
+            check_checkpoint_kind(self._checkpoint, self.trainer.strategy)
             check_same_data(self._checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
@@ -213,6 +233,21 @@ class ExperimentCLI(LightningCLI):
         path = free_name(root / f"predictions_rank{self.trainer.global_rank}.npz")
         np.savez(path, index=joined["index"], nll=joined["nll"])
         print(f"{len(joined['nll'])} images, mean {joined['nll'].mean():.4f} nats per image: {path}")
+
+
+def _help(verb: str) -> dict[str, Any]:
+    """Parser arguments for a readable head of the help text."""
+    return {
+        "usage": f"flashar {verb} [--config FILE.yaml ...] [--ckpt_path PATH] [--key value ...]",
+        "description": VERBS[verb],
+    }
+
+
+class _RunHelp(DefaultHelpFormatter):
+    """The description keeps its lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 class _Filter(logging.Filter):

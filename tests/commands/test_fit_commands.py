@@ -181,6 +181,17 @@ def test_configuration_of_a_sharded_checkpoint_is_found(tmp_path):
         read_config(str(folder))
 
 
+def test_help_of_a_training_verb_is_readable(run):
+    code, out, _ = run("fit", "--help")
+    assert code == 0
+    assert out.startswith("usage: flashar fit [--config")
+    assert "\n  flashar fit --config experiments/demo_raster.yaml\n" in out
+    assert "m, the layer at which the vertical branch forks off" in " ".join(
+        run("fit", "--model.flashar.help")[1].split()
+    )
+    assert "Base learning rate" in out
+
+
 # --- bad input: a clear error before any long work, nothing left behind -----------------------------------------------
 
 
