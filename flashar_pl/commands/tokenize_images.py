@@ -73,20 +73,12 @@ def tokenize_imagenet(
     from flashar_pl.data.images import SquareCrop
     from flashar_pl.data.tokenise import Job
 
-    if crop_range is not None and not ten_crop:
-        raise ValueError("--crop-range has a meaning only with --ten-crop; add it, or leave --crop-range out.")
-    crop_range = 1.1 if crop_range is None else crop_range
-    if crop_range < 1:
-        raise ValueError(f"crop_range is {crop_range}; expected 1 or more.")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more crops.")
     rank, ranks = ranks_from_environment()
     model, place = open_tokenizer(tokenizer, weights, device)
-    if image_size < 1 or image_size % model.downsample:
-        raise ValueError(f"image_size is {image_size}; expected a multiple of {model.downsample} (pixels of a code).")
+    side = side_before_crops(image_size, ten_crop, crop_range, model.downsample)
     source = class_images(images, classes, num_classes)
-    # As in LlamaGen: the product is truncated, so 256 x 1.1 gives 281.
-    side = int(image_size * crop_range) if ten_crop else image_size
     crops: Literal["ten", "mirror"] = "ten" if ten_crop else "mirror"
     job = Job(
         source=source,
@@ -193,6 +185,19 @@ def tokenize_npy(
     return run_job(job)
 
 
+def side_before_crops(image_size: int, ten_crop: bool, crop_range: float | None, downsample: int) -> int:
+    """The side an image is resized to before it is cropped. Raises ValueError for sizes that do not go together."""
+    if crop_range is not None and not ten_crop:
+        raise ValueError("--crop-range has a meaning only with --ten-crop; add it, or leave --crop-range out.")
+    crop_range = 1.1 if crop_range is None else crop_range
+    if crop_range < 1:
+        raise ValueError(f"crop_range is {crop_range}; expected 1 or more.")
+    if image_size < 1 or image_size % downsample:
+        raise ValueError(f"image_size is {image_size}; expected a multiple of {downsample} (pixels of a code).")
+    # As in LlamaGen, the product is truncated: 256 x 1.1 gives 281.
+    return int(image_size * crop_range) if ten_crop else image_size
+
+
 def class_images(images: str, classes: str | None, num_classes: int | None) -> Source:
     """An image folder if `images` is a folder with sub-folders, else tars."""
     from flashar_pl.data.sources import IMAGE_MEMBERS, ImageFolder, TarSource, read_classes
@@ -278,8 +283,8 @@ def run_job(job: Job) -> dict[str, Any] | None:
     if report is None:
         print(f"process {job.rank + 1} of {job.ranks} has finished its shards; the last process writes the manifest")
         return None
-    grids = ", ".join(f"{grid}: {count:,}" for grid, count in report["grids"].items())
-    print(f"{job.split}: {report['written']:,} of {report['samples']:,} images written ({grids} codes)")
+    grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
+    print(f"{job.split}: {report['written']:,} of {report['samples']:,} images written ({grids})")
     for reason, count in report["left_out"].items():
         print(f"left out: {count:,} ({reason})")
     if report["unreadable"]:

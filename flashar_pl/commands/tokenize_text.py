@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.common import parse_grid
 from flashar_pl.commands.tokenize_images import (
@@ -15,6 +15,9 @@ from flashar_pl.commands.tokenize_images import (
     run_job,
     tokenizer_config,
 )
+
+if TYPE_CHECKING:
+    from flashar_pl.data.sources import Source
 
 EMU35_CODES = 131072
 
@@ -75,25 +78,14 @@ def tokenize_text_image(
         shard_images: images that are tokenised together into one shard for each grid.
         keep_order: keep the order of the list or tars, if it is random already; otherwise images are shuffled.
     """
-    from flashar_pl.data.sources import IMAGE_MEMBERS, CaptionList, TarSource
     from flashar_pl.data.tokenise import Job
 
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected 1 or more images.")
     rank, ranks = ranks_from_environment()
-    listed = Path(data).suffix in (".json", ".jsonl")
-    if not listed and (caption_key or image_key or images):
-        raise ValueError("--caption-key, --image-key and --images are for .json and .jsonl lists; leave them out.")
-    if not listed and holds_codes(data):
-        if image_size or buckets:
-            raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
-        way = code_way(tokenizer, weights, vocabulary)
-        source: Any = TarSource(data, ("pt",), "txt")
-    else:
-        if vocabulary is not None:
-            raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
-        way = image_way(tokenizer, weights, device, image_size, buckets)
-        source = CaptionList(data, images, caption_key, image_key) if listed else TarSource(data, IMAGE_MEMBERS, "txt")
+    source, way = choose(
+        data, tokenizer, weights, device, vocabulary, (image_size, buckets), (images, caption_key, image_key)
+    )
     job = Job(
         source=source,
         prepare=way.prepare,
@@ -129,6 +121,37 @@ class Way:
     tokenizer: dict[str, Any]
     vocabulary: int
     settings: dict[str, Any]
+
+
+def choose(
+    data: str,
+    tokenizer: str,
+    weights: str | None,
+    device: str,
+    vocabulary: int | None,
+    sizes: tuple[int | None, str | None],
+    fields: tuple[str | None, str | None, str | None],
+) -> tuple[Source, Way]:
+    """What `data` is, and how it becomes codes.
+
+    sizes: --image-size and --buckets. fields: --images, --caption-key and --image-key. Raises ValueError for options
+    that do not go with the data.
+    """
+    from flashar_pl.data.sources import IMAGE_MEMBERS, CaptionList, TarSource
+
+    listed = Path(data).suffix in (".json", ".jsonl")
+    image_size, buckets = sizes
+    if not listed and any(fields):
+        raise ValueError("--caption-key, --image-key and --images are for .json and .jsonl lists; leave them out.")
+    if not listed and holds_codes(data):
+        if image_size or buckets:
+            raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
+        way = code_way(tokenizer, weights, vocabulary)
+        return TarSource(data, ("pt",), "txt"), way
+    if vocabulary is not None:
+        raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
+    way = image_way(tokenizer, weights, device, image_size, buckets)
+    return CaptionList(data, *fields) if listed else TarSource(data, IMAGE_MEMBERS, "txt"), way
 
 
 def image_way(tokenizer: str, weights: str | None, device: str, image_size: int | None, buckets: str | None) -> Way:

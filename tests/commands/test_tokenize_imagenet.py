@@ -60,7 +60,7 @@ def test_ten_crop_codes_are_those_of_the_tokenizer(tmp_path, tokenize, images):
     """Guards the order of images, labels and crops, and the pixels that reach the tokenizer."""
     code, out, _ = tokenize(tmp_path / "s", "--ten-crop", "--crop-range", 1.15)
     assert code == 0
-    assert "27 of 27 images written (4x4: 27 codes)" in out
+    assert "27 of 27 images written (27 of 4x4 codes)" in out
     ids, labels, codes = contents(tmp_path / "s")
     assert ids.tolist() == list(range(27))
     assert labels.tolist() == [i // EACH for i in range(27)]
