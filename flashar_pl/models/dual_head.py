@@ -217,39 +217,39 @@ class DualHead(nn.Module):
         """
         where = sources(plan, self.corner, h.device)
         codes = codes + self.first_code  # rows of the heads
-        dtype = wide(h[:0]).dtype
-        batch = h.shape[0]
-        fused = torch.zeros(batch, plan.n_cells, dtype=dtype, device=h.device)
-        horizontal, vertical = torch.zeros_like(fused), torch.zeros_like(fused)
-        gate = torch.ones_like(fused)
+        batch, zeros = h.shape[0], wide(h[:0]).new_zeros(h.shape[0], plan.n_cells)
 
-        def select(states: Tensor, index: Tensor, cells: Tensor) -> Tensor:
-            return states[:, index[cells]].flatten(0, 1)  # (B * M, D)
+        def select(states: Tensor, index: Tensor, *cells: Tensor) -> Tensor:
+            return torch.cat([states[:, index[part]].flatten(0, 1) for part in cells])  # (B * M, D)
 
-        def put(into: Tensor, cells: Tensor, values: Tensor) -> Tensor:
-            return into.index_copy(1, cells, values.view(batch, -1).to(dtype))
+        def labels(*cells: Tensor) -> Tensor:
+            return torch.cat([codes[:, part].flatten() for part in cells])
 
-        if len(where.only_h):
-            nll = head_nll(select(h, where.h, where.only_h), self.horizontal.weight, codes[:, where.only_h].flatten())
-            fused, horizontal = put(fused, where.only_h, nll), put(horizontal, where.only_h, nll)
+        def put(values: Tensor, *cells: Tensor) -> Tensor:
+            parts = values.split([batch * len(part) for part in cells])
+            return zeros.index_copy(1, torch.cat(cells), torch.cat([part.view(batch, -1) for part in parts], dim=1))
+
         if v is None or self.vertical is None:
             assert len(where.only_h) == plan.n_cells, "this plan needs a vertical head"
-            return TargetLosses(fused, horizontal, vertical, gate)
-        if len(where.only_v):
-            nll = head_nll(select(v, where.v, where.only_v), self.vertical.weight, codes[:, where.only_v].flatten())
-            fused, vertical = put(fused, where.only_v, nll), put(vertical, where.only_v, nll)
-            gate = put(gate, where.only_v, torch.zeros_like(nll))
-        if len(where.both):
-            a, b = h[:, where.h[where.both]], v[:, where.v[where.both]]  # (B, M, D) each
-            g = self.weigh(a, b, where.corner).flatten()
-            a, b = a.flatten(0, 1), b.flatten(0, 1)
-            nll, nll_h, nll_v = dual_nll(
-                a, b, g, self.horizontal.weight, self.vertical.weight, codes[:, where.both].flatten()
+            nll = put(
+                head_nll(select(h, where.h, where.only_h), self.horizontal.weight, labels(where.only_h)), where.only_h
             )
-            fused = put(fused, where.both, nll)
-            horizontal, vertical = put(horizontal, where.both, nll_h), put(vertical, where.both, nll_v)
-            gate = put(gate, where.both, g.detach())
-        return TargetLosses(fused, horizontal, vertical, gate.detach())
+            return TargetLosses(nll, nll, zeros, torch.ones_like(zeros))
+        a, b = h[:, where.h[where.both]], v[:, where.v[where.both]]  # (B, M, D) each
+        gate = self.weigh(a, b, where.corner).flatten()
+        by_h, by_v = (where.both, where.only_h), (where.both, where.only_v)
+        fused, nll_h, nll_v = dual_nll(
+            select(h, where.h, *by_h), select(v, where.v, *by_v), gate,
+            self.horizontal.weight, self.vertical.weight, labels(*by_h), labels(*by_v),
+        )  # fmt: skip
+        both = len(fused)
+        every = (where.both, where.only_h, where.only_v)
+        return TargetLosses(
+            fused=put(torch.cat([fused, nll_h[both:], nll_v[both:]]), *every),
+            horizontal=put(nll_h, *by_h),
+            vertical=put(nll_v, *by_v),
+            gate=put(torch.cat([gate, torch.ones_like(nll_h[both:]), torch.zeros_like(nll_v[both:])]), *every).detach(),
+        )
 
     def step(self, h: Tensor, v: Tensor | None, at: StepSources) -> Tensor:
         """Fused logits (R, n, V) float32 of one step's cells from the states (R, n', D) that were fed last (Eq. 8).

@@ -55,10 +55,10 @@ class Dtypes(Callback):
         net.backbone.blocks[0].register_forward_hook(lambda module, _, out: self.note("activation", out))
         compute = dual_head.dual_nll
 
-        def dual_nll(h, v, gate, weight_h, weight_v, labels):
+        def dual_nll(h, v, gate, weight_h, weight_v, *labels):
             self.note("heads", weight_h, weight_v)
             self.note("gate value", gate)
-            return compute(h, v, gate, weight_h, weight_v, labels)
+            return compute(h, v, gate, weight_h, weight_v, *labels)
 
         dual_head.dual_nll = dual_nll
 
@@ -87,7 +87,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(
         dropout=False,
-        optimiser=OptimiserConfig(lr=1e-2, clip=CLIP),
+        optimiser=OptimiserConfig(lr=1e-2, clip=CLIP, state=job.get("state", "fp32")),
         ema_decay=job.get("ema"),
         init_from=job.get("init_from"),
         validation=ValidationConfig(**job.get("validation", {})),
