@@ -14,6 +14,8 @@ from flashar_pl.models.directories import backbone_config
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.training.stages import Schedule
 
+State = Literal["fp32", "bf16", "8bit"]
+
 STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 """The paper's two-stage schedule (Sec. 5.1)."""
 
@@ -117,6 +119,8 @@ class OptimiserConfig:
     """Weight decay of matrices and embeddings; vectors have none."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    state: State = "fp32"
+    """Moments: fp32 (8 bytes per parameter), bf16 (4, rounded at random), or 8bit (2, needs torchao)."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:

@@ -167,7 +167,8 @@ class FlashARModule(LightningModule):
         return {"nll": self.validation_step(batch, batch_idx)["nll"], "index": batch.index, "valid": batch.valid}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return adamw(self.net, self.optimiser.lr, self.optimiser.betas, self.optimiser.weight_decay)
+        options = self.optimiser
+        return adamw(self.net, options.lr, options.betas, options.weight_decay, options.state)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

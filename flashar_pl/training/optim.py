@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from flashar_pl.models.base import ROLES, GridModel
+from flashar_pl.training.compact_adamw import CompactAdamW
 
 
 def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -34,17 +35,34 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(
-    model: GridModel, lr: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.05
-) -> torch.optim.AdamW:
+    model: GridModel,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.05,
+    state: Literal["fp32", "bf16", "8bit"] = "fp32",
+) -> torch.optim.Optimizer:
     """AdamW over all parameters of the model, frozen ones included: those without gradient are skipped.
 
+    state: what the moments are kept in. "bf16" is `CompactAdamW`, "8bit" the block-wise quantised AdamW of torchao.
+
     Raises:
-        ValueError: a parameter is neither float32 nor float64. At post-training learning rates an update of a
-            bfloat16 weight is mostly rounded away.
+        ValueError: a parameter is neither float32 nor float64 (at post-training learning rates an update of a bfloat16
+            weight is mostly rounded away), or torchao is not installed.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
             )
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas)
+    groups = parameter_groups(model, weight_decay)
+    if state == "fp32":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    if state == "bf16":
+        return CompactAdamW(groups, lr=lr, betas=betas)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optimiser.state is 8bit, which needs torchao: pip install 'flashar-pl[large]'. Without it use bf16."
+        ) from error
+    return AdamW8bit(groups, lr=lr, betas=betas)

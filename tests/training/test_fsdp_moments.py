@@ -1,0 +1,100 @@
+"""Moments in fewer bytes: bfloat16 rounded at random, and torchao's 8 bits where it is installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sharded_ranks import run
+from training_toys import OptimiserConfig, make_module
+
+from flashar_pl.training.compact_adamw import CompactAdamW, round_at_random
+from flashar_pl.training.optim import adamw
+
+
+def test_rounding_keeps_the_expectation() -> None:
+    """Rounded to the nearest, every one of these would be 1.0."""
+    torch.manual_seed(0)
+    x = torch.full((200_000,), 1 + 2**-10)  # an eighth of the way to the next bfloat16
+    rounded = round_at_random(x)
+    assert set(rounded.float().unique().tolist()) == {1.0, 1 + 2**-7}
+    assert float(rounded.double().mean()) == pytest.approx(1 + 2**-10, abs=5e-5)
+    exact = torch.tensor([0.0, -1.5, 3.0e38, 2.0**-130])
+    assert torch.equal(round_at_random(exact.bfloat16().float()), exact.bfloat16())
+    assert torch.equal(round_at_random(-x).float().unique(), torch.tensor([-1 - 2**-7, -1.0]))
+
+
+def test_second_moment_decays() -> None:
+    """At beta2 = 0.999 a step changes it by an eighth of a bfloat16 unit: to the nearest, it would stay for ever."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(4096))
+    optimiser = CompactAdamW([weight], lr=1e-3, betas=(0.9, 0.999))
+    weight.grad = torch.ones(4096)
+    for _ in range(20):
+        optimiser.step()
+    before = optimiser.state[weight]["exp_avg_sq"].double().mean()
+    weight.grad = torch.zeros(4096)
+    for _ in range(200):
+        optimiser.step()
+    after = optimiser.state[weight]["exp_avg_sq"].double().mean()
+    assert float(after / before) == pytest.approx(0.999**200, rel=5e-3)
+
+
+def test_follows_adamw() -> None:
+    """Same weights as float32 moments within the rounding, weight decay and bias correction included."""
+    torch.manual_seed(0)
+    start = torch.randn(64, 64)
+    found = []
+    for kind in (torch.optim.AdamW, CompactAdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimiser = kind([weight], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+        target = torch.ones(64, 64)
+        for _ in range(50):
+            optimiser.zero_grad()
+            (weight - target).square().sum().backward()
+            optimiser.step()
+        found.append(weight.detach())
+    assert float((found[0] - found[1]).abs().max()) < 5e-3
+    assert float((found[0] - start).abs().mean()) > 0.2
+
+
+def test_state_keeps_its_size_when_loaded() -> None:
+    """torch casts a loaded state to the dtype of its parameter."""
+    weight = torch.nn.Parameter(torch.zeros(8))
+    optimiser = CompactAdamW([weight])
+    weight.grad = torch.ones(8)
+    optimiser.step()
+    other = CompactAdamW([torch.nn.Parameter(torch.zeros(8))])
+    other.load_state_dict(optimiser.state_dict())
+    (state,) = other.state.values()
+    assert {state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.bfloat16}
+    assert float(state["step"]) == 1
+
+
+@pytest.mark.parametrize("strategy", ["auto", "sharded"])
+def test_a_run_with_small_moments_continues(toy_shards: str, tmp_path: Path, strategy: str) -> None:
+    """Losses near those of float32 moments; an interrupted run equals a whole one, because generators are kept."""
+    job = {"root": str(tmp_path), "shards": toy_shards, "devices": 1, "strategy": strategy}
+    if strategy == "sharded":
+        job["options"] = {"compute": "fp32"}
+    try:
+        wide = run({**job, "name": "wide"})
+        whole = run({**job, "name": "whole", "state": "bf16", "save": 1})
+        again = run({**job, "name": "again", "state": "bf16", "ckpt": str(tmp_path / "step=2.ckpt")})
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert again["losses"] == {step: whole["losses"][step] for step in again["losses"]}
+    assert whole["losses"][10] == pytest.approx(wide["losses"][10], abs=0.02)
+    assert whole["losses"][10] < whole["losses"][1] - 0.2
+
+
+def test_8_bits_need_torchao(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    module = make_module(optimiser=OptimiserConfig(state="8bit"))
+    module.configure_model()
+    with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[large\]'"):
+        adamw(module.net, 1e-3, state="8bit")
