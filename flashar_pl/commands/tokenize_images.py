@@ -277,11 +277,16 @@ def run_job(job: Job) -> dict[str, Any] | None:
     job.progress = progress
     try:
         report = run(job)
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # of these only the first process is heard otherwise
+            print(f"process {job.rank + 1} of {job.ranks}: {error}", file=sys.stderr)
+        raise
     finally:
         for bar in bars:
             bar.close()
     if report is None:
         print(f"process {job.rank + 1} of {job.ranks} has finished its shards; the last process writes the manifest")
+        print(f"(if all have ended and {job.out} has no manifest.json, give the same command again)")
         return None
     grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
     print(f"{job.split}: {report['written']:,} of {report['samples']:,} images written ({grids})")

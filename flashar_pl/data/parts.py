@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest
 if TYPE_CHECKING:
     from flashar_pl.data.tokenise import Job
 
+MERGE_WAITS = (0.5, 2.0)
+"""Seconds to wait for another process that is merging."""
 NAMED = 5
 """Unreadable samples named in an error."""
 
@@ -33,6 +37,15 @@ def report_path(job: Job) -> Path:
 def manifests(out: Path) -> list[Path]:
     """The manifests of a directory made by a job: its own, or one in each sub-folder."""
     return [path for path in (out / FILE_NAME, *sorted(out.glob(f"*/{FILE_NAME}"))) if path.is_file()]
+
+
+def finished_parts(job: Job) -> set[int]:
+    """Numbers of the finished parts. One listing: network file systems answer it freshly, single look-ups not."""
+    try:
+        names = os.listdir(job.work)
+    except FileNotFoundError:
+        return set()
+    return {int(name) for name in names if name.isdigit()}
 
 
 def start(job: Job) -> dict[str, Any] | None:
@@ -83,8 +96,8 @@ def read_part(job: Job, part: int) -> dict[str, Any]:
 
 def retry_bad(job: Job, parts: Iterable[int]) -> None:
     """Forget finished parts of which an unreadable sample can be read now: a disk may have been away."""
-    for part in parts:
-        if part_folder(job, part).is_dir() and any(_readable(job, bad["id"]) for bad in read_part(job, part)["bad"]):
+    for part in finished_parts(job).intersection(parts):
+        if any(_readable(job, bad["id"]) for bad in read_part(job, part)["bad"]):
             shutil.rmtree(part_folder(job, part))
 
 
@@ -107,14 +120,18 @@ def finish(job: Job) -> dict[str, Any] | None:
     Raises:
         ValueError: more unreadable samples than allowed, or no sample at all.
     """
-    if not all(part_folder(job, part).is_dir() for part in range(job.parts)):
+    if len(finished_parts(job)) < job.parts:
         return read_json(report_path(job)) if report_path(job).exists() else None
-    try:
-        return _merge(job)
-    except (FileNotFoundError, ValueError):
-        if report_path(job).exists():  # another process has merged and removed them
-            return read_json(report_path(job))
-        raise
+    for wait in (*MERGE_WAITS, None):
+        try:
+            return _merge(job)
+        except (FileNotFoundError, ValueError) as error:
+            if report_path(job).exists():  # another process has merged and removed them
+                return read_json(report_path(job))
+            if wait is None or not isinstance(error, FileNotFoundError):
+                raise
+            time.sleep(wait)  # another process is about to
+    raise AssertionError
 
 
 def _merge(job: Job) -> dict[str, Any]:
@@ -250,6 +267,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # A random name: processes in containers on several machines often have the same number.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     partial.write_text(text, encoding="utf-8", errors="surrogateescape")
     partial.replace(path)

@@ -34,7 +34,9 @@ def find_tars(location: str) -> list[Path]:
         raise ValueError(f"No tars at {location}; expected a directory of .tar files, a tar, or a pattern.")
     for tar in found:
         if not tar.is_file():
-            raise ValueError(f"The tar {tar} does not exist (from {location}).")
+            raise ValueError(
+                f"{tar} does not exist; expected a folder, a tar, or a pattern of tars (given: {location})."
+            )
     return found
 
 

@@ -33,8 +33,8 @@ from flashar_pl.data.parts import (
     check_share,
     commit_part,
     finish,
+    finished_parts,
     new_part,
-    part_folder,
     read_part,
     report_path,
     retry_bad,
@@ -154,8 +154,9 @@ def run(job: Job) -> dict[str, Any] | None:
         return report
     mine = range(job.rank, job.parts, job.ranks)
     retry_bad(job, mine)
-    left = [part for part in mine if not part_folder(job, part).is_dir()]
-    bad = sum(len(read_part(job, part)["bad"]) for part in mine if part not in set(left))
+    finished = finished_parts(job)
+    left = [part for part in mine if part not in finished]
+    bad = sum(len(read_part(job, part)["bad"]) for part in finished.intersection(mine))
     total, open_samples = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
     advance = job.progress(total, total - open_samples)
     items = _items(job, left)
