@@ -121,15 +121,21 @@ def found_head_dim(source: TensorSource, prefix: str = "model.") -> int | None:
     return source.shape(key)[0] if key in set(source.keys()) else None
 
 
-def read_official(source: TensorSource, config: dict[str, Any], heads: Heads) -> Emu35:
-    """See `Emu35.from_official`."""
+def read_official(
+    source: TensorSource,
+    config: dict[str, Any],
+    heads: Heads,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Emu35:
+    """See `Emu35.from_official`. The weights are read into memory of `device`; dtype None = that of the source."""
     parsed = parse_config(config, heads, found_head_dim(source))
     renames = backbone_renames(parsed)
     check_names(source, renames, ignored=filter(is_table, source.keys()))
     with torch.device("meta"):
-        backbone = Emu35(parsed).to(source_dtype(source, EMBEDDING))
-    fill(backbone, source, renames)
-    return backbone
+        backbone = Emu35(parsed).to(dtype or source_dtype(source, EMBEDDING))
+    fill(backbone, source, renames, device)
+    return backbone.eval()
 
 
 def read_json(directory: str | Path) -> dict[str, Any]:
@@ -140,9 +146,11 @@ def read_json(directory: str | Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def read_directory(directory: str | Path, heads: Heads) -> Emu35:
-    """See `Emu35.from_directory`."""
-    return read_official(SafetensorsDirectory(directory), read_json(directory), heads)
+def read_directory(
+    directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Emu35:
+    """See `Emu35.from_directory`; device and dtype as in `read_official`."""
+    return read_official(SafetensorsDirectory(directory), read_json(directory), heads, device, dtype)
 
 
 def write_official(backbone: Emu35, source: str | Path | None) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def gather(state_dict: dict[str, Tensor], renames: list[Rename]) -> dict[str, Te
             f"not the expected LlamaGen checkpoint: {_some('missing keys', missing)}; {_some('unknown keys', unknown)}."
         )
     return {
-        ours: torch.cat([state_dict[s] for s in sources]) if len(sources) > 1 else state_dict[sources[0]]
+        ours: torch.cat([state_dict[s] for s in sources]) if len(sources) > 1 else state_dict[sources[0]].clone()
         for ours, sources in renames
     }
 
@@ -153,18 +153,21 @@ def build_empty(config: LlamaGenConfig, weights: dict[str, Tensor]) -> LlamaGen:
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Assign copies of `weights`; a wrong shape raises ValueError naming the key, both shapes."""
+    """Make `weights` the module's own, without a copy, and put it in evaluation mode.
+
+    A wrong shape raises ValueError naming the key and both shapes.
+    """
     expected = module.state_dict()
     for key, value in weights.items():
         if key in expected and expected[key].shape != value.shape:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; this model expects {tuple(expected[key].shape)}.")
-    copies = {key: value.detach().clone() for key, value in weights.items()}
     try:
-        module.load_state_dict(copies, strict=True, assign=True)
+        module.load_state_dict({key: value.detach() for key, value in weights.items()}, strict=True, assign=True)
     except RuntimeError as error:  # missing or unexpected keys
         raise ValueError(f"the weights do not fit the model: {error}") from error
     for parameter in module.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    module.eval()
 
 
 def write_official(backbone: LlamaGen) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ class FlashAR(GridModel):
             self.vertical.to_empty(device=like.device).to(like.dtype)
             vertical_head.to_empty(device=like.device).to(like.dtype)
             self.init_vertical_from_backbone()
+        self.train(backbone.training)
 
     @property
     def first_cloned_layer(self) -> int:

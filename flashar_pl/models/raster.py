@@ -23,6 +23,7 @@ class RasterAR(GridModel):
         self.backbone = backbone
         dual_head = DualHead(backbone.head, first_code=backbone.first_code)
         object.__setattr__(self, "dual_head", dual_head)  # the head stays registered in the backbone
+        self.train(backbone.training)
 
     def states(
         self,

@@ -217,24 +217,28 @@ def branch(values: dict[str, Any], n_layer: int) -> tuple[int, int]:
     return m, k
 
 
-def read_released(directory: str | Path, heads: Heads) -> ReleasedFlashAR:
-    """See `FlashAR.from_released`."""
+def read_released(
+    directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> ReleasedFlashAR:
+    """See `FlashAR.from_released`. The weights are read into memory of `device`; dtype None = the checkpoint's."""
     values = read_json(directory)
     source = SafetensorsDirectory(directory)
-    model = released_on_meta(values, source, heads)
-    fill_released(model, source)
-    return model
+    model = released_on_meta(values, source, heads, dtype)
+    fill_released(model, source, device)
+    return model.eval()
 
 
-def released_on_meta(values: dict[str, Any], source: TensorSource, heads: Heads) -> ReleasedFlashAR:
-    """The model of a released checkpoint in the checkpoint's dtype, without memory for weights."""
+def released_on_meta(
+    values: dict[str, Any], source: TensorSource, heads: Heads, dtype: torch.dtype | None = None
+) -> ReleasedFlashAR:
+    """The model of a released checkpoint, without memory for weights; dtype None = the checkpoint's."""
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
     config = parse_config(values, heads, found_head_dim(source, "backbone."))
     m, k = branch(values, config.n_layer)
     with torch.device("meta"):
         model = ReleasedFlashAR(Emu35(config), m, k, Compatibility())
-    return model.to(source_dtype(source, "backbone.embed_tokens.weight"))
+    return model.to(dtype or source_dtype(source, "backbone.embed_tokens.weight"))
 
 
 def zero_biases(source: TensorSource) -> list[str]:
