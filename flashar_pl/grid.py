@@ -254,7 +254,7 @@ def make_plan(name: str, height: int, width: int, row_end: bool = False) -> Deco
 
 def check_grid(grid: Iterable[int]) -> tuple[int, int]:
     """(H, W) as a tuple of two positive ints."""
-    values = tuple(int(side) for side in grid)
-    if len(values) != 2 or min(values) < 1:
-        raise ValueError(f"grid is {values}; expected (H, W) with H, W >= 1.")
-    return values
+    values = tuple(grid)
+    if len(values) != 2 or any(int(side) != side or side < 1 for side in values):
+        raise ValueError(f"grid is {values}; expected (H, W), two integers of at least 1.")
+    return int(values[0]), int(values[1])

@@ -169,18 +169,17 @@ class GridModel(nn.Module, ABC):
         weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)
         samples = weight.sum().clamp_min(1)
 
-        def mean(values: Tensor, targets: Tensor | None) -> Tensor:
-            count = plan.n_cells if targets is None else int(targets.sum())
-            if count == 0:
-                return values.sum() * 0.0
-            if targets is not None:
-                values = values * targets.to(values)
-            return (values.sum(1) * weight).sum() / (samples * count)
+        def mean(values: Tensor, source: str | None) -> Tensor:
+            """Over the valid samples and all targets, or those whose source is a slot."""
+            if source is None:
+                return (values.sum(1) * weight).sum() / (samples * plan.n_cells)
+            targets = plan.on(source, values.device) >= 0
+            count = int((getattr(plan, source) >= 0).sum())  # of the copy on the CPU: no synchronisation
+            return ((values * targets).sum(1) * weight).sum() / (samples * max(count, 1))
 
         fused = mean(losses.fused, None)
         if plan.has_vertical:
-            horizontal = mean(losses.horizontal, plan.h_source >= 0)
-            vertical = mean(losses.vertical, plan.v_source >= 0)
+            horizontal, vertical = mean(losses.horizontal, "h_source"), mean(losses.vertical, "v_source")
             total = fused + aux_weight * (horizontal + vertical)
         else:
             horizontal, vertical, total = fused, torch.zeros_like(fused), fused
