@@ -81,6 +81,7 @@ def demo(*, full: bool = False, out: str = OUT, data: str = DATA, overwrite: boo
         runs = [str(root / run) for run in ("raster", "flashar", *(["scratch"] if full else []))]
         print(f"$ flashar plot {' '.join(runs)} --out {convergence}")
         plot(*runs, out=str(convergence))
+    print("\nreport: about 30 s")
     code = run_process(Stage("report", report_words(root, data, name, full), 30, report))
     if code not in (0, 1) or not report.exists():
         raise ValueError(f"`flashar report` ended with exit code {code}; its message is above.")

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
+from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import require_new, versions, write_json
 from flashar_pl.commands.generate import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.models import GridModel
 
@@ -25,6 +26,7 @@ def score(
     *,
     checkpoint: str,
     data: str,
+    assets: str | None = None,
     split: Literal["train", "validation", "test"] = "test",
     plan: Plan | None = None,
     branch_layer: int | None = None,
@@ -34,7 +36,7 @@ def score(
     limit: int | None = None,
     out: str | None = None,
     device: str = "auto",
-    dtype: Dtype = "fp32",
+    dtype: Dtype | None = None,
 ) -> dict[str, Any]:
     """Likelihood of held-out images: nats per image and bits per code, with the standard error of the mean.
 
@@ -48,6 +50,7 @@ def score(
     Args:
         checkpoint: Lightning checkpoint, converted directory, or official .pt or .safetensors file.
         data: directory of shards with their manifest.json.
+        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model. Default: the checkpoint, if it is there.
         split: which images.
         plan: decoding order whose factorisation is scored. Default: the checkpoint's own.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
@@ -57,7 +60,8 @@ def score(
         limit: score at most this many images, spread evenly over the split. Default: all.
         out: also write the JSON to this new file.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of weights and activations; the cross entropy stays in float32.
+        dtype: of weights and activations; the cross entropy stays in float32. Default: fp32, for official Emu3.5
+            directories that of the files.
     """
     from flashar_pl.data.shards import Manifest
 
@@ -71,10 +75,11 @@ def score(
         checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, device=device, dtype=dtype
     )
     check_data(source.model, manifest, source.grid, source.tokenizer)
+    encoder = caption_encoder(source, manifest, assets)
     name = check_plan(source.model, plan, manifest.grid)
     total = min(manifest.samples(split), limit or manifest.samples(split))
     with progress_bar(total, "images") as advance:
-        nll = image_nll(source.model, manifest, split, name, batch_size, limit, advance)  # (N,)
+        nll = image_nll(source.model, manifest, split, name, batch_size, limit, advance, encoder)  # (N,)
     result = {
         **summary(nll, manifest.grid[0] * manifest.grid[1]),
         "plan": name,
@@ -82,7 +87,7 @@ def score(
         "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint(split)},
         "branch_layer": branch_layer,
         "weights": weights,
-        "dtype": dtype,
+        "dtype": source.dtype,
         "device": str(find_device(device)),
         "checkpoint": source.facts(),
         "versions": versions(),
@@ -113,20 +118,36 @@ def check_data(
     from flashar_pl.data.manifest import check_matches
 
     backbone = model.backbone
-    assert isinstance(backbone, LlamaGen)
-    text = backbone.config.condition == "text"
-    check_matches(
-        manifest,
-        backbone.vocabulary,
-        num_classes=None if text else backbone.config.num_classes,
-        grid=grid,
-        text_width=backbone.config.caption_dim if text else None,
-    )
+    classes = width = None
+    if isinstance(backbone, LlamaGen):
+        text = backbone.config.condition == "text"
+        classes, width = (None, backbone.config.caption_dim) if text else (backbone.config.num_classes, None)
+    check_matches(manifest, backbone.vocabulary, num_classes=classes, grid=grid, text_width=width)
     if tokenizer is not None and tokenizer.get("kind") != manifest.tokenizer.get("kind"):
         raise ValueError(
             f"the checkpoint was trained on codes of the tokenizer {tokenizer.get('kind')!r}, the shards of "
             f"{manifest.name!r} hold codes of {manifest.tokenizer.get('kind')!r}."
         )
+
+
+def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> PromptEncoder | None:
+    """What turns the captions of shards into prefixes of an Emu3.5 model; None for shards without captions.
+
+    Raises:
+        ValueError: captions without assets, assets that are not the model's, or assets that have no use.
+    """
+    from flashar_pl.backbones.emu35 import Emu35
+    from flashar_pl.commands.prompts import find_assets
+    from flashar_pl.data.prompt_encoder import PromptEncoder
+
+    backbone = source.model.backbone
+    if not isinstance(backbone, Emu35):
+        if assets is not None:
+            raise ValueError("--assets is for Emu3.5 models; leave it out.")
+        return None
+    encoder = PromptEncoder(find_assets(source.path, assets), manifest.grid)
+    encoder.text.check_vocabulary(backbone.config.visual_token_offset)
+    return encoder
 
 
 def image_nll(
@@ -137,10 +158,12 @@ def image_nll(
     batch_size: int,
     limit: int | None = None,
     advance: Callable[[int], Any] | None = None,
+    text_encoder: Callable[[str], Tensor] | None = None,
 ) -> Tensor:
     """NLL (N,) float64 in nats of each image of a split, on the CPU, in the split's order.
 
     advance: called with the number of scored images after every batch.
+    text_encoder: for shards with captions, see `caption_encoder`.
     """
     import torch
 
@@ -149,7 +172,7 @@ def image_nll(
     from flashar_pl.data.shards import ShardReader
 
     reader = ShardReader(manifest, split)
-    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit))
+    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit), text_encoder=text_encoder)
     device = next(model.parameters()).device
     parts = []
     with torch.no_grad():
