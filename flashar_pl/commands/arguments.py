@@ -78,6 +78,8 @@ def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: 
     if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
         nargs = "+" if parameter.kind is parameter.VAR_POSITIONAL else None
         parser.add_argument(parameter.name, type=hint, metavar=parameter.name.upper(), help=text, nargs=nargs)
+    elif list[str] in typing.get_args(hint):
+        parser.add_argument(option(parameter.name), action="append", metavar=metavar, help=text)
     elif hint is bool:
         parser.add_argument(option(parameter.name), action="store_true", help=text)
     elif parameter.default is parameter.empty:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Plan = Literal["raster", "diagonal"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+STORED: Literal["stored"] = "stored"
+"""The dtype that the file has."""
 
 
 @dataclass
@@ -47,9 +49,16 @@ class Source:
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
-                "vq16:FILE (published LlamaGen weights), or --codes-only for codes without images."
+                "vq16:FILE (published LlamaGen weights), the directory of BAAI/Emu3.5-VisionTokenizer (Emu3.5), or "
+                "--codes-only for codes without images."
             )
         return self.tokenizer
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+        return names[str(next(self.model.parameters()).dtype).removeprefix("torch.")]
 
     def facts(self) -> dict[str, Any]:
         """Plain values for reports."""
@@ -78,24 +87,28 @@ def open_checkpoint(
     grid: str | tuple[int, int] | None = None,
     tokenizer: str | dict[str, Any] | None = None,
     device: str = "cpu",
-    dtype: Dtype = "fp32",
+    dtype: Dtype | Literal["stored"] | None = "fp32",
 ) -> Source:
     """Read a checkpoint of any kind. Options given here win over what the file says.
 
     branch_layer: wraps a raster model into an untrained FlashAR that branches at this layer.
+    dtype: None = fp32, but for official Emu3.5 directories, which hold tens of GB, "stored".
 
     Raises:
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model.
     """
+    from flashar_pl.models.directories import is_official_directory
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.weights import load_model
     from flashar_pl.numerics import dtype_from_name
 
-    place, kind = find_device(device), dtype_from_name(dtype)
+    if dtype is None:
+        dtype = STORED if is_official_directory(path) else "fp32"
+    place, kind = find_device(device), None if dtype == STORED else dtype_from_name(dtype)
     given_grid, given_tokenizer = parse_grid(grid), parse_tokenizer(tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
-    loaded = load_model(path, weights, n_head)
+    loaded = load_model(path, weights, n_head, place, kind)
     model = loaded.model
     if branch_layer is not None:
         if isinstance(model, FlashAR):

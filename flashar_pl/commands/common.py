@@ -88,7 +88,8 @@ def parse_grid(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def parse_tokenizer(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    """ "pixels:17", "vq16:FILE", "ibq:FILE" or a JSON object as the argument of `build_tokenizer`."""
+    """ "pixels:17", "vq16:FILE", "ibq:FILE", a directory (Emu3.5's tokenizer) or a JSON object, as the argument of
+    `build_tokenizer`."""
     if text is None or isinstance(text, dict):
         return text
     if text.lstrip().startswith("{"):
@@ -96,6 +97,8 @@ def parse_tokenizer(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"--tokenizer {text!r} is not JSON: {error}") from error
+    if Path(text).expanduser().is_dir():
+        return {"kind": "ibq", "weights": text}
     kind, _, value = text.partition(":")
     if not value:
         raise ValueError(f"tokenizer is {text!r}; expected KIND:VALUE such as vq16:vq_ds16_c2i.pt or pixels:17.")

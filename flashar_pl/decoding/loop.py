@@ -8,7 +8,7 @@ Shapes: B samples, R rows (B, or 2B with guidance), P prefix, K = P + S position
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -37,6 +37,7 @@ def generate(
     greedy: bool = False,
     seeds: int | list[int] | Tensor | None = None,
     unconditional: Condition | None = None,
+    on_step: Callable[[], object] | None = None,
 ) -> Tensor:
     """Sample codes (B, H, W) int64 for the B samples of `condition`.
 
@@ -50,6 +51,7 @@ def generate(
         temperature, top_k, top_p, greedy: see `SamplingSettings`.
         seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
         unconditional: None = the model's own null condition.
+        on_step: called after every step, for a progress bar. The device may be some steps behind.
 
     Raises:
         ValueError: a setting out of range, a condition of the wrong kind, or a plan the model cannot run.
@@ -72,16 +74,23 @@ def generate(
     with torch.no_grad(), evaluating(wrapped), full_precision(device.type):
         if settings.guided:
             condition = backbone.with_unconditional(condition, unconditional)
-        drawn = decode(wrapped, wrapped.prefix(condition), order, settings, noise)  # (B, N) in plan order
+        drawn = decode(wrapped, wrapped.prefix(condition), order, settings, noise, on_step)  # (B, N)
     codes = torch.empty_like(drawn)
     codes[:, order.on("order", device)] = drawn
     return codes.view(-1, height, width)
 
 
-def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: SamplingSettings, noise: Tensor) -> Tensor:
+def decode(
+    model: GridModel,
+    prefix: Prefix,
+    plan: DecodePlan,
+    settings: SamplingSettings,
+    noise: Tensor,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
     """Codes (B, N) int64 in plan order for an embedded prefix of B or, with guidance, 2B rows.
 
-    noise: (B, N) float64 uniforms in plan order.
+    noise: (B, N) float64 uniforms in plan order. on_step: called after every step.
     """
     batch, rows, length = noise.shape[0], prefix.x.shape[0], len(prefix)
     rope = model.rope(plan, prefix, settings.guided)
@@ -99,6 +108,8 @@ def decode(model: GridModel, prefix: Prefix, plan: DecodePlan, settings: Samplin
             logits = guide(logits[:batch], logits[batch:], settings.cfg_scale)
         drawn[:, done : done + n] = choose(logits, noise[:, done : done + n], settings)
         done += n
+        if on_step is not None:
+            on_step()
         if t + 1 == plan.n_steps:
             break
         if guided and not settings.guides(done):  # guidance never comes back

@@ -7,11 +7,16 @@ over ranks or not (`stream_weights`).
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
+from flashar_pl.backbones import emu35_weights
 from flashar_pl.backbones.emu35 import Emu35, Heads
 from flashar_pl.backbones.emu35_weights import (
     backbone_renames,
@@ -20,7 +25,7 @@ from flashar_pl.backbones.emu35_weights import (
     parse_config,
     read_json,
 )
-from flashar_pl.backbones.tensor_source import SafetensorsDirectory, check_names, fill
+from flashar_pl.backbones.tensor_source import INDEX, SINGLE, SafetensorsDirectory, check_names, fill
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
@@ -33,11 +38,19 @@ def is_official_directory(path: str | Path) -> bool:
     return config.exists() and "model_type" in json.loads(config.read_text())
 
 
-def read_directory(directory: str | Path, heads: Heads = "visual") -> GridModel:
-    """RasterAR from the base model, FlashAR from the authors' checkpoint, in the checkpoint's dtype."""
+def read_directory(
+    directory: str | Path,
+    heads: Heads = "visual",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> GridModel:
+    """RasterAR from the base model, FlashAR from the authors' checkpoint, read tensor by tensor into `device`.
+
+    dtype None = the checkpoint's.
+    """
     if read_json(directory)["model_type"] == MODEL_TYPE:
-        return read_released(directory, heads)
-    return RasterAR(Emu35.from_directory(directory, heads))
+        return read_released(directory, heads, device, dtype)
+    return RasterAR(emu35_weights.read_directory(directory, heads, device, dtype))
 
 
 def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
@@ -82,3 +95,66 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
     sizes = [(model.role(name), parameter.numel()) for name, parameter in model.named_parameters()]
     cloned = sum(size for role, size in sizes if role in ("vertical", "vertical_head"))
     return cloned, sum(size for role, size in sizes if role == "gate")
+
+
+def check_original(model: GridModel, original: str | Path) -> None:
+    """ValueError unless `original` is an official directory of the same layout and sizes as `model`."""
+    if not is_official_directory(original):
+        raise ValueError(f"{original} is no official Emu3.5 directory; expected config.json and safetensors files.")
+    released = read_json(original)["model_type"] == MODEL_TYPE
+    if released != isinstance(model, ReleasedFlashAR):
+        kinds = {True: "FlashAR authors' checkpoint", False: "base model"}
+        raise ValueError(
+            f"{original} is the {kinds[released]}, the model to write has the layout of the {kinds[not released]}."
+        )
+    assert isinstance(model.backbone, Emu35)
+    own, other = model.backbone.config.to_dict(), backbone_config(original, model.backbone.config.heads)
+    sizes = ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "visual_token_offset")
+    different = [f"{name} {other[name]} (the model: {own[name]})" for name in sizes if other[name] != own[name]]
+    if different:
+        raise ValueError(f"{original} has other sizes: {'; '.join(different)}.")
+
+
+def write_directory(
+    directory: str | Path, tensors: dict[str, Tensor], original: str | Path, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write an official state dict as a directory with the config.json of `original`; it appears whole or not at all.
+
+    More than `shard_bytes` are cut into files of at most that size (single tensors may be larger), with an index.
+    """
+    target = Path(directory)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part.mkdir()
+    try:
+        shards = _cut(tensors, shard_bytes)
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        )
+        for name, shard in zip(names, shards, strict=True):
+            save_file({key: tensors[key].contiguous() for key in shard}, part / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            (part / INDEX).write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            )
+        shutil.copyfile(Path(original) / "config.json", part / "config.json")
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _cut(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in order, cut where a file would pass `limit` bytes."""
+    shards: list[list[str]] = []
+    room = 0
+    for key, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= tensor.nbytes
+    return shards

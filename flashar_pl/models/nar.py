@@ -102,10 +102,14 @@ def read_nar(
 def write_nar(model: FlashAR) -> dict[str, Tensor]:
     """See `FlashAR.to_nar`."""
     backbone = model.backbone
+    if not isinstance(backbone, LlamaGen):
+        raise ValueError(
+            f"a FlashAR model trained here on an {backbone.kind} backbone has no official format: NAR checkpoints "
+            "are LlamaGen's, and the FlashAR authors' have conventions of their own. Use our format."
+        )
     if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
         raise ValueError(
             f"the model branches at layer {model.branch_layer} of {backbone.n_layer} with {model.vertical_layers} "
             f"vertical layers and fusion {model.fusion!r}; a NAR checkpoint has one layer after the last and averages."
         )
-    assert isinstance(backbone, LlamaGen)
     return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))

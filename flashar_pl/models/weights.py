@@ -206,11 +206,18 @@ def save_model(directory: str | Path, model: GridModel, description: Description
         shutil.rmtree(part, ignore_errors=True)
 
 
-def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None = None) -> Loaded:
+def load_model(
+    path: str | Path,
+    weights: Weights = "auto",
+    n_head: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Loaded:
     """A model from any file: our directory, a Lightning checkpoint (one file or shards), an official LlamaGen or
     NAR file, or an Emu3.5 directory.
 
-    weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes.
+    weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes. device and
+    dtype concern Emu3.5 directories, which are read straight to where they are used; the rest is read as it is stored.
 
     Raises:
         ValueError: the path does not exist, is none of these, or its keys and shapes do not fit.
@@ -219,7 +226,7 @@ def load_model(path: str | Path, weights: Weights = "auto", n_head: int | None =
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights is {weights!r}; expected auto, raw or ema.")
     if is_official_directory(path):
-        model = read_directory(path, heads="visual")
+        model = read_directory(path, "visual", device, dtype)
         return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
     if is_sharded(path):
         return _load_sharded(path, weights)

@@ -1,0 +1,299 @@
+"""What the user asks for, prompts, classes or features, as conditions of a model; and the grid of an image's shape.
+
+Shapes: N samples in all, H x W grid, T text positions, C text feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.common import parse_classes, parse_grid
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from flashar_pl.backbones.base import Condition, TextFeatures
+    from flashar_pl.backbones.emu35 import Emu35
+    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.models import GridModel
+
+ASPECT_RATIOS = {
+    "1:1": (64, 64),
+    "4:3": (55, 73),
+    "3:4": (73, 55),
+    "3:2": (52, 78),
+    "2:3": (78, 52),
+    "16:9": (47, 85),
+    "9:16": (85, 47),
+    "21:9": (41, 97),
+}
+"""Width : height -> code grid (H, W) at the area of 1024 x 1024 pixels; the sizes Emu3.5 is published with."""
+FULL_SIZE = 1024
+EMU_SIZE = 512
+"""Side in pixels at which the released FlashAR checkpoint was trained."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Conditions of N samples."""
+
+    condition: Condition
+    unconditional: Condition | None
+    """For guidance; None = the model's own."""
+    labels: list[str]
+    """Part of a file name for each sample."""
+    prompts: list[str] | None
+    """The prompt of each sample; None where samples have none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How prompts become conditions."""
+
+    assets: str | None = None
+    """Directory with emu3.tiktoken; None = the checkpoint's own."""
+    text_encoder: str | None = None
+    """Directory of a T5 encoder, for LlamaGen."""
+    negative_prompt: str | None = None
+    """What guidance leads away from; None = the model's unconditional prompt."""
+
+
+# --- grids -----------------------------------------------------------------------------------------------------------
+
+
+def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None) -> tuple[int, int]:
+    """The grid (H, W) of the images: an aspect ratio at an area, or what the checkpoint (or --grid) says.
+
+    aspect_ratio: a name of `ASPECT_RATIOS`, or HEIGHTxWIDTH in codes. image_size: side in pixels of the square with the
+    wanted area, at 16 pixels per code; None = 512.
+
+    Raises:
+        ValueError: an unknown name, a size without a name, or no grid at all.
+    """
+    from flashar_pl.backbones.emu35 import Emu35
+
+    emu = isinstance(source.model.backbone, Emu35)
+    if aspect_ratio is None:
+        if image_size is not None:
+            return scaled_grid("1:1", image_size)
+        return scaled_grid("1:1", EMU_SIZE) if emu and source.grid is None else source.need_grid()
+    if ":" not in aspect_ratio:
+        if image_size is not None:
+            raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
+        grid = parse_grid(aspect_ratio)
+        assert grid is not None
+        return grid
+    return scaled_grid(aspect_ratio, EMU_SIZE if image_size is None else image_size)
+
+
+def scaled_grid(name: str, size: int) -> tuple[int, int]:
+    """The grid of an aspect ratio at the area of size x size pixels. Raises ValueError."""
+    if name not in ASPECT_RATIOS:
+        known = ", ".join(ASPECT_RATIOS)
+        raise ValueError(f"aspect ratio is {name!r}; expected one of {known}, or HEIGHTxWIDTH in codes such as 24x42.")
+    if size < 16:
+        raise ValueError(f"image size is {size} pixels; expected 16 or more.")
+    height, width = ASPECT_RATIOS[name]
+    return max(1, height * size // FULL_SIZE), max(1, width * size // FULL_SIZE)
+
+
+# --- conditions ------------------------------------------------------------------------------------------------------
+
+
+def read_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str] | None:
+    """The prompts given, then those of a file, one a line without empty lines; None where neither is given."""
+    if prompt is None and file is None:
+        return None
+    given = list(prompt or ())
+    if file is not None:
+        path = Path(file)
+        if not path.is_file():
+            raise ValueError(f"no prompts at {path}; expected a text file with one prompt a line.")
+        try:
+            given += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+    if not given:
+        raise ValueError(f"{file} has no prompts; expected one a line.")
+    return given
+
+
+def ask(
+    source: Source,
+    grid: tuple[int, int],
+    num_images: int,
+    guided: bool,
+    *,
+    prompts: list[str] | None = None,
+    classes: str | list[int] | None = None,
+    text_features: str | None = None,
+    text: TextSettings = TextSettings(),
+) -> Wanted:
+    """Conditions of N = (prompts, classes or captions) x num_images samples.
+
+    Raises:
+        ValueError: none or several kinds are given, or they do not fit the model.
+    """
+    kinds = {"--prompt or --prompts": prompts, "--classes": classes, "--text-features": text_features}
+    given = [name for name, value in kinds.items() if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"got {' and '.join(given) or 'nothing to draw'}; give one of {', '.join(kinds)}.")
+    if prompts is None and text != TextSettings():
+        raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
+    if text.negative_prompt is not None and not guided:
+        raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
+    if prompts is not None:
+        wanted = from_prompts(source, grid, prompts, guided, text)
+        labels = [f"prompt{i}" for i in range(len(prompts))]
+    else:
+        wanted, labels = from_classes_or_features(source.model, classes, text_features), []
+        name = "class" if classes is not None else "text"
+        ids = parse_classes(classes) if classes is not None else list(range(len(wanted[0])))
+        labels = [f"{name}{i}" for i in ids]
+    condition, unconditional = wanted
+    source.model.backbone.check_condition(condition)
+    each = [i for i in range(len(labels)) for _ in range(num_images)]
+    return Wanted(
+        pick(condition, each),
+        None if unconditional is None else pick(unconditional, each),
+        [labels[i] for i in each],
+        None if prompts is None else [prompts[i] for i in each],
+    )
+
+
+def pick(condition: Condition, rows: list[int]) -> Condition:
+    """The samples `rows` of a condition, in that order."""
+    from flashar_pl.backbones.base import TextFeatures
+
+    if isinstance(condition, list):
+        return [condition[i] for i in rows]
+    if isinstance(condition, TextFeatures):
+        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
+    return condition[rows]
+
+
+def from_classes_or_features(
+    model: GridModel, classes: str | list[int] | None, text_features: str | None
+) -> tuple[Condition, None]:
+    """One sample for each class or caption, and no unconditional prompt."""
+    import torch
+
+    from flashar_pl.backbones.emu35 import Emu35
+
+    if isinstance(model.backbone, Emu35):
+        raise ValueError("this is an Emu3.5 model; give --prompt.")
+    if classes is not None:
+        return torch.tensor(parse_classes(classes)), None
+    assert text_features is not None
+    return read_text_features(text_features), None
+
+
+def from_prompts(
+    source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextSettings
+) -> tuple[Condition, Condition | None]:
+    """One sample for each prompt, and what guidance leads away from (None = the model's own)."""
+    from flashar_pl.backbones import Emu35, LlamaGen
+
+    backbone = source.model.backbone
+    if isinstance(backbone, Emu35):
+        if text.text_encoder is not None:
+            raise ValueError("--text-encoder is for LlamaGen; an Emu3.5 model needs --assets.")
+        return emu_prompts(source, backbone, grid, prompts, guided, text)
+    assert isinstance(backbone, LlamaGen)
+    if backbone.config.condition != "text":
+        raise ValueError("this model is class-conditional; give --classes.")
+    if text.text_encoder is None or text.assets is not None:
+        raise ValueError(
+            "prompts of LlamaGen need --text-encoder DIR, the T5 it was trained with; --assets is Emu3.5's."
+        )
+    device = next(source.model.parameters()).device
+    features = t5_features(text.text_encoder, prompts, device)
+    if text.negative_prompt is None:
+        return features, None
+    negative = t5_features(text.text_encoder, [text.negative_prompt], device)
+    return features, pick(negative, [0] * len(prompts))
+
+
+def emu_prompts(
+    source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextSettings
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Whole prefixes. The unconditional prompt is the one given, else the one the model was trained with, else the
+    official one; for the FlashAR authors' checkpoints it is the template around an empty text."""
+    import torch
+
+    from flashar_pl.models.released import ReleasedFlashAR
+    from flashar_pl.tokenizers import Emu35Text
+
+    tokens = Emu35Text.from_directory(find_assets(source.path, text.assets))
+    tokens.check_vocabulary(backbone.config.visual_token_offset)
+    condition = tokens.conditions(prompts, grid)
+    if not guided:
+        return condition, None
+    if text.negative_prompt is not None:
+        start = tokens.prompt(text.negative_prompt)
+    elif backbone.config.unconditional_prompt is not None:
+        start = torch.tensor(backbone.config.unconditional_prompt)
+    else:
+        start = tokens.unconditional("released" if isinstance(source.model, ReleasedFlashAR) else "official")
+    return condition, [torch.cat([start, tokens.image_prefix(*grid)])] * len(prompts)
+
+
+def find_assets(checkpoint: str, assets: str | None) -> Path:
+    """The directory with emu3.tiktoken: the one given, else the checkpoint's own. Raises ValueError."""
+    from flashar_pl.tokenizers.text import RANK_FILE
+
+    folder = Path(assets or checkpoint).expanduser()
+    if not (folder / RANK_FILE).is_file():
+        raise ValueError(
+            f"no {RANK_FILE} in {folder}; add --assets DIR, the directory of BAAI/Emu3.5-Image or another one with "
+            f"its {RANK_FILE} and emu3_vision_tokens.txt."
+        )
+    return folder
+
+
+def t5_features(directory: str, captions: list[str], device: torch.device) -> TextFeatures:
+    """Features of a T5 encoder for LlamaGen."""
+    from flashar_pl.backbones.base import TextFeatures
+    from flashar_pl.tokenizers.t5 import encode_captions
+
+    return TextFeatures(*encode_captions(directory, captions, device))
+
+
+def read_text_features(path: str) -> Any:
+    """`TextFeatures` from a .npy, .npz or .safetensors file; a single caption (T, C) becomes a batch of one.
+
+    Raises:
+        ValueError: no such file, another format, or no array "features".
+    """
+    import numpy as np
+    import torch
+    from safetensors.torch import load_file
+
+    from flashar_pl.backbones.base import TextFeatures
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no text features at {file}; expected a .npy, .npz or .safetensors file.")
+    if file.suffix == ".npy":
+        arrays = {"features": torch.from_numpy(np.load(file, allow_pickle=False))}
+    elif file.suffix == ".npz":
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: torch.from_numpy(content[name]) for name in content.files}
+    elif file.suffix == ".safetensors":
+        arrays = load_file(file)
+    else:
+        raise ValueError(f"text features at {file}: expected a .npy, .npz or .safetensors file.")
+    unknown = arrays.keys() - {"features", "mask"}
+    if "features" not in arrays or unknown:
+        raise ValueError(f'{file} holds {", ".join(sorted(arrays))}; expected "features" and, if padded, "mask".')
+    features, mask = arrays["features"], arrays.get("mask")
+    if features.ndim == 2:
+        features, mask = features[None], None if mask is None else mask[None]
+    return TextFeatures(features.float(), None if mask is None else mask.bool())

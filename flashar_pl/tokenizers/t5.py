@@ -1,0 +1,68 @@
+"""Captions as features of a T5 encoder, what text-conditional LlamaGen models take.
+
+Shapes: B captions, T positions, C feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+POSITIONS = 120
+"""Positions of a caption; longer ones are cut, shorter ones padded."""
+
+
+def encode_captions(
+    directory: str | Path,
+    captions: Sequence[str],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states (B, T, C) float32 and mask (B, T) bool of captions, left-padded to 120 positions, on the CPU.
+
+    directory: a T5 encoder and its tokenizer as published (LlamaGen: google/flan-t5-xl, C = 2048). Captions are
+    stripped and lower-cased, as LlamaGen does; its removal of web addresses and mark-up is left out.
+
+    Raises:
+        ValueError: transformers is not installed, or `directory` holds no T5.
+    """
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+    except ImportError as error:
+        raise ValueError("captions for LlamaGen need transformers: pip install 'flashar-pl[emu]'") from error
+    folder = Path(directory).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"no config.json at {folder}; expected the directory of a T5 encoder, for LlamaGen google/flan-t5-xl from "
+            "huggingface.co; nothing is downloaded for you."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        encoder = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no T5 encoder with its tokenizer: {error}") from error
+    encoder = encoder.to(device).eval()
+    parts, masks = [], []
+    for start in range(0, len(captions), batch_size):
+        texts = [caption.strip().lower() for caption in captions[start : start + batch_size]]
+        ids = tokenizer(texts, max_length=POSITIONS, padding="max_length", truncation=True, return_tensors="pt")
+        mask = ids["attention_mask"]
+        with torch.no_grad():
+            states = encoder(input_ids=ids["input_ids"].to(device), attention_mask=mask.to(device)).last_hidden_state
+        parts.append(states.float().cpu())
+        masks.append(mask.bool())
+    return left_pad(torch.cat(parts), torch.cat(masks))
+
+
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Right-padded features (B, T, C) and mask (B, T) with the padding moved to the front; padding becomes zero."""
+    positions = mask.shape[1]
+    shift = positions - mask.sum(1, keepdim=True)  # (B, 1)
+    source = (torch.arange(positions) - shift) % positions  # (B, T)
+    moved = features.gather(1, source[..., None].expand_as(features))
+    kept = torch.arange(positions) >= shift  # (B, T)
+    return moved * kept[..., None], kept
