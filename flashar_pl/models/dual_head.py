@@ -254,12 +254,13 @@ class DualHead(nn.Module):
     def step(self, h: Tensor, v: Tensor | None, at: StepSources) -> Tensor:
         """Fused logits (R, n, V) float32 of one step's cells from the states (R, n', D) that were fed last (Eq. 8).
 
-        Only the logits that some cell needs are computed.
+        Only the logits that some cell needs are computed. The slices are made contiguous: for others matmul becomes a
+        batched product and copies the head for every row.
         """
-        z_h = self.code_logits(self.horizontal, h[:, at.h])  # (R, n - only_v, V)
+        z_h = self.code_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
         if v is None or self.vertical is None or at.v.start == at.v.stop:
             return z_h
-        z_v = self.code_logits(self.vertical, v[:, at.v])  # (R, n - only_h, V)
+        z_v = self.code_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
         both = z_h.shape[1] - at.only_h
         gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)
         fused = torch.lerp(z_v[:, :both], z_h[:, at.only_h :], gate[..., None])
