@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
     "generate": Command("generate:generate", "sample images from a checkpoint"),
     "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
+    "evaluate geneval": Command("evaluate_geneval:evaluate_geneval", "GenEval of Emu3.5 checkpoints: images and score"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
     "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),

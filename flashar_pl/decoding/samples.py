@@ -41,6 +41,8 @@ class SampleSet:
     """Samples drawn together, B; a last partial batch is filled up and the surplus dropped."""
     seed: int = 0
     """Sample i uses seed + i."""
+    unconditional: Tensor | None = None
+    """Unconditional prefix (T,) for all samples of a model that takes token ids; None = the model's own condition."""
 
     @property
     def batches(self) -> int:
@@ -99,6 +101,7 @@ def draw(
             samples.grid,
             samples.plan,
             seeds=[samples.seed + i for i in numbers],
+            unconditional=None if samples.unconditional is None else [samples.unconditional] * len(numbers),
             **asdict(samples.sampling),
         )  # (B, H, W)
         keep = min(len(numbers), samples.n - numbers[0])

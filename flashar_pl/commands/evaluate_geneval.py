@@ -1,0 +1,351 @@
+"""`flashar evaluate geneval`: images for GenEval's prompts in its official folder layout, and their score.
+
+    OUT/00000/metadata.jsonl            the prompt's line of the prompt file
+    OUT/00000/samples/0000.png          its images
+
+Shapes: n images in all, B images drawn together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, find_device, open_checkpoint
+from flashar_pl.commands.common import parse_grid, require_new, versions, write_json, write_text
+from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
+from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
+from flashar_pl.commands.generate import progress_bar
+
+if TYPE_CHECKING:
+    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.decoding.samples import SampleSet
+    from flashar_pl.tokenizers import Emu35Text, Tokenizer
+
+SETTINGS, RESULTS, SUMMARY = "settings.json", "results.jsonl", "geneval.json"
+
+
+def evaluate_geneval(
+    *,
+    out: str,
+    prompts: str | None = None,
+    checkpoint: str | None = None,
+    assets: str | None = None,
+    tokenizer: str | None = None,
+    detector: str | None = None,
+    clip: str | None = None,
+    num_images: int = 4,
+    grid: str = "32x32",
+    plan: Plan | None = None,
+    cfg_scale: float = 5.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 4,
+    device: str = "auto",
+    dtype: Dtype = "bf16",
+) -> dict[str, Any] | None:
+    """Draw GenEval's images with an Emu3.5 checkpoint, score them, or both.
+
+    With --checkpoint, --prompts, --assets and --tokenizer it draws what is missing in --out, in the layout that the
+    official evaluator reads; a stopped run continues, and torchrun shares the prompts out. With --detector and --clip
+    it scores the images in --out, whoever drew them: results.jsonl (the official fields) and geneval.json with the mean
+    over tasks (the official score) and the mean over images, which published tables mix up.
+
+    Example:
+        flashar evaluate geneval --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image-FlashAR
+          --tokenizer ibq:Emu3.5-VisionTokenizer --prompts evaluation_metadata.jsonl --out geneval/flashar
+        flashar evaluate geneval --detector mask2former-swin-small-coco-instance --clip clip-vit-large-patch14
+          --out geneval/flashar
+
+    Args:
+        out: directory of the images and results.
+        prompts: GenEval's evaluation_metadata.jsonl.
+        checkpoint: Emu3.5-Image or Emu3.5-Image-FlashAR directory, or a converted or trained model.
+        assets: directory with emu3.tiktoken.
+        tokenizer: what decodes the codes, such as ibq:DIRECTORY, where the checkpoint does not say it.
+        detector: directory of a Mask2Former with COCO's classes, in transformers' format.
+        clip: directory of CLIP ViT-L/14, in transformers' format.
+        num_images: images of each prompt.
+        grid: code grid HEIGHTxWIDTH.
+        plan: decoding order: raster or diagonal. Default: the checkpoint's own.
+        cfg_scale: classifier-free guidance s in u + s(c - u); 1 is off.
+        temperature: divides the logits.
+        top_k: keep the k most likely codes; 0 is off.
+        top_p: keep the most likely codes up to this probability; 1 is off.
+        seed: image j of prompt i uses seed + i * num_images + j.
+        batch_size: images drawn together.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of weights and activations; softmax and sampling stay in float32 and float64.
+    """
+    drawing = {"--checkpoint": checkpoint, "--prompts": prompts, "--assets": assets}
+    scoring = {"--detector": detector, "--clip": clip}
+    for options in (drawing, scoring):
+        missing = [name for name, value in options.items() if value is None]
+        if missing and len(missing) < len(options):
+            raise ValueError(f"{', '.join(options)} belong together; {', '.join(missing)} is missing.")
+    if checkpoint is None and detector is None:
+        raise ValueError(
+            "nothing to do: give --checkpoint, --prompts and --assets to draw, --detector and --clip to score."
+        )
+    if detector is not None:
+        require_new(Path(out) / SUMMARY, "scores")
+    with launched_group() as group:
+        place = device_of_rank(device, group.local_rank) if group.ranks > 1 else device
+        if checkpoint is not None and prompts is not None and assets is not None:
+            source = open_checkpoint(checkpoint, grid=grid, tokenizer=tokenizer, device=place, dtype=dtype)
+            size = list(parse_grid(grid) or ())
+            settings = Drawing(num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, size)
+            draw_images(Path(out), source, read_prompts(prompts), assets, settings, place, group)
+        group.wait()
+        rank = group.rank
+    if rank > 0 or detector is None or clip is None:
+        return None
+    return score_images(Path(out), detector, clip, device)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How images are drawn."""
+
+    num_images: int
+    plan: Plan | None
+    cfg_scale: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    batch_size: int
+    dtype: str
+    grid: list[int]
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """GenEval's prompt entries, one JSON object a line.
+
+    Raises:
+        ValueError: no such file, or a line without "tag", "prompt" and "include".
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"no prompts at {file}; expected evaluation_metadata.jsonl from github.com/djghosh13/geneval (prompts/)."
+        )
+    entries = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+        if not isinstance(entry, dict) or not {"tag", "prompt", "include"} <= entry.keys():
+            raise ValueError(f'{file}, line {number}: expected an object with "tag", "prompt" and "include".')
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{file} holds no prompts.")
+    return entries
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def draw_images(
+    out: Path,
+    source: Source,
+    entries: list[dict[str, Any]],
+    assets: str,
+    drawing: Drawing,
+    device: str,
+    group: Group,
+) -> None:
+    """Draw this rank's share of the images that are not there yet."""
+    from flashar_pl.decoding.samples import draw
+    from flashar_pl.tokenizers import Emu35Text, build_tokenizer
+    from flashar_pl.training.images import save_png
+
+    text = Emu35Text.from_directory(assets)
+    decoder = build_tokenizer(source.need_tokenizer()).to(find_device(device))
+    samples = prompt_samples(source, text, decoder, [entry["prompt"] for entry in entries], drawing)
+    if group.rank == 0:
+        _open(out, source, entries, drawing, samples.plan)
+    group.wait()
+    every = drawing.num_images
+    files = [out / f"{i // every:05d}" / "samples" / f"{i % every:04d}.png" for i in range(samples.n)]
+
+    def missing(batch: int) -> bool:
+        return any(not files[i].exists() for i in samples.numbers(batch) if i < samples.n)
+
+    todo = [batch for batch in range(group.rank, samples.batches, group.ranks) if missing(batch)]
+    with progress_bar(len(todo) * samples.batch_size, "images") as advance:
+        for drawn in draw(source.model, decoder, samples, todo):
+            for i, image in zip(drawn.index.tolist(), drawn.images.cpu()):
+                if not files[i].exists():
+                    save_png(image, files[i])
+            advance(samples.batch_size)
+
+
+def prompt_samples(
+    source: Source, text: Emu35Text, decoder: Tokenizer, prompts: list[str], drawing: Drawing
+) -> SampleSet:
+    """The numbered images of all prompts. Numbers behind the last repeat it.
+
+    Raises:
+        ValueError: no Emu3.5 model, or tokenizers of another model.
+    """
+    from flashar_pl.backbones.emu35 import Emu35
+    from flashar_pl.decoding.samples import SampleSet
+    from flashar_pl.models.released import ReleasedFlashAR
+    from flashar_pl.sampling import SamplingSettings
+
+    backbone = source.model.backbone
+    if not isinstance(backbone, Emu35):
+        raise ValueError(f"GenEval's prompts need an Emu3.5 model; {source.path} has a {backbone.kind} backbone.")
+    if decoder.vocabulary != backbone.vocabulary:
+        raise ValueError(f"the tokenizer has {decoder.vocabulary} codes, the model {backbone.vocabulary}: --tokenizer.")
+    text.check_vocabulary(backbone.config.visual_token_offset)
+    grid = source.need_grid()
+    conditions = text.conditions(prompts, grid)
+    # The released checkpoints were trained with their own empty prompt; both end with the image header.
+    import torch
+
+    style: Any = "released" if isinstance(source.model, ReleasedFlashAR) else "official"
+    null = torch.cat([text.unconditional(style), text.image_prefix(*grid)])
+    every = drawing.num_images
+    n = len(prompts) * every
+    return SampleSet(
+        condition_of=lambda numbers: [conditions[min(i, n - 1) // every] for i in numbers],
+        n=n,
+        grid=grid,
+        plan=check_plan(source.model, drawing.plan, grid),
+        sampling=SamplingSettings(
+            cfg_scale=drawing.cfg_scale, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p
+        ),
+        batch_size=min(drawing.batch_size, n),
+        seed=drawing.seed,
+        unconditional=null,
+    )
+
+
+def _open(out: Path, source: Source, entries: list[dict[str, Any]], drawing: Drawing, plan: str) -> None:
+    """Make the folders, or check that those there are of the same images."""
+    identity = {
+        **asdict(drawing),
+        "plan": plan,
+        "checkpoint_sha256": path_digest(source.path),
+        "tokenizer": tokenizer_identity(source.need_tokenizer()),
+        "prompts": len(entries),
+        "versions": versions(),
+    }
+    settings = out / SETTINGS
+    if out.exists():
+        if not settings.exists():
+            raise ValueError(f"{out} exists and holds no {SETTINGS}; choose another --out or remove it.")
+        stored = json.loads(settings.read_text())
+        for key, value in identity.items():
+            if key != "versions" and stored.get(key) != value:
+                raise ValueError(
+                    f"{out} holds images drawn with {key} {stored.get(key)!r}, this run has {value!r}; give the old "
+                    "settings to continue, or choose another --out."
+                )
+    for i, entry in enumerate(entries):
+        folder = out / f"{i:05d}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        line = json.dumps(entry)
+        file = folder / "metadata.jsonl"
+        if file.exists() and json.loads(file.read_text()) != entry:
+            raise ValueError(f"{file} is of another prompt; choose another --out.")
+        if not file.exists():
+            write_text(file, line + "\n")
+    if not settings.exists():
+        write_json(settings, identity)
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def list_images(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every image of the layout with its prompt's entry, in order.
+
+    Raises:
+        ValueError: no images, or prompts with different numbers of them.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    counts: dict[str, int] = {}
+    for folder in sorted(p for p in out.glob("[0-9]*") if p.is_dir() and p.name.isdigit()):
+        entry = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
+        files = sorted(p for p in (folder / "samples").glob("*.png") if p.stem.isdigit())
+        counts[folder.name] = len(files)
+        found += [(file, entry) for file in files]
+    if not found:
+        raise ValueError(f"no images in {out}; expected 00000/samples/0000.png and so on.")
+    most = max(counts.values())
+    short = [name for name, count in counts.items() if count < most]
+    if short:
+        raise ValueError(
+            f"{len(short)} of {len(counts)} prompts in {out} have fewer than {most} images (first: {short[0]}); give "
+            "the command that draws them again."
+        )
+    return found
+
+
+def score_images(out: Path, detector: str, clip: str, device: str) -> dict[str, Any]:
+    """Score every image; writes results.jsonl and geneval.json and returns what the latter holds."""
+    from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
+    from flashar_pl.metrics.geneval_images import ColorClassifier, Detector, open_image
+
+    images = list_images(out)
+    place = find_device(device)
+    detect, colors = Detector(detector, place), ColorClassifier(clip, place)
+    results = []
+    with progress_bar(len(images), "images") as advance:
+        for file, entry in images:
+            image = open_image(file)
+            found = detect(image)
+            correct, reason = score_image(found, entry, _colors_of(colors, image))
+            kept = keep_detections(found, entry["tag"])
+            details = {name: [[*d.box, d.score] for d in chosen] for name, chosen in kept.items()}
+            results.append(
+                {
+                    "filename": str(file.relative_to(out)),
+                    "tag": entry["tag"],
+                    "prompt": entry["prompt"],
+                    "correct": correct,
+                    "reason": reason,
+                    "metadata": json.dumps(entry),
+                    "details": json.dumps(details),
+                }
+            )
+            advance(1)
+    summary = summarise([(entry, result["correct"]) for (_, entry), result in zip(images, results)])
+    drawn = out / SETTINGS
+    report = {
+        "command": "evaluate geneval",
+        **asdict(summary),
+        "tasks": {name: {"correct": right, "images": total} for name, (right, total) in summary.tasks.items()},
+        "thresholds": asdict(DEFAULT_SETTINGS),
+        "detector": {"path": detector, "sha256": directory_digest(Path(detector))},
+        "clip": {"path": clip, "sha256": directory_digest(Path(clip))},
+        "drawn_with": json.loads(drawn.read_text()) if drawn.exists() else None,
+        "versions": versions(),
+    }
+    write_text(out / RESULTS, "".join(json.dumps(result) + "\n" for result in results))
+    write_json(out / SUMMARY, report)
+    for name, (right, total) in summary.tasks.items():
+        print(f"{name:<14} {right / total:.4f}  ({right} of {total})")
+    print(f"mean over tasks (the official score)  {summary.overall:.4f}")
+    print(f"mean over images                      {summary.image_mean:.4f}")
+    return report
+
+
+def _colors_of(colors: Callable[..., list[str]], image: Any) -> Callable[..., list[str]]:
+    return lambda name, found: colors(image, name, found)
