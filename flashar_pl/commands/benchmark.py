@@ -5,6 +5,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,6 +105,7 @@ def benchmark(
         with progress_bar(len(wanted), "rows") as advance:
             measured = [_then(advance, job.row(name, batch, plain=name == PLAIN)) for name, batch in wanted]
         result: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
             "command": command,
             "device": rows.device_name(place),
             "threads": count if place.type == "cpu" else None,

@@ -86,7 +86,7 @@ class Job:
         warm_up, timing, gemm = Timing(), Timing(), Timing()
         with peak_memory(self.device) as peak:
             clock(decode, self.device, warm_up)
-        count = repeats_for(warm_up.wall[0], self.repeats)
+        count = repeats_for(getattr(warm_up, clock_name(self.device))[0], self.repeats)
         walk = None if plain else GemmWalk(self.model, planned)
         for i in range(count):
             clock(decode, self.device, timing)
@@ -163,7 +163,7 @@ def vq_rows(
         warm_up, timing = Timing(), Timing()
         with torch.no_grad():
             clock(lambda codes=codes: decoder.decode(codes), device, warm_up)  # type: ignore[misc]
-            for _ in range(repeats_for(warm_up.wall[0], repeats)):
+            for _ in range(repeats_for(getattr(warm_up, clock_name(device))[0], repeats)):
                 clock(lambda codes=codes: decoder.decode(codes), device, timing)  # type: ignore[misc]
         timed = timing.summary()
         seconds = timed[f"{clock_name(device)}_s"]

@@ -5,6 +5,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
+import datetime
 import gc
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,6 +76,7 @@ def benchmark_train(
         bench = Steps(model, batch_size, shape, dtype == "bf16", place)
         rows = [row for stage in (1, 2) for row in bench.stage(stage, repeats)]
         result: dict[str, Any] = {
+            "date": datetime.date.today().isoformat(),
             "command": command,
             "device": device_name(place),
             "clock": clock_name(place),

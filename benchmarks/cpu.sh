@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The committed CPU results: synthetic LlamaGen-B, one image with guidance 2 (two rows), 16 x 16 codes, one thread.
+# About 15 minutes on one core. Run from the repository's root; results go to benchmarks/results.
+set -euo pipefail
+export OMP_NUM_THREADS=1
+FLASHAR=${FLASHAR:-.venv/bin/flashar}
+OUT=${OUT:-benchmarks/results}
+for dtype in fp32 bf16; do
+  "$FLASHAR" benchmark --preset llamagen-b --batch-sizes 1 --cfg-scale 2.0 --device cpu --threads 1 \
+    --dtype "$dtype" --out "$OUT/decode_llamagen_b_${dtype}_cpu"
+done
+"$FLASHAR" benchmark train --preset llamagen-b --batch-size 4 --device cpu --repeats 3 \
+  --out "$OUT/train_llamagen_b_cpu.json"
+"$FLASHAR" benchmark train --preset llamagen-l --batch-size 2 --device cpu --repeats 1 \
+  --out "$OUT/train_llamagen_l_cpu.json"
