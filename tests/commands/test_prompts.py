@@ -1,0 +1,314 @@
+"""Prompts on the command line: generate, score and convert with released Emu3.5 files, and T5 captions for LlamaGen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_backbone
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("tiktoken")
+
+import emu_files
+
+from flashar_pl import decoding
+from flashar_pl.commands.prompts import scaled_grid
+from flashar_pl.models import FlashAR
+from flashar_pl.models.weights import Description, load_model, save_model
+from flashar_pl.tokenizers import Emu35Text
+from flashar_pl.tokenizers.t5 import left_pad
+
+PROMPTS = ("a fox", "two red chairs in the snow")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """Emu3.5-Image (with the prompt assets), Emu3.5-Image-FlashAR (without) and the image tokenizer."""
+    folder = tmp_path_factory.mktemp("released")
+    emu_files.write_base(folder / "base")
+    emu_files.write_released(folder / "flashar")
+    emu_files.write_ibq(folder / "ibq")
+    return folder
+
+
+def drawn(name: str = "out") -> np.ndarray:
+    return np.load(Path(name) / "codes.npy")
+
+
+def expected(files: Path, kind: str, grid: tuple[int, int], null: torch.Tensor, seeds: list[int]) -> np.ndarray:
+    """What the library draws for both prompts, two images each, at scale 3."""
+    text = Emu35Text.from_directory(files / "base")
+    model = load_model(files / kind).model
+    prefixes = [ids for ids in text.conditions(PROMPTS, grid) for _ in range(2)]
+    nulls = [torch.cat([null, text.image_prefix(*grid)])] * 4
+    plan = "raster" if kind == "base" else "diagonal"
+    return decoding.generate(model, prefixes, grid, plan, 3.0, seeds=seeds, unconditional=nulls).numpy()
+
+
+@pytest.mark.parametrize("kind", ["base", "flashar"])
+def test_from_released_directories_to_pictures(run, work, files, kind) -> None:
+    """Guidance without an unconditional prompt, or with that of the other checkpoint, draws other codes silently."""
+    words = ["--checkpoint", files / kind, "--tokenizer", files / "ibq", "--assets", files / "base", "--batch-size", 4]
+    words += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-images", 2, "--seed", 7, "--cfg-scale", 3]
+    code, _, err = run("generate", *words, "--aspect-ratio", "16:9", "--image-size", 64, "--out", "out")
+    assert code == 0, err
+    text = Emu35Text.from_directory(files / "base")
+    null = text.unconditional("official" if kind == "base" else "released")
+    assert (drawn() == expected(files, kind, (2, 5), null, [7, 8, 9, 10])).all()
+    other = text.unconditional("released" if kind == "base" else "official")
+    assert (drawn() != expected(files, kind, (2, 5), other, [7, 8, 9, 10])).any()
+    record = json.loads(Path("out/settings.json").read_text())
+    assert [image["prompt"] for image in record["images"]] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert [image["seed"] for image in record["images"]] == [7, 8, 9, 10]
+    shown = record["settings"]
+    assert (shown["grid"], shown["plan"], shown["dtype"]) == (
+        [2, 5],
+        "raster" if kind == "base" else "diagonal",
+        "fp32",
+    )
+    assert {Image.open(f"out/{image['file']}").size for image in record["images"]} == {(80, 32)}
+    assert Image.open("out/grid.png").size == (2 * 80 + 2, 2 * 32 + 2)
+
+
+def test_progress_counts_decoding_steps(work, files, monkeypatch) -> None:
+    """One batch of a 34-billion model takes minutes: a bar that moves per batch would say nothing."""
+    from flashar_pl.commands import generate as module
+
+    totals, ticks = [], []
+
+    class Bar:
+        def __init__(self, total: int, unit: str) -> None:
+            totals.append((total, unit))
+
+        def __enter__(self):
+            return ticks.append
+
+        def __exit__(self, *exception: object) -> None:
+            pass
+
+    monkeypatch.setattr(module, "progress_bar", Bar)
+    prompt = {"checkpoint": str(files / "base"), "prompt": ["a fox"], "aspect_ratio": "3x4", "codes_only": True}
+    module.generate(out="out", num_images=3, batch_size=2, **prompt)
+    assert totals == [(2 * 12, "steps")]
+    assert ticks == [1] * 24
+
+
+def test_assets_lie_in_the_directory_and_prompts_in_a_file(run, refused, work, files) -> None:
+    Path("prompts.txt").write_text("\n".join([*PROMPTS, "", " "]), encoding="utf-8")
+    words = ["generate", "--checkpoint", files / "base", "--prompts", "prompts.txt", "--num-images", 1]
+    words += ["--codes-only", "--aspect-ratio", "3x2", "--out"]
+    code, _, err = run(*words, "out")
+    assert code == 0, err
+    assert drawn().shape == (2, 3, 2)
+    assert run(*words, "again", "--prompt", "one more")[0] == 0
+    assert len(drawn("again")) == 3
+    Path("prompts.txt").write_text("\n")
+    assert "has no prompts" in refused(*words, "empty")
+    assert not Path("empty").exists()
+
+
+def test_a_negative_prompt_replaces_the_unconditional_one(run, refused, work, files) -> None:
+    base = ["generate", "--checkpoint", files / "flashar", "--assets", files / "base", "--codes-only", "--greedy"]
+    base += ["--aspect-ratio", "4x4", "--prompt", "a fox", "--num-images", 1]
+    assert run(*base, "--cfg-scale", 4, "--out", "plain")[0] == 0
+    assert run(*base, "--cfg-scale", 4, "--negative-prompt", "", "--out", "empty")[0] == 0
+    assert run(*base, "--cfg-scale", 4, "--negative-prompt", "a blurred dog", "--out", "dog")[0] == 0
+    assert (drawn("plain") == drawn("empty")).all(), "the released template with empty text is the default"
+    assert (drawn("plain") != drawn("dog")).any()
+    assert "add --cfg-scale" in refused(*base, "--negative-prompt", "dog", "--out", "more")
+
+
+def test_a_trained_model_uses_the_prompt_it_was_trained_with(run, work, files) -> None:
+    """Our own checkpoint, with its grid, tokenizer and unconditional prompt inside; half precision on request."""
+    null = [1, 2, 3]
+    backbone = load_model(files / "base").model.backbone
+    trained = type(backbone)(emu_files.config(heads="visual", unconditional_prompt=tuple(null)))
+    trained.load_state_dict(backbone.state_dict())
+    model = FlashAR(trained, 1)
+    note = Description(model.config(), (3, 4), {"kind": "ibq", "weights": str(files / "ibq")})
+    save_model("ours", model, note)
+    words = ["generate", "--checkpoint", "ours", "--assets", files / "base", "--prompt", "a fox", "--num-images", 2]
+    code, _, err = run(*words, "--cfg-scale", 2, "--out", "out")
+    assert code == 0, err
+    assert drawn().shape == (2, 3, 4)
+    text = Emu35Text.from_directory(files / "base")
+    nulls = [torch.cat([torch.tensor(null), text.image_prefix(3, 4)])] * 2
+    prefixes = text.conditions(["a fox"] * 2, (3, 4))
+    codes = decoding.generate(model, prefixes, (3, 4), "diagonal", 2.0, seeds=0, unconditional=nulls)
+    # the command fills its batch up, which changes sums in their last bits only
+    assert (drawn() == codes.numpy()).mean() > 0.8
+    assert run(*words, "--dtype", "bf16", "--codes-only", "--out", "half")[0] == 0
+    assert json.loads(Path("half/settings.json").read_text())["settings"]["dtype"] == "bf16"
+
+
+def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, flashar_model) -> None:
+    emu = ["generate", "--out", "out", "--checkpoint", files / "flashar"]
+    prompt = ["--prompt", "a fox"]
+    assert "give one of --prompt or --prompts, --classes" in refused(*emu)
+    assert "got --prompt or --prompts and --classes" in refused(*emu, *prompt, "--classes", "3")
+    assert "give --prompt" in refused(*emu, "--classes", "3")
+    assert "add --assets DIR" in refused(*emu, *prompt)
+    assets = ["--assets", files / "base"]
+    assert "--text-encoder is for LlamaGen" in refused(*emu, *prompt, *assets, "--text-encoder", "t5")
+    assert "directory of BAAI/Emu3.5-VisionTokenizer" in refused(*emu, *prompt, *assets)
+    assert "give one of them" in refused(*emu, *prompt, "--grid", "4x4", "--aspect-ratio", "1:1")
+    assert "expected one of 1:1, 4:3" in refused(*emu, *prompt, "--aspect-ratio", "5:4")
+    assert "leave out --image-size" in refused(*emu, *prompt, "--aspect-ratio", "4x4", "--image-size", 64)
+    assert "image size is 8 pixels" in refused(*emu, *prompt, "--image-size", 8)
+    assert "no prompts at nowhere.txt" in refused(*emu, "--prompts", "nowhere.txt")
+    assert "the tokenizer has 17 codes, the model 256" in refused(*emu, *prompt, *assets, "--tokenizer", "pixels:17")
+    other = emu_files.write_assets(work / "other")
+    lines = (other / "emu3_vision_tokens.txt").read_text().splitlines()
+    (other / "emu3_vision_tokens.txt").write_text("\n".join(["<|another|>", *lines]))
+    assert "visual codes from token id 468 on" in refused(*emu, *prompt, "--assets", other)
+    classes = ["generate", "--out", "out", "--checkpoint", flashar_model]
+    assert "class-conditional; give --classes" in refused(*classes, *prompt)
+    assert "leave them out" in refused(*classes, "--classes", "3", "--negative-prompt", "dog")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grid"),
+    [("1:1", 512, (32, 32)), ("4:3", 1024, (55, 73)), ("16:9", 1024, (47, 85)), ("9:16", 512, (42, 23))],
+)
+def test_aspect_ratios(name: str, size: int, grid: tuple[int, int]) -> None:
+    """Width and height exchanged would draw portraits for landscapes."""
+    assert scaled_grid(name, size) == grid
+
+
+def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) -> None:
+    from flashar_pl.commands import generate as module
+
+    seen = []
+    monkeypatch.setattr(module, "draw_codes", lambda model, wanted, grid, *rest: seen.append(grid) or torch.zeros(1, 1))
+    module.generate(checkpoint=str(files / "base"), out="out", prompt=["a fox"], codes_only=True, num_images=1)
+    assert seen == [(32, 32)]
+
+
+# --- score and convert -----------------------------------------------------------------------------------------------
+
+
+def test_score_reads_captions(run, refused, work, files) -> None:
+    from flashar_pl.data.shards import ConditionSpec, ShardWriter
+
+    codes = np.random.default_rng(0).integers(0, emu_files.CODES, (5, 2, 3))
+    spec = ConditionSpec("text")
+    with ShardWriter("shards", name="t", tokenizer={}, grid=(2, 3), vocabulary=emu_files.CODES, condition=spec) as out:
+        out.write("test", codes, ids=range(5), texts=[f"caption {'x' * i}" for i in range(5)])
+    code, out, err = run("score", "--checkpoint", files / "flashar", "--data", "shards", "--assets", files / "base")
+    assert code == 0, err
+    model = load_model(files / "flashar").model.eval()
+    prefixes = Emu35Text.from_directory(files / "base").conditions([f"caption {'x' * i}" for i in range(5)], (2, 3))
+    with torch.no_grad():
+        nll = model.loss(torch.tensor(codes), prefixes)["nll"]
+    assert json.loads(out)["nll_nats_per_image"] == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert run("score", "--checkpoint", files / "base", "--data", "shards")[0] == 0, "assets lie in the directory"
+    assert "add --assets" in refused("score", "--checkpoint", files / "flashar", "--data", "shards")
+
+
+@pytest.mark.parametrize("kind", ["base", "flashar"])
+def test_convert_to_our_format_and_back_is_bit_exact(run, refused, work, files, kind) -> None:
+    """Only visual rows are loaded: the text rows of the heads come from the original directory."""
+    code, out, err = run("convert", files / kind, "--out", "ours", "--tokenizer", files / "ibq", "--grid", "32x32")
+    assert code == 0, err
+    assert "condition token ids" in out
+    assert "add --original DIR" in refused("convert", "ours", "--to", "official", "--out", "back")
+    code, _, err = run("convert", "ours", "--to", "official", "--original", files / kind, "--out", "back")
+    assert code == 0, err
+    first, second = (load_file(folder / "model.safetensors") for folder in (files / kind, Path("back")))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert json.loads(Path("back/config.json").read_text()) == json.loads((files / kind / "config.json").read_text())
+    assert load_model("back").model.config() == load_model(files / kind).model.config()
+    assert run("convert", files / kind, "--to", "official", "--out", "direct")[0] == 0
+    assert "are a directory" in refused("convert", files / kind, "--to", "official", "--out", "x.safetensors")
+    other = files / ("flashar" if kind == "base" else "base")
+    assert "layout of the" in refused("convert", "ours", "--to", "official", "--original", other, "--out", "x")
+
+
+def test_official_directories_are_cut_into_files(work, files) -> None:
+    from flashar_pl.models.directories import write_directory
+
+    tensors = load_file(files / "base" / "model.safetensors")
+    write_directory("cut", tensors, files / "base", shard_bytes=100_000)
+    names = sorted(path.name for path in Path("cut").glob("*.safetensors"))
+    assert len(names) > 2
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    again = load_model("cut").model.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in load_model(files / "base").model.state_dict().items())
+
+
+def test_half_precision_survives_conversion(run, work) -> None:
+    """Read in float32, a bfloat16 file would double in size and no longer be the same bit for bit."""
+    torch.save({"model": {k: v.bfloat16() for k, v in tiny_backbone().to_official().items()}}, "half.pt")
+    assert run("convert", "half.pt", "--n-head", 2, "--out", "ours")[0] == 0
+    assert {value.dtype for value in load_file("ours/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_trained_emu_flashar_has_no_official_format(refused, work, files) -> None:
+    model = FlashAR(load_model(files / "base").model.backbone, 2, 1, "average", "fused")
+    with pytest.raises(ValueError, match="emu35 backbone has no official format"):
+        model.to_nar()
+    save_model("ours", model, Description(model.config()))
+    words = ["--to", "official", "--original", files / "base", "--out", "back"]
+    assert "has no official format" in refused("convert", "ours", *words)
+
+
+# --- T5 --------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_moved_to_the_end() -> None:
+    features = torch.arange(1.0, 9).view(2, 4, 1)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    moved, kept = left_pad(features, mask)
+    assert moved[..., 0].tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]]
+    assert kept.tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_llamagen_prompts_without_transformers(refused, work, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    torch.save({"model": tiny_backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
+    words = ["generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only"]
+    words += ["--prompt", "a fox", "--out", "out"]
+    assert "--text-encoder DIR" in refused(*words)
+    assert "pip install 'flashar-pl[emu]'" in refused(*words, "--text-encoder", "t5")
+
+
+def test_llamagen_prompts_through_a_t5(run, refused, work) -> None:
+    """Against transformers' own encoder: padding on the wrong side would shift every caption."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "fox", "dog", "in", "snow"])}
+    fast = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="</s>")
+    wrapped.save_pretrained("t5")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 8}
+    encoder = transformers.T5EncoderModel(transformers.T5Config(**sizes)).eval()
+    encoder.save_pretrained("t5")
+    from flashar_pl.tokenizers.t5 import encode_captions
+
+    features, mask = encode_captions("t5", ["A fox ", "a dog in snow"])
+    assert features.shape == (2, 120, 16)
+    assert mask.sum(1).tolist() == [3, 5]
+    with torch.no_grad():
+        alone = encoder(input_ids=torch.tensor([[3, 5, 6, 7, 1]])).last_hidden_state[0]
+    torch.testing.assert_close(features[1, -5:], alone, atol=1e-5, rtol=1e-4)
+    torch.save({"model": tiny_backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
+    base = ["generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only"]
+    base += ["--text-encoder", "t5", "--prompt", "a fox", "--num-images", 2, "--cfg-scale", 3]
+    code, _, err = run(*base, "--out", "plain")
+    assert code == 0, err
+    assert run(*base, "--negative-prompt", "a dog", "--out", "dog")[0] == 0
+    assert (drawn("plain") != drawn("dog")).any()
+    Path("empty").mkdir()
+    base[base.index("t5")] = "empty"
+    assert "expected the directory of a T5 encoder" in refused(*base, "--out", "more")
