@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from flashar_pl.backbones.base import Batch
+from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharding import local
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import allow_frozen_parameters
@@ -104,7 +105,7 @@ class StageSwitch(Callback):
             self._announce(schedule, step, [group["role"] for group in groups])
             self.stage = stage
         for group in groups:
-            group["lr"] = schedule.lr(group["role"], step, module.optimiser.lr)
+            set_rate(group, schedule.lr(group["role"], step, module.optimiser.lr))
 
     def _announce(self, schedule: Schedule, step: int, roles: list[str]) -> None:
         training = ", ".join(dict.fromkeys(role for role in roles if schedule.trains(role, step)))

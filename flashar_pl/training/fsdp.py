@@ -29,6 +29,7 @@ from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.dual_head import FusionGate
 from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
 from flashar_pl.models.weights import InitReport, build_model, build_on_meta, initialise
+from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharding import Compute, allocate, check_filled, recompute_blocks, shard
 
 OPTIMISER = "optimiser."
@@ -214,13 +215,13 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer.state.clear()
         for name, parameter in self._parameters().items():
             parameter.grad = torch.zeros_like(parameter) if name in names else None
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = 0.0
+            set_rate(group, 0.0)
         if names:
             optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            set_rate(group, rate)
         optimizer.zero_grad(set_to_none=True)
 
 

@@ -66,3 +66,11 @@ def adamw(
             "optimiser.state is 8bit, which needs torchao: pip install 'flashar-pl[large]'. Without it use bf16."
         ) from error
     return AdamW8bit(groups, lr=lr, betas=betas)
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set the learning rate of a parameter group; torchao keeps it in a tensor that must stay the same one."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
-from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
+from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, ValidationConfig, fit, make_module
 
 from flashar_pl.models import dual_head
 from flashar_pl.training.fsdp import ShardedStrategy
@@ -86,7 +86,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if job.get("save"):
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(
-        dropout=False,
+        backbone=BackboneConfig(options={**OPTIONS, **NO_DROPOUT, "dim": job.get("dim", 16)}),
         optimiser=OptimiserConfig(lr=1e-2, clip=CLIP, state=job.get("state", "fp32")),
         ema_decay=job.get("ema"),
         init_from=job.get("init_from"),
