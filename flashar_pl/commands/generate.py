@@ -5,6 +5,7 @@ Shapes: N samples in all, B samples of a batch, H x W grid.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import new_directory, require_new, versions, write_json
-from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, pick, read_prompts
+from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, pick, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
     from flashar_pl.sampling import SamplingSettings
     from flashar_pl.tokenizers import Tokenizer
+
+
+BATCH_SIZE = 16
+PIXELS = 2**20
+"""Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
 
 
 def generate(
@@ -44,7 +50,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     weights: Weights = "auto",
     branch_layer: int | None = None,
     n_head: int | None = None,
@@ -90,7 +96,8 @@ def generate(
         top_k: keep the k most likely codes; 0 is off.
         top_p: keep the most likely codes up to this probability; 1 is off.
         greedy: take the most likely code instead of drawing.
-        batch_size: samples decoded together; a last partial batch is padded.
+        batch_size: samples decoded together; a last partial batch is padded. Default: 16; with Emu3.5, where padding
+            is dear, not more than there are images.
         weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
         n_head: attention heads, for official files of unpublished sizes.
@@ -132,6 +139,10 @@ def generate(
         source, height_width, num_images, settings.guided,
         prompts=asked, classes=classes, text_features=text_features, text=text,
     )  # fmt: skip
+    if batch_size is None:
+        batch_size = min(BATCH_SIZE, len(wanted)) if is_emu(source) else BATCH_SIZE
+    if is_emu(source) and not settings.guided:
+        print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
     decoder = None if codes_only else matching_tokenizer(source, device)
     seeds = [seed + i for i in range(len(wanted))]
     started = time.perf_counter()
@@ -139,8 +150,9 @@ def generate(
     seconds = time.perf_counter() - started
     with new_directory(target, "samples") as folder:
         np.save(folder / "codes.npy", codes.numpy())
-        files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, num_images, batch_size)
-        facts = {"grid": list(height_width), "plan": plan_name, "device": str(find_device(device))}
+        files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, num_images)
+        place = str(find_device(device))
+        facts = {"grid": list(height_width), "plan": plan_name, "device": place, "batch_size": batch_size}
         write_json(
             folder / "settings.json",
             {
@@ -182,9 +194,9 @@ def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[
     return entries
 
 
-def _check_counts(num_images: int, batch_size: int) -> None:
+def _check_counts(num_images: int, batch_size: int | None) -> None:
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected 1 or more.")
 
 
@@ -195,7 +207,6 @@ def _write_images(
     wanted: Wanted,
     seeds: list[int],
     columns: int,
-    batch_size: int,
 ) -> list[str]:
     """Decode and write every image and the contact sheet; names of the files."""
     import torch
@@ -203,8 +214,9 @@ def _write_images(
     from flashar_pl.training.images import save_png, tile
 
     device = next((t.device for t in (*decoder.parameters(), *decoder.buffers())), torch.device("cpu"))
+    together = max(1, PIXELS // (codes[0].numel() * decoder.downsample**2))
     with torch.no_grad():
-        images = torch.cat([decoder.decode(part.to(device)).cpu() for part in codes.split(batch_size)])
+        images = torch.cat([decoder.decode(part.to(device)).cpu() for part in codes.split(together)])
     names = [f"{i:05d}_{label}_seed{seed}.png" for i, (label, seed) in enumerate(zip(wanted.labels, seeds))]
     for image, name in zip(images, names, strict=True):
         save_png(image, folder / name)

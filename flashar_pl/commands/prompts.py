@@ -68,6 +68,13 @@ class TextSettings:
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
+def is_emu(source: Source) -> bool:
+    """Whether a checkpoint is an Emu3.5 model."""
+    from flashar_pl.backbones.emu35 import Emu35
+
+    return isinstance(source.model.backbone, Emu35)
+
+
 def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None) -> tuple[int, int]:
     """The grid (H, W) of the images: an aspect ratio at an area, or what the checkpoint (or --grid) says.
 
@@ -77,13 +84,10 @@ def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None
     Raises:
         ValueError: an unknown name, a size without a name, or no grid at all.
     """
-    from flashar_pl.backbones.emu35 import Emu35
-
-    emu = isinstance(source.model.backbone, Emu35)
     if aspect_ratio is None:
         if image_size is not None:
             return scaled_grid("1:1", image_size)
-        return scaled_grid("1:1", EMU_SIZE) if emu and source.grid is None else source.need_grid()
+        return scaled_grid("1:1", EMU_SIZE) if is_emu(source) and source.grid is None else source.need_grid()
     if ":" not in aspect_ratio:
         if image_size is not None:
             raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
