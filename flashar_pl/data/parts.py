@@ -54,10 +54,38 @@ def start(job: Job) -> dict[str, Any] | None:
     Raises:
         ValueError: `out` holds something else, or an earlier run of this split had other settings.
     """
-    if report_path(job).exists():
-        _compare(job, read_json(report_path(job))["settings"], "is complete, but was made")
-        shutil.rmtree(job.work, ignore_errors=True)
-        return read_json(report_path(job))
+    report = _complete(job)
+    if report is not None:
+        return report
+    try:
+        _check_output(job)
+    except ValueError:
+        report = _complete(job)  # another process may have finished since
+        if report is None:
+            raise
+        return report
+    job.work.mkdir(parents=True, exist_ok=True)
+    settings = job.work / "job.json"
+    if not settings.exists():
+        write_json(settings, job.identity())
+    report = _complete(job)  # before the settings are read: another process may have finished and removed them
+    if report is None:
+        _compare(job, read_json(settings), "was begun")
+    return report
+
+
+def _complete(job: Job) -> dict[str, Any] | None:
+    """The report if the split is complete; removes what is left of the work. Raises ValueError for other settings."""
+    if not report_path(job).exists():
+        return None
+    report = read_json(report_path(job))
+    _compare(job, report["settings"], "is complete, but was made")
+    shutil.rmtree(job.work, ignore_errors=True)
+    return report
+
+
+def _check_output(job: Job) -> None:
+    """Raises ValueError if `out` holds something that this job must not or cannot join."""
     found = manifests(job.out)
     unfinished = any((job.out / f".{split}").is_dir() for split in SPLITS)
     if job.out.exists() and not found and not unfinished and any(job.out.iterdir()):
@@ -65,14 +93,6 @@ def start(job: Job) -> dict[str, Any] | None:
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())
     _check_weights(job)
-    job.work.mkdir(parents=True, exist_ok=True)
-    settings = job.work / "job.json"
-    if not settings.exists():
-        write_json(settings, job.identity())
-    _compare(job, read_json(settings), "was begun")
-    if report_path(job).exists():  # another process has just finished
-        return read_json(report_path(job))
-    return None
 
 
 def new_part(job: Job, part: int) -> Path:

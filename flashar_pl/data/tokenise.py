@@ -149,9 +149,19 @@ def run(job: Job) -> dict[str, Any] | None:
         ValueError: an earlier run had other settings; the shards at `out` do not go with these; more unreadable
             samples than allowed; a label or code out of range.
     """
-    report = start(job)
-    if report is not None:
-        return report
+    try:
+        report = start(job)
+        if report is not None:
+            return report
+        _run_parts(job)
+    except FileNotFoundError:
+        if not report_path(job).exists():  # else another process found nothing left to do, merged and cleaned up
+            raise
+    return finish(job)
+
+
+def _run_parts(job: Job) -> None:
+    """Tokenise what is left of this process's parts."""
     mine = range(job.rank, job.parts, job.ranks)
     retry_bad(job, mine)
     finished = finished_parts(job)
@@ -161,10 +171,9 @@ def run(job: Job) -> dict[str, Any] | None:
     advance = job.progress(total, total - open_samples)
     items = _items(job, left)
     for part in left:
-        if report_path(job).exists():  # another process found nothing left to do and was quicker
-            break
+        if report_path(job).exists():
+            return
         bad += _write_part(job, part, items, advance, bad)
-    return finish(job)
 
 
 def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[int], Any], bad_before: int) -> int:

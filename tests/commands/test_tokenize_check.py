@@ -16,13 +16,26 @@ from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.tokenizers import VQ16
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    """A directory with `s`, shards of two crops, and `vq.pt`, their tokenizer."""
+    from flashar_pl.cli import main
+
+    root = tmp_path_factory.mktemp("made")
+    torch.save({"model": vq_state()}, root / "vq.pt")
+    make_images(root / "images", each=4)
+    words = ["--images", root / "images", "--out", root / "s", "--weights", root / "vq.pt", "--image-size", 16]
+    assert main(["tokenize", "imagenet", *map(str, words), "--workers", "0"]) == 0
+    return root
+
+
 @pytest.fixture
-def made(tmp_path, run) -> tuple[Path, Path]:
-    """(shards with ten crops, weights)."""
-    torch.save({"model": vq_state()}, tmp_path / "vq.pt")
-    make_images(tmp_path / "images", each=4)
-    words = ("--images", tmp_path / "images", "--out", tmp_path / "s", "--weights", tmp_path / "vq.pt")
-    assert run("tokenize", "imagenet", *words, "--image-size", 16, "--workers", 0)[0] == 0
+def made(tmp_path, original) -> tuple[Path, Path]:
+    """(a copy of the shards, a copy of the weights that they name)."""
+    shutil.copytree(original / "s", tmp_path / "s")
+    shutil.copy(original / "vq.pt", tmp_path / "vq.pt")
+    for path in (tmp_path / "s").glob("*.json"):
+        path.write_text(path.read_text().replace(str(original), str(tmp_path)))
     return tmp_path / "s", tmp_path / "vq.pt"
 
 

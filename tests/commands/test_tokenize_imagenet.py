@@ -207,6 +207,32 @@ def test_a_kill_between_moving_tars_and_the_report(tmp_path, tokenize, monkeypat
         assert not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("place", ["_check_output", "retry_bad", "read_json", "manifests", "_merge_grid"])
+def test_another_process_merges_in_between(tmp_path, tokenize, monkeypatch, place):
+    """Guards the race of several processes that restart with nothing left to do: one finishes and cleans up, and
+    another finds its files gone at any point."""
+    from flashar_pl.data import parts, tokenise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenise, "finish", lambda job: None)
+        tokenize(tmp_path / "s", "--shard-images", 14)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    original = getattr(parts, place)
+    module = tokenise if hasattr(tokenise, place) else parts
+
+    def late(*args):
+        monkeypatch.setattr(module, place, original)
+        assert tokenize(tmp_path / "s", "--shard-images", 14)[0] == 0
+        return original(*args)
+
+    monkeypatch.setattr(module, place, late)
+    code, out, _ = tokenize(tmp_path / "s", "--shard-images", 14)
+    assert code == 0
+    assert "27 of 27 images written" in out
+    verify(tmp_path / "s")
+    assert not list((tmp_path / "s").glob(".*"))
+
+
 def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, tokenize, refused, images, vq):
     source = tmp_path / "images"
     shutil.copytree(images, source)
