@@ -150,7 +150,7 @@ def test_the_34b_model_on_one_node_of_96_gb():
     [
         ({"gpus": 0}, "gpus is 0"),
         ({"gpus": 8, "replicas": 3}, "cannot hold 3 replicas"),
-        ({"moments": "bf16"}, "moments is 'bf16'"),
+        ({"moments": "fp16"}, "moments is 'fp16'"),
         ({"stage1_share": 2.0}, "stage1_share is 2.0"),
     ],
 )
