@@ -19,6 +19,7 @@ from flashar_pl.commands.common import parse_grid, require_new, versions, write_
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
 from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
 from flashar_pl.commands.generate import progress_bar
+from flashar_pl.commands.prompts import null_prompt
 
 if TYPE_CHECKING:
     from flashar_pl.commands.checkpoint import Source
@@ -202,9 +203,10 @@ def prompt_samples(
     Raises:
         ValueError: no Emu3.5 model, or tokenizers of another model.
     """
+    import torch
+
     from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.decoding.samples import SampleSet
-    from flashar_pl.models.released import ReleasedFlashAR
     from flashar_pl.sampling import SamplingSettings
 
     backbone = source.model.backbone
@@ -215,11 +217,7 @@ def prompt_samples(
     text.check_vocabulary(backbone.config.visual_token_offset)
     grid = source.need_grid()
     conditions = text.conditions(prompts, grid)
-    # The released checkpoints were trained with their own empty prompt; both end with the image header.
-    import torch
-
-    style: Any = "released" if isinstance(source.model, ReleasedFlashAR) else "official"
-    null = torch.cat([text.unconditional(style), text.image_prefix(*grid)])
+    null = torch.cat([null_prompt(source.model, text), text.image_prefix(*grid)])
     every = drawing.num_images
     n = len(prompts) * every
     return SampleSet(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.commands.checkpoint import Source
     from flashar_pl.models import GridModel
+    from flashar_pl.tokenizers import Emu35Text
 
 ASPECT_RATIOS = {
     "1:1": (64, 64),
@@ -228,11 +229,9 @@ def from_prompts(
 def emu_prompts(
     source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextSettings
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Whole prefixes. The unconditional prompt is the one given, else the one the model was trained with, else the
-    official one; for the FlashAR authors' checkpoints it is the template around an empty text."""
+    """Whole prefixes; what guidance leads away from is the negative prompt, else `null_prompt`."""
     import torch
 
-    from flashar_pl.models.released import ReleasedFlashAR
     from flashar_pl.tokenizers import Emu35Text
 
     tokens = Emu35Text.from_directory(find_assets(source.path, text.assets))
@@ -240,13 +239,24 @@ def emu_prompts(
     condition = tokens.conditions(prompts, grid)
     if not guided:
         return condition, None
-    if text.negative_prompt is not None:
-        start = tokens.prompt(text.negative_prompt)
-    elif backbone.config.unconditional_prompt is not None:
-        start = torch.tensor(backbone.config.unconditional_prompt)
-    else:
-        start = tokens.unconditional("released" if isinstance(source.model, ReleasedFlashAR) else "official")
+    negative = text.negative_prompt
+    start = null_prompt(source.model, tokens) if negative is None else tokens.prompt(negative)
     return condition, [torch.cat([start, tokens.image_prefix(*grid)])] * len(prompts)
+
+
+def null_prompt(model: GridModel, tokens: Emu35Text) -> Tensor:
+    """Unconditional prompt (T,) of an Emu3.5 model: the one it was trained with, where it says so; the template around
+    an empty text for the FlashAR authors' checkpoints, which were; otherwise the official one."""
+    import torch
+
+    from flashar_pl.backbones.emu35 import Emu35
+    from flashar_pl.models.released import ReleasedFlashAR
+
+    assert isinstance(model.backbone, Emu35)
+    own = model.backbone.config.unconditional_prompt
+    if own is not None:
+        return torch.tensor(own)
+    return tokens.unconditional("released" if isinstance(model, ReleasedFlashAR) else "official")
 
 
 def find_assets(checkpoint: str, assets: str | None) -> Path:
