@@ -32,7 +32,7 @@ def plan(
     samples: int | None = None,
     strategy: Literal["fsdp", "ddp"] | None = None,
     replicas: int | None = None,
-    moments: Literal["fp32", "8bit", "cpu"] | None = None,
+    moments: Literal["fp32", "bf16", "8bit", "cpu"] | None = None,
     checkpointing: Literal["on", "off"] | None = None,
     grid: str | None = None,
     prefix: int | None = None,
@@ -57,7 +57,7 @@ def plan(
         samples: samples of one forward on one GPU. Default: the file's batch size over the GPUs; 1 for a preset.
         strategy: fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's.
         replicas: copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1.
-        moments: optimizer state: fp32, 8bit, or cpu (with weights and gradients). Default: the file's, or fp32.
+        moments: optimizer state: fp32, bf16, 8bit, or cpu (with weights and gradients). Default: the file's, or fp32.
         checkpointing: whether blocks are run again in the backward pass. Default: the file's; on for a preset.
         grid: code grid HEIGHTxWIDTH. Default: of the shards, else guessed from their name, else of the family.
         prefix: prefix positions. Default: 1 class token, 120 caption positions, or a prompt of 50 tokens.
@@ -285,7 +285,13 @@ def report(result: dict[str, Any]) -> str:
     names = list(result["memory"][stages[0]])
     lines = [[name, *(f"{result['memory'][stage][name] / 1e9:.2f}" for stage in stages)] for name in names]
     kind = "FSDP2" if setup["sharded"] else "DDP" if setup["gpus"] > 1 else "one GPU"
-    state = {"fp32": "float32 moments", "8bit": "8-bit moments", "cpu": "state in CPU memory"}[setup["moments"]]
+    states = {
+        "fp32": "float32 moments",
+        "bf16": "bfloat16 moments",
+        "8bit": "8-bit moments",
+        "cpu": "state in CPU memory",
+    }
+    state = states[setup["moments"]]
     text = [
         f"{result['config']}: {setup['gpus']} GPU(s), {kind}, {setup['samples']} sample(s) per GPU and forward, "
         f"{state}, {'with' if setup['checkpointing'] else 'without'} activation checkpointing, "

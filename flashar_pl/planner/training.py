@@ -19,10 +19,10 @@ from flashar_pl.planner.sizes import ModelSizes, block_linears
 
 STAGE1 = ("vertical", "vertical_head", "gate")
 """Roles that train in stage 1 (Sec. 4.3)."""
-Moments = Literal["fp32", "8bit", "cpu"]
-"""Optimizer state: float32; 8-bit blocks of 256 values with a float32 scale; or float32 in CPU memory, together with
-master weights and gradients."""
-MOMENT_BYTES = {"fp32": 8.0, "8bit": 2 * (1 + 4 / 256), "cpu": 0.0}
+Moments = Literal["fp32", "bf16", "8bit", "cpu"]
+"""Optimizer state: float32; bfloat16; 8-bit blocks of 256 values with a float32 scale; or float32 in CPU memory,
+together with master weights and gradients."""
+MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / 256), "cpu": 0.0}
 """Bytes of both moments per parameter on the GPU."""
 CONTEXT_BYTES = 2 * 10**9
 """CUDA context, kernels and communication buffers of one process."""
