@@ -131,7 +131,8 @@ class Detector:
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
         place = _directory(directory, "detector", "facebook/mask2former-swin-small-coco-instance")
         transformers = _transformers()
-        self.model: Any = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(place, local_files_only=True)
+        kind = transformers.Mask2FormerForUniversalSegmentation
+        self.model: Any = kind.from_pretrained(place, local_files_only=True, dtype=torch.float32)
         self.model.to(device).eval()
         self.device = device
 
@@ -203,7 +204,7 @@ class ColorClassifier:
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
         place = _directory(directory, "CLIP model", "openai/clip-vit-large-patch14")
         transformers = _transformers()
-        self.model: Any = transformers.CLIPModel.from_pretrained(place, local_files_only=True)
+        self.model: Any = transformers.CLIPModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
         self.model.to(device).eval()
         self.tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=True)
         self.device = device
@@ -215,9 +216,18 @@ class ColorClassifier:
         if not found:
             return []
         crops = [object_crop(image, d.box, d.mask if isinstance(d, Segment) else None) for d in found]
-        features = self.model.get_image_features(pixel_values=clip_input(crops).to(self.device))  # (n, E)
+        features = self.image_features(clip_input(crops).to(self.device))  # (n, E)
         scores = F.normalize(features, dim=-1) @ self._classifier(name)  # (n, colours)
         return [COLORS[i] for i in scores.argmax(1).tolist()]
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(n, 3, 224, 224) -> (n, E). The model's own method returns another type in transformers 5."""
+        return self.model.visual_projection(self.model.vision_model(pixel_values=pixels).pooler_output)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """n texts -> (n, E)."""
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt").to(self.device)
+        return self.model.text_projection(self.model.text_model(**tokens).pooler_output)
 
     def _classifier(self, name: str) -> Tensor:
         """(E, colours): unit vectors, means of the templates' unit vectors."""
@@ -225,8 +235,7 @@ class ColorClassifier:
             rows = []
             for color in COLORS:
                 texts = [template.format(color=color, name=name) for template in TEMPLATES]
-                tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-                embedded = F.normalize(self.model.get_text_features(**tokens), dim=-1)  # (templates, E)
+                embedded = F.normalize(self.text_features(texts), dim=-1)  # (templates, E)
                 rows.append(F.normalize(embedded.mean(0), dim=0))
             self._weights[name] = torch.stack(rows, dim=1)
         return self._weights[name]
