@@ -32,7 +32,8 @@ def plan(
     samples: int | None = None,
     strategy: Literal["fsdp", "ddp"] | None = None,
     replicas: int | None = None,
-    moments: Literal["fp32", "bf16", "8bit", "cpu"] | None = None,
+    moments: Literal["fp32", "bf16", "8bit"] | None = None,
+    offload: Literal["on", "off"] | None = None,
     checkpointing: Literal["on", "off"] | None = None,
     grid: str | None = None,
     prefix: int | None = None,
@@ -57,7 +58,8 @@ def plan(
         samples: samples of one forward on one GPU. Default: the file's batch size over the GPUs; 1 for a preset.
         strategy: fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's.
         replicas: copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1.
-        moments: optimizer state: fp32, bf16, 8bit, or cpu (with weights and gradients). Default: the file's, or fp32.
+        moments: optimizer state: fp32, bf16 or 8bit. Default: the file's, or fp32.
+        offload: whether shards, gradients and optimizer state stay in CPU memory. Default: the file's, or off.
         checkpointing: whether blocks are run again in the backward pass. Default: the file's; on for a preset.
         grid: code grid HEIGHTxWIDTH. Default: of the shards, else guessed from their name, else of the family.
         prefix: prefix positions. Default: 1 class token, 120 caption positions, or a prompt of 50 tokens.
@@ -79,14 +81,13 @@ def plan(
         "sharded": None if strategy is None else strategy == "fsdp",
         "replicas": replicas,
         "moments": moments,
+        "offload": None if offload is None else offload == "on",
         "checkpointing": None if checkpointing is None else checkpointing == "on",
         "grid": parse_grid(grid),
         "prefix": prefix,
         "total_steps": steps,
     }
     setup = replace(run.setup, **{name: value for name, value in given.items() if value is not None})
-    if setup.moments == "cpu" and not setup.sharded:
-        raise ValueError("moments cpu needs --strategy fsdp, which can keep shards in CPU memory.")
     rates = GPUS[gpu]
     memory = int(1e9 * (rates.memory if gpu_memory is None else gpu_memory))
     stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
@@ -168,7 +169,7 @@ def read_run(path: str, gpus: int) -> Run:
         raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     schedule, settings = model.get("schedule") or {}, strategy_values(trainer)
-    share, offloaded = schedule.get("stage1_share"), settings.pop("offloaded")
+    share = schedule.get("stage1_share")
     setup = TrainingSetup(
         grid=grid,
         plan="diagonal" if sizes.flashar else "raster",
@@ -178,7 +179,7 @@ def read_run(path: str, gpus: int) -> Run:
         ema=bool(model.get("ema_decay")),
         total_steps=_steps(trainer, data, batch * accumulate, notes),
         stage1_share=(0.2 if sizes.flashar else 0.0) if share is None else float(share),
-        moments="cpu" if offloaded else optimiser_moments(model),
+        moments=(model.get("optimiser") or {}).get("state", "fp32"),
         **settings,
     )
     return Run(sizes, setup, notes)
@@ -210,15 +211,10 @@ def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:
             "replicas": int(options.get("replicas", 1)),
             "mixed": options.get("compute", "bf16") == "bf16",
             "checkpointing": bool(options.get("recompute", False)),
-            "offloaded": bool(options.get("offload", False)),
+            "offload": bool(options.get("offload", False)),
         }
     mixed = "bf16" in str(trainer.get("precision", "32-true"))
-    return {"sharded": False, "mixed": mixed, "checkpointing": False, "offloaded": False}
-
-
-def optimiser_moments(model: dict[str, Any]) -> Any:
-    """Optimizer state from the model section."""
-    return (model.get("optimiser") or {}).get("state", "fp32")
+    return {"sharded": False, "mixed": mixed, "checkpointing": False, "offload": False}
 
 
 def _grid(sizes: ModelSizes, shards: Any, notes: list[str]) -> tuple[int, int]:
@@ -285,13 +281,8 @@ def report(result: dict[str, Any]) -> str:
     names = list(result["memory"][stages[0]])
     lines = [[name, *(f"{result['memory'][stage][name] / 1e9:.2f}" for stage in stages)] for name in names]
     kind = "FSDP2" if setup["sharded"] else "DDP" if setup["gpus"] > 1 else "one GPU"
-    states = {
-        "fp32": "float32 moments",
-        "bf16": "bfloat16 moments",
-        "8bit": "8-bit moments",
-        "cpu": "state in CPU memory",
-    }
-    state = states[setup["moments"]]
+    name = {"fp32": "float32", "bf16": "bfloat16", "8bit": "8-bit"}[setup["moments"]]
+    state = f"{name} moments" + (" and shards in CPU memory" if setup["offload"] else "")
     text = [
         f"{result['config']}: {setup['gpus']} GPU(s), {kind}, {setup['samples']} sample(s) per GPU and forward, "
         f"{state}, {'with' if setup['checkpointing'] else 'without'} activation checkpointing, "

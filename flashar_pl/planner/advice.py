@@ -37,6 +37,8 @@ def changes(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
     if setup.replicas > 1:
         yield "one replica instead of several", replace(setup, replicas=1)
     if setup.moments == "fp32":
+        yield "bfloat16 optimizer state", replace(setup, moments="bf16")
+    if setup.moments != "8bit":
         yield "8-bit optimizer state", replace(setup, moments="8bit")
     if not setup.checkpointing:
         yield "activation checkpointing", replace(setup, checkpointing=True)
@@ -46,8 +48,8 @@ def changes(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
         yield f"{half} sample(s) per GPU and {accumulate} forwards", replace(setup, samples=half, accumulate=accumulate)
     if setup.ema:
         yield "no averaged weights", replace(setup, ema=False)
-    if setup.moments != "cpu" and (setup.sharded or setup.gpus == 1):
-        yield "weights and optimizer state in CPU memory", replace(setup, moments="cpu", sharded=True)
+    if not setup.offload:
+        yield "FSDP2 with shards and optimizer state in CPU memory", replace(setup, offload=True, sharded=True)
 
 
 def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list[tuple[str, int]]:

@@ -19,11 +19,10 @@ from flashar_pl.planner.sizes import ModelSizes, block_linears
 
 STAGE1 = ("vertical", "vertical_head", "gate")
 """Roles that train in stage 1 (Sec. 4.3)."""
-Moments = Literal["fp32", "bf16", "8bit", "cpu"]
-"""Optimizer state: float32; bfloat16; 8-bit blocks of 256 values with a float32 scale; or float32 in CPU memory,
-together with master weights and gradients."""
-MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / 256), "cpu": 0.0}
-"""Bytes of both moments per parameter on the GPU."""
+Moments = Literal["fp32", "bf16", "8bit"]
+"""What the two moments of AdamW are kept in; 8-bit blocks of 256 values have a float32 scale each."""
+MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / 256)}
+"""Bytes of both moments per parameter."""
 CONTEXT_BYTES = 2 * 10**9
 """CUDA context, kernels and communication buffers of one process."""
 FRAGMENTATION = 0.06
@@ -46,6 +45,8 @@ class TrainingSetup:
     replicas: int = 1
     """Copies of the shards (hybrid sharding); gpus is a multiple."""
     moments: Moments = "fp32"
+    offload: bool = False
+    """Keep shards, gradients and moments in CPU memory (FSDP2 only)."""
     checkpointing: bool = True
     """Keep only the inputs of blocks and run each again in the backward pass."""
     mixed: bool = True
@@ -66,6 +67,8 @@ class TrainingSetup:
             raise ValueError(f"{self.gpus} GPUs cannot hold {self.replicas} replicas; expected a divisor of gpus.")
         if self.moments not in MOMENT_BYTES:
             raise ValueError(f"moments is {self.moments!r}; expected one of {', '.join(MOMENT_BYTES)}.")
+        if self.offload and not self.sharded:
+            raise ValueError("only sharded parameters can be kept in CPU memory; use FSDP2, which also takes one GPU.")
         if not 0 <= self.stage1_share <= 1:
             raise ValueError(f"stage1_share is {self.stage1_share}; expected 0 to 1.")
 
@@ -110,9 +113,8 @@ def trainable(sizes: ModelSizes, stage: int) -> int:
 
 def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> TrainingMemory:
     """Peak bytes on one GPU in a stage. In stage 1 the moments of frozen parameters do not exist yet."""
-    offloaded = setup.moments == "cpu"
-    held = 0 if offloaded else sizes.n_parameters
-    trains = 0 if offloaded else trainable(sizes, stage)
+    held = 0 if setup.offload else sizes.n_parameters
+    trains = 0 if setup.offload else trainable(sizes, stage)
     return TrainingMemory(
         weights=4 * held // setup.shards + 4 * sizes.buffer_elements,
         ema=setup.ema * 4 * held // setup.shards,
@@ -127,7 +129,8 @@ def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 
 def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
     """CPU memory of one process for offloaded weights, gradients and moments."""
-    return 16 * sizes.n_parameters // setup.shards if setup.moments == "cpu" else 0
+    each = 8 + MOMENT_BYTES[setup.moments] + 4 * setup.ema
+    return int(each * sizes.n_parameters / setup.shards) if setup.offload else 0
 
 
 def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
