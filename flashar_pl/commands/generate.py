@@ -84,7 +84,8 @@ def generate(
         classes: class ids of a class-conditional model, such as 3,7 or 0-9.
         text_features: text features of a text-conditional model: .npy (N, T, C) or (T, C), or .npz or .safetensors
             with "features" and, where captions are left-padded, "mask" (N, T).
-        aspect_ratio: width to height: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16 or 21:9; or a grid HEIGHTxWIDTH in codes.
+        aspect_ratio: width to height: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 2:1, 1:2 or 21:9;
+            or a grid HEIGHTxWIDTH in codes.
         image_size: side in pixels of the square with the area of the images, at 16 pixels per code. Default: 512 for
             Emu3.5 and with a named aspect ratio, otherwise the checkpoint's own grid.
         num_images: images of each prompt, class or caption.

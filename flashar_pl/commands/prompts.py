@@ -22,18 +22,13 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Emu35Text
 
-ASPECT_RATIOS = {
-    "1:1": (64, 64),
-    "4:3": (55, 73),
-    "3:4": (73, 55),
-    "3:2": (52, 78),
-    "2:3": (78, 52),
-    "16:9": (47, 85),
-    "9:16": (85, 47),
-    "21:9": (41, 97),
-}
-"""Width : height -> code grid (H, W) at the area of 1024 x 1024 pixels; the sizes Emu3.5 is published with."""
-FULL_SIZE = 1024
+ASPECT_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "2:1", "1:2", "21:9")
+"""Names of image shapes, width : height."""
+PUBLISHED = {"16:9": (47, 85), "9:16": (85, 47), "21:9": (41, 97)}
+"""Code grids (H, W) that Emu3.5 is published with at the area of 1024 x 1024 pixels, where the area would allow a row
+more. The other published ones follow from the area."""
+FULL_SIZE, CODE = 1024, 16
+"""Pixels."""
 EMU_SIZE = 512
 """Side in pixels at which the released FlashAR checkpoint was trained."""
 
@@ -99,14 +94,19 @@ def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None
 
 
 def scaled_grid(name: str, size: int) -> tuple[int, int]:
-    """The grid of an aspect ratio at the area of size x size pixels. Raises ValueError."""
+    """The grid (H, W) of an aspect ratio at the area of size x size pixels, never more; `flashar tokenize text-image`
+    sorts images into the same ones. Raises ValueError."""
     if name not in ASPECT_RATIOS:
         known = ", ".join(ASPECT_RATIOS)
         raise ValueError(f"aspect ratio is {name!r}; expected one of {known}, or HEIGHTxWIDTH in codes such as 24x42.")
-    if size < 16:
-        raise ValueError(f"image size is {size} pixels; expected 16 or more.")
-    height, width = ASPECT_RATIOS[name]
-    return max(1, height * size // FULL_SIZE), max(1, width * size // FULL_SIZE)
+    from flashar_pl.data.images import grid_of_ratio
+
+    if size < CODE:
+        raise ValueError(f"image size is {size} pixels; expected {CODE} or more.")
+    if size == FULL_SIZE and name in PUBLISHED:
+        return PUBLISHED[name]
+    width, height = (int(side) for side in name.split(":"))
+    return grid_of_ratio(width / height, (size // CODE) ** 2)
 
 
 # --- conditions ------------------------------------------------------------------------------------------------------

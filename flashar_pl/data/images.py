@@ -154,9 +154,14 @@ def default_grids(image_size: int, downsample: int) -> tuple[tuple[int, int], ..
     cells = (image_size // downsample) ** 2
     grids: dict[tuple[int, int], None] = {}
     for ratio in RATIOS:
-        steep = max(ratio, 1 / ratio)
-        pairs = [(short, min(round(short * steep), cells // short)) for short in range(1, math.isqrt(cells) + 1)]
-        # Near to the ratio and, half as important, to the full number of codes, on a logarithmic scale.
-        short, long = min(pairs, key=lambda p: 2 * abs(math.log(p[1] / p[0] / steep)) + math.log(cells / p[0] / p[1]))
-        grids[(long, short) if ratio < 1 else (short, long)] = None
+        grids[grid_of_ratio(ratio, cells)] = None
     return tuple(grids)
+
+
+def grid_of_ratio(ratio: float, cells: int) -> tuple[int, int]:
+    """The grid (H, W) with at most `cells` codes that is best for images of width / height = `ratio`."""
+    steep = max(ratio, 1 / ratio)
+    pairs = [(short, min(round(short * steep), cells // short)) for short in range(1, math.isqrt(cells) + 1)]
+    # Near to the ratio and, half as important, to the full number of codes, on a logarithmic scale.
+    short, long = min(pairs, key=lambda p: 2 * abs(math.log(p[1] / p[0] / steep)) + math.log(cells / p[0] / p[1]))
+    return (long, short) if ratio < 1 else (short, long)

@@ -18,7 +18,7 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
-from flashar_pl.commands.prompts import scaled_grid
+from flashar_pl.commands.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
 from flashar_pl.models.weights import Description, load_model, save_model
 from flashar_pl.tokenizers import Emu35Text
@@ -177,11 +177,23 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
 
 @pytest.mark.parametrize(
     ("name", "size", "grid"),
-    [("1:1", 512, (32, 32)), ("4:3", 1024, (55, 73)), ("16:9", 1024, (47, 85)), ("9:16", 512, (42, 23))],
+    [
+        ("1:1", 512, (32, 32)),
+        ("4:3", 1024, (55, 73)),
+        ("16:9", 1024, (47, 85)),
+        ("21:9", 1024, (41, 97)),
+        ("9:16", 512, (42, 24)),
+    ],
 )
 def test_aspect_ratios(name: str, size: int, grid: tuple[int, int]) -> None:
     """Width and height exchanged would draw portraits for landscapes."""
     assert scaled_grid(name, size) == grid
+
+
+def test_pictures_have_the_grids_that_training_images_are_sorted_into() -> None:
+    from flashar_pl.data.images import default_grids
+
+    assert {scaled_grid(name, 512) for name in ASPECT_RATIOS if name != "21:9"} == set(default_grids(512, 16))
 
 
 def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) -> None:
