@@ -60,20 +60,20 @@ def test_from_released_directories_to_pictures(run, work, files, kind) -> None:
     assert code == 0, err
     text = Emu35Text.from_directory(files / "base")
     null = text.unconditional("official" if kind == "base" else "released")
-    assert (drawn() == expected(files, kind, (2, 5), null, [7, 8, 9, 10])).all()
+    assert (drawn() == expected(files, kind, (3, 5), null, [7, 8, 9, 10])).all()
     other = text.unconditional("released" if kind == "base" else "official")
-    assert (drawn() != expected(files, kind, (2, 5), other, [7, 8, 9, 10])).any()
+    assert (drawn() != expected(files, kind, (3, 5), other, [7, 8, 9, 10])).any()
     record = json.loads(Path("out/settings.json").read_text())
     assert [image["prompt"] for image in record["images"]] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
     assert [image["seed"] for image in record["images"]] == [7, 8, 9, 10]
     shown = record["settings"]
     assert (shown["grid"], shown["plan"], shown["dtype"]) == (
-        [2, 5],
+        [3, 5],
         "raster" if kind == "base" else "diagonal",
         "fp32",
     )
-    assert {Image.open(f"out/{image['file']}").size for image in record["images"]} == {(80, 32)}
-    assert Image.open("out/grid.png").size == (2 * 80 + 2, 2 * 32 + 2)
+    assert {Image.open(f"out/{image['file']}").size for image in record["images"]} == {(80, 48)}
+    assert Image.open("out/grid.png").size == (2 * 80 + 2, 2 * 48 + 2)
 
 
 def test_progress_counts_decoding_steps(work, files, monkeypatch) -> None:
