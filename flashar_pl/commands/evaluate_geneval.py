@@ -19,12 +19,11 @@ from flashar_pl.commands.common import parse_grid, require_new, versions, write_
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
 from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
 from flashar_pl.commands.generate import progress_bar
-from flashar_pl.commands.prompts import null_prompt
+from flashar_pl.commands.prompts import TextSettings, ask, pick
 
 if TYPE_CHECKING:
     from flashar_pl.commands.checkpoint import Source
     from flashar_pl.decoding.samples import SampleSet
-    from flashar_pl.tokenizers import Emu35Text, Tokenizer
 
 SETTINGS, RESULTS, SUMMARY = "settings.json", "results.jsonl", "geneval.json"
 
@@ -35,6 +34,7 @@ def evaluate_geneval(
     prompts: str | None = None,
     checkpoint: str | None = None,
     assets: str | None = None,
+    text_encoder: str | None = None,
     tokenizer: str | None = None,
     detector: str | None = None,
     clip: str | None = None,
@@ -48,26 +48,28 @@ def evaluate_geneval(
     seed: int = 0,
     batch_size: int = 4,
     device: str = "auto",
-    dtype: Dtype = "bf16",
+    dtype: Dtype | None = None,
 ) -> dict[str, Any] | None:
-    """Draw GenEval's images with an Emu3.5 checkpoint, score them, or both.
+    """Draw GenEval's images with a text-to-image checkpoint, score them, or both.
 
-    With --checkpoint, --prompts, --assets and --tokenizer it draws what is missing in --out, in the layout that the
-    official evaluator reads; a stopped run continues, and torchrun shares the prompts out. With --detector and --clip
+    With --checkpoint and --prompts it draws what is missing in --out, in the layout that the official evaluator reads;
+    a stopped run continues, and torchrun shares the prompts out. With --detector and --clip
     it scores the images in --out, whoever drew them: results.jsonl (the official fields) and geneval.json with the mean
     over tasks (the official score) and the mean over images, which published tables mix up.
 
     Example:
-        flashar evaluate geneval --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image-FlashAR
-          --tokenizer ibq:Emu3.5-VisionTokenizer --prompts evaluation_metadata.jsonl --out geneval/flashar
+        flashar evaluate geneval --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image --prompts
+          evaluation_metadata.jsonl --tokenizer ibq:Emu3.5-VisionTokenizer --out geneval/flashar
         flashar evaluate geneval --detector mask2former-swin-small-coco-instance --clip clip-vit-large-patch14
           --out geneval/flashar
 
     Args:
         out: directory of the images and results.
         prompts: GenEval's evaluation_metadata.jsonl.
-        checkpoint: Emu3.5-Image or Emu3.5-Image-FlashAR directory, or a converted or trained model.
-        assets: directory with emu3.tiktoken.
+        checkpoint: Emu3.5-Image or Emu3.5-Image-FlashAR directory, LlamaGen text-to-image weights, or a converted or
+            trained model of these.
+        assets: directory with emu3.tiktoken, for Emu3.5. Default: the checkpoint's own.
+        text_encoder: directory of the T5 encoder, for LlamaGen.
         tokenizer: what decodes the codes, such as ibq:DIRECTORY, where the checkpoint does not say it.
         detector: directory of a Mask2Former with COCO's classes, in transformers' format.
         clip: directory of CLIP ViT-L/14, in transformers' format.
@@ -81,27 +83,27 @@ def evaluate_geneval(
         seed: image j of prompt i uses seed + i * num_images + j.
         batch_size: images drawn together.
         device: auto, cpu, cuda or cuda:N.
-        dtype: of weights and activations; softmax and sampling stay in float32 and float64.
+        dtype: of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for official
+            Emu3.5 directories that of the file.
     """
-    drawing = {"--checkpoint": checkpoint, "--prompts": prompts, "--assets": assets}
+    drawing = {"--checkpoint": checkpoint, "--prompts": prompts}
     scoring = {"--detector": detector, "--clip": clip}
     for options in (drawing, scoring):
         missing = [name for name, value in options.items() if value is None]
         if missing and len(missing) < len(options):
-            raise ValueError(f"{', '.join(options)} belong together; {', '.join(missing)} is missing.")
+            raise ValueError(f"{' and '.join(options)} belong together; {missing[0]} is missing.")
     if checkpoint is None and detector is None:
-        raise ValueError(
-            "nothing to do: give --checkpoint, --prompts and --assets to draw, --detector and --clip to score."
-        )
+        raise ValueError("nothing to do: give --checkpoint and --prompts to draw, --detector and --clip to score.")
     if detector is not None:
         require_new(Path(out) / SUMMARY, "scores")
     with launched_group() as group:
         place = device_of_rank(device, group.local_rank) if group.ranks > 1 else device
-        if checkpoint is not None and prompts is not None and assets is not None:
+        if checkpoint is not None and prompts is not None:
             source = open_checkpoint(checkpoint, grid=grid, tokenizer=tokenizer, device=place, dtype=dtype)
             size = list(parse_grid(grid) or ())
             settings = Drawing(num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, size)
-            draw_images(Path(out), source, read_prompts(prompts), assets, settings, place, group)
+            text = TextSettings(assets, text_encoder)
+            draw_images(Path(out), source, read_prompts(prompts), text, settings, place, group)
         group.wait()
         rank = group.rank
     if rank > 0 or detector is None or clip is None:
@@ -121,7 +123,7 @@ class Drawing:
     top_p: float
     seed: int
     batch_size: int
-    dtype: str
+    dtype: str | None
     grid: list[int]
 
     def __post_init__(self) -> None:
@@ -164,19 +166,23 @@ def draw_images(
     out: Path,
     source: Source,
     entries: list[dict[str, Any]],
-    assets: str,
+    text: TextSettings,
     drawing: Drawing,
     device: str,
     group: Group,
 ) -> None:
     """Draw this rank's share of the images that are not there yet."""
     from flashar_pl.decoding.samples import draw
-    from flashar_pl.tokenizers import Emu35Text, build_tokenizer
+    from flashar_pl.tokenizers import build_tokenizer
     from flashar_pl.training.images import save_png
 
-    text = Emu35Text.from_directory(assets)
     decoder = build_tokenizer(source.need_tokenizer()).to(find_device(device))
-    samples = prompt_samples(source, text, decoder, [entry["prompt"] for entry in entries], drawing)
+    if decoder.vocabulary != source.model.backbone.vocabulary:
+        raise ValueError(
+            f"the tokenizer has {decoder.vocabulary} codes, the model {source.model.backbone.vocabulary}; "
+            "give the tokenizer that made the training codes: --tokenizer."
+        )
+    samples = prompt_samples(source, [entry["prompt"] for entry in entries], text, drawing)
     if group.rank == 0:
         _open(out, source, entries, drawing, samples.plan)
     group.wait()
@@ -195,42 +201,35 @@ def draw_images(
             advance(samples.batch_size)
 
 
-def prompt_samples(
-    source: Source, text: Emu35Text, decoder: Tokenizer, prompts: list[str], drawing: Drawing
-) -> SampleSet:
+def prompt_samples(source: Source, prompts: list[str], text: TextSettings, drawing: Drawing) -> SampleSet:
     """The numbered images of all prompts. Numbers behind the last repeat it.
 
     Raises:
-        ValueError: no Emu3.5 model, or tokenizers of another model.
+        ValueError: a class-conditional model, or prompt assets that are missing or of another model.
     """
-    import torch
-
-    from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.sampling import SamplingSettings
 
-    backbone = source.model.backbone
-    if not isinstance(backbone, Emu35):
-        raise ValueError(f"GenEval's prompts need an Emu3.5 model; {source.path} has a {backbone.kind} backbone.")
-    if decoder.vocabulary != backbone.vocabulary:
-        raise ValueError(f"the tokenizer has {decoder.vocabulary} codes, the model {backbone.vocabulary}: --tokenizer.")
-    text.check_vocabulary(backbone.config.visual_token_offset)
     grid = source.need_grid()
-    conditions = text.conditions(prompts, grid)
-    null = torch.cat([null_prompt(source.model, text), text.image_prefix(*grid)])
-    every = drawing.num_images
+    settings = SamplingSettings(
+        cfg_scale=drawing.cfg_scale, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p
+    )
+    wanted = ask(source, grid, 1, settings.guided, prompts=prompts, text=text)
+    every, unconditional = drawing.num_images, wanted.unconditional
     n = len(prompts) * every
+
+    def prompts_of(numbers: list[int]) -> list[int]:
+        return [min(i, n - 1) // every for i in numbers]
+
     return SampleSet(
-        condition_of=lambda numbers: [conditions[min(i, n - 1) // every] for i in numbers],
+        condition_of=lambda numbers: pick(wanted.condition, prompts_of(numbers)),
         n=n,
         grid=grid,
         plan=check_plan(source.model, drawing.plan, grid),
-        sampling=SamplingSettings(
-            cfg_scale=drawing.cfg_scale, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p
-        ),
+        sampling=settings,
         batch_size=min(drawing.batch_size, n),
         seed=drawing.seed,
-        unconditional=null,
+        unconditional_of=None if unconditional is None else lambda numbers: pick(unconditional, prompts_of(numbers)),
     )
 
 

@@ -41,8 +41,8 @@ class SampleSet:
     """Samples drawn together, B; a last partial batch is filled up and the surplus dropped."""
     seed: int = 0
     """Sample i uses seed + i."""
-    unconditional: Tensor | None = None
-    """Unconditional prefix (T,) for all samples of a model that takes token ids; None = the model's own condition."""
+    unconditional_of: Callable[[list[int]], Condition] | None = None
+    """From sample numbers to what guidance leads away from; None = the model's own null condition."""
 
     @property
     def batches(self) -> int:
@@ -101,7 +101,7 @@ def draw(
             samples.grid,
             samples.plan,
             seeds=[samples.seed + i for i in numbers],
-            unconditional=None if samples.unconditional is None else [samples.unconditional] * len(numbers),
+            unconditional=None if samples.unconditional_of is None else samples.unconditional_of(numbers),
             **asdict(samples.sampling),
         )  # (B, H, W)
         keep = min(len(numbers), samples.n - numbers[0])

@@ -70,6 +70,8 @@ def base(work, monkeypatch) -> list[object]:
     """A command line that draws 2 images for each of 3 prompts, in batches of 4."""
     monkeypatch.setattr("flashar_pl.tokenizers.Emu35Text", Text)
     monkeypatch.setattr("flashar_pl.tokenizers.build_tokenizer", lambda config: Grey())
+    Path("assets").mkdir()
+    Path("assets/emu3.tiktoken").touch()
     Path("prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in PROMPTS))
     return [
         *("evaluate", "geneval", "--checkpoint", CHECKPOINT, "--prompts", "prompts.jsonl", "--assets", "assets"),
@@ -185,11 +187,12 @@ def test_bad_input_is_refused(refused, base, work, raster_model):
 
     assert "nothing to do" in refused("evaluate", "geneval", "--out", "images")
     assert "--clip is missing" in refused("evaluate", "geneval", "--out", "images", "--detector", "d")
-    assert "--prompts, --assets is missing" in refused(*base[:4], "--out", "images")
+    assert "--prompts is missing" in refused(*base[:4], "--out", "images")
+    assert "no emu3.tiktoken in nothing" in refused(*changed("--assets", "nothing"))
     assert "no prompts at nothing.jsonl" in refused(*changed("--prompts", "nothing.jsonl"))
     Path("broken.jsonl").write_text('{"tag": "colors"}\n')
     assert 'line 1: expected an object with "tag"' in refused(*changed("--prompts", "broken.jsonl"))
-    assert "need an Emu3.5 model" in refused(*changed("--checkpoint", raster_model))
+    assert "the tokenizer has 384 codes, the model 17" in refused(*changed("--checkpoint", raster_model))
     assert "num_images is 0" in refused(*changed("--num-images", 0))
     assert not Path("images").exists()
     Path("images").mkdir()
