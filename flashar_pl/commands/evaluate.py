@@ -348,7 +348,7 @@ def sample_identity(options: Options, job: Job, bench: Bench, size: tuple[int, i
         "branch_layer": options.branch_layer,
         "n_head": options.n_head,
         "grid": list(job.grid),
-        "tokenizer": tokenizer_identity(job.tokenizer),
+        "tokenizer": tokenizer_identity(bench.tokenizer.config()),
         "dtype": options.dtype,
         "plan": job.plan,
         **job.sampling,
