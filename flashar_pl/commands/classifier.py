@@ -46,7 +46,7 @@ def classifier(*, data: str, out: str, epochs: int = 20, seed: int = 0) -> Path:
 
 
 def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, first crops."""
+    """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, evaluation crops."""
     import numpy as np
     import torch
 

@@ -193,9 +193,10 @@ def _from_shards(
         "name": manifest.name,
         "split": split,
         "fingerprint": manifest.fingerprint(split),
+        "crop": manifest.evaluation_crop,
         "tokenizer": tokenizer_identity(config),
     }
-    key = {"shards": facts["fingerprint"], "tokenizer": facts["tokenizer"]}
+    key = {name: facts[name] for name in ("fingerprint", "crop", "tokenizer")}
     statistics = cached_reference(cache, key, extractor, lambda: reference_from_batches(extractor, batches()))
     return Reference(statistics, side, facts | _counts(statistics))
 

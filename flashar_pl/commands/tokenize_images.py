@@ -55,7 +55,7 @@ def tokenize_imagenet(
         weights: weights file of the tokenizer.
         image_size: side of a tokenised crop in pixels.
         ten_crop: store ten crops of each image (four corners, centre, and the same of its mirror image); without
-            it, the centre crop and its mirror image.
+            it, the centre crop and its mirror image. Evaluation takes the centre crop.
         crop_range: with --ten-crop, the image's shorter side before cropping, in crop sides; 1.1 if not given.
         split: which split to write.
         classes: file of class names, one a line, in the order of their ids; otherwise the folders sorted by name, or
@@ -69,7 +69,7 @@ def tokenize_imagenet(
         shard_images: images of a shard; a killed run loses at most the shard each process was at.
         keep_order: keep the order of the tars, if they are shuffled already; otherwise images are shuffled.
     """
-    from flashar_pl.data.encode import CROPS, ImageEncoder, weights_hash
+    from flashar_pl.data.encode import CENTRE_OF_TEN, CROPS, ImageEncoder, weights_hash
     from flashar_pl.data.images import SquareCrop
     from flashar_pl.data.tokenise import Job
 
@@ -90,6 +90,7 @@ def tokenize_imagenet(
         tokenizer=model.config(),
         vocabulary=model.vocabulary,
         crops=CROPS[crops],
+        evaluation_crop=CENTRE_OF_TEN if ten_crop else 0,
         batch=max(1, batch_size // CROPS[crops]),
         settings={"image_size": image_size, "resized_to": side, "weights_hash": weights_hash(model)},
         grid=(image_size // model.downsample, image_size // model.downsample),
@@ -147,7 +148,7 @@ def tokenize_npy(
         keep_order: keep the order of the numbers; otherwise images are shuffled.
     """
     from flashar_pl.data.code_files import NpyCodes, NpyFolders
-    from flashar_pl.data.encode import codes_as_they_are
+    from flashar_pl.data.encode import CENTRE_OF_TEN, CROPS, codes_as_they_are
     from flashar_pl.data.tokenise import Job
 
     rank, ranks = ranks_from_environment()
@@ -171,6 +172,7 @@ def tokenize_npy(
         tokenizer=config,
         vocabulary=vocabulary,
         crops=crops,
+        evaluation_crop=CENTRE_OF_TEN if crops == CROPS["ten"] else 0,
         batch=block,
         settings={"folders": [codes, labels]},
         grid=size,

@@ -19,6 +19,8 @@ from flashar_pl.tokenizers import Tokenizer
 Crops = Literal["ten", "mirror", "none"]
 CROPS: dict[str, int] = {"ten": 10, "mirror": 2, "none": 1}
 """Crops made of each image, K."""
+CENTRE_OF_TEN = 4
+"""Number of the centre crop in `ten_crop`'s order; torchvision and LlamaGen have the same."""
 
 
 @dataclass

@@ -72,7 +72,7 @@ class TrainingBatches(Dataset):
 
 @dataclass
 class EvaluationBatches(Dataset):
-    """g -> this rank's part of global evaluation batch g, first crops; `Batch.valid` is always set."""
+    """g -> this rank's part of global evaluation batch g, evaluation crops; `Batch.valid` is always set."""
 
     reader: ShardReader
     order: EvaluationOrder

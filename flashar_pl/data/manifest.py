@@ -101,8 +101,10 @@ class Manifest:
     """Codes are 0 .. vocabulary - 1."""
     condition: ConditionSpec
     crops: int
-    """Tokenised crops of each image; training draws one per epoch, evaluation takes the first."""
+    """Tokenised crops of each image; training draws one per epoch."""
     splits: dict[str, tuple[Shard, ...]]
+    evaluation_crop: int = 0
+    """Which crop evaluation takes; the centre of ten is 4."""
     root: str = ""
     """Location the shard paths are relative to; not stored."""
 
@@ -113,6 +115,8 @@ class Manifest:
             _positive(f"grid {name}", value)
         _positive("vocabulary", self.vocabulary)
         _positive("crops", self.crops)
+        if self.evaluation_crop not in range(self.crops):
+            raise ValueError(f"evaluation_crop is {self.evaluation_crop!r}; expected 0 .. {self.crops - 1}.")
 
     @classmethod
     def load(cls, location: str | os.PathLike[str]) -> Manifest:
@@ -155,6 +159,7 @@ class Manifest:
                 condition=ConditionSpec(**data["condition"]),
                 crops=data["crops"],
                 splits=splits,
+                evaluation_crop=data.get("evaluation_crop", 0),
                 root=root,
             )
         except KeyError as error:

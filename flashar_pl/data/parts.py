@@ -211,7 +211,7 @@ def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> Manifest:
     splits = {
         split: shards if split == job.split else splits[split] for split in SPLITS if split in {*splits, job.split}
     }
-    replace(group[0], splits=splits).save(target)
+    replace(group[0], splits=splits, evaluation_crop=job.evaluation_crop).save(target)
     return Manifest.load(target)
 
 

@@ -76,7 +76,7 @@ class ShardReader:
 
         Args:
             positions: (n,) int64, sample numbers within the split.
-            crops: (n,) int64, which crop of each; None = the first.
+            crops: (n,) int64, which crop of each; None = the manifest's evaluation crop.
 
         Raises:
             ValueError: a shard is missing, truncated or damaged, or holds a code outside the vocabulary.
@@ -84,7 +84,7 @@ class ShardReader:
         manifest, n = self.manifest, len(positions)
         blocks = np.searchsorted(self._starts, positions, side="right") - 1  # (n,)
         rows = (positions - self._starts[blocks]).tolist()
-        chosen = [0] * n if crops is None else crops.tolist()
+        chosen = [manifest.evaluation_crop] * n if crops is None else crops.tolist()
         codes = np.empty((n, *manifest.grid), dtype=np.int64)  # (n, H, W)
         ids = np.empty(n, dtype=np.int64)
         records = [self._record(block) for block in blocks.tolist()]

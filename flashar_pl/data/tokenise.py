@@ -82,6 +82,8 @@ class Job:
     """What else decides the result; a restart must have the same."""
     grid: tuple[int, int] | None = None
     """(H, W) of every sample; None = grids differ, and each gets a data set of its own in OUT/HxW."""
+    evaluation_crop: int = 0
+    """Which crop evaluation takes."""
     block: int = 100
     part: int = 2000
     """Samples of a part."""
@@ -227,6 +229,7 @@ def _writer(job: Job, place: Path, grid: tuple[int, int], part: int) -> ShardWri
         block=job.block,
         shard_blocks=-(-job.part // job.block),
         first_shard=part,
+        evaluation_crop=job.evaluation_crop,
     )
 
 

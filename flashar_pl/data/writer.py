@@ -48,9 +48,10 @@ class ShardWriter:
         block: samples of a record, the unit training shuffles.
         shard_blocks: records of a tar.
         first_shard: number in the name of each split's first tar.
+        evaluation_crop: which crop of each image evaluation takes.
 
     Raises:
-        ValueError: `out` exists, or a size is not a positive integer.
+        ValueError: `out` exists, a size is not a positive integer, or there is no such crop.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ShardWriter:
         block: int = 100,
         shard_blocks: int = 100,
         first_shard: int = 0,
+        evaluation_crop: int = 0,
     ) -> None:
         if block < 1 or shard_blocks < 1:
             raise ValueError(f"block={block}, shard_blocks={shard_blocks}; expected integers >= 1.")
@@ -73,7 +75,7 @@ class ShardWriter:
         if self.out.exists():
             raise ValueError(f"{self.out} exists; nothing was written. Remove it, or choose another --out.")
         # The manifest checks the sizes before anything is written; its splits are filled in by `close`.
-        self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {})
+        self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {}, evaluation_crop)
         self._dtype = code_dtype(vocabulary)
         self._block, self._shard_blocks, self._first_shard = block, shard_blocks, first_shard
         self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}

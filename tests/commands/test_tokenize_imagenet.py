@@ -71,6 +71,8 @@ def test_ten_crop_codes_are_those_of_the_tokenizer(tmp_path, tokenize, images):
         np.testing.assert_array_equal(codes[i], model.encode(ten_crop(pixels[None], 16)[0]).numpy())
     manifest = Manifest.load(tmp_path / "s")
     assert (manifest.crops, manifest.grid, manifest.vocabulary) == (10, (4, 4), 64)
+    evaluated = ShardReader(manifest, "train").read(np.arange(27))
+    np.testing.assert_array_equal(evaluated.codes, codes[evaluated.ids, 4], "evaluation takes the centre")
     assert manifest.tokenizer["kind"] == "vq16"
     assert verify(tmp_path / "s").labels == {"train": [EACH] * CLASSES}
     assert not list((tmp_path / "s").glob(".*")), "nothing temporary stays"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import time
 from pathlib import Path
@@ -189,6 +190,21 @@ def test_evaluation_shows_each_sample_once_and_marks_the_rest(toy: Manifest, ran
         for batch in got:
             seen += [row for row, valid in zip(rows(batch), batch.valid.tolist(), strict=True) if valid]
     assert sorted(seen) == [(i, 0) for i in range(23)], "every sample once, first crop"
+
+
+def test_evaluation_takes_the_crop_of_the_manifest(tmp_path: Path) -> None:
+    """Guards the centre of ten crops, and manifests written before there was a choice."""
+    manifest = write_classes(tmp_path / "toy", crops=3, evaluation_crop=2)
+    assert Manifest.load(tmp_path / "toy").evaluation_crop == 2
+    batches = EvaluationBatches(ShardReader(manifest, "validation"), EvaluationOrder(23, 23))
+    assert rows(batches[0]) == [(i, 2) for i in range(23)]
+    file = tmp_path / "toy" / "manifest.json"
+    text = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in text.items() if name != "evaluation_crop"}))
+    assert Manifest.load(tmp_path / "toy").evaluation_crop == 0
+    file.write_text(json.dumps(text | {"evaluation_crop": 3}))
+    with pytest.raises(ValueError, match=r"evaluation_crop is 3; expected 0 \.\. 2"):
+        Manifest.load(tmp_path / "toy")
 
 
 def test_uneven_cut_is_an_error(toy: Manifest) -> None:

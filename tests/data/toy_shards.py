@@ -24,6 +24,7 @@ def write_classes(
     crops: int = 1,
     block: int = 10,
     shard_blocks: int = 3,
+    evaluation_crop: int = 0,
 ) -> Manifest:
     """Class-conditional shards; sample i of a split has the id i and the label i % 5."""
     with ShardWriter(
@@ -36,6 +37,7 @@ def write_classes(
         crops=crops,
         block=block,
         shard_blocks=shard_blocks,
+        evaluation_crop=evaluation_crop,
     ) as writer:
         for split, n in (sizes or {"train": 107, "validation": 23, "test": 31}).items():
             ids = np.arange(n)
