@@ -94,16 +94,18 @@ def evaluate_geneval(
             raise ValueError(f"{' and '.join(options)} belong together; {missing[0]} is missing.")
     if checkpoint is None and detector is None:
         raise ValueError("nothing to do: give --checkpoint and --prompts to draw, --detector and --clip to score.")
+    if checkpoint is None and (assets or text_encoder or tokenizer):
+        raise ValueError("--assets, --text-encoder and --tokenizer are for drawing; add --checkpoint and --prompts.")
     if detector is not None:
         require_new(Path(out) / SUMMARY, "scores")
+    size = list(parse_grid(grid) or ())
+    settings = Drawing(num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, size)
+    entries = [] if prompts is None else read_prompts(prompts)
     with launched_group() as group:
         place = device_of_rank(device, group.local_rank) if group.ranks > 1 else device
-        if checkpoint is not None and prompts is not None:
+        if checkpoint is not None:
             source = open_checkpoint(checkpoint, grid=grid, tokenizer=tokenizer, device=place, dtype=dtype)
-            size = list(parse_grid(grid) or ())
-            settings = Drawing(num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, size)
-            text = TextSettings(assets, text_encoder)
-            draw_images(Path(out), source, read_prompts(prompts), text, settings, place, group)
+            draw_images(Path(out), source, entries, TextSettings(assets, text_encoder), settings, place, group)
         group.wait()
         rank = group.rank
     if rank > 0 or detector is None or clip is None:

@@ -186,6 +186,9 @@ def test_bad_input_is_refused(refused, base, work, raster_model):
         return words
 
     assert "nothing to do" in refused("evaluate", "geneval", "--out", "images")
+    assert "are for drawing; add --checkpoint" in refused(
+        "evaluate", "geneval", "--out", "images", "--detector", "d", "--clip", "c", "--assets", "assets"
+    )
     assert "--clip is missing" in refused("evaluate", "geneval", "--out", "images", "--detector", "d")
     assert "--prompts is missing" in refused(*base[:4], "--out", "images")
     assert "no emu3.tiktoken in nothing" in refused(*changed("--assets", "nothing"))
