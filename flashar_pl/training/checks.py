@@ -41,6 +41,15 @@ def check_precision(precision: str) -> None:
         )
 
 
+def check_guidance(config: LlamaGenConfig | Emu35Config, cfg_scale: float, draws: bool) -> None:
+    """ValueError if a validation would draw guided samples of an Emu3.5 model that has no unconditional prompt."""
+    if draws and cfg_scale != 1 and isinstance(config, Emu35Config) and config.unconditional_prompt is None:
+        raise ValueError(
+            f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "
+            "model.backbone.options.unconditional_prompt, or a model.backbone.directory with emu3.tiktoken."
+        )
+
+
 def check_data(datamodule: Any, config: LlamaGenConfig | Emu35Config) -> None:
     """ValueError if the shards do not fit the model. A data module without `check_model` is not checked."""
     check = getattr(datamodule, "check_model", None)

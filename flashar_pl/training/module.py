@@ -23,7 +23,7 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
 from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
-from flashar_pl.training.checks import check_data, check_initial_file, check_precision
+from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_precision
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
@@ -138,6 +138,8 @@ class FlashARModule(LightningModule):
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
             check_precision(self.trainer.precision)
+        draws = bool(self.validation.samples or self.validation.grid_images)
+        check_guidance(self.backbone.resolve(), self.validation.cfg_scale, draws)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
 
     # --- steps ------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from conftest import tiny_backbone
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,6 +18,7 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
+from flashar_pl.commands.checkpoint import open_checkpoint
 from flashar_pl.commands.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
 from flashar_pl.models.weights import Description, load_model, save_model
@@ -258,9 +259,24 @@ def test_official_directories_are_cut_into_files(work, files) -> None:
     assert all(torch.equal(value, again[key]) for key, value in load_model(files / "base").model.state_dict().items())
 
 
+@pytest.mark.parametrize(("given", "stored"), [(None, "bf16"), ("stored", "bf16"), ("fp32", "fp32")])
+def test_emu_directories_are_opened_in_their_own_precision(tmp_path, files, given, stored) -> None:
+    """A 34-billion model in bfloat16 would need 136 GB if it were opened in float32."""
+    from safetensors.torch import save_file
+
+    tensors = load_file(files / "flashar" / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((files / "flashar" / "config.json").read_text())
+    source = open_checkpoint(str(tmp_path), dtype=given)
+    assert source.dtype == stored
+    assert {str(p.dtype) for p in source.model.parameters()} == {
+        "torch.float32" if given == "fp32" else "torch.bfloat16"
+    }
+
+
 def test_half_precision_survives_conversion(run, work) -> None:
     """Read in float32, a bfloat16 file would double in size and no longer be the same bit for bit."""
-    torch.save({"model": {k: v.bfloat16() for k, v in tiny_backbone().to_official().items()}}, "half.pt")
+    torch.save({"model": {k: v.bfloat16() for k, v in tiny.backbone().to_official().items()}}, "half.pt")
     assert run("convert", "half.pt", "--n-head", 2, "--out", "ours")[0] == 0
     assert {value.dtype for value in load_file("ours/model.safetensors").values()} == {torch.bfloat16}
 
@@ -287,7 +303,7 @@ def test_captions_are_moved_to_the_end() -> None:
 
 def test_llamagen_prompts_without_transformers(refused, work, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    torch.save({"model": tiny_backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
+    torch.save({"model": tiny.backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
     words = ["generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only"]
     words += ["--prompt", "a fox", "--out", "out"]
     assert "--text-encoder DIR" in refused(*words)
@@ -316,7 +332,7 @@ def test_llamagen_prompts_through_a_t5(run, refused, work) -> None:
     with torch.no_grad():
         alone = encoder(input_ids=torch.tensor([[3, 5, 6, 7, 1]])).last_hidden_state[0]
     torch.testing.assert_close(features[1, -5:], alone, atol=1e-5, rtol=1e-4)
-    torch.save({"model": tiny_backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
+    torch.save({"model": tiny.backbone(condition="text", caption_dim=16).to_official()}, "t2i.pt")
     base = ["generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only"]
     base += ["--text-encoder", "t5", "--prompt", "a fox", "--num-images", 2, "--cfg-scale", 3]
     code, _, err = run(*base, "--out", "plain")

@@ -12,6 +12,7 @@ import pytest
 
 from flashar_pl.backbones import Emu35Config
 from flashar_pl.models.weights import build_on_meta, initialise
+from flashar_pl.training.checks import check_guidance
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config, plain_settings, typed_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -70,6 +71,17 @@ def test_a_directory_with_the_rank_file_gives_the_unconditional_prompt(released:
     (released / "emu3.tiktoken").write_bytes(ranks)
     config = BackboneConfig(directory=str(released), options={"condition_dropout": 0.1}).resolve()
     assert bytes(config.unconditional_prompt[1:-1]) == b"You are a helpful assistant. USER:  ASSISTANT: "
+
+
+def test_guided_validation_needs_an_unconditional_prompt() -> None:
+    """Otherwise the run would stop at its first validation, hours after its start."""
+    config = BackboneConfig(kind="emu35", options=SIZES).resolve()
+    with pytest.raises(ValueError, match=r"validation\.cfg_scale is 5.*unconditional_prompt"):
+        check_guidance(config, 5.0, draws=True)
+    check_guidance(config, 1.0, draws=True)
+    check_guidance(config, 5.0, draws=False)
+    check_guidance(BackboneConfig(preset="emu35-34b").resolve(), 5.0, draws=True)
+    check_guidance(BackboneConfig(preset="llamagen-b").resolve(), 5.0, draws=True)
 
 
 @pytest.mark.parametrize(
