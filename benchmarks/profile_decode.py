@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--plan", default="diagonal")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--runner", default="eager")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sizes = model_sizes({"backbone": {"preset": arguments.preset}})
@@ -49,7 +48,7 @@ def main() -> None:
     condition, _ = synthetic_condition(sizes, arguments.batch_size, True)
 
     def decode() -> None:
-        generate(model, condition, (16, 16), arguments.plan, cfg_scale=2.0, seeds=0, runner=arguments.runner)
+        generate(model, condition, (16, 16), arguments.plan, cfg_scale=2.0, seeds=0)
 
     decode()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
