@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_backbone
+from command_toys import tiny_backbone
 from evaluate_toys import evaluation, sample_images, save_classifier
 from PIL import Image
 

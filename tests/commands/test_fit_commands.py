@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_backbone
+from command_toys import tiny_backbone
 
 from flashar_pl.data.shards import Manifest, ShardWriter
 from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import tiny_backbone
+from command_toys import tiny_backbone
 from PIL import Image
 from random_inception import save_random_inception
 from tiny_images import vq_state

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import tiny_backbone
+from command_toys import tiny_backbone
 from evaluate_toys import evaluation, save_classifier
 
 from flashar_pl.models import FlashAR
