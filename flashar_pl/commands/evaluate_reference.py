@@ -228,9 +228,10 @@ def path_digest(path: str | Path) -> str:
 
 
 def directory_digest(folder: Path) -> str:
-    """sha256 of the names and hashes of a model directory's config and weights; other files do not count."""
+    """sha256 of the names and hashes of a model directory's files; model cards and hidden files do not count."""
     from flashar_pl.metrics.reference import file_digest
 
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".pt", ".ckpt", ".yaml"))
-    listed = {file.name: file_digest(file) for file in files if file.is_file()}
+    names = {file: str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()}
+    hidden = {file for file, name in names.items() if name.startswith(".") or "/." in name or file.suffix == ".md"}
+    listed = {name: file_digest(file) for file, name in names.items() if file not in hidden}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -10,6 +10,7 @@ from command_toys import tiny_backbone
 from evaluate_toys import evaluation, sample_images, save_classifier
 from PIL import Image
 
+from flashar_pl.commands.evaluate_reference import path_digest
 from flashar_pl.commands.evaluate_report import SHOWN_CLASSES, choose_metrics, shown_classes
 from flashar_pl.commands.evaluate_samples import sample_labels
 from flashar_pl.metrics import distribution
@@ -144,6 +145,23 @@ def test_references_of_every_kind_agree_and_are_computed_once(run, base, shards,
         words[words.index("--reference") + 1] = place
         assert run(*words)[0] == 0
         assert result_of(f"again{i}")["metrics"]["fid"] == results[i]["metrics"]["fid"]
+
+
+def test_hashes_of_directories_follow_every_weight_file_and_no_card(tmp_path):
+    """Sharded checkpoints keep their weights in files of other names than converted models."""
+    folder = tmp_path / "model"
+    (folder / "shards").mkdir(parents=True)
+    for name in ("config.json", "shards/__0_0.distcp"):
+        (folder / name).write_text("one")
+    first = path_digest(folder)
+    for name in ("README.md", ".cache"):
+        (folder / name).write_text("a card")
+    assert path_digest(folder) == first
+    (folder / "shards/__0_0.distcp").write_text("two")
+    second = path_digest(folder)
+    assert second != first
+    (folder / "shards/__0_0.distcp").rename(folder / "shards/__1_0.distcp")
+    assert path_digest(folder) not in (first, second)
 
 
 def test_balanced_labels_alternate_and_random_labels_are_uniform():
