@@ -8,7 +8,7 @@ import torch
 from flashar_pl import decoding
 from flashar_pl.commands import benchmark as command
 from flashar_pl.commands.benchmark import benchmark, choose_batches
-from flashar_pl.commands.benchmark_rows import synthetic_model
+from flashar_pl.commands.benchmark_rows import Job, synthetic_model
 from flashar_pl.commands.benchmark_table import markdown, speedups
 from flashar_pl.planner import decode_memory, measure, model_sizes
 
@@ -111,6 +111,12 @@ def test_threads_are_measured_printed_and_restored(quick, capsys):
     ]  # fmt: skip
 
 
+def test_decoding_to_images_is_timed_apart(quick):
+    result = benchmark(**{**quick, "grid": "1x2", "repeats": 1}, plans="raster", skip_plain=True, vq=True)
+    assert [(row["batch"], row["dtype"]) for row in result["vq"]] == [(1, "float32")]
+    assert result["vq"][0]["ms_per_image"] > 0
+
+
 @pytest.mark.parametrize(("seconds", "count"), [(0.1, 10), (5.0, 10), (5.1, 3), (20.0, 3), (20.1, 1)])
 def test_slow_rows_are_repeated_less(seconds, count):
     assert measure.repeats_for(seconds, 10) == count
@@ -131,13 +137,25 @@ def test_speedups_are_ratios_of_the_same_batch():
     assert markdown(("a", "bb"), [["1", "2"]]).splitlines()[0] == "| a | bb |"
 
 
+SMALL = {"n_layer": 2, "dim": 32, "ffn_dim": 48, "n_head": 2, "vocab_size": 1100}
+SMALL_EMU = {"n_kv_head": 1, "head_dim": 8, "visual_token_offset": 1040, "eol_token_id": 1, "boi_token_id": 2}
+
+
+@pytest.mark.parametrize("preset", ["llamagen-xl-t2i", "emu35-34b"])
+def test_captions_and_prompts_are_benchmarked_too(preset):
+    """Guards the 34B row: prompts of two lengths, row-end tokens and text rows of the head go through every decoder."""
+    sizes = model_sizes({"backbone": {"preset": preset, **SMALL, **(SMALL_EMU if preset == "emu35-34b" else {})}})
+    job = Job(synthetic_model(sizes, CPU, torch.float32), sizes, (3, 4), 2.0, CPU, torch.float32, repeats=1)
+    for plan, plain in (("raster", False), ("diagonal", False), ("plain raster", True)):
+        row = job.row(plan, 2, plain)
+        assert row["steps"] == (6 if plan == "diagonal" else 12)
+        assert row["seconds"] > 0
+
+
 @pytest.mark.parametrize("preset", ["llamagen-b", "emu35-34b"])
 def test_synthetic_weights_are_made_in_their_dtype(preset, monkeypatch):
     """Guards the memory of a 34B model: float32 weights on the way would not fit beside it."""
-    small = {"n_layer": 2, "dim": 32, "ffn_dim": 48, "n_head": 2, "vocab_size": 64}
-    if preset == "emu35-34b":
-        small |= {"n_kv_head": 1, "head_dim": 8, "visual_token_offset": 40, "eol_token_id": 1, "boi_token_id": 2}
-    sizes = model_sizes({"backbone": {"preset": preset, **small}})
+    sizes = model_sizes({"backbone": {"preset": preset, **SMALL, **(SMALL_EMU if preset == "emu35-34b" else {})}})
     seen = []
     real = torch.nn.Module.to_empty
 
