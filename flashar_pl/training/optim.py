@@ -56,7 +56,7 @@ def adamw(
             )
     groups = parameter_groups(model, weight_decay)
     if state == "fp32":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas)  # not fused: Lightning clips no fused one under bf16-mixed
     if state == "bf16":
         return CompactAdamW(groups, lr=lr, betas=betas)
     try:
