@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ State = Literal["fp32", "bf16", "8bit"]
 
 STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 """The paper's two-stage schedule (Sec. 5.1)."""
+CAPTION_DROPOUT = 0.1
+"""Share of Emu3.5's captions that training replaces by the unconditional prompt, so that guidance keeps working."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class BackboneConfig:
     """Family of a model without preset and directory; None = llamagen."""
 
     def resolve(self) -> LlamaGenConfig | Emu35Config:
-        """The full configuration. An Emu3.5 model has visual heads only, unless options say heads: full.
+        """The full configuration. An Emu3.5 model has visual heads only unless options say heads: full, and where its
+        unconditional prompt is known, a tenth of the captions is dropped unless options say condition_dropout.
 
         Raises:
             ValueError: an unknown preset or option (the closest names are offered), a missing size, more than one of
@@ -48,18 +51,18 @@ class BackboneConfig:
                 raise ValueError(f"model.backbone.options has no {key!r}; closest: {', '.join(near)}.")
         if self.preset is not None and family is LlamaGenConfig:
             return llamagen.preset(self.preset, **self.options)
-        visual = {"heads": "visual"} if family is Emu35Config else {}
         if self.preset is not None:
-            return emu35.preset(self.preset, **{**visual, **self.options})
+            return _for_training(emu35.preset(self.preset), self.options)
         if self.directory is not None:
-            return Emu35Config(**{**_released(self.directory), **self.options})
+            return _for_training(_released(self.directory), self.options)
         missing = [name for name, needed in known.items() if needed and name not in self.options]
         if missing:
             raise ValueError(
                 f"model.backbone has neither a preset nor {', '.join(missing)} in options; "
                 f"expected for example preset: {'llamagen-b' if family is LlamaGenConfig else 'emu35-34b'}."
             )
-        return family(**{**visual, **self.options})
+        config = family(**self.options)
+        return _for_training(config, self.options) if isinstance(config, Emu35Config) else config
 
     def _family(self) -> type[LlamaGenConfig] | type[Emu35Config]:
         """What `preset`, `directory` or `kind` says, if they agree."""
@@ -84,13 +87,20 @@ class BackboneConfig:
         return Emu35Config
 
 
-def _released(directory: str) -> dict[str, Any]:
-    """Fields of Emu35Config from a directory of released weights; the unconditional prompt if its tokens are there."""
+def _for_training(config: Emu35Config, options: dict[str, Any]) -> Emu35Config:
+    """`config` with what training does by default, and `options`, which win."""
+    prompt = options.get("unconditional_prompt", config.unconditional_prompt)
+    defaults = {"heads": "visual", "condition_dropout": 0.0 if prompt is None else CAPTION_DROPOUT}
+    return replace(config, **{**defaults, **options})
+
+
+def _released(directory: str) -> Emu35Config:
+    """Configuration of a directory of released weights; with the unconditional prompt if its tokens are there."""
     values = backbone_config(directory, "visual")
     del values["kind"]
     if (Path(directory) / RANK_FILE).is_file():
         values["unconditional_prompt"] = Emu35Text.from_directory(directory).unconditional("official").tolist()
-    return values
+    return Emu35Config(**values)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,17 @@ def test_the_preset_drops_captions_for_the_official_unconditional_prompt() -> No
     published = json.loads((GOLDEN / "text" / "prompt_ids.json").read_text())["unconditional"]["ids"]
     assert isinstance(config, Emu35Config)
     assert list(config.unconditional_prompt or ()) == published
+    assert BackboneConfig(preset="emu35-34b").resolve() == config, "a tenth is the default"
     assert (config.heads, config.condition_dropout, config.head_rows) == ("visual", 0.1, 131072)
+
+
+def test_captions_are_dropped_by_default_where_the_prompt_is_known() -> None:
+    """FlashAR post-training without dropped captions would leave the vertical branch without an unconditional mode."""
+    options = {**SIZES, "unconditional_prompt": [1, 2]}
+    assert BackboneConfig(kind="emu35", options=SIZES).resolve().condition_dropout == 0
+    assert BackboneConfig(kind="emu35", options=options).resolve().condition_dropout == 0.1
+    off = BackboneConfig(preset="emu35-34b", options={"condition_dropout": 0.0})
+    assert off.resolve().condition_dropout == 0
 
 
 def test_sizes_in_options_build_the_model_and_survive_a_checkpoint() -> None:
