@@ -103,7 +103,8 @@ def generate(
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
         n_head: attention heads, for official files of unpublished sizes.
         grid: code grid HEIGHTxWIDTH, where the checkpoint does not say it (official files) or another one is wanted.
-        assets: directory with emu3.tiktoken and emu3_vision_tokens.txt, for prompts of Emu3.5. Default: the checkpoint.
+        assets: directory with emu3.tiktoken and emu3_vision_tokens.txt, for prompts of Emu3.5. Default: the
+            checkpoint's own, or the one it was trained with.
         text_encoder: directory of the T5 encoder (google/flan-t5-xl), for prompts of LlamaGen.
         tokenizer: what decodes the codes, where the checkpoint does not say it: the directory of Emu3.5's, vq16:FILE,
             vq8:FILE, ibq:FILE, pixels:LEVELS, or a JSON object.

@@ -54,7 +54,7 @@ class TextSettings:
     """How prompts become conditions."""
 
     assets: str | None = None
-    """Directory with emu3.tiktoken; None = the checkpoint's own."""
+    """Directory with emu3.tiktoken; None = the checkpoint's own, or the one it was trained with."""
     text_encoder: str | None = None
     """Directory of a T5 encoder, for LlamaGen."""
     negative_prompt: str | None = None
@@ -234,7 +234,7 @@ def emu_prompts(
 
     from flashar_pl.tokenizers import Emu35Text
 
-    tokens = Emu35Text.from_directory(find_assets(source.path, text.assets))
+    tokens = Emu35Text.from_directory(find_assets(source, text.assets))
     tokens.check_vocabulary(backbone.config.visual_token_offset)
     condition = tokens.conditions(prompts, grid)
     if not guided:
@@ -259,17 +259,24 @@ def null_prompt(model: GridModel, tokens: Emu35Text) -> Tensor:
     return tokens.unconditional("released" if isinstance(model, ReleasedFlashAR) else "official")
 
 
-def find_assets(checkpoint: str, assets: str | None) -> Path:
-    """The directory with emu3.tiktoken: the one given, else the checkpoint's own. Raises ValueError."""
+def find_assets(source: Source, assets: str | None) -> Path:
+    """The directory with emu3.tiktoken: the one given, else the checkpoint's own, else the one it was trained with.
+
+    Raises:
+        ValueError: none of them has the file.
+    """
     from flashar_pl.tokenizers.text import RANK_FILE
 
-    folder = Path(assets or checkpoint).expanduser()
-    if not (folder / RANK_FILE).is_file():
-        raise ValueError(
-            f"no {RANK_FILE} in {folder}; add --assets DIR, the directory of BAAI/Emu3.5-Image or another one with "
-            f"its {RANK_FILE} and emu3_vision_tokens.txt."
-        )
-    return folder
+    trained = source.description.training.get("prompts")
+    places = [assets] if assets is not None else [source.path, *([] if trained is None else [trained])]
+    for place in places:
+        folder = Path(place).expanduser()
+        if (folder / RANK_FILE).is_file():
+            return folder
+    raise ValueError(
+        f"no {RANK_FILE} in {' or '.join(places)}; add --assets DIR, the directory of BAAI/Emu3.5-Image or another one "
+        f"with its {RANK_FILE} and emu3_vision_tokens.txt."
+    )
 
 
 def t5_features(directory: str, captions: list[str], device: torch.device) -> TextFeatures:

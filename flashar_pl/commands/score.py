@@ -50,7 +50,8 @@ def score(
     Args:
         checkpoint: Lightning checkpoint, converted directory, or official .pt or .safetensors file.
         data: directory of shards with their manifest.json.
-        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model. Default: the checkpoint, if it is there.
+        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model. Default: the checkpoint's own, or the
+            one it was trained with.
         split: which images.
         plan: decoding order whose factorisation is scored. Default: the checkpoint's own.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
@@ -145,7 +146,7 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
         if assets is not None:
             raise ValueError("--assets is for Emu3.5 models; leave it out.")
         return None
-    encoder = PromptEncoder(find_assets(source.path, assets), manifest.grid)
+    encoder = PromptEncoder(find_assets(source, assets), manifest.grid)
     encoder.text.check_vocabulary(backbone.config.visual_token_offset)
     return encoder
 

@@ -104,6 +104,9 @@ def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatc
     model = load_model("run/last.ckpt").model
     assert model.backbone.config.heads == "visual"
     assert model.backbone.config.unconditional_prompt is not None
+    words = ["--checkpoint", "run/last.ckpt", "--prompt", "x", "--num-images", "1", "--codes-only", "--cfg-scale", "2"]
+    assert main(["generate", *words, "--out", "out"]) == 0, "the checkpoint knows grid and prompt assets"
+    assert np.load("out/codes.npy").shape == (1, *GRID)
     untrained = load_model(base).model.backbone
     moved = (model.backbone.embedding.weight - untrained.embedding.weight).abs().max()
     assert 0 < moved < 1e-3, "it starts from the released weights, and stage 2 trains them"
