@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ def infer_config(
         raise ValueError(
             f"n_head {n_head} does not fit the checkpoint's wqkv of width {dim}; give its true head count."
         )
-    common = {
+    common: dict[str, Any] = {
         "dim": dim,
         "n_layer": n_layer,
         "n_head": n_head,
@@ -139,9 +140,7 @@ def read_official(state_dict: dict[str, Tensor], n_head: int, *, rope_base: floa
     """See `LlamaGen.from_official`."""
     cleaned = clean_official(state_dict)
     config = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps)
-    weights = gather(cleaned, list(backbone_renames(config.n_layer, config.condition)))
-    backbone = build_empty(config, weights)
-    return backbone
+    return build_empty(config, gather(cleaned, list(backbone_renames(config.n_layer, config.condition))))
 
 
 def build_empty(config: LlamaGenConfig, weights: dict[str, Tensor]) -> LlamaGen:
