@@ -116,6 +116,19 @@ def test_assets_lie_in_the_directory_and_prompts_in_a_file(run, refused, work, f
     assert not Path("empty").exists()
 
 
+@pytest.mark.parametrize("kind", ["base", "flashar"])
+def test_an_image_does_not_depend_on_the_prompts_drawn_with_it(run, work, files, kind) -> None:
+    """Prefixes of different lengths stand in one batch, with guidance: padding must not move anybody's positions."""
+    texts = [*PROMPTS, "a very long prompt about nothing at all, in many words"]
+    base = ["generate", "--checkpoint", files / kind, "--assets", files / "base", "--aspect-ratio", "3x4", "--greedy"]
+    base += ["--codes-only", "--num-images", 1, "--cfg-scale", 3]
+    assert run(*base, *(word for text in texts for word in ("--prompt", text)), "--out", "together")[0] == 0
+    for i, text in enumerate(texts):
+        assert run(*base, "--prompt", text, "--out", f"alone{i}")[0] == 0
+        assert (drawn(f"alone{i}")[0] == drawn("together")[i]).all(), text
+    assert (drawn("alone0") != drawn("alone2")).any()
+
+
 def test_a_negative_prompt_replaces_the_unconditional_one(run, refused, work, files) -> None:
     base = ["generate", "--checkpoint", files / "flashar", "--assets", files / "base", "--codes-only", "--greedy"]
     base += ["--aspect-ratio", "4x4", "--prompt", "a fox", "--num-images", 1]
