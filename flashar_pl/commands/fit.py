@@ -26,7 +26,7 @@ def predict(argv: list[str]) -> int:
 
 
 def run(verb: str, argv: list[str]) -> int:
-    """Run one verb of LightningCLI on FlashARModule and CodesDataModule; the exit code.
+    """Run one verb of LightningCLI on FlashARModule and the configuration's data module; the exit code.
 
     Raises:
         ValueError: wrong configuration, data or checkpoint.

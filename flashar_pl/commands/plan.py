@@ -161,6 +161,7 @@ def read_run(path: str, gpus: int) -> Run:
     if not isinstance(values, dict) or "backbone" not in (values.get("model") or {}):
         raise ValueError(f"{file} has no model.backbone; expected the configuration of `flashar fit`.")
     model, data, trainer = values["model"], values.get("data") or {}, values.get("trainer") or {}
+    data = data.get("init_args") or data  # of a data module named by its class_path
     sizes = model_sizes(model_values(model))
     notes: list[str] = []
     grid = _grid(sizes, data.get("shards"), notes)

@@ -30,6 +30,7 @@ from flashar_pl.data.order import check_cut, permutation, stream
 from flashar_pl.data.sources import IMAGE_MEMBERS
 from flashar_pl.data.tars import find_tars
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.tokenizers.text import MAX_PROMPT
 
 BAD_SHARE, BAD_START = 0.01, 100
 """A reader gives up when more than this share of its samples is unreadable, once it has seen so many."""
@@ -75,7 +76,9 @@ class ImageTarsDataModule(CodesDataModule):
         validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
         limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
         cache: where copies of remote shards are kept; empty = the user's cache directory.
-        text_encoder: for captions, turns one into the 1-D int64 token ids of the whole prefix.
+        prompts: for captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
+        max_prompt: longest prompt in tokens, template included; longer captions lose their end.
+        text_encoder: in place of prompts, turns a caption into the 1-D int64 token ids of the whole prefix.
     """
 
     def __init__(
@@ -92,6 +95,8 @@ class ImageTarsDataModule(CodesDataModule):
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
         cache: str | None = None,
+        prompts: str | None = None,
+        max_prompt: int = MAX_PROMPT,
         text_encoder: Callable | None = None,
     ) -> None:
         super().__init__(
@@ -102,6 +107,8 @@ class ImageTarsDataModule(CodesDataModule):
             validation_batch_size=validation_batch_size,
             limit_validation_samples=limit_validation_samples,
             cache=cache,
+            prompts=prompts,
+            max_prompt=max_prompt,
             text_encoder=text_encoder,
         )
         if epoch_samples < batch_size:
@@ -135,7 +142,7 @@ class ImageTarsDataModule(CodesDataModule):
         classes = self.manifest.condition.num_classes
         reader = ImageStream(
             self._urls,
-            Prepare(height, width, self.crop_range, classes, self.text_encoder),
+            Prepare(height, width, self.crop_range, classes, self._encoder()),
             self.batch_size // ranks,
             stream(self.seed, 7, self._handed_out),
             self.shuffle,

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain, nested_keys
+from flashar_pl.training.data_choice import choose_data, with_class
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
@@ -63,6 +64,12 @@ VERBS = {
 class KeepConfig(SaveConfigCallback):
     """Writes config.yaml into the run directory of a fit, and the same text into every checkpoint."""
 
+    def __init__(
+        self, *args: Any, data_class: type[LightningDataModule], default_data_class: type, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.data_class, self.default_data_class = data_class, default_data_class
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
             return
@@ -80,7 +87,8 @@ class KeepConfig(SaveConfigCallback):
 
     def text(self) -> str:
         """The effective configuration as YAML, without the options of one call."""
-        return yaml.safe_dump(plain(self.parser.dump(self.config, skip_none=False, format="yaml")), sort_keys=False)
+        values = plain(self.parser.dump(self.config, skip_none=False, format="yaml"))
+        return yaml.safe_dump(with_class(values, self.data_class, self.default_data_class), sort_keys=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.text()
@@ -97,11 +105,11 @@ def free_name(path: Path) -> Path:
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI for one module and one data module class; see the module's docstring.
+    """LightningCLI for one module class; see the module's docstring.
 
     Args:
         model_class: the LightningModule.
-        data_class: the LightningDataModule.
+        data_class: the LightningDataModule where the configuration names no other.
         argv: verb and options. `--config` files come first whatever their place, so that options win over them.
 
     Raises:
@@ -125,16 +133,19 @@ class ExperimentCLI(LightningCLI):
                 stored = Path(folder) / "checkpoint.yaml"
                 stored.write_text(yaml.safe_dump(self._resumed), encoding="utf-8")
                 words = ["--config", str(stored), *words]
+            self._default_data = data_class
+            self._data, words = choose_data(configs_first(words), data_class, Path(folder))
             super().__init__(
                 model_class,
-                data_class,
+                self._data,
                 save_config_callback=KeepConfig,
+                save_config_kwargs={"data_class": self._data, "default_data_class": self._default_data},
                 trainer_defaults={"default_root_dir": DEFAULT_ROOT, "enable_model_summary": False},
                 seed_everything_default=0,
                 parser_kwargs={**options, "formatter_class": _RunHelp, self._verb: options | _help(self._verb)},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
-                args=[self._verb, *configs_first(words)],
+                args=[self._verb, *words],
             )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -174,24 +185,25 @@ class ExperimentCLI(LightningCLI):
     def _print_differences(self, stored: dict[str, Any]) -> None:
         parser = self._subcommand_parsers[self._verb]
         now = plain(parser.dump(self.config[self._verb], skip_none=False, format="yaml"))
-        lines = differences(stored, now)
+        lines = differences(stored, with_class(now, self._data, self._default_data))
         rank_zero_info(f"Configuration of {self._checkpoint}" + (", with these changes:" if lines else ", unchanged."))
         for line in lines:
             rank_zero_info(f"  {line}")
 
     def after_instantiate_classes(self) -> None:
-        manifest = self.datamodule.manifest  # missing shards show now
+        manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
         if self._checkpoint is not None:
             check_same_model(self._checkpoint, self.model.model_config)
             check_checkpoint_kind(self._checkpoint, self.trainer.strategy)
-            check_same_data(self._checkpoint, manifest.name, manifest.grid)
+            if manifest is not None:
+                check_same_data(self._checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
         features = self.model.validation.features
         if features is not None and not Path(features).expanduser().exists():
             raise ValueError(
                 f"model.validation.features: nothing at {features}. For tiny images a classifier's features do: "
-                f"flashar classifier --data {self.datamodule.location} --out {features}"
+                f"flashar classifier --data {getattr(self.datamodule, 'location', 'SHARDS')} --out {features}"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -1,0 +1,118 @@
+"""`flashar fit` with another data module than shards of codes: tars of images, tokenised during training."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+import yaml
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from tiny_images import vq_state
+
+from flashar_pl.data.shards import ConditionSpec, ShardWriter
+from flashar_pl.training.stored_config import read_config
+
+TARS = "flashar_pl.data.datamodules_images.ImageTarsDataModule"
+RUN = {
+    "model": {"backbone": {"options": {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 64,
+                                       "num_classes": 3}}},
+    "data": {
+        "class_path": "ImageTarsDataModule",
+        "init_args": {"tars": "tars", "shards": "shards", "epoch_samples": 8, "batch_size": 4, "num_workers": 0},
+    },
+    "trainer": {
+        "default_root_dir": "run",
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "limit_val_batches": 1,
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False},
+            }
+        ],
+    },
+}  # fmt: skip
+LAST = "run/checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """A directory with tars of JPEGs, shards for validation and run.yaml, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": vq_state()}, "vq.pt")
+    Path("tars").mkdir()
+    random = np.random.default_rng(0)
+    for k in range(2):
+        with webdataset.TarWriter(f"tars/{k}.tar", encoder=False) as tar:
+            for i in range(6):
+                buffer = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(buffer, format="JPEG")
+                tar.write({"__key__": f"{k}{i}", "jpg": buffer.getvalue(), "cls": str(i % 3).encode()})
+    tokenizer, condition = {"kind": "vq16", "weights": "vq.pt"}, ConditionSpec("class", num_classes=3)
+    with ShardWriter(
+        "shards", name="x", tokenizer=tokenizer, grid=(4, 4), vocabulary=64, condition=condition
+    ) as writer:
+        for split in ("train", "validation"):
+            writer.write(split, random.integers(0, 64, (6, 4, 4)), ids=range(6), labels=[0, 1, 2] * 2)
+    Path("run.yaml").write_text(yaml.safe_dump(RUN), encoding="utf-8")
+    return tmp_path
+
+
+def test_tars_of_images_from_a_yaml_and_back_from_the_checkpoint(run, work, caplog):
+    """Guards a resumed run that would fall back to shards of codes, and options that only one form knows."""
+    assert run("fit", "--config", "run.yaml", "--data.init_args.seed", 3)[0] == 0
+    stored = read_config(LAST)["data"]
+    assert stored["class_path"] == TARS
+    assert (stored["init_args"]["seed"], stored["init_args"]["tars"]) == (3, "tars")
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"] == stored
+
+    caplog.clear()
+    assert run("fit", "--ckpt_path", LAST, "--trainer.max_steps", 4, "--data.shuffle", 9)[0] == 0
+    changes = [line.strip() for line in caplog.messages if " -> " in line]
+    assert changes == ["data.init_args.shuffle: 2000 -> 9", "trainer.max_steps: 2 -> 4"]
+    assert torch.load(LAST, weights_only=True)["global_step"] == 4
+
+    shards = ("--data.class_path=CodesDataModule", "--data.shards", "shards", "--data.batch_size", 6)
+    assert run("fit", "--ckpt_path", LAST, "--trainer.max_steps", 6, *shards)[0] == 0
+    stored = read_config(LAST)["data"]
+    assert (stored["shards"], stored["batch_size"]) == ("shards", 6), "nothing of the other class stays"
+
+
+def test_wrong_data_modules_and_keys_are_named(refused, work):
+    base = ("fit", "--config", "run.yaml")
+    message = refused(*base, "--data.tar", "x")
+    assert "no configuration key 'data.tar'; closest: data.tars" in message
+    assert "data.epoch_samples is 'many'; expected int" in refused(*base, "--data.init_args.epoch_samples", "many")
+    assert "looked for none/manifest.json" in refused(*base, "--data.shards", "none")
+    assert "none.tar" in refused(*base, "--data.tars", "none.tar")
+    for path in ("ImageTars", "json.JSONDecoder", "no.such.Module"):
+        message = refused(*base, "--data.class_path", path)
+        assert f"data.class_path is '{path}'" in message
+        assert "expected one of CodesDataModule, ImageTarsDataModule" in message
+    mixed = {**RUN, "data": RUN["data"] | {"seed": 1}}
+    Path("mixed.yaml").write_text(yaml.safe_dump(mixed), encoding="utf-8")
+    assert "data has seed beside class_path" in refused("fit", "--config", "mixed.yaml")
+    assert not Path("run").exists()
+
+
+def test_a_data_module_of_ones_own(run, work, monkeypatch):
+    """Guards the full path of a class, with its own arguments."""
+    Path("own_data.py").write_text(
+        "from flashar_pl.data.datamodules import CodesDataModule\n"
+        "class OwnData(CodesDataModule):\n"
+        "    def __init__(self, place: str) -> None:\n"
+        "        super().__init__(place, batch_size=3)\n"
+    )
+    monkeypatch.syspath_prepend(str(work))
+    config = {**RUN, "data": {"class_path": "own_data.OwnData", "init_args": {"place": "shards"}}}
+    Path("own.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert run("fit", "--config", "own.yaml")[0] == 0
+    assert read_config(LAST)["data"] == config["data"]
+    assert issubclass(sys.modules.pop("own_data").OwnData, LightningDataModule)
