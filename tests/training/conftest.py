@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from training_toys import save_classifier, write_digit_like
 
 
@@ -14,3 +17,15 @@ def toy_shards(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def toy_classifier(tmp_path_factory) -> str:
     return save_classifier(tmp_path_factory.mktemp("training") / "classifier")
+
+
+@pytest.fixture(autouse=True)
+def _no_trace_of_process_groups():
+    """A sharded fit in this process leaves its process group, and variables that tell a new process it is a rank."""
+    before = dict(os.environ)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)

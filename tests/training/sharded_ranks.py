@@ -108,11 +108,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def clean_environment() -> dict[str, str]:
+    """This environment without what Lightning leaves in it: a new process would take itself for one of several."""
+    left = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
+    return {k: v for k, v in os.environ.items() if not k.startswith(left)} | {"OMP_NUM_THREADS": "1"}
+
+
 def go(jobs: list[dict[str, Any]], devices: int) -> None:
     """Run fits in new processes: this file on `devices` ranks."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PL_", "MASTER_"))}
     command = [sys.executable, __file__, json.dumps([{**job, "devices": devices} for job in jobs])]
-    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=150)
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, timeout=150)
     assert done.returncode == 0, done.stderr.decode()[-4000:]
 
 

@@ -21,14 +21,6 @@ from flashar_pl.training.strategies import check_checkpoint_kind
 FP32 = {"compute": "fp32"}
 
 
-@pytest.fixture(autouse=True)
-def no_process_group():
-    """A sharded fit in this process leaves its process group behind."""
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def record(job: dict[str, Any]) -> dict[str, Any]:
     return torch.load(Path(job["root"]) / f"{job['name']}.pt", weights_only=True)
 
@@ -200,3 +192,41 @@ def test_wrong_settings_are_refused(both, job, toy_shards: str, tmp_path: Path) 
         fit(ShardedStrategy(), ckpt_path=str(tmp_path / "file.ckpt"))
     with pytest.raises(ValueError, match="names are only in one of them"):  # the run keeps averages, this one does not
         fit(ShardedStrategy(), ckpt_path=f"{job['root']}/step=1.ckpt")
+
+
+@pytest.mark.slow
+def test_two_to_one_to_two(both, job, tmp_path: Path) -> None:
+    """Shards of two ranks read by one, and its shards by two again: the same losses as without interruption."""
+    root = str(tmp_path)
+    middle = {**job, "name": "one", "root": root, "devices": 1, "strategy": "sharded", "options": FP32, "save": 1}
+    run({**middle, "ckpt": f"{job['root']}/step=2.ckpt", "validation": SAMPLING})
+    last = {**job, "name": "two", "root": root, "strategy": "sharded", "options": FP32, "ckpt": f"{root}/step=5.ckpt"}
+    go([last], devices=2)
+    close(record(last), both[0], after=5)
+
+
+@pytest.mark.slow
+def test_hybrid_sharding(both, job, tmp_path: Path) -> None:
+    """Two copies of two shards on four ranks, clipping in every step; resume, on the same mesh and on a flat one."""
+    root = str(tmp_path)
+    hybrid = {**job, "root": root, "strategy": "sharded", "options": {**FP32, "replicas": 2}}
+    go([{**hybrid, "name": "hybrid", "save": 1}], devices=4)
+    again = [
+        {**hybrid, "name": "again", "ckpt": f"{root}/step=2.ckpt"},
+        {**hybrid, "name": "flat", "options": FP32, "ckpt": f"{root}/step=1.ckpt"},
+    ]
+    go(again, devices=4)
+    close(record({**hybrid, "name": "hybrid"}), both[0])
+    close(record(again[0]), both[0], after=2)
+    close(record(again[1]), both[0], after=1)
+
+
+@pytest.mark.slow
+def test_offload_and_recomputation(both, job, tmp_path: Path) -> None:
+    """Neither changes a number."""
+    options = {**FP32, "offload": True, "recompute": True}
+    here = {**job, "name": "off", "root": str(tmp_path), "strategy": "sharded", "options": options, "save": 2}
+    again = {**here, "name": "again", "ckpt": f"{tmp_path}/step=2.ckpt", "save": 0}
+    go([here, again], devices=2)
+    close(record(here), both[0])
+    close(record(again), both[0], after=2)

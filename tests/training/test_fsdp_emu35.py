@@ -1,0 +1,125 @@
+"""experiments/emu35_tiny.yaml through the real command line: two processes, the switch of stages, samples, resume."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emu_tiny_data import GRID, write
+from sharded_ranks import clean_environment
+from training_toys import make_trainer
+
+from flashar_pl.commands.convert import convert
+from flashar_pl.data.datamodules import CodesDataModule
+from flashar_pl.models.sharded_files import SafeReader, read_meta
+from flashar_pl.models.weights import load_model
+from flashar_pl.training.config import BackboneConfig, FlashARConfig
+from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.module import FlashARModule
+
+pytest.importorskip("tiktoken")
+
+RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
+
+
+def flashar(folder: Path, *words: object) -> str:
+    """Run the command in `folder`; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flashar_pl.cli", *map(str, words)], cwd=folder, timeout=150,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with the data of the recipe."""
+    place = tmp_path_factory.mktemp("emu35")
+    here = Path.cwd()
+    os.chdir(place)
+    write(Path("data/emu35_tiny"))
+    os.chdir(here)
+    return place
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> str:
+    """What the run of the recipe printed."""
+    return flashar(folder, "fit", "--config", RECIPE)
+
+
+def test_the_recipe_runs_on_two_processes(said: str, folder: Path) -> None:
+    """Weights streamed from the official directory into shards, two stages, guided samples, checkpoints of shards."""
+    assert "parameters loaded" in said
+    assert "cloned into the vertical branch" in said
+    stages = re.findall(r"Stage (\d) at step (\d+) of 20", said)
+    assert list(dict.fromkeys(stages)) == [("1", "0"), ("2", "4")]
+    run = folder / "runs" / "emu35_tiny"
+    assert len(list((run / "samples").glob("*.png"))) == 2
+    for step in (10, 20):
+        checkpoint = run / "checkpoints" / f"step={step}.ckpt"
+        assert {file.name for file in checkpoint.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+    assert read_meta(checkpoint)["flashar"]["training"]["stage"] == 2
+    losses = [float(x) for x in re.findall(r"val/nll ([\d.]+)", said)]
+    assert losses[-1] < losses[0] - 10
+
+
+def test_checkpoint_keeps_its_dtypes(said: str, folder: Path) -> None:
+    """float32 master weights and averages, moments in the bfloat16 that the recipe asks for."""
+    checkpoint = folder / "runs/emu35_tiny/checkpoints/step=20.ckpt"
+    entries = SafeReader(checkpoint).read_metadata().state_dict_metadata
+    dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+    assert {dtype for name, dtype in dtypes.items() if name.startswith(("net.", "ema."))} == {torch.float32}
+    moments = {dtype for name, dtype in dtypes.items() if name.endswith((".exp_avg", ".exp_avg_sq"))}
+    assert moments == {torch.bfloat16}
+
+
+def test_converts_to_a_model(said: str, folder: Path) -> None:
+    """Consolidated export of both weights; each is the joined shards."""
+    checkpoint = "runs/emu35_tiny/checkpoints/step=20.ckpt"
+    convert(str(folder / checkpoint), out=str(folder / "model"))
+    converted = load_model(folder / "model").model.state_dict()
+    for name, value in load_model(folder / checkpoint, "ema").model.state_dict().items():
+        assert torch.equal(converted[name], value), name
+
+
+def first_loss(folder: Path, strategy: Any) -> float:
+    """Loss of the first step from the official directory."""
+    module = FlashARModule(
+        backbone=BackboneConfig(directory=str(folder / "data/emu35_tiny/model"), options={"condition_dropout": 0.0}),
+        flashar=FlashARConfig(branch_layer=1),
+        init_from=str(folder / "data/emu35_tiny/model"),
+    )
+    data = CodesDataModule(
+        str(folder / "data/emu35_tiny/shards"), batch_size=8, prompts=str(folder / "data/emu35_tiny/model")
+    )
+    trainer = make_trainer(folder, max_steps=1, strategy=strategy, log_every_n_steps=1)
+    trainer.fit(module, datamodule=data)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    return float(trainer.callback_metrics["train/loss"])
+
+
+def test_streamed_weights_are_those_of_the_directory(folder: Path) -> None:
+    """Rows that end up in the wrong shard, or a vertical branch cloned before its source was read, change the loss."""
+    assert first_loss(folder, ShardedStrategy("fp32")) == pytest.approx(first_loss(folder, "auto"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_continues_on_one_process_and_generates(said: str, folder: Path) -> None:
+    """From two processes to one in the middle, then to a picture."""
+    options = ["--trainer.devices", 1, "--trainer.default_root_dir", "runs/again"]
+    said = flashar(folder, "fit", "--ckpt_path", "runs/emu35_tiny/checkpoints/step=10.ckpt", *options)
+    assert "Stage 2 at step 10 of 20" in said
+    nll = float(re.findall(r"val/nll ([\d.]+)", said)[-1])
+    words = ["--checkpoint", "runs/again/checkpoints/step=20.ckpt", "--out", "pictures", "--num-images", 1]
+    grid = f"{GRID[0]}x{GRID[1]}"
+    flashar(folder, "generate", *words, "--prompt", "nothing", "--grid", grid, "--cfg-scale", 5)
+    assert (folder / "pictures" / "codes.npy").exists()
+    assert nll < 120
