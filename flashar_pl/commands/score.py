@@ -132,7 +132,7 @@ def check_data(
 
 
 def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> PromptEncoder | None:
-    """What turns the captions of shards into prefixes of an Emu3.5 model; None for shards without captions.
+    """What turns captions into prefixes of an Emu3.5 model, cut as in its training; None for another model.
 
     Raises:
         ValueError: captions without assets, assets that are not the model's, or assets that have no use.
@@ -140,13 +140,15 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
     from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.commands.prompts import find_assets
     from flashar_pl.data.prompt_encoder import PromptEncoder
+    from flashar_pl.tokenizers.text import MAX_PROMPT
 
     backbone = source.model.backbone
     if not isinstance(backbone, Emu35):
         if assets is not None:
             raise ValueError("--assets is for Emu3.5 models; leave it out.")
         return None
-    encoder = PromptEncoder(find_assets(source, assets), manifest.grid)
+    longest = source.description.training.get("max_prompt", MAX_PROMPT)
+    encoder = PromptEncoder(find_assets(source, assets), manifest.grid, longest)
     encoder.text.check_vocabulary(backbone.config.visual_token_offset)
     return encoder
 

@@ -179,7 +179,7 @@ class ValidationConfig:
     """Images generated at once on one device."""
     grid_images: int = 0
     """Images shown in the sample grid of every validation; 0 = no grid."""
-    plan: Literal["diagonal", "raster"] | None = None
+    plan: Literal["raster", "diagonal"] | None = None
     """Decoding order of samples and likelihood; None = the model's own."""
     cfg_scale: float = 1.0
     """Classifier-free guidance of the samples; 1 = none."""

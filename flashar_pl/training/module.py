@@ -186,9 +186,9 @@ class FlashARModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         manifest = self.manifest
         training = {"step": self.trainer.global_step, "total_steps": self.total_steps, "settings": self.settings()}
-        prompts = getattr(self.trainer.datamodule, "prompts", None)  # type: ignore[attr-defined]
-        if prompts is not None:
-            training["prompts"] = prompts
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "prompts", None) is not None:
+            training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
         if self.total_steps is not None:
             training["stage"] = self.built_schedule.stage(self.trainer.global_step)
         description = Description(

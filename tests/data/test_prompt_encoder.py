@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from flashar_pl.cli import main
@@ -83,7 +85,7 @@ def test_wrong_settings(assets, shards) -> None:
         data.check_model(emu_files.CODES, visual_token_offset=7)
 
 
-def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatch) -> None:
+def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatch, capsys) -> None:
     """From a released directory to a FlashAR checkpoint that loads by its path, with caption dropout and guidance."""
     monkeypatch.chdir(tmp_path)
     base = emu_files.write_base(tmp_path / "Emu3.5-Image")
@@ -93,7 +95,7 @@ def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatc
             "flashar": {"branch_layer": 1},
             "init_from": "Emu3.5-Image",
         },
-        "data": {"shards": shards, "batch_size": 4, "prompts": "Emu3.5-Image"},
+        "data": {"shards": shards, "batch_size": 4, "prompts": "Emu3.5-Image", "max_prompt": 85},
         "trainer": {"default_root_dir": "run", "accelerator": "cpu", "max_steps": 2, "logger": False,
                     "enable_progress_bar": False, "callbacks": [{
                         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -107,6 +109,16 @@ def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatc
     words = ["--checkpoint", "run/last.ckpt", "--prompt", "x", "--num-images", "1", "--codes-only", "--cfg-scale", "2"]
     assert main(["generate", *words, "--out", "out"]) == 0, "the checkpoint knows grid and prompt assets"
     assert np.load("out/codes.npy").shape == (1, *GRID)
+    capsys.readouterr()
+    assert main(["score", "--checkpoint", "run/last.ckpt", "--data", shards, "--split", "train"]) == 0
+    scored = json.loads(capsys.readouterr().out)["nll_nats_per_image"]
+    stored = load_model("run/last.ckpt").description.training
+    assert (stored["prompts"], stored["max_prompt"]) == ("Emu3.5-Image", 85)
+    data = CodesDataModule(shards, prompts=str(base), max_prompt=85, validation_batch_size=16)
+    batch = next(iter(data._evaluation("train")))
+    with torch.no_grad():
+        nll = load_model("run/last.ckpt").model.eval().loss(batch.codes, batch.condition)["nll"]
+    assert scored == pytest.approx(float(nll.mean()), rel=1e-5), "captions are cut as in training"
     untrained = load_model(base).model.backbone
     moved = (model.backbone.embedding.weight - untrained.embedding.weight).abs().max()
     assert 0 < moved < 1e-3, "it starts from the released weights, and stage 2 trains them"
