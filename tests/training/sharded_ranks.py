@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, 
 
 from flashar_pl.models import dual_head
 from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.preemption import StopOnSignal
 
 torch.set_num_threads(1)
 CLIP = 0.05
@@ -34,6 +36,17 @@ class Losses(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
+
+
+class Ask(Callback):
+    """Sends a signal to one rank, in the middle of the third step."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class Dtypes(Callback):
@@ -82,7 +95,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     root = Path(job["root"])
     losses = Losses()
     dtypes = Dtypes()
-    callbacks: list[Callback] = [losses, *([dtypes] if job.get("dtypes") else [])]
+    callbacks: list[Callback] = [losses, *([Ask(job["signal"]), StopOnSignal()] if "signal" in job else [])]
+    callbacks += [*([dtypes] if job.get("dtypes") else [])]
     if job.get("save"):
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(
@@ -123,7 +137,10 @@ def go(jobs: list[dict[str, Any]], devices: int) -> None:
 
 def main(text: str) -> None:
     for job in json.loads(text):
-        record = run(job)
+        try:
+            record = run(job)
+        except SystemExit as end:
+            record = {"code": end.code}
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             torch.save(record, Path(job["root"]) / f"{job['name']}.pt")
 

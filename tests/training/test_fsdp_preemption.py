@@ -1,0 +1,41 @@
+"""A run that is asked to stop saves itself on all ranks, and continues as if it had never stopped."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from sharded_ranks import Ask, go, run
+from training_toys import make_data, make_module, make_trainer
+
+from flashar_pl.models.sharded_files import read_meta
+from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.preemption import StopOnSignal
+
+
+def test_saves_and_ends_with_its_own_exit_code(toy_shards: str, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    trainer = make_trainer(tmp_path, strategy=ShardedStrategy("fp32"), callbacks=[Ask(0), StopOnSignal()])
+    with pytest.raises(SystemExit) as end:
+        trainer.fit(make_module(), datamodule=make_data(toy_shards))
+    assert end.value.code == 75
+    meta = read_meta(tmp_path / "checkpoints" / "stopped.ckpt")
+    assert meta["global_step"] == 3
+    assert meta["flashar"]["training"]["step"] == 3
+    assert signal.getsignal(signal.SIGUSR1) == before
+    with pytest.raises(ValueError, match="expected signals"):
+        StopOnSignal(("USR1",))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_stops_both(toy_shards: str, tmp_path: Path) -> None:
+    job = {"root": str(tmp_path), "shards": toy_shards, "strategy": "sharded", "options": {"compute": "fp32"}}
+    go([{**job, "name": "stopped", "signal": 1}], devices=2)
+    alone = run({**job, "name": "alone", "devices": 1})
+    again = run({**job, "name": "again", "devices": 1, "ckpt": f"{tmp_path}/checkpoints/stopped.ckpt"})
+    assert torch.load(tmp_path / "stopped.pt", weights_only=True)["code"] == 75
+    assert list(again["losses"]) == list(range(4, 11))
+    for step, loss in again["losses"].items():
+        assert loss == pytest.approx(alone["losses"][step], abs=1e-5)
