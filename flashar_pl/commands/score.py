@@ -75,7 +75,8 @@ def score(
     source = open_checkpoint(
         checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, device=device, dtype=dtype
     )
-    check_data(source.model, manifest, source.grid, source.tokenizer)
+    several = list(manifest.grid) in source.description.training.get("grids", [])
+    check_data(source.model, manifest, None if several else source.grid, source.tokenizer)
     encoder = caption_encoder(source, manifest, assets)
     name = check_plan(source.model, plan, manifest.grid)
     total = min(manifest.samples(split), limit or manifest.samples(split))

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.backbones.base import Batch
-from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, TrainingBatches, TrainingLoader
+from flashar_pl.data.grids import GridTraining, evaluation_batches, left_out, load_grids, training_batches
+from flashar_pl.data.loader import EvaluationLoader, TrainingBatches, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches
-from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
+from flashar_pl.data.order import check_cut
 from flashar_pl.data.prompt_encoder import PromptEncoder
-from flashar_pl.data.reader import ShardReader
 from flashar_pl.tokenizers.text import MAX_PROMPT
 
 
@@ -26,7 +27,8 @@ class CodesDataModule(LightningDataModule):
     `use_distributed_sampler` says.
 
     Args:
-        shards: where the shards and their manifest.json are: a directory, a URL, or `pipe:COMMAND` with {path} in it.
+        shards: where the shards and their manifest.json are: a directory, a URL, or `pipe:COMMAND` with {path} in it;
+            or a directory of such directories, one for each grid, as `flashar tokenize text-image` writes them.
         batch_size: global training batch of one forward pass, over all devices; must be a multiple of their number.
             With gradient accumulation an optimiser step sees this many samples several times over.
         num_workers: worker processes of each device that read ahead; 0 reads in the training process.
@@ -65,16 +67,21 @@ class CodesDataModule(LightningDataModule):
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
         if prompts is not None and text_encoder is not None:
             raise ValueError("prompts and text_encoder are both given; expected one of them.")
-        self._manifest: Manifest | None = None
+        self._manifests: list[Manifest] = []
         self._training: TrainingLoader | None = None
         self._restored: dict[str, Any] = {}
 
     @property
+    def manifests(self) -> list[Manifest]:
+        """One manifest for each grid, read when first asked for. Raises ValueError as `load_grids` does."""
+        if not self._manifests:
+            self._manifests = load_grids(self.location)
+        return self._manifests
+
+    @property
     def manifest(self) -> Manifest:
-        """The manifest of the shards, read when first asked for. Raises ValueError as `Manifest.load` does."""
-        if self._manifest is None:
-            self._manifest = Manifest.load(self.location)
-        return self._manifest
+        """The manifest of the shards; of several grids, that of the one with most training samples."""
+        return self.manifests[0]
 
     def check_model(
         self,
@@ -88,53 +95,51 @@ class CodesDataModule(LightningDataModule):
         visual_token_offset: of an Emu3.5 model; the assets in `prompts` must have the same.
         """
         check_matches(self.manifest, vocabulary, num_classes, text_width=text_width)
-        encoder = self._encoder()
+        encoder = self._encoder(self.manifest)
         if isinstance(encoder, PromptEncoder):
             encoder.text.check_vocabulary(visual_token_offset)
 
-    def _encoder(self) -> Callable | None:
-        """What turns captions into token ids; None for shards without captions."""
-        if self.manifest.condition.kind != "text":
+    def _encoder(self, manifest: Manifest) -> Callable | None:
+        """What turns captions of images of the manifest's grid into token ids; None for shards without captions."""
+        if manifest.condition.kind != "text":
             return None
         if self.text_encoder is None and self.prompts is not None:
-            self.text_encoder = PromptEncoder(self.prompts, self.manifest.grid, self.max_prompt)
+            self.text_encoder = PromptEncoder(self.prompts, manifest.grid, self.max_prompt)
         if self.text_encoder is None:
             raise ValueError(
-                f"The shards of {self.manifest.name!r} hold captions: give text_encoder, or for Emu3.5 prompts: the "
+                f"The shards of {manifest.name!r} hold captions: give text_encoder, or for Emu3.5 prompts: the "
                 "directory with emu3.tiktoken, to turn them into ids."
             )
+        if isinstance(self.text_encoder, PromptEncoder):
+            return self.text_encoder.for_grid(manifest.grid)
         return self.text_encoder
 
     def setup(self, stage: str) -> None:
         """Check the settings against the shards and the devices before any long work. Raises ValueError."""
         _, ranks = self._rank()
-        manifest = self.manifest
         check_cut(self.validation_batch_size, ranks, "validation_batch_size")
-        self._encoder()
+        self._encoder(self.manifest)
         if stage == "fit":
             self._training, self._restored = None, {}
             check_cut(self.batch_size, ranks)
-            blocks, readers = len(manifest.block_sizes("train")), ranks * max(1, self.num_workers)
+            training = [m for m in self.manifests if m.samples("train")] or [self.manifest]
+            blocks, readers = sum(len(m.block_sizes("train")) for m in training), ranks * max(1, self.num_workers)
             if readers > blocks:
                 raise ValueError(
                     f"{ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
                     f"split at {self.location} has {blocks} blocks. Set num_workers to at most "
                     f"{blocks // ranks}, or write the shards with smaller blocks."
                 )
-            self._order()
+            self._training_batches()
+            for manifest in left_out(self.manifests, self.batch_size):
+                rank_zero_warn(
+                    f"{manifest.root} has {manifest.samples('train')} training samples, fewer than one batch of "
+                    f"{self.batch_size}: they are left out."
+                )
 
     def train_dataloader(self) -> TrainingLoader:
         """This device's training batches; the loader holds the place in the data."""
-        rank, ranks = self._rank()
-        trainer = self.trainer
-        batches = TrainingBatches(
-            ShardReader(self.manifest, "train", self.cache),
-            self._order(),
-            rank,
-            ranks,
-            self._encoder(),
-            reshuffle=trainer is None or trainer.overfit_batches == 0,  # type: ignore[attr-defined]
-        )
+        batches, trainer = self._training_batches(), self.trainer
         processed = None
         if trainer is not None:
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -172,14 +177,16 @@ class CodesDataModule(LightningDataModule):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _order(self) -> TrainingOrder:
-        return TrainingOrder(self.manifest.block_sizes("train"), self.batch_size, self.seed, self.window)
+    def _training_batches(self) -> TrainingBatches | GridTraining:
+        trainer = self.trainer
+        reshuffle = trainer is None or trainer.overfit_batches == 0  # type: ignore[attr-defined]
+        order = (self.batch_size, self.seed, self.window)
+        return training_batches(self.manifests, *order, *self._rank(), self._encoder, self.cache, reshuffle)
 
     def _evaluation(self, split: str, limit: int | None = None) -> EvaluationLoader:
-        rank, ranks = self._rank()
-        reader = ShardReader(self.manifest, split, self.cache)
-        order = EvaluationOrder(len(reader), self.validation_batch_size, limit)
-        return EvaluationLoader(EvaluationBatches(reader, order, rank, ranks, self._encoder()), self.num_workers)
+        size = self.validation_batch_size
+        batches = evaluation_batches(self.manifests, split, size, limit, *self._rank(), self._encoder, self.cache)
+        return EvaluationLoader(batches, self.num_workers)
 
     def _rank(self) -> tuple[int, int]:
         """(this device's place, number) among those that see different data: tensor-parallel devices share theirs."""

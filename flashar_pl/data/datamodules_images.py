@@ -126,6 +126,8 @@ class ImageTarsDataModule(CodesDataModule):
         super().setup("validate" if stage == "fit" else stage)
         if stage == "fit":
             check_cut(self.batch_size, self._rank()[1])
+            if len(self.manifests) > 1:
+                raise ValueError(f"shards is {self.location}, which holds several grids; expected the shards of one.")
             if self.manifest.condition.kind == "text-features":
                 raise ValueError("Text features need an encoder and cannot be made on the fly; use shards with them.")
             self._urls = tar_urls(self.tars)
@@ -142,7 +144,7 @@ class ImageTarsDataModule(CodesDataModule):
         classes = self.manifest.condition.num_classes
         reader = ImageStream(
             self._urls,
-            Prepare(height, width, self.crop_range, classes, self._encoder()),
+            Prepare(height, width, self.crop_range, classes, self._encoder(self.manifest)),
             self.batch_size // ranks,
             stream(self.seed, 7, self._handed_out),
             self.shuffle,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from flashar_pl.backbones.base import Batch, Condition, TextFeatures
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
 from flashar_pl.data.reader import Samples, ShardReader
+
+if TYPE_CHECKING:
+    from flashar_pl.data.grids import GridEvaluation, GridTraining
 
 TextEncoder = Callable[[str], Tensor]
 """Caption -> 1-D int64 token ids, the whole prefix of the sample."""
@@ -61,6 +64,20 @@ class TrainingBatches(Dataset):
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def batch_size(self) -> int:
+        """Global batch, over all ranks."""
+        return self.order.batch_size
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on; plain integers and strings."""
+        return {
+            "batch_size": self.order.batch_size,
+            "seed": self.order.seed,
+            "window": self.order.window,
+            "shards": self.reader.manifest.fingerprint(self.reader.split),
+        }
+
     def __getitem__(self, item: tuple[int, int]) -> Batch:
         epoch, g = item
         if not self.reshuffle:
@@ -82,6 +99,11 @@ class EvaluationBatches(Dataset):
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def batch_size(self) -> int:
+        """Global batch, over all ranks."""
+        return self.order.batch_size
 
     def __getitem__(self, g: int) -> Batch:
         index, valid = self.order.batch(g, self.rank, self.ranks)
@@ -154,9 +176,12 @@ class TrainingLoader(Loader):
     """
 
     def __init__(
-        self, batches: TrainingBatches, num_workers: int = 0, processed: Callable[[], int] | None = None
+        self,
+        batches: TrainingBatches | GridTraining,
+        num_workers: int = 0,
+        processed: Callable[[], int] | None = None,
     ) -> None:
-        check_cut(batches.order.batch_size, batches.ranks)
+        check_cut(batches.batch_size, batches.ranks)
         self.batches = batches
         self.cursor = Cursor(len(batches))
         self._processed = processed
@@ -181,7 +206,7 @@ class TrainingLoader(Loader):
         position = self.cursor.position
         if self._processed is not None:
             position = min(position, self._processed())
-        return {"epoch": self.cursor.epoch, "position": position} | self._identity()
+        return {"epoch": self.cursor.epoch, "position": position} | self.batches.identity()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved place.
@@ -189,31 +214,23 @@ class TrainingLoader(Loader):
         Raises:
             ValueError: in the middle of an epoch, if the order there was that of other data or settings.
         """
-        changed = [name for name, value in self._identity().items() if state[name] != value]
+        own = self.batches.identity()
+        changed = [name for name, value in own.items() if state[name] != value]
         if changed and state["position"] > 0:
             name = changed[0]
             raise ValueError(
                 f"The checkpoint stands at batch {state['position']} of epoch {state['epoch']} of an order with "
-                f"{name}={state[name]!r}; this run has {name}={self._identity()[name]!r}, so it cannot continue "
+                f"{name}={state[name]!r}; this run has {name}={own[name]!r}, so it cannot continue "
                 f"there. Resume with the old {name}, or start a new run from the checkpoint's weights."
             )
         self.cursor.epoch, self.cursor.position = state["epoch"], state["position"]
-
-    def _identity(self) -> dict[str, Any]:
-        order, reader = self.batches.order, self.batches.reader
-        return {
-            "batch_size": order.batch_size,
-            "seed": order.seed,
-            "window": order.window,
-            "shards": reader.manifest.fingerprint(reader.split),
-        }
 
 
 class EvaluationLoader(Loader):
     """Evaluation batches, the same ones in every pass."""
 
-    def __init__(self, batches: EvaluationBatches, num_workers: int = 0) -> None:
-        check_cut(batches.order.batch_size, batches.ranks)
+    def __init__(self, batches: EvaluationBatches | GridEvaluation, num_workers: int = 0) -> None:
+        check_cut(batches.batch_size, batches.ranks)
         self.batches = batches
         super().__init__(batches, range(len(batches)), num_workers)
 

@@ -132,6 +132,10 @@ class Manifest:
         path = Path(location)
         if path.name != FILE_NAME:
             path = path / FILE_NAME
+        if not path.is_file() and (inside := sub_manifests(path.parent)):
+            raise ValueError(
+                f"{path.parent} holds a data set for each grid; expected one of them, such as {inside[0].parent}."
+            )
         if not path.is_file():
             raise ValueError(
                 f"No shards at {path.parent}: looked for {path}. "
@@ -207,6 +211,11 @@ class Manifest:
         for shard in self.shards(split):
             digest.update(f"{shard.samples} {shard.sha256}\n".encode())
         return digest.hexdigest()[:16]
+
+
+def sub_manifests(folder: Path) -> list[Path]:
+    """Manifests in the sub-folders of a directory, hidden ones left out."""
+    return [path for path in sorted(folder.glob(f"*/{FILE_NAME}")) if not path.parent.name.startswith(".")]
 
 
 def check_matches(

@@ -17,7 +17,7 @@ import numpy as np
 
 _MASK = (1 << 64) - 1
 _GAMMA = 0x9E3779B97F4A7C15
-_BLOCKS, _SAMPLES, _CROPS = 1, 2, 3
+_BLOCKS, _SAMPLES, _CROPS, _GRIDS = 1, 2, 3, 9
 
 
 def mix64(x: np.ndarray) -> np.ndarray:
@@ -127,6 +127,39 @@ class TrainingOrder:
             shuffled = index[np.argsort(hashes(stream(self.seed, self._epoch, _SAMPLES), index))]
             self._windows = dict(list(self._windows.items())[-1:]) | {w: shuffled}
         return self._windows[w]
+
+
+class GridOrder:
+    """The order of global batches of several grids: each batch is of one grid.
+
+    Batch g of an epoch is the next batch of a grid drawn at random, so that every grid's batches are spread over the
+    epoch and each grid is read in its own order.
+
+    Args:
+        orders: of the grids, with one batch size.
+        seed: any integer; with the epoch it decides which batch is of which grid.
+    """
+
+    def __init__(self, orders: list[TrainingOrder], seed: int) -> None:
+        assert len({order.batch_size for order in orders}) == 1
+        self.batch_size, self.seed, self.window = orders[0].batch_size, seed, orders[0].window
+        self._counts = np.array([len(order) for order in orders])
+        self._epoch = -1
+
+    def __len__(self) -> int:
+        """Global batches of an epoch."""
+        return int(self._counts.sum())
+
+    def place(self, epoch: int, g: int) -> tuple[int, int]:
+        """(number of the grid, number of the batch within the grid's epoch) of global batch g."""
+        if epoch != self._epoch:
+            slots = permutation(stream(self.seed, epoch, _GRIDS), len(self))
+            self._grid = np.searchsorted(np.cumsum(self._counts), slots, side="right")  # (len,)
+            by_grid = np.argsort(self._grid, kind="stable")
+            self._inner = np.empty(len(self), dtype=np.int64)  # (len,)
+            self._inner[by_grid] = np.concatenate([np.arange(count) for count in self._counts])
+            self._epoch = epoch
+        return int(self._grid[g]), int(self._inner[g])
 
 
 class EvaluationOrder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -33,6 +34,12 @@ class PromptEncoder:
         least = len(self.text.prompt("")) + 1
         if max_length < least:
             raise ValueError(f"max_prompt is {max_length}; expected at least {least}, the template and one token.")
+
+    def for_grid(self, grid: tuple[int, int]) -> PromptEncoder:
+        """The same encoder for images of another grid (H, W); the tokenizer's tables are shared."""
+        other = copy.copy(self)
+        other.header = self.text.image_prefix(*grid)
+        return other
 
     def __call__(self, caption: str) -> Tensor:
         ids = self.text.prompt(caption, max_length=UNLIMITED)

@@ -32,7 +32,8 @@ class Evaluation(Callback):
     """Losses, likelihood and gate of a split; sample grid, FID, Inception Score and class accuracy of generated images.
 
     Everything is measured on the averaged weights where the run keeps them. Results are equal on every rank, and the
-    number of ranks changes none of them. Logged under val/ or test/; pictures go to TensorBoard and, as PNG, to
+    number of ranks changes none of them. Where a split has several grids, the losses are over all of them, samples and
+    gate pictures of its first one. Logged under val/ or test/; pictures go to TensorBoard and, as PNG, to
     `samples/` and `gate/` in the log directory.
     """
 
@@ -121,9 +122,12 @@ class Evaluation(Callback):
         self._counts_real = metrics is not None and not _distance(metrics).has_reference and not sanity
 
     def _add(self, module: FlashARModule, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
+        plan = module.evaluation_plan(batch.codes)
         if self.sums is None:
-            self.sums = LossSums(module.evaluation_plan(batch.codes), batch.codes.device)
-        self.sums.add(losses, batch.valid)
+            self.sums = LossSums(plan, batch.codes.device)
+        self.sums.add(losses, batch.valid, plan)
+        if not self.sums.same_grid(plan):
+            return  # samples are drawn, and compared with real images, on the split's first grid
         if self._samples_wanted(module):
             assert self.conditions is not None
             self.conditions.collect(batch.condition, batch.index, batch.valid)

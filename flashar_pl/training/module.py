@@ -185,7 +185,11 @@ class FlashARModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         manifest = self.manifest
-        training = {"step": self.trainer.global_step, "total_steps": self.total_steps, "settings": self.settings()}
+        training: dict[str, Any] = {"step": self.trainer.global_step, "total_steps": self.total_steps}
+        training["settings"] = self.settings()
+        grids = [list(m.grid) for m in getattr(self.trainer.datamodule, "manifests", ())]  # type: ignore[attr-defined]
+        if len(grids) > 1:
+            training["grids"] = grids
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "prompts", None) is not None:
             training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}

@@ -25,25 +25,32 @@ LOSSES = ("loss", "fused", "horizontal", "vertical")
 class LossSums:
     """Sums over the valid samples of a split, float64. Every rank adds its own; `reduce` joins them.
 
-    Means are taken at the end over all samples, so ranks and batches may hold different numbers of them.
+    Means are taken at the end over all samples, so ranks and batches may hold different numbers of them, and batches
+    may be of other grids than that of `plan`; the map of the gate is of this grid alone.
     """
 
     def __init__(self, plan: DecodePlan, device: torch.device) -> None:
         self.plan = plan
-        self.scalars = torch.zeros(len(LOSSES) + 3, dtype=torch.float64, device=device)
-        self.gate = torch.zeros(plan.n_cells, dtype=torch.float64, device=device)  # (N,)
-        both = (plan.h_source >= 0) & (plan.v_source >= 0)
-        self.interior = both.to(device)  # (N,)
+        self.scalars = torch.zeros(len(LOSSES) + 4, dtype=torch.float64, device=device)
+        self.gate = torch.zeros(plan.n_cells + 1, dtype=torch.float64, device=device)  # (N + 1,), the last: samples
 
-    def add(self, losses: dict[str, Tensor], valid: Tensor | None) -> None:
-        """Add what `GridModel.loss` returned for a batch; valid (B,) bool or None = all."""
+    def add(self, losses: dict[str, Tensor], valid: Tensor | None, plan: DecodePlan | None = None) -> None:
+        """Add what `GridModel.loss` returned for a batch; valid (B,) bool or None = all; plan None = the first."""
+        plan = plan or self.plan
         nll, gate = losses["nll"].double(), losses["gate"].flatten(1).double()  # (B,), (B, N)
         weight = torch.ones_like(nll) if valid is None else valid.to(nll)
         count = weight.sum()
-        entropy = (binary_entropy(gate) * self.interior).sum(1) / self.interior.sum().clamp_min(1)  # (B,)
+        interior = _interior(plan).to(gate.device)  # (N,)
+        cells = interior.sum().clamp_min(1)
+        inside = [(values * interior).sum(1) / cells for values in (gate, binary_entropy(gate))]  # (B,) each
         means = [losses[name].double() * count for name in LOSSES]
-        self.scalars += torch.stack([*means, (nll * weight).sum(), (entropy * weight).sum(), count])
-        self.gate += (gate * weight[:, None]).sum(0)
+        self.scalars += torch.stack([*means, *((values * weight).sum() for values in (nll, *inside)), count])
+        if self.same_grid(plan):
+            self.gate += torch.cat([(gate * weight[:, None]).sum(0), count[None]])
+
+    def same_grid(self, plan: DecodePlan) -> bool:
+        """Whether samples of `plan` have the grid of the first one."""
+        return (plan.height, plan.width) == (self.plan.height, self.plan.width)
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all samples of all ranks; `total` sums a tensor over ranks. Also joins `gate`.
@@ -52,20 +59,24 @@ class LossSums:
         targets that both heads predict, gate_mean and gate_entropy (nats) over those targets.
         """
         scalars, self.gate = total(self.scalars), total(self.gate)
-        *means, entropy, count = scalars.tolist()
+        *means, count = scalars.tolist()
         if count == 0:
             raise ValueError("the split has no samples; expected at least one.")
-        result = {name: value / count for name, value in zip((*LOSSES, "nll"), means, strict=True)}
-        self.gate = self.gate / count
-        if bool(self.interior.any()):
-            result["gate_mean"] = float(self.gate[self.interior].mean())
-            result["gate_entropy"] = entropy / count
+        names = (*LOSSES, "nll", "gate_mean", "gate_entropy")
+        result = {name: value / count for name, value in zip(names, means, strict=True)}
+        if not bool(_interior(self.plan).any()):
+            del result["gate_mean"], result["gate_entropy"]
         return result
 
     @property
     def gate_map(self) -> Tensor:
         """Mean gate (H, W) after `reduce`."""
-        return self.gate.view(self.plan.height, self.plan.width)
+        return (self.gate[:-1] / self.gate[-1]).view(self.plan.height, self.plan.width)
+
+
+def _interior(plan: DecodePlan) -> Tensor:
+    """Cells that both heads predict: (N,) bool."""
+    return (plan.h_source >= 0) & (plan.v_source >= 0)
 
 
 def binary_entropy(p: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from PIL import Image
 from tiny_images import vq_state
 
+from flashar_pl.commands.plot import read_scalars
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
@@ -116,3 +118,50 @@ def test_a_data_module_of_ones_own(run, work, monkeypatch):
     assert run("fit", "--config", "own.yaml")[0] == 0
     assert read_config(LAST)["data"] == config["data"]
     assert issubclass(sys.modules.pop("own_data").OwnData, LightningDataModule)
+
+
+def write_grid(out: str, grid: tuple[int, int], train: int, validation: int) -> None:
+    random = np.random.default_rng(grid[0])
+    tokenizer, condition = {"kind": "pixels", "levels": 64}, ConditionSpec("class", num_classes=3)
+    with ShardWriter(
+        out, name="x", tokenizer=tokenizer, grid=grid, vocabulary=64, condition=condition, block=4
+    ) as writer:
+        for split, n in (("train", train), ("validation", validation)):
+            writer.write(split, random.integers(0, 64, (n, *grid)), ids=range(n), labels=np.arange(n) % 3)
+
+
+def test_several_grids_from_a_yaml(run, work, tmp_path):
+    """The directory of grids as `shards`: trained on all, validated on all, resumed in the middle, scored one by one.
+
+    Guards a validation that would sum over the first grid only, or divide by the wrong number of images.
+    """
+    write_grid("grids/4x4", (4, 4), 16, 5)
+    write_grid("grids/2x6", (2, 6), 12, 3)
+    config = json.loads(json.dumps(RUN))
+    config["model"] |= {"flashar": {"branch_layer": 1}, "validation": {"grid_images": 2}, "optimiser": {"lr": 0.01}}
+    config["data"] = {"shards": "grids", "batch_size": 4, "validation_batch_size": 2}
+    config["trainer"] |= {"default_root_dir": "whole", "max_steps": 14, "limit_val_batches": 1.0}
+    keep_all = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 1}
+    config["trainer"]["callbacks"][0]["init_args"] = keep_all
+    Path("grids.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert run("fit", "--config", "grids.yaml")[0] == 0
+    last = "checkpoints/step=14.ckpt"
+    whole = torch.load(f"whole/{last}", weights_only=True)
+    assert whole["flashar"]["grid"] == [4, 4]
+    assert whole["flashar"]["training"]["grids"] == [[4, 4], [2, 6]]
+
+    scores = {}
+    for grid in ("4x4", "2x6"):
+        code, out, _ = run("score", "--checkpoint", f"whole/{last}", "--data", f"grids/{grid}",
+                           "--split", "validation", "--device", "cpu")  # fmt: skip
+        assert code == 0
+        scores[grid] = json.loads(out)["nll_nats_per_image"]
+    expected = (5 * scores["4x4"] + 3 * scores["2x6"]) / 8
+    curves = read_scalars(Path("whole"))
+    assert curves["val/nll"][1][-1] == pytest.approx(expected, rel=1e-5)
+    assert len(list(Path("whole/samples").glob("*.png"))) == 2
+
+    resumed = ("--ckpt_path", "whole/checkpoints/step=3.ckpt", "--trainer.default_root_dir", "part")
+    assert run("fit", *resumed)[0] == 0
+    part = torch.load(f"part/{last}", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, part[name]) for name, value in whole["state_dict"].items())

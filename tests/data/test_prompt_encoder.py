@@ -56,6 +56,15 @@ def test_the_prefix_is_the_template_and_the_header_of_the_shards_grid(assets, sh
         assert text.decode(ids) == expected
 
 
+def test_every_grid_has_a_header_of_its_own(assets) -> None:
+    """Guards training on several grids with the size digits of the first."""
+    encoder = PromptEncoder(assets, GRID)
+    wide = encoder.for_grid((4, 16))
+    assert wide("a cat").tolist() == PromptEncoder(assets, (4, 16))("a cat").tolist()
+    assert encoder("a cat").tolist() == PromptEncoder(assets, GRID)("a cat").tolist() != wide("a cat").tolist()
+    assert wide.text is encoder.text
+
+
 def test_long_captions_lose_their_end_and_the_first_is_announced(assets) -> None:
     encoder = PromptEncoder(assets, GRID, max_length=90)
     assert encoder("a <|extra_204|> b").tolist() == encoder("a <|extra_204|> b").tolist()
