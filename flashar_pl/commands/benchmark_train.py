@@ -6,7 +6,6 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 import datetime
-import gc
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -167,7 +166,6 @@ class Steps:
                 clock(lambda kind=kind: self.step(kind), self.device, timings[kind] if i else Timing())  # type: ignore[misc]
         rows = []
         for kind in LOSSES:
-            release()
             with peak_memory(self.device) as whole:
                 self.step(kind)
             timed = timings[kind].summary()
@@ -201,7 +199,6 @@ class Steps:
         states = h.clone().requires_grad_(not frozen), v.clone().requires_grad_()
         del h, v
         self.model.zero_grad()
-        release()
         with peak_memory(self.device) as peak:
             with self.autocast():
                 if kind == "plain":
@@ -213,18 +210,6 @@ class Steps:
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self.model.zero_grad()
         return max(0, peak.extra - gradients)
-
-
-def release() -> None:
-    """Give freed memory back to the system, so that the next peak starts from what is in use."""
-    import ctypes
-    import ctypes.util
-
-    gc.collect()
-    library = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
-    if trim is not None:
-        trim(0)
 
 
 def report(result: dict[str, Any]) -> str:

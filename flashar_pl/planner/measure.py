@@ -7,6 +7,9 @@ Letters: R rows, n slots of a step, D width.
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import gc
 import os
 import statistics
 import time
@@ -164,6 +167,15 @@ class Peak:
         return max(0, self.bytes - self.before)
 
 
+def release() -> None:
+    """Give freed memory back to the system, so that the next peak starts from what is in use."""
+    gc.collect()
+    library = ctypes.util.find_library("c")
+    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
+    if trim is not None:
+        trim(0)
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Peak memory of the block: the GPU allocator's, or the resident size of this process (Linux)."""
@@ -174,6 +186,7 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
         return
+    release()
     reset = Path("/proc/self/clear_refs")
     if reset.exists() and os.access(reset, os.W_OK):
         reset.write_text("5")  # VmHWM starts again from the present size
