@@ -21,6 +21,7 @@ from flashar_pl.backbones.base import Batch
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.models.sharded_files import is_sharded, read_meta
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
 from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
 from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_precision
@@ -214,7 +215,7 @@ class FlashARModule(LightningModule):
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> FlashARModule:
         """The module that wrote a Lightning checkpoint; give the same path to the Trainer, which loads the weights."""
-        content = read_tensors(path)
+        content = read_meta(path) if is_sharded(path) else read_tensors(path)
         if CHECKPOINT_KEY not in content:
             raise ValueError(f"{path} is not a Lightning checkpoint of flashar-pl; expected one written by a fit.")
         return cls(**typed_settings(Description.from_dict(content[CHECKPOINT_KEY]).training["settings"]))

@@ -21,7 +21,10 @@ def new_model(config: dict[str, Any], strategy: Strategy | None) -> GridModel:
 
 
 def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:
-    """The weights a run starts from: those of `path`, else random ones. All strategies give equal values.
+    """The weights a run starts from: those of `path`, else random ones.
+
+    All strategies give equal values, except for a gate beside Emu3.5 weights that are streamed into shards: like any
+    other it starts at 0.5 everywhere, but its hidden weights are other random ones.
 
     Raises ValueError as `initialise` does.
     """

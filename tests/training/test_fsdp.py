@@ -16,6 +16,7 @@ from training_toys import make_data, make_module, make_trainer
 from flashar_pl.models.sharded_files import SafeReader, is_sharded, read_meta
 from flashar_pl.models.weights import load_model
 from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.strategies import check_checkpoint_kind
 
 FP32 = {"compute": "fp32"}
@@ -117,6 +118,7 @@ def test_checkpoint_is_a_model(both, job) -> None:
     """Averaged weights by default; the shards of two ranks joined."""
     checkpoint = f"{job['root']}/step=10.ckpt"
     weights = both[1]["weights"]
+    assert FlashARModule.from_checkpoint(checkpoint).optimiser.lr == 1e-2
     for choice, prefix in (("auto", "ema."), ("raw", "net.")):
         for name, value in load_model(checkpoint, choice).model.state_dict().items():
             assert torch.equal(value, weights[prefix + name]), name
