@@ -1,8 +1,8 @@
 """Several data sets of one tokenizer, one for each grid, as one: training on images of several aspect ratios.
 
 `flashar tokenize text-image` writes them: OUT/32x32, OUT/27x36, ... with a manifest each. A global batch is of one
-grid on every device; the samples of a grid are in the order that this grid alone would have, and the order of grids
-is a function of seed and epoch. So (epoch, batch) is the whole state of the data, as for one grid.
+grid on every device; the samples of each grid are shuffled by themselves, and the order of grids is a function of
+seed and epoch. So (epoch, batch) is the whole state of the data, as for one grid.
 
 Shapes: b samples of a rank's slice of a global batch.
 """
