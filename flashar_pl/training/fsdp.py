@@ -10,7 +10,6 @@ the time: deciding by `requires_grad` loses moments, or fails, when a run contin
 from __future__ import annotations
 
 import shutil
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,6 @@ class ShardedStrategy(ModelParallelStrategy):
         loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
         for loop in loops:
             loop.inference_mode = False  # gathered parameters would be inference tensors in the next training step
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         super().setup(trainer)
 
     def model_to_device(self) -> None:

@@ -9,6 +9,7 @@ Parameters exist only while a unit runs. So a model is entered through its regis
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, cast
 
 import torch
@@ -42,6 +43,7 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
     mesh: one dimension = full sharding; two = (replicas, shards), copies of shards. Gradients are reduced in float32
     whatever the compute dtype. offload: shards, gradients and optimiser states stay in CPU memory.
     """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is written to
     low = torch.bfloat16 if compute == "bf16" else None
     inner = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     entry = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # text features come as float32
