@@ -15,8 +15,9 @@ from training_toys import GRID, LEVELS, NO_DROPOUT, OPTIONS
 from flashar_pl.backbones import TextFeatures
 from flashar_pl.decoding import generate
 from flashar_pl.models import GridModel
-from flashar_pl.models.weights import build_model
-from flashar_pl.training.sharding import recompute_blocks, shard
+from flashar_pl.models.weights import build_model, build_on_meta
+from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config
+from flashar_pl.training.sharding import local, recompute_blocks, shard
 
 TEXT = {"condition": "text", "caption_dim": 12, "num_classes": 1}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -98,3 +99,30 @@ def test_units(mesh: DeviceMesh) -> None:
         "", "backbone.condition_embedding", "backbone.code_embedding", "backbone.blocks.0", "backbone.blocks.1",
         "vertical.blocks.0", "dual_head", "dual_head.gate",
     }  # fmt: skip
+
+
+def test_the_34b_recipe_in_shards_of_eight() -> None:
+    """On the meta device and a process group without processes: an eighth of every parameter, up to padding, is held by
+    each GPU, and no unit that is gathered at once is larger than the embedding."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    config = BackboneConfig(preset="emu35-34b")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    model = build_on_meta(model_config(config, FlashARConfig(branch_layer=60)))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    shard(model, init_device_mesh("cpu", (8,)))
+    held = sum(local(parameter).numel() for parameter in model.parameters())
+    assert total == 35_954_009_729
+    assert held == pytest.approx(total / 8, rel=1e-6)
+    units = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    inside = {m: sum(p.numel() for p in m.parameters()) for m in units}
+    own = [n - sum(inside[c] for c in _nearest_units(m)) for m, n in inside.items()]
+    assert max(own) == 282_926 * 5_120
+
+
+def _nearest_units(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Units below `module` that are in no other unit below it."""
+    found: list[torch.nn.Module] = []
+    for child in module.children():
+        found += [child] if isinstance(child, FSDPModule) else _nearest_units(child)
+    return found
