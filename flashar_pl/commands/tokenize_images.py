@@ -44,9 +44,9 @@ def tokenize_imagenet(
     two splits.
 
     Example:
-        flashar tokenize imagenet --images imagenet/train --out data/imagenet256 --weights vq_ds16_c2i.pt --ten-crop
-        torchrun --nproc-per-node 8 -m flashar_pl.cli tokenize imagenet --images "tars/train-*.tar" --out data/in384
-        --weights vq_ds16_c2i.pt --image-size 384 --ten-crop --crop-range 1.1
+        flashar tokenize imagenet --images imagenet/train --out data/imagenet_256 --weights vq_ds16_c2i.pt --ten-crop
+        torchrun --nproc-per-node 8 -m flashar_pl.cli tokenize imagenet --images "tars/train-*.tar" --image-size 384
+        --out data/imagenet_384 --weights vq_ds16_c2i.pt --ten-crop --crop-range 1.1
 
     Args:
         images: folder with one sub-folder of images for each class, or tars: a folder of them, a tar, or a pattern.
@@ -128,7 +128,7 @@ def tokenize_npy(
     several processes as `flashar tokenize imagenet` does.
 
     Example:
-        flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet256 --weights
+        flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet_256 --weights
         vq_ds16_c2i.pt
 
     Args:

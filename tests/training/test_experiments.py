@@ -52,7 +52,8 @@ def test_instantiates(path: Path) -> None:
         assert cli.model.init_from == f"weights/c2i_{size.upper()}_{resolution}.pt"
         assert cli.model.validation.cfg_scale == 2.0
         assert cli.model.optimiser.lr == 2e-5
-        assert (cli.datamodule.batch_size, cli.trainer.max_epochs) == (512, 25)
+        images = cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches  # of an optimiser step
+        assert (images, cli.trainer.max_epochs) == (512, 25)
         assert cli.datamodule.location.endswith(resolution)
 
 
