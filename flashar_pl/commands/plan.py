@@ -222,9 +222,13 @@ def _grid(sizes: ModelSizes, shards: Any, notes: list[str]) -> tuple[int, int]:
     """The grid of the shards: from their manifest, from a name such as imagenet_256, or the family's usual one."""
     import json
 
-    manifest = Path(str(shards)) / "manifest.json"
-    if shards and manifest.is_file():
-        height, width = json.loads(manifest.read_text(encoding="utf-8"))["grid"]
+    place = Path(str(shards))
+    manifests = [place / "manifest.json", *sorted(place.glob("*/manifest.json"))] if shards else []
+    grids = [json.loads(path.read_text(encoding="utf-8"))["grid"] for path in manifests if path.is_file()]
+    if grids:
+        height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+        if len(grids) > 1:
+            notes.append(f"grid {height}x{width} is the largest of {len(grids)} in {shards}")
         return int(height), int(width)
     if shards and (found := re.search(r"_(\d{2,4})$", str(shards).rstrip("/"))):
         side = int(found[1]) // 16

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from flashar_pl.commands.plan import plan
 from flashar_pl.planner import model_sizes
@@ -18,6 +19,19 @@ def test_every_experiment_can_be_planned(path, capsys):
     result = plan(config=str(path), gpus=1 if path.stem.startswith("demo") else 8)
     assert sum(result["parameters"].values()) > 1000
     assert "GPU-hours" in capsys.readouterr().out
+    assert result["fits"], "the hardware of its header is 8 H20 with 96 GB"
+
+
+def test_the_largest_of_several_grids_counts(tmp_path):
+    """Guards a directory of grids planned as the family's usual one; memory follows from the longest sequence."""
+    for grid in ([32, 32], [27, 40], [16, 64]):
+        folder = tmp_path / f"{grid[0]}x{grid[1]}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"grid": grid}))
+    values = {"model": {"backbone": {"preset": "llamagen-b"}}, "data": {"shards": str(tmp_path), "batch_size": 8}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    result = plan(config=str(tmp_path / "run.yaml"), gpus=8)
+    assert list(result["setup"]["grid"]) == [27, 40]
 
 
 def test_the_published_recipe(run, work):
