@@ -44,7 +44,15 @@ from flashar_pl.training.stored_config import (
 )
 from flashar_pl.training.strategies import check_checkpoint_kind
 
-NOISE = ("litlogger", "litmodels", "available: ", "does not have many workers", "LeafSpec", "Seed set to")
+NOISE = (
+    "litlogger",
+    "litmodels",
+    "available: ",
+    "does not have many workers",
+    "LeafSpec",
+    "Seed set to",
+    "`weights_only` was not set",
+)
 VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
@@ -223,8 +231,8 @@ class ExperimentCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit:  # Lightning turns Ctrl-C into exit(1)
-            if self.trainer.interrupted:
+        except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
+            if self.trainer.interrupted and end.code == 1:
                 raise KeyboardInterrupt from None
             raise
         except (ValueError, MisconfigurationException):

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from sharded_ranks import Ask, go, run
-from training_toys import make_data, make_module, make_trainer
+from training_toys import OPTIONS, make_data, make_module, make_trainer
 
+from flashar_pl.cli import main
 from flashar_pl.models.sharded_files import read_meta
 from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.preemption import StopOnSignal
@@ -27,6 +29,26 @@ def test_saves_and_ends_with_its_own_exit_code(toy_shards: str, tmp_path: Path) 
     assert signal.getsignal(signal.SIGUSR1) == before
     with pytest.raises(ValueError, match="expected signals"):
         StopOnSignal(("USR1",))
+
+
+def test_the_command_ends_with_the_code_that_the_cluster_script_looks_for(toy_shards: str, tmp_path: Path) -> None:
+    """Lightning marks such a run as interrupted, which the command otherwise takes for Ctrl-C (130)."""
+    recipe = {
+        "model": {"backbone": {"options": OPTIONS}, "flashar": {"branch_layer": 1}},
+        "data": {"shards": toy_shards, "batch_size": 8},
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "devices": 1, "max_steps": 5,
+            "limit_val_batches": 0, "enable_progress_bar": False,
+            "strategy": {"class_path": "flashar_pl.training.fsdp.ShardedStrategy"},
+            "callbacks": [
+                {"class_path": "sharded_ranks.Ask", "init_args": {"rank": 0}},
+                {"class_path": "flashar_pl.training.preemption.StopOnSignal"},
+            ],
+        },
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["fit", "--config", str(tmp_path / "recipe.yaml")]) == 75
+    assert read_meta(tmp_path / "run" / "checkpoints" / "stopped.ckpt")["global_step"] == 3
 
 
 @pytest.mark.slow
