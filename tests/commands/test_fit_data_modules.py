@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,6 +120,43 @@ def test_a_data_module_of_ones_own(run, work, monkeypatch):
     assert run("fit", "--config", "own.yaml")[0] == 0
     assert read_config(LAST)["data"] == config["data"]
     assert issubclass(sys.modules.pop("own_data").OwnData, LightningDataModule)
+
+
+@pytest.mark.slow
+def test_several_grids_on_one_and_two_devices(work):
+    """Guards ranks on different grids at once, which would wait for each other forever, and other samples on two."""
+    write_grid("grids/4x4", (4, 4), 24, 5)
+    write_grid("grids/2x6", (2, 6), 16, 3)
+    options = RUN["model"]["backbone"]["options"]
+    none = {f"{name}_dropout": 0.0 for name in ("token", "resid", "ffn", "condition")}
+    config = json.loads(json.dumps(RUN))
+    config["model"] = {
+        "backbone": {"options": options | none},
+        "flashar": {"branch_layer": 1},
+        "optimiser": {"lr": 0.01},
+    }
+    config["data"] = {"shards": "grids", "batch_size": 4, "validation_batch_size": 2, "num_workers": 1}
+    config["trainer"] |= {"max_steps": 20, "limit_val_batches": 1.0}
+    steps = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 5}
+    config["trainer"]["callbacks"][0]["init_args"] = steps
+    Path("run.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    def fit(out: str, devices: int, *words: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+        where = ("--trainer.default_root_dir", out, "--trainer.devices", str(devices))
+        command = [sys.executable, "-m", "flashar_pl.cli", "fit", *words, *where]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        state = torch.load(f"{out}/checkpoints/step=20.ckpt", weights_only=True)["state_dict"]
+        return state, read_scalars(Path(out))["val/nll"][1]
+
+    one, curve = fit("one", 1, "--config", "run.yaml")
+    two, two_curve = fit("two", 2, "--config", "run.yaml")
+    again, _ = fit("again", 1, "--ckpt_path", "two/checkpoints/step=5.ckpt")
+    assert two_curve == pytest.approx(curve, rel=1e-5)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again[name], value, atol=1e-5, rtol=0)
 
 
 def write_grid(out: str, grid: tuple[int, int], train: int, validation: int) -> None:
