@@ -65,6 +65,29 @@ def test_every_grid_has_a_header_of_its_own(assets) -> None:
     assert wide.text is encoder.text
 
 
+def test_captions_of_several_grids_have_the_header_of_their_batch(assets, tmp_path) -> None:
+    """In training and validation."""
+    grids = ((2, 3), (3, 2))
+    for grid in grids:
+        with ShardWriter(
+            tmp_path / f"{grid[0]}x{grid[1]}", name="captions", tokenizer={"kind": "none"}, grid=grid,
+            vocabulary=emu_files.CODES, condition=ConditionSpec("text"), block=4,
+        ) as writer:  # fmt: skip
+            for split in ("train", "validation"):
+                writer.write(split, np.zeros((4, *grid), dtype=np.int64), ids=range(4), texts=["a"] * 4)
+    data = CodesDataModule(str(tmp_path), batch_size=2, prompts=str(assets))
+    data.setup("fit")
+    text = PromptEncoder(assets, GRID).text
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        batches = list(loader)
+        loader.close()
+        assert {tuple(batch.codes.shape[1:]) for batch in batches} == set(grids)
+        for batch in batches:
+            height, width = batch.codes.shape[1:]
+            for ids in batch.condition:
+                assert text.decode(ids).endswith(f"<|image start|>{height}*{width}<|image token|>")
+
+
 def test_long_captions_lose_their_end_and_the_first_is_announced(assets) -> None:
     encoder = PromptEncoder(assets, GRID, max_length=90)
     assert encoder("a <|extra_204|> b").tolist() == encoder("a <|extra_204|> b").tolist()
