@@ -49,7 +49,9 @@ def test_the_prefix_is_the_template_and_the_header_of_the_shards_grid(assets, sh
     """Height and width exchanged, or a fixed 32 x 32, would train on a wrong header without any error."""
     data = CodesDataModule(shards, batch_size=4, prompts=str(assets), num_workers=1)
     data.setup("fit")
-    batch = next(iter(data.train_dataloader()))
+    loader = data.train_dataloader()
+    batch = next(iter(loader))
+    loader.close()
     text = PromptEncoder(assets, GRID).text
     for ids, sample in zip(batch.condition, batch.index.tolist()):
         expected = TEMPLATE.format(f"train {'x' * sample}") + "<|image start|>2*3<|image token|>"
