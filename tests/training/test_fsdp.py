@@ -212,12 +212,11 @@ def test_hybrid_sharding(both, job, tmp_path: Path) -> None:
     """Two copies of two shards on four ranks, clipping in every step; resume, on the same mesh and on a flat one."""
     root = str(tmp_path)
     hybrid = {**job, "root": root, "strategy": "sharded", "options": {**FP32, "replicas": 2}}
-    go([{**hybrid, "name": "hybrid", "save": 1}], devices=4)
     again = [
         {**hybrid, "name": "again", "ckpt": f"{root}/step=2.ckpt"},
         {**hybrid, "name": "flat", "options": FP32, "ckpt": f"{root}/step=1.ckpt"},
     ]
-    go(again, devices=4)
+    go([{**hybrid, "name": "hybrid", "save": 1}, *again], devices=4)
     close(record({**hybrid, "name": "hybrid"}), both[0])
     close(record(again[0]), both[0], after=2)
     close(record(again[1]), both[0], after=1)
