@@ -127,7 +127,7 @@ def plan_stages(root: Path, data: str, full: bool) -> list[Stage]:
     return stages
 
 
-SECONDS = {"raster": 180.0, "flashar": 55.0, "scratch": 60.0}
+SECONDS = {"raster": 220.0, "flashar": 55.0, "scratch": 60.0}
 """Expected seconds of the training runs on one idle core."""
 LAST = "checkpoints/last.ckpt"
 """What a training run of the demo writes at its end."""

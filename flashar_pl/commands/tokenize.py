@@ -8,8 +8,8 @@ from typing import Any
 def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
     """Write the embedded digits as WebDataset shards of codes, with their manifest.
 
-    scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 17 grey levels used directly as codes, 10 classes: 1,300
-    images to train on, 200 to validate, 297 to test. Needs no download.
+    scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 17 grey levels used directly as codes, 10 classes: 1,400
+    images to train on, 100 to validate, 297 to test. Needs no download.
 
     Example:
         flashar tokenize digits --out data/digits

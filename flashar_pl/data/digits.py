@@ -12,7 +12,7 @@ from flashar_pl.data.writer import ShardWriter
 
 LEVELS = 17
 CLASSES = 10
-SIZES = {"train": 1300, "validation": 200, "test": 297}
+SIZES = {"train": 1400, "validation": 100, "test": 297}
 BLOCK, SHARD_BLOCKS = 50, 10
 
 
@@ -53,7 +53,7 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def tokenize_digits(out: str | os.PathLike[str], seed: int = 0) -> Manifest:
-    """Write the digits as code shards: 1,300 train, 200 validation, 297 test, in blocks of 50.
+    """Write the digits as code shards: 1,400 train, 100 validation, 297 test, in blocks of 50.
 
     Args:
         out: directory to make; it must not exist.

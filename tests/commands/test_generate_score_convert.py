@@ -248,6 +248,6 @@ def _saved(official) -> str:
 def test_tokenize_digits(run, refused, work):
     code, out, err = run("tokenize", "digits", "--out", "digits")
     assert code == 0, err
-    assert "1,300 train" in out
+    assert "1,400 train" in out
     assert Manifest.load("digits").samples("test") == 297
     assert "digits exists" in refused("tokenize", "digits", "--out", "digits")

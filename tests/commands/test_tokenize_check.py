@@ -43,7 +43,7 @@ def test_summary_of_the_digits(run, shards):
     code, out, _ = run("tokenize", "check", shards)
     assert code == 0
     assert "1 crops of 8 x 8 codes of 17 (pixels)" in out
-    assert "train: 1,300 samples; 17 different codes in 1,300 of them" in out
+    assert "train: 1,400 samples; 17 different codes in 1,400 of them" in out
     assert "10 classes" in out
     assert "0 without any" in out
 

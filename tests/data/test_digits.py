@@ -15,7 +15,7 @@ from flashar_pl.data.shards import ShardReader, verify
 def test_digits_shards(tmp_path: Path) -> None:
     manifest = tokenize_digits(tmp_path / "digits")
     found = verify(tmp_path / "digits")
-    assert found.samples == {"train": 1300, "validation": 200, "test": 297}
+    assert found.samples == {"train": 1400, "validation": 100, "test": 297}
     assert (manifest.grid, manifest.vocabulary, manifest.crops) == ((8, 8), 17, 1)
     assert manifest.tokenizer == {"kind": "pixels", "levels": 17}
     assert manifest.condition.num_classes == 10

@@ -87,7 +87,9 @@ def test_loss_takes_less_than_a_fifth_of_three_sets_of_logits(monkeypatch: pytes
     with_loss = peak(run)
     with monkeypatch.context() as patch:
         patch.setattr(dual_head, "head_nll", lambda x, weight, labels: x.sum(-1))
-        patch.setattr(dual_head, "dual_nll", lambda h, v, gate, *rest: (h.sum(-1)[: len(gate)] + gate, h.sum(-1), v.sum(-1)))
+        patch.setattr(
+            dual_head, "dual_nll", lambda h, v, gate, *rest: (h.sum(-1)[: len(gate)] + gate, h.sum(-1), v.sum(-1))
+        )
         without = peak(run)
     assert with_loss - without < 0.2 * THREE_LOGITS, (
         f"{(with_loss - without) / THREE_LOGITS:.3f} of three sets of logits"
