@@ -88,12 +88,23 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except RuntimeError as error:  # an interrupt in the middle of torch.save surfaces as the writer's own error
+        if interrupted(error):
+            return 130
+        raise
     except (ValueError, OSError, ImportError) as error:
         if debug or (getattr(error, "name", None) or "").startswith("flashar_pl"):  # a missing module of ours: a bug
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"flashar: error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def interrupted(error: BaseException | None) -> bool:
+    """Whether an error came up while a Ctrl-C was being handled."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def one_line(error: BaseException) -> str:

@@ -104,3 +104,23 @@ def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(cli, "dispatch", broken)
     with pytest.raises(AssertionError):
         run("demo")
+
+
+def test_an_interrupt_inside_a_library_still_exits_130(monkeypatch):
+    """torch.save turns a Ctrl-C into a RuntimeError of its file writer; that must not print a traceback."""
+
+    def saving(words):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904 - the context is the point
+
+    monkeypatch.setattr(cli, "dispatch", saving)
+    assert cli.main(["fit"]) == 130
+
+    def broken(words):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "dispatch", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["fit"])
