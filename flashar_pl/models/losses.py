@@ -20,8 +20,8 @@ from flashar_pl.numerics import full_precision, wide
 AUX_WEIGHT = 0.05
 """Weight of L_H + L_V in the training loss (Sec. 4.3)."""
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Logits of one head in the largest chunk: 8 MiB of float32 on a CPU, 64 MiB on a GPU, where small GEMMs are slow."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+"""Logits of one head in the largest chunk: 16 MiB of float32 on a CPU, 64 MiB on a GPU; small GEMMs are slow."""
 
 
 def chunk_size(targets: int, vocabulary: int, device_type: str) -> int:
