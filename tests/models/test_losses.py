@@ -185,8 +185,8 @@ def test_a_second_backward_recomputes_again() -> None:
 
 
 def test_chunk_size_follows_targets_and_vocabulary() -> None:
-    assert losses.chunk_size(10**6, 16384, "cpu") == 128
-    assert losses.chunk_size(10, 16384, "cpu") == 16, "not below an eighth of the largest"
+    assert losses.chunk_size(10**6, 16384, "cpu") == 256
+    assert losses.chunk_size(10, 16384, "cpu") == 32, "not below an eighth of the largest"
     assert losses.chunk_size(640, 16384, "cpu") == 40
     assert losses.chunk_size(10**6, 10**9, "cpu") == 1
     assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 1024
