@@ -36,7 +36,7 @@ def build_parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
     """The parser of `flashar VERB` for a command function. Every parameter must have a line in the docstring."""
     doc = docstring_parser.parse(function.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
     described = {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
-    examples = "\n\n".join(example.description or "" for example in doc.examples)
+    examples = "\n\n".join(_as_typed(example.description or "") for example in doc.examples)
     hints = typing.get_type_hints(function)
     parameters = inspect.signature(function).parameters
     parser = ArgumentParser(
@@ -51,6 +51,17 @@ def build_parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
         assert name in described, f"{function.__name__}: parameter {name} has no description"
         _add(parser, parameter, hints[name], described[name])
     return parser
+
+
+def _as_typed(example: str) -> str:
+    """An example that a shell takes as it is: a line that starts no command continues the one before it."""
+    lines: list[str] = []
+    for line in example.splitlines():
+        if lines and not line.startswith(("flashar ", "torchrun ")):
+            lines[-1] += " \\"
+            line = "  " + line.strip()
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _usage(prog: str, parameters: typing.Mapping[str, inspect.Parameter]) -> str:
@@ -125,7 +136,7 @@ def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[lis
     try:
         values = vars(parser.parse_args(argv))
     except argparse.ArgumentError as error:
-        raise ValueError(_explain(str(error), hints, prog)) from error
+        raise ValueError(_explain(str(error), function, prog)) from error
     positional: list[Any] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.POSITIONAL_ONLY:
@@ -139,8 +150,10 @@ def _name(word: str) -> str:
     return word.split("=", 1)[0]
 
 
-def _explain(message: str, hints: dict[str, Any], prog: str) -> str:
+def _explain(message: str, function: Callable[..., Any], prog: str) -> str:
     """One line for jsonargparse's message."""
+    hints = typing.get_type_hints(function)
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
     key = re.match(r'Parser key "(\w+)"', message)
     given = re.search(r"(?:Given value|Got value): (.*)", message)
     if key and given and key[1] in hints:
@@ -148,6 +161,11 @@ def _explain(message: str, hints: dict[str, Any], prog: str) -> str:
         choices = _choices(hint)
         expected = f"one of {', '.join(choices)}" if choices else type_text(hint)
         return f"{option(key[1])} is {given[1]!r}; expected {expected}. See {prog} --help."
+    missing = re.match(r"the following arguments are required: (.+)", message)
+    if missing:
+        words = missing[1].split(", ")
+        names = [option(word) if kinds.get(word) is inspect.Parameter.KEYWORD_ONLY else word.upper() for word in words]
+        return f"{prog} needs {' and '.join(names)}. See {prog} --help."
     return f"{' '.join(message.split())}. See {prog} --help."
 
 

@@ -116,7 +116,7 @@ def parse_classes(classes: str | list[int] | int) -> list[int]:
     ids: list[int] = []
     for part in classes.strip("[] ").split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
             raise ValueError(f"classes is {classes!r}; expected ids such as 3,7 or a range such as 0-9.")
         ids += range(int(first), int(last or first) + 1)
     return ids

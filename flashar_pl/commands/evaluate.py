@@ -103,7 +103,7 @@ def evaluate(
         plan: decoding order: raster (H*W steps) or diagonal (H+W-1 steps). Default: the checkpoint's own.
         cfg_scale: classifier-free guidance s in u + s(c - u); 1 is off.
         cfg_interval: guide only steps with at most this number + 1 cells decoded before them. Default: every step.
-        temperature: divides the logits.
+        temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 is off.
         top_p: keep the most likely codes up to this probability; 1 is off.
         seed: seed of the first sample; sample i uses seed + i.

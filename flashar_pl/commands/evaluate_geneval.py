@@ -58,8 +58,8 @@ def evaluate_geneval(
     over tasks (the official score) and the mean over images, which published tables mix up.
 
     Example:
-        flashar evaluate geneval --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image --prompts
-          evaluation_metadata.jsonl --tokenizer ibq:Emu3.5-VisionTokenizer --out geneval/flashar
+        flashar evaluate geneval --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image
+          --prompts evaluation_metadata.jsonl --tokenizer ibq:Emu3.5-VisionTokenizer --out geneval/flashar
         flashar evaluate geneval --detector mask2former-swin-small-coco-instance --clip clip-vit-large-patch14
           --out geneval/flashar
 
@@ -77,7 +77,7 @@ def evaluate_geneval(
         grid: code grid HEIGHTxWIDTH.
         plan: decoding order: raster or diagonal. Default: the checkpoint's own.
         cfg_scale: classifier-free guidance s in u + s(c - u); 1 is off.
-        temperature: divides the logits.
+        temperature: divides the logits; 0 takes the most likely code.
         top_k: keep the k most likely codes; 0 is off.
         top_p: keep the most likely codes up to this probability; 1 is off.
         seed: image j of prompt i uses seed + i * num_images + j.

@@ -128,8 +128,8 @@ def tokenize_npy(
     several processes as `flashar tokenize imagenet` does.
 
     Example:
-        flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet_256 --weights
-        vq_ds16_c2i.pt
+        flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet_256
+          --weights vq_ds16_c2i.pt
 
     Args:
         codes: folder of the code files.

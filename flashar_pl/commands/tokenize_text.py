@@ -43,7 +43,7 @@ def tokenize_text_image(
     shard_images: int = 2000,
     keep_order: bool = False,
 ) -> dict[str, Any] | None:
-    """Turn images with captions into shards of codes, one data set for each grid: OUT/32x32, OUT/27x37, ...
+    """Turn images with captions into shards of codes, one data set for each grid: OUT/32x32, OUT/27x36, ...
 
     Reads a JSON list or JSONL of captions and image paths (ShareGPT-4o-Image: input_prompt, output_image), WebDataset
     tars of jpg + txt, or tars of ready codes, pt + txt, as the authors' Emu3.5 FlashAR training makes them. An image
@@ -63,7 +63,7 @@ def tokenize_text_image(
         images: folder that the paths of a list start from; that of the list if not given.
         image_size: side in pixels of a square image; other ratios have about as many codes, never more. 512 if
             not given.
-        buckets: grids to sort images into, such as 32x32,27x37,37x27 (HEIGHTxWIDTH in codes); one grid crops every
+        buckets: grids to sort images into, such as 32x32,27x36,36x27 (HEIGHTxWIDTH in codes); one grid crops every
             image to it. Without it and with --image-size: nine, from 1:2 to 2:1.
         caption_key: field of a list that holds the caption, if it is none of input_prompt, caption, prompt, text.
         image_key: field of a list that holds the image's path, if it is none of output_image, image, image_path,

@@ -110,6 +110,7 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
     if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
         raise ValueError(
             f"the model branches at layer {model.branch_layer} of {backbone.n_layer} with {model.vertical_layers} "
-            f"vertical layers and fusion {model.fusion!r}; a NAR checkpoint has one layer after the last and averages."
+            f"vertical layers and fusion {model.fusion!r}; the only official format for it, a NAR checkpoint, has one "
+            "layer after the last and averages. Use our format."
         )
     return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))

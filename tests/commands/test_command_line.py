@@ -50,7 +50,10 @@ def test_every_command_is_a_typed_function_with_a_described_help(name, run):
     function = cli.load(cli.COMMANDS[name])
     text = build_parser(function, f"flashar {name}").format_help()
     assert "example:" in text
-    assert f"flashar {name}" in text.split("example:")[1]
+    example = text.split("example:")[1]
+    assert f"flashar {name}" in example
+    for line, before in zip(example.splitlines()[2:], example.splitlines()[1:], strict=False):
+        assert line.startswith(("  flashar ", "  torchrun ")) != before.endswith("\\"), f"not to be pasted: {line}"
     for parameter in inspect.signature(function).parameters.values():
         assert parameter.annotation is not parameter.empty
         assert parameter.kind is not parameter.POSITIONAL_OR_KEYWORD
@@ -75,7 +78,8 @@ def test_unknown_command_and_option_offer_the_closest_names(refused):
     assert "--num-images is 'a few'; expected a whole number" in refused(
         "generate", "--checkpoint", "x", "--out", "y", "--num-images", "a few"
     )
-    assert "required: checkpoint" in refused("generate", "--classes", "3")
+    assert "generate needs --checkpoint and --out." in refused("generate", "--classes", "3")
+    assert "convert needs SOURCE and --out." in refused("convert")
 
 
 def test_interrupt_is_quiet_and_exits_130(run, monkeypatch):

@@ -113,6 +113,7 @@ def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, fl
     base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
     assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
     assert "expected ids such as 3,7" in refused(*base, "--classes", "three")
+    assert "expected ids such as 3,7" in refused(*base, "--classes", "7-3")
     assert "--classes" in refused(*base)
     assert "cfg_scale is -0.5; expected 0 or more" in refused(*base, "--classes", "3", "--cfg-scale", -0.5)
     assert "top_p" in refused(*base, "--classes", "3", "--top-p", 1.5)
