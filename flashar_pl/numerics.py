@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
@@ -66,7 +67,10 @@ def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int
     given: Any = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     if isinstance(given, Integral):  # numpy's integers too
         return [int(given) + i for i in range(batch)]
-    listed = [int(seed) for seed in given]
+    try:
+        listed = [index(seed) for seed in given]
+    except TypeError as error:
+        raise ValueError(f"seeds is {given!r}; expected one int or {batch} ints.") from error
     if len(listed) != batch:
         raise ValueError(f"seeds has {len(listed)} entries; expected one int or {batch} entries.")
     return listed

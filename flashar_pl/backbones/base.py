@@ -232,6 +232,8 @@ def slot_codes(codes: Tensor, plan: DecodePlan) -> Tensor:
 
 def check_codes(codes: Tensor, vocabulary: int) -> None:
     """ValueError unless codes are (B, H, W) integers. The range is checked where that costs no synchronisation."""
+    if not isinstance(codes, Tensor):
+        raise ValueError(f"codes are a {type(codes).__name__}; expected a tensor (B, H, W) of integers.")
     if codes.ndim != 3 or codes.is_floating_point():
         raise ValueError(f"codes have shape {tuple(codes.shape)}, dtype {codes.dtype}; expected (B, H, W) integers.")
     if codes.device.type == "cpu" and codes.numel():

@@ -20,7 +20,7 @@ from flashar_pl.layers.rope import Rope, angles_2d
 from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
 
 TEXT_POSITIONS = 120
-"""Caption positions of the published text-conditional models; the learnt null caption has as many."""
+"""Caption positions of the published text-conditional models."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class LlamaGenConfig:
     """Classes; class id num_classes is the null class."""
     caption_dim: int = 2048
     """Width C of the text features."""
+    caption_positions: int = TEXT_POSITIONS
+    """Largest number of caption positions; the null caption has as many."""
     multiple_of: int = 256
     """The feed-forward width is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None = None
@@ -141,11 +143,11 @@ class CaptionEmbedding(nn.Module):
 
     null: Tensor
 
-    def __init__(self, caption_dim: int, dim: int) -> None:
+    def __init__(self, caption_dim: int, dim: int, positions: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(caption_dim, dim, bias=False)
         self.fc2 = nn.Linear(dim, dim, bias=False)
-        self.register_buffer("null", torch.randn(TEXT_POSITIONS, caption_dim) / caption_dim**0.5)
+        self.register_buffer("null", torch.randn(positions, caption_dim) / caption_dim**0.5)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))  # (R, T, D)
@@ -165,7 +167,7 @@ class LlamaGen(Backbone):
         if config.condition == "class":
             self.condition_embedding = ClassEmbedding(config.num_classes, config.dim)
         else:
-            self.condition_embedding = CaptionEmbedding(config.caption_dim, config.dim)
+            self.condition_embedding = CaptionEmbedding(config.caption_dim, config.dim, config.caption_positions)
         self.code_embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -279,10 +281,10 @@ class LlamaGen(Backbone):
             if not isinstance(condition, TextFeatures):
                 raise ValueError(f"this model is text-conditional; expected TextFeatures, got {_kind(condition)}.")
             _, positions, width = condition.features.shape
-            if width != config.caption_dim or positions > TEXT_POSITIONS:
+            if width != config.caption_dim or positions > config.caption_positions:
                 raise ValueError(
-                    f"text features have {positions} positions of width {width}; expected at most {TEXT_POSITIONS} "
-                    f"of width {config.caption_dim}."
+                    f"text features have {positions} positions of width {width}; expected at most "
+                    f"{config.caption_positions} of width {config.caption_dim}."
                 )
             mask = condition.mask
             if mask is not None and mask.device.type == "cpu" and bool((mask.bool().int().diff(dim=1) < 0).any()):

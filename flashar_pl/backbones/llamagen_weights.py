@@ -122,7 +122,9 @@ def infer_config(
     }
     if "cls_embedding.cap_proj.fc1.weight" in state_dict:
         caption_dim = state_dict["cls_embedding.cap_proj.fc1.weight"].shape[1]
-        return LlamaGenConfig(**common, condition="text", caption_dim=caption_dim)
+        null = state_dict.get("cls_embedding.uncond_embedding")
+        positions = {} if null is None else {"caption_positions": len(null)}  # without it `gather` names the key
+        return LlamaGenConfig(**common, condition="text", caption_dim=caption_dim, **positions)
     if "cls_embedding.embedding_table.weight" not in state_dict:
         raise ValueError("not a LlamaGen checkpoint: neither a class table nor a caption projection was found.")
     return LlamaGenConfig(**common, num_classes=len(state_dict["cls_embedding.embedding_table.weight"]) - 1)

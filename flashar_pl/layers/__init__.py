@@ -1,0 +1,1 @@
+"""Transformer blocks, rotary embeddings and the key/value cache."""

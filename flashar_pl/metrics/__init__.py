@@ -1,0 +1,1 @@
+"""Distances between image sets, their features, and GenEval."""

@@ -28,6 +28,8 @@ def as_rows(values: Array, name: str = "values", minimum: int = 1) -> Tensor:
     Raises:
         ValueError: not two-dimensional, empty, not real numbers, fewer than `minimum` rows, or not finite.
     """
+    if isinstance(values, np.ndarray) and (not values.flags.writeable or min(values.strides, default=0) < 0):
+        values = values.copy("K")  # torch takes neither read-only arrays, such as memory maps, nor negative strides
     rows = torch.as_tensor(values).detach()
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"{name} must have shape (rows, columns), got {tuple(rows.shape)}")

@@ -123,12 +123,20 @@ class GridModel(nn.Module, ABC):
                 "FlashAR(backbone, branch_layer=m)."
             )
 
+    def _plan_of(self, codes: Tensor, plan: DecodePlan | None) -> DecodePlan:
+        """The plan given, or the model's own for codes (B, H, W). ValueError if either is of the wrong kind."""
+        check_codes(codes, self.backbone.vocabulary)
+        if plan is None:
+            return self.default_plan(codes.shape[1], codes.shape[2])
+        if not isinstance(plan, DecodePlan):
+            raise ValueError(f"plan is {plan!r}; expected a DecodePlan, such as raster_plan(H, W) of flashar_pl.grid.")
+        return plan
+
     def _teacher_forced(
         self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int, vertical: bool
     ) -> States:
         """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
         self.check_plan(plan)
-        check_codes(codes, self.backbone.vocabulary)
         if codes.shape[1:] != (plan.height, plan.width):
             raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
         self.backbone.check_condition(condition, codes.shape[0])
@@ -143,7 +151,7 @@ class GridModel(nn.Module, ABC):
 
     def forward(self, codes: Tensor, condition: Condition, plan: DecodePlan | None = None) -> Logits:
         """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
-        plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
+        plan = self._plan_of(codes, plan)
         h, v = self._teacher_forced(codes, condition, plan, plan.n_slots, vertical=True)
         fused, horizontal, vertical, gate = self.dual_head(h, v, plan)
         shape = codes.shape[1:]
@@ -163,7 +171,7 @@ class GridModel(nn.Module, ABC):
         "fused", "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the
         plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
-        plan = plan or self.default_plan(codes.shape[1], codes.shape[2])
+        plan = self._plan_of(codes, plan)
         h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan)
         weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)

@@ -125,10 +125,17 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
             content = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN_FILE as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a checkpoint, which is a dictionary.")
     return content
+
+
+def reason(error: BaseException) -> str:
+    """What a reader found, without torch's advice to read the file unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    found = [line for line in lines if "WeightsUnpickler error" in line]
+    return (found or lines)[0].removeprefix("WeightsUnpickler error: ")[:300]
 
 
 def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -232,7 +239,9 @@ def load_model(
         return _load_sharded(path, weights)
     if path.is_dir():
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
-            raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.")
+            files = sorted(f for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for f in path.glob(pattern))
+            hint = f" Did you mean {files[-1]}?" if files else ""
+            raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.{hint}")
         description = Description.from_dict(json.loads((path / "config.json").read_text()))
         return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
     content = read_tensors(path)
@@ -368,10 +377,15 @@ def _check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path
 
 
 def _resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with derived sizes filled in, so that equal models compare equal."""
+    """The config with defaults and derived sizes filled in, so that equal models compare equal."""
     if config.get("kind") != LlamaGen.kind:
         return config
     values = LlamaGenConfig(**{key: value for key, value in config.items() if key != "kind"})
-    unused = ("caption_dim",) if values.condition == "class" else ("num_classes",)
-    resolved = {**config, "ffn_dim": values.feed_forward_dim, "n_kv_head": values.n_kv_head or values.n_head}
+    unused = ("caption_dim", "caption_positions") if values.condition == "class" else ("num_classes",)
+    resolved = {
+        **config,
+        **asdict(values),
+        "ffn_dim": values.feed_forward_dim,
+        "n_kv_head": values.n_kv_head or values.n_head,
+    }
     return {key: value for key, value in resolved.items() if key not in unused}

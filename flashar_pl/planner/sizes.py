@@ -11,7 +11,7 @@ from typing import Any
 
 from flashar_pl.backbones import emu35, llamagen
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
-from flashar_pl.backbones.llamagen import TEXT_POSITIONS, LlamaGen, LlamaGenConfig
+from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.layers.transformer import BlockConfig
 from flashar_pl.models.base import ROLES
 from flashar_pl.models.dual_head import Corner
@@ -93,7 +93,7 @@ class ModelSizes:
         """Prefix positions: class token, caption positions, or 50, a usual Emu3.5 prompt."""
         if isinstance(self.backbone, Emu35Config):
             return 50
-        return 1 if self.backbone.condition == "class" else TEXT_POSITIONS
+        return 1 if self.backbone.condition == "class" else self.backbone.caption_positions
 
     @property
     def condition_linears(self) -> tuple[Linear, ...]:
@@ -127,7 +127,9 @@ class ModelSizes:
     @property
     def buffer_elements(self) -> int:
         """Constants stored beside the parameters: the null caption."""
-        return TEXT_POSITIONS * self.condition_linears[0].n_in if self.condition_linears else 0
+        if isinstance(self.backbone, LlamaGenConfig) and self.backbone.condition == "text":
+            return self.backbone.caption_positions * self.backbone.caption_dim
+        return 0
 
     def parameters(self) -> dict[str, int]:
         """Parameters by role, in the order of `ROLES`; a role the model lacks has 0."""

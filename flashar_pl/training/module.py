@@ -21,8 +21,7 @@ from flashar_pl.backbones.base import Batch
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.models.sharded_files import is_sharded, read_meta
-from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
+from flashar_pl.models.weights import CHECKPOINT_KEY
 from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
 from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_precision
 from flashar_pl.training.config import (
@@ -39,6 +38,7 @@ from flashar_pl.training.config import (
     plain_settings,
     typed_settings,
 )
+from flashar_pl.training.description import describe, read_description
 from flashar_pl.training.evaluation import Evaluation
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.stages import Schedule
@@ -158,10 +158,8 @@ class FlashARModule(LightningModule):
         return self.net.make_plan(self.validation.plan or self.net.plan_name, codes.shape[1], codes.shape[2])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        plan = self.evaluation_plan(batch.codes)
-        return self.evaluated.loss(
-            batch.codes, batch.condition, plan=plan, valid=batch.valid, aux_weight=self.aux_weight
-        )
+        codes, plan = batch.codes, self.evaluation_plan(batch.codes)
+        return self.evaluated.loss(codes, batch.condition, plan, batch.valid, self.aux_weight)
 
     test_step = validation_step
 
@@ -185,24 +183,7 @@ class FlashARModule(LightningModule):
         return plain_settings({name: getattr(self, name) for name in SETTINGS})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        manifest = self.manifest
-        training: dict[str, Any] = {"step": self.trainer.global_step, "total_steps": self.total_steps}
-        training["settings"] = self.settings()
-        grids = [list(m.grid) for m in getattr(self.trainer.datamodule, "manifests", ())]  # type: ignore[attr-defined]
-        if len(grids) > 1:
-            training["grids"] = grids
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "prompts", None) is not None:
-            training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
-        if self.total_steps is not None:
-            training["stage"] = self.built_schedule.stage(self.trainer.global_step)
-        description = Description(
-            model=self.net.config(),
-            grid=None if manifest is None else tuple(manifest.grid),
-            tokenizer=None if manifest is None else dict(manifest.tokenizer),
-            training=training,
-        )
-        checkpoint[CHECKPOINT_KEY] = description.to_dict()
+        checkpoint[CHECKPOINT_KEY] = describe(self).to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if CHECKPOINT_KEY not in checkpoint:
@@ -215,7 +196,4 @@ class FlashARModule(LightningModule):
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> FlashARModule:
         """The module that wrote a Lightning checkpoint; give the same path to the Trainer, which loads the weights."""
-        content = read_meta(path) if is_sharded(path) else read_tensors(path)
-        if CHECKPOINT_KEY not in content:
-            raise ValueError(f"{path} is not a Lightning checkpoint of flashar-pl; expected one written by a fit.")
-        return cls(**typed_settings(Description.from_dict(content[CHECKPOINT_KEY]).training["settings"]))
+        return cls(**typed_settings(read_description(path).training["settings"]))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from flashar_pl.models.weights import CHECKPOINT_KEY
+from flashar_pl.models.weights import BROKEN_FILE, CHECKPOINT_KEY
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
@@ -33,7 +33,7 @@ def read_meta(path: str) -> dict[str, Any]:
         raise ValueError(f"{path} is a directory without meta.pt; expected a Lightning checkpoint.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+    except BROKEN_FILE as error:
         raise ValueError(f"{path} is no Lightning checkpoint that can be read safely: {str(error)[:200]}") from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise ValueError(

@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny import llamagen_golden
 
-from flashar_pl.backbones import LlamaGen
+from flashar_pl.backbones import LlamaGen, TextFeatures
 from flashar_pl.models import FlashAR
 
 NAMES = ["gpt_c2i_tiny", "gpt_c2i_gqa_tiny", "gpt_t2i_tiny"]
@@ -98,7 +98,19 @@ def test_sizes_are_read_from_the_tensors() -> None:
     assert (config.dim, config.n_layer, config.n_kv_head, config.vocab_size) == (64, 2, 2, 128)
     assert (config.num_classes, config.rope_base) == (10, 50.0)
     text = LlamaGen.from_official(llamagen_golden("gpt_t2i_tiny")[0], n_head=4).config
-    assert (text.condition, text.caption_dim, text.n_layer) == ("text", 32, 3)
+    assert (text.condition, text.caption_dim, text.n_layer, text.caption_positions) == ("text", 32, 3, 120)
+
+
+def test_the_length_of_the_null_caption_is_read_from_the_tensors() -> None:
+    """Guards against taking every text-conditional model for one of 120 caption positions."""
+    state, _ = llamagen_golden("gpt_t2i_tiny")
+    state["cls_embedding.uncond_embedding"] = torch.randn(16, 32)
+    short = LlamaGen.from_official(state, n_head=4)
+    assert torch.equal(short.to_official()["cls_embedding.uncond_embedding"], state["cls_embedding.uncond_embedding"])
+    codes = torch.zeros(1, 2, 2, dtype=torch.int64)
+    assert short.raster_logits(codes, TextFeatures(torch.randn(1, 16, 32))).shape == (1, 2, 2, 128)
+    with pytest.raises(ValueError, match="17 positions of width 32; expected at most 16 of width 32"):
+        short.raster_logits(codes, TextFeatures(torch.randn(1, 17, 32)))
 
 
 def test_nar_checkpoints_with_a_logit_gate_are_refused() -> None:

@@ -62,6 +62,15 @@ def test_numpy_and_tensors_and_blocks_agree(monkeypatch):
     assert kernel_distance(x.numpy(), y.numpy(), 3, 50) == whole[2]
 
 
+def test_read_only_and_reversed_arrays_are_taken(recwarn):
+    """Guards against torch's warning about memory maps and its refusal of negative strides."""
+    x, y = gaussian(20, 3, 5).numpy(), gaussian(30, 3, 6).numpy()
+    expected = precision_recall(x, y)
+    x.setflags(write=False)
+    assert precision_recall(x, y[::-1]) == expected
+    assert not recwarn.list
+
+
 def test_precision_recall_against_the_definition():
     x, y = gaussian(40, 3, 7).numpy(), gaussian(50, 3, 8).numpy() + 0.5
 

@@ -157,6 +157,9 @@ def test_seeds_of_a_batch() -> None:
     assert sample_seeds([5, 1], 2) == sample_seeds(torch.tensor([5, 1]), 2) == [5, 1]
     with pytest.raises(ValueError, match="seeds has 2 entries; expected one int or 3 entries"):
         sample_seeds([1, 2], 3)
+    for wrong in (1.5, [1.0, 2.0], torch.tensor([1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"seeds is .*; expected one int or 2 ints"):
+            sample_seeds(wrong, 2)  # type: ignore[arg-type]
     torch.manual_seed(0)
     first = sample_seeds(None, 4)
     assert len(set(first)) == 4

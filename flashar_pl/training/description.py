@@ -1,0 +1,41 @@
+"""What a checkpoint of a training run says about itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.models.sharded_files import is_sharded, read_meta
+from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
+
+if TYPE_CHECKING:
+    from flashar_pl.training.module import FlashARModule
+
+
+def describe(module: FlashARModule) -> Description:
+    """Model, grid and tokenizer, and under "training" the step, the length, the stage, all settings and what the data
+    module adds: the grids where there are several, and the prompts of Emu3.5.
+    """
+    step, data, manifest = module.trainer.global_step, module.trainer.datamodule, module.manifest  # type: ignore[attr-defined]
+    training: dict[str, Any] = {"step": step, "total_steps": module.total_steps, "settings": module.settings()}
+    grids = [list(each.grid) for each in getattr(data, "manifests", ())]
+    if len(grids) > 1:
+        training["grids"] = grids
+    if getattr(data, "prompts", None) is not None:
+        training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
+    if module.total_steps is not None:
+        training["stage"] = module.built_schedule.stage(step)
+    return Description(
+        model=module.net.config(),
+        grid=None if manifest is None else tuple(manifest.grid),
+        tokenizer=None if manifest is None else dict(manifest.tokenizer),
+        training=training,
+    )
+
+
+def read_description(path: str | Path) -> Description:
+    """The description in a Lightning checkpoint, a file or a sharded directory. ValueError if it holds none."""
+    content = read_meta(path) if is_sharded(path) else read_tensors(path)
+    if CHECKPOINT_KEY not in content:
+        raise ValueError(f"{path} is not a Lightning checkpoint of flashar-pl; expected one written by a fit.")
+    return Description.from_dict(content[CHECKPOINT_KEY])
