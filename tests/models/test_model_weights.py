@@ -259,6 +259,18 @@ def test_dropouts_may_differ(tmp_path: Path) -> None:
     initialise(FlashAR(tiny.backbone(token_dropout=0.0, resid_dropout=0.3, condition_dropout=0.5), 1), path)
 
 
+@pytest.mark.parametrize("kind", ["raster", "flashar"])
+def test_files_from_before_a_field_had_a_name(kind: str, tmp_path: Path) -> None:
+    """Guards older checkpoints: a field that their config lacks has its default, and is no other size."""
+    source = RasterAR(tiny.backbone(condition="text")) if kind == "raster" else tiny.flashar(m=1, condition="text")
+    path = saved(tmp_path / "m", source)
+    values = json.loads((path / "config.json").read_text())
+    del values["model"]["backbone"]["caption_positions"]
+    (path / "config.json").write_text(json.dumps(values))
+    initialise(FlashAR(tiny.backbone(seed=9, condition="text"), 1), path)
+    assert load_model(path).model.backbone.config.caption_positions == 120
+
+
 def test_flashar_files_start_flashar_runs_of_the_same_shape_only(tmp_path: Path) -> None:
     path = saved(tmp_path / "m", tiny.flashar(m=1))
     with pytest.raises(ValueError, match="is a FlashAR model and this run trains a raster model"):
