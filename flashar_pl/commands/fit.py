@@ -45,6 +45,11 @@ def run(verb: str, argv: list[str]) -> int:
     try:
         ExperimentCLI(FlashARModule, CodesDataModule, [verb, *argv])
     except MisconfigurationException as error:
+        if "No supported gpu backend" in str(error):
+            raise ValueError(
+                "the configuration asks for GPUs (trainer.accelerator: gpu) and torch finds none. On another machine: "
+                "--trainer.accelerator cpu --trainer.devices 1 --trainer.precision 32-true, for small models only."
+            ) from error
         raise ValueError(str(error)) from error
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):

@@ -139,7 +139,8 @@ class Manifest:
         if not path.is_file():
             raise ValueError(
                 f"No shards at {path.parent}: looked for {path}. "
-                f"Make them with `flashar tokenize digits --out {path.parent}` (digits is the embedded data set)."
+                f"Make them: `flashar tokenize digits --out {path.parent}` writes the embedded digits; for images see "
+                "`flashar tokenize --help`."
             )
         return cls.parse(path.read_text(encoding="utf-8"), root=str(path.parent), source=str(path))
 

@@ -133,9 +133,10 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """What a reader found, without torch's advice to read the file unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    found = [line for line in lines if "WeightsUnpickler error" in line]
-    return (found or lines)[0].removeprefix("WeightsUnpickler error: ")[:300]
+    text = " ".join(str(error).split())
+    _, unpickler, found = text.partition("WeightsUnpickler error:")
+    text = found.split(" Please use")[0].split(" Check the documentation")[0] if unpickler else text
+    return f"{type(error).__name__}: {text.strip()[:200]}".rstrip(": ")
 
 
 def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:

@@ -55,6 +55,9 @@ def configs_first(words: list[str]) -> list[str]:
 def explain(message: str, known: list[str]) -> str:
     """jsonargparse's message on one line; for an unknown key, with the closest known ones."""
     text = " ".join(message.split())
+    absent = re.search(r"File does not exist: '([^']+)'", text)
+    if absent:
+        return f"no configuration {absent[1]}; expected a YAML such as experiments/demo_raster.yaml."
     for pattern in (
         r"does not accept option '([^']+)'",
         r"nrecognized arguments: --([\w.\-]+)",

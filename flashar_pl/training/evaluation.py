@@ -40,6 +40,8 @@ class Evaluation(Callback):
     def __init__(self) -> None:
         self.validations = 0
         """Validations of the fit so far."""
+        self.loaded_step = 0
+        """Optimizer steps of the checkpoint that was loaded, for the names of pictures."""
         self.extractor: FeatureExtractor | None = None
         self.tokenizer: Tokenizer | None = None
         self.metrics: dict[str, DistributionMetrics] = {}
@@ -53,6 +55,9 @@ class Evaluation(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = int(state_dict["validations"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.loaded_step = int(checkpoint.get("global_step", 0))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load tokenizer, extractor and reference now: what is missing shows before training, not after an epoch."""
@@ -225,8 +230,11 @@ class Evaluation(Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(tag, image.numpy(), trainer.global_step)
         if directory is not None:
-            split = tag.split("/")[0]
-            save_png(image, Path(directory) / folder / f"{split}_step_{trainer.global_step:07d}.png")
+            name, step = tag.split("/")[0], trainer.global_step
+            fn = trainer.state.fn
+            if fn is not None and fn != TrainerFn.FITTING:  # counts no steps; the pictures of the fit stay
+                name, step = fn.value, self.loaded_step
+            save_png(image, Path(directory) / folder / f"{name}_step_{step:07d}.png")
 
 
 def _distance(metrics: DistributionMetrics) -> FrechetDistance:

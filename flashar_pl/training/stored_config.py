@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from flashar_pl.models.weights import BROKEN_FILE, CHECKPOINT_KEY
+from flashar_pl.models.weights import BROKEN_FILE, CHECKPOINT_KEY, reason
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
@@ -34,7 +34,7 @@ def read_meta(path: str) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except BROKEN_FILE as error:
-        raise ValueError(f"{path} is no Lightning checkpoint that can be read safely: {str(error)[:200]}") from error
+        raise ValueError(f"{path} is no Lightning checkpoint that can be read safely: {reason(error)}") from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise ValueError(
             f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"

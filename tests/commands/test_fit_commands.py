@@ -148,6 +148,8 @@ def test_validate_needs_the_path_only_and_agrees_with_score(run, trained, work):
     code, out, err = run("validate", "--ckpt_path", checkpoint, "--trainer.limit_val_batches", "1.0")
     assert code == 0, err
     nll = float(re.search(r"val/nll\s*│\s*([\d.]+)", out)[1])
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert [p.name for p in Path("runs/flashar/gate").iterdir()] == [f"validate_step_{step:07d}.png"]
     data = read_config(str(checkpoint))["data"]["shards"]
     _, out, _ = run("score", "--checkpoint", checkpoint, "--data", data, "--split", "validation")
     assert json.loads(out)["nll_nats_per_image"] == pytest.approx(nll, abs=2e-3)

@@ -129,6 +129,10 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
         load_model(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"holds no config.json and model.safetensors"):
         load_model(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"Did you mean .*run/checkpoints/last\.ckpt"):
+        load_model(tmp_path / "run")
     for name in ("text.pt", "text.safetensors", "text.ckpt"):
         (tmp_path / name).write_text("not a checkpoint")
         with pytest.raises(ValueError, match=name):
@@ -155,8 +159,9 @@ class Evil:
 def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Evil()}, "evil.pt")
-    with pytest.raises(ValueError, match=r"not a checkpoint that can be read safely"):
+    with pytest.raises(ValueError, match=r"not a checkpoint that can be read safely: .*Unsupported global") as caught:
         load_model("evil.pt")
+    assert "weights_only" not in str(caught.value)  # torch's advice is to read it unsafely
     assert not Path("evil-was-here").exists()
 
 
