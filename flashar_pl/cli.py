@@ -63,7 +63,8 @@ options:
 
 start here:
   flashar demo                                                   everything on 1,797 small images, about 6 minutes
-  flashar fit --config experiments/demo_raster.yaml              one training run
+  flashar fit --config experiments/demo_raster.yaml --trainer.default_root_dir runs/mine
+                                                                 one training run
   flashar generate --checkpoint CKPT --classes 3,7 --out samples/
 """
 
