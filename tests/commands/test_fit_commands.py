@@ -376,7 +376,12 @@ def test_two_devices_from_the_command_line(runs):
 
 def test_ctrl_c_exits_130_without_traceback(runs):
     words = ("--trainer.default_root_dir", "runs/long", "--trainer.max_steps", 100000)
-    process = subprocess.Popen(command("fit", "--config", "raster.yaml", *words), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("fit", "--config", "raster.yaml", *words),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )
     deadline = time.monotonic() + 60
     while not Path("runs/long/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
