@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.benchmark_table import plot, print_table, speedups, table
 from flashar_pl.commands.checkpoint import Dtype, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import new_directory, parse_grid, require_new, versions, write_json, write_text
-from flashar_pl.commands.generate import progress_bar
+from flashar_pl.commands.common import (
+    new_directory,
+    parse_grid,
+    progress_bar,
+    require_new,
+    versions,
+    write_json,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,3 +120,18 @@ def parse_classes(classes: str | list[int] | int) -> list[int]:
             raise ValueError(f"classes is {classes!r}; expected ids such as 3,7 or a range such as 0-9.")
         ids += range(int(first), int(last or first) + 1)
     return ids
+
+
+class progress_bar:
+    """A progress bar on stderr whose target is a callable: `with progress_bar(n, unit) as advance: advance(1)`."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=None)
+
+    def __enter__(self) -> Callable[[int], Any]:
+        return self._bar.update
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import parse_grid, require_new, versions, write_json, write_text
+from flashar_pl.commands.common import parse_grid, progress_bar, require_new, versions, write_json, write_text
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
 from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
-from flashar_pl.commands.generate import progress_bar
 from flashar_pl.commands.prompts import TextSettings, ask, pick
 
 if TYPE_CHECKING:

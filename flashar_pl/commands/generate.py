@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import new_directory, require_new, versions, write_json
+from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
 from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, pick, read_prompts
 
 if TYPE_CHECKING:
@@ -287,18 +287,3 @@ def sample_codes(
         if advance is not None:
             advance(done)
     return torch.cat(parts)
-
-
-class progress_bar:
-    """A progress bar on stderr whose target is a callable: `with progress_bar(n, unit) as advance: advance(1)`."""
-
-    def __init__(self, total: int, unit: str) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=None)
-
-    def __enter__(self) -> Callable[[int], Any]:
-        return self._bar.update
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()

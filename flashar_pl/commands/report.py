@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Source, Weights, count_parameters, open_checkpoint
-from flashar_pl.commands.common import Missed, new_directory, parse_classes, require_new, versions, write_json
-from flashar_pl.commands.generate import progress_bar, sample_codes
+from flashar_pl.commands.common import (
+    Missed,
+    new_directory,
+    parse_classes,
+    progress_bar,
+    require_new,
+    versions,
+    write_json,
+)
+from flashar_pl.commands.generate import sample_codes
 from flashar_pl.commands.measure import Judge, mean_gate, sample_quality, time_per_image
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import check_data, image_nll, summary

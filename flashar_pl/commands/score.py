@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import require_new, versions, write_json
-from flashar_pl.commands.generate import progress_bar
+from flashar_pl.commands.common import progress_bar, require_new, versions, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

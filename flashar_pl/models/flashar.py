@@ -113,7 +113,13 @@ class FlashAR(GridModel):
         """h^H (Eq. 5) and h^V (Eq. 6) from the shared trunk state (Eq. 4), each (R, L, D), after the final norms."""
         trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
         h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
-        return h, None if not vertical else self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+        return h, self.vertical_states(trunk, rope, mask, cache, n_prefix) if vertical else None
+
+    def vertical_states(
+        self, trunk: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, n_prefix: int
+    ) -> Tensor:
+        """h^V (R, L, D) from the trunk state (R, L, D) (Eq. 6); n_prefix as in `states`."""
+        return self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -39,7 +39,6 @@ from flashar_pl.backbones.tensor_source import (
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.models.base import States
 from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.numerics import full_precision, wide
@@ -134,30 +133,19 @@ class ReleasedFlashAR(FlashAR):
         gap = self.compatibility.row_gap or plan.n_slots > plan.n_cells  # row-end tokens need a position
         return self.backbone.rope_at(plan, prefix, start, plan.width + gap)
 
-    def states(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Tensor | None,
-        cache: KVCache | None = None,
-        vertical: bool = True,
-        *,
-        n_prefix: int,
-    ) -> States:
-        """As `FlashAR.states`, but with `corner_gate` the vertical states of the prefix are the raw trunk states."""
-        trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
-        h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
-        if not vertical:
-            return h, None
-        n_new = x.shape[1]
+    def vertical_states(
+        self, trunk: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, n_prefix: int
+    ) -> Tensor:
+        """As `FlashAR.vertical_states`, but with `corner_gate` those of the prefix are the raw trunk states."""
+        n_new = trunk.shape[1]
         n_cached = 0 if cache is None else cache.filled
         if not self.compatibility.vertical_sees_prefix:
-            mask = without_prefix(mask, n_prefix, n_new, n_cached + n_new, x.device)
-        v = self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+            mask = without_prefix(mask, n_prefix, n_new, n_cached + n_new, trunk.device)
+        v = super().vertical_states(trunk, rope, mask, cache, n_prefix)
         if self.compatibility.corner_gate:
             n = max(0, n_prefix - n_cached)  # positions of this forward that belong to the prefix
             v = torch.cat([trunk[:, :n], v[:, n:]], dim=1)
-        return h, v
+        return v
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "compatibility": asdict(self.compatibility)}

@@ -360,7 +360,7 @@ def test_verify_lists_at_most_twenty_problems(tmp_path: Path) -> None:
 
 def test_shards_may_be_moved(toy: Manifest, tmp_path: Path) -> None:
     shutil.move(toy.root, tmp_path / "elsewhere")
-    verify(tmp_path / "elsewhere")
+    assert verify(tmp_path / "elsewhere").samples == {split: toy.samples(split) for split in toy.splits}
 
 
 def test_check_matches(toy: Manifest, tmp_path: Path) -> None:

@@ -284,6 +284,7 @@ def test_validation_in_inference_mode_before_training() -> None:
         model(codes, ids)
     model.loss(codes, ids)["loss"].backward()
     model(codes, ids).fused.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

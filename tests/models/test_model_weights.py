@@ -261,7 +261,8 @@ def test_another_size_or_kind_is_named(make: object, message: str, tmp_path: Pat
 
 def test_dropouts_may_differ(tmp_path: Path) -> None:
     path = saved(tmp_path / "m", MODELS["raster"]())
-    initialise(FlashAR(tiny.backbone(token_dropout=0.0, resid_dropout=0.3, condition_dropout=0.5), 1), path)
+    model = FlashAR(tiny.backbone(token_dropout=0.0, resid_dropout=0.3, condition_dropout=0.5), 1)
+    assert initialise(model, path).loaded == sum(p.numel() for p in MODELS["raster"]().parameters())
 
 
 @pytest.mark.parametrize("kind", ["raster", "flashar"])
