@@ -32,8 +32,12 @@ class KVCache:
 
     def __init__(self, spec: CacheSpec, rows: int, length: int, dtype: torch.dtype, device: torch.device | str) -> None:
         shape = (spec.n_layer, rows, spec.n_kv_head, length, spec.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
-        self.values = torch.empty(shape, dtype=dtype, device=device)  # (layers, R, G, K, E)
+        self._memory = torch.empty(2, *shape, dtype=dtype, device=device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything; the memory stays."""
+        self.keys, self.values = self._memory[0], self._memory[1]  # (layers, R, G, K, E) each
         self.filled = 0
         self.n_prefix = 0  # how many of the filled positions belong to the prefix
 
@@ -50,5 +54,5 @@ class KVCache:
         self.filled += n
 
     def keep_rows(self, rows: int) -> None:
-        """Drop all but the first `rows` rows."""
+        """Drop all but the first `rows` rows, until `restart`."""
         self.keys, self.values = self.keys[:, :rows], self.values[:, :rows]

@@ -41,6 +41,9 @@ def apply_rope(x: Tensor, rope: Rope, interleaved: bool) -> Tensor:
     interleaved: pairs are dimensions (2i, 2i + 1) (LlamaGen); otherwise (i, i + E / 2) (Emu3.5).
     """
     cos, sin = (table[:, None] for table in rope)  # (X, 1, L, E / 2)
+    if interleaved and torch.compiler.is_compiling():  # Inductor fuses real products only
+        a, b = wide(x).unflatten(-1, (-1, 2)).unbind(-1)  # (R, A, L, E / 2)
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
     if interleaved:  # one complex product: on a CPU 2.7 times faster than four strided real ones
         pairs = torch.view_as_complex(wide(x).unflatten(-1, (-1, 2)))  # (R, A, L, E / 2)
         return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)

@@ -76,12 +76,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        config = self.config
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (R, A, L, E), keys and values (R, G, L, E) of x (R, L, D)."""
         split = self.wqkv(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)).transpose(1, 2) for part in split)  # (R, A or G, L, E)
-        q = apply_rope(self.q_norm(q), rope, config.rope_interleaved)
-        k = apply_rope(self.k_norm(k), rope, config.rope_interleaved)
+        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for part in split)
+        q = apply_rope(self.q_norm(q), rope, self.config.rope_interleaved)
+        return q, apply_rope(self.k_norm(k), rope, self.config.rope_interleaved), v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """Attention outputs (R, L, A * E), before the output projection."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
         y = F.scaled_dot_product_attention(
@@ -89,11 +92,14 @@ class Attention(nn.Module):
             k,
             v,
             attn_mask=mask,
-            dropout_p=config.attn_dropout if self.training else 0.0,
-            enable_gqa=config.n_head != config.n_kv_head,
+            dropout_p=self.config.attn_dropout if self.training else 0.0,
+            enable_gqa=self.config.n_head != self.config.n_kv_head,
         )
-        y = self.wo(y.transpose(1, 2).flatten(2))
-        return F.dropout(y, config.resid_dropout, self.training)
+        return y.transpose(1, 2).flatten(2)
+
+    def output(self, y: Tensor) -> Tensor:
+        """(R, L, A * E) -> (R, L, D)."""
+        return F.dropout(self.wo(y), self.config.resid_dropout, self.training)
 
 
 class FeedForward(nn.Module):
@@ -111,7 +117,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); out = h + feed_forward(norm(h))."""
+    """h = x + attention(norm(x)); out = h + feed_forward(norm(h)).
+
+    `before` and `after` are all of it that depends neither on the cache nor on the mask: what is worth compiling.
+    """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -120,6 +129,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
+    def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (R, A, L, E), keys and values (R, G, L, E) of x (R, L, D)."""
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """(R, L, D) from x (R, L, D) and the attention outputs y (R, L, A * E)."""
+        x = x + self.attention.output(y)
+        return x + self.feed_forward(self.ffn_norm(x))
+
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
@@ -127,8 +145,8 @@ class Block(nn.Module):
 
         With a cache, keys and values are appended to its `layer` and everything filled so far is visible.
         """
-        x = x + self.attention(self.attention_norm(x), rope, mask, cache, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
+        q, k, v = self.before(x, rope)
+        return self.after(x, self.attention.attend(q, k, v, mask, cache, layer))
 
 
 def run_blocks(

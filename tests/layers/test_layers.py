@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
-from flashar_pl.layers.rope import angles_1d, angles_2d, apply_rope
+from flashar_pl.layers.rope import Rope, angles_1d, angles_2d, apply_rope
 from flashar_pl.layers.transformer import Attention, Block, BlockConfig, RMSNorm
 from flashar_pl.numerics import DTYPES, dtype_from_name
 
@@ -77,6 +77,10 @@ def test_rms_norm_sums_in_float32() -> None:
     assert torch.equal(norm.bfloat16()(x.bfloat16()), expected.bfloat16())
 
 
+def attend(attention: Attention, x: torch.Tensor, rope: Rope, mask: torch.Tensor | None) -> torch.Tensor:
+    return attention.output(attention.attend(*attention.project(x, rope), mask, None, 0))
+
+
 def test_grouped_queries_equal_repeated_keys() -> None:
     """Query head h uses key/value head h // (A / G)."""
     torch.manual_seed(0)
@@ -88,7 +92,7 @@ def test_grouped_queries_equal_repeated_keys() -> None:
     full.wo.weight.data = grouped.wo.weight.detach()
     x, mask = torch.randn(2, 5, 16), torch.ones(5, 5, dtype=torch.bool).tril()
     torch.testing.assert_close(
-        grouped(x, rope_tables(5), mask, None, 0), full(x, rope_tables(5), mask, None, 0), atol=1e-6, rtol=1e-5
+        attend(grouped, x, rope_tables(5), mask), attend(full, x, rope_tables(5), mask), atol=1e-6, rtol=1e-5
     )
 
 
@@ -101,7 +105,7 @@ def test_attention_by_definition() -> None:
     q, k = (apply_rope(norm(part), rope, False) for norm, part in ((attention.q_norm, q), (attention.k_norm, k)))
     scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(~mask, float("-inf"))
     expected = attention.wo((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x, rope, mask, None, 0), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attend(attention, x, rope, mask), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
