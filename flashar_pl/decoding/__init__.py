@@ -1,5 +1,5 @@
 """Decoding of any model under any plan."""
 
-from flashar_pl.decoding.loop import generate
+from flashar_pl.decoding.engine import RUNNERS, Engine, Runner, generate
 
-__all__ = ["generate"]
+__all__ = ["RUNNERS", "Engine", "Runner", "generate"]

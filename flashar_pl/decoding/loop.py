@@ -1,101 +1,98 @@
 """The decoding loop: one for every plan, model and guidance setting, over a static KV cache in plan order.
 
 Step t draws all its cells at once from the states of step t - 1, then feeds them (Sec. 4.4). The last step is never
-fed. With guidance the unconditional rows stand below the conditional ones in the same batch.
+fed. With guidance the unconditional rows stand below the conditional ones in the same batch. Who drives the loop, and
+where its buffers live, is the matter of `flashar_pl.decoding.engine`.
 
-Shapes: B samples, R rows (B, or 2B with guidance), P prefix, K = P + S positions, N cells, n cells of a step, V codes.
+Shapes: B samples, R rows (B, or 2B with guidance), P prefix, S' slots that are fed, K = P + S', N cells, n cells of a
+step, V codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_condition
-from flashar_pl.grid import ROW_END, DecodePlan, check_grid
+from flashar_pl.backbones.base import Prefix
+from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.raster import RasterAR
-from flashar_pl.numerics import full_precision, sample_seeds, uniforms
 from flashar_pl.sampling import SamplingSettings, choose, guide
 
 
-def generate(
-    model: GridModel | Backbone,
-    condition: Condition,
-    grid: tuple[int, int],
-    plan: str = "diagonal",
-    cfg_scale: float = 1.0,
-    cfg_interval: int | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    greedy: bool = False,
-    seeds: int | list[int] | Tensor | None = None,
-    unconditional: Condition | None = None,
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
-    """Sample codes (B, H, W) int64 for the B samples of `condition`.
+@dataclass(frozen=True)
+class Inputs:
+    """All that one image batch brings. The loop reads nothing else that changes from batch to batch."""
 
-    Args:
-        model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
-        condition: class ids (B,) int64, TextFeatures, or a list of id tensors, as the backbone expects.
-        grid: (H, W).
-        plan: "diagonal" (H + W - 1 steps) or "raster" (H * W steps, horizontal head only).
-        cfg_scale: s in u + s (c - u), applied to the fused logits; 1 = one pass without guidance.
-        cfg_interval: k: a step is guided if at most k + 1 cells were decoded before it; None = always.
-        temperature, top_k, top_p, greedy: see `SamplingSettings`.
-        seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
-        unconditional: None = the model's own null condition.
-        on_step: called after every step, for a progress bar. The device may be some steps behind.
+    x: Tensor
+    """(R, P, D) the embedded prefix."""
+    mask: Tensor | None
+    """(R, P) bool, True = valid; None = every position is valid."""
+    lengths: Tensor
+    """(R,) int64 valid prefix positions."""
+    cos: Tensor
+    """(1 or R, P + S, E / 2) float32."""
+    sin: Tensor
+    """As `cos`."""
+    noise: Tensor
+    """(B, N) float64 uniforms in plan order."""
 
-    Raises:
-        ValueError: a setting out of range, a condition of the wrong kind, or a plan the model cannot run.
-    """
-    settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
-    wrapped = RasterAR(model) if isinstance(model, Backbone) else model
-    height, width = check_grid(grid)
-    order = wrapped.make_plan(plan, height, width)
-    backbone = wrapped.backbone
-    backbone.check_condition(condition)
-    listed = sample_seeds(seeds, len(condition))
-    if not listed:
-        raise ValueError("condition holds no samples; expected at least one.")
-    device = wrapped.device
-    condition = move_condition(condition, device)
-    if unconditional is not None:
-        backbone.check_condition(unconditional, len(listed))
-        unconditional = move_condition(unconditional, device)
-    noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N) in plan order
-    with torch.no_grad(), evaluating(wrapped), full_precision(device.type):
-        if settings.guided:
-            condition = backbone.with_unconditional(condition, unconditional)
-        drawn = decode(wrapped, wrapped.prefix(condition), order, settings, noise, on_step)  # (B, N)
-    codes = torch.empty_like(drawn)
-    codes[:, order.on("order", device)] = drawn
-    return codes.view(-1, height, width)
+    @property
+    def prefix(self) -> Prefix:
+        """As the model gave it."""
+        return Prefix(self.x, self.lengths, self.mask)
+
+    def shapes(self) -> tuple[Any, ...]:
+        """Shape and dtype of every tensor."""
+        return tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self._tensors())
+
+    def clone(self) -> Inputs:
+        """The same values in memory of their own."""
+        return Inputs(*(None if tensor is None else tensor.clone() for tensor in self._tensors()))  # type: ignore[arg-type]
+
+    def copy_(self, other: Inputs) -> None:
+        """Take over the values of inputs of the same shapes."""
+        for tensor, new in zip(self._tensors(), other._tensors(), strict=True):
+            if tensor is not None and new is not None:
+                tensor.copy_(new)
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.mask, self.lengths, self.cos, self.sin, self.noise
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the loop writes."""
+
+    cache: KVCache
+    drawn: Tensor
+    """(B, N) int64 codes in plan order."""
+
+    @classmethod
+    def allocate(cls, model: GridModel, plan: DecodePlan, inputs: Inputs) -> Buffers:
+        """For batches of the same shapes as `inputs`."""
+        rows, length = inputs.x.shape[:2]
+        cache = KVCache(model.cache_spec(), rows, length + plan.n_inputs, inputs.x.dtype, inputs.x.device)
+        return cls(cache, torch.empty(inputs.noise.shape, dtype=torch.int64, device=inputs.noise.device))
 
 
 def decode(
-    model: GridModel,
-    prefix: Prefix,
-    plan: DecodePlan,
-    settings: SamplingSettings,
-    noise: Tensor,
-    on_step: Callable[[], object] | None = None,
-) -> Tensor:
-    """Codes (B, N) int64 in plan order for an embedded prefix of B or, with guidance, 2B rows.
+    model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, buffers: Buffers
+) -> Generator[int]:
+    """Fill `buffers.drawn` step by step; yields t after the codes of step t are drawn.
 
-    noise: (B, N) float64 uniforms in plan order. on_step: called after every step.
+    Shapes and control flow depend on plan, settings and shapes alone, never on values, and nothing waits for the
+    device: what runs between two yields can be recorded once and replayed with other inputs in the same memory.
     """
-    batch, rows, length = noise.shape[0], prefix.x.shape[0], len(prefix)
-    rope = model.rope(plan, prefix, settings.guided)
-    cache = KVCache(model.cache_spec(), rows, length + plan.n_inputs, prefix.x.dtype, prefix.x.device)
-    drawn = torch.empty(noise.shape, dtype=torch.int64, device=noise.device)  # (B, N)
+    cache, drawn = buffers.cache, buffers.drawn
+    cache.restart()
+    prefix, rope = inputs.prefix, (inputs.cos, inputs.sin)
+    batch, rows, length = drawn.shape[0], inputs.x.shape[0], inputs.x.shape[1]
     vertical = plan.has_vertical
     mask = model.backbone.sequence_mask(plan, prefix, 0)
     states = model.prefill(prefix.x, _positions(rope, 0, length), mask, cache, vertical)
@@ -106,10 +103,9 @@ def decode(
         logits = model.step_logits(states, plan, t)  # (R, n, V)
         if guided:
             logits = guide(logits[:batch], logits[batch:], settings.cfg_scale)
-        drawn[:, done : done + n] = choose(logits, noise[:, done : done + n], settings)
+        drawn[:, done : done + n] = choose(logits, inputs.noise[:, done : done + n], settings)
         done += n
-        if on_step is not None:
-            on_step()
+        yield t
         if t + 1 == plan.n_steps:
             break
         if guided and not settings.guides(done):  # guidance never comes back
@@ -121,7 +117,6 @@ def decode(
         step_mask = _key_mask(plan, prefix, slots, rows)
         positions = _positions(rope, length + slots.start, length + slots.stop)
         states = model.step(fed, positions, step_mask, cache, vertical)
-    return drawn
 
 
 def _positions(rope: Rope, begin: int, end: int) -> Rope:
@@ -151,15 +146,3 @@ def _key_mask(plan: DecodePlan, prefix: Prefix, slots: slice, rows: int) -> Tens
     seen = torch.ones(1, n, slots.stop, dtype=torch.bool, device=device) if image is None else image[None]
     keys, seen = keys.expand(-1, n, -1), seen.expand(keys.shape[0], -1, -1)
     return torch.cat([keys, seen], dim=-1)[:, None]
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its mode restored afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

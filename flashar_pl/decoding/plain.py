@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.base import Condition, Prefix, move_condition, slice_condition
-from flashar_pl.decoding.loop import evaluating
+from flashar_pl.decoding.engine import evaluating
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.models.base import GridModel, States

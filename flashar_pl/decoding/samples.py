@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashar_pl.backbones.base import Condition
-from flashar_pl.decoding.loop import generate
+from flashar_pl.decoding.engine import generate
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.models.base import GridModel
 from flashar_pl.sampling import SamplingSettings

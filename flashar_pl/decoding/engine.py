@@ -1,0 +1,260 @@
+"""`Engine`: decodes batches with one model, and keeps the buffers and CUDA graphs that later batches can use again.
+
+Shapes: B samples, R rows (B, or 2B with guidance), P prefix, H, W grid, N cells.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_condition
+from flashar_pl.decoding.graphs import Recording
+from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.grid import DecodePlan, check_grid
+from flashar_pl.layers.transformer import Block
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.raster import RasterAR
+from flashar_pl.numerics import full_precision, sample_seeds, uniforms
+from flashar_pl.sampling import SamplingSettings
+
+Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
+"""auto = graphs on CUDA, eager elsewhere. compiled: transformer blocks through torch.compile. graphs: CUDA graphs."""
+RUNNERS: tuple[str, ...] = get_args(Runner)
+PREFIX_BUCKET = 64
+"""With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
+KEPT = 4
+"""Shapes of batches whose buffers and graphs are kept, the latest used."""
+
+
+class Engine:
+    """A model ready to decode.
+
+    Buffers and graphs are made at the first batch of a kind (plan, settings, batch size, dtype, prefix bucket) and used
+    again by later ones. Weights may change in place between batches, as training does.
+
+    Args:
+        model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
+        runner: see `Runner`. All give equal codes up to rounding; `self.runner` is what auto became.
+        prefix_bucket: prompts of variable length are left-padded to a multiple of this; None = 64 with graphs, else 1.
+
+    Raises:
+        ValueError: unknown runner; graphs without a CUDA device or with a sharded model.
+    """
+
+    def __init__(self, model: GridModel | Backbone, runner: Runner = "auto", prefix_bucket: int | None = None) -> None:
+        self.model = RasterAR(model) if isinstance(model, Backbone) else model
+        self._fallback = runner == "auto"
+        self.runner = _resolve(runner, self.model)
+        if prefix_bucket is not None and prefix_bucket < 1:
+            raise ValueError(f"prefix_bucket is {prefix_bucket}; expected 1 (no padding) or more.")
+        self.prefix_bucket = prefix_bucket or (PREFIX_BUCKET if "graphs" in self.runner else 1)
+        self._kept: OrderedDict[Any, Buffers | Recording] = OrderedDict()
+        self._compiled: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model."""
+        return self.model.device
+
+    def generate(
+        self,
+        condition: Condition,
+        grid: tuple[int, int],
+        plan: str = "diagonal",
+        cfg_scale: float = 1.0,
+        cfg_interval: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seeds: int | list[int] | Tensor | None = None,
+        unconditional: Condition | None = None,
+        on_step: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`."""
+        settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
+        order = self.model.make_plan(plan, *check_grid(grid))
+        backbone, device = self.model.backbone, self.device
+        backbone.check_condition(condition)
+        listed = sample_seeds(seeds, len(condition))
+        if not listed:
+            raise ValueError("condition holds no samples; expected at least one.")
+        condition = move_condition(condition, device)
+        if unconditional is not None:
+            backbone.check_condition(unconditional, len(listed))
+            unconditional = move_condition(unconditional, device)
+        with torch.no_grad(), evaluating(self.model), full_precision(device.type):
+            if settings.guided:
+                condition = backbone.with_unconditional(condition, unconditional)
+            prefix = self.model.prefix(condition)
+            if isinstance(condition, list):
+                prefix = pad_prefix(prefix, self.prefix_bucket)
+            cos, sin = self.model.rope(order, prefix, settings.guided)
+            noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
+            inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, cos, sin, noise)
+            drawn = self._run(order, settings, inputs, on_step or _nothing)  # (B, N)
+        codes = torch.empty_like(drawn)
+        codes[:, order.on("order", device)] = drawn
+        return codes.view(-1, order.height, order.width)
+
+    def _run(
+        self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[], object]
+    ) -> Tensor:
+        """Codes (B, N) in plan order, in a buffer that the next batch overwrites."""
+        key: tuple[Any, ...] = (plan, settings, inputs.shapes())
+        with self._blocks():
+            if "graphs" in self.runner:
+                key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
+                recording = self._keep(key, partial(self._record, plan, settings, inputs))
+                if isinstance(recording, Recording):
+                    return recording.replay(inputs, on_step)
+            buffers = self._keep(key, partial(Buffers.allocate, self.model, plan, inputs))
+            assert isinstance(buffers, Buffers)
+            try:
+                for _ in decode(self.model, plan, settings, inputs, buffers):
+                    on_step()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                raise _compile_failed(error) from error
+        return buffers.drawn
+
+    def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recording | Buffers:
+        """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
+        try:
+            return Recording(self.model, plan, settings, inputs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise _compile_failed(error) from error
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            cause = str(error).splitlines()[0]
+            if not self._fallback:
+                raise ValueError(f"CUDA graphs could not be recorded: {cause}. Use runner eager.") from error
+            warnings.warn(f"CUDA graphs could not be recorded, decoding goes on without: {cause}", stacklevel=2)
+            self.runner = "eager"
+            return Buffers.allocate(self.model, plan, inputs)
+
+    def _keep(self, key: Any, make: Callable[[], Buffers | Recording]) -> Buffers | Recording:
+        """The entry `key`, made if there is none. The one used least recently makes room before that."""
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    @contextmanager
+    def _blocks(self) -> Iterator[None]:
+        """The model's blocks compiled, if the runner says so."""
+        if "compiled" not in self.runner:
+            yield
+            return
+        if not self._compiled:  # a compiled function serves all blocks, and any number of positions
+            self._compiled = {name: torch.compile(getattr(Block, name), dynamic=True) for name in ("before", "after")}
+        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
+        for block in blocks:
+            for name, function in self._compiled.items():
+                setattr(block, name, partial(function, block))
+        try:
+            yield
+        finally:
+            for block in blocks:
+                for name in self._compiled:
+                    delattr(block, name)
+
+
+def generate(
+    model: GridModel | Backbone,
+    condition: Condition,
+    grid: tuple[int, int],
+    plan: str = "diagonal",
+    cfg_scale: float = 1.0,
+    cfg_interval: int | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    greedy: bool = False,
+    seeds: int | list[int] | Tensor | None = None,
+    unconditional: Condition | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Sample codes (B, H, W) int64 for the B samples of `condition`, with the eager runner. For many batches: `Engine`.
+
+    Args:
+        model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
+        condition: class ids (B,) int64, TextFeatures, or a list of id tensors, as the backbone expects.
+        grid: (H, W).
+        plan: "diagonal" (H + W - 1 steps) or "raster" (H * W steps, horizontal head only).
+        cfg_scale: s in u + s (c - u), applied to the fused logits; 1 = one pass without guidance.
+        cfg_interval: k: a step is guided if at most k + 1 cells were decoded before it; None = always.
+        temperature, top_k, top_p, greedy: see `SamplingSettings`.
+        seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
+        unconditional: None = the model's own null condition.
+        on_step: called after every step, for a progress bar. The device may be some steps behind.
+
+    Raises:
+        ValueError: a setting out of range, a condition of the wrong kind, or a plan the model cannot run.
+    """
+    return Engine(model, "eager").generate(
+        condition, grid, plan, cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seeds, unconditional, on_step
+    )
+
+
+def pad_prefix(prefix: Prefix, bucket: int) -> Prefix:
+    """The prefix, left-padded to a multiple of `bucket` positions. Without padding in any row it has no mask."""
+    missing = -len(prefix) % bucket
+    if not missing:
+        return prefix
+    valid = prefix.mask
+    if valid is None:
+        valid = torch.ones(prefix.x.shape[:2], dtype=torch.bool, device=prefix.x.device)
+    return Prefix(F.pad(prefix.x, (0, 0, missing, 0)), prefix.lengths, F.pad(valid, (missing, 0), value=False))
+
+
+def _resolve(runner: str, model: GridModel) -> str:
+    """The runner that `auto` stands for, or `runner` if the model can use it."""
+    if runner not in RUNNERS:
+        raise ValueError(f"runner is {runner!r}; expected one of {', '.join(RUNNERS)}.")
+    device = model.device
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if runner == "auto":
+        return "graphs" if device.type == "cuda" and not sharded else "eager"
+    if "graphs" in runner and device.type != "cuda":
+        raise ValueError(
+            f"runner is {runner}, and the model is on {device}; CUDA graphs need a CUDA device: use eager."
+        )
+    if runner != "eager" and sharded:
+        raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
+    return runner
+
+
+def _compile_failed(error: Exception) -> ValueError:
+    return ValueError(
+        f"torch.compile failed: {str(error).strip().splitlines()[0]} Use runner eager, or graphs on CUDA."
+    )
+
+
+def _nothing() -> None:
+    """Called after a step that nobody watches."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, its mode restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

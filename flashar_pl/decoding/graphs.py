@@ -1,0 +1,65 @@
+"""Decoding as CUDA graphs: recorded once, then replayed without any work on the host.
+
+Shapes: B samples, N cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.grid import DecodePlan
+from flashar_pl.models.base import GridModel
+from flashar_pl.sampling import SamplingSettings
+
+STEPS_PER_GRAPH = 32
+"""Decoding steps in one graph. A 16 x 16 diagonal decoding is one graph; a graph of 1,024 raster steps of 64 layers
+would hold two million kernels."""
+
+
+class Recording:
+    """The loop of `flashar_pl.decoding.loop` for one model, plan, settings and shapes.
+
+    Every graph holds consecutive steps, each step with its exact shapes and the slice of the cache that it sees. They
+    share one memory pool: they are replayed in order, never at once. The model's parameters must stay where they are.
+    """
+
+    def __init__(self, model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> None:
+        self.plan = plan  # the graphs read its tensors
+        self.inputs = inputs.clone()
+        self.buffers = Buffers.allocate(model, plan, inputs)
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        device = inputs.x.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device), torch.cuda.stream(stream):  # libraries and compilers allocate at the first run
+            for _ in decode(model, plan, settings, self.inputs, self.buffers):
+                pass
+        torch.cuda.current_stream(device).wait_stream(stream)
+        pool = torch.cuda.graph_pool_handle()
+        steps = decode(model, plan, settings, self.inputs, self.buffers)
+        with torch.cuda.device(device):
+            for first in range(0, plan.n_steps, STEPS_PER_GRAPH):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    for _ in range(first, min(first + STEPS_PER_GRAPH, plan.n_steps)):
+                        next(steps)
+                self.graphs.append(graph)
+        steps.close()
+
+    def replay(self, inputs: Inputs, on_step: Callable[[], object]) -> Tensor:
+        """Codes (B, N) in plan order for other inputs of the same shapes, in a buffer that the next replay overwrites.
+
+        on_step is called once for every step, after the graph that holds it was launched.
+        """
+        self.inputs.copy_(inputs)
+        left = self.plan.n_steps
+        for graph in self.graphs:
+            graph.replay()
+            for _ in range(min(STEPS_PER_GRAPH, left)):
+                on_step()
+            left -= STEPS_PER_GRAPH
+        return self.buffers.drawn
