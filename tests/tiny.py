@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from flashar_pl.backbones import LlamaGen, LlamaGenConfig, TextFeatures
+from flashar_pl.backbones import Emu35, Emu35Config, LlamaGen, LlamaGenConfig, TextFeatures
 from flashar_pl.models import FlashAR
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,6 +65,29 @@ def flashar(seed: int = 0, m: int = 1, k: int | None = None, fusion: Any = "gate
     model = FlashAR(backbone(seed, **overrides), m, k, fusion, corner).eval()
     randomise(model, seed + 1)
     return model
+
+
+def emu(**overrides: Any) -> Emu35:
+    """A random Emu3.5: 40 codes after 20 text tokens, row ends."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 48, "vocab_size": 60}
+    ids = {"visual_token_offset": 20, "eol_token_id": 3, "boi_token_id": 4}
+    made = Emu35(Emu35Config(**{**sizes, "rope_base": 1e4, "norm_eps": 1e-6, **ids, **overrides}))
+    for parameter in made.parameters():
+        parameter.data.mul_(8.0)
+    return made
+
+
+def emu_flashar(**overrides: Any) -> FlashAR:
+    """A FlashAR model on it whose branches differ and whose gate is not constant."""
+    model = FlashAR(emu(**overrides), 2)
+    assert model.dual_head.vertical is not None
+    assert model.dual_head.gate is not None
+    with torch.no_grad():
+        for parameter in (*model.vertical.parameters(), model.dual_head.vertical.weight):
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+        model.dual_head.gate.out.weight.normal_()
+    return model.eval()
 
 
 def codes(batch: int, height: int, width: int, seed: int = 0) -> Tensor:

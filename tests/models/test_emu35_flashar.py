@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import emu, emu_flashar
 from torch import Tensor
 
-from flashar_pl.backbones import Emu35, Emu35Config
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.directories import is_official_directory, read_directory, stream_weights
@@ -24,26 +24,6 @@ DESCRIPTION = json.loads((EMU / "emu_tiny.json").read_text())
 IDS = {"eol_token_id": 120, "eoi_token_id": 127, "boi_token_id": 126}
 PREFIXES = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
 NULLS = [torch.tensor([1, 2, 3, 4, 9])] * 3
-
-
-def backbone(**overrides: object) -> Emu35:
-    torch.manual_seed(0)
-    sizes = {"dim": 32, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 48, "vocab_size": 60}
-    ids = {"visual_token_offset": 20, "eol_token_id": 3, "boi_token_id": 4}
-    made = Emu35(Emu35Config(**{**sizes, "rope_base": 1e4, "norm_eps": 1e-6, **ids, **overrides}))  # type: ignore[arg-type]
-    for parameter in made.parameters():
-        parameter.data.mul_(8.0)
-    return made
-
-
-def flashar(**overrides: object) -> FlashAR:
-    """A FlashAR model whose branches differ and whose gate is not constant."""
-    model = FlashAR(backbone(**overrides), 2)
-    with torch.no_grad():
-        for parameter in (*model.vertical.parameters(), model.dual_head.vertical.weight):
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-        model.dual_head.gate.out.weight.normal_()
-    return model.eval()
 
 
 def codes_of(*shape: int) -> Tensor:
@@ -67,7 +47,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("grid", [(3, 5), (5, 2), (1, 4)])
 def test_cached_steps_are_the_full_forward(heads, grid):
     """Non-square grids, padded prompts, guidance: each step's argmax is that of the teacher-forced logits."""
-    model = flashar(heads=heads)
+    model = emu_flashar(heads=heads)
     codes = generate(model, PREFIXES, grid, greedy=True, cfg_scale=2.0, unconditional=NULLS)
     with torch.no_grad():
         fused = guide(model(codes, PREFIXES).fused, model(codes, NULLS).fused, 2.0)
@@ -77,7 +57,7 @@ def test_cached_steps_are_the_full_forward(heads, grid):
 
 def test_an_image_does_not_depend_on_its_batch_mates():
     """Conditional and unconditional rows each count positions from their own prefix."""
-    model = flashar()
+    model = emu_flashar()
     together = generate(model, PREFIXES, (2, 4), cfg_scale=2.0, unconditional=NULLS, seeds=[3, 4, 5])
     for i in range(3):
         alone = generate(model, PREFIXES[i : i + 1], (2, 4), cfg_scale=2.0, unconditional=NULLS[:1], seeds=3 + i)
@@ -86,7 +66,7 @@ def test_an_image_does_not_depend_on_its_batch_mates():
 
 def test_vertical_branch_sees_the_prefix():
     """With the branch at the first layer the trunk cannot carry the prompt: only the branch's own attention can."""
-    model = FlashAR(backbone(), 0, vertical_layers=1).eval()
+    model = FlashAR(emu(), 0, vertical_layers=1).eval()
     codes = codes_of(1, 2, 3)
     other = [torch.cat([torch.tensor([12]), PREFIXES[0][1:]])]
     with torch.no_grad():
@@ -97,7 +77,7 @@ def test_vertical_branch_sees_the_prefix():
 
 def test_diagonal_positions_leave_the_row_end_free():
     """Pre-trained positions are kept: cell (p, q) has the same angles under both plans."""
-    model = flashar()
+    model = emu_flashar()
     prefix = model.backbone.prefix(PREFIXES[:1])
     tables = []
     for name in ("diagonal", "raster"):
@@ -108,7 +88,7 @@ def test_diagonal_positions_leave_the_row_end_free():
 
 def test_loss_is_the_cross_entropy_of_the_logits():
     """Visual heads: chunked losses are normalised over the codes, and equal those of the materialised logits."""
-    model = flashar(heads="visual")
+    model = emu_flashar(heads="visual")
     codes = codes_of(3, 2, 5)
     with torch.no_grad():
         out, losses = model(codes, PREFIXES), model.loss(codes, PREFIXES)
@@ -120,7 +100,7 @@ def test_loss_is_the_cross_entropy_of_the_logits():
 @pytest.mark.parametrize("heads", ["full", "visual"])
 def test_a_few_steps_of_training_on_a_non_square_grid(heads):
     """Every parameter gets a gradient, padding gives no NaN, and the loss falls."""
-    model = flashar(heads=heads, condition_dropout=0.2, unconditional_prompt=(1, 2)).train()
+    model = emu_flashar(heads=heads, condition_dropout=0.2, unconditional_prompt=(1, 2)).train()
     codes = codes_of(3, 2, 5)
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     values = []
@@ -136,7 +116,7 @@ def test_a_few_steps_of_training_on_a_non_square_grid(heads):
 
 
 def test_own_directory_round_trip(tmp_path):
-    model = flashar(heads="visual", unconditional_prompt=(1, 2))
+    model = emu_flashar(heads="visual", unconditional_prompt=(1, 2))
     save_model(tmp_path / "ours", model, Description(model=model.config(), grid=(2, 5)))
     again = load_model(tmp_path / "ours").model.eval()
     assert again.backbone.config == model.backbone.config
@@ -184,7 +164,7 @@ def test_a_raster_run_starts_from_the_base_model(official):
 
 
 def test_another_architecture_is_named(official):
-    other = RasterAR(backbone())
+    other = RasterAR(emu())
     with pytest.raises(ValueError, match=r"another backbone: .*dim 64 \(this run: 32\)"):
         initialise(other, official)
 
