@@ -24,11 +24,13 @@ from torch import Tensor
 
 from flashar_pl.backbones import build_backbone
 from flashar_pl.backbones.emu35 import Emu35
-from flashar_pl.backbones.llamagen import PRESETS, LlamaGen, LlamaGenConfig
+from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.backbones.llamagen_weights import clean_official, load_strictly
+from flashar_pl.models.architecture import check_same
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import backbone_config, is_official_directory, read_directory, stream_weights
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.lora import LoraConfig, added_parameters, merge, without_adapters
 from flashar_pl.models.nar import is_nar, read_nar
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
@@ -62,6 +64,8 @@ class Description:
     """Argument of `build_tokenizer`; None = unknown."""
     training: dict[str, Any] = field(default_factory=dict)
     """Step, stage and data of the run that wrote it."""
+    lora: dict[str, Any] | None = None
+    """`LoraConfig` of the weights beside this; None = a plain model's, as all that `load_model` returns."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
@@ -78,6 +82,7 @@ class Description:
             grid=None if grid is None else (int(grid[0]), int(grid[1])),
             tokenizer=values.get("tokenizer"),
             training=values.get("training", {}),
+            lora=values.get("lora"),
         )
 
 
@@ -280,6 +285,8 @@ def _prefix(names: Iterable[str], weights: Weights, path: Path) -> tuple[str, st
 
 
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
+    if description.lora is not None:
+        state, description.lora = merge(state, LoraConfig(**description.lora)), None
     model = build_on_meta(description.model)
     load_strictly(model, state)
     return model
@@ -311,22 +318,29 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
     """Start `model` from a file: official, raster or FlashAR weights.
 
     A raster file fills the backbone, and a FlashAR model clones its vertical branch from it. A FlashAR file fills
-    everything. Values are copied into the model's own dtype.
+    everything. Values are copied into the model's own dtypes. The matrices that LoRA adds keep theirs.
 
     Raises:
         ValueError: the file's architecture is not the model's; the message names the fields that differ.
     """
+    with without_adapters(model):
+        report = _initialise(model, path, weights)
+    report.new += added_parameters(model)
+    return report
+
+
+def _initialise(model: GridModel, path: str | Path, weights: Weights) -> InitReport:
     if is_official_directory(path):
         return _initialise_from_directory(model, path)
     heads = model.backbone.config.n_head if isinstance(model.backbone, LlamaGen) else None
     loaded = load_model(path, weights, n_head=heads)
     source = loaded.model
-    _check_same("backbone", source.config()["backbone"], model.config()["backbone"], path)
+    check_same("backbone", source.config()["backbone"], model.config()["backbone"], path)
     if isinstance(source, FlashAR) and isinstance(model, RasterAR):
         raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
     total = sum(p.numel() for p in model.parameters())
     if isinstance(source, FlashAR):
-        _check_same("model", source.config(), model.config(), path)
+        check_same("model", source.config(), model.config(), path)
         model.load_state_dict(source.state_dict())
         return InitReport(f"{path} ({loaded.source})", total, 0, 0)
     with torch.no_grad():
@@ -345,48 +359,7 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
 def _initialise_from_directory(model: GridModel, path: str | Path) -> InitReport:
     """`initialise` from an official Emu3.5 directory, read into the model itself."""
     own = model.config()["backbone"]
-    _check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
+    check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
     cloned, new = stream_weights(model, path)
     total = sum(p.numel() for p in model.parameters())
     return InitReport(f"{path} (official directory)", total - cloned - new, cloned, new)
-
-
-NOT_ARCHITECTURE = {
-    "dropout",
-    "unconditional_prompt",
-    "token_dropout",
-    "attn_dropout",
-    "resid_dropout",
-    "ffn_dropout",
-    "condition_dropout",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "backbone",
-}
-"""Fields that may differ between a file and the run that starts from it."""
-
-
-def _check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path) -> None:
-    found, expected = _resolved(found), _resolved(expected)
-    different = [
-        f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
-        for key in sorted(found.keys() | expected.keys())
-        if key not in NOT_ARCHITECTURE and found.get(key) != expected.get(key)
-    ]
-    if different:
-        raise ValueError(f"{path} holds another {what}: {'; '.join(different)}.")
-
-
-def _resolved(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with defaults and derived sizes filled in, so that equal models compare equal."""
-    if config.get("kind") != LlamaGen.kind:
-        return config
-    values = LlamaGenConfig(**{key: value for key, value in config.items() if key != "kind"})
-    unused = ("caption_dim", "caption_positions") if values.condition == "class" else ("num_classes",)
-    resolved = {
-        **config,
-        **asdict(values),
-        "ffn_dim": values.feed_forward_dim,
-        "n_kv_head": values.n_kv_head or values.n_head,
-    }
-    return {key: value for key, value in resolved.items() if key not in unused}

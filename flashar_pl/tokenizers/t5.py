@@ -45,7 +45,7 @@ def encode_captions(
         encoder = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no T5 encoder with its tokenizer: {error}") from error
-    encoder = encoder.to(device).eval()
+    encoder.to(torch.device(device)).eval()  # type: ignore[arg-type]
     parts, masks = [], []
     for start in range(0, len(captions), batch_size):
         texts = [caption.strip().lower() for caption in captions[start : start + batch_size]]

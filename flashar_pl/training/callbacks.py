@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from flashar_pl.backbones.base import Batch
+from flashar_pl.models.lora import frozen_names
 from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharding import local
 from flashar_pl.training.stages import Schedule
@@ -133,7 +134,11 @@ class EmaUpdate(Callback):
         self._seen = trainer.global_step
         module = _as_ours(pl_module)
         assert module.ema is not None
-        averages, weights = ([local(p) for p in net.parameters()] for net in (module.ema, module.net))
+        frozen = frozen_names(module.net)
+        averages, weights = (
+            [local(parameter) for name, parameter in net.named_parameters() if name not in frozen]
+            for net in (module.ema, module.net)
+        )
         torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
 

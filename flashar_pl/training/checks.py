@@ -8,6 +8,7 @@ from typing import Any
 
 from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig
+from flashar_pl.models.lora import LoraConfig
 
 PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
 """Names of LlamaGen's published class-conditional weights."""
@@ -27,6 +28,22 @@ def check_initial_file(path: str | Path) -> None:
             "flashar fit --config experiments/demo_raster.yaml"
         )
     raise ValueError(f"model.init_from: no file {given}. {how}")
+
+
+def check_lora(lora: LoraConfig | None, flashar: object, init_from: str | None) -> None:
+    """ValueError for LoRA on a raster model, or on random weights, which would stay as they are."""
+    if lora is None:
+        return
+    if flashar is None:
+        raise ValueError(
+            "model.lora adapts a trained raster model that gets a vertical branch; give model.flashar, such as "
+            "{branch_layer: 11}, or leave model.lora out."
+        )
+    if init_from is None:
+        raise ValueError(
+            "model.lora keeps the backbone as it is and model.init_from is null, so it would stay random; expected "
+            "weights to start from, such as model.init_from: weights/c2i_B_256.pt."
+        )
 
 
 PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")

@@ -11,6 +11,7 @@ from flashar_pl.backbones import emu35, llamagen
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.models.directories import backbone_config
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.training.stages import Schedule
 
@@ -231,11 +232,14 @@ def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dic
 
 OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()
 """Defaults of `FlashARModule`."""
-SETTINGS = ("backbone", "flashar", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation")
+SETTINGS = (
+    *("backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation"),
+)
 """Constructor arguments of `FlashARModule`."""
 TYPES: dict[str, Any] = {
     "backbone": BackboneConfig,
     "flashar": FlashARConfig,
+    "lora": LoraConfig,
     "optimiser": OptimiserConfig,
     "schedule": ScheduleConfig,
     "validation": ValidationConfig,

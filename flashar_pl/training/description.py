@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.models.lora import adaptation
 from flashar_pl.models.sharded_files import is_sharded, read_meta
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
 
@@ -25,11 +26,13 @@ def describe(module: FlashARModule) -> Description:
         training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
     if module.total_steps is not None:
         training["stage"] = module.built_schedule.stage(step)
+    lora = adaptation(module.net)
     return Description(
         model=module.net.config(),
         grid=None if manifest is None else tuple(manifest.grid),
         tokenizer=None if manifest is None else dict(manifest.tokenizer),
         training=training,
+        lora=None if lora is None else lora.to_dict(),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.dual_head import FusionGate
+from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
 from flashar_pl.models.weights import InitReport, build_model, build_on_meta, initialise
 from flashar_pl.training.optim import set_rate
-from flashar_pl.training.sharding import Compute, allocate, check_filled, recompute_blocks, shard
+from flashar_pl.training.sharding import Compute, allocate, check_filled, local, recompute_blocks, shard
 
 OPTIMISER = "optimiser."
 """Prefix of optimiser states in a sharded checkpoint: optimiser.NAME OF THE PARAMETER.NAME OF THE STATE."""
@@ -97,9 +98,9 @@ class ShardedStrategy(ModelParallelStrategy):
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def build(self, config: dict[str, Any]) -> GridModel:
-        """The model of `build_model(config)`, float32, cut over the mesh, without weights."""
-        model = build_on_meta(config).float()
+    def build(self, config: dict[str, Any], lora: LoraConfig | None = None) -> GridModel:
+        """The model of `build_model(config)`, float32, adapted as `lora` says, cut over the mesh, without weights."""
+        model = adapt(build_on_meta(config).float(), lora)
         if self.recompute:
             recompute_blocks(model)
         shard(model, self.mesh, self.compute, self.offload)
@@ -113,22 +114,29 @@ class ShardedStrategy(ModelParallelStrategy):
         memory of the first process and handed out from there.
         """
         if path is not None and is_official_directory(path):
-            self._new_gate(model)
+            self._new_parts(model)
             report: InitReport | None = initialise(model, path)
         else:
-            whole, report = self._first_process_only(lambda: _whole_model(model.config(), path))
+            whole, report = self._first_process_only(lambda: _whole_model(model, path))
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_model_state_dict(model, {} if whole is None else whole.state_dict(), options=options)
         check_filled(model)
         return report
 
-    def _new_gate(self, model: GridModel) -> None:
+    def _new_parts(self, model: GridModel) -> None:
+        """Values for what no file holds: the gate, and the matrices of LoRA, whose B is 0."""
         gate = getattr(model.dual_head, "gate", None)
-        if gate is None:
-            return
-        whole = FusionGate(model.backbone.dim)
+        if gate is not None:
+            self._fill(gate, FusionGate(model.backbone.dim))
+        for _, _, layer in adapted_layers(model):
+            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            self._fill(a, nn.Linear(a.in_features, a.out_features, bias=False))
+            local(b.weight.detach()).zero_()
+
+    def _fill(self, part: nn.Module, whole: nn.Module) -> None:
+        """Give every process its shard of the first one's `whole`."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(gate, whole.state_dict() if self.is_global_zero else {}, options=options)
+        set_model_state_dict(part, whole.state_dict() if self.is_global_zero else {}, options=options)
 
     def _first_process_only(self, make: Any) -> Any:
         """(result, report) on the first process, (None, report) on the others; a ValueError there is raised by all."""
@@ -223,8 +231,8 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer.zero_grad(set_to_none=True)
 
 
-def _whole_model(config: dict[str, Any], path: str | None) -> tuple[GridModel, InitReport | None]:
-    model = build_model(config).float()
+def _whole_model(like: GridModel, path: str | None) -> tuple[GridModel, InitReport | None]:
+    model = adapt(build_model(like.config()).float(), adaptation(like))
     return model, None if path is None else initialise(model, path)
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from flashar_pl.backbones.base import Batch
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.models.weights import CHECKPOINT_KEY
 from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
-from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_precision
+from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_lora, check_precision
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
@@ -51,6 +52,7 @@ class FlashARModule(LightningModule):
     Args:
         backbone: the raster model.
         flashar: vertical branch and fusion, such as {branch_layer: 11}; null = raster pre-training.
+        lora: freezes the backbone and trains low-rank updates of it, such as {rank: 64}; null = the backbone trains.
         init_from: official file, checkpoint or converted model to start from; null = random weights. The vertical
             branch is cloned from a raster model.
         optimiser: AdamW.
@@ -64,6 +66,7 @@ class FlashARModule(LightningModule):
         self,
         backbone: BackboneConfig,
         flashar: FlashARConfig | None = None,
+        lora: LoraConfig | None = None,
         init_from: str | None = None,
         optimiser: OptimiserConfig = OPTIMISER,
         schedule: ScheduleConfig = SCHEDULE,
@@ -73,12 +76,12 @@ class FlashARModule(LightningModule):
     ) -> None:
         super().__init__()
         self.model_config = model_config(backbone, flashar)
-        self.backbone, self.flashar, self.init_from = backbone, flashar, init_from
-        self.optimiser = optimiser
+        self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
+        check_lora(lora, flashar, init_from)
         self.schedule = schedule.resolve(raster=flashar is None)
         self.schedule.build(total_steps=1)  # its values are checked now
+        self.optimiser, self.validation = optimiser, validation
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
-        self.validation = validation
         self.net: GridModel
         self.ema: GridModel | None = None
         self.total_steps: int | None = None
@@ -102,9 +105,9 @@ class FlashARModule(LightningModule):
         """Build the model with new float32 weights, once; a sharded one without weights."""
         if hasattr(self, "net"):
             return
-        self.net = new_model(self.model_config, self._strategy)
+        self.net = new_model(self.model_config, self._strategy, self.lora)
         if self.ema_decay is not None:
-            self.ema = new_model(self.model_config, self._strategy).requires_grad_(False)
+            self.ema = new_model(self.model_config, self._strategy, self.lora).requires_grad_(False)
 
     def load_initial_weights(self) -> None:
         """Read `init_from` and copy the result into the averaged weights, unless a checkpoint was restored."""
@@ -113,8 +116,7 @@ class FlashARModule(LightningModule):
         self._has_weights = True
         if self.init_from is not None:
             check_initial_file(self.init_from)
-        report = first_weights(self.net, self.init_from, self._strategy)
-        if report is not None:
+        if (report := first_weights(self.net, self.init_from, self._strategy)) is not None:
             rank_zero_info(str(report))
         if self.ema is not None:
             self.ema.load_state_dict(self.net.state_dict())

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from flashar_pl.models.base import ROLES, GridModel
+from flashar_pl.models.lora import frozen_names
 from flashar_pl.training.compact_adamw import CompactAdamW
 
 
@@ -15,14 +16,15 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
     """One group per role and kind of parameter, in a fixed order: a checkpoint refers to parameters by position.
 
     Matrices and embeddings (ndim >= 2) have weight decay, vectors none. Every group has its role under "role".
-    Every parameter of the model is in exactly one group.
+    Every parameter is in exactly one group, except for those that LoRA keeps frozen throughout, which are in none.
     """
-    roles = model.roles()
+    roles, frozen = model.roles(), frozen_names(model)
     parts: dict[tuple[str, bool], list[nn.Parameter]] = {
         (role, decays): [] for role in ROLES for decays in (True, False)
     }
     for name, parameter in model.named_parameters():
-        parts[roles[name], parameter.ndim >= 2].append(parameter)
+        if name not in frozen:
+            parts[roles[name], parameter.ndim >= 2].append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": parameters, "role": role, "weight_decay": weight_decay if decays else 0.0}
         for (role, decays), parameters in parts.items()
@@ -30,7 +32,8 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
     ]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == {id(parameter) for parameter in model.parameters()}, "a parameter is in no group"
+    wanted = {id(parameter) for name, parameter in model.named_parameters() if name not in frozen}
+    assert set(grouped) == wanted, "a parameter is in no group"
     return groups
 
 
@@ -41,16 +44,17 @@ def adamw(
     weight_decay: float = 0.05,
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
 ) -> torch.optim.Optimizer:
-    """AdamW over all parameters of the model, frozen ones included: those without gradient are skipped.
+    """AdamW over the parameters of the model, those of a frozen stage included: without gradient they are skipped.
 
     state: what the moments are kept in. "bf16" is `CompactAdamW`, "8bit" the block-wise quantised AdamW of torchao.
 
     Raises:
-        ValueError: a parameter is neither float32 nor float64 (at post-training learning rates an update of a bfloat16
+        ValueError: one of them is neither float32 nor float64 (at post-training learning rates an update of a bfloat16
             weight is mostly rounded away), or torchao is not installed.
     """
+    frozen = frozen_names(model)
     for name, parameter in model.named_parameters():
-        if parameter.dtype not in (torch.float32, torch.float64):
+        if name not in frozen and parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
             )

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import frozen_names
 
 Compute = Literal["bf16", "fp32"]
 """Dtype of the gathered parameters and of activations."""
@@ -41,10 +42,11 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
     """Cut the parameters of `model` over `mesh`, in place; the model may be on the meta device.
 
     mesh: one dimension = full sharding; two = (replicas, shards), copies of shards. Gradients are reduced in float32
-    whatever the compute dtype. offload: shards, gradients and optimiser states stay in CPU memory.
+    whatever the compute dtype. What LoRA keeps frozen may be bfloat16 among float32 parameters. offload: shards,
+    gradients and optimiser states stay in CPU memory.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is written to
-    low = torch.bfloat16 if compute == "bf16" else None
+    low = torch.bfloat16 if compute == "bf16" else torch.float32
     inner = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     entry = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)  # text features come as float32
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -111,10 +113,12 @@ def local(tensor: Tensor) -> Tensor:
 def allocate(model: GridModel, device: torch.device, offload: bool = False) -> None:
     """Give a sharded model on the meta device memory: parameters hold NaN until weights are loaded.
 
-    All of them must require gradients now. FSDP2 settles at the first entry in which dtype the gradients of a unit are
-    reduced and kept; for a unit that is frozen then it would be the compute dtype.
+    All that ever train must require gradients now, and what LoRA keeps frozen must not. FSDP2 settles at the first
+    entry in which dtype the gradients of a unit are reduced and kept; for a unit that is frozen then it would be the
+    compute dtype. What never trains has no say in it, and may have another dtype.
     """
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    frozen = frozen_names(model)
+    assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
     model.to_empty(device="cpu" if offload else device)
     for parameter in model.parameters():
         local(parameter).fill_(torch.nan)

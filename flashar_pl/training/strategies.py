@@ -8,23 +8,37 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import LoraConfig, adapt, decode_under_autocast
 from flashar_pl.models.sharded_files import is_sharded
 from flashar_pl.models.weights import InitReport, build_model, initialise
 from flashar_pl.training.fsdp import ShardedStrategy
 
 
-def new_model(config: dict[str, Any], strategy: Strategy | None) -> GridModel:
-    """The model of `build_model(config)` in float32: with random weights, or cut into shards that wait for theirs."""
+def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfig | None = None) -> GridModel:
+    """The model of `build_model(config)` in float32: with random weights, or cut into shards that wait for theirs.
+
+    lora: adapts its backbone, whose frozen weights may be bfloat16.
+
+    Raises:
+        ValueError: peft is missing, or bfloat16 weights would meet float32 activations.
+    """
     if isinstance(strategy, ShardedStrategy):
-        return strategy.build(config)
-    return build_model(config).float()
+        return strategy.build(config, lora)
+    precision = "bf16-mixed" if strategy is None else strategy.precision_plugin.precision
+    if lora is not None and lora.base == "bf16" and precision != "bf16-mixed":
+        raise ValueError(
+            f"model.lora.base is bf16 and trainer.precision {precision}; expected bf16-mixed, a sharded strategy, or "
+            "model.lora.base fp32."
+        )
+    model = adapt(build_model(config).float(), lora)
+    return decode_under_autocast(model) if lora is not None and lora.base == "bf16" else model
 
 
 def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:
     """The weights a run starts from: those of `path`, else random ones.
 
     All strategies give equal values, except for a gate beside Emu3.5 weights that are streamed into shards: like any
-    other it starts at 0.5 everywhere, but its hidden weights are other random ones.
+    other it starts at 0.5 everywhere, but its hidden weights are other random ones. The same holds for LoRA's A.
 
     Raises ValueError as `initialise` does.
     """

@@ -1,0 +1,173 @@
+"""LoRA (Hu et al., 2021) on the backbone of a grid model: W x + (alpha / rank) B A x, with W frozen.
+
+peft makes the adapted layers. Everything else of the backbone is frozen too; heads, vertical branch and gate are left
+alone. B starts at 0, so an adapted model computes what it computed before. peft is needed to train: a stored model is
+merged while it is read (`merge`), and is a plain one from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from flashar_pl.models.base import GridModel
+
+Target = Literal["wqkv", "wo", "w13", "w2"]
+TARGETS: tuple[Target, ...] = ("wqkv", "wo", "w13", "w2")
+"""Projections of a block: queries, keys and values; attention output; feed-forward input and output."""
+ADAPTER = "default"
+"""peft's name of the one adapter."""
+ADDED, BASE = ".lora_", ".base_layer.weight"
+"""What the names of added matrices contain, and how the names of adapted ones end."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Frozen backbone with a trained low-rank update of its projections."""
+
+    rank: int = 64
+    """Rank of the update of every matrix."""
+    alpha: float = 64.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the input of the update."""
+    targets: tuple[Target, ...] = TARGETS
+    """Projections that get an update: wqkv, wo, w13, w2."""
+    base: Literal["fp32", "bf16"] = "fp32"
+    """What frozen weights are kept in; trained ones are float32. bf16 loses nothing where the weights come as such."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank >= 1, alpha > 0, "
+                "0 <= dropout < 1."
+            )
+        if not self.targets or not set(self.targets) <= set(TARGETS) or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets is {list(self.targets)}; expected some of {', '.join(TARGETS)}, each once.")
+        if self.base not in ("fp32", "bf16"):
+            raise ValueError(f"lora.base is {self.base!r}; expected fp32 or bf16.")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return torch.bfloat16 if self.base == "bf16" else torch.float32
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, from which the constructor makes an equal object."""
+        return {**asdict(self), "targets": list(self.targets)}
+
+
+def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
+    """Freeze the backbone of `model` and add low-rank updates to its blocks, in place. None = leave it as it is.
+
+    The model may be on the meta device. The dtype of added matrices is that of the model before.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
+    if config is None:
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("model.lora needs peft: pip install 'flashar-pl[lora]'.") from error
+    options = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=cast(Any, config.alpha),
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        bias="none",
+    )
+    blocks = model.backbone.blocks
+    on_meta = next(blocks.parameters()).is_meta
+    peft.inject_adapter_in_model(options, blocks, ADAPTER, low_cpu_mem_usage=on_meta)
+    cast(Any, model).lora = config
+    names = frozen_names(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in names)
+        if name in names:
+            parameter.data = parameter.data.to(config.base_dtype)
+    return model
+
+
+def adaptation(model: GridModel) -> LoraConfig | None:
+    """How `model` was adapted; None = it was not."""
+    return cast("LoraConfig | None", getattr(model, "lora", None))
+
+
+def frozen_names(model: GridModel) -> set[str]:
+    """Names of the parameters that never train: the backbone's own, where it is adapted."""
+    if adaptation(model) is None:
+        return set()
+    return {name for name, role in model.roles().items() if role == "backbone" and ADDED not in name}
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """(parent, name in it, layer) of every adapted layer."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if hasattr(child, "lora_A") and hasattr(child, "base_layer")
+    ]
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` has its plain layers, with their names and weights. For whatever reads weights into a model."""
+    adapted = adapted_layers(model)
+    for parent, name, layer in adapted:
+        setattr(parent, name, layer.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, layer in adapted:
+            setattr(parent, name, layer)
+
+
+def added_parameters(model: nn.Module) -> int:
+    """Number of parameters that adapting has added."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if ADDED in name)
+
+
+def decode_under_autocast(model: GridModel) -> GridModel:
+    """Let samples be drawn from a model with bfloat16 and float32 weights: bfloat16 wherever decoding enters it."""
+
+    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            with torch.autocast(model.device.type, torch.bfloat16):
+                return method(*args, **options)
+
+        return call
+
+    for name in ("prefix", "prefill", "step", "step_logits"):
+        setattr(model, name, wrapped(getattr(model, name)))
+    return model
+
+
+def merge(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The state dict of the plain model: W + alpha / rank * B A, in float32 or wider. Empties `state` on the way."""
+    merged = {}
+    for name in [name for name in state if ADDED not in name]:
+        value = state.pop(name)
+        if value.is_floating_point():
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+        if name.endswith(BASE):
+            layer = name.removesuffix(BASE)
+            a, b = (state.pop(f"{layer}.lora_{which}.{ADAPTER}.weight").to(value.dtype) for which in "AB")
+            value, name = torch.addmm(value, b, a, alpha=config.scale), f"{layer}.weight"
+        merged[name] = value
+    assert not state, f"added matrices without a layer: {', '.join(list(state)[:4])}"
+    return merged

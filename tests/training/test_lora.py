@@ -1,0 +1,214 @@
+"""LoRA: a frozen backbone with trained low-rank updates, from the first step to the exported model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training_toys import GRID, LEVELS, STEPS, fit, make_module
+
+from flashar_pl.backbones.llamagen_weights import clean_official
+from flashar_pl.commands.convert import convert
+from flashar_pl.models.lora import ADDED, LoraConfig, adapt, frozen_names, without_adapters
+from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
+from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
+from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.optim import adamw
+
+LORA = LoraConfig(rank=2, alpha=4, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def raster(tmp_path_factory) -> str:
+    """A raster model to start from, with weights that all matter."""
+    module = make_module(flashar=False)
+    module.configure_model()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    place = tmp_path_factory.mktemp("lora") / "raster"
+    save_model(place, module.net, Description(module.net.config()))
+    return str(place)
+
+
+def make(raster: str, lora: LoraConfig | None = LORA, **overrides: Any) -> FlashARModule:
+    return make_module(**{"lora": lora, "init_from": raster, "ema_decay": 0.9, **overrides})
+
+
+def started(raster: str, lora: LoraConfig | None, **overrides: Any) -> FlashARModule:
+    """A module with its first weights, without a Trainer."""
+    module = make(raster, lora, ema_decay=None, **overrides)
+    torch.manual_seed(0)
+    module.configure_model()
+    module.load_initial_weights()
+    return module
+
+
+CODES = torch.arange(2 * 16).view(2, *GRID) * 5 % LEVELS
+CONDITION = torch.tensor([0, 2])
+
+
+class Losses(Callback):
+    """The loss of every step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen[trainer.global_step] = float(outputs["loss"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, toy_shards: str, raster: str):
+    """The uninterrupted run, with a checkpoint after every step. Stage 1 ends after step 2."""
+    root = tmp_path_factory.mktemp("whole")
+    losses = Losses()
+    save = ModelCheckpoint(root, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    module = fit(root, toy_shards, make(raster), enable_checkpointing=True, callbacks=[losses, save])
+    return root, module, losses.seen
+
+
+def test_starts_as_the_base_model(raster: str) -> None:
+    """B = 0; and weights read into an adapted model must land in its frozen layers and in the vertical clones."""
+    plain, adapted = (started(raster, lora).net.eval() for lora in (None, LORA))
+    with torch.no_grad():
+        for a, b in zip(vars(plain(CODES, CONDITION)).values(), vars(adapted(CODES, CONDITION)).values()):
+            assert torch.equal(a, b)
+    with without_adapters(adapted):
+        assert [name for name, _ in plain.named_parameters()] == [name for name, _ in adapted.named_parameters()]
+        for (name, a), b in zip(plain.named_parameters(), adapted.parameters()):
+            assert torch.equal(a, b) or name.startswith("dual_head.gate."), name
+
+
+def test_only_the_right_parameters_move(whole, raster: str) -> None:
+    """Frozen weights bit for bit as before the run, in stage 2 too; all others moved. No moments for the frozen."""
+    root, module, _ = whole
+    before = started(raster, LORA).net.state_dict()
+    frozen, roles = frozen_names(module.net), module.net.roles()
+    assert frozen == {name for name in roles if name.startswith("backbone.") and ADDED not in name}
+    for name, value in module.net.state_dict().items():
+        assert torch.equal(value, before[name]) == (name in frozen), name
+    at_switch = torch.load(root / "step=2.ckpt", weights_only=True)["state_dict"]
+    for name, role in roles.items():
+        if ADDED in name or role == "horizontal_head":  # frozen in stage 1
+            assert ("lora_B" in name) == (not at_switch[f"net.{name}"].any()), name
+    optimiser = module.trainer.optimizers[0]
+    held = sum(state["exp_avg"].numel() for state in optimiser.state.values())
+    assert held == sum(p.numel() for name, p in module.net.named_parameters() if name not in frozen)
+    rates = {group["role"]: group["lr"] for group in optimiser.param_groups}
+    assert rates["backbone"] == pytest.approx(0.2 * rates["horizontal_head"])
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_continued_equals_uninterrupted(whole, raster: str, toy_shards: str, tmp_path: Path, step: int) -> None:
+    """From either side of the switch of stages, bit for bit, with dropout before the updates."""
+    root, module, seen = whole
+    losses = Losses()
+    start = make(str(tmp_path / "gone"))  # what the run once started from is not asked for again
+    continued = fit(tmp_path, toy_shards, start, ckpt_path=root / f"step={step}.ckpt", callbacks=[losses])
+    assert losses.seen == {s: seen[s] for s in range(step + 1, STEPS + 1)}
+    for (name, a), b in zip(module.state_dict().items(), continued.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_checkpoint_is_a_plain_model(whole, monkeypatch) -> None:
+    """Merged while it is read, averaged weights too, and without peft."""
+    root, module, _ = whole
+    path = root / f"step={STEPS}.ckpt"
+    assert torch.load(path, weights_only=True)[CHECKPOINT_KEY]["lora"] == LORA.to_dict()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for weights, net in (("auto", module.ema), ("raw", module.net)):
+        loaded = load_model(path, weights)
+        assert loaded.description.lora is None
+        assert loaded.model.config() == net.config()
+        assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+        with torch.no_grad():
+            for a, b in zip(vars(loaded.model(CODES, CONDITION)).values(), vars(net.eval()(CODES, CONDITION)).values()):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert not torch.equal(
+        loaded.model.backbone.blocks[0].attention.wo.weight, module.net.backbone.blocks[0].attention.wo.weight
+    )
+
+
+def test_exports(whole, raster: str, toy_shards: str, tmp_path: Path) -> None:
+    """`convert` writes a merged model that trains on as any other, and official names."""
+    root, module, _ = whole
+    out = convert(str(root / f"step={STEPS}.ckpt"), weights="raw", out=str(tmp_path / "merged"))
+    again = load_model(out).model
+    assert again.state_dict().keys() == build_model(module.net.config()).state_dict().keys()
+    started(str(out), LORA)
+    average = FlashARConfig(branch_layer=2, vertical_layers=1, fusion="average", corner="fused")
+    nar = fit(tmp_path, toy_shards, make(raster, flashar=average), max_steps=4)
+    nar.trainer.save_checkpoint(tmp_path / "nar.ckpt")
+    merged = load_model(tmp_path / "nar.ckpt", "raw").model
+    official = convert(str(tmp_path / "nar.ckpt"), weights="raw", to="official", out=str(tmp_path / "official.pt"))
+    names = clean_official(torch.load(official, weights_only=True)["model"])
+    assert "layers.0.attention.wqkv.weight" in names
+    assert not [name for name in names if "lora" in name or "base_layer" in name]
+    read = load_model(official, n_head=2).model
+    with torch.no_grad():
+        torch.testing.assert_close(read(CODES, CONDITION).fused, merged(CODES, CONDITION).fused, atol=1e-6, rtol=0)
+
+
+def test_bfloat16_base_under_autocast(raster: str, toy_shards: str, tmp_path: Path) -> None:
+    """Frozen weights of half the size beside float32 trained ones; samples are drawn from such a model too."""
+    from flashar_pl.training.config import ValidationConfig
+
+    half = LoraConfig(rank=2, base="bf16", targets=("wqkv", "w2"))
+    pictures = ValidationConfig(grid_images=2, sample_batch=2, cfg_scale=1.5)
+    module = fit(
+        tmp_path, toy_shards, make(raster, half, validation=pictures), max_steps=4, precision="bf16-mixed",
+        limit_val_batches=1.0, val_check_interval=4, check_val_every_n_epoch=None,
+    )  # fmt: skip
+    frozen = frozen_names(module.net)
+    for name, parameter in module.net.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if name in frozen else torch.float32), name
+    assert {s["exp_avg"].dtype for s in module.trainer.optimizers[0].state.values()} == {torch.float32}
+    module.trainer.save_checkpoint(tmp_path / "half.ckpt")
+    merged = load_model(tmp_path / "half.ckpt").model
+    assert {p.dtype for p in merged.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match=r"base is bf16 and trainer.precision 32-true; expected bf16-mixed"):
+        fit(tmp_path, toy_shards, make(raster, half), max_steps=1)
+
+
+def test_moments_may_be_bfloat16(raster: str) -> None:
+    net = started(raster, LoraConfig(rank=2, base="bf16")).net
+    optimiser = adamw(net, 1e-3, state="bf16")
+    grouped = sum(parameter.numel() for group in optimiser.param_groups for parameter in group["params"])
+    assert grouped == sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def test_settings_survive_a_checkpoint(raster: str) -> None:
+    module = make(raster)
+    assert typed_settings(plain_settings(typed_settings(module.settings())))["lora"] == LORA
+
+
+def test_wrong_settings_are_named(raster: str, monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"rank is 0, .* expected rank >= 1"):
+        LoraConfig(rank=0)
+    with pytest.raises(ValueError, match=r"targets is \['qkv'\]; expected some of wqkv, wo, w13, w2"):
+        LoraConfig(targets=("qkv",))
+    with pytest.raises(ValueError, match=r"give model\.flashar"):
+        make(raster, flashar=False)
+    with pytest.raises(ValueError, match=r"init_from is null, so it would stay random"):
+        make(None)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[lora\]'"):
+        started(raster, LORA)
+
+
+def test_adapts_on_the_meta_device() -> None:
+    """Large models are built without memory."""
+    module = FlashARModule(
+        BackboneConfig(preset="llamagen-b"), FlashARConfig(11), LoraConfig(), "x", OptimiserConfig(state="bf16")
+    )
+    with torch.device("meta"):
+        module.configure_model()
+        adapt(build_model(module.model_config), LORA)
+    assert {p.device.type for p in module.net.parameters()} == {"meta"}
