@@ -151,8 +151,9 @@ class FlashARModule(LightningModule):
         losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, aux_weight=self.aux_weight)
         if logs_now(self.trainer):
             names = ("fused", "horizontal", "vertical")
-            self.log("train/loss", losses["loss"].detach(), prog_bar=True, batch_size=1)
-            self.log_dict({f"train/{name}": losses[name] for name in names}, batch_size=1)
+            everywhere: dict[str, Any] = {"batch_size": 1, "sync_dist": True}  # the mean over all devices
+            self.log("train/loss", losses["loss"].detach(), prog_bar=True, **everywhere)
+            self.log_dict({f"train/{name}": losses[name].detach() for name in names}, **everywhere)
         return losses["loss"]
 
     def evaluation_plan(self, codes: Tensor) -> DecodePlan:
