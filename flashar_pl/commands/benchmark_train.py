@@ -124,6 +124,7 @@ class Steps:
         self.codes = torch.randint(0, vocabulary, (batch, *grid), generator=generator).to(device)
         self.condition = (torch.arange(batch) % 1000).to(device)
         self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self._states: tuple[Tensor, Tensor] | None = None
 
     def freeze(self, stage: int) -> None:
         """Only what trains in this stage has gradients and optimizer state."""
@@ -155,6 +156,38 @@ class Steps:
         self.optimiser.step()
         self.optimiser.zero_grad()
 
+    def given_states(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of both branches, as leaves that have gradients where something below the heads trains."""
+        import torch
+
+        from flashar_pl.planner.plain_loss import hidden_states
+
+        if self._states is None:
+            with torch.no_grad(), self.autocast():
+                h, v = hidden_states(self.model, self.codes, self.condition, self.plan)
+            assert v is not None
+            self._states = h, v
+        frozen = not self.model.dual_head.horizontal.weight.requires_grad
+        h, v = (states.detach() for states in self._states)
+        return h.requires_grad_(not frozen), v.requires_grad_()
+
+    def loss_alone(self, kind: str) -> int:
+        """Forward and backward of the loss from given hidden states; bytes of the parameters' gradients."""
+        from flashar_pl.planner.plain_loss import head_loss
+
+        h, v = self.given_states()
+        self.model.zero_grad()
+        with self.autocast():
+            if kind == "plain":
+                loss = head_loss(self.model, (h, v), self.codes, self.plan)
+            else:
+                total = self.model.dual_head.losses(h, v, self.codes.flatten(1), self.plan).total
+                loss = total / self.codes.numel()
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        self.model.zero_grad()
+        return gradients
+
     def stage(self, stage: int, repeats: int) -> list[dict[str, Any]]:
         """Rows of both losses in one stage."""
         from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
@@ -179,37 +212,31 @@ class Steps:
                     "tokens_per_s": self.codes.numel() / seconds,
                     "peak_bytes": whole.bytes,
                     "step_bytes": whole.extra,
-                    "loss_bytes": self.loss_memory(kind),
+                    **self.loss_memory(kind),
                 }
             )
         return rows
 
-    def loss_memory(self, kind: str) -> int:
-        """Peak of the loss alone, forward and backward, from given hidden states; beyond the gradients of the heads,
-        which every implementation needs."""
-        import torch
+    def loss_memory(self, kind: str) -> dict[str, int | None]:
+        """Peak of the loss alone, forward and backward, from given hidden states.
 
+        Not counted are the gradients of the heads and of the gate, which every implementation ends with. Everything
+        else is: logits, low-precision copies of weights, partial sums, gradients of the hidden states.
+
+        Returns "loss_bytes", of tensors; and on a CPU "loss_resident_bytes", of the process, with what the allocator
+        and scratch space of the operators add.
+        """
         from flashar_pl.planner.measure import peak_memory
-        from flashar_pl.planner.plain_loss import head_loss, hidden_states
+        from flashar_pl.planner.memory import TensorPeak
 
-        frozen = not self.model.dual_head.horizontal.weight.requires_grad
-        with torch.no_grad(), self.autocast():
-            h, v = hidden_states(self.model, self.codes, self.condition, self.plan)
-        assert v is not None
-        states = h.clone().requires_grad_(not frozen), v.clone().requires_grad_()
-        del h, v
-        self.model.zero_grad()
-        with peak_memory(self.device) as peak:
-            with self.autocast():
-                if kind == "plain":
-                    loss = head_loss(self.model, states, self.codes, self.plan)
-                else:
-                    losses = self.model.dual_head.losses(*states, self.codes.flatten(1), self.plan)
-                    loss = losses.fused.mean() + 0.05 * (losses.horizontal.mean() + losses.vertical.mean())
-            loss.backward()
-        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
-        self.model.zero_grad()
-        return max(0, peak.extra - gradients)
+        with peak_memory(self.device) as resident:
+            gradients = self.loss_alone(kind)
+        measured = max(0, resident.extra - gradients)
+        if self.device.type == "cuda":
+            return {"loss_bytes": measured, "loss_resident_bytes": None}
+        with TensorPeak() as exact:
+            gradients = self.loss_alone(kind)
+        return {"loss_bytes": exact.bytes - gradients, "loss_resident_bytes": measured}
 
 
 def report(result: dict[str, Any]) -> str:

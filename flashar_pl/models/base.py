@@ -20,6 +20,7 @@ from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.models.dual_head import DualHead, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.numerics import wide
 
 States = tuple[Tensor, Tensor | None]
 """Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
@@ -173,8 +174,8 @@ class GridModel(nn.Module, ABC):
         """
         plan = self._plan_of(codes, plan)
         h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
-        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan)
-        weight = torch.ones_like(losses.fused[:, 0]) if valid is None else valid.to(losses.fused.dtype)
+        weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
+        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight)
         samples = weight.sum().clamp_min(1)
 
         def mean(values: Tensor, source: str | None) -> Tensor:
@@ -186,17 +187,15 @@ class GridModel(nn.Module, ABC):
             return ((values * targets).sum(1) * weight).sum() / (samples * max(count, 1))
 
         fused = mean(losses.fused, None)
+        horizontal, vertical = fused, torch.zeros_like(fused)
         if plan.has_vertical:
             horizontal, vertical = mean(losses.horizontal, "h_source"), mean(losses.vertical, "v_source")
-            total = fused + aux_weight * (horizontal + vertical)
-        else:
-            horizontal, vertical, total = fused, torch.zeros_like(fused), fused
         return {
-            "loss": total,
-            "fused": fused.detach(),
-            "horizontal": horizontal.detach(),
-            "vertical": vertical.detach(),
-            "nll": losses.fused.detach().sum(1),
+            "loss": losses.total / (samples * plan.n_cells),
+            "fused": fused,
+            "horizontal": horizontal,
+            "vertical": vertical,
+            "nll": losses.fused.sum(1),
             "gate": losses.gate.unflatten(1, codes.shape[1:]),
         }
 

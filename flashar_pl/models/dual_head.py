@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
-from flashar_pl.models.losses import dual_nll, head_nll
+from flashar_pl.models.losses import AUX_WEIGHT, dual_nll, head_nll
 from flashar_pl.numerics import full_precision, wide
 
 Corner = Literal["horizontal", "fused", "released"]
@@ -110,6 +110,25 @@ def _as_slice(index: Tensor) -> slice:
     return slice(begin, begin + len(index))
 
 
+def target_weights(
+    plan: DecodePlan, where: Sources, weight: Tensor, aux_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """How much each target's loss counts: of the mix, of the horizontal head and of the vertical head, (B, N) each.
+
+    weight: (B,) of the samples. Sums over targets of these weights times the losses give N times Eq. 9 plus aux_weight
+    times Eq. 10. A target that one head alone predicts has that head's loss as its fused one.
+    """
+    fused = weight[:, None].expand(-1, plan.n_cells)
+    parts = []
+    for source, alone in (("h_source", where.only_h), ("v_source", where.only_v)):
+        has_source = plan.on(source, weight.device) >= 0  # (N,)
+        count = int((getattr(plan, source) >= 0).sum())  # of the copy on the CPU: no synchronisation
+        each = has_source.to(weight.dtype) * (aux_weight * plan.n_cells / max(count, 1))
+        each = each.index_add(0, alone, weight.new_ones(len(alone)))
+        parts.append(fused * each)
+    return fused, parts[0], parts[1]
+
+
 class FusionGate(nn.Module):
     """g = sigmoid(MLP([h^H; h^V])) in float32 (Eq. 7). The last layer starts at zero, so g starts at 0.5."""
 
@@ -140,8 +159,13 @@ class FusionGate(nn.Module):
 
 
 class TargetLosses(NamedTuple):
-    """Per-target losses in nats, float32; raster order. A tuple, because FSDP2 looks for the tensors in outputs."""
+    """Losses in nats, float32; raster order. A tuple, because FSDP2 looks for the tensors in outputs.
 
+    Only `total` has gradients.
+    """
+
+    total: Tensor
+    """Scalar: the sum over samples of their weight times (fused loss + N aux_weight (L_H + L_V)), see `losses`."""
     fused: Tensor
     """(B, N)."""
     horizontal: Tensor
@@ -210,41 +234,56 @@ class DualHead(nn.Module):
         emitted = plan.on("slot", h.device) + 1
         return fused, z_h[:, emitted], z_v[:, emitted], gate
 
-    def losses(self, h: Tensor, v: Tensor | None, codes: Tensor, plan: DecodePlan) -> TargetLosses:
+    def losses(
+        self,
+        h: Tensor,
+        v: Tensor | None,
+        codes: Tensor,
+        plan: DecodePlan,
+        weight: Tensor | None = None,
+        aux_weight: float = AUX_WEIGHT,
+    ) -> TargetLosses:
         """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
 
-        They are normalised over all rows of the heads, so over text tokens too where the heads score them.
+        weight: (B,) float32 of each sample, None = 1. L_H and L_V of a sample are means over the targets whose source
+        is a slot (Eq. 10). Logits are normalised over all rows of the heads, so over text tokens too where the heads
+        score them.
         """
         where = sources(plan, self.corner, h.device)
         codes = codes + self.first_code  # rows of the heads
         batch, zeros = h.shape[0], wide(h[:0]).new_zeros(h.shape[0], plan.n_cells)
+        weight = torch.ones_like(zeros[:, 0]) if weight is None else weight.to(zeros.dtype)
 
         def select(states: Tensor, index: Tensor, *cells: Tensor) -> Tensor:
             return torch.cat([states[:, index[part]].flatten(0, 1) for part in cells])  # (B * M, D)
 
-        def labels(*cells: Tensor) -> Tensor:
-            return torch.cat([codes[:, part].flatten() for part in cells])
+        def spread(values: Tensor, *cells: Tensor) -> Tensor:
+            return torch.cat([values[:, part].flatten() for part in cells])  # (B * M,)
 
         def put(values: Tensor, *cells: Tensor) -> Tensor:
             parts = values.split([batch * len(part) for part in cells])
             return zeros.index_copy(1, torch.cat(cells), torch.cat([part.view(batch, -1) for part in parts], dim=1))
 
         if v is None or self.vertical is None:
-            assert len(where.only_h) == plan.n_cells, "this plan needs a vertical head"
-            nll = put(
-                head_nll(select(h, where.h, where.only_h), self.horizontal.weight, labels(where.only_h)), where.only_h
-            )
-            return TargetLosses(nll, nll, zeros, torch.ones_like(zeros))
+            cells = where.only_h
+            assert len(cells) == plan.n_cells, "this plan needs a vertical head"
+            labels, scale = spread(codes, cells), spread(weight[:, None].expand_as(zeros), cells)
+            total, nll = head_nll(select(h, where.h, cells), self.horizontal.weight, labels, scale)
+            nll = put(nll, cells)
+            return TargetLosses(total, nll, nll, zeros, torch.ones_like(zeros))
         a, b = h[:, where.h[where.both]], v[:, where.v[where.both]]  # (B, M, D) each
         gate = self.weigh(a, b, where.corner).flatten()
         by_h, by_v = (where.both, where.only_h), (where.both, where.only_v)
-        fused, nll_h, nll_v = dual_nll(
+        scale, scale_h, scale_v = target_weights(plan, where, weight, aux_weight)
+        total, fused, nll_h, nll_v = dual_nll(
             select(h, where.h, *by_h), select(v, where.v, *by_v), gate,
-            self.horizontal.weight, self.vertical.weight, labels(*by_h), labels(*by_v),
+            self.horizontal.weight, self.vertical.weight, spread(codes, *by_h), spread(codes, *by_v),
+            spread(scale, where.both), spread(scale_h, *by_h), spread(scale_v, *by_v),
         )  # fmt: skip
         both = len(fused)
         every = (where.both, where.only_h, where.only_v)
         return TargetLosses(
+            total=total,
             fused=put(torch.cat([fused, nll_h[both:], nll_v[both:]]), *every),
             horizontal=put(nll_h, *by_h),
             vertical=put(nll_v, *by_v),

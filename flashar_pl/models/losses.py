@@ -1,7 +1,11 @@
 """Cross-entropies of two linear heads and their gated mix, chunked over targets (Eq. 8-10).
 
-The logits of a chunk exist only while the chunk is worked on; the backward pass computes them again. So the memory
-of the loss does not grow with the number of targets.
+The logits of a chunk exist only while the chunk is worked on: its losses and its share of every gradient are computed
+together, in the forward pass, and the backward pass only scales the gradients. So the memory of the loss does not grow
+with the number of targets, and no logit is computed twice.
+
+For this the weight of each target must be known in the forward pass. It is relative (about 1): a common factor, such
+as 1 / targets or the scale of a GradScaler, comes with the backward pass, so that errors do not underflow in float16.
 
 Shapes: M targets, D width, V codes, c targets of one chunk.
 """
@@ -20,17 +24,21 @@ from flashar_pl.numerics import full_precision, wide
 AUX_WEIGHT = 0.05
 """Weight of L_H + L_V in the training loss (Sec. 4.3)."""
 
-CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
-"""Logits of one head in the largest chunk: 16 MiB of float32 on a CPU, 64 MiB on a GPU; small GEMMs are slow."""
+CHUNK_ELEMENTS = {"cpu": (2**20, 2**22), "cuda": (2**25, 2**26)}
+"""Logits of one head in the smallest and the largest chunk: 4 to 16 MiB of float32 on a CPU, 128 to 256 MiB on a GPU.
+Every chunk adds to the gradients of the whole heads, which takes longer than its products if the chunk is small."""
+PRODUCT_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+"""Rows times width of a head's gradient that are computed in the compute dtype before they are added in float32: on a
+CPU they stay in the cache."""
 
 
 def chunk_size(targets: int, vocabulary: int, device_type: str) -> int:
-    """Targets per chunk: a sixteenth of them, but not less than an eighth of the largest chunk.
+    """Targets per chunk: a sixteenth of them, within `CHUNK_ELEMENTS`.
 
-    About five chunks are alive at a time: a third of one set of logits, unless these are small.
+    Five sets of a chunk's logits in float32 are alive at a time at most; a plain loss holds seven sets of all targets'.
     """
-    largest = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]) // vocabulary
-    return max(1, min(largest, max(largest // 8, targets // 16)))
+    smallest, largest = (n // vocabulary for n in CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
+    return max(1, min(largest, max(smallest, targets // 16)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -40,81 +48,128 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """(c, V), (c,) -> (c,): -log softmax at the label."""
-    return torch.logsumexp(logits, -1) - logits.gather(-1, labels[:, None]).squeeze(-1)
+def _chunks(begin: int, end: int, vocabulary: int, device_type: str) -> Iterator[slice]:
+    """Targets begin .. end - 1 in chunks."""
+    size = chunk_size(end - begin, vocabulary, device_type)
+    for first in range(begin, end, size):
+        yield slice(first, min(first + size, end))
 
 
-def _nll_gradient_(logits: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
-    """(c, V): scale * d nll / d logits; overwrites `logits`."""
-    error = logits.sub_(torch.logsumexp(logits, -1, keepdim=True)).exp_()
+def _nll(log_p: Tensor, labels: Tensor) -> Tensor:
+    """(c, V), (c,) -> (c,)."""
+    return -log_p.gather(-1, labels[:, None]).squeeze(-1)
+
+
+def _error_(log_p: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    """(c, V): scale * d nll / d logits; overwrites log_p."""
+    error = log_p.exp_()
     error.scatter_add_(-1, labels[:, None], -torch.ones_like(scale)[:, None])
     return error.mul_(scale[:, None])
 
 
-class _HeadGradients:
-    """Accumulates the gradients of one linear head over chunks, in float32 or wider."""
+def _add_product_(total: Tensor, error: Tensor, x: Tensor) -> None:
+    """total (V, D) += error (c, V)^T x (c, D); total is float32 or wider, error and x are in the compute dtype."""
+    if x.dtype == total.dtype:
+        total.addmm_(error.t(), x)
+        return
+    elements = PRODUCT_ELEMENTS.get(x.device.type, PRODUCT_ELEMENTS["cuda"])
+    rows = max(1, elements // total.shape[1])
+    for begin in range(0, len(total), rows):
+        total[begin : begin + rows].add_(error[:, begin : begin + rows].t() @ x)
 
-    def __init__(self, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool) -> None:
-        self.x = torch.empty_like(x) if needs_x else None
-        self.weight = torch.zeros_like(wide(weight)) if needs_weight else None
-        self.like = weight
 
-    def add(self, rows: slice, error: Tensor, x: Tensor, weight: Tensor) -> None:
-        """error (c, V) float32 is d loss / d logits; x (c, D) and weight (V, D) are in the compute dtype."""
-        error = error.to(x.dtype)
-        if self.x is not None:
-            self.x[rows] = (error @ weight).to(self.x.dtype)
-        if self.weight is None:
+class _Head:
+    """One linear head on its way over the chunks: losses, and sums of gradients in float32 or wider.
+
+    Args:
+        x: (M, D) hidden states. weight: (V, D).
+        labels: (M,). scale: (M,) weight of the loss of each target.
+        dtype: of the matrix products.
+        needs: whether the gradients of x and of weight are wanted.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype, needs: tuple[bool, bool]
+    ) -> None:
+        self.x, self.labels, self.scale = x, labels, scale
+        self.weight = weight.to(dtype)  # (V, D)
+        self.nll = torch.empty(len(x), dtype=wide(x[:0]).dtype, device=x.device)
+        self.d_x = torch.empty_like(x) if needs[0] else None
+        self.d_weight = torch.zeros_like(wide(weight)) if needs[1] else None
+
+    def open(self, rows: slice) -> Tensor:
+        """Logits (c, V) float32 of a chunk, kept until `close`."""
+        self.rows, self.input = rows, self.x[rows].to(self.weight.dtype)  # (c, D)
+        self.logits: Tensor | None = wide(self.input @ self.weight.t())
+        return self.logits
+
+    def close(self, error: Tensor | None = None, share: Tensor | None = None) -> None:
+        """Losses and gradients of the chunk that is open.
+
+        error (c, V) times share (c, 1) is the gradient that reaches these logits through the mix of both heads.
+        """
+        assert self.logits is not None
+        rows, labels = self.rows, self.labels[self.rows]
+        log_p, self.logits = torch.log_softmax(self.logits, -1), None  # (c, V)
+        self.nll[rows] = _nll(log_p, labels)
+        if self.d_x is None and self.d_weight is None:
             return
-        if x.dtype == self.weight.dtype:
-            self.weight.addmm_(error.t(), x)
-        else:
-            self.weight.add_(error.t() @ x)
+        own = _error_(log_p, labels, self.scale[rows])
+        if error is not None and share is not None:
+            own.addcmul_(error, share)
+        del log_p
+        low = own.to(self.weight.dtype)
+        if low is not own:
+            del own
+        if self.d_x is not None:
+            self.d_x[rows] = (low @ self.weight).to(self.d_x.dtype)
+        if self.d_weight is not None:
+            _add_product_(self.d_weight, low, self.input)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.x, None if self.weight is None else self.weight.to(self.like.dtype)
+    def alone(self, begin: int) -> None:
+        """Targets from `begin` on, which no other head predicts."""
+        for rows in _chunks(begin, len(self.x), len(self.weight), self.x.device.type):
+            self.open(rows)
+            self.close()
 
-    def run(self, rows: slice, labels: Tensor, scale: Tensor, x: Tensor, weight: Tensor) -> None:
-        """Add targets `rows` that this head alone predicts, chunk by chunk; x and weight as they were saved."""
-        dtype = weight.dtype
-        for part in _chunks(rows, weight.shape[0], x.device.type):
-            a = x[part].to(dtype)
-            self.add(part, _nll_gradient_(wide(a @ weight.t()), labels[part], scale[part]), a, weight)
-
-
-def _chunks(rows: slice, vocabulary: int, device_type: str) -> Iterator[slice]:
-    """Targets rows.start .. rows.stop - 1 in chunks."""
-    size = chunk_size(rows.stop - rows.start, vocabulary, device_type)
-    for begin in range(rows.start, rows.stop, size):
-        yield slice(begin, min(begin + size, rows.stop))
+    def total(self) -> Tensor:
+        """Sum of the scaled losses."""
+        return torch.dot(self.nll, self.scale)
 
 
-def _nll_into(out: Tensor, rows: slice, x: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """out[rows] = nll of targets that one head alone predicts; weight in the compute dtype."""
-    for part in _chunks(rows, weight.shape[0], x.device.type):
-        out[part] = _nll(wide(x[part].to(weight.dtype) @ weight.t()), labels[part])
+class _Gradients:
+    """What a forward pass has computed for its backward pass, which uses it once."""
+
+    def __init__(self, *gradients: Tensor | None) -> None:
+        self._gradients: tuple[Tensor | None, ...] | None = gradients
+
+    def take(self, factor: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times a scalar, in place."""
+        if self._gradients is None:
+            raise RuntimeError("the loss holds its gradients for one backward pass; compute the loss again.")
+        gradients, self._gradients = self._gradients, None
+        return tuple(None if each is None else each.mul_(factor.to(each.dtype)) for each in gradients)
 
 
 class _SingleHead(torch.autograd.Function):
-    """nll (M,) of labels under logits x W^T."""
+    """See `head_nll`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x, weight, labels)
-        ctx.dtype = dtype
-        out = torch.empty(len(labels), dtype=wide(x[:0]).dtype, device=x.device)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype, train: bool
+    ) -> tuple[Tensor, Tensor]:
+        needs = ctx.needs_input_grad
+        head = _Head(x, weight, labels, scale, dtype, (train and needs[0], train and needs[1]))
         with full_precision(x.device.type):
-            _nll_into(out, slice(0, len(labels)), x, weight.to(dtype), labels)
-        return out
+            head.alone(0)
+        ctx.gradients = _Gradients(head.d_x, head.d_weight)
+        ctx.mark_non_differentiable(head.nll)
+        return head.total(), head.nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, labels = ctx.saved_tensors
-        gradients = _HeadGradients(x, weight, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        gradients.run(slice(0, len(labels)), labels, grads[0], x, weight.to(ctx.dtype))
-        return (*gradients.result(), None, None)
+        return (*ctx.gradients.take(grads[0]), None, None, None, None)
 
 
 class _TwoHeads(torch.autograd.Function):
@@ -130,59 +185,66 @@ class _TwoHeads(torch.autograd.Function):
         weight_v: Tensor,
         labels_h: Tensor,
         labels_v: Tensor,
+        scale: Tensor,
+        scale_h: Tensor,
+        scale_v: Tensor,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(h, v, gate, weight_h, weight_v, labels_h, labels_v)
-        ctx.dtype = dtype
-        w_h, w_v = weight_h.to(dtype), weight_v.to(dtype)
-        both, like = len(gate), wide(h[:0])
-        fused, nll_h, nll_v = like.new_empty(both), like.new_empty(len(h)), like.new_empty(len(v))
-        with full_precision(h.device.type):
-            for rows in _chunks(slice(0, both), len(w_h), h.device.type):
-                z_h, z_v = wide(h[rows].to(dtype) @ w_h.t()), wide(v[rows].to(dtype) @ w_v.t())  # (c, V)
-                nll_h[rows], nll_v[rows] = _nll(z_h, labels_h[rows]), _nll(z_v, labels_v[rows])
-                fused[rows] = _nll(torch.lerp(z_v, z_h, gate[rows, None].to(z_h.dtype)), labels_h[rows])
-            _nll_into(nll_h, slice(both, len(h)), h, w_h, labels_h)
-            _nll_into(nll_v, slice(both, len(v)), v, w_v, labels_v)
-        return fused, nll_h, nll_v
+        train: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = [train and each for each in ctx.needs_input_grad]
+        head_h = _Head(h, weight_h, labels_h, scale_h, dtype, (needs[0], needs[3]))
+        head_v = _Head(v, weight_v, labels_v, scale_v, dtype, (needs[1], needs[4]))
+        both, vocabulary, device = len(gate), len(weight_h), h.device.type
+        fused = torch.empty_like(head_h.nll[:both])
+        d_gate = torch.empty_like(gate) if needs[2] else None
+        with full_precision(device):
+            for rows in _chunks(0, both, vocabulary, device):
+                z_h, z_v = head_h.open(rows), head_v.open(rows)  # (c, V)
+                g, labels = gate[rows, None].to(z_h.dtype), labels_h[rows]
+                log_p = torch.log_softmax(torch.lerp(z_v, z_h, g), -1)  # (c, V), Eq. 8
+                fused[rows] = _nll(log_p, labels)
+                error = _error_(log_p, labels, scale[rows]) if any(needs) else None
+                if d_gate is not None:
+                    assert error is not None
+                    d_gate[rows] = (torch.linalg.vecdot(error, z_h) - torch.linalg.vecdot(error, z_v)).to(d_gate.dtype)
+                del log_p, z_h, z_v
+                head_h.close(error, g)
+                head_v.close(error, 1 - g)
+                del error
+            head_h.alone(both)
+            head_v.alone(both)
+        ctx.gradients = _Gradients(head_h.d_x, head_v.d_x, d_gate, head_h.d_weight, head_v.d_weight)
+        ctx.mark_non_differentiable(fused, head_h.nll, head_v.nll)
+        total = torch.dot(fused, scale) + head_h.total() + head_v.total()
+        return total, fused, head_h.nll, head_v.nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        h, v, gate, weight_h, weight_v, labels_h, labels_v = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        gradients_h = _HeadGradients(h, weight_h, needs[0], needs[3])
-        gradients_v = _HeadGradients(v, weight_v, needs[1], needs[4])
-        gate_gradient = torch.zeros_like(gate) if needs[2] else None
-        w_h, w_v = weight_h.to(ctx.dtype), weight_v.to(ctx.dtype)
-        both = len(gate)
-        for rows in _chunks(slice(0, both), len(w_h), h.device.type):
-            a_h, a_v = h[rows].to(ctx.dtype), v[rows].to(ctx.dtype)
-            z_h, z_v = wide(a_h @ w_h.t()), wide(a_v @ w_v.t())
-            g = gate[rows, None].to(z_h.dtype)
-            error = _nll_gradient_(torch.lerp(z_v, z_h, g), labels_h[rows], grads[0][rows])
-            if gate_gradient is not None:
-                gate_gradient[rows] = (torch.linalg.vecdot(error, z_h) - torch.linalg.vecdot(error, z_v)).to(gate.dtype)
-            error_h = _nll_gradient_(z_h, labels_h[rows], grads[1][rows])
-            gradients_h.add(rows, error_h.addcmul_(error, g), a_h, w_h)
-            del z_h, error_h
-            error_v = _nll_gradient_(z_v, labels_v[rows], grads[2][rows])
-            gradients_v.add(rows, error_v.addcmul_(error, 1 - g), a_v, w_v)
-            del z_v, error_v, error
-        gradients_h.run(slice(both, len(h)), labels_h, grads[1], h, w_h)
-        gradients_v.run(slice(both, len(v)), labels_v, grads[2], v, w_v)
-        (d_h, d_weight_h), (d_v, d_weight_v) = gradients_h.result(), gradients_v.result()
-        return d_h, d_v, gate_gradient, d_weight_h, d_weight_v, None, None, None
+        return (*ctx.gradients.take(grads[0]), *[None] * 7)
 
 
-def head_nll(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """-log p of labels (M,) int64 under one head: x (M, D), weight (V, D) -> (M,) float32 nats."""
-    return _SingleHead.apply(x, weight, labels, _compute_dtype(x))
+def head_nll(x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of labels (M,) int64 under one head: x (M, D), weight (V, D).
+
+    Returns sum(scale * nll), which can be differentiated once, and nll (M,) float32 nats, which cannot.
+    scale (M,) float32 should be of order 1; see the top of this file.
+    """
+    return _SingleHead.apply(x, weight, labels, scale, _compute_dtype(x), torch.is_grad_enabled())
 
 
 def dual_nll(
-    h: Tensor, v: Tensor, gate: Tensor, weight_h: Tensor, weight_v: Tensor, labels_h: Tensor, labels_v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    h: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    weight_h: Tensor,
+    weight_v: Tensor,
+    labels_h: Tensor,
+    labels_v: Tensor,
+    scale: Tensor,
+    scale_h: Tensor,
+    scale_v: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-log p in float32 nats of M targets that both heads predict, and of those that only one of them does.
 
     Args:
@@ -191,8 +253,12 @@ def dual_nll(
         gate: (M,) weight of the horizontal logits (Eq. 8).
         weight_h, weight_v: (V, D) heads.
         labels_h, labels_v: (M + a,) and (M + b,) int64.
+        scale, scale_h, scale_v: float32 weights of the losses of the mix (M,), of the horizontal head (M + a,) and of
+            the vertical head (M + b,); of order 1, see the top of this file.
 
     Returns:
+        The sum of all losses times their scales, which can be differentiated once; and, without gradients,
         fused (M,), horizontal (M + a,), vertical (M + b,).
     """
-    return _TwoHeads.apply(h, v, gate, weight_h, weight_v, labels_h, labels_v, _compute_dtype(h))
+    tensors = (h, v, gate, weight_h, weight_v, labels_h, labels_v, scale, scale_h, scale_v)
+    return _TwoHeads.apply(*tensors, _compute_dtype(h), torch.is_grad_enabled())

@@ -208,18 +208,18 @@ def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
 def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     """FLOPs of one optimiser step on one GPU.
 
-    A backward pass costs two forwards (inputs and weights), recomputation one more. Heads are always recomputed. In
+    A backward pass costs two forwards (inputs and weights), recomputation one more. Heads are never recomputed. In
     stage 1 nothing flows into the backbone: only the vertical layers have a backward pass, and of the horizontal head
-    the logits are computed once.
+    only the logits are computed.
     """
     parts = forward_flops(sizes, setup)
     layers = 4 if setup.checkpointing else 3
     if stage == 2:
         blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"])
-        heads = 4 * (parts["horizontal_head"] + parts["vertical_head"])
+        heads = 3 * (parts["horizontal_head"] + parts["vertical_head"])
     else:
         blocks = parts["trunk"] + parts["horizontal"] + layers * parts["vertical"]
-        heads = 2 * parts["horizontal_head"] + 4 * parts["vertical_head"]
+        heads = parts["horizontal_head"] + 3 * parts["vertical_head"]
     return setup.accumulate * (blocks + heads)
 
 

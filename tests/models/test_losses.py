@@ -173,20 +173,53 @@ def test_large_logits_stay_finite() -> None:
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_second_backward_recomputes_again() -> None:
-    """The recomputation must not overwrite what it saved."""
-    model, codes, ids = FlashAR(tiny.backbone(), 1).double(), tiny.codes(2, 3, 3), tiny.classes(2)
-    loss = model.loss(codes, ids)["loss"]
+def test_a_second_backward_is_refused() -> None:
+    """The gradients are handed out once: scaled in place, a second pass would get them wrong without a word."""
+    loss = FlashAR(tiny.backbone(), 1).loss(tiny.codes(2, 3, 3), tiny.classes(2))["loss"]
     loss.backward(retain_graph=True)
-    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    loss.backward()
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("make", [tiny.flashar, lambda: RasterAR(tiny.backbone())])
+def test_the_gradient_follows_what_is_done_with_the_loss(make: object) -> None:
+    """The gradients are computed before the loss is scaled by a caller, such as gradient accumulation."""
+    model: GridModel = make().double()  # type: ignore[operator]
+    codes, ids = tiny.codes(2, 3, 4), tiny.classes(2)
+    once = gradients(model, model.loss(codes, ids)["loss"])
+    loss = model.loss(codes, ids)["loss"]
+    scaled = gradients(model, -3 * loss + loss * loss.detach())
     for name, value in once.items():
-        torch.testing.assert_close(model.get_parameter(name).grad, 2 * value)
+        torch.testing.assert_close(scaled[name], (float(loss.detach()) - 3) * value, atol=1e-12, rtol=1e-10)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation must not pay for the gradients of the heads."""
+    model, codes, ids = tiny.flashar(), tiny.codes(2, 3, 4), tiny.classes(2)
+    monkeypatch.delattr(losses, "_error_")
+    with torch.no_grad():
+        assert not model.loss(codes, ids)["loss"].requires_grad
+    with pytest.raises(NameError, match="_error_"):
+        model.loss(codes, ids)
+
+
+def test_float16_errors_do_not_underflow() -> None:
+    """An error of one target of many, divided by their number before the cast to float16, would be 0."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 8), (0.01 * torch.randn(5000, 8)).requires_grad_()
+    labels = torch.randint(0, 5000, (64,))
+    total, _ = losses.head_nll(x.half().requires_grad_(), weight, labels, torch.ones(64))
+    (gradient,) = torch.autograd.grad(total / 1e6, weight)
+    (expected,) = torch.autograd.grad(F.cross_entropy(x @ weight.t(), labels, reduction="sum") / 1e6, weight)
+    untouched = torch.ones(5000, dtype=torch.bool)
+    untouched[labels] = False
+    torch.testing.assert_close(gradient[untouched], expected[untouched], rtol=0.05, atol=1e-12)
 
 
 def test_chunk_size_follows_targets_and_vocabulary() -> None:
     assert losses.chunk_size(10**6, 16384, "cpu") == 256
-    assert losses.chunk_size(10, 16384, "cpu") == 32, "not below an eighth of the largest"
-    assert losses.chunk_size(640, 16384, "cpu") == 40
+    assert losses.chunk_size(10, 16384, "cpu") == 64, "not below the smallest"
+    assert losses.chunk_size(1600, 16384, "cpu") == 100
     assert losses.chunk_size(10**6, 10**9, "cpu") == 1
-    assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 1024
+    assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 4096
+    assert losses.chunk_size(1024, 131072, "cuda") == 256
