@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, ValidationConfig, fit, make_module
 
 from flashar_pl.models import dual_head
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.preemption import StopOnSignal
 
@@ -103,6 +104,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         backbone=BackboneConfig(options={**OPTIONS, **NO_DROPOUT, "dim": job.get("dim", 16)}),
         optimiser=OptimiserConfig(lr=1e-2, clip=CLIP, state=job.get("state", "fp32")),
         ema_decay=job.get("ema"),
+        lora=LoraConfig(**job["lora"]) if "lora" in job else None,
         init_from=job.get("init_from"),
         validation=ValidationConfig(**job.get("validation", {})),
     )

@@ -17,6 +17,7 @@ from flashar_pl.commands.convert import convert
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, frozen_names, without_adapters
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
+from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
 
@@ -175,6 +176,29 @@ def test_bfloat16_base_under_autocast(raster: str, toy_shards: str, tmp_path: Pa
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match=r"base is bf16 and trainer.precision 32-true; expected bf16-mixed"):
         fit(tmp_path, toy_shards, make(raster, half), max_steps=1)
+
+
+def test_sharded_with_a_bfloat16_base(raster: str, toy_shards: str, tmp_path: Path) -> None:
+    """One unit of two dtypes on FSDP2, in this process: as a plain float32 run from rounded weights; it continues."""
+    exact = load_model(raster)
+    with torch.no_grad():
+        for parameter in exact.model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    save_model(tmp_path / "exact", exact.model, exact.description)
+    runs: list[dict[int, float]] = []
+    for base, sharded, checkpoint in (("fp32", False, None), ("bf16", True, None), ("bf16", True, "step=2.ckpt")):
+        losses, options = Losses(), {}
+        if sharded:
+            options = {"strategy": ShardedStrategy("fp32"), "enable_checkpointing": True}
+        save = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)] if options else []
+        fit(
+            tmp_path, toy_shards, make(str(tmp_path / "exact"), LoraConfig(rank=2, base=base), dropout=False),
+            max_steps=5, callbacks=[losses, *save], ckpt_path=checkpoint and tmp_path / checkpoint, **options,
+        )  # fmt: skip
+        runs.append(losses.seen)
+    whole, cut, continued = runs
+    assert cut == pytest.approx(whole, abs=1e-5)
+    assert continued == pytest.approx({step: cut[step] for step in (3, 4, 5)}, abs=1e-6)
 
 
 def test_moments_may_be_bfloat16(raster: str) -> None:
