@@ -119,7 +119,8 @@ class DecodePlan:
         """Slots that some prediction depends on: those of the last step are never fed."""
         return self.slots_of_step[-1].start
 
-    @property
+    @cached_property
+    @plain_tensors()
     def has_vertical(self) -> bool:
         """Whether any cell has a vertical source."""
         return bool((self.v_source != NONE).any())

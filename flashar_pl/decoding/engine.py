@@ -238,9 +238,8 @@ def _resolve(runner: str, model: GridModel) -> str:
 
 
 def _compile_failed(error: Exception) -> ValueError:
-    return ValueError(
-        f"torch.compile failed: {str(error).strip().splitlines()[0]} Use runner eager, or graphs on CUDA."
-    )
+    cause = " ".join(str(error).split("\n\n")[0].split())
+    return ValueError(f"torch.compile failed: {cause}. Use runner eager, or graphs on CUDA.")
 
 
 def _nothing() -> None:

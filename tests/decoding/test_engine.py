@@ -1,0 +1,201 @@
+"""The engine: every runner gives the codes of the plain loop, buffers are reused, and prompts share buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from flashar_pl.backbones import Condition
+from flashar_pl.decoding import Engine, engine, generate
+from flashar_pl.decoding.engine import pad_prefix
+from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.layers.transformer import Block
+from flashar_pl.models.base import GridModel
+from flashar_pl.sampling import SamplingSettings
+
+PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
+NULLS = [torch.tensor([1, 2, 3, 4, 9])] * 3
+
+
+def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
+    """A model, conditions of three samples, and what guidance needs besides."""
+    if kind == "emu":
+        return tiny.emu_flashar(), PROMPTS, {"unconditional": NULLS}
+    if kind == "text":
+        return tiny.flashar(condition="text"), tiny.captions([2, 5, 3]), {}
+    return tiny.flashar(n_head=4, n_kv_head=2), tiny.classes(3), {}
+
+
+def inputs_of(model: GridModel, condition: Condition, plan: Any, settings: SamplingSettings, seed: int) -> Inputs:
+    prefix = model.prefix(condition)
+    cos, sin = model.rope(plan, prefix, settings.guided)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(3, plan.n_cells, dtype=torch.float64, generator=generator)
+    return Inputs(prefix.x, prefix.mask, prefix.lengths, cos, sin, noise)
+
+
+@pytest.mark.parametrize("plan", ["raster", "diagonal"])
+@pytest.mark.parametrize("kind", ["class", "text", "emu"])
+@torch.no_grad()
+def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
+    """What a CUDA graph relies on: the operations of one batch, replayed with other inputs, decode those.
+
+    The trace fails where control flow depends on values, and differs where a value was read outside the inputs.
+    """
+    model, condition, guidance = make(kind)
+    sampling = SamplingSettings(cfg_scale=2.0, cfg_interval=1, top_k=12, top_p=0.95)
+    order = model.make_plan(plan, 2, 3)
+    others = {
+        "class": tiny.classes(3) + 2,
+        "text": tiny.captions([4, 1, 5], seed=7),
+        "emu": [p.flip(0) for p in PROMPTS],
+    }
+    batches = []
+    for given in (condition, others[kind]):
+        both = model.backbone.with_unconditional(given, guidance.get("unconditional")) if sampling.guided else given
+        batches.append(inputs_of(model, both, order, sampling, seed=len(batches)))
+    masked = batches[0].mask is not None
+
+    def run(x: Tensor, mask: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, noise: Tensor) -> Tensor:
+        inputs = Inputs(x, mask if masked else None, lengths, cos, sin, noise)
+        buffers = Buffers.allocate(model, order, inputs)
+        for _ in decode(model, order, sampling, inputs, buffers):
+            pass
+        return buffers.drawn.clone()
+
+    def arguments(inputs: Inputs) -> tuple[Tensor, ...]:
+        none = torch.zeros(0)
+        return (
+            inputs.x,
+            none if inputs.mask is None else inputs.mask,
+            inputs.lengths,
+            inputs.cos,
+            inputs.sin,
+            inputs.noise,
+        )
+
+    expected = run(*arguments(batches[1]))  # also fills the plan's tables
+    trace = make_fx(run)(*arguments(batches[0]))
+    assert torch.equal(trace(*arguments(batches[1])), expected)
+    assert not torch.equal(run(*arguments(batches[0])), expected), "the batches must differ for this to mean anything"
+
+
+def test_later_batches_reuse_the_buffers_and_do_not_see_the_former_ones() -> None:
+    model, condition, _ = make("class")
+    kept = Engine(model, "eager")
+    settings: dict[str, Any] = {"grid": (3, 4), "cfg_scale": 2.0, "cfg_interval": 2}
+    first = kept.generate(condition, seeds=1, **settings)
+    memory = {id(buffers) for buffers in kept._kept.values()}
+    second = kept.generate(condition + 1, seeds=5, **settings)
+    assert {id(buffers) for buffers in kept._kept.values()} == memory
+    assert torch.equal(first, generate(model, condition, seeds=1, **settings))
+    assert torch.equal(second, generate(model, condition + 1, seeds=5, **settings))
+
+
+def test_only_the_latest_shapes_are_kept() -> None:
+    """A service that sees many batch sizes must not hold a cache for each."""
+    model, condition, _ = make("class")
+    kept = Engine(model, "eager")
+    for width in range(2, 2 + engine.KEPT + 2):
+        kept.generate(condition, (2, width), seeds=0)
+    assert len(kept._kept) == engine.KEPT
+    assert {key[0].width for key in kept._kept} == set(range(4, 4 + engine.KEPT))
+
+
+@pytest.mark.parametrize("plan", ["raster", "diagonal"])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefix_buckets_change_no_code(batch: int, scale: float, plan: str) -> None:
+    model, _, _ = make("emu")
+    asked: dict[str, Any] = {"grid": (3, 4), "plan": plan, "cfg_scale": scale, "seeds": 3}
+    if scale != 1:
+        asked["unconditional"] = NULLS[:batch]
+    expected = generate(model, PROMPTS[:batch], **asked)
+    assert torch.equal(Engine(model, "eager", prefix_bucket=16).generate(PROMPTS[:batch], **asked), expected)
+
+
+def test_prompts_of_one_bucket_share_buffers_and_of_two_do_not() -> None:
+    model, _, _ = make("emu")
+    kept = Engine(model, "eager", prefix_bucket=8)
+    for ids in (torch.arange(5, 10), torch.arange(5, 12), torch.arange(5, 11)):
+        kept.generate([ids], (2, 2), seeds=0)
+    assert len(kept._kept) == 1
+    kept.generate([torch.arange(5, 14)], (2, 2), seeds=0)
+    assert len(kept._kept) == 2
+
+
+def test_a_prefix_that_fills_its_bucket_gets_no_mask() -> None:
+    """A mask costs the fast attention kernels."""
+    model = tiny.emu()
+    full = model.prefix([torch.arange(5, 13)] * 2)
+    assert pad_prefix(full, 8).mask is None
+    assert pad_prefix(full, 4) is full
+    padded = pad_prefix(model.prefix([torch.arange(5, 12), torch.arange(5, 8)]), 8)
+    assert padded.mask is not None
+    assert padded.mask.sum(1).tolist() == [7, 3] == padded.lengths.tolist()
+    assert padded.mask[:, -3:].all()
+
+
+def fake_compile(calls: list[Any]) -> Callable[..., Any]:
+    """`torch.compile` with the tracer and without the code generator."""
+    original = torch.compile
+
+    def compile(function: Any, **options: Any) -> Any:
+        calls.append(function)
+        return original(function, backend="eager", fullgraph=True, **options)
+
+    return compile
+
+
+def test_compiled_blocks_decode_the_same_and_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch, "compile", fake_compile(calls))
+    model, condition, _ = make("class")
+    compiled = Engine(model, "compiled")
+    for plan in ("raster", "diagonal"):
+        codes = compiled.generate(condition, (3, 4), plan, cfg_scale=2.0, seeds=1)
+        assert torch.equal(codes, generate(model, condition, (3, 4), plan, cfg_scale=2.0, seeds=1))
+    assert calls == [Block.before, Block.after], "one compiled function serves every block and plan"
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    assert blocks
+    assert not any("before" in vars(block) or "after" in vars(block) for block in blocks)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_decodes_the_same() -> None:
+    for kind in ("class", "emu"):
+        model, condition, guidance = make(kind)
+        compiled = Engine(model, "compiled")
+        for plan in ("raster", "diagonal"):
+            asked: dict[str, Any] = {"cfg_scale": 2.0, "seeds": 1, **guidance}
+            codes = compiled.generate(condition, (3, 5), plan, **asked)
+            assert torch.equal(codes, generate(model, condition, (3, 5), plan, **asked))
+
+
+def test_a_failed_compile_names_its_cause_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=broken, **options))
+    model, condition, _ = make("class")
+    with pytest.raises(ValueError, match=r"(?s)torch.compile failed: .*no C\+\+ compiler.*runner eager"):
+        Engine(model, "compiled").generate(condition, (2, 2), seeds=0)
+    assert generate(model, condition, (2, 2), seeds=0).shape == (3, 2, 2)
+
+
+def test_runners_that_cannot_be() -> None:
+    model, _, _ = make("class")
+    assert Engine(model, "auto").runner == "eager"
+    with pytest.raises(ValueError, match="runner is 'turbo'; expected one of auto, eager, compiled, graphs"):
+        Engine(model, "turbo")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="graphs, and the model is on cpu; CUDA graphs need a CUDA device"):
+        Engine(model, "graphs")
+    with pytest.raises(ValueError, match="prefix_bucket is 0; expected 1"):
+        Engine(model, prefix_bucket=0)
