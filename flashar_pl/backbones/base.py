@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.grid import ROW_END, DecodePlan, plain_tensors, raster_plan
+from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.layers.transformer import run_blocks
+from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.numerics import wide
 
 
@@ -174,7 +174,7 @@ class Backbone(nn.Module, ABC):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
         start: int = 0,
         stop: int | None = None,
@@ -188,16 +188,19 @@ class Backbone(nn.Module, ABC):
         Padded prefix positions are hidden from everyone but themselves, so that no row of the softmax is empty.
         """
         length = len(prefix) + n_slots
-        if n_slots:
-            mask = plan_mask(plan, len(prefix), prefix.x.device)[:length, :length]
-        else:
-            mask = torch.ones(length, length, dtype=torch.bool, device=prefix.x.device).tril()
+        mask = plan_mask(plan, len(prefix), n_slots, prefix.x.device)
         if prefix.mask is None:
             return mask[None, None]
         visible = torch.ones(prefix.x.shape[0], length, dtype=torch.bool, device=mask.device)
         visible[:, : len(prefix)] = prefix.mask
         itself = torch.eye(length, dtype=torch.bool, device=mask.device)
         return ((mask & visible[:, None]) | itself)[:, None]
+
+    def attention_mask(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Mask:
+        """`sequence_mask`, or "causal" where that says the same: a plan in raster order, and no row is padded."""
+        if prefix.mask is None and (n_slots == 0 or is_causal(plan)):
+            return "causal"
+        return self.sequence_mask(plan, prefix, n_slots)
 
     @torch.no_grad()
     def raster_logits(self, codes: Tensor, condition: Condition) -> Tensor:
@@ -210,18 +213,30 @@ class Backbone(nn.Module, ABC):
         plan = raster_plan(codes.shape[1], codes.shape[2], row_end=self.row_ends)
         prefix = self.prefix(condition)
         x = self.input_dropout(torch.cat([prefix.x, self.embed(slot_codes(codes, plan))], dim=1))
-        x = self.layers(x, self.rope(plan, prefix), self.sequence_mask(plan, prefix, plan.n_slots))
+        x = self.layers(x, self.rope(plan, prefix), self.attention_mask(plan, prefix, plan.n_slots))
         x = self.norm(x)[:, len(prefix) - 1 :]  # (B, 1 + S, D)
         logits = wide(self.head(x))[..., self.first_code :]  # (B, 1 + S, V)
         logits = logits[:, plan.on("h_source", x.device) + 1]  # (B, N, V)
         return logits.unflatten(1, codes.shape[1:])
 
 
-@lru_cache(maxsize=8)
-@plain_tensors()
-def plan_mask(plan: DecodePlan, prefix: int, device: torch.device) -> Tensor:
-    """`plan.mask(prefix)` on a device, built once."""
-    return plan.mask(prefix).to(device)
+def plan_mask(plan: DecodePlan, prefix: int, n_slots: int, device: torch.device) -> Tensor:
+    """The upper left part of `plan.mask(prefix)`, up to slot `n_slots`: (K, K) bool, K = prefix + n_slots.
+
+    Made on the device by one comparison, so prompts of any length cost the same and nothing need be kept.
+    """
+    if isinstance(plan.visible, Tensor) and not is_causal(plan):
+        return plan.mask(prefix)[: prefix + n_slots, : prefix + n_slots].to(device)
+    turn = torch.arange(prefix + n_slots, device=device)  # when a position enters: the prefix one by one
+    if not isinstance(plan.visible, Tensor):
+        turn[prefix:] = prefix + plan.on("slot_step", device)[:n_slots]
+    return turn[:, None] >= turn
+
+
+@lru_cache(maxsize=64)
+def is_causal(plan: DecodePlan) -> bool:
+    """Whether every slot sees exactly the slots up to its own."""
+    return bool(torch.equal(plan.slot_mask, torch.ones_like(plan.slot_mask).tril()))
 
 
 def slot_codes(codes: Tensor, plan: DecodePlan) -> Tensor:

@@ -299,7 +299,7 @@ class Emu35(Backbone):
         plan = raster_plan(1, 1)
         cos, sin = self.rope(plan, prefix)
         rope = cos[:, : len(prefix)], sin[:, : len(prefix)]
-        x = self.layers(self.input_dropout(prefix.x), rope, self.sequence_mask(plan, prefix, 0))
+        x = self.layers(self.input_dropout(prefix.x), rope, self.attention_mask(plan, prefix, 0))
         x = self.norm(x)
         return [wide(self.head(row[len(prefix) - len(own) :])) for row, own in zip(x, ids)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope, apply_rope
 from flashar_pl.numerics import wide
+
+Mask = Tensor | Literal["causal"] | None
+"""Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
+position i sees 0..i, which needs L = K; a tensor could say the same, but no fused kernel runs with one on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +88,18 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q), rope, self.config.rope_interleaved)
         return q, apply_rope(self.k_norm(k), rope, self.config.rope_interleaved), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache | None, layer: int) -> Tensor:
         """Attention outputs (R, L, A * E), before the output projection."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
+        causal = isinstance(mask, str)
+        assert not causal or q.shape[2] == k.shape[2], "positions that see only themselves would be missing"
         y = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=None if isinstance(mask, str) else mask,
+            is_causal=causal,
             dropout_p=self.config.attn_dropout if self.training else 0.0,
             enable_gqa=self.config.n_head != self.config.n_kv_head,
         )
@@ -138,10 +146,8 @@ class Block(nn.Module):
         x = x + self.attention.output(y)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
-    ) -> Tensor:
-        """x (R, L, D) -> (R, L, D). mask: bool, broadcastable to (R, 1, L, K), True = may attend; None = all visible.
+    def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """x (R, L, D) -> (R, L, D).
 
         With a cache, keys and values are appended to its `layer` and everything filled so far is visible.
         """
@@ -150,7 +156,7 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int
+    blocks: Iterable[nn.Module], x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, first_layer: int
 ) -> Tensor:
     """x (R, L, D) through `blocks`; `first_layer` is the cache layer of the first one."""
     for offset, block in enumerate(blocks):

@@ -18,6 +18,7 @@ from flashar_pl.backbones.base import Backbone, Condition, Prefix, check_codes, 
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import DualHead, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
@@ -56,7 +57,7 @@ class GridModel(nn.Module, ABC):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         vertical: bool = True,
         *,
@@ -146,7 +147,7 @@ class GridModel(nn.Module, ABC):
         length = x.shape[1]
         cos, sin = self.rope(plan, prefix)
         rope = cos[:, :length], sin[:, :length]
-        mask = self.backbone.sequence_mask(plan, prefix, n_slots)
+        mask = self.backbone.attention_mask(plan, prefix, n_slots)
         h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical, n_prefix=len(prefix))
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
@@ -211,14 +212,14 @@ class GridModel(nn.Module, ABC):
             return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
         return parameter.device
 
-    def prefill(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
+    def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
         cache.n_prefix = x.shape[1]
         h, v = self.states(x, rope, mask, cache, vertical, n_prefix=cache.n_prefix)
         cache.advance(x.shape[1])
         return h[:, -1:], None if v is None else v[:, -1:]
 
-    def step(self, codes: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache, vertical: bool = True) -> States:
+    def step(self, codes: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
         states = self.states(self.backbone.embed(codes), rope, mask, cache, vertical, n_prefix=cache.n_prefix)
         cache.advance(codes.shape[1])

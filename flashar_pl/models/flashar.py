@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.layers.transformer import run_blocks
+from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.models.base import GridModel, States
 from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
 
@@ -27,7 +27,7 @@ class VerticalBranch(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, first_layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, first_layer: int) -> Tensor:
         return self.norm(run_blocks(self.blocks, x, rope, mask, cache, first_layer))
 
 
@@ -104,7 +104,7 @@ class FlashAR(GridModel):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         vertical: bool = True,
         *,
@@ -115,9 +115,7 @@ class FlashAR(GridModel):
         h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))
         return h, self.vertical_states(trunk, rope, mask, cache, n_prefix) if vertical else None
 
-    def vertical_states(
-        self, trunk: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, n_prefix: int
-    ) -> Tensor:
+    def vertical_states(self, trunk: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int) -> Tensor:
         """h^V (R, L, D) from the trunk state (R, L, D) (Eq. 6); n_prefix as in `states`."""
         return self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
 

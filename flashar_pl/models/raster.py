@@ -9,6 +9,7 @@ from torch import Tensor
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.base import GridModel, States
 from flashar_pl.models.dual_head import DualHead
 
@@ -29,7 +30,7 @@ class RasterAR(GridModel):
         self,
         x: Tensor,
         rope: Rope,
-        mask: Tensor | None,
+        mask: Mask,
         cache: KVCache | None = None,
         vertical: bool = True,
         *,

@@ -39,6 +39,7 @@ from flashar_pl.backbones.tensor_source import (
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.numerics import full_precision, wide
@@ -133,9 +134,7 @@ class ReleasedFlashAR(FlashAR):
         gap = self.compatibility.row_gap or plan.n_slots > plan.n_cells  # row-end tokens need a position
         return self.backbone.rope_at(plan, prefix, start, plan.width + gap)
 
-    def vertical_states(
-        self, trunk: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None, n_prefix: int
-    ) -> Tensor:
+    def vertical_states(self, trunk: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int) -> Tensor:
         """As `FlashAR.vertical_states`, but with `corner_gate` those of the prefix are the raw trunk states."""
         n_new = trunk.shape[1]
         n_cached = 0 if cache is None else cache.filled
@@ -166,11 +165,13 @@ class ReleasedFlashAR(FlashAR):
         return official
 
 
-def without_prefix(mask: Tensor | None, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:
+def without_prefix(mask: Mask, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:
     """`mask` with the prefix hidden from the image: (1 or R, 1, L, K) bool for the last L = n_new of K positions."""
     keys = torch.arange(n_visible, device=device)
     allowed = (keys >= n_prefix) | (keys[n_visible - n_new :, None] < n_prefix)  # (L, K)
-    return allowed[None, None] if mask is None else mask & allowed
+    if isinstance(mask, str):
+        allowed = allowed.tril()
+    return mask & allowed if isinstance(mask, Tensor) else allowed[None, None]
 
 
 def renames(config: Emu35Config, vertical_layers: int) -> list[Rename]:
