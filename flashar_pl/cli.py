@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
     "plot": Command("plot:plot", "draw convergence curves from TensorBoard event files"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),
+    "report run": Command("report_run:report_run", "loss curves, stages, checks and samples of training runs"),
 }
 
 HELP = """\

@@ -48,14 +48,26 @@ def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
         out: PNG, PDF or SVG file to write; it must not exist.
         width: of the figure in inches.
     """
-    pyplot = require_pyplot()
+    require_pyplot()
     target = require_new(out, "plot")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out is {out}; expected a name ending in .png, .pdf or .svg.")
     curves = {name: read_scalars(path) for name, path in find_runs(list(runs)).items()}
-    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
+    part = target.with_name(f".{os.getpid()}.{target.name}")
+    panels = draw_curves(curves, part, width)
     if not panels:
         raise ValueError(f"the event files of {', '.join(runs)} hold none of the known quantities, such as train/loss.")
+    part.replace(target)
+    print(f"{panels} panels of {len(curves)} runs: {target}")
+    return target
+
+
+def draw_curves(curves: dict[str, dict[str, Curve]], path: Path, width: float = 13.0) -> int:
+    """Draw every panel that a run has a quantity for: run -> tag -> curve. Returns their number; with none, no file."""
+    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
+    if not panels:
+        return 0
+    pyplot = require_pyplot()
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
@@ -63,13 +75,10 @@ def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
         _draw(axis, panel, curves)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    part = target.with_name(f".{os.getpid()}.{target.name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(part, dpi=130)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
-    part.replace(target)
-    print(f"{len(panels)} panels of {len(curves)} runs: {target}")
-    return target
+    return len(panels)
 
 
 def require_pyplot() -> Any:

@@ -66,7 +66,8 @@ def report(
 
     Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
     (mean weight of the horizontal head). The training-free row is the raster checkpoint decoded diagonally with an
-    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance.
+    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. For the curves of any training
+    run, text-conditional ones included, see `flashar report run`.
 
     Example:
         flashar report --raster runs/demo/raster/checkpoints/last.ckpt --data data/digits --out runs/demo/report
