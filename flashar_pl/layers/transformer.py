@@ -94,6 +94,11 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
         causal = isinstance(mask, str)
         assert not causal or q.shape[2] == k.shape[2], "positions that see only themselves would be missing"
+        n, groups = q.shape[2], self.config.n_kv_head
+        uniform = mask is None or (isinstance(mask, Tensor) and mask.shape[-2] == 1)
+        packed = uniform and self.config.n_head != groups  # all queries see the same keys: no key is repeated
+        if packed:
+            q = q.unflatten(1, (groups, -1)).flatten(2, 3)  # (R, G, A / G * L, E)
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -101,8 +106,10 @@ class Attention(nn.Module):
             attn_mask=None if isinstance(mask, str) else mask,
             is_causal=causal,
             dropout_p=self.config.attn_dropout if self.training else 0.0,
-            enable_gqa=self.config.n_head != self.config.n_kv_head,
+            enable_gqa=q.shape[1] != groups,
         )
+        if packed:
+            y = y.unflatten(2, (-1, n)).flatten(1, 2)  # (R, A, L, E)
         return y.transpose(1, 2).flatten(2)
 
     def output(self, y: Tensor) -> Tensor:

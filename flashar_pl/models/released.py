@@ -166,9 +166,14 @@ class ReleasedFlashAR(FlashAR):
 
 
 def without_prefix(mask: Mask, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:
-    """`mask` with the prefix hidden from the image: (1 or R, 1, L, K) bool for the last L = n_new of K positions."""
+    """`mask` with the prefix hidden from the image: (1 or R, 1, L, K) bool for the last n_new of K positions.
+
+    L is n_new, or 1 where `mask` has one row or none and all new positions belong to the image.
+    """
     keys = torch.arange(n_visible, device=device)
-    allowed = (keys >= n_prefix) | (keys[n_visible - n_new :, None] < n_prefix)  # (L, K)
+    allowed = (keys >= n_prefix)[None]  # (1, K)
+    if n_visible - n_new < n_prefix:
+        allowed = allowed | (keys[n_visible - n_new :, None] < n_prefix)  # (n_new, K)
     if isinstance(mask, str):
         allowed = allowed.tril()
     return mask & allowed if isinstance(mask, Tensor) else allowed[None, None]
