@@ -14,6 +14,7 @@ from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.common import parse_grid, require_new, write_json
 
 if TYPE_CHECKING:
+    from flashar_pl.models.lora import LoraConfig
     from flashar_pl.planner.sizes import ModelSizes
     from flashar_pl.planner.training import TrainingSetup
 
@@ -55,7 +56,8 @@ def plan(
         gpu_memory: GB of one GPU. Default: that of --gpu.
         gpu: whose published FLOP and memory rates are used.
         mfu: share of the published FLOP rate that training reaches.
-        samples: samples of one forward on one GPU. Default: the file's batch size over the GPUs; 1 for a preset.
+        samples: samples of one forward on one GPU; with more or fewer forwards per step the batch of a step stays what
+            the file says, or grows to whole forwards. Default: the file's batch size over the GPUs; 1 for a preset.
         strategy: fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's.
         replicas: copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1.
         moments: optimizer state: fp32, bf16 or 8bit. Default: the file's, or fp32.
@@ -67,7 +69,7 @@ def plan(
         out: also write the numbers to this new JSON file.
     """
     from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
-    from flashar_pl.planner.training import training_memory, training_time, usable
+    from flashar_pl.planner.training import added, training_memory, training_time, usable
 
     if (config is None) == (preset is None):
         raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
@@ -87,6 +89,8 @@ def plan(
         "prefix": prefix,
         "total_steps": steps,
     }
+    if samples is not None and config is not None:
+        given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, samples)))
     setup = replace(run.setup, **{name: value for name, value in given.items() if value is not None})
     rates = GPUS[gpu]
     memory = int(1e9 * (rates.memory if gpu_memory is None else gpu_memory))
@@ -97,7 +101,7 @@ def plan(
         "config": config or preset,
         "setup": asdict(setup),
         "notes": run.notes,
-        "parameters": sizes.parameters(),
+        "parameters": sizes.parameters() | ({} if setup.lora is None else {"lora": added(sizes, setup.lora)}),
         "memory": {f"stage{stage}": {**asdict(each), "total": each.total} for stage, each in totals.items()},
         "host_bytes_per_process": _host_bytes(sizes, setup),
         "gpu": {"name": gpu, "memory": memory, "usable": room, "flops": rates.flops, "bandwidth": rates.bandwidth},
@@ -178,6 +182,7 @@ def read_run(path: str, gpus: int) -> Run:
         samples=batch // gpus,
         accumulate=accumulate,
         ema=bool(model.get("ema_decay")),
+        lora=lora_values(model),
         total_steps=_steps(trainer, data, batch * accumulate, notes),
         stage1_share=(0.2 if sizes.flashar else 0.0) if share is None else float(share),
         moments=(model.get("optimiser") or {}).get("state", "fp32"),
@@ -200,6 +205,17 @@ def model_values(model: dict[str, Any]) -> dict[str, Any]:
         return model_config(backbone, None if flashar is None else FlashARConfig(**flashar))
     except TypeError as error:
         raise ValueError(f"the model section is not that of `flashar fit`: {error}") from error
+
+
+def lora_values(model: dict[str, Any]) -> LoraConfig | None:
+    """`model.lora` of a training YAML. ValueError for an option that it does not have."""
+    from flashar_pl.models.lora import LoraConfig
+
+    values = model.get("lora")
+    try:
+        return None if values is None else LoraConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"model.lora is not that of `flashar fit`: {error}") from error
 
 
 def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -281,6 +297,9 @@ def report(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
     setup, gpu, time = result["setup"], result["gpu"], result["time"]
     roles = [[role, f"{count:,}"] for role, count in result["parameters"].items() if count]
+    if setup["lora"] is not None:
+        frozen = result["parameters"]["backbone"]
+        roles.append(["trained", f"{sum(result['parameters'].values()) - frozen:,}"])
     roles.append(["total", f"{sum(result['parameters'].values()):,}"])
     stages = list(result["memory"])
     names = list(result["memory"][stages[0]])
@@ -288,8 +307,12 @@ def report(result: dict[str, Any]) -> str:
     kind = "FSDP2" if setup["sharded"] else "DDP" if setup["gpus"] > 1 else "one GPU"
     name = {"fp32": "float32", "bf16": "bfloat16", "8bit": "8-bit"}[setup["moments"]]
     state = f"{name} moments" + (" and shards in CPU memory" if setup["offload"] else "")
+    if setup["lora"] is not None:
+        base = {"fp32": "float32", "bf16": "bfloat16"}[setup["lora"]["base"]]
+        state += f", frozen {base} backbone with LoRA of rank {setup['lora']['rank']}"
     text = [
         f"{result['config']}: {setup['gpus']} GPU(s), {kind}, {setup['samples']} sample(s) per GPU and forward, "
+        f"{setup['accumulate']} forward(s) per step, "
         f"{state}, {'with' if setup['checkpointing'] else 'without'} activation checkpointing, "
         f"grid {setup['grid'][0]}x{setup['grid'][1]}",
         *(f"note: {note}" for note in result["notes"]),

@@ -36,6 +36,11 @@ def changes(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
         yield "shard with FSDP2", replace(setup, sharded=True)
     if setup.replicas > 1:
         yield "one replica instead of several", replace(setup, replicas=1)
+    if setup.lora is not None and setup.lora.base == "fp32" and setup.mixed:
+        yield (
+            "frozen weights in bfloat16 (model.lora.base: bf16)",
+            replace(setup, lora=replace(setup.lora, base="bf16")),
+        )
     if setup.moments == "fp32":
         yield "bfloat16 optimizer state", replace(setup, moments="bf16")
     if setup.moments != "8bit":

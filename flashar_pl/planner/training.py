@@ -4,6 +4,9 @@ Master weights, gradients and moments are float32 shards; under FSDP2 a unit (a 
 is gathered in bfloat16 while it runs. Activations are what autograd keeps for the backward pass, counted tensor by
 tensor; the logits exist for one chunk of targets at a time.
 
+With LoRA the backbone is frozen: it has no gradients and no moments, may be bfloat16, and its weights cost no FLOPs in
+the backward pass; the matrices that LoRA adds are trained as everything else is.
+
 Letters: L layers, m branch layer, k vertical layers, D width, A query heads, G key/value heads, E head width,
 F feed-forward width, T tokens (samples times sequence length), r and c bytes of the residual stream and of GEMM inputs.
 """
@@ -14,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flashar_pl.grid import make_plan
+from flashar_pl.models.lora import TARGETS, LoraConfig
 from flashar_pl.models.losses import chunk_size
 from flashar_pl.planner.sizes import ModelSizes, block_linears
 
@@ -54,6 +58,7 @@ class TrainingSetup:
     ema: bool = False
     prefix: int | None = None
     """Prefix positions; None = usual for the model."""
+    lora: LoraConfig | None = None
     total_steps: int = 50_000
     stage1_share: float = 0.2
 
@@ -105,19 +110,42 @@ class TrainingMemory:
         return sum(asdict(self).values())
 
 
-def trainable(sizes: ModelSizes, stage: int) -> int:
+def added(sizes: ModelSizes, lora: LoraConfig | None) -> int:
+    """Parameters of LoRA's matrices."""
+    return 0 if lora is None else sizes.n_layer * _added_to_block(sizes, lora)
+
+
+def _added_to_block(sizes: ModelSizes, lora: LoraConfig) -> int:
+    linears = [linear for linear in block_linears(sizes.block) if linear.name in lora.targets]
+    return sum(lora.rank * (linear.n_in + linear.n_out) for linear in linears)
+
+
+def frozen(sizes: ModelSizes, lora: LoraConfig | None) -> int:
+    """Parameters that never train."""
+    return 0 if lora is None else sizes.parameters()["backbone"]
+
+
+def trainable(sizes: ModelSizes, stage: int, lora: LoraConfig | None = None) -> int:
     """Parameters that train in a stage; a raster model has no stage 1."""
     counts = sizes.parameters()
-    return sum(count for role, count in counts.items() if stage == 2 or role in STAGE1)
+    if stage == 1:
+        return sum(count for role, count in counts.items() if role in STAGE1)
+    return sum(counts.values()) - frozen(sizes, lora) + added(sizes, lora)
+
+
+def weight_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
+    """Bytes of one copy of the parameters."""
+    low = 2 if lora is not None and lora.base == "bf16" else 4
+    return 4 * trainable(sizes, 2, lora) + low * frozen(sizes, lora)
 
 
 def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> TrainingMemory:
     """Peak bytes on one GPU in a stage. In stage 1 the moments of frozen parameters do not exist yet."""
-    held = 0 if setup.offload else sizes.n_parameters
-    trains = 0 if setup.offload else trainable(sizes, stage)
+    held = 0 if setup.offload else weight_bytes(sizes, setup.lora)
+    trains = 0 if setup.offload else trainable(sizes, stage, setup.lora)
     return TrainingMemory(
-        weights=4 * held // setup.shards + 4 * sizes.buffer_elements,
-        ema=setup.ema * 4 * held // setup.shards,
+        weights=held // setup.shards + 4 * sizes.buffer_elements,
+        ema=setup.ema * held // setup.shards,
         gradients=4 * trains // setup.shards,
         moments=int(MOMENT_BYTES[setup.moments] * trains / setup.shards),
         activations=activation_bytes(sizes, setup, stage),
@@ -129,8 +157,9 @@ def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 
 def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
     """CPU memory of one process for offloaded weights, gradients and moments."""
-    each = 8 + MOMENT_BYTES[setup.moments] + 4 * setup.ema
-    return int(each * sizes.n_parameters / setup.shards) if setup.offload else 0
+    trained = (4 + MOMENT_BYTES[setup.moments]) * trainable(sizes, 2, setup.lora)
+    total = trained + (1 + setup.ema) * weight_bytes(sizes, setup.lora)
+    return int(total / setup.shards) if setup.offload else 0
 
 
 def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
@@ -148,18 +177,36 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
     return norms + attention + log_sums + feed_forward + masks
 
 
+def adapted_block_activations(sizes: ModelSizes, lora: LoraConfig, residual: int, compute: int) -> int:
+    """The same of a frozen block with LoRA: no gradients of weights need normalised states, or inputs of projections
+    without LoRA.
+    """
+    block, rest = sizes.block, [name for name in TARGETS if name not in lora.targets]
+    unneeded = 2 * residual * block.dim
+    if block.qk_norm:
+        unneeded += compute * (block.n_head + block.n_kv_head) * block.head_dim
+    inputs = {"wqkv": block.dim, "wo": 0, "w13": block.dim, "w2": block.ffn_dim}  # attention keeps its output itself
+    unneeded += compute * sum(inputs[name] for name in rest)
+    low_rank = compute * lora.rank * len(lora.targets)  # what goes between the two matrices
+    return block_activations(sizes, residual, compute) - unneeded + low_rank
+
+
 def activation_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     """Bytes that autograd keeps on one GPU between forward and backward, without logits."""
     compute = 2 if setup.mixed else 4
     residual = 2 if setup.mixed and setup.sharded else 4  # autocast adds bfloat16 to a float32 embedding
     tokens = setup.samples * setup.length(sizes)
     layers = sizes.n_layer + sizes.vertical_layers if stage == 2 else sizes.vertical_layers
-    full = block_activations(sizes, residual, compute)
+    own = full = block_activations(sizes, residual, compute)  # own: of a block of the backbone
+    if setup.lora is not None:
+        own = adapted_block_activations(sizes, setup.lora, residual, compute)
     branches = 1 + sizes.flashar if stage == 2 else 1
     final_norm = (4 + residual) * sizes.dim * branches
     if not setup.checkpointing:
-        return tokens * (layers * full + final_norm)
-    return tokens * (layers * residual * sizes.dim + full + final_norm)
+        backbone = layers - sizes.vertical_layers
+        return tokens * (backbone * own + sizes.vertical_layers * full + final_norm)
+    largest = max(own, full) if sizes.vertical_layers else own
+    return tokens * (layers * residual * sizes.dim + largest + final_norm)
 
 
 def loss_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
@@ -175,13 +222,16 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
     heads = sizes.head_rows * sizes.dim * (1 + sizes.flashar)
     if not setup.sharded:
         linears = sum(linear.parameters for linear in block_linears(sizes.block))
-        copies = (sizes.n_layer + sizes.vertical_layers) * linears + heads
+        cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.n_layer
+        copies = (cast + sizes.vertical_layers) * linears + heads + added(sizes, setup.lora)
         return 2 * copies if setup.mixed else 0
     # a block: itself, the next one and its gather buffer; its gradient, and that in float32 for the reduction
     block = sizes.block_parameters * (3 * low + low + 4)
+    if setup.lora is not None and not sizes.vertical_layers:
+        block = sizes.block_parameters * 3 * low + _added_to_block(sizes, setup.lora) * (4 * low + 4)
     trained = heads if stage == 2 else sizes.head_rows * sizes.dim * sizes.flashar
     both_heads = heads * low + trained * (low + 4)  # float32 sums over chunks; the reduction reuses their place
-    embedding = sizes.embedding_parameters * (low + (low + 4 if stage == 2 else 0))
+    embedding = sizes.embedding_parameters * (low + (low + 4 if stage == 2 and setup.lora is None else 0))
     return max(block, both_heads, embedding) + sizes.block_parameters * low  # one more block is gathered ahead
 
 
@@ -189,7 +239,9 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 
 
 def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
-    """FLOPs of one forward of one GPU's samples: layers below the branch and above it, vertical layers, each head."""
+    """FLOPs of one forward of one GPU's samples: layers below the branch and above it, vertical layers, each head,
+    and what LoRA adds.
+    """
     length = setup.length(sizes)
     tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
     block = sizes.block
@@ -202,6 +254,7 @@ def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
         "vertical": sizes.vertical_layers * layer,
         "horizontal_head": head,
         "vertical_head": sizes.flashar * head,
+        "lora": 2 * tokens * added(sizes, setup.lora),
     }
 
 
@@ -210,15 +263,18 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
 
     A backward pass costs two forwards (inputs and weights), recomputation one more. Heads are never recomputed. In
     stage 1 nothing flows into the backbone: only the vertical layers have a backward pass, and of the horizontal head
-    only the logits are computed.
+    only the logits are computed. With LoRA the weights of the backbone's projections have no gradient.
     """
     parts = forward_flops(sizes, setup)
     layers = 4 if setup.checkpointing else 3
     if stage == 2:
-        blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"])
+        blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"] + parts["lora"])
+        if setup.lora is not None:
+            tokens = setup.samples * setup.length(sizes)
+            blocks -= sizes.n_layer * 2 * tokens * sum(linear.parameters for linear in block_linears(sizes.block))
         heads = 3 * (parts["horizontal_head"] + parts["vertical_head"])
     else:
-        blocks = parts["trunk"] + parts["horizontal"] + layers * parts["vertical"]
+        blocks = parts["trunk"] + parts["horizontal"] + parts["lora"] + layers * parts["vertical"]
         heads = parts["horizontal_head"] + 3 * parts["vertical_head"]
     return setup.accumulate * (blocks + heads)
 

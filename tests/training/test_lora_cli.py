@@ -1,0 +1,94 @@
+"""LoRA through the command line: two processes, official weights streamed into shards, export, samples."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from emu_tiny_data import write
+from sharded_ranks import clean_environment
+
+from flashar_pl.models.lora import ADDED
+from flashar_pl.models.sharded_files import read_sharded
+from flashar_pl.models.weights import load_model
+
+pytest.importorskip("tiktoken")
+pytestmark = pytest.mark.slow
+RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
+LORA = ("--model.lora.rank", 4, "--model.lora.alpha", 8, "--model.lora.base", "bf16")
+
+
+def flashar(folder: Path, *words: object) -> str:
+    """Run the command in `folder`; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flashar_pl.cli", *map(str, words)], cwd=folder, timeout=150,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with the data of the recipe."""
+    place = tmp_path_factory.mktemp("lora")
+    here = Path.cwd()
+    os.chdir(place)
+    write(Path("data/emu35_tiny"))
+    os.chdir(here)
+    return place
+
+
+@pytest.fixture(scope="module")
+def said(folder: Path) -> str:
+    """What the run printed; samples come one by one and the batch of a step is the recipe's, as on a single H200."""
+    batch = ("--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2)
+    return flashar(folder, "fit", "--config", RECIPE, *LORA, *batch, "--model.schedule.backbone_factor", 1)
+
+
+def test_learns_and_keeps_the_base(said: str, folder: Path) -> None:
+    """Losses fall, the official weights stay bit for bit, and everything else moved."""
+    stages = re.findall(r"Stage (\d) at step (\d+) of 20", said)
+    assert list(dict.fromkeys(stages)) == [("1", "0"), ("2", "4")]
+    losses = [float(x) for x in re.findall(r"val/nll ([\d.]+)", said)]
+    assert losses[-1] < losses[0] - 10
+    checkpoint = folder / "runs/emu35_tiny/checkpoints/step=20.ckpt"
+    base = load_model(folder / "data/emu35_tiny/model").model.state_dict()
+    for prefix in ("net.", "ema."):
+        for name, value in read_sharded(checkpoint, prefix).items():
+            if name.startswith("backbone.") and ADDED not in name:
+                assert value.dtype == torch.bfloat16
+                assert torch.equal(value, base[name.replace(".base_layer.", ".")].bfloat16()), name
+            else:
+                assert value.dtype == torch.float32
+                assert bool(value.any()) or name.endswith("hidden.bias"), name
+
+
+def test_exports_and_draws(said: str, folder: Path) -> None:
+    """Every command reads the checkpoint as a plain model."""
+    checkpoint = "runs/emu35_tiny/checkpoints/step=20.ckpt"
+    told = flashar(folder, "convert", checkpoint, "--out", "models/merged")
+    assert "torch.float32" in told
+    merged, stored = load_model(folder / "models/merged").model, load_model(folder / checkpoint).model
+    assert merged.state_dict().keys() == stored.state_dict().keys()
+    assert not [name for name in merged.state_dict() if ADDED in name or "base_layer" in name]
+    for source in ("models/merged", checkpoint):
+        flashar(
+            folder, "generate", "--checkpoint", source, "--prompt", "a red square", "--codes-only", "--cfg-scale", 2,
+            "--out", source.replace("/", "_"),
+        )  # fmt: skip
+
+
+def test_continues_on_one_process(said: str, folder: Path) -> None:
+    """From the middle, with the options in the checkpoint."""
+    checkpoint = "runs/emu35_tiny/checkpoints/step=10.ckpt"
+    told = flashar(
+        folder, "fit", "--ckpt_path", checkpoint, "--trainer.devices", 1, "--trainer.default_root_dir", "runs/again",
+    )  # fmt: skip
+    whole, again = (re.findall(r"step 20: val/nll ([\d.]+)", text)[-1] for text in (said, told))
+    assert float(again) == pytest.approx(float(whole), rel=2e-2)
