@@ -22,7 +22,7 @@ from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import load_reference
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.images import gate_picture, save_png, tile
-from flashar_pl.training.validation import LossSums, SampleConditions, sample_set
+from flashar_pl.training.validation import LossSums, SampleConditions, for_sampling, sample_set
 
 if TYPE_CHECKING:
     from flashar_pl.training.module import FlashARModule
@@ -179,7 +179,8 @@ class Evaluation(Callback):
         batches = samples.batches_of_rank(trainer.global_rank, trainer.world_size)
         tokenizer = self.tokenizer.to(module.device)
         extractor = None if metrics is None or self.extractor is None else self.extractor.to(module.device)
-        for drawn in draw(module.evaluated, tokenizer, samples, batches, extractor):
+        model = for_sampling(module.evaluated, str(trainer.precision))
+        for drawn in draw(model, tokenizer, samples, batches, extractor):
             if metrics is not None:
                 hits += self._measure(metrics, drawn, drawn.index < measured)
             if sheet is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
@@ -17,9 +18,10 @@ from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import diagonal_plan
 from flashar_pl.metrics.distribution import frechet_distance, inception_score
 from flashar_pl.metrics.features import ClassifierFeatures
+from flashar_pl.models import RasterAR
 from flashar_pl.tokenizers import PixelTokenizer
 from flashar_pl.training.images import gate_picture, tile
-from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, sample_set
+from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, for_sampling, sample_set
 
 ALL = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
 
@@ -159,10 +161,44 @@ def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
     assert torch.equal(runs[0], runs[2])
 
 
+def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
+    """Decoding in float32 would take twice as long on a GPU; the trained weights must not change."""
+    seen = []
+
+    def watched(model, *args):
+        seen.append({name: parameter.dtype for name, parameter in model.named_parameters()})
+        return draw(model, *args)
+
+    monkeypatch.setattr("flashar_pl.training.evaluation.draw", watched)
+    module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
+    pictures = []
+    for _ in range(2):
+        validate(tmp_path, toy_shards, module, precision="bf16-mixed")
+        [picture] = (tmp_path / "samples").iterdir()
+        pictures.append(picture.read_bytes())
+        module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
+    assert pictures[0] == pictures[1]
+    module.configure_model()
+    roles = module.net.roles()
+    wanted = {name: torch.float32 if role == "gate" else torch.bfloat16 for name, role in roles.items()}
+    assert seen == [wanted, wanted]
+
+
+@pytest.mark.parametrize("make", [tiny.flashar, lambda: RasterAR(tiny.backbone())])
+def test_the_copy_for_sampling(make) -> None:
+    """It holds the rounded weights, once; any other precision samples from the model itself."""
+    model = make()
+    copy = for_sampling(model, "bf16-mixed")
+    for name, value in copy.state_dict().items():
+        torch.testing.assert_close(value.float(), model.state_dict()[name], rtol=2**-8, atol=0)
+    codes = generate(copy, torch.arange(3), (3, 3), copy.plan_name, seeds=1)
+    assert torch.equal(codes, generate(copy, torch.arange(3), (3, 3), copy.plan_name, seeds=1))
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert for_sampling(model, "32-true") is model
+
+
 def test_text_conditions_come_from_validation_samples() -> None:
     """A model without classes samples the first captions it validated on, and starts again behind the last."""
-    import tiny
-
     conditions = SampleConditions(tiny.flashar(condition="text"), limit=2)
     batch = tiny.captions([2, 5, 3])
     conditions.collect(batch, torch.tensor([7, 4, 9]), torch.tensor([True, False, True]))
