@@ -39,13 +39,13 @@ def config(**overrides: object) -> Emu35Config:
     return Emu35Config(**{**sizes, **ids, **rope, **overrides})  # type: ignore[arg-type]
 
 
-def backbone() -> Emu35:
+def backbone(scale: float = 8) -> Emu35:
     """Weights large enough that every token matters."""
     torch.manual_seed(0)
     model = Emu35(config())
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8)
+            parameter.mul_(scale)
     return model.eval()
 
 
@@ -67,10 +67,10 @@ def hf_config(values: Emu35Config) -> dict[str, object]:
     }
 
 
-def write_base(directory: Path, assets: bool = True) -> Path:
+def write_base(directory: Path, assets: bool = True, scale: float = 8) -> Path:
     """BAAI's directory, with the prompt assets in it as published."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = backbone()
+    model = backbone(scale)
     save_file(model.to_official(), directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps({"model_type": "Emu3", **hf_config(model.config)}))
     return write_assets(directory) if assets else directory

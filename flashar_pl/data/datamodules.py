@@ -125,10 +125,12 @@ class CodesDataModule(LightningDataModule):
             training = [m for m in self.manifests if m.samples("train")] or [self.manifest]
             blocks, readers = sum(len(m.block_sizes("train")) for m in training), ranks * max(1, self.num_workers)
             if readers > blocks:
+                smaller = max(1, sum(m.samples("train") for m in training) // readers)
+                fewer = f"Set num_workers to at most {blocks // ranks}, or write" if blocks >= ranks else "Write"
                 raise ValueError(
                     f"{ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
-                    f"split at {self.location} has {blocks} blocks. Set num_workers to at most "
-                    f"{blocks // ranks}, or write the shards with smaller blocks."
+                    f"split at {self.location} has {blocks} blocks. {fewer} the shards again with smaller blocks "
+                    f"(flashar tokenize ... --block {smaller})."
                 )
             self._training_batches()
             for manifest in left_out(self.manifests, self.batch_size):

@@ -203,6 +203,7 @@ def test_each_device_gets_its_part(toy) -> None:
         ({"validation_batch_size": 5}, 2, "validation_batch_size=5"),
         ({"num_workers": 6}, 2, "2 devices with 6 workers each are 12 readers, .* has 11 blocks.* at most 5"),
         ({"num_workers": 12}, 1, "12 readers"),
+        ({"batch_size": 12, "validation_batch_size": 12}, 12, r"11 blocks\. Write the shards again .* --block 8\)"),
         ({"batch_size": 120}, 1, "107 samples, fewer than one batch of 120"),
         ({"window": 0}, 1, "window=0"),
     ],
