@@ -18,7 +18,7 @@ from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, find_device,
 from flashar_pl.commands.common import parse_grid, progress_bar, require_new, versions, write_json, write_text
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
 from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
-from flashar_pl.commands.prompts import TextSettings, ask, pick
+from flashar_pl.commands.prompts import TextSettings, ask
 
 if TYPE_CHECKING:
     from flashar_pl.commands.checkpoint import Source
@@ -208,7 +208,7 @@ def prompt_samples(source: Source, prompts: list[str], text: TextSettings, drawi
     Raises:
         ValueError: a class-conditional model, or prompt assets that are missing or of another model.
     """
-    from flashar_pl.decoding.samples import SampleSet
+    from flashar_pl.decoding.samples import SampleSet, pick
     from flashar_pl.sampling import SamplingSettings
 
     grid = source.need_grid()

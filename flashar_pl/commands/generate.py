@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from flashar_pl.commands.batches import Room
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
-from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, pick, read_prompts
+from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
+from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.backbones.base import Condition
     from flashar_pl.commands.checkpoint import Source
-    from flashar_pl.models import GridModel
+    from flashar_pl.decoding import Engine
+    from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.sampling import SamplingSettings
     from flashar_pl.tokenizers import Tokenizer
 
 
 BATCH_SIZE = 16
+"""Unless fewer fit."""
 PIXELS = 2**20
 """Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
 
@@ -50,7 +52,9 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     greedy: bool = False,
-    batch_size: int | None = None,
+    batch_size: int | Literal["auto"] | None = None,
+    runner: Runner = "auto",
+    weight_format: WeightFormat = "plain",
     weights: Weights = "auto",
     branch_layer: int | None = None,
     n_head: int | None = None,
@@ -97,8 +101,12 @@ def generate(
         top_k: keep the k most likely codes; 0 is off.
         top_p: keep the most likely codes up to this probability; 1 is off.
         greedy: take the most likely code instead of drawing.
-        batch_size: samples decoded together; a last partial batch is padded. Default: 16; with Emu3.5, where padding
-            is dear, not more than there are images.
+        batch_size: samples decoded together; a last partial batch is padded. auto is the largest that fits, up to 64
+            on a CPU and 1024 on a GPU. Default: 16, or fewer where fewer fit; with Emu3.5, where padding is dear, not
+            more than there are images.
+        runner: what drives decoding: eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or
+            compiled-graphs. auto is graphs on a GPU, eager on a CPU. All draw the same codes up to rounding.
+        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
         weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
         n_head: attention heads, for official files of unpublished sizes.
@@ -116,6 +124,7 @@ def generate(
     arguments = dict(locals())
     import numpy as np
 
+    from flashar_pl.planner.measure import peak_memory
     from flashar_pl.sampling import SamplingSettings
 
     settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
@@ -136,38 +145,89 @@ def generate(
     )
     height_width = choose_grid(source, aspect_ratio, image_size)
     plan_name = check_plan(source.model, plan, height_width)
-    text = TextSettings(assets, text_encoder, negative_prompt)
     wanted = ask(
-        source, height_width, num_images, settings.guided,
-        prompts=asked, classes=classes, text_features=text_features, text=text,
+        source, height_width, num_images, settings.guided, prompts=asked, classes=classes, text_features=text_features,
+        text=TextSettings(assets, text_encoder, negative_prompt),
     )  # fmt: skip
-    if batch_size is None:
-        batch_size = min(BATCH_SIZE, len(wanted)) if is_emu(source) else BATCH_SIZE
-    if is_emu(source) and not settings.guided:
-        print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
+    _notes(source, wanted, settings)
     decoder = None if codes_only else matching_tokenizer(source, device)
+    engine = build_engine(source.model, runner, weight_format)
+    size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size)
+    samples = samples_of(wanted, height_width, plan_name, settings, size, seed)
+    with peak_memory(engine.device) as peak:
+        started = time.perf_counter()
+        codes = draw_codes(engine, samples)  # (N, H, W)
+        seconds = time.perf_counter() - started
     seeds = [seed + i for i in range(len(wanted))]
-    started = time.perf_counter()
-    codes = draw_codes(source.model, wanted, height_width, plan_name, settings, seeds, batch_size)  # (N, H, W)
-    seconds = time.perf_counter() - started
     with new_directory(target, "samples") as folder:
         np.save(folder / "codes.npy", codes.numpy())
         files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, num_images)
-        place = str(find_device(device))
-        facts = {"grid": list(height_width), "plan": plan_name, "device": place, "batch_size": batch_size}
-        write_json(
-            folder / "settings.json",
-            {
-                "command": "generate",
-                "settings": {**arguments, **facts, "dtype": source.dtype},
-                "checkpoint": source.facts(),
-                "images": describe_images(wanted, seeds, files),
-                "seconds": seconds,
-                "versions": versions(),
-            },
-        )
-    print(f"{len(wanted)} samples ({plan_name} plan) in {seconds:.1f} s: {target}")
+        facts = {"grid": list(height_width), "plan": plan_name, "device": str(engine.device), "batch_size": size,
+                 "runner": engine.runner, "dtype": source.dtype}  # fmt: skip
+        record = {
+            "command": "generate",
+            "settings": {**arguments, **facts},
+            "checkpoint": source.facts(),
+            "images": describe_images(wanted, seeds, files),
+            "seconds": seconds,
+            "peak_memory_bytes": peak.bytes or None,
+            "versions": versions(),
+        }
+        write_json(folder / "settings.json", record)
+    print(f"{len(wanted)} samples ({plan_name} plan, {engine.runner}) in {seconds:.1f} s: {target}")
     return target
+
+
+def _notes(source: Source, wanted: Wanted, settings: SamplingSettings) -> None:
+    """What the user may not have meant, on standard error."""
+    import torch
+
+    from flashar_pl.backbones import LlamaGen
+
+    backbone, condition = source.model.backbone, wanted.condition
+    if is_emu(source) and not settings.guided:
+        print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
+    if isinstance(backbone, LlamaGen) and isinstance(condition, torch.Tensor):
+        null = backbone.config.num_classes
+        if bool((condition == null).any()):
+            print(
+                f"note: class {null} means no class, what guidance leads away from; classes are 0 to {null - 1}.",
+                file=sys.stderr,
+            )
+
+
+def fitting_batch(
+    source: Source,
+    wanted: Wanted,
+    grid: tuple[int, int],
+    plan: str,
+    settings: SamplingSettings,
+    batch_size: int | Literal["auto"] | None,
+) -> int:
+    """The number of samples to decode together. Raises ValueError for one that does not fit."""
+    from flashar_pl.planner import model_sizes
+
+    model, most = source.model, None
+    if is_emu(source):  # conditions are whole prompts
+        most = len(wanted)
+        longest = max(len(ids) for ids in [*wanted.condition, *(wanted.unconditional or ())])
+    parameter = next(model.parameters())
+    room = Room(
+        model_sizes(model.config()), (plan,), grid, model.device, parameter.dtype, settings.guided,
+        prefix=longest if is_emu(source) else None, weight_copies=0,
+    )  # fmt: skip
+    if batch_size is None:
+        return room.choose(max(1, room.largest(min(BATCH_SIZE, most or BATCH_SIZE))))
+    return room.choose(batch_size, most=len(wanted))
+
+
+def samples_of(
+    wanted: Wanted, grid: tuple[int, int], plan: str, settings: SamplingSettings, batch_size: int, seed: int
+) -> SampleSet:
+    """The numbered samples."""
+    from flashar_pl.decoding.samples import SampleSet
+
+    return SampleSet.of(wanted.condition, grid, plan, settings, batch_size, seed, wanted.unconditional)
 
 
 def matching_tokenizer(source: Source, device: str) -> Tokenizer:
@@ -196,9 +256,9 @@ def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[
     return entries
 
 
-def _check_counts(num_images: int, batch_size: int | None) -> None:
+def _check_counts(num_images: int, batch_size: int | Literal["auto"] | None) -> None:
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value is not None and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}; expected 1 or more.")
 
 
@@ -226,64 +286,10 @@ def _write_images(
     return names
 
 
-def draw_codes(
-    model: GridModel,
-    wanted: Wanted,
-    grid: tuple[int, int],
-    plan: str,
-    settings: SamplingSettings,
-    seeds: list[int],
-    batch_size: int,
-) -> Tensor:
-    """`sample_codes` with a progress bar that counts decoding steps."""
-    batches = -(-len(seeds) // batch_size)
-    with progress_bar(batches * model.make_plan(plan, *grid).n_steps, "steps") as advance:
-        return sample_codes(
-            model, wanted.condition, grid, plan, settings, seeds, batch_size,
-            unconditional=wanted.unconditional, on_step=lambda: advance(1),
-        )  # fmt: skip
+def draw_codes(engine: Engine, samples: SampleSet) -> Tensor:
+    """All samples' codes (N, H, W), with a progress bar that counts decoding steps."""
+    from flashar_pl.decoding import samples as decoding
 
-
-def sample_codes(
-    model: GridModel,
-    condition: Condition,
-    grid: tuple[int, int],
-    plan: str,
-    settings: SamplingSettings,
-    seeds: list[int],
-    batch_size: int,
-    advance: Callable[[int], Any] | None = None,
-    unconditional: Condition | None = None,
-    on_step: Callable[[], Any] | None = None,
-) -> Tensor:
-    """Codes (N, H, W) int64 on the CPU, in batches of exactly `batch_size` rows: a last partial batch is filled up.
-
-    The fill repeats the last sample and is dropped; results so depend on each sample's own seed and condition only.
-    advance: called with the number of finished samples after every batch. unconditional: what guidance leads away
-    from, N samples; None = the model's own. on_step: called after every decoding step.
-    """
-    from dataclasses import asdict
-
-    import torch
-
-    from flashar_pl import decoding
-
-    rows = len(seeds)
-    parts = []
-    for start in range(0, rows, batch_size):
-        index = [min(i, rows - 1) for i in range(start, start + batch_size)]
-        codes = decoding.generate(
-            model,
-            pick(condition, index),
-            grid,
-            plan,
-            seeds=[seeds[i] for i in index],
-            unconditional=None if unconditional is None else pick(unconditional, index),
-            on_step=on_step,
-            **asdict(settings),
-        )
-        done = min(batch_size, rows - start)
-        parts.append(codes[:done].cpu())
-        if advance is not None:
-            advance(done)
-    return torch.cat(parts)
+    steps = samples.batches * engine.model.make_plan(samples.plan, *samples.grid).n_steps
+    with progress_bar(steps, "steps") as advance:
+        return decoding.draw_codes(engine, samples, on_step=lambda: advance(1))

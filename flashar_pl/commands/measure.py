@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.generate import sample_codes
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -78,11 +76,15 @@ def sample_quality(
     """ "fid" and "accuracy" for each sample seed; sample i has class i modulo the number of classes."""
     import torch
 
+    from flashar_pl.decoding import Engine
+    from flashar_pl.decoding.samples import SampleSet, draw_codes
+
+    engine = Engine(model)
     labels = torch.arange(samples) % judge.classifier.num_classes  # type: ignore[operator]
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
     for seed in seeds:
-        own = [seed * SEED_STRIDE + i for i in range(samples)]
-        codes = sample_codes(model, labels, grid, plan, settings, own, batch_size, advance)
+        numbered = SampleSet.of(labels, grid, plan, settings, batch_size, seed * SEED_STRIDE)
+        codes = draw_codes(engine, numbered, advance)
         fid, accuracy = judge.judge(codes, labels)
         results["fid"].append(fid)
         results["accuracy"].append(accuracy)
@@ -97,14 +99,15 @@ def time_per_image(models: list[tuple[GridModel, str]], grid: tuple[int, int], i
     """
     import torch
 
-    from flashar_pl import decoding
+    from flashar_pl.decoding import Engine
 
-    times: list[list[float]] = [[] for _ in models]
+    engines = [(Engine(model), plan) for model, plan in models]
+    times: list[list[float]] = [[] for _ in engines]
     for turn in range(WARM_UP + images):
         condition = torch.tensor([turn % 10])
-        for i, (model, plan) in enumerate(models):
+        for i, (engine, plan) in enumerate(engines):
             started = time.perf_counter()
-            decoding.generate(model, condition, grid, plan, seeds=turn)
+            engine.generate(condition, grid, plan, seeds=turn).cpu()
             if turn >= WARM_UP:
                 times[i].append(1000 * (time.perf_counter() - started))
     results = []

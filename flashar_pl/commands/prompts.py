@@ -154,6 +154,8 @@ def ask(
         raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
     if text.negative_prompt is not None and not guided:
         raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
+    from flashar_pl.decoding.samples import pick
+
     if prompts is not None:
         wanted = from_prompts(source, grid, prompts, guided, text)
         labels = [f"prompt{i}" for i in range(len(prompts))]
@@ -171,17 +173,6 @@ def ask(
         [labels[i] for i in each],
         None if prompts is None else [prompts[i] for i in each],
     )
-
-
-def pick(condition: Condition, rows: list[int]) -> Condition:
-    """The samples `rows` of a condition, in that order."""
-    from flashar_pl.backbones.base import TextFeatures
-
-    if isinstance(condition, list):
-        return [condition[i] for i in rows]
-    if isinstance(condition, TextFeatures):
-        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
-    return condition[rows]
 
 
 def from_classes_or_features(
@@ -205,6 +196,7 @@ def from_prompts(
 ) -> tuple[Condition, Condition | None]:
     """One sample for each prompt, and what guidance leads away from (None = the model's own)."""
     from flashar_pl.backbones import Emu35, LlamaGen
+    from flashar_pl.decoding.samples import pick
 
     backbone = source.model.backbone
     if isinstance(backbone, Emu35):

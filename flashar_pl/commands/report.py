@@ -20,7 +20,6 @@ from flashar_pl.commands.common import (
     versions,
     write_json,
 )
-from flashar_pl.commands.generate import sample_codes
 from flashar_pl.commands.measure import Judge, mean_gate, sample_quality, time_per_image
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import check_data, image_nll, summary
@@ -287,6 +286,8 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     """The rows' sample grids side by side, one line of images per class, equal seeds."""
     import torch
 
+    from flashar_pl.decoding import Engine
+    from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.sampling import SamplingSettings
     from flashar_pl.training.images import tile
 
@@ -296,8 +297,7 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     pyplot = require_pyplot()
     figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 6.2), squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
-        seeds = list(range(len(labels)))
-        codes = sample_codes(row.model, labels, manifest.grid, row.plan, settings, seeds, len(labels))
+        codes = draw_codes(Engine(row.model), SampleSet.of(labels, manifest.grid, row.plan, settings, len(labels)))
         sheet = tile(judge.tokenizer.decode(codes), PICTURE_COLUMNS)  # (3, h, w)
         axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)

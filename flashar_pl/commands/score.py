@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
 
 
+FILE_ONLY = ("checkpoint", "versions")
+"""Parts of the result that are too long for a screen."""
+
+
 def score(
     *,
     checkpoint: str,
@@ -41,7 +45,7 @@ def score(
 
     The sum of the fused cross entropies is -log p(image) under the plan's own factorisation, so numbers of different
     plans compare directly. A raster checkpoint with --plan diagonal --branch-layer m is training-free FlashAR.
-    Prints JSON.
+    Prints JSON; the file of --out also holds all that is known of the checkpoint.
 
     Example:
         flashar score --checkpoint runs/demo/flashar/checkpoints/last.ckpt --data data/digits --plan diagonal
@@ -93,7 +97,7 @@ def score(
         "checkpoint": source.facts(),
         "versions": versions(),
     }
-    print(json.dumps(result, indent=2))
+    print(json.dumps({name: value for name, value in result.items() if name not in FILE_ONLY}, indent=2))
     if out is not None:
         write_json(out, result)
     return result

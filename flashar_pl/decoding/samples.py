@@ -1,4 +1,4 @@
-"""A numbered set of samples, drawn batch by batch: what in-training validation and `flashar evaluate` share.
+"""A numbered set of samples, drawn batch by batch: what in-training validation and the commands share.
 
 Sample i is drawn from seed + i under condition i, in a batch of one fixed shape whose number is i // batch size. So a
 sample depends neither on the number of ranks, nor on which rank draws it, nor on whether a run was interrupted.
@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashar_pl.backbones.base import Condition
-from flashar_pl.decoding.engine import generate
+from flashar_pl.backbones.base import Condition, TextFeatures
+from flashar_pl.decoding.engine import Engine
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.models.base import GridModel
 from flashar_pl.sampling import SamplingSettings
@@ -44,6 +45,26 @@ class SampleSet:
     unconditional_of: Callable[[list[int]], Condition] | None = None
     """From sample numbers to what guidance leads away from; None = the model's own null condition."""
 
+    @classmethod
+    def of(
+        cls,
+        condition: Condition,
+        grid: tuple[int, int],
+        plan: str,
+        sampling: SamplingSettings,
+        batch_size: int,
+        seed: int = 0,
+        unconditional: Condition | None = None,
+    ) -> Self:
+        """One sample for each entry of a condition. The last one fills up the last batch."""
+        n = len(condition)
+
+        def entries(of: Condition) -> Callable[[list[int]], Condition]:
+            return lambda numbers: pick(of, [min(i, n - 1) for i in numbers])
+
+        nulls = None if unconditional is None else entries(unconditional)
+        return cls(entries(condition), n, grid, plan, sampling, batch_size, seed, nulls)
+
     @property
     def batches(self) -> int:
         """Number of batches."""
@@ -61,6 +82,19 @@ class SampleSet:
         """Sample numbers of a batch, always B of them."""
         return list(range(batch * self.batch_size, (batch + 1) * self.batch_size))
 
+    def wanted(self, batch: int) -> list[int]:
+        """Those of `numbers` that are samples; the others fill the batch up."""
+        return [i for i in self.numbers(batch) if i < self.n]
+
+
+def pick(condition: Condition, rows: list[int]) -> Condition:
+    """The samples `rows` of a condition, in that order."""
+    if isinstance(condition, list):
+        return [condition[i] for i in rows]
+    if isinstance(condition, TextFeatures):
+        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
+    return condition[rows]
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -77,8 +111,41 @@ class Drawn:
     """Of the images; None without an extractor."""
 
 
+def draw_batch(engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[], object] | None = None) -> Tensor:
+    """Codes (B, H, W) int64 of one batch, those that only fill it up included. on_step: see `Engine.generate`."""
+    numbers = samples.numbers(batch)
+    return engine.generate(
+        samples.condition_of(numbers),
+        samples.grid,
+        samples.plan,
+        seeds=[samples.seed + i for i in numbers],
+        unconditional=None if samples.unconditional_of is None else samples.unconditional_of(numbers),
+        on_step=on_step,
+        **asdict(samples.sampling),
+    )
+
+
+def draw_codes(
+    engine: Engine,
+    samples: SampleSet,
+    advance: Callable[[int], Any] | None = None,
+    on_step: Callable[[], object] | None = None,
+) -> Tensor:
+    """Codes (n, H, W) int64 of all samples, on the CPU.
+
+    advance: called with the number of finished samples after every batch. on_step: called after every decoding step.
+    """
+    parts = []
+    for batch in range(samples.batches):
+        codes = draw_batch(engine, samples, batch, on_step)  # (B, H, W)
+        parts.append(codes[: len(samples.wanted(batch))].cpu())
+        if advance is not None:
+            advance(len(parts[-1]))
+    return torch.cat(parts)
+
+
 def draw(
-    model: GridModel,
+    engine: Engine | GridModel,
     tokenizer: Tokenizer,
     samples: SampleSet,
     batches: Iterable[int] | None = None,
@@ -91,25 +158,19 @@ def draw(
     so that every batch has the same shape everywhere. Batches without wanted samples are generated, not yielded.
 
     Args:
+        engine: a bare model is decoded by the eager runner.
         side: see `decode_images`.
     """
+    engine = engine if isinstance(engine, Engine) else Engine(engine, "eager")
     for batch in range(samples.batches) if batches is None else batches:
-        numbers = samples.numbers(batch)
-        codes = generate(
-            model,
-            samples.condition_of(numbers),
-            samples.grid,
-            samples.plan,
-            seeds=[samples.seed + i for i in numbers],
-            unconditional=None if samples.unconditional_of is None else samples.unconditional_of(numbers),
-            **asdict(samples.sampling),
-        )  # (B, H, W)
-        keep = min(len(numbers), samples.n - numbers[0])
-        if keep <= 0:
+        codes = draw_batch(engine, samples, batch)  # (B, H, W)
+        numbers = samples.wanted(batch)
+        if not numbers:
             continue
         images = decode_images(tokenizer, codes, side)  # (B, 3, h, w)
         found = None if extractor is None else extract_features(extractor, images)
-        yield Drawn(batch, torch.tensor(numbers[:keep]), codes[:keep], images[:keep], _first(found, keep))
+        keep = len(numbers)
+        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], _first(found, keep))
 
 
 def _first(features: Features | None, n: int) -> Features | None:

@@ -167,6 +167,11 @@ class DecodeMemory:
         return self.weights + self.cache + self.logits + self.activations
 
 
+def model_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
+    """Bytes of one copy of a model."""
+    return (sizes.n_parameters + sizes.buffer_elements) * dtype.itemsize
+
+
 def decode_memory(
     sizes: ModelSizes,
     plan: str,
@@ -189,7 +194,7 @@ def decode_memory(
     # two float64 tensors for the conditional ones
     logits = cells * sizes.vocabulary * (rows * 4 * (4 if order.has_vertical else 2) + batch * (3 * 4 + 2 * 8))
     return DecodeMemory(
-        weights=(sizes.n_parameters + sizes.buffer_elements) * dtype.itemsize,
+        weights=model_bytes(sizes, dtype),
         cache=2 * layers * rows * block.n_kv_head * (length + order.n_inputs) * block.head_dim * dtype.itemsize,
         logits=logits,
         activations=rows * fed * (3 * widest + 8 * sizes.dim) * max(dtype.itemsize, 4),
@@ -204,11 +209,12 @@ def largest_batch(
     guided: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     cap: int = 1024,
+    prefix: int | None = None,
 ) -> int:
     """Largest batch up to `cap` whose memory fits into `available` bytes; 0 if not even one image fits."""
 
     def fits(batch: int) -> bool:
-        return decode_memory(sizes, plan, grid, batch, guided, dtype).total <= available
+        return decode_memory(sizes, plan, grid, batch, guided, dtype, prefix).total <= available
 
     low, high = 0, cap
     while low < high:

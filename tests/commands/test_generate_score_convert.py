@@ -11,10 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashar_pl import decoding
+from flashar_pl.commands.batches import HEADROOM
 from flashar_pl.commands.score import image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
 from flashar_pl.models.weights import load_model
+from flashar_pl.planner import decode_memory, measure, model_sizes
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
@@ -44,23 +46,76 @@ def test_generate_writes_pictures_codes_and_settings(run, flashar_model, work):
 
 def test_generate_equals_the_library_and_a_partial_batch_is_padded(run, flashar_model, work):
     """Guards the last partial batch: decoded at its own size it would have another batch shape than the others."""
-    shapes = []
-    original = decoding.generate
+    shapes, engines = [], []
+    original = decoding.Engine.generate
 
-    def spy(model, condition, *args, **kwargs):
+    def spy(engine, condition, *args, **kwargs):
         shapes.append(len(condition))
-        return original(model, condition, *args, **kwargs)
+        engines.append(engine)
+        return original(engine, condition, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "generate", spy)
+        patch.setattr(decoding.Engine, "generate", spy)
         for size, name in ((4, "four"), (7, "seven")):
             words = ("--classes", "0-4", "--num-images", 1, "--seed", 9, "--batch-size", size, "--out", name)
             assert run("generate", "--checkpoint", flashar_model, *words)[0] == 0
     assert shapes == [4, 4, 7]
+    assert engines[0] is engines[1], "every batch would allocate its buffers anew"
     model = load_model(flashar_model).model
-    expected = original(model, torch.arange(5), (8, 8), "diagonal", seeds=9).numpy()
+    expected = decoding.generate(model, torch.arange(5), (8, 8), "diagonal", seeds=9).numpy()
     assert (np.load("four/codes.npy") == expected).all()
     assert (np.load("seven/codes.npy") == expected).all()
+
+
+def test_generate_reports_runner_batch_and_memory(run, flashar_model, work, monkeypatch):
+    words = ("--classes", "1", "--num-images", 3, "--codes-only", "--batch-size")
+    code, out, err = run("generate", "--checkpoint", flashar_model, *words, "auto", "--out", "auto")
+    assert code == 0, err
+    record = json.loads(Path("auto/settings.json").read_text())
+    assert record["settings"]["batch_size"] == 3, "no larger than there are samples"
+    assert record["settings"]["runner"] == "eager"
+    assert record["settings"]["weight_format"] == "plain"
+    assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 10**6
+    assert "auto: batch 3" in out
+
+
+def room_for(batch: int, monkeypatch) -> None:
+    """Available memory for `batch` samples of the tiny checkpoint and a few bytes more."""
+    model = FlashAR(tiny_backbone(), 1)
+    memory = decode_memory(model_sizes(model.config()), "diagonal", (8, 8), batch, False, torch.float32)
+    need = memory.total - memory.weights  # the model is loaded
+    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / HEADROOM) + 1000)
+
+
+def test_generate_refuses_a_batch_that_cannot_fit(run, refused, flashar_model, work, monkeypatch):
+    """Guards against a run that dies of memory after minutes, and against weights that are counted twice."""
+    room_for(3, monkeypatch)
+    words = ("--checkpoint", flashar_model, "--classes", "0-4", "--num-images", 1, "--codes-only", "--out", "samples")
+    error = refused("generate", *words, "--batch-size", 4)
+    assert "batch 4 with the diagonal plan needs" in error
+    assert "the largest that fits is 3" in error
+    assert not list(work.iterdir())
+    assert run("generate", *words)[0] == 0
+    assert json.loads(Path("samples/settings.json").read_text())["settings"]["batch_size"] == 3
+    assert "expected 1 or more" in refused("generate", *words[:-1], "more", "--batch-size", 0)
+    monkeypatch.setattr(measure, "available_memory", lambda device: 10)
+    assert "not even one image fits" in refused("generate", *words[:-1], "more")
+
+
+def test_generate_with_runners(refused, run, flashar_model, work):
+    words = ("--checkpoint", flashar_model, "--classes", "3", "--num-images", 1, "--codes-only", "--device", "cpu")
+    assert "CUDA graphs need a CUDA device" in refused("generate", *words, "--runner", "graphs", "--out", "samples")
+    assert not list(work.iterdir())
+    assert "expected one of" in refused("generate", *words, "--runner", "fast", "--out", "samples")
+
+
+def test_the_null_class_is_no_secret(run, flashar_model, work):
+    """Guards against samples without a class where a class was meant: ids of other tools start at 1."""
+    words = ("--checkpoint", flashar_model, "--num-images", 1, "--codes-only")
+    code, _, err = run("generate", *words, "--classes", "9,10", "--out", "null")
+    assert code == 0
+    assert "note: class 10 means no class" in err
+    assert "note" not in run("generate", *words, "--classes", "9", "--out", "nine")[2]
 
 
 def test_generate_is_a_function_too(flashar_model, work):
@@ -144,7 +199,9 @@ def test_score_is_the_mean_image_nll(run, flashar_model, shards, work):
     code, out, err = run("score", "--checkpoint", flashar_model, "--data", shards, *words)
     assert code == 0, err
     result = json.loads(out)
-    assert result == json.loads(Path("score.json").read_text())
+    whole = json.loads(Path("score.json").read_text())
+    assert result == {name: value for name, value in whole.items() if name not in ("checkpoint", "versions")}
+    assert whole["checkpoint"]["model"]["kind"] == "flashar"
     assert (result["images"], result["plan"], result["split"]) == (120, "diagonal", "test")
     manifest = Manifest.load(shards)
     from flashar_pl.data.order import EvaluationOrder

@@ -214,7 +214,7 @@ def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) 
     from flashar_pl.commands import generate as module
 
     seen = []
-    monkeypatch.setattr(module, "draw_codes", lambda model, wanted, grid, *rest: seen.append(grid) or torch.zeros(1, 1))
+    monkeypatch.setattr(module, "draw_codes", lambda _, samples: seen.append(samples.grid) or torch.zeros(1, 1))
     module.generate(checkpoint=str(files / "base"), out="out", prompt=["a fox"], codes_only=True, num_images=1)
     assert seen == [(32, 32)]
 
