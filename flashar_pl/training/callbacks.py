@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -212,19 +211,11 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class TrainingLog(Callback):
-    """Logs the learning rate of every role, the stage, and the speed.
-
-    TensorBoard writes to disk every two minutes. A run that is killed and continues from its last checkpoint would so
-    have a gap in its curves; therefore they are written after every checkpoint, once its own step is logged.
-    """
+    """Logs the learning rate of every role, the stage, and the speed."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._since = 0.0
-        self._saved = False
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -233,11 +224,6 @@ class TrainingLog(Callback):
         self._restart()  # validation and what was done before it are not training time
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._saved:
-            self._saved = False
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.flush()
         if logs_now(trainer):
             module = _as_ours(pl_module)
             groups = trainer.optimizers[0].param_groups
