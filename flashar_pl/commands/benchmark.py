@@ -11,30 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.commands.batches import Room
 from flashar_pl.commands.benchmark_table import plot, print_table, speedups, table
 from flashar_pl.commands.checkpoint import Dtype, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import (
-    new_directory,
-    parse_grid,
-    progress_bar,
-    require_new,
-    versions,
-    write_json,
-    write_text,
-)
+from flashar_pl.commands.common import new_directory, parse_grid, require_new, versions, write_json, write_text
+from flashar_pl.commands.decoder import parse_variants
 
 if TYPE_CHECKING:
     import torch
 
     from flashar_pl.models import GridModel
     from flashar_pl.planner.sizes import ModelSizes
-
-PLAIN = "plain raster"
-"""Name of the row of `flashar_pl.decoding.plain`."""
-CAP = {"cpu": 64, "cuda": 1024}
-"""Largest batch that `auto` picks."""
-HEADROOM = 0.9
-"""Share of the available memory that a benchmark may use."""
 
 
 def benchmark(
@@ -48,6 +35,8 @@ def benchmark(
     branch_layer: int | None = None,
     device: str = "auto",
     dtype: Dtype = "fp32",
+    runner: str = "auto",
+    weight_format: str = "plain",
     repeats: int = 10,
     threads: int | None = None,
     skip_plain: bool = False,
@@ -78,6 +67,9 @@ def benchmark(
             checkpoint's own.
         device: auto, cpu, cuda or cuda:N.
         dtype: of weights and activations.
+        runner: what drives decoding, one or several separated by commas: eager, compiled, graphs, compiled-graphs;
+            auto is graphs on a GPU, eager on a CPU. The strong raster row uses the same as the diagonal one.
+        weight_format: plain, packed, int8 or fp8, one or several separated by commas.
         repeats: measurements of each row; at most 3 where one takes more than 5 s, 1 above 20 s.
         threads: CPU threads. Default: 1 or all cores, whichever runs one step faster.
         skip_plain: leave out the plain raster decoder, the slowest row.
@@ -92,6 +84,7 @@ def benchmark(
     from flashar_pl.planner.measure import clock_name
 
     names = _check(preset, checkpoint, plans, repeats, threads, png, out)
+    variants = parse_variants(runner, weight_format)
     place, kind = find_device(device), dtype_from_name(dtype)
     source = None
     if checkpoint is not None:
@@ -102,15 +95,13 @@ def benchmark(
     else:
         config = {"kind": "flashar", "backbone": {"preset": preset}, "branch_layer": branch_layer}
         shape = parse_grid(grid) or ((32, 32) if str(preset).startswith("emu35") else (16, 16))
-    sizes = model_sizes(config)
-    guided = cfg_scale != 1
-    batches = choose_batches(sizes, names, batch_sizes, shape, place, kind, guided)
+    sizes, guided = model_sizes(config), cfg_scale != 1
+    copies = (source is None) + any(weights != "plain" for _, weights in variants)
+    batches = Room(sizes, tuple(names), shape, place, kind, guided, None, copies).choose_all(batch_sizes)
     model = source.model if source is not None else rows.synthetic_model(sizes, place, kind)
     with thread_count(model, sizes, names[0], shape, batches[0], guided, kind, threads) as count:
         job = rows.Job(model, sizes, shape, cfg_scale, place, kind, repeats)
-        wanted = [(name, batch) for batch in batches for name in [*names, *([] if skip_plain else [PLAIN])]]
-        with progress_bar(len(wanted), "rows") as advance:
-            measured = [_then(advance, job.row(name, batch, plain=name == PLAIN)) for name, batch in wanted]
+        measured, failed = rows.measure_all(job, variants, names, batches, skip_plain)
         result: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "command": command,
@@ -121,24 +112,26 @@ def benchmark(
             "grid": list(shape),
             "speed": {plan: speed.facts() for plan, speed in job.speeds.items()},
             "rows": measured,
-            "speedups": speedups(measured, PLAIN),
+            "failed": failed,
+            "speedups": speedups(measured),
             "vq": rows.vq_rows(shape, batches, place, kind, repeats) if vq else [],
             "versions": versions(),
         }
-    print_table(result)
-    if out is not None:
-        with new_directory(out, "benchmark") as folder:
-            write_json(folder / "results.json", result)
-            write_text(folder / "table.md", table(result))
-            if png:
-                plot(result, folder / "benchmark.png")
-        print(f"wrote {out}")
+    _report(result, out, png)
     return result
 
 
-def _then(advance: Any, row: dict[str, Any]) -> dict[str, Any]:
-    advance(1)
-    return row
+def _report(result: dict[str, Any], out: str | None, png: bool) -> None:
+    """Show the table; write it, the JSON and the drawing if a directory was given."""
+    print_table(result)
+    if out is None:
+        return
+    with new_directory(out, "benchmark") as folder:
+        write_json(folder / "results.json", result)
+        write_text(folder / "table.md", table(result))
+        if png:
+            plot(result, folder / "benchmark.png")
+    print(f"wrote {out}")
 
 
 def _check(
@@ -173,53 +166,6 @@ def _check(
     if not names:
         raise ValueError("plans is empty; expected for example raster,diagonal.")
     return names
-
-
-def choose_batches(
-    sizes: ModelSizes,
-    plans: list[str],
-    text: str,
-    grid: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype,
-    guided: bool,
-) -> list[int]:
-    """Batch sizes from "1,8,auto", checked against the memory that is available before anything is allocated.
-
-    Raises:
-        ValueError: not a number, or a batch that does not fit; the largest that does is named.
-    """
-    from flashar_pl.planner import decode_memory, largest_batch
-    from flashar_pl.planner.measure import available_memory
-
-    available = int(HEADROOM * available_memory(device))
-    cap = CAP.get(device.type, CAP["cuda"])
-    batches: list[int] = []
-    for word in (part.strip() for part in text.split(",")):
-        if word == "auto":
-            batch = min(largest_batch(sizes, plan, grid, available, guided, dtype, cap) for plan in plans)
-            print(f"auto: batch {batch} (largest that fits into {gib(available)}, at most {cap})")
-        elif word.isdigit() and int(word) > 0:
-            batch = int(word)
-        else:
-            raise ValueError(f"batch_sizes is {text!r}; expected whole numbers or auto, separated by commas.")
-        for plan in plans:
-            need = decode_memory(sizes, plan, grid, max(batch, 1), guided, dtype).total
-            if need > available:
-                best = min(largest_batch(sizes, each, grid, available, guided, dtype, 2**16) for each in plans)
-                advice = f"the largest that fits is {best}" if best else "not even one image fits; use a smaller dtype"
-                raise ValueError(
-                    f"batch {max(batch, 1)} with the {plan} plan needs {gib(need)} and {gib(available)} are available; "
-                    f"{advice}."
-                )
-        if batch not in batches:
-            batches.append(batch)
-    return batches
-
-
-def gib(size: int) -> str:
-    """Bytes as GiB."""
-    return f"{size / 2**30:.1f} GiB"
 
 
 @contextmanager

@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.commands.benchmark_table import PLAIN
+from flashar_pl.commands.common import progress_bar
+from flashar_pl.commands.decoder import Runner, WeightFormat, prepare_weights
+
 if TYPE_CHECKING:
     import torch
 
     from flashar_pl.backbones.base import Condition
+    from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
     from flashar_pl.planner.measure import Speed
     from flashar_pl.planner.sizes import ModelSizes
@@ -74,20 +79,21 @@ class Job:
     speeds: dict[str, Speed] = field(default_factory=dict)
     """By plan: measured rates."""
 
-    def row(self, plan: str, batch: int, plain: bool = False) -> dict[str, Any]:
-        """Measure one row. plain: the raster plan by the plain decoder."""
+    def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
+        """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.decoding.plain`."""
         from flashar_pl.planner import decode_job
         from flashar_pl.planner.measure import GemmWalk, Timing, clock, clock_name, peak_memory, repeats_for
 
-        order = "raster" if plain else plan
-        planned = decode_job(self.sizes, order, self.grid, batch, self.cfg_scale != 1, self.dtype)
-        speed = self._speed(order, planned)
-        decode = self._decoder(order, batch, plain)
+        planned = decode_job(self.sizes, plan, self.grid, batch, self.cfg_scale != 1, self.dtype)
+        speed = self._speed(plan, planned)
+        decode = self._decoder(plan, batch, engine)
         warm_up, timing, gemm = Timing(), Timing(), Timing()
         with peak_memory(self.device) as peak:
             clock(decode, self.device, warm_up)
-        count = repeats_for(getattr(warm_up, clock_name(self.device))[0], self.repeats)
-        walk = None if plain else GemmWalk(self.model, planned)
+        if engine is not None and engine.runner != "eager":
+            clock(decode, self.device, warm_up)  # the first one compiled or recorded
+        count = repeats_for(getattr(warm_up, clock_name(self.device))[-1], self.repeats)
+        walk = None if engine is None else GemmWalk(engine.model, planned)
         for i in range(count):
             clock(decode, self.device, timing)
             if walk is not None and i < GEMM_SAMPLES:
@@ -99,7 +105,9 @@ class Job:
         products = gemm.summary() if walk is not None else None
         floor = planned.floor(speed.bandwidth, speed.matrix)
         return {
-            "plan": plan,
+            "plan": PLAIN if engine is None else plan,
+            "runner": "eager" if engine is None else engine.runner,
+            "weight_format": weight_format,
             "batch": batch,
             "steps": planned.plan.n_steps,
             "warm_up_s": warm_up.wall[0],
@@ -128,22 +136,83 @@ class Job:
             self.speeds[plan] = device_speed(self.sizes, planned, self.device, self.dtype)
         return self.speeds[plan]
 
-    def _decoder(self, plan: str, batch: int, plain: bool) -> Any:
+    def _decoder(self, plan: str, batch: int, engine: Engine | None) -> Any:
         """A function that decodes `batch` images once."""
         import torch
 
-        from flashar_pl.decoding import generate
         from flashar_pl.decoding.plain import generate_plain
         from flashar_pl.sampling import SamplingSettings
 
         torch.manual_seed(0)
         condition, unconditional = synthetic_condition(self.sizes, batch, self.cfg_scale != 1)
-        if plain:
+        if engine is None:
             settings = SamplingSettings(self.cfg_scale)
             return lambda: generate_plain(self.model, condition, self.grid, settings, 0, unconditional)
-        return lambda: generate(
-            self.model, condition, self.grid, plan, cfg_scale=self.cfg_scale, seeds=0, unconditional=unconditional
+        return lambda: engine.generate(
+            condition, self.grid, plan, cfg_scale=self.cfg_scale, seeds=0, unconditional=unconditional
         )
+
+
+def measure_all(
+    job: Job,
+    variants: list[tuple[Runner, WeightFormat]],
+    plans: list[str],
+    batches: list[int],
+    skip_plain: bool,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of every batch size, variant and plan, and of the plain decoder; and the rows that failed, with causes.
+
+    Raises:
+        ValueError: no row could be measured; the first cause.
+    """
+    import torch
+
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    engines = _Engines(job.model)
+    with progress_bar(len(batches) * (len(plans) * len(variants) + (not skip_plain)), "rows") as advance:
+        for weights in dict.fromkeys(weights for _, weights in variants):
+            for batch in batches:
+                for runner, plan in [(r, plan) for r, w in variants if w == weights for plan in plans]:
+                    try:
+                        rows.append(job.row(plan, batch, engines.get(runner, weights), weights))
+                    except (ValueError, torch.OutOfMemoryError) as error:
+                        cause = str(error).splitlines()[0]
+                        failed.append({"plan": plan, "batch": batch, "runner": runner, "weight_format": weights,
+                                       "cause": cause})  # fmt: skip
+                    engines.clear()
+                    advance(1)
+                if not skip_plain and weights == variants[0][1]:
+                    rows.append(job.row("raster", batch))
+                    advance(1)
+    if failed and all(row["plan"] == PLAIN for row in rows):
+        raise ValueError(failed[0]["cause"])
+    return rows, failed
+
+
+class _Engines:
+    """A new engine for every row, so that none pays for the buffers of another; one copy of the weights at a time."""
+
+    def __init__(self, model: GridModel) -> None:
+        self._model = model
+        self._prepared: tuple[WeightFormat, GridModel] = ("plain", model)
+
+    def get(self, runner: Runner, weights: WeightFormat) -> Engine:
+        from flashar_pl.decoding import Engine
+
+        if self._prepared[0] != weights:
+            self._prepared = ("plain", self._model)  # the last copy makes room first
+            self._prepared = (weights, prepare_weights(self._model, weights))
+        return Engine(self._prepared[1], runner)
+
+    def clear(self) -> None:
+        """Give back what the last row held on a GPU."""
+        import gc
+
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def vq_rows(

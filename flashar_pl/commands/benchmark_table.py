@@ -5,25 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+PLAIN = "plain raster"
+"""Name of the rows of `flashar_pl.decoding.plain`."""
 COLUMNS = (
-    "plan", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB", "memory floor ms",
-    "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",
+    "plan", "runner", "weights", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB",
+    "memory floor ms", "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",
 )  # fmt: skip
 
 
-def speedups(rows: list[dict[str, Any]], plain: str) -> list[dict[str, Any]]:
-    """For every batch size and parallel plan: against the raster plan of the same engine, against the row `plain`,
-    the ratio of steps, and the ratio of the matrix products alone; None where a row is missing."""
+def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every parallel plan, batch size, runner and format of weights: against the raster plan of the same engine,
+    against the plain raster decoder, the ratio of steps, and the ratio of the matrix products alone; None where a row
+    is missing."""
     found = []
-    at = {(row["plan"], row["batch"]): row for row in rows}
+    strong_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
+    plain_at = {row["batch"]: row for row in rows if row["plan"] == PLAIN}
     for row in rows:
-        if row["plan"] in ("raster", plain):
+        if row["plan"] in ("raster", PLAIN):
             continue
-        strong, slow = at.get(("raster", row["batch"])), at.get((plain, row["batch"]))
+        strong, slow = strong_at.get(_engine(row)), plain_at.get(row["batch"])
         reference = strong or slow
         found.append(
             {
                 "plan": row["plan"],
+                "runner": row["runner"],
+                "weight_format": row["weight_format"],
                 "batch": row["batch"],
                 "over_raster": strong and strong["seconds"] / row["seconds"],
                 "over_plain_raster": slow and slow["seconds"] / row["seconds"],
@@ -34,9 +40,16 @@ def speedups(rows: list[dict[str, Any]], plain: str) -> list[dict[str, Any]]:
     return found
 
 
+def _engine(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows that are compared have in common."""
+    return row["runner"], row["weight_format"], row["batch"]
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["plan"],
+        row["runner"],
+        row["weight_format"],
         str(row["batch"]),
         f"{row['ms_per_image']:.2f}",
         f"{row['spread_s'] / row['seconds']:.1%}",
@@ -77,9 +90,9 @@ def table(result: dict[str, Any]) -> str:
         markdown(COLUMNS, [_cells(row) for row in result["rows"]]),
     ]
     if result["speedups"]:
-        header = ("plan", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
+        header = ("plan", "runner", "weights", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
         lines = [
-            [each["plan"], str(each["batch"])]
+            [each["plan"], each["runner"], each["weight_format"], str(each["batch"])]
             + [_ratio(each[key]) for key in ("over_raster", "over_plain_raster", "steps", "gemm_only")]
             for each in result["speedups"]
         ]
@@ -89,6 +102,11 @@ def table(result: dict[str, Any]) -> str:
     once = [f"{row['plan']} at batch {row['batch']}" for row in result["rows"] if row["time"]["repeats"] == 1]
     if once:
         parts.append(f"Measured once only: {'; '.join(once)}.")
+    parts += [
+        f"FAILED: {row['plan']} at batch {row['batch']} with runner {row['runner']}, {row['weight_format']} weights: "
+        f"{row['cause']}"
+        for row in result["failed"]
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,11 +123,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    for plan in dict.fromkeys(row["plan"] for row in result["rows"]):
-        rows = sorted((row for row in result["rows"] if row["plan"] == plan), key=lambda row: row["batch"])
+    kinds = [(row["plan"], row["runner"], row["weight_format"]) for row in result["rows"]]
+    for kind in dict.fromkeys(kinds):
+        rows = [row for row, each in zip(result["rows"], kinds, strict=True) if each == kind]
+        rows.sort(key=lambda row: row["batch"])
         batches = [row["batch"] for row in rows]
-        left.plot(batches, [row["ms_per_image"] for row in rows], marker="o", label=plan)
-        right.plot(batches, [row["share_of_floor"] for row in rows], marker="o", label=plan)
+        left.plot(batches, [row["ms_per_image"] for row in rows], marker="o", label=", ".join(kind))
+        right.plot(batches, [row["share_of_floor"] for row in rows], marker="o", label=", ".join(kind))
     for axes, label in ((left, "ms per image"), (right, "floor / time")):
         axes.set_xscale("log", base=2)
         axes.set_xlabel("batch size")
@@ -117,7 +137,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     left.set_yscale("log")
     right.set_ylim(0, 1)
-    left.legend(frameon=False)
+    left.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -1,15 +1,16 @@
 """`flashar benchmark`: sound numbers in the JSON, refusals before allocation, no claim that was not measured."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from flashar_pl import decoding
-from flashar_pl.commands import benchmark as command
-from flashar_pl.commands.benchmark import benchmark, choose_batches
+from flashar_pl.commands.batches import HEADROOM, Room
+from flashar_pl.commands.benchmark import benchmark
 from flashar_pl.commands.benchmark_rows import Job, synthetic_model
-from flashar_pl.commands.benchmark_table import markdown, speedups
+from flashar_pl.commands.benchmark_table import PLAIN, markdown, speedups
 from flashar_pl.planner import decode_memory, measure, model_sizes
 
 CPU = torch.device("cpu")
@@ -51,33 +52,61 @@ def test_a_benchmark_writes_rows_speedups_and_a_table(run, flashar_model, work):
 def test_every_row_decodes_the_job_it_names(quick, monkeypatch):
     """Guards against a speed-up measured on another plan, guidance, batch or grid than the table says."""
     calls = []
-    real = decoding.generate
+    real = decoding.Engine.generate
 
-    def generate(model, condition, grid, plan, **options):
+    def generate(engine, condition, grid, plan, **options):
         calls.append((plan, len(condition), grid, options["cfg_scale"]))
-        return real(model, condition, grid, plan, **options)
+        return real(engine, condition, grid, plan, **options)
 
-    monkeypatch.setattr(decoding, "generate", generate)
+    monkeypatch.setattr(decoding.Engine, "generate", generate)
     benchmark(**quick, batch_sizes="2", cfg_scale=3.0, skip_plain=True)
     assert calls == [("raster", 2, (4, 6), 3.0)] * 3 + [("diagonal", 2, (4, 6), 3.0)] * 3  # a warm-up and two repeats
+
+
+def test_a_runner_that_fails_says_why_and_the_others_are_measured(quick, refused, flashar_model, capsys):
+    """Guards an hour of measurements against the one runner that this machine cannot use."""
+    result = benchmark(**quick, runner="eager,graphs", plans="diagonal", skip_plain=True)
+    assert [(row["plan"], row["runner"], row["weight_format"]) for row in result["rows"]] == [
+        ("diagonal", "eager", "plain")
+    ]
+    assert [(row["plan"], row["runner"]) for row in result["failed"]] == [("diagonal", "graphs")]
+    assert "CUDA graphs need a CUDA device" in result["failed"][0]["cause"]
+    assert "FAILED: diagonal at batch 1 with runner graphs" in capsys.readouterr().out
+    words = ("--checkpoint", flashar_model, "--grid", "4x6", "--device", "cpu", "--runner", "graphs", "--threads", 1)
+    assert "CUDA graphs need a CUDA device" in refused("benchmark", *words)
+
+
+def test_a_failed_compilation_is_a_row_with_its_cause(quick, monkeypatch):
+    def broken(*arguments, **options):
+        raise torch._dynamo.exc.Unsupported("no compiler here\n\ndetails")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    result = benchmark(**quick, runner="eager,compiled", plans="diagonal", skip_plain=True)
+    assert len(result["rows"]) == 1
+    assert "torch.compile failed: no compiler here" in result["failed"][0]["cause"]
 
 
 def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatch, refused):
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
     need = decode_memory(sizes, "diagonal", (16, 16), 4, True, torch.float32).total
-    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / command.HEADROOM) + 10**6)
+    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / HEADROOM) + 10**6)
     monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", None)
     error = refused("benchmark", "--preset", "llamagen-b", "--batch-sizes", "1,5", "--device", "cpu")
     assert "batch 5 with the" in error
     assert "the largest that fits is 4" in error
-    batches = choose_batches(sizes, ["diagonal"], "auto,2", (16, 16), CPU, torch.float32, True)
-    assert batches == [4, 2]
+    room = Room(sizes, ("diagonal",), (16, 16), CPU, torch.float32, True)
+    assert room.choose_all("auto,2,4") == [4, 2]
+    with pytest.raises(ValueError, match="not even one image fits"):
+        replace(room, weight_copies=4).choose(1)
+    assert replace(room, weight_copies=0).choose("auto") > 4, "weights that are loaded need no more room"
 
 
 def test_auto_is_capped(monkeypatch, capsys):
     monkeypatch.setattr(measure, "available_memory", lambda device: 2**50)
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
-    assert choose_batches(sizes, ["raster"], "auto", (16, 16), CPU, torch.float32, True) == [64]
+    room = Room(sizes, ("raster",), (16, 16), CPU, torch.float32, True)
+    assert room.choose_all("auto") == [64]
+    assert room.choose("auto", most=5) == 5
     assert "auto: batch 64" in capsys.readouterr().out
 
 
@@ -92,6 +121,8 @@ def test_auto_is_capped(monkeypatch, capsys):
         (["--preset", "llamagen-b", "--batch-sizes", "0"], "batch_sizes is '0'"),
         (["--preset", "llamagen-b", "--repeats", "0"], "repeats is 0"),
         (["--preset", "llamagen-b", "--threads", "0"], "threads 0; expected 1"),
+        (["--preset", "llamagen-b", "--runner", "eager,fast"], "runner is 'fast'"),
+        (["--preset", "llamagen-b", "--weight-format", "int3"], "weight_format is 'int3'"),
         (["--preset", "llamagen-b", "--png"], "--png needs --out"),
         (["--preset", "llamagen-b", "--out", "."], "exists"),
     ],
@@ -106,8 +137,8 @@ def test_threads_are_measured_printed_and_restored(quick, capsys):
     assert torch.get_num_threads() == before
     assert f"threads: {result['threads']} (matrix products of one step with 1: " in capsys.readouterr().out
     assert result["speedups"] == [
-        {"plan": "diagonal", "batch": 1, "over_raster": None, "over_plain_raster": None, "steps": None,
-         "gemm_only": None}
+        {"plan": "diagonal", "runner": "eager", "weight_format": "plain", "batch": 1, "over_raster": None,
+         "over_plain_raster": None, "steps": None, "gemm_only": None}
     ]  # fmt: skip
 
 
@@ -123,16 +154,31 @@ def test_slow_rows_are_repeated_less(seconds, count):
     assert measure.repeats_for(seconds, 2) == min(count, 2)
 
 
-def test_speedups_are_ratios_of_the_same_batch():
+def test_speedups_are_ratios_of_the_same_batch_and_engine():
+    """Guards against a diagonal row with one runner that is divided into a raster row with another."""
     rows = [
-        {"plan": plan, "batch": batch, "seconds": seconds * batch, "steps": steps, "gemm_s": gemm}
+        {"plan": plan, "runner": runner, "weight_format": "plain", "batch": batch, "seconds": seconds * batch / fast,
+         "steps": steps, "gemm_s": gemm}
         for batch in (1, 8)
-        for plan, seconds, steps, gemm in [("raster", 6, 256, 4.0), ("diagonal", 2, 31, 1.0), ("plain", 18, 256, None)]
+        for runner, fast in (("eager", 1), ("graphs", 2))
+        for plan, seconds, steps, gemm in [("raster", 6, 256, 4.0), ("diagonal", 2, 31, 1.0)]
+    ]  # fmt: skip
+    rows += [
+        {
+            "plan": PLAIN,
+            "runner": "eager",
+            "weight_format": "plain",
+            "batch": batch,
+            "seconds": 18 * batch,
+            "steps": 256,
+        }
+        for batch in (1, 8)
     ]
-    assert speedups(rows, "plain") == [
-        {"plan": "diagonal", "batch": batch, "over_raster": 3, "over_plain_raster": 9, "steps": 256 / 31,
-         "gemm_only": 4}
+    assert speedups(rows) == [
+        {"plan": "diagonal", "runner": runner, "weight_format": "plain", "batch": batch, "over_raster": 3,
+         "over_plain_raster": 9 * fast, "steps": 256 / 31, "gemm_only": 4}
         for batch in (1, 8)
+        for runner, fast in (("eager", 1), ("graphs", 2))
     ]  # fmt: skip
     assert markdown(("a", "bb"), [["1", "2"]]).splitlines()[0] == "| a | bb |"
 
@@ -146,8 +192,10 @@ def test_captions_and_prompts_are_benchmarked_too(preset):
     """Guards the 34B row: prompts of two lengths, row-end tokens and text rows of the head go through every decoder."""
     sizes = model_sizes({"backbone": {"preset": preset, **SMALL, **(SMALL_EMU if preset == "emu35-34b" else {})}})
     job = Job(synthetic_model(sizes, CPU, torch.float32), sizes, (3, 4), 2.0, CPU, torch.float32, repeats=1)
-    for plan, plain in (("raster", False), ("diagonal", False), ("plain raster", True)):
-        row = job.row(plan, 2, plain)
+    engine = decoding.Engine(job.model)
+    for plan, decoder in (("raster", engine), ("diagonal", engine), ("raster", None)):
+        row = job.row(plan, 2, decoder)
+        assert row["plan"] == (PLAIN if decoder is None else plan)
         assert row["steps"] == (6 if plan == "diagonal" else 12)
         assert row["seconds"] > 0
 
