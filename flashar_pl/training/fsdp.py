@@ -18,17 +18,17 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import is_official_directory
-from flashar_pl.models.dual_head import FusionGate
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
 from flashar_pl.models.weights import InitReport, build_model, build_on_meta, initialise
+from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharding import Compute, allocate, check_filled, local, recompute_blocks, shard
 
@@ -125,18 +125,11 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def _new_parts(self, model: GridModel) -> None:
         """Values for what no file holds: the gate, and the matrices of LoRA, whose B is 0."""
-        gate = getattr(model.dual_head, "gate", None)
-        if gate is not None:
-            self._fill(gate, FusionGate(model.backbone.dim))
-        for _, _, layer in adapted_layers(model):
-            a, b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-            self._fill(a, nn.Linear(a.in_features, a.out_features, bias=False))
-            local(b.weight.detach()).zero_()
-
-    def _fill(self, part: nn.Module, whole: nn.Module) -> None:
-        """Give every process its shard of the first one's `whole`."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(part, whole.state_dict() if self.is_global_zero else {}, options=options)
+        for part, whole in new_parts(model):
+            set_model_state_dict(part, whole.state_dict() if self.is_global_zero else {}, options=options)
+        for _, _, layer in adapted_layers(model):
+            local(layer.lora_B[ADAPTER].weight.detach()).zero_()
 
     def _first_process_only(self, make: Any) -> Any:
         """(result, report) on the first process, (None, report) on the others; a ValueError there is raised by all."""

@@ -8,10 +8,12 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.lora import LoraConfig, adapt, decode_under_autocast
 from flashar_pl.models.sharded_files import is_sharded
 from flashar_pl.models.weights import InitReport, build_model, initialise
 from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.new_parts import new_parts
 
 
 def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfig | None = None) -> GridModel:
@@ -37,14 +39,18 @@ def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfi
 def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:
     """The weights a run starts from: those of `path`, else random ones.
 
-    All strategies give equal values, except for a gate beside Emu3.5 weights that are streamed into shards: like any
-    other it starts at 0.5 everywhere, but its hidden weights are other random ones. The same holds for LoRA's A.
+    All strategies and numbers of devices give equal values for a seed.
 
     Raises ValueError as `initialise` does.
     """
     if isinstance(strategy, ShardedStrategy):
         return strategy.start(model, path)
-    return None if path is None else initialise(model, path)
+    if path is None:
+        return None
+    if is_official_directory(path):
+        for part, whole in new_parts(model):
+            part.load_state_dict(whole.state_dict())
+    return initialise(model, path)
 
 
 def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:

@@ -1,0 +1,35 @@
+"""First values of what no official directory holds: the gate, and the matrices A of LoRA (B starts at 0).
+
+They are a function of the seed alone. Drawn from wherever the random generator stands, they would differ between one
+process, which has built a whole random model before, and shards, which hold none; the same seed would start two runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.dual_head import FusionGate
+from flashar_pl.models.lora import ADAPTER, adapted_layers
+
+
+def new_parts(model: GridModel) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(part of `model`, a whole copy of it with its first values), on the CPU in float32. The generator that everything
+    else draws from stays where it is."""
+    generator = torch.default_generator
+    state, seed = generator.get_state(), generator.initial_seed()
+    generator.manual_seed(seed)
+    try:
+        made: list[tuple[nn.Module, nn.Module]] = []
+        gate = getattr(model.dual_head, "gate", None)
+        if gate is not None:
+            made.append((gate, FusionGate(model.backbone.dim)))
+        for _, _, layer in adapted_layers(model):
+            a = layer.lora_A[ADAPTER]
+            made.append((a, nn.Linear(a.in_features, a.out_features, bias=False)))
+    finally:
+        generator.set_state(state)
+    yield from made
