@@ -21,7 +21,7 @@ DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
 
 
-def read_meta(path: str) -> dict[str, Any]:
+def read_stored(path: str) -> dict[str, Any]:
     """Everything but large tensors of a Lightning checkpoint: a file, or a directory of shards with its meta.pt.
 
     Raises:
@@ -48,7 +48,7 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is no checkpoint of ours.
     """
-    return plain(read_meta(path).get(CONFIG_KEY, "{}"))
+    return plain(read_stored(path).get(CONFIG_KEY, "{}"))
 
 
 def plain(text: str) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def plain(text: str) -> dict[str, Any]:
 
 def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
     """ValueError if a checkpoint was trained on another grid than that of the data set `name`."""
-    stored = read_meta(path)[CHECKPOINT_KEY]["grid"]
+    stored = read_stored(path)[CHECKPOINT_KEY]["grid"]
     if stored is not None and tuple(stored) != tuple(grid):
         raise ValueError(
             f"{path} was trained on a grid of {stored[0]} x {stored[1]} codes, the shards of {name!r} have "
@@ -68,7 +68,7 @@ def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
 
 def check_same_model(path: str, config: dict[str, Any]) -> None:
     """ValueError if a checkpoint holds another model than `config` (the argument of `build_model`) describes."""
-    stored = flatten(read_meta(path)[CHECKPOINT_KEY]["model"])
+    stored = flatten(read_stored(path)[CHECKPOINT_KEY]["model"])
     now = {key: value for key, value in flatten(config).items() if not key.endswith("dropout")}
     wrong = [
         f"{key} {stored[key]!r} (this run: {value!r})"
