@@ -19,6 +19,9 @@ State = Literal["fp32", "bf16", "8bit"]
 
 STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 """The paper's two-stage schedule (Sec. 5.1)."""
+LORA_FACTOR = 5.0
+"""LoRA's learning rate relative to the base: 1e-4 at 2e-5. Low-rank updates start at 0 and need larger steps than the
+weights themselves (docs/training.md has what other values do on the demo)."""
 CAPTION_DROPOUT = 0.1
 """Share of Emu3.5's captions that training replaces by the unconditional prompt, so that guidance keeps working."""
 
@@ -148,14 +151,15 @@ class ScheduleConfig:
     stage1_share: float | None = None
     """Share of the steps in which only vertical branch, vertical head and gate train; None = 0.2, raster models 0."""
     backbone_factor: float | None = None
-    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, raster models 1."""
+    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, with LoRA 5, raster models 1."""
     warmup: int = 0
     """Steps of linear warm-up."""
 
-    def resolve(self, raster: bool) -> ScheduleConfig:
+    def resolve(self, raster: bool, lora: bool = False) -> ScheduleConfig:
         """The same settings without None. ValueError for a stage 1 in which nothing could train."""
         share = (0.0 if raster else STAGE1_SHARE) if self.stage1_share is None else self.stage1_share
-        factor = (1.0 if raster else BACKBONE_FACTOR) if self.backbone_factor is None else self.backbone_factor
+        usual = 1.0 if raster else LORA_FACTOR if lora else BACKBONE_FACTOR
+        factor = usual if self.backbone_factor is None else self.backbone_factor
         if raster and share > 0:
             raise ValueError(
                 f"schedule.stage1_share is {share}, but a raster model has no vertical branch to train in stage 1; "

@@ -78,7 +78,7 @@ class FlashARModule(LightningModule):
         self.model_config = model_config(backbone, flashar)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
         check_lora(lora, flashar, init_from)
-        self.schedule = schedule.resolve(raster=flashar is None)
+        self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
         self.optimiser, self.validation = optimiser, validation
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
