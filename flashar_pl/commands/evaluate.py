@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device
 from flashar_pl.commands.common import versions
+from flashar_pl.commands.decoder import Runner, WeightFormat
 from flashar_pl.commands.evaluate_parts import RESULT, PartFolder
 from flashar_pl.commands.evaluate_processes import (
     Group,
@@ -72,6 +73,8 @@ def evaluate(
     devices: int | None = None,
     device: str = "auto",
     dtype: Dtype = "fp32",
+    runner: Runner = "auto",
+    weight_format: WeightFormat = "plain",
 ) -> dict[str, Any] | None:
     """Draw samples of a class-conditional checkpoint and compare them with real images.
 
@@ -123,6 +126,8 @@ def evaluate(
         devices: processes on this machine, one for each GPU. Default: every visible GPU.
         device: auto, cpu, cuda or cuda:N.
         dtype: of weights and activations; softmax, sampling, tokenizer and features stay in float32 or wider.
+        runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
+        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
     """
     options = Options(**locals())
     with launched_group() as group:
@@ -180,6 +185,8 @@ class Options:
     devices: int | None
     device: str
     dtype: Dtype
+    runner: Runner
+    weight_format: WeightFormat
 
     def __post_init__(self) -> None:
         lowest = {"num_samples": 1, "batch_size": 1, "resize": 1, "min_samples": 2}
@@ -244,6 +251,7 @@ class Run:
         return {
             "processes": group.ranks * self.processes,
             "device": str(find_device(self.options.device)),
+            "runner": self.bench.engine.runner,
             "images_drawn": images,
             "images_kept_from_before": len(self.job.labels) - images,
             "seconds": round(seconds, 3),
@@ -297,6 +305,8 @@ def prepare(options: Options, group: Group) -> Run:
         grid=options.grid,
         tokenizer=options.tokenizer,
         dtype=options.dtype,
+        runner=options.runner,
+        weight_format=options.weight_format,
         features=options.features,
         device=device_of_rank(options.device, 0) if several else options.device,
     )
@@ -324,6 +334,8 @@ def prepare(options: Options, group: Group) -> Run:
         grid=source.need_grid(),
         tokenizer=source.need_tokenizer(),
         dtype=options.dtype,
+        runner=options.runner,
+        weight_format=options.weight_format,
         plan=plan,
         sampling=sampling,
         labels=sample_labels(options.labels, options.num_samples, num_classes, options.seed),
@@ -350,6 +362,7 @@ def sample_identity(options: Options, job: Job, bench: Bench, size: tuple[int, i
         "grid": list(job.grid),
         "tokenizer": tokenizer_identity(bench.tokenizer.config()),
         "dtype": options.dtype,
+        "weight_format": options.weight_format,
         "plan": job.plan,
         **job.sampling,
         "number": options.num_samples,

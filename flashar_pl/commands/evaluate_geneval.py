@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import parse_grid, progress_bar, require_new, versions, write_json, write_text
+from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
 from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
 from flashar_pl.commands.prompts import TextSettings, ask
@@ -48,6 +49,8 @@ def evaluate_geneval(
     batch_size: int = 4,
     device: str = "auto",
     dtype: Dtype | None = None,
+    runner: Runner = "auto",
+    weight_format: WeightFormat = "plain",
 ) -> dict[str, Any] | None:
     """Draw GenEval's images with a text-to-image checkpoint, score them, or both.
 
@@ -84,6 +87,8 @@ def evaluate_geneval(
         device: auto, cpu, cuda or cuda:N.
         dtype: of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for official
             Emu3.5 directories that of the file.
+        runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
+        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
     """
     drawing = {"--checkpoint": checkpoint, "--prompts": prompts}
     scoring = {"--detector": detector, "--clip": clip}
@@ -98,13 +103,15 @@ def evaluate_geneval(
     if detector is not None:
         require_new(Path(out) / SUMMARY, "scores")
     size = list(parse_grid(grid) or ())
-    settings = Drawing(num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, size)
+    settings = Drawing(
+        num_images, plan, cfg_scale, temperature, top_k, top_p, seed, batch_size, dtype, weight_format, size
+    )
     entries = [] if prompts is None else read_prompts(prompts)
     with launched_group() as group:
         place = device_of_rank(device, group.local_rank) if group.ranks > 1 else device
         if checkpoint is not None:
             source = open_checkpoint(checkpoint, grid=grid, tokenizer=tokenizer, device=place, dtype=dtype)
-            draw_images(Path(out), source, entries, TextSettings(assets, text_encoder), settings, place, group)
+            draw_images(Path(out), source, entries, TextSettings(assets, text_encoder), settings, place, runner, group)
         group.wait()
         rank = group.rank
     if rank > 0 or detector is None or clip is None:
@@ -125,6 +132,7 @@ class Drawing:
     seed: int
     batch_size: int
     dtype: str | None
+    weight_format: WeightFormat
     grid: list[int]
 
     def __post_init__(self) -> None:
@@ -170,6 +178,7 @@ def draw_images(
     text: TextSettings,
     drawing: Drawing,
     device: str,
+    runner: Runner,
     group: Group,
 ) -> None:
     """Draw this rank's share of the images that are not there yet."""
@@ -193,9 +202,10 @@ def draw_images(
     def missing(batch: int) -> bool:
         return any(not files[i].exists() for i in samples.numbers(batch) if i < samples.n)
 
+    engine = build_engine(source.model, runner, drawing.weight_format)
     todo = [batch for batch in range(group.rank, samples.batches, group.ranks) if missing(batch)]
     with progress_bar(len(todo) * samples.batch_size, "images") as advance:
-        for drawn in draw(source.model, decoder, samples, todo):
+        for drawn in draw(engine, decoder, samples, todo):
             for i, image in zip(drawn.index.tolist(), drawn.images.cpu()):
                 if not files[i].exists():
                     save_png(image, files[i])

@@ -28,7 +28,7 @@ def draw_parts(bench: Bench, job: Job, batches: list[int], advance: Callable[[],
     from flashar_pl.decoding.samples import draw
 
     folder = PartFolder(job.out)
-    for drawn in draw(bench.source.model, bench.tokenizer, job.samples(), batches, bench.extractor, job.side):
+    for drawn in draw(bench.engine, bench.tokenizer, job.samples(), batches, bench.extractor, job.side):
         folder.write(drawn, job.keep_images)
         advance()
 
@@ -48,6 +48,8 @@ def work(job: Job, batches: list[int], device: str) -> None:
         grid=job.grid,
         tokenizer=job.tokenizer,
         dtype=job.dtype,
+        runner=job.runner,
+        weight_format=job.weight_format,
         features=job.features,
         device=device,
     )

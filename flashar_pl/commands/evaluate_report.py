@@ -169,7 +169,7 @@ def draw_grid(bench: Bench, job: Job, num_classes: int, path: Path) -> list[int]
     classes = shown_classes(num_classes)
     samples = replace(job, labels=classes * ROWS).samples()
     images: Tensor = torch.cat(
-        [drawn.images.cpu() for drawn in draw(bench.source.model, bench.tokenizer, samples, side=job.side)]
+        [drawn.images.cpu() for drawn in draw(bench.engine, bench.tokenizer, samples, side=job.side)]
     )
     save_png(tile(images, len(classes)), path)
     return classes

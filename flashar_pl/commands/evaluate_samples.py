@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Dtype, Source, Weights, find_device, open_checkpoint
+from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
 
 if TYPE_CHECKING:
+    from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.metrics.extractor import FeatureExtractor
     from flashar_pl.models import GridModel
@@ -33,6 +35,8 @@ class Job:
     grid: tuple[int, int]
     tokenizer: dict[str, Any]
     dtype: Dtype
+    runner: Runner
+    weight_format: WeightFormat
     plan: str
     sampling: dict[str, Any]
     labels: list[int]
@@ -68,6 +72,7 @@ class Bench:
     """Everything loaded on one device."""
 
     source: Source
+    engine: Engine
     tokenizer: Tokenizer
     extractor: FeatureExtractor
 
@@ -81,6 +86,8 @@ def load_bench(
     grid: str | tuple[int, int] | None,
     tokenizer: str | dict[str, Any] | None,
     dtype: Dtype,
+    runner: Runner,
+    weight_format: WeightFormat,
     features: str,
     device: str,
 ) -> Bench:
@@ -107,7 +114,8 @@ def load_bench(
             "give the tokenizer that made the training codes: --tokenizer."
         )
     place = find_device(device)
-    return Bench(source, decoder.to(place), extractor.to(place))
+    engine = build_engine(source.model, runner, weight_format)
+    return Bench(source, engine, decoder.to(place), extractor.to(place))
 
 
 def class_count(model: GridModel) -> int:

@@ -207,14 +207,14 @@ def fitting_batch(
     """The number of samples to decode together. Raises ValueError for one that does not fit."""
     from flashar_pl.planner import model_sizes
 
-    model, most = source.model, None
+    model, most, longest = source.model, None, None
     if is_emu(source):  # conditions are whole prompts
         most = len(wanted)
-        longest = max(len(ids) for ids in [*wanted.condition, *(wanted.unconditional or ())])
-    parameter = next(model.parameters())
+        prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, list)]
+        longest = max(len(ids) for part in prompts for ids in part)
     room = Room(
-        model_sizes(model.config()), (plan,), grid, model.device, parameter.dtype, settings.guided,
-        prefix=longest if is_emu(source) else None, weight_copies=0,
+        model_sizes(model.config()), (plan,), grid, model.device, next(model.parameters()).dtype, settings.guided,
+        prefix=longest, weight_copies=0,
     )  # fmt: skip
     if batch_size is None:
         return room.choose(max(1, room.largest(min(BATCH_SIZE, most or BATCH_SIZE))))
