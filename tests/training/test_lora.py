@@ -28,8 +28,8 @@ LORA = LoraConfig(rank=2, alpha=4, dropout=0.1)
 def raster(tmp_path_factory) -> str:
     """A raster model to start from, with weights that all matter."""
     module = make_module(flashar=False)
-    module.configure_model()
     torch.manual_seed(5)
+    module.configure_model()
     with torch.no_grad():
         for parameter in module.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

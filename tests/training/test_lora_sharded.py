@@ -47,8 +47,8 @@ def job(tmp_path_factory, toy_shards: str) -> dict[str, Any]:
     """Ten steps, the switch after two, from weights that bfloat16 holds exactly: its rounding cannot show."""
     root = tmp_path_factory.mktemp("lora")
     module = make_module(flashar=False, dropout=False)
-    module.configure_model()
     torch.manual_seed(5)
+    module.configure_model()
     with torch.no_grad():
         for parameter in module.net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2).copy_(parameter.bfloat16())
@@ -112,8 +112,8 @@ def test_dtypes(both, job) -> None:
 
 def test_bfloat16_follows_float32(both) -> None:
     _, sharded, half, *_ = both
-    for step in (1, 2, 3):  # before the first update of the backbone, whose rate is large here
-        assert half["losses"][step] == pytest.approx(sharded["losses"][step], abs=3e-2)
+    for step in (1, 2):  # it is a shorter run: from here on rates and stages differ
+        assert half["losses"][step] == pytest.approx(sharded["losses"][step], abs=5e-3)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
