@@ -81,16 +81,15 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def nearest(word: str, known: list[str]) -> list[str]:
-    """Known keys that resemble `word`: first by their last part, then as a whole."""
+    """Known keys that resemble `word`: first by their last part, beside it and deeper, then as a whole."""
     group, _, last = word.rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == group]
     near = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in siblings], n=3, cutoff=0.5)
-    if near:
-        return [f"{group}.{name}" if group else name for name in near]
+    beside = [f"{group}.{name}" if group else name for name in near]
     top = word.split(".")[0]
-    related = [key for key in known if key.startswith(f"{top}.") and _alike(last, key.rpartition(".")[2])]
-    if related:
-        return related[:3]
+    deeper = [key for key in known if key.startswith(f"{top}.") and _alike(last, key.rpartition(".")[2])]
+    if beside or deeper:
+        return list(dict.fromkeys(beside[:2] + deeper))[:3]
     return difflib.get_close_matches(word, known, n=3, cutoff=0.4) or siblings[:8] or ["model", "data", "trainer"]
 
 
