@@ -33,12 +33,12 @@ CPU they stay in the cache."""
 
 
 def chunk_size(targets: int, vocabulary: int, device_type: str) -> int:
-    """Targets per chunk: a sixteenth of them, within `CHUNK_ELEMENTS`.
+    """Targets per chunk: a sixteenth of them, within `CHUNK_ELEMENTS`, never more than there are.
 
     Five sets of a chunk's logits in float32 are alive at a time at most; a plain loss holds seven sets of all targets'.
     """
     smallest, largest = (n // vocabulary for n in CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"]))
-    return max(1, min(largest, max(smallest, targets // 16)))
+    return max(1, min(targets, largest, max(smallest, targets // 16)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -218,7 +218,9 @@ def test_float16_errors_do_not_underflow() -> None:
 
 def test_chunk_size_follows_targets_and_vocabulary() -> None:
     assert losses.chunk_size(10**6, 16384, "cpu") == 256
-    assert losses.chunk_size(10, 16384, "cpu") == 64, "not below the smallest"
+    assert losses.chunk_size(100, 16384, "cpu") == 64, "not below the smallest"
+    assert losses.chunk_size(10, 16384, "cpu") == 10, "the planner counts chunks that exist"
+    assert losses.chunk_size(0, 16384, "cpu") == 1
     assert losses.chunk_size(1600, 16384, "cpu") == 100
     assert losses.chunk_size(10**6, 10**9, "cpu") == 1
     assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 4096

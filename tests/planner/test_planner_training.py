@@ -6,6 +6,7 @@ from test_planner_decode import EMU, TINY, build
 
 from flashar_pl.grid import make_plan
 from flashar_pl.planner import model_sizes
+from flashar_pl.planner.measure import resident_memory
 from flashar_pl.planner.training import (
     STAGE1,
     TrainingSetup,
@@ -163,3 +164,20 @@ def test_wrong_setups_are_named(options, message):
 def test_mfu_is_a_share():
     with pytest.raises(ValueError, match=r"mfu is 40"):
         training_time(model_sizes({"backbone": {"preset": "llamagen-b"}}), TrainingSetup(grid=(4, 4)), 1e12, 40)
+
+
+def test_resident_memory_after_a_real_step():
+    """Not a count of tensors but what the process holds: weights, gradients and moments, within 10 %."""
+    config = {"kind": "flashar", "backbone": {**SMALL, "dim": 512, "vocab_size": 16384}, "branch_layer": 2}
+    sizes = model_sizes(config)
+    before = resident_memory()
+    model = build(config, "cpu").train()
+    optimiser = torch.optim.AdamW(model.parameters())
+    model.loss(torch.randint(0, 16384, (1, 2, 2)), torch.tensor([1]))["loss"].backward()
+    optimiser.step()
+    if not before:
+        pytest.skip("this system does not report resident memory")
+    planned = training_memory(sizes, TrainingSetup(grid=(2, 2), **ONE_GPU), 2)
+    arithmetic = planned.weights + planned.gradients + planned.moments
+    assert arithmetic > 5e8
+    assert resident_memory() - before == pytest.approx(arithmetic, rel=0.1)
