@@ -168,6 +168,7 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
     dim, query, keys = block.dim, block.n_head * block.head_dim, block.n_kv_head * block.head_dim
     norms = 2 * ((4 + residual + compute) * dim + 4)  # float32 input, normalised, weighted for the GEMM, 1 / rms
     attention = compute * ((query + 2 * keys) + query + keys + query)  # qkv, rotated q and k, output
+    attention += compute * query * (block.n_head != block.n_kv_head)  # the output once more, in the order of heads
     if block.qk_norm:
         wide = 4 if compute < 4 else 0  # float32 copies of queries and keys
         attention += (wide + compute) * (query + keys) + 4 * (block.n_head + block.n_kv_head)
@@ -225,14 +226,15 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
         cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.n_layer
         copies = (cast + sizes.vertical_layers) * linears + heads + added(sizes, setup.lora)
         return 2 * copies if setup.mixed else 0
-    # a block: itself, the next one and its gather buffer; its gradient, and that in float32 for the reduction
-    block = sizes.block_parameters * (3 * low + low + 4)
+    # a gradient, that in float32 for the reduction, and its new shard where there is one of earlier forwards to add to
+    gradient = low + 4 + (4 / setup.shards if setup.accumulate > 1 else 0)
+    block = sizes.block_parameters * (3 * low + gradient)  # itself, the next one and its gather buffer
     if setup.lora is not None and not sizes.vertical_layers:
-        block = sizes.block_parameters * 3 * low + _added_to_block(sizes, setup.lora) * (4 * low + 4)
+        block = sizes.block_parameters * 3 * low + _added_to_block(sizes, setup.lora) * (3 * low + gradient)
     trained = heads if stage == 2 else sizes.head_rows * sizes.dim * sizes.flashar
-    both_heads = heads * low + trained * (low + 4)  # float32 sums over chunks; the reduction reuses their place
-    embedding = sizes.embedding_parameters * (low + (low + 4 if stage == 2 and setup.lora is None else 0))
-    return max(block, both_heads, embedding) + sizes.block_parameters * low  # one more block is gathered ahead
+    both_heads = heads * low + trained * gradient  # float32 sums over chunks; the reduction reuses their place
+    embedding = sizes.embedding_parameters * (low + (gradient if stage == 2 and setup.lora is None else 0))
+    return int(max(block, both_heads, embedding)) + sizes.block_parameters * low  # one more block is gathered ahead
 
 
 # --- time ---------------------------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def test_the_recipe_fits_where_it_says(capsys):
     roomy = plan(config=str(RECIPE), gpus=1, gpu_memory=141, samples=1)
     assert node["fits"]
     assert one["fits"]
-    assert roomy["memory"]["stage2"]["total"] < 0.88 * 141e9
+    assert roomy["memory"]["stage2"]["total"] < 128e9
+    extra = roomy["memory"]["stage2"]["transient"] - one["memory"]["stage2"]["transient"]
+    assert extra == 2 * 4 * 5120 * 131072, "gradients of the heads, beside those of earlier forwards"
     assert roomy["setup"]["accumulate"] * roomy["setup"]["samples"] == 8 * node["setup"]["samples"]
     assert roomy["time"] == one["time"]
     assert node["parameters"]["lora"] == 64 * 16 * ((5120 + 10240) + (8192 + 5120) + (5120 + 51200) + (25600 + 5120))
