@@ -1,16 +1,90 @@
 #!/usr/bin/env bash
-# The NVIDIA results: one script, one run, on one GPU (141 GB for the 34B model). Not run yet: see docs/performance.md.
-# Run from the repository's root; results go to benchmarks/results.
-set -euo pipefail
-FLASHAR=${FLASHAR:-.venv/bin/flashar}
+# The NVIDIA results of decoding, on one idle GPU (141 GB for the 34B model). Not run yet: see docs/performance.md.
+#
+#     benchmarks/gpu.sh             everything, about 25 minutes
+#     benchmarks/gpu.sh latency     one part, each below 10 minutes: tests latency throughput large emu profile targets
+#
+# Run from the repository's root; results go to benchmarks/results. What is there is kept, so a run can be continued.
+# DRY=1 tries every command with a small model on the CPU, in a temporary directory.
+set -uo pipefail
+PYTHON=${PYTHON:-.venv/bin/python}
 OUT=${OUT:-benchmarks/results}
-for preset in llamagen-l llamagen-xxl; do
-  "$FLASHAR" benchmark --preset "$preset" --batch-sizes 1,8,64,auto --cfg-scale 2.0 --device cuda --dtype bf16 \
-    --vq --png --out "$OUT/decode_${preset//-/_}_bf16_gpu"
+DEVICE=cuda
+RUNNERS=eager,compiled,graphs,compiled-graphs
+GRAPHS=graphs
+FAST=graphs,compiled-graphs
+FORMATS=plain,int8,fp8
+EXTRA=()
+if [[ -n ${DRY:-} ]]; then
+  OUT=${DRY_OUT:-$(mktemp -d)}
+  DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager FORMATS=plain,int8
+  EXTRA=(--grid 2x2 --repeats 1 --threads 1)
+fi
+failed=()
+
+bench() { # name preset options
+  local name=$1 preset=$2
+  shift 2
+  if [[ -e $OUT/$name ]]; then
+    echo "$OUT/$name is there and kept"
+    return
+  fi
+  [[ -n ${DRY:-} ]] && preset=llamagen-b
+  echo "== $name"
+  "$PYTHON" -m flashar_pl.cli benchmark --preset "$preset" --device $DEVICE --dtype bf16 --out "$OUT/$name" "$@" \
+    ${EXTRA[@]+"${EXTRA[@]}"} || failed+=("$name")
+}
+
+tests() { # what only a GPU can check: graphs against the plain loop, synchronisation, memory against the plan
+  [[ -n ${DRY:-} ]] && return
+  "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
+}
+latency() { # L, one image: all runners, then the formats of weights
+  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runner $RUNNERS --vq
+  bench decode_llamagen_l_formats_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runner $GRAPHS \
+    --weight-format $FORMATS --skip-plain
+}
+throughput() { # L, many images
+  local sizes=8,64,256,512,auto
+  [[ -n ${DRY:-} ]] && sizes=2,3
+  bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runner $FAST --skip-plain
+}
+large() { # XXL
+  local sizes=1,64
+  [[ -n ${DRY:-} ]] && sizes=1
+  bench decode_llamagen_xxl_gpu llamagen-xxl --batch-sizes $sizes --cfg-scale 2.0 --runner $FAST --skip-plain
+}
+emu() { # 34B, 32 x 32 codes: guided, with the official empty prompt's length beside a caption's
+  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runner $GRAPHS --skip-plain
+  bench decode_emu35_34b_runners_gpu emu35-34b --plans diagonal --batch-sizes 1 --cfg-scale 5.0 \
+    --runner ${FAST#graphs,} --skip-plain
+}
+profile() { # where a step's time goes
+  local preset=llamagen-l
+  [[ -n ${DRY:-} ]] && preset=llamagen-b
+  local name
+  for plan in diagonal raster; do
+    name=$OUT/profile_llamagen_l_${plan}_gpu.md
+    "$PYTHON" benchmarks/profile_decode.py --preset $preset --plan $plan --dtype bf16 --device $DEVICE \
+      ${DRY:+--grid 2x2} > "$name.part" && mv "$name.part" "$name" && cat "$name" || failed+=("profile $plan")
+  done
+}
+targets() {
+  "$PYTHON" benchmarks/targets.py --results "$OUT" || failed+=(targets)
+}
+
+parts=("${@:-all}")
+[[ ${parts[0]} == all ]] && parts=(tests latency throughput large emu profile targets)
+for part in "${parts[@]}"; do
+  case $part in
+    tests | latency | throughput | large | emu | profile | targets) "$part" ;;
+    *)
+      echo "part is '$part'; expected tests, latency, throughput, large, emu, profile or targets" >&2
+      exit 2
+      ;;
+  esac
 done
-"$FLASHAR" benchmark --preset emu35-34b --batch-sizes 1 --cfg-scale 5.0 --grid 32x32 --device cuda --dtype bf16 \
-  --skip-plain --out "$OUT/decode_emu35_34b_bf16_gpu"
-for preset in llamagen-b llamagen-l; do
-  "$FLASHAR" benchmark train --preset "$preset" --batch-size 64 --device cuda --repeats 10 \
-    --out "$OUT/train_${preset//-/_}_gpu.json"
-done
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "${failed[@]}" >&2
+  exit 1
+fi

@@ -1,27 +1,48 @@
-"""Where the time of decoding goes: processor time by kind of operation, from torch.profiler.
+"""Where the time of decoding goes: time by kind of operation, from torch.profiler.
 
     python benchmarks/profile_decode.py --preset llamagen-b --plan diagonal --dtype fp32
+    python benchmarks/profile_decode.py --preset llamagen-l --plan diagonal --dtype bf16 --device cuda
 
-The profiler slows every operation down; shares are what counts, not the total. One thread.
+On a CPU the processor time of one thread, on a GPU the time of the kernels; both with the eager runner, whose kernels a
+CUDA graph replays. The profiler slows every operation down; shares are what counts, not the total.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from datetime import date
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flashar_pl.commands.benchmark_rows import synthetic_condition, synthetic_model
+from flashar_pl.commands.benchmark_rows import device_name, synthetic_condition, synthetic_model
 from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.decoding import generate
+from flashar_pl.commands.common import parse_grid
+from flashar_pl.commands.decoder import build_engine
 from flashar_pl.numerics import dtype_from_name
 from flashar_pl.planner import model_sizes
+from flashar_pl.planner.measure import synchronise
 
 KINDS = (
-    ("matrix products", ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "mkldnn", "aten::_weight")),
-    ("attention", ("attention", "sdpa")),
-    ("drawing", ("softmax", "cumsum", "searchsorted", "topk", "sort", "argmax", "aten::lerp")),
+    ("attention", ("attention", "sdpa", "flash", "fmha")),
+    (
+        "matrix products",
+        (
+            "aten::addmm",
+            "aten::mm",
+            "aten::linear",
+            "aten::bmm",
+            "mkldnn",
+            "aten::_weight",
+            "gemm",
+            "gemv",
+            "cutlass",
+            "nvjet",
+            "splitK",
+        ),
+    ),
+    ("drawing", ("softmax", "cumsum", "searchsorted", "topk", "sort", "argmax", "aten::lerp", "scan", "lerp")),
     ("moving data", ("copy", "cat", "index", "embedding", "fill", "empty", "clone", "to_copy", "scatter", "gather")),
 )
 
@@ -41,28 +62,37 @@ def main() -> None:
     parser.add_argument("--plan", default="diagonal")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--grid", default="16x16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--weight-format", default="plain")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    device, grid = torch.device(arguments.device), parse_grid(arguments.grid)
     sizes = model_sizes({"backbone": {"preset": arguments.preset}})
-    model = synthetic_model(sizes, torch.device("cpu"), dtype_from_name(arguments.dtype))
-    condition, _ = synthetic_condition(sizes, arguments.batch_size, True)
+    model = synthetic_model(sizes, device, dtype_from_name(arguments.dtype))
+    engine = build_engine(model, "eager", arguments.weight_format)
+    condition, unconditional = synthetic_condition(sizes, arguments.batch_size, True)
 
     def decode() -> None:
-        generate(model, condition, (16, 16), arguments.plan, cfg_scale=2.0, seeds=0)
+        engine.generate(condition, grid, arguments.plan, 2.0, seeds=0, unconditional=unconditional)
+        synchronise(device)
 
     decode()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with profile(activities=activities) as trace:
         decode()
     shares: dict[str, float] = {}
     calls = 0
     for event in trace.key_averages():
-        shares[kind(event.key)] = shares.get(kind(event.key), 0.0) + event.self_cpu_time_total
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        shares[kind(event.key)] = shares.get(kind(event.key), 0.0) + spent
         calls += event.count
     total = sum(shares.values())
     lines = [
         [name, f"{1e-3 * time:.0f}", f"{time / total:.1%}"]
         for name, time in sorted(shares.items(), key=lambda x: -x[1])
     ]
+    print(f"{date.today()}, {device_name(device)}, torch {torch.__version__}; {' '.join(sys.argv)}\n")
     print(markdown(("kind", "ms", "share"), lines))
     print(f"\n{calls} operations")
 
