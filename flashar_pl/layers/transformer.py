@@ -68,6 +68,28 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
+    """(R, A, L, E) from queries (R, A, L, E), keys and values (R, G, K, E), in a form that fused kernels accept.
+
+    The GPU kernels that take a mask know no grouped heads and, in 16 bit, only head widths that are multiples of 8;
+    otherwise all probabilities would be written to memory. So the A / G queries that share a key become rows of one
+    head, which saves repeating the keys too, and heads are padded with zeros.
+    """
+    heads, n, width = q.shape[1:]
+    groups, shared = k.shape[1], heads // k.shape[1]
+    if isinstance(mask, str):
+        assert n == k.shape[2], "positions that see only themselves would be missing"
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared > 1)
+    if shared > 1:
+        q = q.unflatten(1, (groups, shared)).flatten(2, 3)  # (R, G, A / G * L, E)
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask.repeat(*[1] * (mask.ndim - 2), shared, 1)  # (1 or R, 1, A / G * L, K)
+    if mask is not None and q.is_cuda and width % 8:
+        q, k, v = (F.pad(part, (0, -width % 8)) for part in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=width**-0.5)[..., :width]
+    return y.unflatten(2, (shared, n)).flatten(1, 2) if shared > 1 else y
+
+
 class Attention(nn.Module):
     """Grouped-query attention. One projection holds the row blocks [q; k; v]."""
 
@@ -92,24 +114,7 @@ class Attention(nn.Module):
         """Attention outputs (R, L, A * E), before the output projection."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
-        causal = isinstance(mask, str)
-        assert not causal or q.shape[2] == k.shape[2], "positions that see only themselves would be missing"
-        n, groups = q.shape[2], self.config.n_kv_head
-        uniform = mask is None or (isinstance(mask, Tensor) and mask.shape[-2] == 1)
-        packed = uniform and self.config.n_head != groups  # all queries see the same keys: no key is repeated
-        if packed:
-            q = q.unflatten(1, (groups, -1)).flatten(2, 3)  # (R, G, A / G * L, E)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if isinstance(mask, str) else mask,
-            is_causal=causal,
-            dropout_p=self.config.attn_dropout if self.training else 0.0,
-            enable_gqa=q.shape[1] != groups,
-        )
-        if packed:
-            y = y.unflatten(2, (-1, n)).flatten(1, 2)  # (R, A, L, E)
+        y = attention(q, k, v, mask, self.config.attn_dropout if self.training else 0.0)  # (R, A, L, E)
         return y.transpose(1, 2).flatten(2)
 
     def output(self, y: Tensor) -> Tensor:

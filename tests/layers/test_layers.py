@@ -9,7 +9,7 @@ import torch
 
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope, angles_1d, angles_2d, apply_rope
-from flashar_pl.layers.transformer import Attention, Block, BlockConfig, RMSNorm
+from flashar_pl.layers.transformer import Attention, Block, BlockConfig, RMSNorm, attention
 from flashar_pl.numerics import DTYPES, dtype_from_name
 
 SIZES = {"dim": 16, "n_head": 4, "head_dim": 8, "ffn_dim": 24}
@@ -154,3 +154,36 @@ def test_bad_sizes_are_named() -> None:
     assert dtype_from_name("bf16") is torch.bfloat16
     with pytest.raises(ValueError, match=f"int8.*{', '.join(DTYPES)}"):
         dtype_from_name("int8")
+
+
+@pytest.mark.parametrize("mask", ["one", "by row", "by key", "causal", None])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_attention_is_attention_with_repeated_keys(groups: int, mask: str | None) -> None:
+    """Queries that share a key are rows of one head: a mask in the wrong order would let them look ahead."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 5, 12, dtype=torch.float64, generator=random)
+    k, v = (torch.randn(2, groups, 5, 12, dtype=torch.float64, generator=random) for _ in "kv")
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    rows = torch.rand(2, 1, 5, 5, generator=random) < 0.5
+    given = {
+        "one": causal[None, None], "by row": rows | torch.eye(5, dtype=torch.bool), "causal": "causal",
+        "by key": torch.tensor([[1, 1, 0, 1, 0], [0, 1, 1, 1, 1]]).bool()[:, None, None], None: None,
+    }[mask]  # fmt: skip
+    seen = causal if mask == "causal" else torch.ones(1, dtype=torch.bool) if given is None else given
+    each = [part.repeat_interleave(4 // groups, 1) for part in (k, v)]
+    scores = (q @ each[0].mT / 12**0.5).masked_fill(~seen, -torch.inf)  # type: ignore[operator]
+    torch.testing.assert_close(attention(q, k, v, given), scores.softmax(-1) @ each[1])  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 100), (8, 2, 128), (4, 4, 64)])
+def test_masked_attention_runs_in_a_fused_kernel(heads: int, groups: int, width: int) -> None:
+    """LlamaGen-3B has heads of 100, Emu3.5 shares keys: without care all probabilities are written to memory."""
+    q = torch.randn(2, heads, 33, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(2, groups, 33, width, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+    mask = torch.ones(33, 33, dtype=torch.bool, device="cuda").tril()[None, None]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
+        y = attention(q, k, v, mask)
+        y.sum().backward()
+    expected = attention(q.detach().cpu().float(), k.cpu().float(), v.cpu().float(), mask.cpu())
+    torch.testing.assert_close(y.detach().cpu().float(), expected, atol=2e-2, rtol=2e-2)
