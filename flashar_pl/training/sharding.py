@@ -130,7 +130,10 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False) -> N
 
 @torch.no_grad()
 def check_filled(model: GridModel) -> None:
-    """AssertionError if a parameter is on the meta device or was never given a value."""
+    """AssertionError if a parameter is on the meta device or was never given a value, or one that trains is not
+    float32: the gate, every shard of which is gathered as it is, and the master weights of all others."""
+    frozen = frozen_names(model)
     for name, parameter in model.named_parameters():
+        assert name in frozen or parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
         assert not parameter.is_meta, f"{name} is on the meta device"
         assert bool(torch.isfinite(local(parameter)).all()), f"{name} has no value"

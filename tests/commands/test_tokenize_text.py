@@ -168,6 +168,25 @@ def test_the_authors_code_tars(tmp_path, run, refused):
     assert run("tokenize", "check", tmp_path / "s")[0] == 0
 
 
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("bomb-went-off"),)
+
+
+def test_code_tars_run_no_code(tmp_path, run, monkeypatch):
+    """A .pt member is a pickle, and tars come from strangers."""
+    monkeypatch.chdir(tmp_path)
+    with webdataset.TarWriter("train.tar", encoder=False) as tar:
+        for i in range(4):
+            buffer = io.BytesIO()
+            torch.save(Bomb() if i == 2 else torch.full((2, 2), i), buffer)
+            tar.write({"__key__": f"stem{i}", "pt": buffer.getvalue(), "txt": b"a cup"})
+    assert run("tokenize", "text-image", "--data", "train.tar", "--out", "s", *SMALL, "--max-bad-share", 0.5)[0] == 0
+    assert not Path("bomb-went-off").exists()
+    assert sorted(contents(Path("s"))) == [0, 1, 3]
+    assert "stem2" in Path("s/bad_images.train.txt").read_text()
+
+
 def test_ibq(tmp_path, run, listed):
     """The Emu3.5 tokenizer from its published directory layout."""
     golden = Path(__file__).parent.parent / "golden" / "ibq"

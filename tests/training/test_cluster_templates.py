@@ -1,0 +1,158 @@
+"""experiments/cluster: the scripts run, with a stand-in for Slurm that starts the tasks of a job on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from emu_tiny_data import write
+from sharded_ranks import clean_environment
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "experiments" / "cluster"
+TINY = ROOT / "experiments" / "emu35_tiny.yaml"
+SCRIPTS = sorted(path for path in CLUSTER.iterdir() if path.suffix in (".sbatch", ".sh"))
+
+WORDS = """#!/bin/bash
+echo "$(basename "$0") $*" >> said.txt
+exit ${CODE:-0}
+"""
+SRUN = """#!/bin/bash
+# The tasks of a job on one node, with the variables that Slurm gives them.
+echo "srun $*" >> said.txt
+shift  # --kill-on-bad-exit=1
+for TASK in $(seq 0 $((SLURM_NTASKS - 1))); do
+    SLURM_PROCID=$TASK SLURM_LOCALID=$TASK SLURM_NODEID=0 "$@" &
+    PIDS="$PIDS $!"
+done
+for PID in $PIDS; do wait "$PID" || WORST=$?; done
+exit ${WORST:-0}
+"""
+FLASHAR = f"""#!/bin/bash
+exec {sys.executable} -m flashar_pl.cli "$@"
+"""
+
+
+def programs(folder: Path, **texts: str) -> Path:
+    """A folder of scripts for PATH."""
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def run(script: str, place: Path, *words: str, **variables: str) -> int:
+    """Run a template in `place`; its exit code. What it started is in place/said.txt or said by place/log.txt."""
+    environment = clean_environment() | {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", **variables}
+    with (place / "log.txt").open("a") as log:
+        done = subprocess.run(
+            ["bash", str(CLUSTER / script), *words], cwd=place, env=environment, timeout=150, stdout=log,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    return done.returncode
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_syntax_and_mode(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    assert script.suffix == ".sbatch" or script.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (1, False)])
+def test_only_a_run_that_was_asked_to_stop_is_queued_again(tmp_path: Path, code: int, again: bool) -> None:
+    """A broken run that queues itself for ever would burn the allocation."""
+    srun = WORDS.replace("${CODE:-0}", str(code))
+    programs(tmp_path / "bin", srun=srun, scontrol=WORDS)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_CPUS_PER_TASK": "8"}
+    assert run("emu35_34b.sbatch", tmp_path, **slurm) == code
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert said[0] == (
+        "srun --kill-on-bad-exit=1 flashar fit --config experiments/emu35_34b.yaml --trainer.num_nodes 4 "
+        "--trainer.strategy.init_args.replicas 4"
+    )
+    assert said[1:] == (["scontrol requeue 7"] if again else [])
+
+
+def test_continues_from_the_newest_finished_checkpoint(tmp_path: Path) -> None:
+    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS)
+    for age, name in ((3, "stopped.ckpt"), (2, "last.ckpt"), (1, ".last.ckpt.part")):
+        folder = tmp_path / "runs/x/checkpoints" / name
+        folder.mkdir(parents=True)
+        os.utime(folder, (10**9 - age, 10**9 - age))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
+    assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
+    assert " flashar fit --ckpt_path runs/x/checkpoints/last.ckpt --trainer" in (tmp_path / "said.txt").read_text()
+
+
+def test_torchrun_takes_a_configuration_or_a_checkpoint(tmp_path: Path) -> None:
+    programs(tmp_path / "bin", torchrun=WORDS)
+    assert run("torchrun.sh", tmp_path, "node0", "2", "a.yaml") == 0
+    assert run("torchrun.sh", tmp_path, "node0", "2", "runs/a/checkpoints/last.ckpt", "--data.num_workers", "3") == 0
+    first, second = (tmp_path / "said.txt").read_text().splitlines()
+    assert "--nnodes 2 --nproc-per-node 8 " in first
+    assert "--rdzv-endpoint node0:29500 " in first
+    assert first.endswith("fit --config a.yaml --trainer.num_nodes 2 --trainer.strategy.init_args.replicas 2")
+    assert "fit --ckpt_path runs/a/checkpoints/last.ckpt " in second
+    assert second.endswith("--data.num_workers 3")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write(Path("data/emu35_tiny"))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_preempted_slurm_job_ends_as_asked_and_continues(place: Path) -> None:
+    """Two tasks; one of them gets SIGUSR1 in the middle of a step. The first job saves, exits with 75 and is queued
+    again; the same script then runs to the end."""
+    programs(place / "bin", srun=SRUN, scontrol=WORDS, flashar=FLASHAR)
+    config = yaml.safe_load(TINY.read_text())
+    config["trainer"]["callbacks"] = [
+        {"class_path": "sharded_ranks.Ask", "init_args": {"rank": 1}},
+        {"class_path": "flashar_pl.training.preemption.StopOnSignal"},
+    ]
+    config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    slurm = {
+        "SLURM_JOB_ID": "23456", "SLURM_JOB_NAME": "tiny", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_CPUS_PER_TASK": "1",
+        "CONFIG": "tiny.yaml", "RUN": "runs/emu35_tiny", "PYTHONPATH": str(Path(__file__).parent),
+    }  # fmt: skip
+    assert run("emu35_34b.sbatch", place, **slurm) == 75, Path("log.txt").read_text()[-4000:]
+    assert [path.name for path in Path("runs/emu35_tiny/checkpoints").iterdir()] == ["stopped.ckpt"]
+    assert run("emu35_34b.sbatch", place, **slurm) == 0, Path("log.txt").read_text()[-4000:]
+    said = [line.split()[:2] for line in Path("said.txt").read_text().splitlines()]
+    assert said == [["srun", "--kill-on-bad-exit=1"], ["scontrol", "requeue"], ["srun", "--kill-on-bad-exit=1"]]
+    log = Path("log.txt").read_text()
+    assert "GLOBAL_RANK: 1, MEMBER: 2/2" in log
+    assert "Asked to stop at step 3" in log
+    assert "at step 3 of 6" in log.split("Asked to stop")[1]
+    assert "`max_steps=6` reached" in log
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_torchrun_for_real(place: Path) -> None:
+    """The launch by hand on one node of two processes."""
+    programs(place / "bin", torchrun=f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    words = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"]
+    assert run("torchrun.sh", place, "localhost", "1", str(TINY), *words, GPUS="2", PORT=free_port()) == 0, Path(
+        "log.txt"
+    ).read_text()[-4000:]
+    log = Path("log.txt").read_text()
+    assert "parameters on 2 x cpu" in log
+    assert "`max_steps=2` reached" in log
