@@ -215,24 +215,51 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
 # --- the GEMMs of a job alone -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Projection:
+    """A matrix product that the model runs, by the kernel that it uses."""
+
+    n_in: int
+    dtype: torch.dtype
+    """Of the input."""
+    run: Callable[[Tensor], Tensor]
+    """(R, n_in) -> (R, n_out)."""
+
+    @classmethod
+    def of(cls, module: nn.Module, first_row: int = 0) -> Projection:
+        """Of a linear, from an output on; of another module that has in_features and dtype, all outputs."""
+        if isinstance(module, nn.Linear):
+            weight = module.weight[first_row:] if first_row else module.weight
+            return cls(weight.shape[1], weight.dtype, partial(F.linear, weight=weight))
+        return cls(module.in_features, module.dtype, module)  # type: ignore[arg-type]
+
+
+def projections(module: nn.Module) -> list[Projection]:
+    """Every matrix product inside a module, in the order they run."""
+    found = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return [Projection.of(m) for m in found]
+
+
 class GemmWalk:
-    """Runs exactly the linears of a job, with the model's own weights and the rows of each forward."""
+    """Runs exactly the linears of a job, with the model's own weights and kernels and the rows of each forward."""
 
     def __init__(self, model: GridModel, job: DecodeJob) -> None:
         self.job = job
-        self.device = next(model.parameters()).device
+        self.device = model.device
         blocks = list(model.backbone.blocks)
         if job.plan.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
-        self.block_weights = [m.weight for block in blocks for m in block.modules() if isinstance(m, nn.Linear)]
+        self.blocks = [each for block in blocks for each in projections(block)]
         condition = getattr(model.backbone, "condition_embedding", None)
-        linears = [] if condition is None else [m for m in condition.modules() if isinstance(m, nn.Linear)]
-        self.condition_weights = [m.weight for m in linears]
+        self.condition = [] if condition is None else projections(condition)
         head = model.dual_head
-        self.head_weights = [
-            linear.weight[head.first_code :] for linear in (head.horizontal, head.vertical) if linear is not None
+        self.heads = [
+            Projection.of(linear, head.first_code) for linear in (head.horizontal, head.vertical) if linear is not None
         ]
-        self.gate_weight = None if head.gate is None else head.gate.hidden.weight.float()
+        self.gate: Projection | None = None
+        if head.gate is not None:
+            weight = head.gate.hidden.weight.float()  # as the gate itself does
+            self.gate = Projection(weight.shape[1], weight.dtype, partial(F.linear, weight=weight))
         self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def kinds(self) -> dict[Forward, int]:
@@ -244,26 +271,26 @@ class GemmWalk:
             first.setdefault(forward.gemms, forward)
         return {first[gemms]: count for gemms, count in counts.items()}
 
-    def calls(self, forward: Forward) -> list[tuple[Tensor, Tensor]]:
-        """(input, weight) of every linear of a forward, in the order they run."""
+    def calls(self, forward: Forward) -> list[tuple[Tensor, Projection]]:
+        """Input and matrix product of every linear of a forward, in the order they run."""
         rows = self.job.rows * forward.slots
-        pairs = [(rows, weight) for weight in self.block_weights]
+        pairs = [(rows, each) for each in self.blocks]
         if forward is self.job.forwards[0]:
-            pairs = [(rows, weight) for weight in self.condition_weights] + pairs
-        heads = iter(self.head_weights)
+            pairs = [(rows, each) for each in self.condition] + pairs
+        heads = iter(self.heads)
         for gemm in forward.gemms:
             if gemm.linear.name == "head":
                 pairs.append((gemm.rows, next(heads)))
             elif gemm.linear.name == "gate":
-                assert self.gate_weight is not None
-                pairs.append((gemm.rows, self.gate_weight))
+                assert self.gate is not None
+                pairs.append((gemm.rows, self.gate))
         assert len(pairs) == sum(gemm.count for gemm in forward.gemms)
-        return [(self._input(count, weight), weight) for count, weight in pairs]
+        return [(self._input(count, each), each) for count, each in pairs]
 
-    def _input(self, rows: int, weight: Tensor) -> Tensor:
-        key = (rows, weight.shape[1], weight.dtype)
+    def _input(self, rows: int, projection: Projection) -> Tensor:
+        key = (rows, projection.n_in, projection.dtype)
         if key not in self.inputs:
-            self.inputs[key] = torch.ones(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+            self.inputs[key] = torch.ones(rows, projection.n_in, dtype=projection.dtype, device=self.device)
         return self.inputs[key]
 
     @torch.no_grad()
@@ -294,8 +321,8 @@ class GemmWalk:
 
         @torch.no_grad()
         def walk() -> None:
-            for x, weight in calls:
-                F.linear(x, weight)
+            for x, projection in calls:
+                projection.run(x)
 
         if self.device.type != "cuda":
             return walk
