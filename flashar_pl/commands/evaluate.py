@@ -296,20 +296,7 @@ def prepare(options: Options, group: Group) -> Run:
     if group.ranks > 1 and options.devices is not None:
         raise ValueError("torchrun starts the processes here; leave out --devices.")
     processes = 1 if group.ranks > 1 else count_devices(options.devices, options.device)
-    several = group.ranks > 1 or processes > 1
-    bench = load_bench(
-        options.checkpoint,
-        weights=options.weights,
-        n_head=options.n_head,
-        branch_layer=options.branch_layer,
-        grid=options.grid,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        runner=options.runner,
-        weight_format=options.weight_format,
-        features=options.features,
-        device=device_of_rank(options.device, 0) if several else options.device,
-    )
+    bench = _load(options, several=group.ranks > 1 or processes > 1)
     source = bench.source
     num_classes = class_count(source.model)
     plan = check_plan(source.model, options.plan, source.need_grid())
@@ -350,6 +337,23 @@ def prepare(options: Options, group: Group) -> Run:
     folder.open(identity)
     todo = folder.missing(-(-options.num_samples // job.batch_size))
     return Run(options, bench, reference, chosen, left_out, job, identity, folder, todo, processes, num_classes)
+
+
+def _load(options: Options, several: bool) -> Bench:
+    """Model, tokenizer and features of the first process; several: others have devices of their own."""
+    return load_bench(
+        options.checkpoint,
+        weights=options.weights,
+        n_head=options.n_head,
+        branch_layer=options.branch_layer,
+        grid=options.grid,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        runner=options.runner,
+        weight_format=options.weight_format,
+        features=options.features,
+        device=device_of_rank(options.device, 0) if several else options.device,
+    )
 
 
 def sample_identity(options: Options, job: Job, bench: Bench, size: tuple[int, int]) -> dict[str, Any]:
