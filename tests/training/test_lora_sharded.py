@@ -59,7 +59,7 @@ def job(tmp_path_factory, toy_shards: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def both(job):
     """(float32 in one process, two sharded ranks with bfloat16 base, the same in bfloat16 with recomputed blocks, the
-    same offloaded, two DDP ranks).
+    same offloaded, as two copies, two DDP ranks).
     """
     alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING})
     half = {**job, "lora": {**LORA, "base": "bf16"}, "strategy": "sharded"}
@@ -67,6 +67,7 @@ def both(job):
         {**half, "name": "sharded", "options": FP32, "save": 1, "validation": SAMPLING},
         {**half, "name": "bf16", "options": {"recompute": True}, "dtypes": True, "max_steps": 4, "state": "bf16"},
         {**half, "name": "offloaded", "options": {**FP32, "recompute": True, "offload": True}},
+        {**half, "name": "copies", "options": {**FP32, "replicas": 2}},
         {**job, "name": "ddp", "strategy": "ddp"},
     ]
     go(jobs, devices=2)
@@ -75,8 +76,8 @@ def both(job):
 
 def test_two_ranks_equal_one_process(both) -> None:
     """Also the first values of the added matrices: drawn once, and handed out."""
-    alone, sharded, _, offloaded, ddp = both
-    for found in (sharded, offloaded, ddp):
+    alone, sharded, _, *others = both
+    for found in (sharded, *others):
         close(found, alone)
     assert sharded["results"]["val/nll"] == pytest.approx(alone["results"]["val/nll"], rel=1e-4)
 
