@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.planner.sizes import ModelSizes
 from flashar_pl.planner.training import TrainingSetup, peak_total
 
@@ -61,6 +62,10 @@ def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list
     """Changes after which the run fits into `usable` bytes per GPU, each with its new total; else one list of changes
     made one after the other. Empty where nothing helps but more or larger GPUs."""
     single = [(text, peak_total(sizes, after)) for text, after in changes(setup)]
+    if setup.lora is None and sizes.flashar and setup.mixed:
+        frozen = LoraConfig(base="bf16")
+        text = f"a frozen backbone with LoRA (model.lora: {{rank: {frozen.rank}, base: bf16}})"
+        single.append((text, peak_total(sizes, replace(setup, lora=frozen))))
     if found := [(text, total) for text, total in single if total <= usable]:
         return found
     texts: list[str] = []

@@ -124,6 +124,15 @@ def test_a_float32_base_is_advised_against():
     assert "model.lora.base: bf16" in what_would_fit(sizes, setup, room)[0][0]
 
 
+def test_lora_is_advised_where_a_full_run_does_not_fit():
+    """One H200 and a 34 B model: nothing else but CPU memory helps."""
+    sizes = model_sizes({"backbone": {"preset": "emu35-34b", "heads": "visual"}, "branch_layer": 60})
+    setup = TrainingSetup(grid=(32, 32), gpus=1, moments="bf16")
+    advice = dict(what_would_fit(sizes, setup, usable(int(141e9))))
+    assert any("LoRA" in text for text in advice)
+    assert all("LoRA" in text or "CPU memory" in text for text in advice)
+
+
 def test_unknown_lora_options_are_refused(tmp_path):
     """As `flashar fit` would refuse them."""
     file = tmp_path / "run.yaml"
