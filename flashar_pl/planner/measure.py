@@ -220,6 +220,7 @@ class Projection:
     """A matrix product that the model runs, by the kernel that it uses."""
 
     n_in: int
+    n_out: int
     dtype: torch.dtype
     """Of the input."""
     run: Callable[[Tensor], Tensor]
@@ -230,8 +231,8 @@ class Projection:
         """Of a linear, from an output on; of another module that has in_features and dtype, all outputs."""
         if isinstance(module, nn.Linear):
             weight = module.weight[first_row:] if first_row else module.weight
-            return cls(weight.shape[1], weight.dtype, partial(F.linear, weight=weight))
-        return cls(module.in_features, module.dtype, module)  # type: ignore[arg-type]
+            return cls(weight.shape[1], weight.shape[0], weight.dtype, partial(F.linear, weight=weight))
+        return cls(module.in_features, module.out_features, module.dtype, module)  # type: ignore[arg-type]
 
 
 def projections(module: nn.Module) -> list[Projection]:
@@ -259,7 +260,7 @@ class GemmWalk:
         self.gate: Projection | None = None
         if head.gate is not None:
             weight = head.gate.hidden.weight.float()  # as the gate itself does
-            self.gate = Projection(weight.shape[1], weight.dtype, partial(F.linear, weight=weight))
+            self.gate = Projection(weight.shape[1], weight.shape[0], weight.dtype, partial(F.linear, weight=weight))
         self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def kinds(self) -> dict[Forward, int]:
@@ -284,7 +285,8 @@ class GemmWalk:
             elif gemm.linear.name == "gate":
                 assert self.gate is not None
                 pairs.append((gemm.rows, self.gate))
-        assert len(pairs) == sum(gemm.count for gemm in forward.gemms)
+        planned = sum(gemm.rows * gemm.linear.parameters * gemm.count for gemm in forward.gemms)
+        assert sum(count * each.n_in * each.n_out for count, each in pairs) == planned
         return [(self._input(count, each), each) for count, each in pairs]
 
     def _input(self, rows: int, projection: Projection) -> Tensor:
