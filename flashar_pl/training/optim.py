@@ -10,6 +10,7 @@ from torch import nn
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
 from flashar_pl.training.compact_adamw import CompactAdamW
+from flashar_pl.training.quantised_adamw import quantised_adamw
 
 
 def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
@@ -64,12 +65,11 @@ def adamw(
     if state == "bf16":
         return CompactAdamW(groups, lr=lr, betas=betas)
     try:
-        from torchao.optim import AdamW8bit
+        return quantised_adamw(groups, lr, betas)
     except ImportError as error:
         raise ValueError(
             "optimiser.state is 8bit, which needs torchao: pip install 'flashar-pl[large]'. Without it use bf16."
         ) from error
-    return AdamW8bit(groups, lr=lr, betas=betas)
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import launch
 from torch.distributed.tensor import DTensor
 from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, ValidationConfig, fit, make_module
 
@@ -124,17 +124,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clean_environment() -> dict[str, str]:
-    """This environment without what Lightning leaves in it: a new process would take itself for one of several."""
-    left = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE")
-    return {k: v for k, v in os.environ.items() if not k.startswith(left)} | {"OMP_NUM_THREADS": "1"}
-
-
 def go(jobs: list[dict[str, Any]], devices: int) -> None:
     """Run fits in new processes: this file on `devices` ranks."""
-    command = [sys.executable, __file__, json.dumps([{**job, "devices": devices} for job in jobs])]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, timeout=150)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    launch(Path(__file__), json.dumps([{**job, "devices": devices} for job in jobs]), devices=devices)
 
 
 def main(text: str) -> None:

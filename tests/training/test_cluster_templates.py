@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from emu_tiny_data import write
-from sharded_ranks import clean_environment
+from processes import clean_environment, free_port
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "experiments" / "cluster"
@@ -137,12 +136,6 @@ def test_a_preempted_slurm_job_ends_as_asked_and_continues(place: Path) -> None:
     assert "Asked to stop at step 3" in log
     assert "at step 3 of 6" in log.split("Asked to stop")[1]
     assert "`max_steps=6` reached" in log
-
-
-def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return str(one.getsockname()[1])
 
 
 @pytest.mark.slow

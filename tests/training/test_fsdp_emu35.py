@@ -13,7 +13,8 @@ import pytest
 import torch
 from emu_tiny_data import GRID, write
 from lightning.pytorch import Callback
-from sharded_ranks import clean_environment, whole
+from processes import clean_environment
+from sharded_ranks import whole
 from training_toys import make_trainer
 
 from flashar_pl.commands.convert import convert

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from emu_tiny_data import write
-from sharded_ranks import clean_environment
+from processes import clean_environment
 
 from flashar_pl.models.lora import ADDED
 from flashar_pl.models.sharded_files import read_sharded

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import launch
 from training_toys import fit
 from two_ranks import VALIDATING, module
 
@@ -17,26 +15,11 @@ from flashar_pl.training.strategies import allow_frozen_parameters
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-def run(*words: object) -> None:
-    left = (
-        "PL_",
-        "MASTER_",
-        "LOCAL_RANK",
-        "NODE_RANK",
-        "WORLD_SIZE",
-        "RANK",
-    )  # by tests with a process group of their own
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(left)}
-    command = [sys.executable, str(SCRIPT), *map(str, words)]
-    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory, toy_shards: str, toy_classifier: str):
     """(directory, records of the two ranks, the same run in this process)."""
     out = tmp_path_factory.mktemp("two")
-    run(toy_shards, toy_classifier, out)
+    launch(SCRIPT, toy_shards, toy_classifier, out, devices=2)
     records = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
     alone = fit(
         tmp_path_factory.mktemp("one"), toy_shards, module(toy_classifier), data={"validation_batch_size": 4},

@@ -1,0 +1,60 @@
+"""torchao's AdamW with moments of 8 bits, on shards.
+
+Its step compiles one function for each kind of parameter. Given a DTensor, torch takes the compiled code from a cache
+that processes share, under a key that does not say how much of the parameter is on this device. Of a parameter with
+fewer rows than devices, such as the gate's last layer, some device holds nothing: its code, which does nothing, was
+taken by the device that holds the rows, and they were never trained. Which parameter it hit depended on which process
+had compiled first. So the function gets plain local tensors here, and is not called for empty ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.training.sharding import local
+
+
+def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """`torchao.optim.AdamW8bit` over parameter groups, sharded or not.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    from torchao.optim import AdamW8bit
+    from torchao.optim.adam import single_param_adam
+
+    class QuantisedAdamW(AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch._dynamo.utils.disable_cache_limit():
+                for group in self.param_groups:
+                    for parameter in group["params"]:
+                        if parameter.grad is not None:
+                            self._update(parameter, group)
+            return loss
+
+        def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = self._new_buffer(parameter, True)
+                state["exp_avg_sq"] = self._new_buffer(parameter, False)
+            state["step"] += 1
+            here = local(parameter.detach())
+            if here.numel():
+                assert parameter.grad is not None
+                moments = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                torch.compile(single_param_adam, fullgraph=True, dynamic=False)(
+                    here, local(parameter.grad), state["step"], *moments, None, group["lr"], *group["betas"],
+                    group["weight_decay"], group["eps"], self.is_adamw, False,
+                )  # fmt: skip
+
+    return QuantisedAdamW(groups, lr=lr, betas=betas)

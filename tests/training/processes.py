@@ -1,0 +1,46 @@
+"""Scripts as several ranks of one job, for the tests of distributed training."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+LEFT = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
+"""Variables by which a new process would take itself for one of several; Lightning leaves them behind."""
+
+
+def clean_environment() -> dict[str, str]:
+    """This environment without what Lightning and process groups leave in it."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(LEFT)} | {"OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return str(one.getsockname()[1])
+
+
+def launch(script: Path, *words: object, devices: int) -> None:
+    """Run a script on `devices` ranks that start together, as under a cluster's launcher. Lightning's own starts the
+    other ranks only when the first one has imported everything, which takes as long as the tests' training.
+    """
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    with ExitStack() as stack:
+        started = []
+        for rank in range(devices):
+            environment = clean_environment() | job | {"LOCAL_RANK": str(rank)}
+            said = stack.enter_context(tempfile.TemporaryFile())  # a full pipe would stop the rank nobody reads from
+            command = [sys.executable, str(script), *map(str, words)]
+            process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            started.append((process, said))
+        for process, said in started:
+            code = process.wait(timeout=150)
+            said.seek(0)
+            assert code == 0, said.read().decode()[-4000:]
