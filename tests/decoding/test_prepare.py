@@ -1,0 +1,165 @@
+"""Copies of a model with weights in another form: equal codes, untouched originals, errors that say what to do."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from flashar_pl.decoding import generate
+from flashar_pl.decoding.prepare import WEIGHT_FORMATS, model_bytes, prepare
+from flashar_pl.layers.packed import PackedLinear, unsupported
+from flashar_pl.models import FlashAR
+from flashar_pl.models.base import GridModel
+
+needs_packing = pytest.mark.skipif(unsupported(torch.float32) is not None, reason="torch without oneDNN")
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+QUANTISED = [pytest.param(name, marks=needs_torchao) for name in ("int8", "fp8")]
+EVERY = [pytest.param("packed", marks=needs_packing), *QUANTISED]
+
+
+def prompts(batch: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Prompts of unequal length, and what guidance leads away from."""
+    lengths = [5, 7, 6][:batch]
+    return [torch.arange(1, 1 + n) for n in lengths], [torch.arange(2, 5) for _ in lengths]
+
+
+def inputs(kind: str, batch: int) -> tuple[GridModel, Any, Any]:
+    """A model, a condition and the unconditional one."""
+    if kind == "llamagen":
+        return tiny.flashar(), tiny.classes(batch), None
+    condition, unconditional = prompts(batch)
+    return tiny.emu_flashar(), condition, unconditional
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", ["llamagen", "emu"])
+@pytest.mark.parametrize("plan", ["raster", "diagonal"])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_packed_weights_give_the_same_codes(kind: str, plan: str, cfg_scale: float, batch: int) -> None:
+    """Guards the layout, the rows of the heads that are kept, and the vertical branch."""
+    model, condition, unconditional = inputs(kind, batch)
+    settings: dict[str, Any] = {"cfg_scale": cfg_scale, "seeds": 3}
+    if cfg_scale != 1:
+        settings["unconditional"] = unconditional
+    expected = generate(model, condition, (4, 5), plan, **settings)
+    assert torch.equal(generate(prepare(model, "packed"), condition, (4, 5), plan, **settings), expected)
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", ["llamagen", "emu"])
+def test_packed_logits(kind: str) -> None:
+    """Guards every projection: logits of all cells agree."""
+    model, condition, _ = inputs(kind, 2)
+    codes = tiny.codes(2, 4, 5)
+    with torch.no_grad():
+        expected, found = model(codes, condition), prepare(model, "packed")(codes, condition)
+    scale = float(expected.fused.abs().max())
+    for name in ("fused", "horizontal", "vertical", "gate"):
+        difference = (getattr(found, name) - getattr(expected, name)).abs().max()
+        assert difference < 1e-5 * max(1.0, scale), name
+
+
+@pytest.mark.parametrize("weights", EVERY)
+def test_the_model_is_left_as_it_was_and_shares_nothing(weights: str) -> None:
+    """Guards training: it must neither be changed by the copy nor change it."""
+    model, condition, _ = inputs("llamagen", 2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    made = prepare(model, weights)
+    codes = tiny.codes(2, 4, 5)
+    with torch.no_grad():
+        first = made(codes, condition).fused
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.loss(codes, condition)["loss"].backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert torch.equal(made(codes, condition).fused, first)
+        assert not torch.equal(model(codes, condition).fused, first)
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+@pytest.mark.parametrize("kind", ["llamagen", "emu"])
+def test_quantised_logits_are_near(weights: str, kind: str) -> None:
+    """Guards scales and rows: a wrong row or scale is far off; exact equality would mean that nothing was quantised."""
+    model, condition, unconditional = inputs(kind, 2)
+    made = prepare(model, weights)
+    codes = tiny.codes(2, 4, 5)
+    with torch.no_grad():
+        expected, found = model(codes, condition).fused, made(codes, condition).fused
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < {"int8": 0.05, "fp8": 0.3}[weights]
+    drawn = generate(made, condition, (4, 5), "diagonal", cfg_scale=2.0, seeds=0, unconditional=unconditional)
+    assert drawn.shape == (2, 4, 5)
+    assert model_bytes(made) < model_bytes(model)
+
+
+@needs_torchao
+def test_the_gate_stays_in_float32() -> None:
+    """Guards Eq. 7: only projections of the blocks and the heads are quantised."""
+    model = tiny.flashar()
+    made = prepare(model, "int8")
+    assert isinstance(model, FlashAR)
+    assert isinstance(made, FlashAR)
+    assert torch.equal(made.dual_head.gate.hidden.weight, model.dual_head.gate.hidden.weight)  # type: ignore[union-attr]
+    assert torch.equal(made.backbone.code_embedding.weight, model.backbone.code_embedding.weight)  # type: ignore[operator]
+
+
+@needs_packing
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("plan", ["raster", "diagonal"])
+def test_sixteen_bits(name: str, plan: str) -> None:
+    """Guards fp16 and bf16 decoding on a CPU, plain and packed: every code is legal, logits are near float32's."""
+    dtype = getattr(torch, name)
+    model, condition, _ = inputs("llamagen", 2)
+    codes = tiny.codes(2, 4, 5)
+    with torch.no_grad():
+        expected = model(codes, condition).fused
+        model.to(dtype)
+        variants = [model] if unsupported(dtype) else [model, prepare(model, "packed")]
+        for made in variants:
+            error = float((made(codes, condition).fused - expected).norm() / expected.norm())
+            assert 0 < error < 0.05
+            drawn = generate(made, condition, (4, 5), plan, cfg_scale=2.0, seeds=0)
+            assert int(drawn.min()) >= 0
+            assert int(drawn.max()) < tiny.VOCABULARY
+
+
+def test_plain_is_the_model_itself() -> None:
+    """Guards memory: no copy where nothing changes."""
+    model = tiny.flashar()
+    assert prepare(model, "plain") is model
+
+
+def test_an_unknown_format_lists_the_known_ones() -> None:
+    """Guards the message."""
+    with pytest.raises(ValueError, match=", ".join(WEIGHT_FORMATS)):
+        prepare(tiny.flashar(), "int4")
+
+
+def test_packed_needs_a_processor() -> None:
+    """Guards a GPU model against an obscure error inside oneDNN."""
+    with pytest.raises(ValueError, match="use plain"):
+        prepare(tiny.flashar().to("meta"), "packed")
+
+
+def test_without_torchao_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a bare ImportError."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[large\]'"):
+        prepare(tiny.flashar(), "int8")
+
+
+@needs_packing
+def test_packed_memory_is_counted() -> None:
+    """Guards the report of bytes: packed weights are no parameters."""
+    model = tiny.flashar()
+    made = prepare(model, "packed")
+    assert any(isinstance(module, PackedLinear) for module in made.modules())
+    assert model_bytes(made) == model_bytes(model)
