@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--grid", default="16x16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--weight-format", default="plain")
+    parser.add_argument("--weight-format", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     device, grid = torch.device(arguments.device), parse_grid(arguments.grid)

@@ -36,7 +36,7 @@ def benchmark(
     device: str = "auto",
     dtype: Dtype = "fp32",
     runner: str = "auto",
-    weight_format: str = "plain",
+    weight_format: str = "auto",
     repeats: int = 10,
     threads: int | None = None,
     skip_plain: bool = False,
@@ -69,7 +69,8 @@ def benchmark(
         dtype: of weights and activations.
         runner: what drives decoding, one or several separated by commas: eager, compiled, graphs, compiled-graphs;
             auto is graphs on a GPU, eager on a CPU. The strong raster row uses the same as the diagonal one.
-        weight_format: plain, packed, int8 or fp8, one or several separated by commas.
+        weight_format: plain, packed, int8 or fp8, one or several separated by commas; auto is packed on a CPU with
+            16-bit weights, otherwise plain.
         repeats: measurements of each row; at most 3 where one takes more than 5 s, 1 above 20 s.
         threads: CPU threads. Default: 1 or all cores, whichever runs one step faster.
         skip_plain: leave out the plain raster decoder, the slowest row.
@@ -96,7 +97,7 @@ def benchmark(
         config = {"kind": "flashar", "backbone": {"preset": preset}, "branch_layer": branch_layer}
         shape = parse_grid(grid) or ((32, 32) if str(preset).startswith("emu35") else (16, 16))
     sizes, guided = model_sizes(config), cfg_scale != 1
-    copies = (source is None) + any(weights != "plain" for _, weights in variants)
+    copies = (source is None) + any(weights not in ("auto", "plain") for _, weights in variants)
     batches = Room(sizes, tuple(names), shape, place, kind, guided, None, copies).choose_all(batch_sizes)
     model = source.model if source is not None else rows.synthetic_model(sizes, place, kind)
     with thread_count(model, sizes, names[0], shape, batches[0], guided, kind, threads) as count:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.benchmark_table import PLAIN
 from flashar_pl.commands.common import progress_bar
-from flashar_pl.commands.decoder import Runner, WeightFormat, prepare_weights
+from flashar_pl.commands.decoder import Runner, WeightFormat, choose_format
 
 if TYPE_CHECKING:
     import torch
@@ -170,6 +170,7 @@ def measure_all(
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     engines = _Engines(job.model)
+    variants = list(dict.fromkeys((runner, choose_format(job.model, weights)) for runner, weights in variants))
     with progress_bar(len(batches) * (len(plans) * len(variants) + (not skip_plain)), "rows") as advance:
         for weights in dict.fromkeys(weights for _, weights in variants):
             for batch in batches:
@@ -199,10 +200,11 @@ class _Engines:
 
     def get(self, runner: Runner, weights: WeightFormat) -> Engine:
         from flashar_pl.decoding import Engine
+        from flashar_pl.decoding.prepare import prepare
 
         if self._prepared[0] != weights:
             self._prepared = ("plain", self._model)  # the last copy makes room first
-            self._prepared = (weights, prepare_weights(self._model, weights))
+            self._prepared = (weights, prepare(self._model, weights))
         return Engine(self._prepared[1], runner)
 
     def clear(self) -> None:

@@ -13,24 +13,34 @@ if TYPE_CHECKING:
 
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
 """Those of `flashar_pl.decoding.RUNNERS`."""
-WeightFormat = Literal["plain", "packed", "int8", "fp8"]
-"""Those of `flashar_pl.decoding.prepare`."""
+WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
+"""auto: see `choose_format`. The others are those of `flashar_pl.decoding.prepare`."""
 
 
-def build_engine(model: GridModel, runner: Runner = "auto", weight_format: WeightFormat = "plain") -> Engine:
+def build_engine(model: GridModel, runner: Runner, weight_format: WeightFormat) -> Engine:
     """An engine of a model for inference. Raises ValueError where the device cannot run it."""
     from flashar_pl.decoding import Engine
-
-    return Engine(prepare_weights(model, weight_format), runner)
-
-
-def prepare_weights(model: GridModel, weight_format: WeightFormat) -> GridModel:
-    """The model itself ("plain"), or a copy with weights in another format."""
-    if weight_format == "plain":
-        return model
     from flashar_pl.decoding.prepare import prepare
 
-    return prepare(model, weight_format)
+    return Engine(prepare(model, choose_format(model, weight_format)), runner)
+
+
+def choose_format(model: GridModel, weight_format: WeightFormat) -> WeightFormat:
+    """What "auto" stands for: the fastest format that changes no value, by measurement (docs/performance.md).
+
+    That is packed on a CPU for weights of 16 bit, where a second copy of them fits, and plain elsewhere.
+    """
+    if weight_format != "auto":
+        return weight_format
+    from flashar_pl.layers.packed import unsupported
+    from flashar_pl.planner.measure import available_memory
+
+    parameters = list(model.parameters())
+    dtype = parameters[0].dtype
+    if model.device.type != "cpu" or dtype.itemsize > 2 or unsupported(dtype) is not None:
+        return "plain"
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return "packed" if 2 * size < available_memory(model.device) else "plain"
 
 
 def parse_variants(runners: str, weight_formats: str) -> list[tuple[Runner, WeightFormat]]:

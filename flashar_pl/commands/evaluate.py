@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device
 from flashar_pl.commands.common import versions
-from flashar_pl.commands.decoder import Runner, WeightFormat
+from flashar_pl.commands.decoder import Runner, WeightFormat, choose_format
 from flashar_pl.commands.evaluate_parts import RESULT, PartFolder
 from flashar_pl.commands.evaluate_processes import (
     Group,
@@ -74,7 +74,7 @@ def evaluate(
     device: str = "auto",
     dtype: Dtype = "fp32",
     runner: Runner = "auto",
-    weight_format: WeightFormat = "plain",
+    weight_format: WeightFormat = "auto",
 ) -> dict[str, Any] | None:
     """Draw samples of a class-conditional checkpoint and compare them with real images.
 
@@ -127,7 +127,8 @@ def evaluate(
         device: auto, cpu, cuda or cuda:N.
         dtype: of weights and activations; softmax, sampling, tokenizer and features stay in float32 or wider.
         runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
-        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
+        weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
+            auto is packed on a CPU with 16-bit weights, otherwise plain.
     """
     options = Options(**locals())
     with launched_group() as group:
@@ -366,7 +367,7 @@ def sample_identity(options: Options, job: Job, bench: Bench, size: tuple[int, i
         "grid": list(job.grid),
         "tokenizer": tokenizer_identity(bench.tokenizer.config()),
         "dtype": options.dtype,
-        "weight_format": options.weight_format,
+        "weight_format": choose_format(bench.source.model, options.weight_format),
         "plan": job.plan,
         **job.sampling,
         "number": options.num_samples,

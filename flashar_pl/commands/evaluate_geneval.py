@@ -50,7 +50,7 @@ def evaluate_geneval(
     device: str = "auto",
     dtype: Dtype | None = None,
     runner: Runner = "auto",
-    weight_format: WeightFormat = "plain",
+    weight_format: WeightFormat = "auto",
 ) -> dict[str, Any] | None:
     """Draw GenEval's images with a text-to-image checkpoint, score them, or both.
 
@@ -88,7 +88,8 @@ def evaluate_geneval(
         dtype: of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for official
             Emu3.5 directories that of the file.
         runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
-        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
+        weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
+            auto is packed on a CPU with 16-bit weights, otherwise plain.
     """
     drawing = {"--checkpoint": checkpoint, "--prompts": prompts}
     scoring = {"--detector": detector, "--clip": clip}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flashar_pl.commands.batches import Room
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
-from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
+from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine, choose_format
 from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def generate(
     greedy: bool = False,
     batch_size: int | Literal["auto"] | None = None,
     runner: Runner = "auto",
-    weight_format: WeightFormat = "plain",
+    weight_format: WeightFormat = "auto",
     weights: Weights = "auto",
     branch_layer: int | None = None,
     n_head: int | None = None,
@@ -106,7 +106,8 @@ def generate(
             more than there are images.
         runner: what drives decoding: eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or
             compiled-graphs. auto is graphs on a GPU, eager on a CPU. All draw the same codes up to rounding.
-        weight_format: plain, packed (CPU: as its matrix products want them), int8 or fp8 (rounded; needs torchao).
+        weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
+            auto is packed on a CPU with 16-bit weights, otherwise plain.
         weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
         n_head: attention heads, for official files of unpublished sizes.
@@ -151,7 +152,8 @@ def generate(
     )  # fmt: skip
     _notes(source, wanted, settings)
     decoder = None if codes_only else matching_tokenizer(source, device)
-    engine = build_engine(source.model, runner, weight_format)
+    form = choose_format(source.model, weight_format)
+    engine = build_engine(source.model, runner, form)
     size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size)
     samples = samples_of(wanted, height_width, plan_name, settings, size, seed)
     with peak_memory(engine.device) as peak:
@@ -163,7 +165,7 @@ def generate(
         np.save(folder / "codes.npy", codes.numpy())
         files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, num_images)
         facts = {"grid": list(height_width), "plan": plan_name, "device": str(engine.device), "batch_size": size,
-                 "runner": engine.runner, "dtype": source.dtype}  # fmt: skip
+                 "runner": engine.runner, "weight_format": form, "dtype": source.dtype}  # fmt: skip
         record = {
             "command": "generate",
             "settings": {**arguments, **facts},

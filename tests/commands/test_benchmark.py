@@ -11,6 +11,9 @@ from flashar_pl.commands.batches import HEADROOM, Room
 from flashar_pl.commands.benchmark import benchmark
 from flashar_pl.commands.benchmark_rows import Job, synthetic_model
 from flashar_pl.commands.benchmark_table import PLAIN, markdown, speedups
+from flashar_pl.commands.checkpoint import open_checkpoint
+from flashar_pl.commands.decoder import choose_format
+from flashar_pl.layers.packed import unsupported
 from flashar_pl.planner import decode_memory, measure, model_sizes
 
 CPU = torch.device("cpu")
@@ -74,6 +77,29 @@ def test_a_runner_that_fails_says_why_and_the_others_are_measured(quick, refused
     assert "FAILED: diagonal at batch 1 with runner graphs" in capsys.readouterr().out
     words = ("--checkpoint", flashar_model, "--grid", "4x6", "--device", "cpu", "--runner", "graphs", "--threads", 1)
     assert "CUDA graphs need a CUDA device" in refused("benchmark", *words)
+
+
+def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
+    """Guards the ratio to GEMM-only: packed weights have other kernels, and other matrices, than plain ones."""
+    result = benchmark(**quick, weight_format="plain,packed")
+    rows = [(row["plan"], row["weight_format"]) for row in result["rows"]]
+    assert rows == [
+        ("raster", "plain"), ("diagonal", "plain"), ("plain raster", "plain"), ("raster", "packed"),
+        ("diagonal", "packed"),
+    ]  # fmt: skip
+    assert [each["weight_format"] for each in result["speedups"]] == ["plain", "packed"]
+    assert all(row["gemm_s"] > 0 for row in result["rows"] if row["plan"] != PLAIN)
+
+
+@pytest.mark.parametrize(("dtype", "memory", "found"), [("bf16", 2**40, "packed"), ("bf16", 1, "plain"),
+                                                        ("fp32", 2**40, "plain")])  # fmt: skip
+def test_auto_is_the_format_that_measured_best(dtype, memory, found, monkeypatch, flashar_model):
+    if unsupported(torch.bfloat16) is not None:
+        pytest.skip("this machine cannot pack bfloat16 weights")
+    model = open_checkpoint(flashar_model, dtype=dtype).model
+    monkeypatch.setattr(measure, "available_memory", lambda device: memory)
+    assert choose_format(model, "auto") == found
+    assert choose_format(model, "int8") == "int8"
 
 
 def test_a_failed_compilation_is_a_row_with_its_cause(quick, monkeypatch):
