@@ -201,7 +201,7 @@ class ExperimentCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
         if self._checkpoint is not None:
-            check_same_model(self._checkpoint, self.model.model_config)
+            check_same_model(self._checkpoint, self.model.model_config, self.model.lora)
             check_checkpoint_kind(self._checkpoint, self.trainer.strategy)
             if manifest is not None:
                 check_same_data(self._checkpoint, manifest.name, manifest.grid)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import yaml
 
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.weights import BROKEN_FILE, CHECKPOINT_KEY, reason
 
 CONFIG_KEY = "flashar_config"
@@ -66,15 +67,25 @@ def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
         )
 
 
-def check_same_model(path: str, config: dict[str, Any]) -> None:
-    """ValueError if a checkpoint holds another model than `config` (the argument of `build_model`) describes."""
-    stored = flatten(read_stored(path)[CHECKPOINT_KEY]["model"])
+def check_same_model(path: str, config: dict[str, Any], lora: LoraConfig | None = None) -> None:
+    """ValueError if a checkpoint holds another model than `config` (the argument of `build_model`) and `lora` describe.
+
+    LoRA's dropout and the dtype of its frozen weights may differ.
+    """
+    description = read_stored(path)[CHECKPOINT_KEY]
+    stored = flatten(description["model"])
     now = {key: value for key, value in flatten(config).items() if not key.endswith("dropout")}
     wrong = [
         f"{key} {stored[key]!r} (this run: {value!r})"
         for key, value in now.items()
         if key in stored and value is not None and stored[key] is not None and stored[key] != value
     ]
+    before, after = (
+        {key: value for key, value in (values or {}).items() if key in ("rank", "alpha", "targets")}
+        for values in (description.get("lora"), None if lora is None else lora.to_dict())
+    )
+    if before != after:
+        wrong.append(f"lora {before or None} (this run: {after or None})")
     if wrong:
         raise ValueError(
             f"{path} holds another model: {'; '.join(wrong)}. Continue it with its own settings, or start a new run "

@@ -20,6 +20,7 @@ from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserC
 from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
+from flashar_pl.training.stored_config import check_same_model
 
 LORA = LoraConfig(rank=2, alpha=4, dropout=0.1)
 
@@ -211,6 +212,15 @@ def test_moments_may_be_bfloat16(raster: str) -> None:
 def test_settings_survive_a_checkpoint(raster: str) -> None:
     module = make(raster)
     assert typed_settings(plain_settings(typed_settings(module.settings())))["lora"] == LORA
+
+
+def test_continues_with_its_own_lora_only(whole) -> None:
+    """Another alpha has the same shapes: a run would go on as another model without an error."""
+    path, config = str(whole[0] / "step=3.ckpt"), whole[1].model_config
+    check_same_model(path, config, LoraConfig(rank=2, alpha=4, dropout=0.5, base="bf16"))
+    for other in (LoraConfig(rank=2, alpha=8), LoraConfig(rank=2, alpha=4, targets=("wo",)), None):
+        with pytest.raises(ValueError, match=r"holds another model: lora \{'rank': 2, 'alpha': 4"):
+            check_same_model(path, config, other)
 
 
 def test_wrong_settings_are_named(raster: str, monkeypatch) -> None:
