@@ -41,6 +41,6 @@ def launch(script: Path, *words: object, devices: int) -> None:
             stack.callback(process.kill)
             started.append((process, said))
         for process, said in started:
-            code = process.wait(timeout=150)
+            code = process.wait(timeout=300)
             said.seek(0)
             assert code == 0, said.read().decode()[-4000:]

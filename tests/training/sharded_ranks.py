@@ -39,6 +39,19 @@ class Losses(Callback):
         self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
 
 
+class Gradients(Callback):
+    """Norm of every parameter's gradient in every step, over all ranks and before clipping. AdamW and the clipping hide
+    a factor that all gradients have in common, such as a sum over ranks instead of a mean."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, float] = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        for name, parameter in pl_module.net.named_parameters():
+            if parameter.grad is not None:
+                self.seen[f"{trainer.global_step + 1}.{name}"] = float(whole(parameter.grad).norm())
+
+
 class Ask(Callback):
     """Sends a signal to one rank, in the middle of the third step."""
 
@@ -97,7 +110,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     losses = Losses()
     dtypes = Dtypes()
     callbacks: list[Callback] = [losses, *([Ask(job["signal"]), StopOnSignal()] if "signal" in job else [])]
-    callbacks += [*([dtypes] if job.get("dtypes") else [])]
+    gradients = Gradients()
+    callbacks += [*([dtypes] if job.get("dtypes") else []), *([gradients] if job.get("gradients") else [])]
     if job.get("save"):
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(
@@ -117,7 +131,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     weights = {name: whole(value) for name, value in trained.state_dict().items()}
     results = {name: float(value) for name, value in trained.trainer.callback_metrics.items()}
-    return {"losses": losses.seen, "weights": weights, "results": results, "dtypes": dtypes.seen}
+    seen = {"losses": losses.seen, "dtypes": dtypes.seen, "gradients": gradients.seen}
+    return {**seen, "weights": weights, "results": results}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -46,13 +46,24 @@ SAMPLING = {"grid_images": 3, "sample_batch": 2, "cfg_scale": 1.5}
 """Three samples in batches of two: the second rank has nothing of its own to draw, and must take part."""
 
 
+GRADIENTS = {"gradients": True}
+
+
 @pytest.fixture(scope="module")
 def both(job):
     """(single process, two sharded ranks, two DDP ranks, two ranks in bfloat16 with recomputed blocks)."""
-    alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING})
+    alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING, **GRADIENTS})
     jobs = [
-        {**job, "name": "sharded", "strategy": "sharded", "options": FP32, "save": 1, "validation": SAMPLING},
-        {**job, "name": "ddp", "strategy": "ddp"},
+        {
+            **job,
+            "name": "sharded",
+            "strategy": "sharded",
+            "options": FP32,
+            "save": 1,
+            "validation": SAMPLING,
+            **GRADIENTS,
+        },
+        {**job, "name": "ddp", "strategy": "ddp", **GRADIENTS},
         {**job, "name": "bf16", "strategy": "sharded", "options": {"recompute": True}, "dtypes": True, "max_steps": 4},
     ]
     go(jobs, devices=2)
@@ -63,6 +74,15 @@ def test_two_ranks_equal_one_process(both) -> None:
     """Gradients of units that were frozen, the global norm of the clipping, the averages: each off would show here."""
     alone, sharded, _, _ = both
     close(sharded, alone)
+
+
+def test_gradients_equal_those_of_one_process(both) -> None:
+    """Of every parameter in every step, before clipping, those that were frozen until the second step included."""
+    alone, *others = both[:3]
+    assert len(alone["gradients"]) > 200
+    assert not any(name.startswith(("1.backbone", "2.backbone")) for name in alone["gradients"])
+    for found in others:
+        assert found["gradients"] == pytest.approx(alone["gradients"], rel=1e-3, abs=1e-6)
 
 
 def test_sharded_and_ddp_have_equal_losses(both) -> None:
