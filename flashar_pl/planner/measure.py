@@ -146,7 +146,8 @@ def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> flo
 def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated: free GPU memory, or the machine's available memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

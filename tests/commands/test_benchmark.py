@@ -127,6 +127,13 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatc
     assert replace(room, weight_copies=0).choose("auto") > 4, "weights that are loaded need no more room"
 
 
+def test_memory_that_a_loaded_model_takes_is_not_available(monkeypatch):
+    """Guards a batch chosen on a GPU that holds the weights already: what the allocator holds is not all free."""
+    for name, value in (("mem_get_info", (10, 100)), ("memory_reserved", 80), ("memory_allocated", 70)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert measure.available_memory(torch.device("cuda")) == 20
+
+
 def test_auto_is_capped(monkeypatch, capsys):
     monkeypatch.setattr(measure, "available_memory", lambda device: 2**50)
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
