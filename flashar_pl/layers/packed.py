@@ -6,6 +6,8 @@ to 32, and pays it at every step. Times are in docs/performance.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def unsupported(dtype: torch.dtype) -> str | None:
     """Why weights of this dtype cannot be packed on this machine; None = they can."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return f"torch {torch.__version__} was built without oneDNN"
-    supported = {
+    supported: dict[torch.dtype, Callable[[], bool]] = {
         torch.float32: lambda: True,
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
