@@ -9,7 +9,9 @@ for dtype in fp32 bf16; do
   "$FLASHAR" benchmark --preset llamagen-b --batch-sizes 1 --cfg-scale 2.0 --device cpu --threads 1 \
     --weight-format plain,packed --dtype "$dtype" --out "$OUT/decode_llamagen_b_${dtype}_cpu"
 done
-"$FLASHAR" benchmark train --preset llamagen-b --batch-size 4 --device cpu --repeats 3 \
-  --out "$OUT/train_llamagen_b_cpu.json"
-"$FLASHAR" benchmark train --preset llamagen-l --batch-size 2 --device cpu --repeats 1 \
-  --out "$OUT/train_llamagen_l_cpu.json"
+for batch in 4 16; do
+  "$FLASHAR" benchmark train --preset llamagen-b --batch-size $batch --device cpu --repeats 3 \
+    --out "$OUT/train_llamagen_b_${batch}_cpu.json"
+done
+"$FLASHAR" benchmark train --preset llamagen-l --batch-size 4 --device cpu --repeats 1 \
+  --out "$OUT/train_llamagen_l_4_cpu.json"
