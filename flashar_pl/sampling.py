@@ -58,7 +58,7 @@ class SamplingSettings:
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance u + s (c - u) on float32 logits (..., V)."""
-    return unconditional + scale * (conditional - unconditional)
+    return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -66,7 +66,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
     Ties with the k-th largest logit are kept. Top-p keeps the code that crosses the threshold, so at least one.
     """
-    logits = wide(logits) / max(temperature, MIN_TEMPERATURE)
+    logits = wide(logits)
+    if temperature != 1:
+        logits = logits / max(temperature, MIN_TEMPERATURE)
     vocabulary = logits.shape[-1]
     if 0 < top_k < vocabulary:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -102,3 +104,26 @@ def choose(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tenso
     if settings.greedy:
         return logits.argmax(-1)
     return draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p).softmax(-1), uniform)
+
+
+def unusable(logits: Tensor) -> Tensor:
+    """() bool on the device of logits (..., V): whether some row holds NaN or +inf, or nothing above -inf.
+
+    `choose` would return some legal code there. -inf alone is no error: such a code is never drawn.
+    """
+    return ~logits.amax(-1).isfinite().all()
+
+
+def check_usable(flags: Tensor, dtype: torch.dtype) -> None:
+    """ValueError if `flags` (n_steps,), `unusable` of every step's logits, names a step. Waits for the device.
+
+    dtype: of the model, for the message.
+    """
+    bad = flags.nonzero()
+    if not len(bad):
+        return
+    name = str(dtype).removeprefix("torch.")
+    advice = "the weights are broken, or the condition is" if dtype == torch.float32 else "try --dtype fp32"
+    if dtype == torch.float16:
+        advice = "float16 ends at 65504: try --dtype bf16 or fp32"
+    raise ValueError(f"the logits of decoding step {int(bad[0])} are NaN or infinite in {name}; {advice}.")

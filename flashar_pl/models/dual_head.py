@@ -197,9 +197,13 @@ class DualHead(nn.Module):
 
     def code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
         """Logits (..., V) float32 of the codes for states (..., D)."""
+        return wide(self._narrow_logits(head, states))
+
+    def _narrow_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
+        """The same in the dtype of the states."""
         if self.first_code:
-            return wide(nn.functional.linear(states, head.weight[self.first_code :]))
-        return wide(head(states))
+            return nn.functional.linear(states, head.weight[self.first_code :])
+        return head(states)
 
     def weigh(self, h: Tensor, v: Tensor, corner: bool) -> Tensor:
         """Gate (R, M) float32 for pairs of states (R, M, D): Eq. 7, or 0.5 without a gate.
@@ -294,13 +298,18 @@ class DualHead(nn.Module):
         """Fused logits (R, n, V) float32 of one step's cells from the states (R, n', D) that were fed last (Eq. 8).
 
         Only the logits that some cell needs are computed. The slices are made contiguous: for others matmul becomes a
-        batched product and copies the head for every row.
+        batched product and copies the head for every row. The mix is written where the result stands. No gradients.
         """
-        z_h = self.code_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
+        z_h = self._narrow_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
         if v is None or self.vertical is None or at.v.start == at.v.stop:
-            return z_h
-        z_v = self.code_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
-        both = z_h.shape[1] - at.only_h
+            return wide(z_h)
+        z_v = self._narrow_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
+        rows, n_h, vocabulary = z_h.shape
+        both = n_h - at.only_h
         gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)
-        fused = torch.lerp(z_v[:, :both], z_h[:, at.only_h :], gate[..., None])
-        return torch.cat([z_h[:, : at.only_h], fused, z_v[:, both:]], dim=1)
+        fused = torch.empty(rows, n_h + at.only_v, vocabulary, dtype=gate.dtype, device=gate.device)
+        fused[:, :n_h] = z_h
+        fused[:, n_h:] = z_v[:, both:]
+        mixed = fused[:, at.only_h : n_h]
+        torch.lerp(wide(z_v[:, :both]), mixed, gate[..., None], out=mixed)
+        return fused

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from tiny import llamagen_golden
 
 from flashar_pl.numerics import sample_seeds, uniforms
-from flashar_pl.sampling import SamplingSettings, choose, draw, filter_logits, guide, probabilities
+from flashar_pl.sampling import (
+    SamplingSettings,
+    check_usable,
+    choose,
+    draw,
+    filter_logits,
+    guide,
+    probabilities,
+    unusable,
+)
 
 OFFICIAL = [  # temperature, top_k, top_p of out/probs_0, 1, ...
     (1.0, 0, 1.0),
@@ -177,3 +186,16 @@ def test_uniforms_belong_to_the_sample_not_to_the_batch() -> None:
     state = torch.get_rng_state()
     uniforms([1], 5)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left alone"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_cannot_be_drawn_from_are_found(value: float) -> None:
+    """Guards images drawn silently from NaN: one row of many is enough, and a single code at -inf is no error."""
+    logits = torch.randn(2, 3, 7)
+    logits[0, 1, 2] = -math.inf
+    assert not unusable(logits)
+    logits[1, 2] = value
+    flags = torch.stack([torch.tensor(False), unusable(logits)])
+    with pytest.raises(ValueError, match=r"step 1 are NaN or infinite in float16; .* bf16"):
+        check_usable(flags, torch.float16)
+    check_usable(flags[:1], torch.float16)
