@@ -1,6 +1,6 @@
 """Numerics in one place: dtypes, the fp32 islands, and random numbers.
 
-- Masks are bool, True = may attend, and go to `scaled_dot_product_attention` as they are.
+- Masks are bool, True = may attend; "causal" and None stand for those that kernels need not read.
 - Softmax, cross-entropy, gate and RoPE are computed in float32 whatever the model's dtype: bfloat16 has 8 bits of
   mantissa, too few for sums over 16,384 or more codes.
 - Master weights are float32; compute may be bfloat16 (`autocast`). At a learning rate of 2e-5 a pure bfloat16 AdamW
