@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The NVIDIA results of decoding, on one idle GPU (141 GB for the 34B model). Not run yet: see docs/performance.md.
 #
-#     benchmarks/gpu.sh             everything, about 25 minutes
-#     benchmarks/gpu.sh latency     one part, each below 10 minutes: tests latency throughput large emu profile targets
+#     benchmarks/gpu.sh             everything, estimated at 25 minutes
+#     benchmarks/gpu.sh latency     one part, each meant to stay below 10 minutes: tests latency throughput large emu profile targets
 #
 # Run from the repository's root; results go to benchmarks/results. What is there is kept, so a run can be continued.
 # DRY=1 tries every command with a small model on the CPU, in a temporary directory.
