@@ -232,8 +232,13 @@ class Projection:
         """Of a linear, from an output on; of another module that has in_features and dtype, all outputs."""
         if isinstance(module, nn.Linear):
             weight = module.weight[first_row:] if first_row else module.weight
-            return cls(weight.shape[1], weight.shape[0], weight.dtype, partial(F.linear, weight=weight))
+            return cls(weight.shape[1], weight.shape[0], weight.dtype, _product(weight))
         return cls(module.in_features, module.out_features, module.dtype, module)  # type: ignore[arg-type]
+
+
+def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x -> x W^T. The weight goes by position: torchao looks for it there."""
+    return lambda x: F.linear(x, weight)
 
 
 def projections(module: nn.Module) -> list[Projection]:
@@ -261,7 +266,7 @@ class GemmWalk:
         self.gate: Projection | None = None
         if head.gate is not None:
             weight = head.gate.hidden.weight.float()  # as the gate itself does
-            self.gate = Projection(weight.shape[1], weight.shape[0], weight.dtype, partial(F.linear, weight=weight))
+            self.gate = Projection(weight.shape[1], weight.shape[0], weight.dtype, _product(weight))
         self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def kinds(self) -> dict[Forward, int]:

@@ -91,6 +91,15 @@ def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
     assert all(row["gemm_s"] > 0 for row in result["rows"] if row["plan"] != PLAIN)
 
 
+def test_rounded_weights_are_measured_too(quick):
+    """Guards the walk over the matrix products, which calls torchao's weights outside their modules."""
+    pytest.importorskip("torchao")
+    result = benchmark(**quick, weight_format="int8", plans="diagonal", skip_plain=True)
+    assert result["failed"] == []
+    assert result["rows"][0]["weight_format"] == "int8"
+    assert result["rows"][0]["gemm_s"] > 0
+
+
 @pytest.mark.parametrize(("dtype", "memory", "found"), [("bf16", 2**40, "packed"), ("bf16", 1, "plain"),
                                                         ("fp32", 2**40, "plain")])  # fmt: skip
 def test_auto_is_the_format_that_measured_best(dtype, memory, found, monkeypatch, flashar_model):
