@@ -40,13 +40,15 @@ class Losses(Callback):
 
 
 class Gradients(Callback):
-    """Norm of every parameter's gradient in every step, over all ranks and before clipping. AdamW and the clipping hide
-    a factor that all gradients have in common, such as a sum over ranks instead of a mean."""
+    """Norm of every parameter's gradient over all ranks, before clipping, on both sides of the switch of stages. AdamW
+    and the clipping hide a factor that all gradients have in common, such as a sum over ranks instead of a mean."""
 
     def __init__(self) -> None:
         self.seen: dict[str, float] = {}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if trainer.global_step not in (1, 2):
+            return
         for name, parameter in pl_module.net.named_parameters():
             if parameter.grad is not None:
                 self.seen[f"{trainer.global_step + 1}.{name}"] = float(whole(parameter.grad).norm())

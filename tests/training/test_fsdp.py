@@ -77,10 +77,10 @@ def test_two_ranks_equal_one_process(both) -> None:
 
 
 def test_gradients_equal_those_of_one_process(both) -> None:
-    """Of every parameter in every step, before clipping, those that were frozen until the second step included."""
+    """Of every parameter before clipping, in the last step of stage 1 and in the first of stage 2."""
     alone, *others = both[:3]
-    assert len(alone["gradients"]) > 200
-    assert not any(name.startswith(("1.backbone", "2.backbone")) for name in alone["gradients"])
+    assert not any(name.startswith("2.backbone") for name in alone["gradients"])
+    assert any(name.startswith("3.backbone") for name in alone["gradients"])
     for found in others:
         assert found["gradients"] == pytest.approx(alone["gradients"], rel=1e-3, abs=1e-6)
 
