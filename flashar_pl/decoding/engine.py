@@ -25,7 +25,7 @@ from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import full_precision, sample_seeds, uniforms
-from flashar_pl.sampling import SamplingSettings
+from flashar_pl.sampling import SamplingSettings, check_usable
 
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
 """auto = graphs on CUDA, eager elsewhere. compiled: transformer blocks through torch.compile. graphs: CUDA graphs."""
@@ -81,7 +81,11 @@ class Engine:
         unconditional: Condition | None = None,
         on_step: Callable[[], object] | None = None,
     ) -> Tensor:
-        """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`."""
+        """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`.
+
+        Raises:
+            ValueError: as there; or the model's logits are NaN or infinite.
+        """
         settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
         order = self.model.make_plan(plan, *check_grid(grid))
         backbone, device = self.model.backbone, self.device
@@ -102,15 +106,17 @@ class Engine:
             cos, sin = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
             inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, cos, sin, noise)
-            drawn = self._run(order, settings, inputs, on_step or _nothing)  # (B, N)
+            buffers = self._run(order, settings, inputs, on_step or _nothing)
+        check_usable(buffers.broken, inputs.x.dtype)
+        drawn = buffers.drawn  # (B, N)
         codes = torch.empty_like(drawn)
         codes[:, order.on("order", device)] = drawn
         return codes.view(-1, order.height, order.width)
 
     def _run(
         self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[], object]
-    ) -> Tensor:
-        """Codes (B, N) in plan order, in a buffer that the next batch overwrites."""
+    ) -> Buffers:
+        """The batch decoded, in buffers that the next batch overwrites."""
         key: tuple[Any, ...] = (plan, settings, inputs.shapes())
         with self._blocks():
             if "graphs" in self.runner:
@@ -125,7 +131,7 @@ class Engine:
                     on_step()
             except torch._dynamo.exc.TorchDynamoException as error:
                 raise _compile_failed(error) from error
-        return buffers.drawn
+        return buffers
 
     def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recording | Buffers:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
@@ -202,7 +208,8 @@ def generate(
         on_step: called after every step, for a progress bar. The device may be some steps behind.
 
     Raises:
-        ValueError: a setting out of range, a condition of the wrong kind, or a plan the model cannot run.
+        ValueError: a setting out of range, a condition of the wrong kind, a plan the model cannot run, or a model
+            whose logits are NaN or infinite.
     """
     return Engine(model, "eager").generate(
         condition, grid, plan, cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seeds, unconditional, on_step

@@ -1,14 +1,10 @@
-"""Decoding as CUDA graphs: recorded once, then replayed without any work on the host.
-
-Shapes: B samples, N cells.
-"""
+"""Decoding as CUDA graphs: recorded once, then replayed without any work on the host."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.grid import DecodePlan
@@ -50,8 +46,8 @@ class Recording:
                 self.graphs.append(graph)
         steps.close()
 
-    def replay(self, inputs: Inputs, on_step: Callable[[], object]) -> Tensor:
-        """Codes (B, N) in plan order for other inputs of the same shapes, in a buffer that the next replay overwrites.
+    def replay(self, inputs: Inputs, on_step: Callable[[], object]) -> Buffers:
+        """Decode other inputs of the same shapes. The next replay overwrites the result.
 
         on_step is called once for every step, after the graph that holds it was launched.
         """
@@ -62,4 +58,4 @@ class Recording:
             for _ in range(min(STEPS_PER_GRAPH, left)):
                 on_step()
             left -= STEPS_PER_GRAPH
-        return self.buffers.drawn
+        return self.buffers

@@ -22,7 +22,7 @@ from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.models.base import GridModel
-from flashar_pl.sampling import SamplingSettings, choose, guide
+from flashar_pl.sampling import SamplingSettings, choose, guide, unusable
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,22 @@ class Buffers:
     cache: KVCache
     drawn: Tensor
     """(B, N) int64 codes in plan order."""
+    broken: Tensor
+    """(n_steps,) bool: whether the step's logits were NaN or infinite."""
 
     @classmethod
     def allocate(cls, model: GridModel, plan: DecodePlan, inputs: Inputs) -> Buffers:
         """For batches of the same shapes as `inputs`."""
         rows, length = inputs.x.shape[:2]
         cache = KVCache(model.cache_spec(), rows, length + plan.n_inputs, inputs.x.dtype, inputs.x.device)
-        return cls(cache, torch.empty(inputs.noise.shape, dtype=torch.int64, device=inputs.noise.device))
+        drawn = torch.empty(inputs.noise.shape, dtype=torch.int64, device=inputs.noise.device)
+        return cls(cache, drawn, torch.empty(plan.n_steps, dtype=torch.bool, device=drawn.device))
 
 
 def decode(
     model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, buffers: Buffers
 ) -> Generator[int]:
-    """Fill `buffers.drawn` step by step; yields t after the codes of step t are drawn.
+    """Fill `buffers` step by step; yields t after the codes of step t are drawn.
 
     Shapes and control flow depend on plan, settings and shapes alone, never on values, and nothing waits for the
     device: what runs between two yields can be recorded once and replayed with other inputs in the same memory.
@@ -103,6 +106,7 @@ def decode(
         logits = model.step_logits(states, plan, t)  # (R, n, V)
         if guided:
             logits = guide(logits[:batch], logits[batch:], settings.cfg_scale)
+        buffers.broken[t] = unusable(logits)
         drawn[:, done : done + n] = choose(logits, inputs.noise[:, done : done + n], settings)
         done += n
         yield t

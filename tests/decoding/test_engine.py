@@ -199,3 +199,12 @@ def test_runners_that_cannot_be() -> None:
         Engine(model, "graphs")
     with pytest.raises(ValueError, match="prefix_bucket is 0; expected 1"):
         Engine(model, prefix_bucket=0)
+
+
+def test_broken_weights_are_an_error_and_not_codes() -> None:
+    """The last code of the vocabulary would be drawn everywhere."""
+    model, condition, _ = make("class")
+    with torch.no_grad():
+        model.backbone.blocks[1].feed_forward.w2.weight[0] = torch.nan  # type: ignore[index,union-attr]
+    with pytest.raises(ValueError, match="logits of decoding step 0 are NaN or infinite in float32; the weights are"):
+        generate(model, condition, (2, 3), seeds=0)
