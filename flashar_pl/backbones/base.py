@@ -242,7 +242,7 @@ def is_causal(plan: DecodePlan) -> bool:
 def slot_codes(codes: Tensor, plan: DecodePlan) -> Tensor:
     """Codes (B, H, W) in slot order (B, S), ROW_END where the slot is a row end."""
     cell = plan.on("cell", codes.device)
-    return torch.where(cell >= 0, codes.flatten(1)[:, cell].long(), ROW_END)
+    return codes.flatten(1)[:, cell].long().masked_fill(cell < 0, ROW_END)
 
 
 def check_codes(codes: Tensor, vocabulary: int) -> None:

@@ -220,7 +220,7 @@ class Emu35(Backbone):
         if offset is None:
             raise ValueError("config.json has neither visual_token_offset nor eoi_token_id; codes need one of them.")
         row_end = 0 if self.config.eol_token_id is None else self.config.eol_token_id  # `rope` refuses such plans
-        return self.embedding(torch.where(codes == ROW_END, row_end, codes + offset))
+        return self.embedding((codes + offset).masked_fill(codes == ROW_END, row_end))
 
     def input_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
