@@ -33,14 +33,15 @@ RUNNERS: tuple[str, ...] = get_args(Runner)
 PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
 KEPT = 4
-"""Shapes of batches whose buffers and graphs are kept, the latest used."""
+"""Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
 
 
 class Engine:
     """A model ready to decode.
 
     Buffers and graphs are made at the first batch of a kind (plan, settings, batch size, dtype, prefix bucket) and used
-    again by later ones. Weights may change in place between batches, as training does.
+    again by later ones: one batch at a time, from one thread. Weights may change in place between batches, as training
+    does.
 
     Args:
         model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
@@ -97,7 +98,8 @@ class Engine:
         if unconditional is not None:
             backbone.check_condition(unconditional, len(listed))
             unconditional = move_condition(unconditional, device)
-        with torch.no_grad(), evaluating(self.model), full_precision(device.type):
+        # a caller's inference mode must not reach the buffers: later batches could not write to them
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), full_precision(device.type):
             if settings.guided:
                 condition = backbone.with_unconditional(condition, unconditional)
             prefix = self.model.prefix(condition)
@@ -150,10 +152,20 @@ class Engine:
             return Buffers.allocate(self.model, plan, inputs)
 
     def _keep(self, key: Any, make: Callable[[], Buffers | Recording]) -> Buffers | Recording:
-        """The entry `key`, made if there is none. The one used least recently makes room before that."""
+        """The entry `key`, made if there is none. The one used least recently makes room before that.
+
+        Where the device's memory does not suffice, all others do.
+        """
         if key not in self._kept:
-            while len(self._kept) >= KEPT:
+            while len(self._kept) >= (KEPT if "graphs" in self.runner else 1):
                 self._kept.popitem(last=False)
+            try:
+                self._kept[key] = make()
+            except torch.OutOfMemoryError:
+                if not self._kept:
+                    raise
+                self._kept.clear()
+        if key not in self._kept:  # again outside of the handler, whose error holds what was allocated
             self._kept[key] = make()
         self._kept.move_to_end(key)
         return self._kept[key]

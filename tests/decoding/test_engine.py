@@ -98,14 +98,49 @@ def test_later_batches_reuse_the_buffers_and_do_not_see_the_former_ones() -> Non
     assert torch.equal(second, generate(model, condition + 1, seeds=5, **settings))
 
 
-def test_only_the_latest_shapes_are_kept() -> None:
-    """A service that sees many batch sizes must not hold a cache for each."""
+def test_only_the_latest_shape_is_kept() -> None:
+    """Batches of prompts have many lengths; the planner counts one cache."""
     model, condition, _ = make("class")
     kept = Engine(model, "eager")
-    for width in range(2, 2 + engine.KEPT + 2):
+    for width in (2, 3, 4):
         kept.generate(condition, (2, width), seeds=0)
-    assert len(kept._kept) == engine.KEPT
-    assert {key[0].width for key in kept._kept} == set(range(4, 4 + engine.KEPT))
+    assert [key[0].width for key in kept._kept] == [4]
+
+
+def test_the_latest_graphs_are_kept_while_memory_suffices() -> None:
+    """A batch that fits alone must not fail because of the graphs of others."""
+    kept = Engine(make("class")[0], "eager")
+    kept.runner = "graphs"  # `_keep` records nothing itself
+    made: list[Any] = [object() for _ in range(engine.KEPT + 3)]
+    for number in range(engine.KEPT + 1):
+        assert kept._keep(number, lambda number=number: made[number]) is made[number]  # type: ignore[misc]
+    assert list(kept._kept) == list(range(1, engine.KEPT + 1))
+    tries = []
+
+    def large() -> Any:
+        tries.append(len(kept._kept))
+        if tries[-1]:
+            raise torch.OutOfMemoryError("no memory beside the others")
+        return made[-1]
+
+    assert kept._keep("large", large) is made[-1]
+    assert tries == [engine.KEPT - 1, 0]
+    assert list(kept._kept) == ["large"]
+
+    def too_large() -> Any:
+        raise torch.OutOfMemoryError("no memory at all")
+
+    with pytest.raises(torch.OutOfMemoryError, match="at all"):
+        kept._keep("too large", too_large)
+
+
+def test_buffers_made_in_inference_mode_serve_later_batches() -> None:
+    """A notebook that warms an engine up under inference mode; tensors made there refuse to be written outside."""
+    model, condition, _ = make("class")
+    kept = Engine(model, "eager")
+    with torch.inference_mode():
+        first = kept.generate(condition, (2, 3), seeds=1)
+    assert torch.equal(kept.generate(condition, (2, 3), seeds=1), first)
 
 
 @pytest.mark.parametrize("plan", ["raster", "diagonal"])
@@ -123,11 +158,11 @@ def test_prefix_buckets_change_no_code(batch: int, scale: float, plan: str) -> N
 def test_prompts_of_one_bucket_share_buffers_and_of_two_do_not() -> None:
     model, _, _ = make("emu")
     kept = Engine(model, "eager", prefix_bucket=8)
-    for ids in (torch.arange(5, 10), torch.arange(5, 12), torch.arange(5, 11)):
+    memory = []
+    for ids in (torch.arange(5, 10), torch.arange(5, 12), torch.arange(5, 11), torch.arange(5, 14)):
         kept.generate([ids], (2, 2), seeds=0)
-    assert len(kept._kept) == 1
-    kept.generate([torch.arange(5, 14)], (2, 2), seeds=0)
-    assert len(kept._kept) == 2
+        memory += kept._kept.values()
+    assert memory[0] is memory[1] is memory[2] is not memory[3]
 
 
 def test_a_prefix_that_fills_its_bucket_gets_no_mask() -> None:
