@@ -174,17 +174,20 @@ def measure_all(
     with progress_bar(len(batches) * (len(plans) * len(variants) + (not skip_plain)), "rows") as advance:
         for weights in dict.fromkeys(weights for _, weights in variants):
             for batch in batches:
-                for runner, plan in [(r, plan) for r, w in variants if w == weights for plan in plans]:
+                kinds: list[tuple[str, str]] = [(r, plan) for r, w in variants if w == weights for plan in plans]
+                if not skip_plain and weights == variants[0][1]:
+                    kinds.append(("eager", PLAIN))
+                for runner, plan in kinds:
                     try:
-                        rows.append(job.row(plan, batch, engines.get(runner, weights), weights))
+                        if plan == PLAIN:
+                            rows.append(job.row("raster", batch))
+                        else:
+                            rows.append(job.row(plan, batch, engines.get(runner, weights), weights))
                     except (ValueError, torch.OutOfMemoryError) as error:
                         cause = str(error).splitlines()[0]
                         failed.append({"plan": plan, "batch": batch, "runner": runner, "weight_format": weights,
                                        "cause": cause})  # fmt: skip
                     engines.clear()
-                    advance(1)
-                if not skip_plain and weights == variants[0][1]:
-                    rows.append(job.row("raster", batch))
                     advance(1)
     if failed and all(row["plan"] == PLAIN for row in rows):
         raise ValueError(failed[0]["cause"])
@@ -198,14 +201,14 @@ class _Engines:
         self._model = model
         self._prepared: tuple[WeightFormat, GridModel] = ("plain", model)
 
-    def get(self, runner: Runner, weights: WeightFormat) -> Engine:
+    def get(self, runner: str, weights: WeightFormat) -> Engine:
         from flashar_pl.decoding import Engine
         from flashar_pl.decoding.prepare import prepare
 
         if self._prepared[0] != weights:
             self._prepared = ("plain", self._model)  # the last copy makes room first
             self._prepared = (weights, prepare(self._model, weights))
-        return Engine(self._prepared[1], runner)
+        return Engine(self._prepared[1], runner)  # type: ignore[arg-type]
 
     def clear(self) -> None:
         """Give back what the last row held on a GPU."""

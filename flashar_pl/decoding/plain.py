@@ -77,6 +77,7 @@ def generate_plain(
     batch = len(condition)
     device = next(model.parameters()).device
     condition = move_condition(condition, device)
+    unconditional = None if unconditional is None else move_condition(unconditional, device)
     noise = uniforms(sample_seeds(seeds, batch), plan.n_cells).to(device)  # (B, N)
     with torch.no_grad(), evaluating(model):
         conditions = [condition]

@@ -79,6 +79,18 @@ def test_a_runner_that_fails_says_why_and_the_others_are_measured(quick, refused
     assert "CUDA graphs need a CUDA device" in refused("benchmark", *words)
 
 
+def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch):
+    """Its growing cache needs more than the planner counts for the largest batch; hours of other rows must stay."""
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("flashar_pl.decoding.plain.generate_plain", full)
+    result = benchmark(**quick, plans="diagonal")
+    assert [row["plan"] for row in result["rows"]] == ["diagonal"]
+    assert [(row["plan"], row["cause"]) for row in result["failed"]] == [(PLAIN, "CUDA out of memory.")]
+
+
 def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
     """Guards the ratio to GEMM-only: packed weights have other kernels, and other matrices, than plain ones."""
     result = benchmark(**quick, weight_format="plain,packed")

@@ -7,6 +7,7 @@ from tiny import CAPTION_DIM, captions, classes
 
 from flashar_pl.backbones import build_backbone
 from flashar_pl.decoding import generate
+from flashar_pl.decoding import plain as plain_decoder
 from flashar_pl.decoding.plain import generate_plain
 from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.models import FlashAR, RasterAR
@@ -193,7 +194,11 @@ def test_plain_raster_draws_the_same_codes(cfg_scale):
     assert torch.equal(generate_plain(model, classes(3), (3, 4), settings, seeds=0), ours)
 
 
-def test_plain_raster_of_unequal_prompts_and_row_ends():
+def test_plain_raster_of_unequal_prompts_and_row_ends(monkeypatch):
+    """What guidance needs besides goes to the model's device too: the benchmark of Emu3.5 on a GPU failed without."""
+    moved = []
+    real = plain_decoder.move_condition
+    monkeypatch.setattr(plain_decoder, "move_condition", lambda given, to: (moved.append(given), real(given, to))[1])
     torch.manual_seed(0)
     model = build({"kind": "raster", "backbone": EMU}, "cpu")
     with torch.no_grad():
@@ -204,6 +209,8 @@ def test_plain_raster_of_unequal_prompts_and_row_ends():
     ours = generate(model, prompts, (3, 4), "raster", cfg_scale=2.0, seeds=0, unconditional=empty)
     plain = generate_plain(model, prompts, (3, 4), settings, seeds=0, unconditional=empty)
     assert torch.equal(plain, ours)
+    assert any(given is prompts for given in moved)
+    assert any(given is empty for given in moved)
 
 
 def test_plain_raster_refuses_an_interval():
