@@ -154,18 +154,20 @@ def generate(
     decoder = None if codes_only else matching_tokenizer(source, device)
     form = choose_format(source.model, weight_format)
     engine = build_engine(source.model, runner, form)
-    size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size)
+    size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size, engine.prefix_bucket)
     samples = samples_of(wanted, height_width, plan_name, settings, size, seed)
     with peak_memory(engine.device) as peak:
         started = time.perf_counter()
         codes = draw_codes(engine, samples)  # (N, H, W)
         seconds = time.perf_counter() - started
+    used = {"device": str(engine.device), "runner": engine.runner}
+    del engine  # its buffers and graphs may fill the device; decoding to pixels needs room
     seeds = [seed + i for i in range(len(wanted))]
     with new_directory(target, "samples") as folder:
         np.save(folder / "codes.npy", codes.numpy())
         files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, num_images)
-        facts = {"grid": list(height_width), "plan": plan_name, "device": str(engine.device), "batch_size": size,
-                 "runner": engine.runner, "weight_format": form, "dtype": source.dtype}  # fmt: skip
+        facts = {"grid": list(height_width), "plan": plan_name, "batch_size": size, **used, "weight_format": form,
+                 "dtype": source.dtype}  # fmt: skip
         record = {
             "command": "generate",
             "settings": {**arguments, **facts},
@@ -176,7 +178,7 @@ def generate(
             "versions": versions(),
         }
         write_json(folder / "settings.json", record)
-    print(f"{len(wanted)} samples ({plan_name} plan, {engine.runner}) in {seconds:.1f} s: {target}")
+    print(f"{len(wanted)} samples ({plan_name} plan, {used['runner']}) in {seconds:.1f} s: {target}")
     return target
 
 
@@ -205,15 +207,19 @@ def fitting_batch(
     plan: str,
     settings: SamplingSettings,
     batch_size: int | Literal["auto"] | None,
+    bucket: int,
 ) -> int:
-    """The number of samples to decode together. Raises ValueError for one that does not fit."""
+    """The number of samples to decode together; prompts are padded to a multiple of `bucket`.
+
+    Raises ValueError for a number that does not fit.
+    """
     from flashar_pl.planner import model_sizes
 
     model, most, longest = source.model, None, None
     if is_emu(source):  # conditions are whole prompts
         most = len(wanted)
         prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, list)]
-        longest = max(len(ids) for part in prompts for ids in part)
+        longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
     room = Room(
         model_sizes(model.config()), (plan,), grid, model.device, next(model.parameters()).dtype, settings.guided,
         prefix=longest, weight_copies=0,

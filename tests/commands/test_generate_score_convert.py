@@ -1,6 +1,7 @@
 """`flashar generate`, `score`, `convert`, `tokenize`: results, files, and bad input."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashar_pl import decoding
+from flashar_pl.commands import generate as generate_command
 from flashar_pl.commands.batches import HEADROOM
 from flashar_pl.commands.score import image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
@@ -65,6 +67,26 @@ def test_generate_equals_the_library_and_a_partial_batch_is_padded(run, flashar_
     expected = decoding.generate(model, torch.arange(5), (8, 8), "diagonal", seeds=9).numpy()
     assert (np.load("four/codes.npy") == expected).all()
     assert (np.load("seven/codes.npy") == expected).all()
+
+
+def test_the_decoder_of_images_finds_the_memory_of_the_engine_free(run, flashar_model, work, monkeypatch):
+    """A batch chosen to fill a GPU left no room for the pictures: they failed after all codes were drawn."""
+    engines, alive = [], []
+    build, write = generate_command.build_engine, generate_command._write_images
+
+    def built(*arguments):
+        engine = build(*arguments)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    def written(*arguments):
+        alive.append(engines[0]() is not None)
+        return write(*arguments)
+
+    monkeypatch.setattr(generate_command, "build_engine", built)
+    monkeypatch.setattr(generate_command, "_write_images", written)
+    assert run("generate", "--checkpoint", flashar_model, "--classes", "1", "--out", "one")[0] == 0
+    assert alive == [False]
 
 
 def test_generate_reports_runner_batch_and_memory(run, flashar_model, work, monkeypatch):

@@ -219,6 +219,21 @@ def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) 
     assert seen == [(32, 32)]
 
 
+def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
+    """With graphs prompts are padded to a multiple of 64; a batch that fits without need not fit."""
+    from flashar_pl.commands import generate as module
+    from flashar_pl.commands.prompts import Wanted
+    from flashar_pl.sampling import SamplingSettings
+
+    rooms = []
+    monkeypatch.setattr(module.Room, "choose", lambda room, *_, **__: rooms.append(room.prefix) or 1)
+    source = open_checkpoint(str(files / "flashar"), device="cpu")
+    wanted = Wanted([torch.arange(65)], [torch.arange(9)], ["a"], None)
+    for bucket in (1, 64):
+        module.fitting_batch(source, wanted, (2, 2), "diagonal", SamplingSettings(2.0), 1, bucket)
+    assert rooms == [65, 128]
+
+
 # --- score and convert -----------------------------------------------------------------------------------------------
 
 
