@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,13 @@ def _quantiser(weights: str, device: torch.device) -> Callable[[Tensor], nn.Modu
     def change(weight: Tensor) -> nn.Module:
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        quantize_(linear, config)
+        zero = (weight == 0).all(1)
+        if weights == "fp8" and zero.any():  # torchao would divide 0 by the largest weight of an output, 0
+            linear.weight[zero] = 1.0
+            quantize_(linear, config)
+            cast(Any, linear.weight).qdata.view(torch.uint8)[zero] = 0
+        else:
+            quantize_(linear, config)
         return linear
 
     return change

@@ -103,6 +103,19 @@ def test_quantised_logits_are_near(weights: str, kind: str) -> None:
     assert model_bytes(made) < model_bytes(model)
 
 
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_an_output_without_weights_stays_zero(weights: str) -> None:
+    """LlamaGen's head starts at zero, and codes that no image has may stay there; torchao's float8 makes them NaN."""
+    model, condition, _ = inputs("llamagen", 2)
+    with torch.no_grad():
+        model.dual_head.horizontal.weight[3:5] = 0
+        model.backbone.blocks[0].attention.wo.weight.zero_()  # type: ignore[union-attr,operator]
+        logits = prepare(model, weights)(tiny.codes(2, 4, 5), condition).horizontal
+    assert logits.isfinite().all()
+    assert (logits[..., 3:5] == 0).all()
+    assert (logits[..., 5] != 0).any()
+
+
 @needs_torchao
 def test_the_gate_stays_in_float32() -> None:
     """Guards Eq. 7: only projections of the blocks and the heads are quantised."""
