@@ -3,8 +3,10 @@
     python benchmarks/attention.py --device cuda --out benchmarks/results/attention_gpu.json
 
 Forms:
-- mask: `scaled_dot_product_attention` with the bool mask of the diagonal plan, as the package calls it.
-- bias: the same as an additive mask in the compute dtype, its rows padded to a multiple of 8 beforehand.
+- mask: the package's own `attention` with the bool mask of the diagonal plan: queries that share a key are rows of one
+  head, odd head widths are padded.
+- bias: `scaled_dot_product_attention` with the same as an additive mask in the compute dtype, its rows padded to a
+  multiple of 8 beforehand.
 - flex: compiled `flex_attention` with a block mask of the same plan, built once. It has no backward pass on a CPU.
 - causal: `scaled_dot_product_attention` with is_causal, what the raster plan runs: a bound for the others.
 
@@ -32,6 +34,7 @@ from torch import Tensor
 from flashar_pl.backbones.base import plan_mask
 from flashar_pl.commands.common import versions, write_json
 from flashar_pl.grid import DecodePlan, diagonal_plan
+from flashar_pl.layers.transformer import attention
 from flashar_pl.numerics import dtype_from_name
 from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
 
@@ -91,10 +94,10 @@ def function(form: str, shape: Shape, device: torch.device, dtype: torch.dtype) 
         )
         return partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks, enable_gqa=gqa)
     mask = plan_mask(shape.plan, shape.prefix, shape.plan.n_slots, device)  # (K, K)
-    if form == "bias":
-        bias = torch.full((length, -(-length // 8) * 8), -torch.inf, dtype=dtype, device=device)[:, :length]
-        mask = bias.masked_fill_(mask, 0.0)
-    return partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=gqa)
+    if form == "mask":
+        return partial(attention, mask=mask[None, None])
+    bias = torch.full((length, -(-length // 8) * 8), -torch.inf, dtype=dtype, device=device)[:, :length]
+    return partial(F.scaled_dot_product_attention, attn_mask=bias.masked_fill_(mask, 0.0), enable_gqa=gqa)
 
 
 def inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
