@@ -97,7 +97,8 @@ def benchmark(
         config = {"kind": "flashar", "backbone": {"preset": preset}, "branch_layer": branch_layer}
         shape = parse_grid(grid) or ((32, 32) if str(preset).startswith("emu35") else (16, 16))
     sizes, guided = model_sizes(config), cfg_scale != 1
-    copies = (source is None) + any(weights not in ("auto", "plain") for _, weights in variants)
+    alone = {"plain"} if place.type == "cpu" and kind.itemsize <= 2 else {"plain", "auto"}  # see `choose_format`
+    copies = (source is None) + any(weights not in alone for _, weights in variants)
     batches = Room(sizes, tuple(names), shape, place, kind, guided, None, copies).choose_all(batch_sizes)
     model = source.model if source is not None else rows.synthetic_model(sizes, place, kind)
     with thread_count(model, sizes, names[0], shape, batches[0], guided, kind, threads) as count:

@@ -155,6 +155,23 @@ def test_memory_that_a_loaded_model_takes_is_not_available(monkeypatch):
     assert measure.available_memory(torch.device("cuda")) == 20
 
 
+@pytest.mark.parametrize(
+    ("dtype", "weight_format", "copies"), [("fp32", "auto", 1), ("bf16", "auto", 2), ("bf16", "plain", 1)]
+)
+def test_the_copy_that_auto_packs_is_planned_for(dtype, weight_format, copies, monkeypatch):
+    """A batch that fills the memory beside one copy of the weights left no room for the packed one."""
+    rooms = []
+
+    def stop(room, text):
+        rooms.append(room.weight_copies)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Room, "choose_all", stop)
+    with pytest.raises(ValueError, match="enough"):
+        benchmark(preset="llamagen-b", device="cpu", dtype=dtype, weight_format=weight_format)
+    assert rooms == [copies]
+
+
 def test_auto_is_capped(monkeypatch, capsys):
     monkeypatch.setattr(measure, "available_memory", lambda device: 2**50)
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
