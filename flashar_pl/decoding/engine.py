@@ -32,6 +32,9 @@ Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
 RUNNERS: tuple[str, ...] = get_args(Runner)
 PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
+VARIANTS = 128
+"""Compiled forms of one function, of all models of a process: single and several positions, dtypes, formats of weights.
+Beyond torch's own limit of 8 the blocks would run eagerly, and be called compiled."""
 KEPT = 4
 """Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
 
@@ -131,7 +134,7 @@ class Engine:
             try:
                 for _ in decode(self.model, plan, settings, inputs, buffers):
                     on_step()
-            except torch._dynamo.exc.TorchDynamoException as error:
+            except _compile_errors() as error:
                 raise _compile_failed(error) from error
         return buffers
 
@@ -139,7 +142,7 @@ class Engine:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
         try:
             return Recording(self.model, plan, settings, inputs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except _compile_errors() as error:
             raise _compile_failed(error) from error
         except torch.OutOfMemoryError:
             raise
@@ -183,7 +186,8 @@ class Engine:
             for name, function in self._compiled.items():
                 setattr(block, name, partial(function, block))
         try:
-            yield
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
+                yield
         finally:
             for block in blocks:
                 for name in self._compiled:
@@ -254,6 +258,11 @@ def _resolve(runner: str, model: GridModel) -> str:
     if runner != "eager" and sharded:
         raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
     return runner
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises. A function, because torch imports its compiler at the first use only."""
+    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def _compile_failed(error: Exception) -> ValueError:

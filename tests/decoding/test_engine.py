@@ -202,6 +202,31 @@ def test_compiled_blocks_decode_the_same_and_the_model_is_left_as_it_was(monkeyp
     assert not any("before" in vars(block) or "after" in vars(block) for block in blocks)
 
 
+def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 8 forms of a function torch runs it eagerly: a benchmark of several formats called such rows compiled."""
+    made: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
+    torch._dynamo.reset()
+    for width in (16, 32, 48):
+        before = len(made)
+        model = tiny.flashar(dim=width, n_head=4)
+        for plan in ("raster", "diagonal"):
+            for scale in (1.0, 2.0):
+                Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
+        assert len(made) - before >= 8
+    monkeypatch.setattr(engine, "VARIANTS", 1)
+    torch._dynamo.reset()
+    with pytest.raises(ValueError, match=r"torch.compile failed: .*limit"):
+        Engine(model, "compiled").generate(tiny.classes(1), (2, 3), seeds=0)
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 def test_compiled_by_inductor_decodes_the_same() -> None:
     for kind in ("class", "emu"):
