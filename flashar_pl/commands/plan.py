@@ -6,10 +6,12 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from flashar_pl.commands.arguments import closest
 from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.common import parse_grid, require_new, write_json
 
@@ -20,6 +22,16 @@ if TYPE_CHECKING:
 
 IMAGENET = 1_281_167
 """Training images of ImageNet, for epochs of shards that are not there yet."""
+MODEL_KEYS = (
+    *("backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation"),
+)
+DATA_KEYS = (
+    *("shards", "batch_size", "num_workers", "seed", "window", "validation_batch_size", "limit_validation_samples"),
+    *("cache", "prompts", "max_prompt", "text_encoder"),
+)
+"""Parameters of `FlashARModule` and `CodesDataModule`, which would have to import Lightning."""
+BATCH = 64
+"""`CodesDataModule`'s global batch where a file gives none."""
 
 
 def plan(
@@ -73,6 +85,9 @@ def plan(
 
     if (config is None) == (preset is None):
         raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
+    if gpus < 1 or (gpu_memory is not None and gpu_memory <= 0):
+        size = "" if gpu_memory is None else f" and gpu_memory {gpu_memory:g}"
+        raise ValueError(f"gpus is {gpus}{size}; expected 1 or more GPUs with more than 0 GB.")
     if out is not None:
         require_new(out, "plan")
     run = read_run(config, gpus) if config is not None else preset_run(str(preset), gpus)
@@ -165,11 +180,19 @@ def read_run(path: str, gpus: int) -> Run:
     if not isinstance(values, dict) or "backbone" not in (values.get("model") or {}):
         raise ValueError(f"{file} has no model.backbone; expected the configuration of `flashar fit`.")
     model, data, trainer = values["model"], values.get("data") or {}, values.get("trainer") or {}
-    data = data.get("init_args") or data  # of a data module named by its class_path
+    _check_keys("model", model, MODEL_KEYS)
+    if "class_path" in data:
+        data = data.get("init_args") or {}  # of another data module
+    else:
+        _check_keys("data", data, DATA_KEYS)
     sizes = model_sizes(model_values(model))
     notes: list[str] = []
     grid = _grid(sizes, data.get("shards"), notes)
-    batch = int(data.get("batch_size", 64))
+    batch = data.get("batch_size", BATCH)
+    if not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"data.batch_size is {batch!r}; expected a whole number, 1 or more.")
+    if "batch_size" not in data:
+        notes.append(f"data.batch_size {BATCH} assumed, the default")
     if batch % gpus:
         raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
@@ -197,25 +220,42 @@ def model_values(model: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option that a training run would refuse too.
     """
-    from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config
+    from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, ScheduleConfig, model_config
 
-    flashar = model.get("flashar")
-    try:
-        backbone = BackboneConfig(**model["backbone"])
-        return model_config(backbone, None if flashar is None else FlashARConfig(**flashar))
-    except TypeError as error:
-        raise ValueError(f"the model section is not that of `flashar fit`: {error}") from error
+    for name, kind in (("optimiser", OptimiserConfig), ("schedule", ScheduleConfig)):
+        _settings(model, name, kind)
+    return model_config(_settings(model, "backbone", BackboneConfig), _settings(model, "flashar", FlashARConfig))
 
 
 def lora_values(model: dict[str, Any]) -> LoraConfig | None:
     """`model.lora` of a training YAML. ValueError for an option that it does not have."""
     from flashar_pl.models.lora import LoraConfig
+    from flashar_pl.training.checks import check_lora
 
-    values = model.get("lora")
+    lora = _settings(model, "lora", LoraConfig)
+    check_lora(lora, model.get("flashar"), model.get("init_from"))
+    return lora
+
+
+def _settings(model: dict[str, Any], name: str, kind: type) -> Any:
+    """`kind` from a part of the model section; None = the file does not have it."""
+    values = model.get(name)
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ValueError(f"model.{name} is {values!r}; expected keys with values, as in experiments/*.yaml.")
+    _check_keys(f"model.{name}", values, [field.name for field in fields(kind)])
     try:
-        return None if values is None else LoraConfig(**values)
+        return kind(**values)
     except TypeError as error:
-        raise ValueError(f"model.lora is not that of `flashar fit`: {error}") from error
+        raise ValueError(f"model.{name} is not that of `flashar fit`: {error}") from error
+
+
+def _check_keys(section: str, values: dict[str, Any], known: Sequence[str]) -> None:
+    """ValueError for a key that `flashar fit` would refuse; its value would be left out of the plan."""
+    for key in values:
+        if key not in known:
+            raise ValueError(f"no configuration key {f'{section}.{key}'!r}; {closest(str(key), known)}")
 
 
 def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -43,19 +43,30 @@ def changes(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
             replace(setup, lora=replace(setup.lora, base="bf16")),
         )
     if setup.moments == "fp32":
-        yield "bfloat16 optimizer state", replace(setup, moments="bf16")
+        yield "bfloat16 optimizer state (model.optimiser.state: bf16)", replace(setup, moments="bf16")
     if setup.moments != "8bit":
-        yield "8-bit optimizer state", replace(setup, moments="8bit")
+        yield "8-bit optimizer state (model.optimiser.state: 8bit)", replace(setup, moments="8bit")
     if not setup.checkpointing:
         yield "activation checkpointing", replace(setup, checkpointing=True)
     if setup.samples > 1:
         half = setup.samples // 2
         accumulate = -(-setup.samples * setup.accumulate // half)
-        yield f"{half} sample(s) per GPU and {accumulate} forwards", replace(setup, samples=half, accumulate=accumulate)
+        fewer = replace(setup, samples=half, accumulate=accumulate)
+        yield f"{half} sample(s) per GPU and {accumulate} forwards{batch_settings(fewer)}", fewer
     if setup.ema:
         yield "no averaged weights", replace(setup, ema=False)
     if not setup.offload:
-        yield "FSDP2 with shards and optimizer state in CPU memory", replace(setup, offload=True, sharded=True)
+        option = "trainer.strategy.init_args.offload: true"
+        yield (
+            f"FSDP2 with shards and optimizer state in CPU memory ({option})",
+            replace(setup, offload=True, sharded=True),
+        )
+
+
+def batch_settings(setup: TrainingSetup) -> str:
+    """How a YAML says it."""
+    batch = setup.samples * setup.gpus
+    return f" (data.batch_size: {batch}, trainer.accumulate_grad_batches: {setup.accumulate})"
 
 
 def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list[tuple[str, int]]:
@@ -69,10 +80,13 @@ def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list
     if found := [(text, total) for text, total in single if total <= usable]:
         return found
     texts: list[str] = []
+    samples = setup.samples
     for _ in range(32):  # batch sizes can be halved often
         best = min(changes(setup), key=lambda change: peak_total(sizes, change[1]), default=None)
         if best is None:
             break
+        if best[1].samples < setup.samples < samples:  # halved again: the smaller number stands for both
+            texts = [text for text in texts if not text.endswith(batch_settings(setup))]
         texts.append(best[0])
         setup = best[1]
         if peak_total(sizes, setup) <= usable:

@@ -1,12 +1,13 @@
 """`flashar plan`: every YAML in experiments/ can be planned, and a run that does not fit comes with advice."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flashar_pl.commands.plan import plan
+from flashar_pl.commands.plan import BATCH, DATA_KEYS, MODEL_KEYS, plan
 from flashar_pl.planner import model_sizes
 from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
 from flashar_pl.planner.training import TrainingSetup, peak_total, usable
@@ -100,12 +101,11 @@ def test_advice_where_a_run_does_not_fit(capsys):
     assert all(total <= result["gpu"]["usable"] for _, total in result["changes"])
     out = capsys.readouterr().out
     assert "does NOT fit" in out
-    assert "8-bit optimizer state" in out
+    name = "8-bit optimizer state (model.optimiser.state: 8bit)"
+    assert name in out
     better = plan(preset="emu35-34b", gpus=8, gpu_memory=80, moments="8bit")
     assert better["fits"]
-    assert (
-        max(stage["total"] for stage in better["memory"].values()) == dict(result["changes"])["8-bit optimizer state"]
-    )
+    assert max(stage["total"] for stage in better["memory"].values()) == dict(result["changes"])[name]
     larger = plan(preset="emu35-34b", gpus=result["gpus_that_fit"], gpu_memory=80)
     assert larger["fits"]
 
@@ -117,6 +117,9 @@ def test_changes_are_combined_where_one_is_not_enough():
     ((text, total),) = what_would_fit(sizes, setup, usable(40 * 10**9))
     assert "activation checkpointing" in text
     assert ";" in text
+    ((text, _),) = what_would_fit(sizes, setup, usable(20 * 10**9))
+    assert text.count("forwards") == 1, "halved more than once; the last size is what to set"
+    assert "trainer.accumulate_grad_batches" in text
     assert total <= usable(40 * 10**9)
     assert what_would_fit(sizes, setup, 10**9) == []
     assert gpus_that_fit(sizes, setup, 10**9) is None
@@ -130,7 +133,14 @@ def test_changes_are_combined_where_one_is_not_enough():
         (["--config", "none.yaml"], "no configuration none.yaml"),
         (["--config", "list.yaml"], "has no model.backbone"),
         (["--config", "broken.yaml"], "is not YAML"),
-        (["--config", "wrong.yaml"], "not that of `flashar fit`"),
+        (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
+        (["--config", "rate.yaml"], "no configuration key 'model.optimiser.sate'; did you mean state?"),
+        (["--config", "data.yaml"], "no configuration key 'data.batchsize'; did you mean batch_size"),
+        (["--config", "batch.yaml"], "data.batch_size is 'eight'"),
+        (["--config", "lora.yaml"], "model.init_from is null"),
+        (["--config", "rank.yaml"], "no configuration key 'model.lora.rnk'; did you mean rank?"),
+        (["--config", "odd.yaml", "--gpus", "0"], "gpus is 0"),
+        (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory -5; expected 1 or more GPUs with more than 0 GB"),
         (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is not a multiple of 3"),
         (["--preset", "llamagen-b", "--mfu", "40"], "mfu is 40"),
         (["--preset", "llamagen-b", "--strategy", "ddp", "--offload", "on"], "only sharded parameters"),
@@ -143,7 +153,23 @@ def test_wrong_input_is_refused(words, message, refused, work):
     (work / "broken.yaml").write_text("model: [\n")
     (work / "odd.yaml").write_text("model: {backbone: {preset: llamagen-b}}\ndata: {batch_size: 64}\n")
     (work / "wrong.yaml").write_text("model: {backbone: {size: 3}}\n")
+    base = "model: {backbone: {preset: llamagen-b}"
+    (work / "rate.yaml").write_text(f"{base}, optimiser: {{sate: bf16}}}}\n")
+    (work / "data.yaml").write_text(f"{base}}}\ndata: {{batchsize: 8}}\n")
+    (work / "batch.yaml").write_text(f"{base}}}\ndata: {{batch_size: eight}}\n")
+    (work / "lora.yaml").write_text(f"{base}, flashar: {{branch_layer: 11}}, lora: {{rank: 4}}}}\n")
+    (work / "rank.yaml").write_text(f"{base}, flashar: {{branch_layer: 11}}, lora: {{rnk: 4}}}}\n")
     assert message in refused("plan", *words)
+
+
+def test_known_keys_are_those_of_a_fit():
+    """Guards the plan's copy of the names: a new key would be refused, a removed one accepted."""
+    from flashar_pl.data.datamodules import CodesDataModule
+    from flashar_pl.training.module import FlashARModule
+
+    for known, owner in ((MODEL_KEYS, FlashARModule), (DATA_KEYS, CodesDataModule)):
+        assert set(known) == set(inspect.signature(owner.__init__).parameters) - {"self"}
+    assert inspect.signature(CodesDataModule.__init__).parameters["batch_size"].default == BATCH
 
 
 def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
@@ -152,5 +178,5 @@ def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
     result = plan(config="run.yaml", gpus=1)
     assert result["setup"]["grid"] == (8, 8)
     assert result["setup"]["plan"] == "raster"
-    assert result["notes"] == []
+    assert result["notes"] == ["data.batch_size 64 assumed, the default"]
     assert GPUS[result["gpu"]["name"]].memory == 96
