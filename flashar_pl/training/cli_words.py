@@ -70,6 +70,12 @@ def explain(message: str, known: list[str]) -> str:
             inside = re.search(r'Parser key "([\w.]+)"', text)
             word = found[1] if inside is None or inside[1] in found[1] else f"{inside[1]}.{found[1]}"
             return f"no configuration key {word!r}; closest: {', '.join(nearest(word, known))}."
+    file = re.search(r"nrecognized arguments: (?!-)(\S+)", text)
+    if file:
+        return f"{file[1]!r} belongs to no option; a configuration is given as --config {file[1]}."
+    refused = re.search(r"Does not validate against any .*? Errors: - (\w+\.\w+ is .+?)\. - Expected a ", text)
+    if refused:  # an optional part of the model, and its own message
+        return f"model.{refused[1]}."
     value = re.search(r"Expected an? (.+?)\. Got value: (\S+)", text)
     if value:
         key = ""
@@ -77,6 +83,11 @@ def explain(message: str, known: list[str]) -> str:
             key = part if part.startswith(key) else f"{key}.{part}"
         kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", value[1])
         return f"{key} is {value[2]!r}; expected {kind}."
+    optional = re.search(r'^Parser key "([\w.]+)": .*Subtypes: \[(.+?)\] Errors: .* Given value: (.+)$', text)
+    if optional:
+        kinds = [kind.strip("<>'").split(".")[-1] for kind in optional[2].replace("<class '", "").split(", ")]
+        expected = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
+        return f"{optional[1]} is {optional[3]!r}; expected {expected}."
     return text
 
 

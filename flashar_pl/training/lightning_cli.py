@@ -178,6 +178,12 @@ class ExperimentCLI(LightningCLI):
             keys |= nested_keys(group, typing.get_type_hints(owner.__init__))
         return sorted(key for key in keys if key not in ("help", "print_config"))
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(explain(str(error), [])) from error
+
     # --- before anything long ---------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:

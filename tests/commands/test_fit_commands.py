@@ -228,6 +228,14 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     assert "llamagen-b" in refused(*base, "--model.backbone.preset", "llamagen-c")
     assert "closest: dim" in refused(*base, "--model.backbone.options.dimm", 8)
     assert "model.optimiser.lr is 'fast'; expected float" in refused(*base, "--model.optimiser.lr", "fast")
+    lora = ("--model.init_from", "run.yaml", "--model.flashar.branch_layer", 1)
+    message = refused(*base, *lora, "--model.lora.rank", 0)
+    assert message.startswith("flashar: error: model.lora.rank is 0, alpha 64.0")
+    assert "Union" not in message
+    assert "model.ema_decay is 'x'; expected float or null." in refused(*base, "--model.ema_decay", "x")
+    assert "'run.yaml' belongs to no option; a configuration is given as --config run.yaml" in refused(
+        "fit", "run.yaml"
+    )
     assert "model.flashar.fusion is 'sum'" in refused(*base, "--model.flashar.fusion", "sum")
     assert "expected 0 to 2" in refused(*base, "--model.flashar.branch_layer", 7)
     assert "cfg_scale is -1.0; expected 0 or more" in refused(*base, "--model.validation.cfg_scale", -1)
