@@ -84,7 +84,8 @@ def option(name: str) -> str:
 def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
     hint = _readable(hint)
     choices = _choices(hint)
-    metavar = "{" + ",".join(choices) + "}" if choices else _metavar(parameter.name, hint)
+    other = ["N"] if choices and int in typing.get_args(hint) else []
+    metavar = "{" + ",".join([*choices, *other]) + "}" if choices else _metavar(parameter.name, hint)
     text = text.replace("%", "%%")
     if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
         nargs = "+" if parameter.kind is parameter.VAR_POSITIONAL else None
@@ -159,7 +160,7 @@ def _explain(message: str, function: Callable[..., Any], prog: str) -> str:
     if key and given and key[1] in hints:
         hint = hints[key[1]]
         choices = _choices(hint)
-        expected = f"one of {', '.join(choices)}" if choices else type_text(hint)
+        expected = f"one of {', '.join(choices)}" if choices and int not in typing.get_args(hint) else type_text(hint)
         return f"{option(key[1])} is {given[1]!r}; expected {expected}. See {prog} --help."
     missing = re.match(r"the following arguments are required: (.+)", message)
     if missing:
@@ -173,7 +174,7 @@ def type_text(hint: Any) -> str:
     """A type in words."""
     words = {int: "a whole number", float: "a number", str: "text", type(None): "nothing"}
     parts = [part for part in typing.get_args(hint) or (hint,) if part is not type(None)]
-    return " or ".join(words.get(part, str(part)) for part in parts)
+    return " or ".join(words.get(part) or ", ".join(_choices(part)) or str(part) for part in parts)
 
 
 def closest(word: str, known: typing.Iterable[str]) -> str:

@@ -186,6 +186,13 @@ def test_generate_from_text_features(run, refused, work, suffix):
     assert "text-conditional" in refused(*base, "--classes", "3", "--out", "more")
 
 
+def test_a_batch_size_is_a_number_or_auto(run, refused):
+    """Help and error named auto only."""
+    message = refused("generate", "--checkpoint", "x", "--out", "y", "--batch-size", "many")
+    assert "--batch-size is 'many'; expected a whole number or auto." in message
+    assert "--batch-size {auto,N}" in run("generate", "--help")[1]
+
+
 def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, flashar_model, work):
     base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
     assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
