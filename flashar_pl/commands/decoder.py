@@ -15,6 +15,8 @@ Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
 """Those of `flashar_pl.decoding.RUNNERS`."""
 WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
 """auto: see `choose_format`. The others are those of `flashar_pl.decoding.prepare`."""
+EXACT = ("auto", "plain", "packed")
+"""Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
 
 def build_engine(model: GridModel, runner: Runner, weight_format: WeightFormat) -> Engine:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device
 from flashar_pl.commands.common import versions
-from flashar_pl.commands.decoder import Runner, WeightFormat, choose_format
+from flashar_pl.commands.decoder import EXACT, Runner, WeightFormat
 from flashar_pl.commands.evaluate_parts import RESULT, PartFolder
 from flashar_pl.commands.evaluate_processes import (
     Group,
@@ -367,7 +367,7 @@ def sample_identity(options: Options, job: Job, bench: Bench, size: tuple[int, i
         "grid": list(job.grid),
         "tokenizer": tokenizer_identity(bench.tokenizer.config()),
         "dtype": options.dtype,
-        "weight_format": choose_format(bench.source.model, options.weight_format),
+        "weight_format": "plain" if options.weight_format in EXACT else options.weight_format,
         "plan": job.plan,
         **job.sampling,
         "number": options.num_samples,

@@ -143,3 +143,17 @@ def test_stored_parts_are_not_mixed_with_other_settings(words, tmp_path, capsys)
         assert main([*words, "--out", str(out)]) == 2
     assert "another process is drawing samples" in capsys.readouterr().err
     assert main([*words, "--out", str(out), "--metrics", "is"]) == 0, "metrics and reference may change"
+
+
+def test_a_run_continues_when_other_memory_is_free(words, tmp_path, monkeypatch):
+    """Weight format auto packs 16-bit weights where a copy fits; whether it did must not tie the stored samples."""
+    mine = [*words, "--dtype", "bf16", "--out", str(tmp_path / "eval")]
+
+    def stopped(*args):
+        raise InterruptedError("stopped before the parts are removed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flashar_pl.commands.evaluate.compute_metrics", stopped)
+        patch.setattr("flashar_pl.planner.measure.available_memory", lambda device: 0)
+        assert main(mine) == 2
+    assert main(mine) == 0
