@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -31,19 +31,23 @@ class Recording:
         device = inputs.x.device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.device(device), torch.cuda.stream(stream):  # libraries and compilers allocate at the first run
-            for _ in decode(model, plan, settings, self.inputs, self.buffers):
-                pass
-        torch.cuda.current_stream(device).wait_stream(stream)
+        # a caller's autocast keeps the weights it has cast and frees them when it ends: graphs must not read those
+        with torch.cuda.device(device), torch.autocast(device.type, enabled=False, cache_enabled=False):
+            with torch.cuda.stream(stream):  # libraries and compilers allocate at the first run
+                for _ in decode(model, plan, settings, self.inputs, self.buffers):
+                    pass
+            torch.cuda.current_stream(device).wait_stream(stream)
+            self._capture(decode(model, plan, settings, self.inputs, self.buffers), stream)
+
+    def _capture(self, steps: Generator[int], stream: torch.cuda.Stream) -> None:
+        """The graphs of all steps."""
         pool = torch.cuda.graph_pool_handle()
-        steps = decode(model, plan, settings, self.inputs, self.buffers)
-        with torch.cuda.device(device):
-            for first in range(0, plan.n_steps, STEPS_PER_GRAPH):
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    for _ in range(first, min(first + STEPS_PER_GRAPH, plan.n_steps)):
-                        next(steps)
-                self.graphs.append(graph)
+        for first in range(0, self.plan.n_steps, STEPS_PER_GRAPH):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(first, min(first + STEPS_PER_GRAPH, self.plan.n_steps)):
+                    next(steps)
+            self.graphs.append(graph)
         steps.close()
 
     def replay(self, inputs: Inputs, on_step: Callable[[], object]) -> Buffers:

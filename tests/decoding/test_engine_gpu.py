@@ -12,6 +12,7 @@ from flashar_pl.backbones import Condition
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import decode_under_autocast
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
@@ -57,6 +58,20 @@ def test_a_recording_serves_later_batches_and_new_weights() -> None:
     (recording,) = fast._kept.values()
     assert isinstance(recording, Recording)
     assert len(recording.graphs) == 1
+
+
+def test_a_recording_does_not_read_what_autocast_has_cast() -> None:
+    """Under the caller's autocast, low-precision copies of the weights outlive a step, and end with it."""
+    model, condition = make("class")
+    decode_under_autocast(model)
+    fast = Engine(model, "graphs")
+    with torch.autocast("cuda", torch.bfloat16):
+        codes = fast.generate(condition, (3, 4), seeds=0)
+    assert torch.equal(codes, generate(model, condition, (3, 4), seeds=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(fast.generate(condition, (3, 4), seeds=0), generate(model, condition, (3, 4), seeds=0))
 
 
 def test_a_moved_model_is_recorded_again() -> None:
