@@ -170,7 +170,7 @@ def measure_all(
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     engines = _Engines(job.model)
-    variants = list(dict.fromkeys((runner, choose_format(job.model, weights)) for runner, weights in variants))
+    variants = list(dict.fromkeys((runner, choose_format(job.model, weights, runner)) for runner, weights in variants))
     with progress_bar(len(batches) * (len(plans) * len(variants) + (not skip_plain)), "rows") as advance:
         for weights in dict.fromkeys(weights for _, weights in variants):
             for batch in batches:

@@ -24,13 +24,14 @@ def build_engine(model: GridModel, runner: Runner, weight_format: WeightFormat) 
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
-    return Engine(prepare(model, choose_format(model, weight_format)), runner)
+    return Engine(prepare(model, choose_format(model, weight_format, runner)), runner)
 
 
-def choose_format(model: GridModel, weight_format: WeightFormat) -> WeightFormat:
+def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner) -> WeightFormat:
     """What "auto" stands for: the fastest format that changes no value, by measurement (docs/performance.md).
 
-    That is packed on a CPU for weights of 16 bit, where a second copy of them fits, and plain elsewhere.
+    That is packed on a CPU for weights of 16 bit, where a second copy of them fits, and plain elsewhere. Packed weights
+    cannot be compiled.
     """
     if weight_format != "auto":
         return weight_format
@@ -39,7 +40,7 @@ def choose_format(model: GridModel, weight_format: WeightFormat) -> WeightFormat
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    if model.device.type != "cpu" or dtype.itemsize > 2 or unsupported(dtype) is not None:
+    if model.device.type != "cpu" or dtype.itemsize > 2 or unsupported(dtype) is not None or "compiled" in runner:
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return "packed" if 2 * size < available_memory(model.device) else "plain"

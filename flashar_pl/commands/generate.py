@@ -152,7 +152,7 @@ def generate(
     )  # fmt: skip
     _notes(source, wanted, settings)
     decoder = None if codes_only else matching_tokenizer(source, device)
-    form = choose_format(source.model, weight_format)
+    form = choose_format(source.model, weight_format, runner)
     engine = build_engine(source.model, runner, form)
     size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size, engine.prefix_bucket)
     samples = samples_of(wanted, height_width, plan_name, settings, size, seed)

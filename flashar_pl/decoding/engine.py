@@ -21,6 +21,7 @@ from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_conditio
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.grid import DecodePlan, check_grid
+from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
@@ -52,7 +53,8 @@ class Engine:
         prefix_bucket: prompts of variable length are left-padded to a multiple of this; None = 64 with graphs, else 1.
 
     Raises:
-        ValueError: unknown runner; graphs without a CUDA device or with a sharded model.
+        ValueError: unknown runner; graphs without a CUDA device; compiled with packed weights; either with a sharded
+            model.
     """
 
     def __init__(self, model: GridModel | Backbone, runner: Runner = "auto", prefix_bucket: int | None = None) -> None:
@@ -255,6 +257,8 @@ def _resolve(runner: str, model: GridModel) -> str:
         raise ValueError(
             f"runner is {runner}, and the model is on {device}; CUDA graphs need a CUDA device: use eager."
         )
+    if "compiled" in runner and any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError(f"runner is {runner}, and the weights are packed, which torch.compile cannot read: use eager.")
     if runner != "eager" and sharded:
         raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
     return runner

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from flashar_pl.decoding import generate
+from flashar_pl.decoding import Engine, generate
 from flashar_pl.decoding.prepare import WEIGHT_FORMATS, model_bytes, prepare
 from flashar_pl.layers.packed import PackedLinear, unsupported
 from flashar_pl.models import FlashAR
@@ -163,6 +163,13 @@ def test_packed_needs_a_processor() -> None:
     """Guards a GPU model against an obscure error inside oneDNN."""
     with pytest.raises(ValueError, match="use plain"):
         prepare(tiny.flashar().to("meta"), "packed")
+
+
+@needs_packing
+def test_packed_weights_are_not_compiled() -> None:
+    """torch 2.13 fails on them inside its code generator, with a page of internals."""
+    with pytest.raises(ValueError, match=r"runner is compiled, and the weights are packed, .* use eager"):
+        Engine(prepare(tiny.flashar(), "packed"), "compiled")
 
 
 def test_without_torchao_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
