@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from flashar_pl.layers.packed import PackedLinear, unsupported
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.quiet import quiet_torchao
 
 WeightFormat = Literal["plain", "packed", "int8", "fp8"]
 """plain = as they are. packed: laid out for the CPU's matrix products, equal up to rounding. int8, fp8: one byte per
@@ -86,7 +87,8 @@ def _quantiser(weights: str, device: torch.device) -> Callable[[Tensor], nn.Modu
     if weights == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ValueError(f"weight format is 'fp8', and {name} has no float8 (compute capability 8.9); use int8.")
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    with quiet_torchao():
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
     config = Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
 

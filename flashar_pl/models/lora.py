@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.models.quiet import quiet_torchao
+
 if TYPE_CHECKING:
     from flashar_pl.models.base import GridModel
 
@@ -80,7 +82,8 @@ def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
     if config is None:
         return model
     try:
-        import peft
+        with quiet_torchao():
+            import peft
     except ImportError as error:
         raise ValueError("model.lora needs peft: pip install 'flashar-pl[lora]'.") from error
     options = peft.LoraConfig(
@@ -92,7 +95,8 @@ def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
     )
     blocks = model.backbone.blocks
     on_meta = next(blocks.parameters()).is_meta
-    peft.inject_adapter_in_model(options, blocks, ADAPTER, low_cpu_mem_usage=on_meta)
+    with quiet_torchao():
+        peft.inject_adapter_in_model(options, blocks, ADAPTER, low_cpu_mem_usage=on_meta)
     cast(Any, model).lora = config
     names = frozen_names(model)
     for name, parameter in model.named_parameters():

@@ -103,13 +103,14 @@ class StageSwitch(Callback):
             for group in groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_(schedule.trains(group["role"], step))
-            self._announce(schedule, step, [group["role"] for group in groups])
+            self._announce(schedule, step, [group["role"] for group in groups], module.lora is not None)
             self.stage = stage
         for group in groups:
             set_rate(group, schedule.lr(group["role"], step, module.optimiser.lr))
 
-    def _announce(self, schedule: Schedule, step: int, roles: list[str]) -> None:
-        training = ", ".join(dict.fromkeys(role for role in roles if schedule.trains(role, step)))
+    def _announce(self, schedule: Schedule, step: int, roles: list[str], lora: bool) -> None:
+        names = dict.fromkeys(role for role in roles if schedule.trains(role, step))
+        training = ", ".join(f"{name} (LoRA)" if lora and name == "backbone" else name for name in names)
         rank_zero_info(f"Stage {schedule.stage(step)} at step {step} of {schedule.total_steps}: {training} train.")
 
 

@@ -10,6 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from flashar_pl.models import GridModel
+from flashar_pl.models.lora import frozen_names
+
 LINE_EVERY = 30.0
 """Seconds between lines where standard error is no terminal (log files)."""
 
@@ -36,8 +39,14 @@ class RunProgress(ProgressBar):
         super().on_train_start(trainer, pl_module)
         if not self._enabled:
             return
-        parameters = sum(p.numel() for p in pl_module.parameters())
-        self.print(f"{parameters:,} parameters on {trainer.world_size} x {trainer.strategy.root_device.type}")
+        model = getattr(pl_module, "net", pl_module)  # averaged weights are no parameters of the model
+        parameters = sum(p.numel() for p in model.parameters())
+        frozen = frozen_names(model) if isinstance(model, GridModel) else set()
+        trained = sum(p.numel() for name, p in model.named_parameters() if name not in frozen)
+        self.print(
+            f"{parameters:,} parameters on {trainer.world_size} x {trainer.strategy.root_device.type}"
+            + (f"; {trained:,} of them train" if frozen else "")
+        )
         total = trainer.estimated_stepping_batches
         self._bar = tqdm(
             total=int(total) if total != float("inf") else None,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashar_pl.models.quiet import quiet_torchao
 from flashar_pl.training.sharding import local
 
 
@@ -24,8 +25,9 @@ def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
     Raises:
         ImportError: torchao is not installed.
     """
-    from torchao.optim import AdamW8bit
-    from torchao.optim.adam import single_param_adam
+    with quiet_torchao():
+        from torchao.optim import AdamW8bit
+        from torchao.optim.adam import single_param_adam
 
     class QuantisedAdamW(AdamW8bit):
         @torch.no_grad()

@@ -90,7 +90,9 @@ def test_continues_on_one_process(said: str, folder: Path) -> None:
     told = flashar(
         folder, "fit", "--ckpt_path", checkpoint, "--trainer.devices", 1, "--trainer.default_root_dir", "runs/again",
     )  # fmt: skip
-    assert "Stage 2 at step 10 of 20" in told
+    assert "Stage 2 at step 10 of 20: backbone (LoRA)," in told
+    assert "69,969 parameters on 1 x cpu; 31,281 of them train" in told
+    assert "torchao" not in told
     before = float(re.findall(r"step 10: val/nll ([\d.]+)", said)[-1])
     after = float(re.findall(r"step 20: val/nll ([\d.]+)", told)[-1])
     assert after < before  # exactly how much depends on the captions that this number of processes drops
