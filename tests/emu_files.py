@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from flashar_pl.backbones import Emu35, Emu35Config
@@ -18,6 +20,11 @@ CODES = 256
 """Codes of the golden image tokenizer."""
 OFFSET = 256 + 208 + 3
 """Bytes, special tokens, image tokens: the ids before the visual ones."""
+
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (20, 180, 40)}
+WIDE = 7
+"""Every seventh image is four times as wide as high."""
 
 
 def write_assets(directory: Path) -> Path:
@@ -97,3 +104,19 @@ def write_ibq(directory: Path) -> Path:
     settings = json.loads((IBQ_GOLDEN / "ibq_tiny.json").read_text())
     (directory / "config.json").write_text(json.dumps(settings["ddconfig"]))
     return directory
+
+
+def write_images(folder: Path, count: int, start: int, name: str) -> None:
+    """Coloured shapes with captions that say what they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(start)
+    items = []
+    for i in range(start, start + count):
+        colour, shape = list(COLOURS)[i % 3], ("square", "circle")[i // 3 % 2]
+        image = Image.new("RGB", (160, 40) if i % WIDE == 0 else (44, 40), "white")
+        x, y = random.integers(2, 14, 2)
+        draw = ImageDraw.Draw(image)
+        (draw.rectangle if shape == "square" else draw.ellipse)([x, y, x + 20, y + 20], fill=COLOURS[colour])
+        image.save(folder / f"{i}.png")
+        items.append({"caption": f"a {colour} {shape}", "image": f"{i}.png"})
+    (folder / f"{name}.json").write_text(json.dumps(items))

@@ -18,7 +18,7 @@ import emu_files
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.tokenizers import build_tokenizer
@@ -27,9 +27,6 @@ pytest.importorskip("tiktoken")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-COLOURS = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (20, 180, 40)}
-WIDE = 7
-"""Every seventh image is four times as wide as high."""
 EXACT = {
     "model.backbone.options.condition_dropout": 0.0,
     "model.optimiser.state": "fp32",
@@ -54,29 +51,13 @@ def documented() -> dict[str, list[list[str]]]:
     return found
 
 
-def write_images(folder: Path, count: int, start: int, name: str) -> None:
-    """Coloured shapes with captions that say what they are."""
-    folder.mkdir(exist_ok=True)
-    random = np.random.default_rng(start)
-    items = []
-    for i in range(start, start + count):
-        colour, shape = list(COLOURS)[i % 3], ("square", "circle")[i // 3 % 2]
-        image = Image.new("RGB", (160, 40) if i % WIDE == 0 else (44, 40), "white")
-        x, y = random.integers(2, 14, 2)
-        draw = ImageDraw.Draw(image)
-        (draw.rectangle if shape == "square" else draw.ellipse)([x, y, x + 20, y + 20], fill=COLOURS[colour])
-        image.save(folder / f"{i}.png")
-        items.append({"caption": f"a {colour} {shape}", "image": f"{i}.png"})
-    (folder / f"{name}.json").write_text(json.dumps(items))
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """What a user has at the start. The base model has smaller weights than elsewhere in the tests: with saturated
     attention, gradients near zero turn rounding errors into steps of AdamW."""
     root = tmp_path_factory.mktemp("chain")
-    write_images(root / "own", 56, 0, "train")
-    write_images(root / "own", 9, 56, "held_out")
+    emu_files.write_images(root / "own", 56, 0, "train")
+    emu_files.write_images(root / "own", 9, 56, "held_out")
     emu_files.write_base(root / "data/emu35_tiny/model", scale=2)
     emu_files.write_ibq(root / "data/emu35_tiny/tokenizer")
     (root / "experiments").symlink_to(ROOT / "experiments")
@@ -137,7 +118,7 @@ def check_shards(place: Path, words: dict[str, list[list[str]]]) -> None:
         manifest = Manifest.load(place / "data/own" / grid)
         assert (manifest.vocabulary, manifest.condition.kind) == (emu_files.CODES, "text")
         for split, n, start in (("train", 56, 0), ("validation", 9, 56)):
-            ids = [i for i in range(n) if ((i + start) % WIDE == 0) == wide]
+            ids = [i for i in range(n) if ((i + start) % emu_files.WIDE == 0) == wide]
             reader = ShardReader(manifest, split)
             samples = reader.read(np.arange(len(reader)))
             captions = [item["caption"] for item in json.loads((place / "own" / _list(split)).read_text())]
@@ -172,6 +153,7 @@ def test_from_own_images_to_a_post_trained_model(place: Path) -> None:
 
     reference = [word.replace("runs/own", "runs/whole") for word in exact(start)]
     said = flashar(place, reference)
+    assert "67,025 parameters on 2 x cpu" in said, "averaged weights are no further parameters"
     assert "Stage 1 at step 0 of 20: vertical, vertical_head, gate train." in said
     assert "Stage 2 at step 4 of 20: backbone," in said
     killed = kill(place, exact(start), KILLED_AT)

@@ -1,6 +1,7 @@
-"""What experiments/emu35_tiny.yaml trains on: python tests/training/emu_tiny_data.py data/emu35_tiny
+"""What experiments/emu35_tiny.yaml trains on: python tests/training/emu_tiny_data.py data/emu35_tiny [own]
 
 A tiny base model in the layout of the released one, its prompt assets, a tiny image tokenizer, and shards of captions.
+With a second directory, images and lists of captions in it: train.json, held_out.json.
 """
 
 from __future__ import annotations
@@ -41,4 +42,10 @@ def write(root: Path) -> None:
 
 
 if __name__ == "__main__":
+    images = Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    if images is not None and images.exists():
+        sys.exit(f"{images} exists; choose another directory for the images, or none.")
     write(Path(sys.argv[1]))
+    if images is not None:
+        emu_files.write_images(images, 56, 0, "train")
+        emu_files.write_images(images, 9, 56, "held_out")
