@@ -63,6 +63,8 @@ def benchmark_train(
 
     if min(batch_size, repeats, threads) < 1:
         raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
+    if layers is not None and layers < 1:
+        raise ValueError(f"layers is {layers}; expected 1 or more.")
     if out is not None:
         require_new(out, "benchmark")
     place, shape = find_device(device), parse_grid(grid)

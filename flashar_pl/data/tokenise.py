@@ -17,6 +17,7 @@ Shapes: n samples of one pass, K crops of an image, H x W grid.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,15 +248,18 @@ def _items(job: Job, parts: list[int]) -> Iterator[Item]:
     groups = [group.tolist() for part in parts for group in _cut(job.samples(part))]
     if not groups:
         return
-    loader = DataLoader(
-        _Reading(job.source, job.prepare),
-        sampler=groups,
-        batch_size=None,
-        num_workers=job.workers,
-        collate_fn=_as_is,
-        generator=torch.Generator(),
-    )
-    for group in loader:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*worker processes in total")  # as --workers says
+        loader = DataLoader(
+            _Reading(job.source, job.prepare),
+            sampler=groups,
+            batch_size=None,
+            num_workers=job.workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+        )
+        read = iter(loader)
+    for group in read:
         yield from group
 
 

@@ -105,12 +105,12 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
     if not isinstance(backbone, LlamaGen):
         raise ValueError(
             f"a FlashAR model trained here on an {backbone.kind} backbone has no official format: NAR checkpoints "
-            "are LlamaGen's, and the FlashAR authors' have conventions of their own. Use our format."
+            "are LlamaGen's, and the FlashAR authors' have conventions of their own. Leave --to out for our format."
         )
     if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
         raise ValueError(
             f"the model branches at layer {model.branch_layer} of {backbone.n_layer} with {model.vertical_layers} "
             f"vertical layers and fusion {model.fusion!r}; the only official format for it, a NAR checkpoint, has one "
-            "layer after the last and averages. Use our format."
+            "layer after the last and averages. Leave --to out for our format."
         )
     return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))

@@ -51,6 +51,7 @@ def test_a_training_benchmark(work, run, monkeypatch):
     ("words", "message"),
     [
         (["--batch-size", "0"], "batch_size is 0"),
+        (["--layers", "0"], "layers is 0; expected 1 or more"),
         (["--preset", "llamagen-z"], "no preset 'llamagen-z'"),
         (["--out", "."], "exists"),
     ],
