@@ -110,6 +110,7 @@ def score_formats(
             model = prepare(source.model, name)
             found = behaviour(model, batches, plan_name, cfg_scale, seed, advance)
             rows.append({"format": name, **compared(found, expected), "bytes": model_bytes(model)})
+            del model  # room for the next copy
     result = {
         "images": sum(map(len, expected.nll)),
         "plan": plan_name,

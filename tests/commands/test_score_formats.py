@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,23 @@ def test_quantised_weights_differ_a_little_and_are_smaller(run, flashar_model, s
         assert row["bytes"] < plain["bytes"]
         assert row["nll_change"] != 0
         assert 0.1 < row["same_first"] < 1 or row["format"] == "int8"
+
+
+def test_one_copy_of_the_weights_at_a_time(run, flashar_model, shards, monkeypatch) -> None:
+    """Guards memory: beside the plain weights stands one copy, not the last one too."""
+    copies: list[weakref.ref] = []
+
+    def prepared(model, name):
+        assert all(each() is None for each in copies)
+        made = copy.deepcopy(model)
+        copies.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr("flashar_pl.decoding.prepare.prepare", prepared)
+    words = ("--limit", 2, "--formats", "int8,fp8")
+    code, _, err = run("score", "formats", "--checkpoint", flashar_model, "--data", shards, *words)
+    assert code == 0, err
+    assert len(copies) == 2
 
 
 def test_bad_input(refused, flashar_model, shards) -> None:
