@@ -19,7 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from flashar_pl.commands.benchmark_rows import device_name, synthetic_condition, synthetic_model
 from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.common import parse_grid
-from flashar_pl.commands.decoder import build_engine
+from flashar_pl.commands.decoder import choose_format
+from flashar_pl.decoding import Engine
+from flashar_pl.decoding.prepare import prepare
 from flashar_pl.numerics import dtype_from_name
 from flashar_pl.planner import model_sizes
 from flashar_pl.planner.measure import synchronise
@@ -70,7 +72,7 @@ def main() -> None:
     device, grid = torch.device(arguments.device), parse_grid(arguments.grid)
     sizes = model_sizes({"backbone": {"preset": arguments.preset}})
     model = synthetic_model(sizes, device, dtype_from_name(arguments.dtype))
-    engine = build_engine(model, "eager", arguments.weight_format)
+    engine = Engine(prepare(model, choose_format(model, arguments.weight_format, "eager")), "eager")
     condition, unconditional = synthetic_condition(sizes, arguments.batch_size, True)
 
     def decode() -> None:

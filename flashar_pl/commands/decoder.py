@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
+    from flashar_pl.commands.checkpoint import Source
     from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
 
@@ -19,12 +20,16 @@ EXACT = ("auto", "plain", "packed")
 """Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
 
-def build_engine(model: GridModel, runner: Runner, weight_format: WeightFormat) -> Engine:
-    """An engine of a model for inference. Raises ValueError where the device cannot run it."""
+def build_engine(source: Source, runner: Runner, weight_format: WeightFormat) -> Engine:
+    """An engine of a checkpoint for inference. Raises ValueError where the device cannot run it.
+
+    `source.model` becomes the model that the engine runs, so that nothing holds the weights in their former format.
+    """
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
-    return Engine(prepare(model, choose_format(model, weight_format, runner)), runner)
+    source.model = prepare(source.model, choose_format(source.model, weight_format, runner))
+    return Engine(source.model, runner)
 
 
 def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner) -> WeightFormat:

@@ -203,7 +203,7 @@ def draw_images(
     def missing(batch: int) -> bool:
         return any(not files[i].exists() for i in samples.numbers(batch) if i < samples.n)
 
-    engine = build_engine(source.model, runner, drawing.weight_format)
+    engine = build_engine(source, runner, drawing.weight_format)
     todo = [batch for batch in range(group.rank, samples.batches, group.ranks) if missing(batch)]
     with progress_bar(len(todo) * samples.batch_size, "images") as advance:
         for drawn in draw(engine, decoder, samples, todo):

@@ -114,7 +114,7 @@ def load_bench(
             "give the tokenizer that made the training codes: --tokenizer."
         )
     place = find_device(device)
-    engine = build_engine(source.model, runner, weight_format)
+    engine = build_engine(source, runner, weight_format)
     return Bench(source, engine, decoder.to(place), extractor.to(place))
 
 

@@ -153,7 +153,7 @@ def generate(
     _notes(source, wanted, settings)
     decoder = None if codes_only else matching_tokenizer(source, device)
     form = choose_format(source.model, weight_format, runner)
-    engine = build_engine(source.model, runner, form)
+    engine = build_engine(source, runner, form)
     size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size, engine.prefix_bucket)
     samples = samples_of(wanted, height_width, plan_name, settings, size, seed)
     with peak_memory(engine.device) as peak:

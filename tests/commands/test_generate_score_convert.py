@@ -338,3 +338,19 @@ def test_tokenize_digits(run, refused, work):
     assert "1,400 train" in out
     assert Manifest.load("digits").samples("test") == 297
     assert "digits exists" in refused("tokenize", "digits", "--out", "digits")
+
+
+def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
+    """int8 is chosen where memory is short: the weights as they were must not stay beside the copy."""
+    import gc
+    import weakref
+
+    from flashar_pl.commands.checkpoint import open_checkpoint
+    from flashar_pl.commands.decoder import build_engine
+
+    source = open_checkpoint(str(flashar_model), device="cpu")
+    former = weakref.ref(source.model)
+    engine = build_engine(source, "eager", "packed")
+    gc.collect()
+    assert former() is None
+    assert source.model is engine.model
