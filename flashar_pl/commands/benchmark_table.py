@@ -102,11 +102,11 @@ def table(result: dict[str, Any]) -> str:
     once = [f"{row['plan']} at batch {row['batch']}" for row in result["rows"] if row["time"]["repeats"] == 1]
     if once:
         parts.append(f"Measured once only: {'; '.join(once)}.")
-    parts += [
-        f"FAILED: {row['plan']} at batch {row['batch']} with runner {row['runner']}, {row['weight_format']} weights: "
-        f"{row['cause']}"
-        for row in result["failed"]
-    ]
+    causes: dict[str, list[str]] = {}
+    for row in result["failed"]:
+        cause = f"with runner {row['runner']}, {row['weight_format']} weights: {row['cause']}"
+        causes.setdefault(cause, []).append(f"{row['plan']} at batch {row['batch']}")
+    parts += [f"FAILED: {', '.join(rows)} {cause}" for cause, rows in causes.items()]
     return "\n\n".join(parts) + "\n"
 
 

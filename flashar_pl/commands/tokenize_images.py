@@ -291,7 +291,7 @@ def run_job(job: Job) -> dict[str, Any] | None:
         print(f"(if all have ended and {job.out} has no manifest.json, give the same command again)")
         return None
     grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
-    print(f"{job.split}: {report['written']:,} of {report['samples']:,} images written ({grids})")
+    print(f"{job.split}: {report['written']:,} of {report['samples']:,} images are in the shards ({grids})")
     for reason, count in report["left_out"].items():
         print(f"left out: {count:,} ({reason})")
     if report["unreadable"]:

@@ -60,7 +60,7 @@ def test_ten_crop_codes_are_those_of_the_tokenizer(tmp_path, tokenize, images):
     """Guards the order of images, labels and crops, and the pixels that reach the tokenizer."""
     code, out, _ = tokenize(tmp_path / "s", "--ten-crop", "--crop-range", 1.15)
     assert code == 0
-    assert "27 of 27 images written (27 of 4x4 codes)" in out
+    assert "27 of 27 images are in the shards (27 of 4x4 codes)" in out
     ids, labels, codes = contents(tmp_path / "s")
     assert ids.tolist() == list(range(27))
     assert labels.tolist() == [i // EACH for i in range(27)]
@@ -230,7 +230,7 @@ def test_another_process_merges_in_between(tmp_path, tokenize, monkeypatch, plac
     monkeypatch.setattr(module, place, late)
     code, out, _ = tokenize(tmp_path / "s", "--shard-images", 14)
     assert code == 0
-    assert "27 of 27 images written" in out
+    assert "27 of 27 images are in the shards" in out
     verify(tmp_path / "s")
     assert not list((tmp_path / "s").glob(".*"))
 
@@ -246,7 +246,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, tokenize, re
     assert ".JPEG: " in error
     code, out, _ = tokenize(tmp_path / "s", "--max-bad-share", 0.08, source=source)
     assert code == 0
-    assert "25 of 27 images written" in out
+    assert "25 of 27 images are in the shards" in out
     lines = (tmp_path / "s" / "bad_images.train.txt").read_text().splitlines()
     assert [line.split("\t")[:2] for line in lines] == [
         ["12", f"{source}/n1/3.JPEG"],
