@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from flashar_pl.models import GridModel
     from flashar_pl.models.weights import Description
+    from flashar_pl.tokenizers import Tokenizer
 
 Plan = Literal["raster", "diagonal"]
 Weights = Literal["auto", "raw", "ema"]
@@ -54,6 +55,18 @@ class Source:
             )
         return self.tokenizer
 
+    def matching_tokenizer(self, device: str) -> Tokenizer:
+        """The tokenizer that decodes the checkpoint's codes, on a device. ValueError where it is not the model's."""
+        from flashar_pl.tokenizers import build_tokenizer
+
+        decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
+        if decoder.vocabulary != self.model.backbone.vocabulary:
+            raise ValueError(
+                f"the tokenizer has {decoder.vocabulary} codes, the model {self.model.backbone.vocabulary}; "
+                "give the tokenizer that made the training codes: --tokenizer."
+            )
+        return decoder
+
     @property
     def dtype(self) -> str:
         """Of the weights."""
@@ -74,8 +87,10 @@ class Source:
 
 
 def count_parameters(model: GridModel) -> int:
-    """Number of parameters of a model."""
-    return sum(p.numel() for p in model.parameters())
+    """Number of parameters of a model, whatever form its weights are in (see `flashar_pl.decoding.prepare`)."""
+    from flashar_pl.models.weights import build_on_meta
+
+    return sum(p.numel() for p in build_on_meta(model.config()).parameters())
 
 
 def open_checkpoint(

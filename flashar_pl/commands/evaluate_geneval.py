@@ -184,15 +184,9 @@ def draw_images(
 ) -> None:
     """Draw this rank's share of the images that are not there yet."""
     from flashar_pl.decoding.samples import draw
-    from flashar_pl.tokenizers import build_tokenizer
     from flashar_pl.training.images import save_png
 
-    decoder = build_tokenizer(source.need_tokenizer()).to(find_device(device))
-    if decoder.vocabulary != source.model.backbone.vocabulary:
-        raise ValueError(
-            f"the tokenizer has {decoder.vocabulary} codes, the model {source.model.backbone.vocabulary}; "
-            "give the tokenizer that made the training codes: --tokenizer."
-        )
+    decoder = source.matching_tokenizer(device)
     samples = prompt_samples(source, [entry["prompt"] for entry in entries], text, drawing)
     if group.rank == 0:
         _open(out, source, entries, drawing, samples.plan)

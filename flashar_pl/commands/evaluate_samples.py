@@ -93,7 +93,6 @@ def load_bench(
 ) -> Bench:
     """Load model, tokenizer and feature extractor onto one device."""
     from flashar_pl.metrics.features import load_extractor
-    from flashar_pl.tokenizers import build_tokenizer
 
     extractor = load_extractor(features)
     source = open_checkpoint(
@@ -107,15 +106,9 @@ def load_bench(
         dtype=dtype,
     )
     source.need_grid()
-    decoder = build_tokenizer(source.need_tokenizer())
-    if decoder.vocabulary != source.model.backbone.vocabulary:
-        raise ValueError(
-            f"the tokenizer has {decoder.vocabulary} codes, the model {source.model.backbone.vocabulary}; "
-            "give the tokenizer that made the training codes: --tokenizer."
-        )
-    place = find_device(device)
+    decoder = source.matching_tokenizer(device)
     engine = build_engine(source, runner, weight_format)
-    return Bench(source, engine, decoder.to(place), extractor.to(place))
+    return Bench(source, engine, decoder, extractor.to(find_device(device)))
 
 
 def class_count(model: GridModel) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.commands.batches import Room
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
+from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, open_checkpoint
 from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
 from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine, choose_format
 from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
@@ -151,7 +151,7 @@ def generate(
         text=TextSettings(assets, text_encoder, negative_prompt),
     )  # fmt: skip
     _notes(source, wanted, settings)
-    decoder = None if codes_only else matching_tokenizer(source, device)
+    decoder = None if codes_only else source.matching_tokenizer(device)
     form = choose_format(source.model, weight_format, runner)
     engine = build_engine(source, runner, form)
     size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size, engine.prefix_bucket)
@@ -236,19 +236,6 @@ def samples_of(
     from flashar_pl.decoding.samples import SampleSet
 
     return SampleSet.of(wanted.condition, grid, plan, settings, batch_size, seed, wanted.unconditional)
-
-
-def matching_tokenizer(source: Source, device: str) -> Tokenizer:
-    """The tokenizer that decodes the checkpoint's codes, on a device. Raises ValueError where it is not the model's."""
-    from flashar_pl.tokenizers import build_tokenizer
-
-    decoder = build_tokenizer(source.need_tokenizer()).to(find_device(device))
-    if decoder.vocabulary != source.model.backbone.vocabulary:
-        raise ValueError(
-            f"the tokenizer has {decoder.vocabulary} codes, the model {source.model.backbone.vocabulary}; "
-            "give the tokenizer that made the training codes: --tokenizer."
-        )
-    return decoder
 
 
 def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[dict[str, Any]]:

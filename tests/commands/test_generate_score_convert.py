@@ -349,8 +349,9 @@ def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
     from flashar_pl.commands.decoder import build_engine
 
     source = open_checkpoint(str(flashar_model), device="cpu")
-    former = weakref.ref(source.model)
+    former, facts = weakref.ref(source.model), source.facts()
     engine = build_engine(source, "eager", "packed")
     gc.collect()
     assert former() is None
     assert source.model is engine.model
+    assert source.facts() == facts, "what settings.json says of a checkpoint does not depend on the format"
