@@ -110,7 +110,7 @@ def curve(report: Path, run: str, tag: str) -> dict[int, float]:
 def check_shards(place: Path, words: dict[str, list[list[str]]]) -> None:
     """Tokenise; every image is in the data set of its shape, with its own caption."""
     printed = [flashar(place, line) for line in words["tokenize text-image"]]
-    assert "56 of 56 images written (8 of 2x8 codes, 48 of 4x4 codes)" in printed[0]
+    assert "56 of 56 images are in the shards (8 of 2x8 codes, 48 of 4x4 codes)" in printed[0]
     assert "captions: 0 empty" in printed[0]
     assert "everything is as the manifest says" in flashar(place, *words["tokenize check"])
     assert len(list(place.glob("check*.png"))) == 2
