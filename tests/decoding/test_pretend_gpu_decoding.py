@@ -1,0 +1,106 @@
+"""Decoding on a pretended GPU: devices are not mixed, the loop waits for nothing, graphs replay other batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from pretend_gpu import PretendGPU
+
+from flashar_pl.backbones import Condition
+from flashar_pl.decoding import Engine, engine, generate
+from flashar_pl.decoding.graphs import Recording
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+
+PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
+NULLS = {"unconditional": [torch.tensor([1, 2, 9])] * 2}
+KINDS = ("class", "text", "emu", "released")
+SETTINGS = (
+    {"greedy": True},
+    {"cfg_scale": 2.0, "cfg_interval": 1, "top_k": 9, "top_p": 0.9, "temperature": 0.8},
+)
+
+
+def make(kind: str) -> tuple[GridModel, list[Condition], dict[str, Any]]:
+    """A model, the conditions of two batches, and what guidance needs besides."""
+    if kind == "class":
+        return tiny.flashar(n_head=4, n_kv_head=2), [tiny.classes(2), tiny.classes(4)[2:]], {}
+    if kind == "text":  # heads of 12, which are padded on a GPU
+        batches: list[Condition] = [tiny.captions([2, 5], seed=seed) for seed in (0, 1)]
+        return tiny.flashar(condition="text", dim=24), batches, {}
+    if kind == "emu":
+        return tiny.emu_flashar(), [PROMPTS, PROMPTS[::-1]], NULLS
+    torch.manual_seed(0)
+    released = ReleasedFlashAR(tiny.emu(), 2, 1, Compatibility())
+    tiny.randomise(released.vertical, 1)
+    return released.eval(), [PROMPTS, PROMPTS[::-1]], NULLS
+
+
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_on_a_device(kind: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a tensor made on the CPU, and against a wait, which would end the recording of a graph."""
+    model, batches, nulls = make(kind)
+    asked = [{"seeds": 3, **settings, **(nulls if "cfg_scale" in settings else {})} for settings in SETTINGS]
+    expected = [generate(model, batches[0], (2, 3), plan, **each) for each in asked]
+    real = engine.decode
+    with PretendGPU() as gpu:
+        model.to("cuda")
+
+        def decode(*arguments: Any) -> Iterator[int]:
+            with gpu.never_waits():
+                yield from real(*arguments)
+
+        for each, codes in zip(asked, expected, strict=True):
+            generate(model, batches[0], (2, 3), plan, **each)  # copies the plan to the device
+            with monkeypatch.context() as patched:
+                patched.setattr(engine, "decode", decode)
+                found = generate(model, batches[0], (2, 3), plan, **each)
+            assert found.is_cuda
+            assert torch.equal(found.cpu(), codes)
+
+
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_replay_other_batches(kind: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded depends on shapes only: another batch, and other weights in the same memory, replay it."""
+    monkeypatch.setattr("flashar_pl.decoding.graphs.STEPS_PER_GRAPH", 3)
+    model, batches, nulls = make(kind)
+    asked: dict[str, Any] = {**SETTINGS[1], **nulls}
+    with PretendGPU():
+        model.to("cuda")
+        fast = Engine(model)
+        assert fast.runner == "graphs"
+        for seed, condition in enumerate(batches):
+            codes = fast.generate(condition, (2, 3), plan, seeds=seed, **asked)
+            assert torch.equal(codes.cpu(), generate(model, condition, (2, 3), plan, seeds=seed, **asked).cpu())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(0.9)
+        (recording,) = fast._kept.values()
+        assert isinstance(recording, Recording)
+        assert len(recording.graphs) == 2
+
+
+def test_a_wait_ends_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where auto chose graphs and they fail, decoding goes on without, with the cause."""
+    model, batches, _ = make("class")
+    real = engine.decode
+
+    def decode(*arguments: Any) -> Iterator[int]:
+        for t in real(*arguments):
+            int(arguments[-1].drawn.sum())
+            yield t
+
+    with PretendGPU():
+        model.to("cuda")
+        monkeypatch.setattr("flashar_pl.decoding.graphs.decode", decode)
+        fast = Engine(model)
+        with pytest.warns(UserWarning, match="could not be recorded, decoding goes on without: operation not perm"):
+            codes = fast.generate(batches[0], (2, 3), seeds=0)
+        assert fast.runner == "eager"
+        assert torch.equal(codes.cpu(), generate(model, batches[0], (2, 3), seeds=0).cpu())
