@@ -16,16 +16,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from flashar_pl.backbones.base import Batch
 from flashar_pl.models.lora import frozen_names
-from flashar_pl.training.optim import set_rate
+from flashar_pl.training.optim import renew_settings, set_rate
 from flashar_pl.training.sharding import local
 from flashar_pl.training.stages import Schedule
-from flashar_pl.training.strategies import allow_frozen_parameters
+from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
+from flashar_pl.training.validation import LOSSES
 
 if TYPE_CHECKING:
     from flashar_pl.training.module import FlashARModule
+
+
+LOGGED = "logged"
+"""Key of the losses (4,), in the order of `LOSSES`, in what a training step returns."""
 
 
 def log_interval(trainer: Trainer) -> int:
@@ -78,18 +84,24 @@ class StageSwitch(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.stage = None
-        if stage == "fit" and _as_ours(pl_module).schedule.build(total_steps=1).freezes:
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        if _as_ours(pl_module).schedule.build(total_steps=1).freezes:
             allow_frozen_parameters(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = _as_ours(pl_module)
-        if module.total_steps is None:
-            module.total_steps = _total_steps(trainer)
-        elif trainer.max_steps > 0 and trainer.max_steps != module.total_steps:
+        planned = trainer.estimated_stepping_batches
+        if module.total_steps is None or trainer.global_step == 0:  # a module may be fitted again, from the start
+            module.total_steps = _total_steps(planned)
+        elif math.isfinite(planned) and planned != module.total_steps:
+            idle = "; the learning rate is 0 from there on" if planned > module.total_steps else ""
             rank_zero_info(
                 f"The run was started for {module.total_steps} steps and its schedule stays so; this fit stops at "
-                f"{trainer.max_steps}."
+                f"{planned:.0f}{idle}."
             )
+        renew_settings(trainer.optimizers[0], module.optimiser.betas, module.optimiser.weight_decay)
         self._apply(trainer, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -212,13 +224,17 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class TrainingLog(Callback):
-    """Logs the learning rate of every role, the stage, and the speed."""
+    """Logs the losses, the learning rate of every role, the stage, and the speed."""
 
     def __init__(self) -> None:
         self._tokens = 0
         self._since = 0.0
+        self._seen = -1
+        self._losses: list[Tensor] = []
+        """Of the batches of the step in progress, where it is logged."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen, self._losses = trainer.global_step, []
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,17 +253,32 @@ class TrainingLog(Callback):
     ) -> None:
         assert isinstance(batch, Batch)
         self._tokens += batch.codes.numel() * trainer.world_size
-        if trainer.global_step % max(1, log_interval(trainer)) == 0:
+        done = trainer.global_step != self._seen  # else gradients were only accumulated
+        every = log_interval(trainer)
+        if every and (trainer.global_step if done else trainer.global_step + 1) % every == 0:
+            self._losses.append(outputs[LOGGED])
+        if not done:
+            return
+        self._seen = trainer.global_step
+        if self._losses:
+            self._log_losses(pl_module)
+        if trainer.global_step % max(1, every) == 0:
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("train/tokens_per_second", speed, batch_size=1)
             self._restart()
+
+    def _log_losses(self, module: LightningModule) -> None:
+        """Means over the batches of the step and over all devices."""
+        means, self._losses = torch.stack(self._losses).mean(0), []
+        everywhere: dict[str, Any] = {"batch_size": 1, "sync_dist": True}
+        for name, value in zip(LOSSES, means, strict=True):
+            module.log(f"train/{name}", value, prog_bar=name == "loss", **everywhere)
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()
 
 
-def _total_steps(trainer: Trainer) -> int:
-    total = trainer.estimated_stepping_batches
+def _total_steps(total: float) -> int:
     if not math.isfinite(total) or total < 1:
         raise ValueError(
             f"the run has {total} steps; the schedule needs their number: set trainer.max_steps or trainer.max_epochs."

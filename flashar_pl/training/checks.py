@@ -49,12 +49,21 @@ def check_lora(lora: LoraConfig | None, flashar: object, init_from: str | None) 
 PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")
 
 
-def check_precision(precision: str) -> None:
-    """ValueError for a Trainer precision without float32 master weights."""
-    if precision in PURE_HALF:
+def check_trainer(trainer: Any, clip: float) -> None:
+    """ValueError for a Trainer without float32 master weights, or with its own clipping of gradients.
+
+    clip: at which norm of the gradients the module clips.
+    """
+    if trainer.precision in PURE_HALF:
         raise ValueError(
-            f"trainer.precision is {precision}: 16-bit weights would lose most updates at post-training learning "
-            "rates; use bf16-mixed (16-bit compute, float32 weights) or 32-true."
+            f"trainer.precision is {trainer.precision}: 16-bit weights would lose most updates at post-training "
+            "learning rates; use bf16-mixed (16-bit compute, float32 weights) or 32-true."
+        )
+    value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    if value is not None or algorithm is not None:
+        raise ValueError(
+            f"trainer.gradient_clip_val is {value}, gradient_clip_algorithm {algorithm}; expected neither: the norm of "
+            f"the gradients is clipped at model.optimiser.clip (now {clip})."
         )
 
 

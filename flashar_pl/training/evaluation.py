@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from flashar_pl.training.module import FlashARModule
 
 
+SCORES = ("val/fid", "val/is", "val/accuracy")
+"""What only those validations give that `fid_every` chooses."""
+
+
 class Evaluation(Callback):
     """Losses, likelihood and gate of a split; sample grid, FID, Inception Score and class accuracy of generated images.
 
@@ -64,6 +68,7 @@ class Evaluation(Callback):
         config = _as_ours(pl_module).validation
         if stage == "predict" or not (config.samples or config.grid_images) or self.tokenizer is not None:
             return
+        _check_monitors(trainer, config.fid_every)
         manifest = _as_ours(pl_module).manifest
         if manifest is None:
             raise ValueError(
@@ -236,6 +241,17 @@ class Evaluation(Callback):
             if fn is not None and fn != TrainerFn.FITTING:  # counts no steps; the pictures of the fit stay
                 name, step = fn.value, self.loaded_step
             save_png(image, Path(directory) / folder / f"{name}_step_{step:07d}.png")
+
+
+def _check_monitors(trainer: Trainer, fid_every: int) -> None:
+    """ValueError if a callback asks for a value in every validation that only some of them give: it would end the run
+    at the first one without it."""
+    sparse = [name for c in trainer.callbacks if (name := getattr(c, "monitor", None)) in SCORES]  # type: ignore[attr-defined]
+    if fid_every > 1 and sparse:
+        raise ValueError(
+            f"validation.fid_every is {fid_every}, but a callback monitors {sparse[0]}, which not every validation has "
+            "then; expected fid_every 1, or another monitor, such as val/nll."
+        )
 
 
 def _distance(metrics: DistributionMetrics) -> FrechetDistance:

@@ -23,8 +23,9 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.models.weights import CHECKPOINT_KEY
-from flashar_pl.training.callbacks import EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog, logs_now
-from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_lora, check_precision
+from flashar_pl.training.callbacks import LOGGED, EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog
+from flashar_pl.training.checkpoints import LastCheckpoint
+from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_lora, check_trainer
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
@@ -44,6 +45,7 @@ from flashar_pl.training.evaluation import Evaluation
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import first_weights, new_model
+from flashar_pl.training.validation import LOSSES
 
 
 class FlashARModule(LightningModule):
@@ -90,6 +92,7 @@ class FlashARModule(LightningModule):
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
         self._run_callbacks: list[Callback] = [
             InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(),
+            LastCheckpoint(),
         ]  # fmt: skip
 
     def configure_callbacks(self) -> list[Callback]:
@@ -140,21 +143,16 @@ class FlashARModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
-            check_precision(self.trainer.precision)
+            check_trainer(self.trainer, self.optimiser.clip)
         draws = bool(self.validation.samples or self.validation.grid_images)
         check_guidance(self.backbone.resolve(), self.validation.cfg_scale, draws)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, aux_weight=self.aux_weight)
-        if logs_now(self.trainer):
-            names = ("fused", "horizontal", "vertical")
-            everywhere: dict[str, Any] = {"batch_size": 1, "sync_dist": True}  # the mean over all devices
-            self.log("train/loss", losses["loss"].detach(), prog_bar=True, **everywhere)
-            self.log_dict({f"train/{name}": losses[name].detach() for name in names}, **everywhere)
-        return losses["loss"]
+        return {"loss": losses["loss"], LOGGED: torch.stack([losses[name] for name in LOSSES]).detach()}
 
     def evaluation_plan(self, codes: Tensor) -> DecodePlan:
         """The plan of validation for codes (B, H, W)."""

@@ -27,8 +27,8 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
         if name not in frozen:
             parts[roles[name], parameter.ndim >= 2].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "role": role, "weight_decay": weight_decay if decays else 0.0}
-        for (role, decays), parameters in parts.items()
+        {"params": parameters, "role": role, "weight_decay": _decay(parameters[0], weight_decay)}
+        for (role, _), parameters in parts.items()
         if parameters
     ]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
@@ -78,3 +78,14 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"].fill_(rate)
     else:
         group["lr"] = rate
+
+
+def renew_settings(optimiser: torch.optim.Optimizer, betas: tuple[float, float], weight_decay: float) -> None:
+    """Set what a run may change when it continues: the groups of a checkpoint bring their old values along."""
+    for group in optimiser.param_groups:
+        group["betas"], group["weight_decay"] = betas, _decay(group["params"][0], weight_decay)
+
+
+def _decay(parameter: torch.Tensor, weight_decay: float) -> float:
+    """Matrices and embeddings decay, vectors do not."""
+    return weight_decay if parameter.ndim >= 2 else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import is_official_directory
@@ -53,6 +53,20 @@ def first_weights(model: GridModel, path: str | None, strategy: Strategy | None)
     return initialise(model, path)
 
 
+def check_strategy(strategy: Strategy) -> None:
+    """ValueError for a strategy that stages were not made for.
+
+    Lightning's ModelParallelStrategy cuts nothing by itself: every device would train a model of its own without an
+    error. Its FSDPStrategy and DeepSpeed build and restore models in other ways than `ShardedStrategy`.
+    """
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy)
+    if not known or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy is {type(strategy).__name__}; expected auto, ddp, or, to cut a model over devices, "
+            "class_path: flashar_pl.training.fsdp.ShardedStrategy."
+        )
+
+
 def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
     """ValueError for a sharded checkpoint and a strategy that cannot read it."""
     if path is not None and is_sharded(path) and not isinstance(strategy, ShardedStrategy):
@@ -70,10 +84,15 @@ def allow_frozen_parameters(strategy: Strategy) -> None:
     ranks would drift apart without an error once it trains. Other strategies are left alone.
 
     Raises:
-        ValueError: the strategy was told explicitly not to look for unused parameters.
+        ValueError: the strategy was told explicitly not to look for unused parameters, or that they stay the same.
     """
     if not isinstance(strategy, DDPStrategy):
         return
+    if strategy._ddp_kwargs.get("static_graph"):
+        raise ValueError(
+            "trainer.strategy has static_graph=True, but other parameters train in stage 2 than in stage 1; leave it "
+            "out."
+        )
     if strategy._ddp_kwargs.setdefault("find_unused_parameters", True) is False:
         raise ValueError(
             "trainer.strategy has find_unused_parameters=False, but stage 1 trains a part of the parameters only; "

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from training_toys import (
     OPTIONS,
     STEPS,
@@ -25,6 +26,7 @@ from training_toys import (
 from flashar_pl.models.weights import load_model
 from flashar_pl.training.config import plain_settings, typed_settings
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 
 
 class Watch(Callback):
@@ -111,6 +113,30 @@ def test_averages_move_once_per_optimiser_step(tmp_path: Path, toy_shards: str) 
     for name, value in module.ema.state_dict().items():
         first = torch.lerp(start[name], watch.weights[1][name], 0.5)
         assert torch.equal(value, torch.lerp(first, watch.weights[3][name], 0.5)), name
+
+
+def test_a_second_fit_has_its_own_length(tmp_path: Path, toy_shards: str) -> None:
+    """In a notebook: with the length of the first one, all steps after it would have a rate of 0."""
+    watch, module = Watch(), make_module()
+    fit(tmp_path, toy_shards, module, max_steps=2)
+    fit(tmp_path, toy_shards, module, max_steps=6, callbacks=[watch])
+    assert module.total_steps == 6
+    assert watch.rates[-1]["gate"] > 0
+
+
+def test_logged_losses_are_means_over_accumulated_batches(tmp_path: Path, toy_shards: str) -> None:
+    """Lightning writes what the last batch of a step has logged: with batches of one image, the loss of one image."""
+    losses, logged = [], []
+
+    class Compare(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            losses.append(float(outputs["loss"]) * 3)  # Lightning has divided it
+            if "train/loss" in trainer.logged_metrics:
+                logged.append((trainer.global_step, float(trainer.logged_metrics["train/loss"])))
+
+    fit(tmp_path, toy_shards, make_module(), max_steps=4, accumulate_grad_batches=3, log_every_n_steps=2,
+        callbacks=[Compare()])  # fmt: skip
+    assert logged[0] == (2, pytest.approx(sum(losses[3:6]) / 3))
 
 
 def test_callbacks_run_before_checkpoints(tmp_path: Path, toy_shards: str) -> None:
@@ -225,6 +251,27 @@ def test_data_of_another_kind_are_refused(tmp_path: Path, toy_shards: str, optio
 def test_sixteen_bit_weights_are_refused(tmp_path: Path, toy_shards: str) -> None:
     with pytest.raises(ValueError, match="bf16-mixed"):
         fit(tmp_path, toy_shards, precision="bf16-true")
+
+
+def test_the_trainers_own_clipping_is_refused(tmp_path: Path, toy_shards: str) -> None:
+    """It would be ignored, or be an error of the first step, when 34 B parameters have been read."""
+    with pytest.raises(ValueError, match=r"gradient_clip_val is 0.5.* clipped at model.optimiser.clip \(now 1.0\)"):
+        fit(tmp_path, toy_shards, gradient_clip_val=0.5)
+
+
+def test_a_strategy_that_shares_nothing_is_refused() -> None:
+    """Two processes of Lightning's ModelParallelStrategy drifted apart by 0.05 in five steps, without an error."""
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy; expected auto, ddp, .*training.fsdp.ShardedStrategy"):
+        check_strategy(ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+    with pytest.raises(ValueError, match="static_graph=True"):
+        allow_frozen_parameters(DDPStrategy(static_graph=True))
+
+
+def test_a_monitor_that_not_every_validation_has_is_refused(tmp_path: Path, toy_shards: str, toy_classifier) -> None:
+    """The first validation without it would end the run."""
+    module = make_module(validation=ValidationConfig(samples=4, features=toy_classifier, fid_every=2))
+    with pytest.raises(ValueError, match="fid_every is 2, but a callback monitors val/fid"):
+        fit(tmp_path, toy_shards, module, enable_checkpointing=True, callbacks=[ModelCheckpoint(monitor="val/fid")])
 
 
 def test_a_run_without_end_is_refused(tmp_path: Path, toy_shards: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training_toys import STEPS, fit, make_module
+from training_toys import STEPS, OptimiserConfig, fit, make_module
 
 from flashar_pl.models.weights import load_model
 
@@ -81,6 +81,57 @@ def test_the_run_keeps_its_length(whole, toy_shards: str, tmp_path: Path, capsys
     fit(tmp_path, toy_shards, module, ckpt_path=root / "step=1.ckpt", callbacks=[losses], max_steps=5)
     assert module.total_steps == STEPS
     assert losses.seen == {s: seen[s] for s in (2, 3, 4, 5)}
+
+
+def test_the_end_of_a_run_is_saved(whole, toy_shards: str, tmp_path: Path) -> None:
+    """Five steps with a checkpoint every two: the last one holds step 5, and a run continues from there exactly. No
+    second file is written when a finished run is started again."""
+    root, module, seen = whole
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=2, enable_version_counter=False)
+    fit(
+        tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=root / "step=1.ckpt", callbacks=[save], max_steps=5,
+        enable_checkpointing=True,
+    )  # fmt: skip
+    losses = Losses()
+    continued = fit(
+        tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=tmp_path / "last.ckpt", callbacks=[losses]
+    )
+    assert losses.seen == {s: seen[s] for s in range(6, STEPS + 1)}
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), continued.parameters(), strict=True))
+    written = (tmp_path / "last.ckpt").stat().st_mtime_ns
+    options = {"enable_checkpointing": True, "callbacks": [save], "max_steps": 5}
+    fit(tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=tmp_path / "last.ckpt", **options)
+    assert (tmp_path / "last.ckpt").stat().st_mtime_ns == written
+
+
+def test_a_checkpoint_between_accumulated_batches_warns(toy_shards: str, tmp_path: Path) -> None:
+    """Six batches an epoch, steps of two, a validation after three: the checkpoint lacks gradients of the third."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/nll")
+    options = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "enable_checkpointing": True, "max_steps": 3}
+    with pytest.warns(UserWarning, match="in the middle of step 2"):
+        fit(tmp_path, toy_shards, make_module(), callbacks=[save], val_check_interval=3, **options)
+
+
+def test_settings_of_the_optimiser_may_change(whole, toy_shards: str, tmp_path: Path) -> None:
+    """The groups of a checkpoint bring their old values along, and the new ones would be ignored without a word."""
+    root, _, _ = whole
+    module = make_module(ema_decay=0.9, optimiser=OptimiserConfig(lr=1e-2, betas=(0.8, 0.9), weight_decay=0.5))
+    fit(tmp_path, toy_shards, module, ckpt_path=root / "step=3.ckpt", max_steps=4)
+    for group in module.trainer.optimizers[0].param_groups:
+        assert tuple(group["betas"]) == (0.8, 0.9)
+        assert group["weight_decay"] == (0.5 if group["params"][0].ndim >= 2 else 0), group["role"]
+
+
+def test_more_epochs_are_said_to_be_idle(toy_shards: str, tmp_path: Path, caplog) -> None:
+    """A run of epochs that is continued for longer trains with a rate of 0; only max_steps was compared."""
+    save = ModelCheckpoint(tmp_path, filename="one", every_n_epochs=1)
+    options = {"max_steps": -1, "enable_checkpointing": True}
+    fit(tmp_path, toy_shards, make_module(), callbacks=[save], max_epochs=1, **options)
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        module = fit(tmp_path, toy_shards, make_module(), ckpt_path=tmp_path / "one.ckpt", max_epochs=2, max_steps=-1)
+    assert "started for 6 steps" in caplog.text
+    assert "stops at 12; the learning rate is 0 from there on" in caplog.text
+    assert (module.total_steps, module.trainer.global_step) == (6, 12)
 
 
 def test_checkpoint_is_plain_and_loads_as_a_model(whole) -> None:
