@@ -31,6 +31,9 @@ WAITS = {
 TAKES_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 """Operations on tensors of the GPU that accept indices on the CPU."""
 
+PHYSICAL = {"_conj": torch.ops.aten.conj_physical.default, "_neg_view": torch.ops.aten.neg.default}
+"""Views that set a bit of a tensor, which is not looked at below Python, and what computes the same."""
+
 
 class GPUTensor(Tensor):
     """A tensor that says it is on cuda:0."""
@@ -106,6 +109,11 @@ class PretendGPU(TorchFunctionMode):
         }
         for name, value in replaced.items():
             self._patches.enter_context(patch.object(torch.cuda, name, value))
+        clipping, group = torch.nn.utils.clip_grad, torch.utils._foreach_utils._group_tensors_by_device_and_dtype
+        regrouped = lambda tensors, *rest: {  # noqa: E731
+            (lists[0][0][0].device, key[1]): lists for key, lists in group(tensors, *rest).items()
+        }
+        self._patches.enter_context(patch.object(clipping, group.__name__, regrouped))
         before = torch.__future__.get_overwrite_module_params_on_conversion()
         self._patches.callback(torch.__future__.set_overwrite_module_params_on_conversion, before)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -197,6 +205,8 @@ class PretendGPU(TorchFunctionMode):
                 self.wait("a boolean index")
             if any(not isinstance(index, GPUTensor) for index in indices):
                 self.wait("a copy of an index to the device")
+        if torch._C._current_graph_task_id() != -1:  # autograd allocates zeros by device, in C++
+            others = [each for each in others if each.any()]
         if name == "copy_" and others:
             self.wait("a copy between devices")
         elif any(each.ndim for each in others):
@@ -206,6 +216,7 @@ class PretendGPU(TorchFunctionMode):
             )
         if name in WAITS:
             self.wait(name)
+        func = PHYSICAL.get(name, func)
         plain_args, plain_kwargs = _each(_inner, args), _each(_inner, kwargs)
         if "device" in plain_kwargs:
             plain_kwargs["device"] = torch.device("cpu")
