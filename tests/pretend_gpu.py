@@ -12,6 +12,7 @@ Speed, kernels and streams are not covered, nor what C++ code allocates by devic
 from __future__ import annotations
 
 import inspect
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -83,8 +84,10 @@ class PretendGPU(TorchFunctionMode):
 
     current: PretendGPU | None = None
 
-    def __init__(self) -> None:
+    def __init__(self, visible: bool = False) -> None:
+        """visible: torch.cuda answers too: one idle GPU of 16 GB, on which nothing takes time or memory."""
         super().__init__()
+        self.visible = visible
         self.waits: list[str] = []
         """What has made the host wait, and where."""
         self.graph: Graph | None = None
@@ -107,6 +110,8 @@ class PretendGPU(TorchFunctionMode):
             "CUDAGraph": Graph,
             "graph": lambda *args, **kwargs: self._capture(graph.bind(*args, **kwargs).arguments["cuda_graph"]),
         }
+        if self.visible:
+            replaced |= VISIBLE
         for name, value in replaced.items():
             self._patches.enter_context(patch.object(torch.cuda, name, value))
         clipping, group = torch.nn.utils.clip_grad, torch.utils._foreach_utils._group_tensors_by_device_and_dtype
@@ -155,7 +160,7 @@ class PretendGPU(TorchFunctionMode):
             return pinned
         if func is torch._C._nn.pad_sequence and isinstance(args[0][0], GPUTensor):  # its C++ code allocates by device
             return self._made(func, args, kwargs)
-        if _is_cuda(kwargs.get("device")):
+        if _is_cuda(kwargs.get("device")) and func is not torch._C._nn._parse_to:
             kwargs["device"] = "cpu"
             if func in (torch.tensor, torch.as_tensor, torch.from_numpy):
                 self.wait("a copy to the device")
@@ -260,6 +265,42 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
+
+
+class Event:
+    """A moment."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0.0
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.time - self.time)
+
+
+VISIBLE: dict[str, Any] = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "get_device_name": lambda device=None: "NVIDIA Pretended",
+    "get_device_capability": lambda device=None: (9, 0),
+    "mem_get_info": lambda device=None: (2**34, 2**34),
+    "memory_reserved": lambda device=None: 0,
+    "memory_allocated": lambda device=None: 0,
+    "max_memory_allocated": lambda device=None: 0,
+    "max_memory_reserved": lambda device=None: 0,
+    "reset_peak_memory_stats": lambda device=None: None,
+    "empty_cache": lambda: None,
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+    "set_rng_state": lambda state, device="cuda": None,
+    "is_current_stream_capturing": lambda: False,
+    "Event": Event,
+}
+"""What torch.cuda says of the machine."""
 
 
 def _is_cuda(device: Any) -> bool:
