@@ -36,6 +36,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The floating dtype of more bits."""
+    return a if a.itemsize >= b.itemsize else b
+
+
 def full_precision(device_type: str) -> AbstractContextManager:
     """A region that autocast leaves alone."""
     if torch.is_autocast_enabled(device_type):
@@ -50,14 +55,19 @@ def strict_float32(device_type: str) -> Iterator[None]:
     For tokenizers, whose codes flip in lower precision, and for features that are compared with others' numbers.
     """
     convolution: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    matmul: Any = torch.backends.cuda.matmul
-    before = convolution.fp32_precision, matmul.fp32_precision
-    convolution.fp32_precision = matmul.fp32_precision = "ieee"
+    products: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [each.fp32_precision for each in (convolution, *products)]
+    for each in (convolution, *products):
+        each.fp32_precision = "ieee"
+    general = torch.get_float32_matmul_precision()  # torch refuses to multiply where this says otherwise
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        convolution.fp32_precision, matmul.fp32_precision = before
+        torch.set_float32_matmul_precision(general)
+        for each, precision in zip((convolution, *products), before, strict=True):
+            each.fp32_precision = precision
 
 
 def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int]:

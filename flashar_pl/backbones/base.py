@@ -144,7 +144,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
-        """(cos, sin) of every position, (1 or R, P + S, E / 2) float32."""
+        """The rotation of every position, (1 or R, P + S, E / 2, 2) float32."""
 
     @abstractmethod
     def make_block(self) -> nn.Module:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from flashar_pl.backbones.base import Backbone, Condition, Prefix
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec
-from flashar_pl.layers.rope import Rope, angles_1d
+from flashar_pl.layers.rope import Rope, angles_1d, rotations
 from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
 from flashar_pl.numerics import wide
 
@@ -274,8 +274,7 @@ class Emu35(Backbone):
         in_prefix = (column - (len(prefix) - prefix.lengths)[:, None]).clamp_min(0)  # (R, P)
         slots = plan.on("row", device) * row_stride + plan.on("column", device)  # (S,)
         position = torch.cat([in_prefix, start[:, None] + slots], dim=1)  # (R, P + S)
-        angles = angles_1d(position, self.config.head_dim, self.config.rope_base)
-        return angles.cos(), angles.sin()
+        return rotations(angles_1d(position, self.config.head_dim, self.config.rope_base))
 
     def check_condition(self, condition: Condition, batch: int | None = None) -> None:
         for ids in _id_list(condition):
@@ -297,8 +296,7 @@ class Emu35(Backbone):
         self.check_condition(ids)
         prefix = self.prefix(ids)
         plan = raster_plan(1, 1)
-        cos, sin = self.rope(plan, prefix)
-        rope = cos[:, : len(prefix)], sin[:, : len(prefix)]
+        rope = self.rope(plan, prefix)[:, : len(prefix)]
         x = self.layers(self.input_dropout(prefix.x), rope, self.attention_mask(plan, prefix, 0))
         x = self.norm(x)
         return [wide(self.head(row[len(prefix) - len(own) :])) for row, own in zip(x, ids)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, TextFeatures
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec
-from flashar_pl.layers.rope import Rope, angles_2d
+from flashar_pl.layers.rope import Rope, angles_2d, rotations
 from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
 
 TEXT_POSITIONS = 120
@@ -224,7 +224,7 @@ class LlamaGen(Backbone):
             lengths = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
             return Prefix(x, lengths, mask)
         assert isinstance(condition, Tensor)
-        null = torch.tensor(self.config.num_classes, device=condition.device)
+        null = condition.new_full((), self.config.num_classes)  # filled there: no copy to wait for
         ids = self._drop_condition(condition, null)
         return Prefix(self.condition_embedding(ids), torch.ones_like(ids))
 
@@ -256,12 +256,11 @@ class LlamaGen(Backbone):
         )
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
-        """2-D positions (row, column) per slot; the prefix rows of both tables are zero, as in LlamaGen."""
+        """2-D positions (row, column) per slot; the prefix rows of the table are zero, as in LlamaGen."""
         device = prefix.x.device
         head_dim = self.config.block.head_dim
         angles = angles_2d(plan.on("row", device), plan.on("column", device), head_dim, self.config.rope_base)
-        zeros = angles.new_zeros(len(prefix), head_dim // 2)
-        return torch.cat([zeros, angles.cos()])[None], torch.cat([zeros, angles.sin()])[None]
+        return torch.cat([angles.new_zeros(len(prefix), head_dim // 2, 2), rotations(angles)])[None]
 
     def check_condition(self, condition: Condition, batch: int | None = None) -> None:
         config = self.config

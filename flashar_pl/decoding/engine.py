@@ -110,9 +110,9 @@ class Engine:
             prefix = self.model.prefix(condition)
             if isinstance(condition, list):
                 prefix = pad_prefix(prefix, self.prefix_bucket)
-            cos, sin = self.model.rope(order, prefix, settings.guided)
+            rope = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
-            inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, cos, sin, noise)
+            inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
             buffers = self._run(order, settings, inputs, on_step or _nothing)
         check_usable(buffers.broken, inputs.x.dtype)
         drawn = buffers.drawn  # (B, N)

@@ -35,10 +35,8 @@ class Inputs:
     """(R, P) bool, True = valid; None = every position is valid."""
     lengths: Tensor
     """(R,) int64 valid prefix positions."""
-    cos: Tensor
-    """(1 or R, P + S, E / 2) float32."""
-    sin: Tensor
-    """As `cos`."""
+    rope: Rope
+    """(1 or R, P + S, E / 2, 2) float32."""
     noise: Tensor
     """(B, N) float64 uniforms in plan order."""
 
@@ -62,7 +60,7 @@ class Inputs:
                 tensor.copy_(new)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.mask, self.lengths, self.cos, self.sin, self.noise
+        return self.x, self.mask, self.lengths, self.rope, self.noise
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ def decode(
     """
     cache, drawn = buffers.cache, buffers.drawn
     cache.restart()
-    prefix, rope = inputs.prefix, (inputs.cos, inputs.sin)
+    prefix, rope = inputs.prefix, inputs.rope
     batch, rows, length = drawn.shape[0], inputs.x.shape[0], inputs.x.shape[1]
     vertical = plan.has_vertical
     mask = model.backbone.sequence_mask(plan, prefix, 0)
-    states = model.prefill(prefix.x, _positions(rope, 0, length), mask, cache, vertical)
+    states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)
     done = 0
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
@@ -113,22 +111,14 @@ def decode(
         if t + 1 == plan.n_steps:
             break
         if guided and not settings.guides(done):  # guidance never comes back
-            rows, rope = batch, _rope_rows(rope, batch)
+            rows, rope = batch, rope[:batch]
             cache.keep_rows(batch)
         slots = plan.slots_of_step[t]
         fed = _with_row_ends(drawn[:, done - n : done], slots.stop - slots.start)
         fed = fed.repeat(rows // batch, 1)  # (R, slots)
         step_mask = _key_mask(plan, prefix, slots, rows)
-        positions = _positions(rope, length + slots.start, length + slots.stop)
-        states = model.step(fed, positions, step_mask, cache, vertical)
-
-
-def _positions(rope: Rope, begin: int, end: int) -> Rope:
-    return rope[0][:, begin:end], rope[1][:, begin:end]
-
-
-def _rope_rows(rope: Rope, rows: int) -> Rope:
-    return rope[0][:rows], rope[1][:rows]
+        turns = rope[:, length + slots.start : length + slots.stop]
+        states = model.step(fed, turns, step_mask, cache, vertical)
 
 
 def _with_row_ends(codes: Tensor, n_slots: int) -> Tensor:

@@ -46,15 +46,13 @@ class _Pass:
 
     def start(self) -> States:
         length = len(self.prefix)
-        rope = self.rope[0][:, :length], self.rope[1][:, :length]
         mask = self.model.backbone.sequence_mask(self.plan, self.prefix, 0)
-        return self.model.prefill(self.prefix.x, rope, mask, self.cache, vertical=False)
+        return self.model.prefill(self.prefix.x, self.rope[:, :length], mask, self.cache, vertical=False)
 
     def feed(self, codes: Tensor, slots: slice) -> States:
         begin, end = len(self.prefix) + slots.start, len(self.prefix) + slots.stop
-        rope = self.rope[0][:, begin:end], self.rope[1][:, begin:end]
         mask = self.model.backbone.sequence_mask(self.plan, self.prefix, slots.stop)[:, :, begin:end]
-        return self.model.step(codes, rope, mask, self.cache, vertical=False)
+        return self.model.step(codes, self.rope[:, begin:end], mask, self.cache, vertical=False)
 
 
 def generate_plain(

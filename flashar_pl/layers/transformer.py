@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope, apply_rope
-from flashar_pl.numerics import wide
+from flashar_pl.numerics import wider
 
 Mask = Tensor | Literal["causal"] | None
 """Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
@@ -56,7 +56,7 @@ class BlockConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast to the dtype of x, times the weight."""
+    """x / rms(x) * weight, computed in float32, returned in the wider dtype of the two. One kernel on a GPU."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = wide(x)
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        dtype = wider(x.dtype, self.weight.dtype)
+        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
@@ -96,19 +96,19 @@ class Attention(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.config = config
-        widths = [config.n_head * config.head_dim] + 2 * [config.n_kv_head * config.head_dim]
-        self.widths = widths
-        self.wqkv = nn.Linear(config.dim, sum(widths), bias=False)
-        self.wo = nn.Linear(widths[0], config.dim, bias=False)
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
+        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (R, A, L, E), keys and values (R, G, L, E) of x (R, L, D)."""
-        split = self.wqkv(x).split(self.widths, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for part in split)
-        q = apply_rope(self.q_norm(q), rope, self.config.rope_interleaved)
-        return q, apply_rope(self.k_norm(k), rope, self.config.rope_interleaved), v
+        joint = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # (R, L, A + 2G, E)
+        q, k, v = joint.split(self.heads, dim=2)
+        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2) if self.config.qk_norm else joint[:, :, : -v.shape[2]]
+        q, k = apply_rope(qk, rope, self.config.rope_interleaved).split(self.heads[:2], dim=2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, cache: KVCache | None, layer: int) -> Tensor:
         """Attention outputs (R, L, A * E), before the output projection."""

@@ -69,7 +69,7 @@ class GridModel(nn.Module, ABC):
         """
 
     def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
-        """(cos, sin) of every position. guided: the rows are B conditional ones, then their B unconditional ones."""
+        """The rotation of every position. guided: the rows are B conditional ones, then their B unconditional ones."""
         return self.backbone.rope(plan, prefix)
 
     @classmethod
@@ -145,8 +145,7 @@ class GridModel(nn.Module, ABC):
         prefix = self.backbone.prefix(condition)
         x = torch.cat([prefix.x, self.backbone.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
         length = x.shape[1]
-        cos, sin = self.rope(plan, prefix)
-        rope = cos[:, :length], sin[:, :length]
+        rope = self.rope(plan, prefix)[:, :length]
         mask = self.backbone.attention_mask(plan, prefix, n_slots)
         h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical, n_prefix=len(prefix))
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]

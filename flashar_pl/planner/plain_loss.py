@@ -23,8 +23,7 @@ def hidden_states(model: GridModel, codes: Tensor, condition: Condition, plan: D
     prefix = model.backbone.prefix(condition)
     slots = plan.n_inputs
     x = torch.cat([prefix.x, model.backbone.embed(slot_codes(codes, plan)[:, :slots])], dim=1)
-    cos, sin = model.rope(plan, prefix)
-    rope = cos[:, : x.shape[1]], sin[:, : x.shape[1]]
+    rope = model.rope(plan, prefix)[:, : x.shape[1]]
     mask = model.backbone.attention_mask(plan, prefix, slots)
     h, v = model.states(model.backbone.input_dropout(x), rope, mask, vertical=True, n_prefix=len(prefix))
     return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]

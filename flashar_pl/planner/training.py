@@ -166,12 +166,13 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
     """Bytes per token that one block keeps for its backward pass."""
     block = sizes.block
     dim, query, keys = block.dim, block.n_head * block.head_dim, block.n_kv_head * block.head_dim
-    norms = 2 * ((4 + residual + compute) * dim + 4)  # float32 input, normalised, weighted for the GEMM, 1 / rms
+    norms = 2 * ((residual + compute) * dim + 4)  # input, result for the GEMM, 1 / rms: the fused kernel of GPUs
     attention = compute * ((query + 2 * keys) + query + keys + query)  # qkv, rotated q and k, output
-    attention += compute * query * (block.n_head != block.n_kv_head)  # the output once more, in the order of heads
+    upcast = block.qk_norm and compute < residual  # autocast keeps q and k in float32 from their norms to the kernel
+    if block.n_head != block.n_kv_head:  # output and q in the order of heads; a cast from float32 is that copy too
+        attention += compute * query * (1 if upcast else 2)
     if block.qk_norm:
-        wide = 4 if compute < 4 else 0  # float32 copies of queries and keys
-        attention += (wide + compute) * (query + keys) + 4 * (block.n_head + block.n_kv_head)
+        attention += 4 * (query + keys) * upcast + 4 * (block.n_head + block.n_kv_head)
     log_sums = 4 * block.n_head
     feed_forward = compute * 4 * block.ffn_dim  # both halves of w13, silu, product
     masks = dim * ((block.resid_dropout > 0) + (block.ffn_dropout > 0))
@@ -179,15 +180,10 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
 
 
 def adapted_block_activations(sizes: ModelSizes, lora: LoraConfig, residual: int, compute: int) -> int:
-    """The same of a frozen block with LoRA: no gradients of weights need normalised states, or inputs of projections
-    without LoRA.
-    """
+    """The same of a frozen block with LoRA: no gradients of weights need the inputs of projections without LoRA."""
     block, rest = sizes.block, [name for name in TARGETS if name not in lora.targets]
-    unneeded = 2 * residual * block.dim
-    if block.qk_norm:
-        unneeded += compute * (block.n_head + block.n_kv_head) * block.head_dim
     inputs = {"wqkv": block.dim, "wo": 0, "w13": block.dim, "w2": block.ffn_dim}  # attention keeps its output itself
-    unneeded += compute * sum(inputs[name] for name in rest)
+    unneeded = compute * sum(inputs[name] for name in rest)
     low_rank = compute * lora.rank * len(lora.targets)  # what goes between the two matrices
     return block_activations(sizes, residual, compute) - unneeded + low_rank
 

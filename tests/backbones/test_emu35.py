@@ -141,7 +141,7 @@ def test_positions_are_those_of_pretraining():
     prefix = backbone.prefix(PREFIXES[:2])
     assert prefix.lengths.tolist() == [4, 7]
     for plan in (diagonal_plan(2, 3), raster_plan(2, 3, row_end=True)):
-        cos, sin = backbone.rope(plan, prefix)
+        cos, sin = backbone.rope(plan, prefix).unbind(-1)
         angle = torch.atan2(sin, cos)[..., 0]  # frequency 1: the position modulo 2 pi
         for row, n in enumerate((4, 7)):
             slots = n + plan.row * 4 + plan.column

@@ -34,10 +34,10 @@ def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
 
 def inputs_of(model: GridModel, condition: Condition, plan: Any, settings: SamplingSettings, seed: int) -> Inputs:
     prefix = model.prefix(condition)
-    cos, sin = model.rope(plan, prefix, settings.guided)
+    rope = model.rope(plan, prefix, settings.guided)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(3, plan.n_cells, dtype=torch.float64, generator=generator)
-    return Inputs(prefix.x, prefix.mask, prefix.lengths, cos, sin, noise)
+    return Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
 
 
 @pytest.mark.parametrize("plan", ["raster", "diagonal"])
@@ -62,8 +62,8 @@ def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
         batches.append(inputs_of(model, both, order, sampling, seed=len(batches)))
     masked = batches[0].mask is not None
 
-    def run(x: Tensor, mask: Tensor, lengths: Tensor, cos: Tensor, sin: Tensor, noise: Tensor) -> Tensor:
-        inputs = Inputs(x, mask if masked else None, lengths, cos, sin, noise)
+    def run(x: Tensor, mask: Tensor, lengths: Tensor, rope: Tensor, noise: Tensor) -> Tensor:
+        inputs = Inputs(x, mask if masked else None, lengths, rope, noise)
         buffers = Buffers.allocate(model, order, inputs)
         for _ in decode(model, order, sampling, inputs, buffers):
             pass
@@ -75,8 +75,7 @@ def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
             inputs.x,
             none if inputs.mask is None else inputs.mask,
             inputs.lengths,
-            inputs.cos,
-            inputs.sin,
+            inputs.rope,
             inputs.noise,
         )
 

@@ -219,7 +219,7 @@ def test_roles_and_gradients():
 def test_raster_plan_keeps_the_pretrained_layout(visual):
     """Row-end tokens need a position of their own: two cells must not share one."""
     plan = visual.make_plan("raster", 3, 4)
-    cos, sin = visual.rope(plan, visual.backbone.prefix(list(IO["c1_4x4/in/prefix_ids"])))
+    cos, sin = visual.rope(plan, visual.backbone.prefix(list(IO["c1_4x4/in/prefix_ids"]))).unbind(-1)
     position = torch.atan2(sin, cos)[0, 11:, 0]
     steps = torch.remainder(position[1:] - position[:-1], 2 * torch.pi)
     torch.testing.assert_close(steps, torch.ones_like(steps))

@@ -70,7 +70,7 @@ def test_activations_of_one_block(backbone, lora):
     sizes, model = make(backbone)
     adapt(model, lora).bfloat16()
     block, plan_ = model.backbone.blocks[0], make_plan("diagonal", 8, 8)
-    rope = tuple(table[:1, 1:] for table in model.rope(plan_, model.backbone.prefix(condition_for(sizes, 16))))
+    rope = model.rope(plan_, model.backbone.prefix(condition_for(sizes, 16)))[:1, 1:]
     x = torch.randn(16, 64, sizes.dim).bfloat16().requires_grad_()
     kept = kept_for_backward(block, lambda: block(x, rope, None), rope) / (16 * 64)
     planned = adapted_block_activations(sizes, lora, 2, 2)
