@@ -217,7 +217,10 @@ def test_encoding_ignores_the_callers_precision(vq_golden):
     seen = []
     tokenizer.quant_conv.register_forward_hook(
         lambda module, args, out: seen.append(
-            (out.dtype, torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+            (
+                *(out.dtype, torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision),
+                torch.backends.cuda.matmul.allow_tf32,  # an error where torch's two settings disagree
+            )
         )
     )
     before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
@@ -228,10 +231,11 @@ def test_encoding_ignores_the_callers_precision(vq_golden):
             decoded = tokenizer.decode_float(codes)
             assert torch.is_autocast_enabled("cpu")
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
-    assert seen == [(torch.float32, "ieee", "ieee")]
+    assert seen == [(torch.float32, "ieee", "ieee", False)]
     assert torch.equal(codes, tokenizer.encode_float(io["in/image"].bfloat16().float()))
     assert torch.equal(decoded, tokenizer.decode_float(codes))
 
