@@ -8,6 +8,7 @@
 # DRY=1 tries every command with a small model on the CPU, in a temporary directory.
 set -uo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for a PYTHON in which flashar-pl is not installed
 OUT=${OUT:-benchmarks/results}
 DEVICE=cuda
 RUNNERS=eager,compiled,graphs,compiled-graphs
@@ -73,6 +74,7 @@ targets() {
   "$PYTHON" benchmarks/targets.py --results "$OUT" || failed+=(targets)
 }
 
+mkdir -p "$OUT"
 parts=("${@:-all}")
 [[ ${parts[0]} == all ]] && parts=(tests latency throughput large emu profile targets)
 for part in "${parts[@]}"; do

@@ -8,6 +8,7 @@
 # DRY=1 tries every command with small models on the CPU, in a temporary directory.
 set -euo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for a PYTHON in which flashar-pl is not installed
 OUT=${OUT:-benchmarks/results}
 DEVICE=cuda BATCH=64 REPEATS=10 JOBS="llamagen-3b emu35-7b" SMALL=()
 ATTENTION=()

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
 
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from tests that are not for them: commands and trainers would choose one, and expect other results."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -165,7 +165,6 @@ def measure_all(
     Raises:
         ValueError: no row could be measured; the first cause.
     """
-    import torch
 
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
@@ -183,8 +182,8 @@ def measure_all(
                             rows.append(job.row("raster", batch))
                         else:
                             rows.append(job.row(plan, batch, engines.get(runner, weights), weights))
-                    except (ValueError, torch.OutOfMemoryError) as error:
-                        cause = str(error).splitlines()[0]
+                    except (ValueError, RuntimeError) as error:  # also of kernels and of the allocator
+                        cause = next(iter(str(error).splitlines()), type(error).__name__)
                         failed.append({"plan": plan, "batch": batch, "runner": runner, "weight_format": weights,
                                        "cause": cause})  # fmt: skip
                     engines.clear()

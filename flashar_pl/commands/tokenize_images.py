@@ -235,14 +235,14 @@ def tokenizer_config(tokenizer: str | dict[str, Any], weights: str | None) -> di
 
 
 def open_tokenizer(tokenizer: str, weights: str | None, device: str) -> tuple[Tokenizer, Any]:
-    """The tokenizer and its device; "auto" under torchrun = this process's GPU. Raises ValueError."""
+    """The tokenizer and its device; auto and cuda under torchrun = this process's GPU. Raises ValueError."""
     import torch
 
     from flashar_pl.commands.checkpoint import find_device
     from flashar_pl.tokenizers import build_tokenizer
 
     place = find_device(device)
-    if device == "auto" and place.type == "cuda":
+    if device in ("auto", "cuda") and place.type == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return build_tokenizer(tokenizer_config(tokenizer, weights)).to(place), place
 

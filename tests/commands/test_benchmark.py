@@ -79,16 +79,18 @@ def test_a_runner_that_fails_says_why_and_the_others_are_measured(quick, refused
     assert "CUDA graphs need a CUDA device" in refused("benchmark", *words)
 
 
-def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch):
-    """Its growing cache needs more than the planner counts for the largest batch; hours of other rows must stay."""
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("no kernel\nmore")])
+def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch, error):
+    """Its growing cache needs more than the planner counts for the largest batch; hours of other rows must stay. Nor
+    may they be lost to a kernel that a GPU does not have."""
 
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     monkeypatch.setattr("flashar_pl.decoding.plain.generate_plain", full)
     result = benchmark(**quick, plans="diagonal")
     assert [row["plan"] for row in result["rows"]] == ["diagonal"]
-    assert [(row["plan"], row["cause"]) for row in result["failed"]] == [(PLAIN, "CUDA out of memory.")]
+    assert [(row["plan"], row["cause"]) for row in result["failed"]] == [(PLAIN, str(error).split("\n")[0])]
 
 
 def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
