@@ -89,16 +89,16 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_sharded(path: str | Path, prefix: str) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU, of a sharded checkpoint: those whose name begins with `prefix`, without it."""
+def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:
+    """Whole tensors, on the CPU, of a sharded checkpoint. names: what to call a tensor -> its name there."""
     reader = SafeReader(path)
     entries = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if name.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata)
-    }
+    tensors = {}
+    for name in names.values():
+        entry = entries[name]
+        assert isinstance(entry, metadata.TensorStorageMetadata)
+        tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: tensors[other] for name, other in names.items()}

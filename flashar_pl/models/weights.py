@@ -253,7 +253,8 @@ def load_model(
     content = read_tensors(path)
     if CHECKPOINT_KEY in content:
         description = Description.from_dict(content[CHECKPOINT_KEY])
-        state, kind = _select(content["state_dict"], weights, path)
+        stored, kind = _stored_names(content["state_dict"], weights, path)
+        state = {name: content["state_dict"].pop(other) for name, other in stored.items()}
         return Loaded(_fill(description, state), description, f"checkpoint ({kind} weights)")
     if weights == "ema":
         raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
@@ -266,22 +267,22 @@ def _load_sharded(path: Path, weights: Weights) -> Loaded:
     if CHECKPOINT_KEY not in content:
         raise ValueError(f"{path} is a sharded checkpoint that flashar-pl did not write.")
     description = Description.from_dict(content[CHECKPOINT_KEY])
-    prefix, kind = _prefix(SafeReader(path).names(), weights, path)
-    model = _fill(description, read_sharded(path, prefix))
+    stored, kind = _stored_names(SafeReader(path).names(), weights, path)
+    model = _fill(description, read_sharded(path, stored))
     return Loaded(model, description, f"sharded checkpoint ({kind} weights)")
 
 
-def _select(state_dict: dict[str, Tensor], weights: Weights, path: Path) -> tuple[dict[str, Tensor], str]:
-    prefix, kind = _prefix(state_dict, weights, path)
-    return {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}, kind
+def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[dict[str, str], str]:
+    """(name of a model's tensor -> name of the wanted one in a Lightning checkpoint, "raw" or "ema").
 
-
-def _prefix(names: Iterable[str], weights: Weights, path: Path) -> tuple[str, str]:
-    """(prefix of the names of the wanted weights, "raw" or "ema")."""
-    has_ema = any(name.startswith(EMA_PREFIX) for name in names)
-    if weights == "ema" and not has_ema:
+    Of weights that never train a checkpoint holds no average.
+    """
+    names = list(names)
+    raw = {name.removeprefix(NET_PREFIX): name for name in names if name.startswith(NET_PREFIX)}
+    averaged = {name.removeprefix(EMA_PREFIX): name for name in names if name.startswith(EMA_PREFIX)}
+    if weights == "ema" and not averaged:
         raise ValueError(f"{path} holds no averaged weights; use --weights raw.")
-    return (EMA_PREFIX, "ema") if has_ema and weights != "raw" else (NET_PREFIX, "raw")
+    return (raw | averaged, "ema") if averaged and weights != "raw" else (raw, "raw")
 
 
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:

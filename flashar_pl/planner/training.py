@@ -139,13 +139,19 @@ def weight_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
     return 4 * trainable(sizes, 2, lora) + low * frozen(sizes, lora)
 
 
+def average_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
+    """Bytes of averaged weights: what never trains is not averaged."""
+    return 4 * trainable(sizes, 2, lora)
+
+
 def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> TrainingMemory:
     """Peak bytes on one GPU in a stage. In stage 1 the moments of frozen parameters do not exist yet."""
     held = 0 if setup.offload else weight_bytes(sizes, setup.lora)
     trains = 0 if setup.offload else trainable(sizes, stage, setup.lora)
+    averaged = 0 if setup.offload else average_bytes(sizes, setup.lora)
     return TrainingMemory(
         weights=held // setup.shards + 4 * sizes.buffer_elements,
-        ema=setup.ema * held // setup.shards,
+        ema=setup.ema * averaged // setup.shards,
         gradients=4 * trains // setup.shards,
         moments=int(MOMENT_BYTES[setup.moments] * trains / setup.shards),
         activations=activation_bytes(sizes, setup, stage),
@@ -158,7 +164,7 @@ def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
     """CPU memory of one process for offloaded weights, gradients and moments."""
     trained = (4 + MOMENT_BYTES[setup.moments]) * trainable(sizes, 2, setup.lora)
-    total = trained + (1 + setup.ema) * weight_bytes(sizes, setup.lora)
+    total = trained + weight_bytes(sizes, setup.lora) + setup.ema * average_bytes(sizes, setup.lora)
     return int(total / setup.shards) if setup.offload else 0
 
 

@@ -19,9 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from flashar_pl.backbones.base import Batch
-from flashar_pl.models.lora import frozen_names
 from flashar_pl.training.optim import renew_settings, set_rate
-from flashar_pl.training.sharding import local
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
@@ -124,35 +122,6 @@ class StageSwitch(Callback):
         names = dict.fromkeys(role for role in roles if schedule.trains(role, step))
         training = ", ".join(f"{name} (LoRA)" if lora and name == "backbone" else name for name in names)
         rank_zero_info(f"Stage {schedule.stage(step)} at step {step} of {schedule.total_steps}: {training} train.")
-
-
-class EmaUpdate(Callback):
-    """Moves the averaged weights towards the trained ones after every optimiser step."""
-
-    def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay is {decay}; expected 0 <= ema_decay < 1, such as 0.999.")
-        self.decay = decay
-        self._seen = -1
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = trainer.global_step
-
-    @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._seen:  # gradients were only accumulated
-            return
-        self._seen = trainer.global_step
-        module = _as_ours(pl_module)
-        assert module.ema is not None
-        frozen = frozen_names(module.net)
-        averages, weights = (
-            [local(parameter) for name, parameter in net.named_parameters() if name not in frozen]
-            for net in (module.ema, module.net)
-        )
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
 
 
 class RandomState(Callback):

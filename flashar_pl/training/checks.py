@@ -9,6 +9,7 @@ from typing import Any
 from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig
 from flashar_pl.models.lora import LoraConfig
+from flashar_pl.training.config import ValidationConfig
 
 PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
 """Names of LlamaGen's published class-conditional weights."""
@@ -67,8 +68,9 @@ def check_trainer(trainer: Any, clip: float) -> None:
         )
 
 
-def check_guidance(config: LlamaGenConfig | Emu35Config, cfg_scale: float, draws: bool) -> None:
+def check_guidance(config: LlamaGenConfig | Emu35Config, validation: ValidationConfig) -> None:
     """ValueError if a validation would draw guided samples of an Emu3.5 model that has no unconditional prompt."""
+    draws, cfg_scale = validation.samples or validation.grid_images, validation.cfg_scale
     if draws and cfg_scale != 1 and isinstance(config, Emu35Config) and config.unconditional_prompt is None:
         raise ValueError(
             f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "

@@ -237,8 +237,8 @@ def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dic
 OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()
 """Defaults of `FlashARModule`."""
 SETTINGS = (
-    *("backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation"),
-)
+    "backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation",
+)  # fmt: skip
 """Constructor arguments of `FlashARModule`."""
 TYPES: dict[str, Any] = {
     "backbone": BackboneConfig,

@@ -27,7 +27,7 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
-from flashar_pl.models.weights import InitReport, build_model, build_on_meta, initialise
+from flashar_pl.models.weights import EMA_PREFIX, NET_PREFIX, InitReport, build_model, build_on_meta, initialise
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharding import Compute, allocate, check_filled, local, recompute_blocks, shard
@@ -98,13 +98,16 @@ class ShardedStrategy(ModelParallelStrategy):
 
     # --- models -----------------------------------------------------------------------------------------------------
 
-    def build(self, config: dict[str, Any], lora: LoraConfig | None = None) -> GridModel:
-        """The model of `build_model(config)`, float32, adapted as `lora` says, cut over the mesh, without weights."""
+    def build(self, config: dict[str, Any], lora: LoraConfig | None = None, like: GridModel | None = None) -> GridModel:
+        """The model of `build_model(config)`, float32, adapted as `lora` says, cut over the mesh, without weights.
+
+        like: an equal model of this strategy, whose memory of what never trains is used again.
+        """
         model = adapt(build_on_meta(config).float(), lora)
         if self.recompute:
             recompute_blocks(model)
         shard(model, self.mesh, self.compute, self.offload)
-        allocate(model, self.root_device, self.offload)
+        allocate(model, self.root_device, self.offload, like)
         return model
 
     def start(self, model: GridModel, path: str | None) -> InitReport | None:
@@ -196,16 +199,22 @@ class ShardedStrategy(ModelParallelStrategy):
         reader = SafeReader(path)
         stored = reader.names()
         state = self.lightning_module_state_dict()
-        wanted = {name for name in stored if not name.startswith(OPTIMISER)}
-        if wanted != state.keys():
-            odd = sorted(wanted ^ state.keys())
+        weights = {name for name in stored if not name.startswith(OPTIMISER)}
+        odd = sorted(name for name in weights ^ state.keys() if not name.startswith(EMA_PREFIX))
+        if odd:
             raise ValueError(
                 f"{path} does not fit the model: {len(odd)} names are only in one of them ({', '.join(odd[:4])})."
             )
+        new = [name for name in state if name not in weights]  # averages, in a run that had none
+        for name in new:
+            del state[name]
         for optimizer in self.optimizers:
             self._make_states(optimizer, [name for name in stored if name.startswith(OPTIMISER)])
             state |= {OPTIMISER + name: value for name, value in self.optimizer_state(optimizer).items()}
         dcp.load(state, storage_reader=reader)
+        everything = self.lightning_module_state_dict()
+        for name in new:
+            everything[name].copy_(everything[NET_PREFIX + name.removeprefix(EMA_PREFIX)])
         return read_meta(path)
 
     def _make_states(self, optimizer: Optimizer, stored: list[str]) -> None:

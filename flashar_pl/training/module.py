@@ -23,7 +23,8 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.models.weights import CHECKPOINT_KEY
-from flashar_pl.training.callbacks import LOGGED, EmaUpdate, InitialWeights, RandomState, StageSwitch, TrainingLog
+from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once, start_average
+from flashar_pl.training.callbacks import LOGGED, InitialWeights, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
 from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_lora, check_trainer
 from flashar_pl.training.config import (
@@ -86,13 +87,13 @@ class FlashARModule(LightningModule):
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
         self.net: GridModel
         self.ema: GridModel | None = None
+        keep_frozen_once(self)
         self.total_steps: int | None = None
         """Length of the run in optimiser steps, fixed when it starts and kept in its checkpoints."""
         self._has_weights = False
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
         self._run_callbacks: list[Callback] = [
-            InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(),
-            LastCheckpoint(),
+            InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(), LastCheckpoint(),
         ]  # fmt: skip
 
     def configure_callbacks(self) -> list[Callback]:
@@ -110,7 +111,7 @@ class FlashARModule(LightningModule):
             return
         self.net = new_model(self.model_config, self._strategy, self.lora)
         if self.ema_decay is not None:
-            self.ema = new_model(self.model_config, self._strategy, self.lora).requires_grad_(False)
+            self.ema = average_of(self.net, self._strategy)
 
     def load_initial_weights(self) -> None:
         """Read `init_from` and copy the result into the averaged weights, unless a checkpoint was restored."""
@@ -121,8 +122,7 @@ class FlashARModule(LightningModule):
             check_initial_file(self.init_from)
         if (report := first_weights(self.net, self.init_from, self._strategy)) is not None:
             rank_zero_info(str(report))
-        if self.ema is not None:
-            self.ema.load_state_dict(self.net.state_dict())
+        start_average(self.net, self.ema)
 
     @property
     def evaluated(self) -> GridModel:
@@ -144,8 +144,7 @@ class FlashARModule(LightningModule):
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
             check_trainer(self.trainer, self.optimiser.clip)
-        draws = bool(self.validation.samples or self.validation.grid_images)
-        check_guidance(self.backbone.resolve(), self.validation.cfg_scale, draws)
+        check_guidance(self.backbone.resolve(), self.validation)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
 
     # --- steps ------------------------------------------------------------------------------------------------------
@@ -159,8 +158,8 @@ class FlashARModule(LightningModule):
         return self.net.make_plan(self.validation.plan or self.net.plan_name, codes.shape[1], codes.shape[2])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        codes, plan = batch.codes, self.evaluation_plan(batch.codes)
-        return self.evaluated.loss(codes, batch.condition, plan, batch.valid, self.aux_weight)
+        plan = self.evaluation_plan(batch.codes)
+        return self.evaluated.loss(batch.codes, batch.condition, plan, batch.valid, self.aux_weight)
 
     test_step = validation_step
 
@@ -193,6 +192,7 @@ class FlashARModule(LightningModule):
             )
         self.total_steps = checkpoint[CHECKPOINT_KEY]["training"].get("total_steps")
         self._has_weights = True
+        follow_frozen(self.net, self.ema)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> FlashARModule:

@@ -110,8 +110,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def allocate(model: GridModel, device: torch.device, offload: bool = False) -> None:
+def allocate(model: GridModel, device: torch.device, offload: bool = False, like: GridModel | None = None) -> None:
     """Give a sharded model on the meta device memory: parameters hold NaN until weights are loaded.
+
+    like: a model of the same shards that has memory; what never trains takes it from there.
 
     All that ever train must require gradients now, and what LoRA keeps frozen must not. FSDP2 settles at the first
     entry in which dtype the gradients of a unit are reduced and kept; for a unit that is frozen then it would be the
@@ -119,9 +121,17 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False) -> N
     """
     frozen = frozen_names(model)
     assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
-    model.to_empty(device="cpu" if offload else device)
-    for parameter in model.parameters():
-        local(parameter).fill_(torch.nan)
+    place, theirs = "cpu" if offload else device, {} if like is None else dict(like.named_parameters())
+    shared = {id(p): theirs[name] for name, p in model.named_parameters() if name in frozen and name in theirs}
+
+    def memory(tensor: Tensor) -> Tensor:
+        found = shared.get(id(tensor))
+        return torch.empty_like(tensor, device=place) if found is None else found.detach()
+
+    model._apply(memory)
+    for name, parameter in model.named_parameters():
+        if name not in frozen or name not in theirs:
+            local(parameter).fill_(torch.nan)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))

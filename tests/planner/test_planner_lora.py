@@ -26,6 +26,7 @@ from flashar_pl.planner.training import (
     training_memory,
     usable,
 )
+from flashar_pl.training.averaging import average_of
 from flashar_pl.training.optim import adamw
 
 LORA = LoraConfig(rank=6, base="bf16", targets=("wqkv", "wo", "w2"))
@@ -55,7 +56,10 @@ def test_weights_gradients_and_moments_of_a_real_step(backbone, stage):
     planned = training_memory(sizes, setup, stage)
     assert added(sizes, LORA) == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     weights = sum(p.nbytes for p in model.parameters())
-    assert planned.weights == planned.ema == weights
+    assert planned.weights == weights
+    average = average_of(model, None)
+    both = {p.data_ptr(): p.nbytes for net in (model, average) for p in net.parameters()}
+    assert planned.ema == sum(both.values()) - weights > 0  # the frozen part is shared
     assert planned.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert planned.moments == sum(s["exp_avg"].nbytes + s["exp_avg_sq"].nbytes for s in optimiser.state.values())
     offloaded = replace(setup, offload=True, sharded=True, ema=False)

@@ -129,7 +129,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         root, job["shards"], module, ckpt_path=job.get("ckpt"), devices=job["devices"],
         strategy=strategy_of(job["strategy"], job.get("options", {})), callbacks=callbacks,
         enable_checkpointing=bool(job.get("save")), max_steps=job.get("max_steps", 10),
-        data={"validation_batch_size": 4}, **(validating if job.get("validation") else {}),
+        data={"validation_batch_size": 4, **job.get("data", {})}, **(validating if job.get("validation") else {}),
     )  # fmt: skip
     weights = {name: whole(value) for name, value in trained.state_dict().items()}
     results = {name: float(value) for name, value in trained.trainer.callback_metrics.items()}

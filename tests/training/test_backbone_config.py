@@ -13,7 +13,14 @@ import pytest
 from flashar_pl.backbones import Emu35Config
 from flashar_pl.models.weights import build_on_meta, initialise
 from flashar_pl.training.checks import check_guidance
-from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config, plain_settings, typed_settings
+from flashar_pl.training.config import (
+    BackboneConfig,
+    FlashARConfig,
+    ValidationConfig,
+    model_config,
+    plain_settings,
+    typed_settings,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZES = {
@@ -87,11 +94,11 @@ def test_guided_validation_needs_an_unconditional_prompt() -> None:
     """Otherwise the run would stop at its first validation, hours after its start."""
     config = BackboneConfig(kind="emu35", options=SIZES).resolve()
     with pytest.raises(ValueError, match=r"validation\.cfg_scale is 5.*unconditional_prompt"):
-        check_guidance(config, 5.0, draws=True)
-    check_guidance(config, 1.0, draws=True)
-    check_guidance(config, 5.0, draws=False)
-    check_guidance(BackboneConfig(preset="emu35-34b").resolve(), 5.0, draws=True)
-    check_guidance(BackboneConfig(preset="llamagen-b").resolve(), 5.0, draws=True)
+        check_guidance(config, ValidationConfig(cfg_scale=5.0, grid_images=1))
+    check_guidance(config, ValidationConfig(cfg_scale=1.0, grid_images=1))
+    check_guidance(config, ValidationConfig(cfg_scale=5.0, grid_images=0))
+    check_guidance(BackboneConfig(preset="emu35-34b").resolve(), ValidationConfig(cfg_scale=5.0, grid_images=1))
+    check_guidance(BackboneConfig(preset="llamagen-b").resolve(), ValidationConfig(cfg_scale=5.0, grid_images=1))
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ from training_toys import GRID, LEVELS, STEPS, fit, make_module
 from flashar_pl.backbones.llamagen_weights import clean_official
 from flashar_pl.commands.convert import convert
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, frozen_names, without_adapters
+from flashar_pl.models.sharded_files import SafeReader
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
 from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
+from flashar_pl.training.sharding import local
 from flashar_pl.training.stored_config import check_same_model
 
 LORA = LoraConfig(rank=2, alpha=4, dropout=0.1)
@@ -117,6 +119,27 @@ def test_continued_equals_uninterrupted(whole, raster: str, toy_shards: str, tmp
     assert losses.seen == {s: seen[s] for s in range(step + 1, STEPS + 1)}
     for (name, a), b in zip(module.state_dict().items(), continued.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_frozen_part_is_not_averaged(whole, raster: str, toy_shards: str, tmp_path: Path) -> None:
+    """One memory for both models, sharded ones too, and one copy in a checkpoint: 65 GB of a 34 B model. A validation
+    of a continued run needs it in the averages."""
+    root, module, _ = whole
+    cut = fit(tmp_path, toy_shards, make(raster), strategy=ShardedStrategy("fp32"), max_steps=3)
+    path = tmp_path / "cut.ckpt"
+    cut.trainer.save_checkpoint(path)
+    continued = fit(tmp_path, toy_shards, make(raster), path, strategy=ShardedStrategy("fp32"), max_steps=4)
+    stored = torch.load(root / f"step={STEPS}.ckpt", weights_only=True)["state_dict"], SafeReader(path)
+    for names in (set(stored[0]), set(stored[1].names())):
+        frozen = frozen_names(module.net)
+        assert not any(f"ema.{name}" in names for name in frozen)
+        assert all(f"ema.{name}" in names for name in module.net.state_dict().keys() - frozen)
+    for each in (module, cut, continued):
+        weights = dict(each.net.named_parameters())
+        for name, average in each.ema.named_parameters():
+            same = local(average).data_ptr() == local(weights[name]).data_ptr()
+            assert same == (name in frozen_names(each.net)), name
+            assert not average.requires_grad
 
 
 def test_checkpoint_is_a_plain_model(whole, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from emu_tiny_data import write
 from processes import clean_environment
 
 from flashar_pl.models.lora import ADDED
-from flashar_pl.models.sharded_files import read_sharded
+from flashar_pl.models.sharded_files import SafeReader, read_sharded
 from flashar_pl.models.weights import load_model
 
 pytest.importorskip("tiktoken")
@@ -59,8 +59,11 @@ def test_learns_and_keeps_the_base(said: str, folder: Path) -> None:
     assert losses[-1] < losses[0] - 10
     checkpoint = folder / "runs/emu35_tiny/checkpoints/step=20.ckpt"
     base = load_model(folder / "data/emu35_tiny/model").model.state_dict()
+    names = [name for name in SafeReader(checkpoint).names() if name.startswith(("net.", "ema."))]
+    assert not [name for name in names if name.startswith("ema.backbone.") and ADDED not in name]  # never averaged
     for prefix in ("net.", "ema."):
-        for name, value in read_sharded(checkpoint, prefix).items():
+        wanted = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+        for name, value in read_sharded(checkpoint, wanted).items():
             if name.startswith("backbone.") and ADDED not in name:
                 assert value.dtype == torch.bfloat16
                 assert torch.equal(value, base[name.replace(".base_layer.", ".")].bfloat16()), name

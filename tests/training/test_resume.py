@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import STEPS, OptimiserConfig, fit, make_module
 
 from flashar_pl.models.weights import load_model
+from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.sharding import local
 
 
 class Losses(Callback):
@@ -110,6 +112,34 @@ def test_a_checkpoint_between_accumulated_batches_warns(toy_shards: str, tmp_pat
     options = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "enable_checkpointing": True, "max_steps": 3}
     with pytest.warns(UserWarning, match="in the middle of step 2"):
         fit(tmp_path, toy_shards, make_module(), callbacks=[save], val_check_interval=3, **options)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_averaging_may_begin_and_end_on_resume(toy_shards: str, tmp_path: Path, sharded: bool) -> None:
+    """It was an error of load_state_dict. Averages that are missing start at the weights."""
+
+    def run(ema_decay: float | None, steps: int, start: Path | None = None):
+        options = {"strategy": ShardedStrategy("fp32")} if sharded else {}
+        return fit(tmp_path, toy_shards, make_module(ema_decay=ema_decay), ckpt_path=start, max_steps=steps, **options)
+
+    for first, second in ((None, 0.5), (0.5, None)):
+        path = tmp_path / f"{first}.ckpt"
+        before = run(first, 4)
+        before.trainer.save_checkpoint(path)
+        after = run(second, 5, path)
+        start, now = before.net.state_dict(), after.net.state_dict()
+        assert (after.ema is None) == (second is None)
+        if after.ema is not None:
+            for name, value in after.ema.state_dict().items():
+                torch.testing.assert_close(local(value), (local(start[name]) + local(now[name])) / 2, msg=name)
+
+
+def test_averages_do_not_change_the_run(whole, toy_shards: str, tmp_path: Path) -> None:
+    """A second model must draw no random numbers of the training."""
+    _, _, seen = whole
+    losses = Losses()
+    fit(tmp_path, toy_shards, make_module(), callbacks=[losses])
+    assert losses.seen == seen
 
 
 def test_settings_of_the_optimiser_may_change(whole, toy_shards: str, tmp_path: Path) -> None:

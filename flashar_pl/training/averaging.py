@@ -1,0 +1,112 @@
+"""Averaged weights: a second model that follows the trained one, and is what a run validates and samples.
+
+What never trains, a backbone under LoRA, is the same memory in both models, and checkpoints hold it once, as the
+trained model's. What only a stage freezes is averaged: it trains later.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import Strategy
+from torch import nn
+
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import adaptation, frozen_names
+from flashar_pl.models.weights import EMA_PREFIX, NET_PREFIX
+from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.sharding import local
+
+if TYPE_CHECKING:
+    from flashar_pl.training.module import FlashARModule
+
+
+def average_of(net: GridModel, strategy: Strategy | None) -> GridModel:
+    """A model for the averages of `net`'s weights, frozen; the parameters of `net` that never train are its own too."""
+    if isinstance(strategy, ShardedStrategy):
+        average = strategy.build(net.config(), adaptation(net), like=net)
+    else:
+        never = frozen_names(net)
+        average = copy.deepcopy(net, {id(p): p for name, p in net.named_parameters() if name in never})
+    return average.requires_grad_(False)
+
+
+def start_average(net: GridModel, average: GridModel | None) -> None:
+    """Set all averages, if there are any, to the weights of `net`."""
+    if average is not None:
+        average.load_state_dict(net.state_dict())
+
+
+@torch.no_grad()
+def follow_frozen(net: GridModel, average: GridModel | None) -> None:
+    """Copy what never trains, where the average could not share its memory: FSDP2 pads shards of uneven length, and
+    each model has its own padding."""
+    if average is None:
+        return
+    weights = dict(net.named_parameters())
+    for name in frozen_names(net):
+        here, there = local(average.get_parameter(name)), local(weights[name])
+        if here.data_ptr() != there.data_ptr():
+            here.copy_(there)
+
+
+def keep_frozen_once(module: LightningModule) -> None:
+    """Let the state dict of `module` leave out what the average shares, and let it read one that was written with
+    averages by a module without them, or the other way round: averages that are missing start at the weights."""
+    module.register_state_dict_post_hook(_leave_out)
+    module.register_load_state_dict_pre_hook(_complete)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    ours = _as_ours(module)
+    if ours.ema is not None:
+        for name in frozen_names(ours.net):
+            del state[f"{prefix}{EMA_PREFIX}{name}"]
+
+
+def _complete(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    average = _as_ours(module).ema
+    if average is None:
+        for name in [name for name in state if name.startswith(prefix + EMA_PREFIX)]:
+            del state[name]
+        return
+    for name in average.state_dict():
+        weight = state.get(f"{prefix}{NET_PREFIX}{name}")
+        if weight is not None:
+            state.setdefault(f"{prefix}{EMA_PREFIX}{name}", weight)
+
+
+class EmaUpdate(Callback):
+    """Moves the averaged weights towards the trained ones after every optimiser step."""
+
+    def __init__(self, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema_decay is {decay}; expected 0 <= ema_decay < 1, such as 0.999.")
+        self.decay = decay
+        self._seen = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._seen:  # gradients were only accumulated
+            return
+        self._seen = trainer.global_step
+        module = _as_ours(pl_module)
+        assert module.ema is not None
+        frozen = frozen_names(module.net)
+        averages, weights = (
+            [local(parameter) for name, parameter in net.named_parameters() if name not in frozen]
+            for net in (module.ema, module.net)
+        )
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+
+def _as_ours(module: nn.Module) -> FlashARModule:
+    return cast("FlashARModule", module)
