@@ -16,5 +16,6 @@ hypothesis.settings.load_profile("suite")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Hide GPUs from tests that are not for them: commands and trainers would choose one, and expect other results."""
-    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+    chosen = config.getoption("markexpr")
+    if chosen and "gpu" not in chosen.replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
