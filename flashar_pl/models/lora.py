@@ -7,7 +7,7 @@ merged while it is read (`merge`), and is a plain one from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -146,24 +146,8 @@ def added_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ADDED in name)
 
 
-def decode_under_autocast(model: GridModel) -> GridModel:
-    """Let samples be drawn from a model with bfloat16 and float32 weights: bfloat16 wherever decoding enters it."""
-
-    def wrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            with torch.autocast(model.device.type, torch.bfloat16):
-                return method(*args, **options)
-
-        return call
-
-    for name in ("prefix", "prefill", "step", "step_logits"):
-        setattr(model, name, wrapped(getattr(model, name)))
-    return model
-
-
-def merge(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The state dict of the plain model: W + alpha / rank * B A, in float32 or wider. Empties `state` on the way."""
-    merged = {}
+def merge(state: dict[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the plain model: W + alpha / rank * B A, in float32 or wider. Empties `state` on the way."""
     for name in [name for name in state if ADDED not in name]:
         value = state.pop(name)
         if value.is_floating_point():
@@ -171,7 +155,7 @@ def merge(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
         if name.endswith(BASE):
             layer = name.removesuffix(BASE)
             a, b = (state.pop(f"{layer}.lora_{which}.{ADAPTER}.weight").to(value.dtype) for which in "AB")
-            value, name = torch.addmm(value, b, a, alpha=config.scale), f"{layer}.weight"
-        merged[name] = value
+            yield f"{layer}.weight", torch.addmm(value, b, a, alpha=config.scale)
+        else:
+            yield name, value
     assert not state, f"added matrices without a layer: {', '.join(list(state)[:4])}"
-    return merged

@@ -287,7 +287,7 @@ def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[d
 
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
     if description.lora is not None:
-        state, description.lora = merge(state, LoraConfig(**description.lora)), None
+        state, description.lora = dict(merge(state, LoraConfig(**description.lora))), None
     model = build_on_meta(description.model)
     load_strictly(model, state)
     return model

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.directories import is_official_directory
-from flashar_pl.models.lora import LoraConfig, adapt, decode_under_autocast
+from flashar_pl.models.lora import LoraConfig, adapt
 from flashar_pl.models.sharded_files import is_sharded
 from flashar_pl.models.weights import InitReport, build_model, initialise
 from flashar_pl.training.fsdp import ShardedStrategy
@@ -32,8 +32,7 @@ def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfi
             f"model.lora.base is bf16 and trainer.precision {precision}; expected bf16-mixed, a sharded strategy, or "
             "model.lora.base fp32."
         )
-    model = adapt(build_model(config).float(), lora)
-    return decode_under_autocast(model) if lora is not None and lora.base == "bf16" else model
+    return adapt(build_model(config).float(), lora)
 
 
 def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:

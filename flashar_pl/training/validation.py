@@ -17,6 +17,7 @@ from flashar_pl.backbones.llamagen import LlamaGen
 from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.lora import adaptation, merge
 from flashar_pl.models.weights import build_on_meta
 from flashar_pl.sampling import SamplingSettings
 from flashar_pl.training.config import ValidationConfig
@@ -138,21 +139,21 @@ def _stack(conditions: list[Condition]) -> Condition:
     return torch.cat([c for c in conditions if isinstance(c, Tensor)])
 
 
+@torch.no_grad()
 def for_sampling(model: GridModel, precision: str) -> GridModel:
     """What to draw samples from in a run with this Trainer precision: where it is bf16-mixed, a bfloat16 copy.
 
-    The copy is what `flashar generate --dtype bf16` uses; its gate stays in float32. Decoding under autocast would cast
-    every weight at every step instead, which takes longer than float32. A sharded model is gathered in its compute
-    dtype anyway, and a model with adapters knows its own; both are returned as they are.
+    The copy is what `flashar generate --dtype bf16` uses: LoRA's updates are merged, and the gate stays in float32.
+    Decoding under autocast would cast every weight at every step instead, which takes longer than float32. A sharded
+    model is gathered in its compute dtype anyway, and returned as it is.
     """
-    state = model.state_dict()
+    state = dict(model.state_dict())
     if precision != "bf16-mixed" or any(isinstance(tensor, DTensor) for tensor in state.values()):
         return model
-    copy = build_on_meta(model.config())
-    if state.keys() != copy.state_dict().keys():
-        return model
-    roles = model.roles()
-    low = {name: t if roles.get(name) == "gate" else t.detach().to(torch.bfloat16) for name, t in state.items()}
+    copy, lora = build_on_meta(model.config()), adaptation(model)
+    roles = copy.roles()
+    plain = state.items() if lora is None else merge(state, lora)
+    low = {name: t.detach().to(torch.float32 if roles.get(name) == "gate" else torch.bfloat16) for name, t in plain}
     copy.load_state_dict(low, assign=True)
     return copy.requires_grad_(False).eval()
 

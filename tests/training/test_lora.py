@@ -14,7 +14,8 @@ from training_toys import GRID, LEVELS, STEPS, fit, make_module
 
 from flashar_pl.backbones.llamagen_weights import clean_official
 from flashar_pl.commands.convert import convert
-from flashar_pl.models.lora import ADDED, LoraConfig, adapt, frozen_names, without_adapters
+from flashar_pl.decoding import generate
+from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters
 from flashar_pl.models.sharded_files import SafeReader
 from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
@@ -23,6 +24,7 @@ from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.sharding import local
 from flashar_pl.training.stored_config import check_same_model
+from flashar_pl.training.validation import for_sampling
 
 LORA = LoraConfig(rank=2, alpha=4, dropout=0.1)
 
@@ -200,6 +202,22 @@ def test_bfloat16_base_under_autocast(raster: str, toy_shards: str, tmp_path: Pa
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
     with pytest.raises(ValueError, match=r"base is bf16 and trainer.precision 32-true; expected bf16-mixed"):
         fit(tmp_path, toy_shards, make(raster, half), max_steps=1)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(raster: str, base: Any) -> None:
+    """From the merged model that `generate --dtype bf16` uses; a float32 base was decoded in float32."""
+    net = started(raster, LoraConfig(rank=2, alpha=4, base=base)).net
+    with torch.no_grad():
+        for _, _, layer in adapted_layers(net):
+            layer.lora_B["default"].weight.normal_()
+    copy = for_sampling(net, "bf16-mixed")
+    assert {p.dtype for n, p in copy.named_parameters() if "gate" not in n} == {torch.bfloat16}
+    assert {p.dtype for p in copy.dual_head.gate.parameters()} == {torch.float32}
+    wanted = dict(merge(dict(net.state_dict()), net.lora))
+    assert all(torch.equal(value, wanted[name].to(value.dtype)) for name, value in copy.state_dict().items())
+    assert generate(copy, CONDITION, GRID, seeds=0).shape == (2, *GRID)
+    assert for_sampling(net, "32-true") is net
 
 
 def test_sharded_with_a_bfloat16_base(raster: str, toy_shards: str, tmp_path: Path) -> None:
