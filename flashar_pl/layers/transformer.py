@@ -69,7 +69,7 @@ class RMSNorm(nn.Module):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """(R, A, L, E) from queries (R, A, L, E), keys and values (R, G, K, E), in a form that fused kernels accept.
+    """(R, L, A * E) from queries (R, A, L, E), keys and values (R, G, K, E), in a form that fused kernels accept.
 
     The GPU kernels that take a mask know no grouped heads and, in 16 bit, only head widths that are multiples of 8;
     otherwise all probabilities would be written to memory. So the A / G queries that share a key become rows of one
@@ -79,7 +79,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0)
     groups, shared = k.shape[1], heads // k.shape[1]
     if isinstance(mask, str):
         assert n == k.shape[2], "positions that see only themselves would be missing"
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared > 1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared > 1)
+        return y.transpose(1, 2).flatten(2)
     if shared > 1:
         q = q.unflatten(1, (groups, shared)).flatten(2, 3)  # (R, G, A / G * L, E)
         if mask is not None and mask.shape[-2] > 1:
@@ -87,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0)
     if mask is not None and q.is_cuda and width % 8:
         q, k, v = (F.pad(part, (0, -width % 8)) for part in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=width**-0.5)[..., :width]
-    return y.unflatten(2, (shared, n)).flatten(1, 2) if shared > 1 else y
+    return y.unflatten(2, (shared, n)).permute(0, 3, 1, 2, 4).flatten(2)  # one copy at most
 
 
 class Attention(nn.Module):
@@ -114,8 +115,7 @@ class Attention(nn.Module):
         """Attention outputs (R, L, A * E), before the output projection."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
-        y = attention(q, k, v, mask, self.config.attn_dropout if self.training else 0.0)  # (R, A, L, E)
-        return y.transpose(1, 2).flatten(2)
+        return attention(q, k, v, mask, self.config.attn_dropout if self.training else 0.0)
 
     def output(self, y: Tensor) -> Tensor:
         """(R, L, A * E) -> (R, L, D)."""
