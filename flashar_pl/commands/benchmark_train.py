@@ -27,6 +27,7 @@ def benchmark_train(
     *,
     preset: str = "llamagen-b",
     layers: int | None = None,
+    lora: int | None = None,
     batch_size: int = 4,
     grid: str = "16x16",
     dtype: Literal["fp32", "bf16"] = "bf16",
@@ -47,6 +48,7 @@ def benchmark_train(
     Args:
         preset: published LlamaGen size with random weights.
         layers: use only so many layers.
+        lora: freeze the backbone and train low-rank updates of this rank; its weights are kept in dtype. Needs peft.
         batch_size: samples of a step.
         grid: code grid HEIGHTxWIDTH.
         dtype: bf16 is autocast over float32 weights; fp32 computes in float32.
@@ -59,17 +61,19 @@ def benchmark_train(
     import torch
 
     from flashar_pl.commands.benchmark_rows import device_name
+    from flashar_pl.models.lora import LoraConfig, adapt, frozen_names
     from flashar_pl.planner.measure import clock_name
 
     if min(batch_size, repeats, threads) < 1:
         raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
     if layers is not None and layers < 1:
         raise ValueError(f"layers is {layers}; expected 1 or more.")
+    adapted = None if lora is None else LoraConfig(rank=lora, alpha=lora, base=dtype)
     if out is not None:
         require_new(out, "benchmark")
     place, shape = find_device(device), parse_grid(grid)
     assert shape is not None
-    model = _model(preset, layers, place)
+    model = adapt(_model(preset, layers, place), adapted)
     before = torch.get_num_threads()
     try:
         if place.type == "cpu":
@@ -83,6 +87,7 @@ def benchmark_train(
             "clock": clock_name(place),
             "threads": threads if place.type == "cpu" else None,
             "parameters": {role: count for role, count in _role_counts(model).items() if count},
+            "frozen": sum(model.get_parameter(name).numel() for name in frozen_names(model)),
             "rows": rows,
             "versions": versions(),
         }
@@ -119,13 +124,17 @@ class Steps:
     def __init__(self, model: GridModel, batch: int, grid: tuple[int, int], mixed: bool, device: torch.device) -> None:
         import torch
 
+        from flashar_pl.models.lora import frozen_names
+
         generator = torch.Generator().manual_seed(0)
         self.model, self.mixed, self.device = model, mixed, device
         self.plan = model.default_plan(*grid)
         vocabulary = model.backbone.vocabulary
         self.codes = torch.randint(0, vocabulary, (batch, *grid), generator=generator).to(device)
         self.condition = (torch.arange(batch) % 1000).to(device)
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        self.frozen = frozen_names(model)
+        trained = [parameter for name, parameter in model.named_parameters() if name not in self.frozen]
+        self.optimiser = torch.optim.AdamW(trained, lr=1e-5, fused=True)
         self._states: tuple[Tensor, Tensor] | None = None
 
     def freeze(self, stage: int) -> None:
@@ -134,7 +143,7 @@ class Steps:
 
         roles = self.model.roles()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(stage == 2 or roles[name] in STAGE1)
+            parameter.requires_grad_(name not in self.frozen and (stage == 2 or roles[name] in STAGE1))
             parameter.grad = None
         self.optimiser.state.clear()
 
@@ -258,9 +267,10 @@ def report(result: dict[str, Any]) -> str:
     ]
     command = result["command"]
     clock = "processor time" if result["clock"] == "cpu" else "wall time"
+    frozen = f", {result['frozen']:,} of them frozen (LoRA of rank {command['lora']})" if result["frozen"] else ""
     head = (
-        f"{result['device']}; {command['preset']}, batch {command['batch_size']}, grid {command['grid']}, "
-        f"{command['dtype']}; medians of {clock}; memory of a step beyond weights and optimizer state, of the loss "
+        f"{result['device']}; {command['preset']}, {sum(result['parameters'].values()):,} parameters{frozen}, "
+        f"batch {command['batch_size']}, grid {command['grid']}, {command['dtype']}; medians of {clock}; memory of a step beyond weights and optimizer state, of the loss "
         "beyond gradients."
     )
     return head + "\n\n" + markdown(header, lines)

@@ -9,6 +9,7 @@ from tiny import classes, codes, flashar
 from flashar_pl.backbones import LlamaGen
 from flashar_pl.commands.benchmark_train import benchmark_train
 from flashar_pl.models import FlashAR
+from flashar_pl.models.lora import without_adapters
 from flashar_pl.planner.plain_loss import plain_loss
 
 
@@ -47,11 +48,31 @@ def test_a_training_benchmark(work, run, monkeypatch):
         assert rows[stage, "chunked"]["loss_bytes"] < 0.35 * rows[stage, "plain"]["loss_bytes"]
 
 
+def test_a_step_with_a_frozen_backbone(work, run, monkeypatch):
+    """A step of a LoRA run trains, and holds moments of, what is not frozen."""
+    pytest.importorskip("peft")
+    narrow = FlashAR(LlamaGen.from_preset("llamagen-b", dim=32, n_layer=1, n_head=2), 0).train()
+    before = {name: value.clone() for name, value in narrow.state_dict().items()}
+    monkeypatch.setattr("flashar_pl.commands.benchmark_train._model", lambda *_: narrow)
+    words = ["--batch-size", 1, "--grid", "4x4", "--repeats", 1, "--device", "cpu", "--dtype", "fp32"]
+    code, out, err = run("benchmark", "train", *words, "--lora", 2, "--out", "lora.json")
+    assert code == 0, err
+    result = json.loads((work / "lora.json").read_text())
+    frozen = [name for name in before if name.startswith("backbone.")]
+    assert result["frozen"] == sum(before[name].numel() for name in frozen)
+    assert f"{result['frozen']:,} of them frozen (LoRA of rank 2)" in out
+    with without_adapters(narrow):
+        after = narrow.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in frozen)
+        assert not torch.equal(before["dual_head.horizontal.weight"], after["dual_head.horizontal.weight"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--batch-size", "0"], "batch_size is 0"),
         (["--layers", "0"], "layers is 0; expected 1 or more"),
+        (["--lora", "0"], "lora.rank is 0"),
         (["--preset", "llamagen-z"], "no preset 'llamagen-z'"),
         (["--out", "."], "exists"),
     ],
