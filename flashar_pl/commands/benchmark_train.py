@@ -270,7 +270,7 @@ def report(result: dict[str, Any]) -> str:
     frozen = f", {result['frozen']:,} of them frozen (LoRA of rank {command['lora']})" if result["frozen"] else ""
     head = (
         f"{result['device']}; {command['preset']}, {sum(result['parameters'].values()):,} parameters{frozen}, "
-        f"batch {command['batch_size']}, grid {command['grid']}, {command['dtype']}; medians of {clock}; memory of a step beyond weights and optimizer state, of the loss "
-        "beyond gradients."
+        f"batch {command['batch_size']}, grid {command['grid']}, {command['dtype']}; medians of {clock}; "
+        "memory of a step beyond weights and optimizer state, of the loss beyond gradients."
     )
     return head + "\n\n" + markdown(header, lines)

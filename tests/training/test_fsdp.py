@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from sharded_ranks import go, run
-from training_toys import make_data, make_module, make_trainer
+from training_toys import FlashARConfig, make_data, make_module, make_trainer
 
 from flashar_pl.models.sharded_files import SafeReader, is_sharded, read_meta
 from flashar_pl.models.weights import load_model
@@ -199,7 +199,7 @@ def test_foreign_index_runs_no_code(both, job, tmp_path: Path, monkeypatch) -> N
 def test_wrong_settings_are_refused(both, job, toy_shards: str, tmp_path: Path) -> None:
     def fit(strategy: Any, **options: Any) -> None:
         trainer = make_trainer(tmp_path, max_steps=1, strategy=strategy, **options.pop("trainer", {}))
-        trainer.fit(make_module(), datamodule=make_data(toy_shards), **options)
+        trainer.fit(make_module(options.pop("flashar", True)), datamodule=make_data(toy_shards), **options)
 
     with pytest.raises(ValueError, match=r"precision is bf16-mixed .* expected 32-true"):
         fit(ShardedStrategy(), trainer={"precision": "bf16-mixed"})
@@ -212,8 +212,9 @@ def test_wrong_settings_are_refused(both, job, toy_shards: str, tmp_path: Path) 
     torch.save({}, tmp_path / "file.ckpt")
     with pytest.raises(ValueError, match="is no sharded checkpoint"):
         fit(ShardedStrategy(), ckpt_path=str(tmp_path / "file.ckpt"))
-    with pytest.raises(ValueError, match="names are only in one of them"):  # the run keeps averages, this one does not
-        fit(ShardedStrategy(), ckpt_path=f"{job['root']}/step=1.ckpt")
+    with pytest.raises(ValueError, match="names are only in one of them"):  # this model has no gate
+        average = FlashARConfig(branch_layer=1, fusion="average")
+        fit(ShardedStrategy(), ckpt_path=f"{job['root']}/step=1.ckpt", flashar=average)
 
 
 @pytest.mark.slow
