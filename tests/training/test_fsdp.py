@@ -212,8 +212,8 @@ def test_wrong_settings_are_refused(both, job, toy_shards: str, tmp_path: Path) 
     torch.save({}, tmp_path / "file.ckpt")
     with pytest.raises(ValueError, match="is no sharded checkpoint"):
         fit(ShardedStrategy(), ckpt_path=str(tmp_path / "file.ckpt"))
-    with pytest.raises(ValueError, match="names are only in one of them"):  # this model has no gate
-        average = FlashARConfig(branch_layer=1, fusion="average")
+    average = FlashARConfig(branch_layer=1, fusion="average")  # this model has no gate
+    with pytest.raises(ValueError, match="names are only in one of them"):
         fit(ShardedStrategy(), ckpt_path=f"{job['root']}/step=1.ckpt", flashar=average)
 
 
