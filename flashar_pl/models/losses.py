@@ -12,8 +12,8 @@ Shapes: M targets, D width, V codes, c targets of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,20 +78,31 @@ def _add_product_(total: Tensor, error: Tensor, x: Tensor) -> None:
         total[begin : begin + rows].add_(error[:, begin : begin + rows].t() @ x)
 
 
+class _Inputs(NamedTuple):
+    """What goes into one head."""
+
+    x: Tensor
+    """(M, D) hidden states."""
+    weight: Tensor
+    """(V, D)."""
+    labels: Tensor
+    """(M,) int64."""
+    scale: Tensor
+    """(M,) weight of the loss of each target."""
+
+
 class _Head:
     """One linear head on its way over the chunks: losses, and sums of gradients in float32 or wider.
 
     Args:
-        x: (M, D) hidden states. weight: (V, D).
-        labels: (M,). scale: (M,) weight of the loss of each target.
+        inputs: of the head.
         dtype: of the matrix products.
         needs: whether the gradients of x and of weight are wanted.
     """
 
-    def __init__(
-        self, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype, needs: tuple[bool, bool]
-    ) -> None:
-        self.x, self.labels, self.scale = x, labels, scale
+    def __init__(self, inputs: _Inputs, dtype: torch.dtype, needs: Sequence[bool]) -> None:
+        x, weight, self.labels, self.scale = inputs
+        self.x = x
         self.weight = weight.to(dtype)  # (V, D)
         self.nll = torch.empty(len(x), dtype=wide(x[:0]).dtype, device=x.device)
         self.d_x = torch.empty_like(x) if needs[0] else None
@@ -136,9 +147,13 @@ class _Head:
         """Sum of the scaled losses."""
         return torch.dot(self.nll, self.scale)
 
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of its inputs."""
+        return self.d_x, self.d_weight, None, None
+
 
 class _Gradients:
-    """What a forward pass has computed for its backward pass, which uses it once."""
+    """What a forward pass has computed for its backward pass, which uses it once: a gradient or None for each input."""
 
     def __init__(self, *gradients: Tensor | None) -> None:
         self._gradients: tuple[Tensor | None, ...] | None = gradients
@@ -158,18 +173,18 @@ class _SingleHead(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype, train: bool
     ) -> tuple[Tensor, Tensor]:
-        needs = ctx.needs_input_grad
-        head = _Head(x, weight, labels, scale, dtype, (train and needs[0], train and needs[1]))
+        needs = [train and each for each in ctx.needs_input_grad]
+        head = _Head(_Inputs(x, weight, labels, scale), dtype, needs[:2])
         with full_precision(x.device.type):
             head.alone(0)
-        ctx.gradients = _Gradients(head.d_x, head.d_weight)
+        ctx.gradients = _Gradients(*head.gradients(), None, None)
         ctx.mark_non_differentiable(head.nll)
         return head.total(), head.nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.gradients.take(grads[0]), None, None, None, None)
+        return ctx.gradients.take(grads[0])
 
 
 class _TwoHeads(torch.autograd.Function):
@@ -177,30 +192,19 @@ class _TwoHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        h: Tensor,
-        v: Tensor,
-        gate: Tensor,
-        weight_h: Tensor,
-        weight_v: Tensor,
-        labels_h: Tensor,
-        labels_v: Tensor,
-        scale: Tensor,
-        scale_h: Tensor,
-        scale_v: Tensor,
-        dtype: torch.dtype,
-        train: bool,
+        ctx: Any, gate: Tensor, scale: Tensor, dtype: torch.dtype, train: bool, *heads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """heads: the inputs of the horizontal head, then those of the vertical one."""
         needs = [train and each for each in ctx.needs_input_grad]
-        head_h = _Head(h, weight_h, labels_h, scale_h, dtype, (needs[0], needs[3]))
-        head_v = _Head(v, weight_v, labels_v, scale_v, dtype, (needs[1], needs[4]))
-        both, vocabulary, device = len(gate), len(weight_h), h.device.type
+        head_h = _Head(_Inputs(*heads[:4]), dtype, needs[4:6])
+        head_v = _Head(_Inputs(*heads[4:]), dtype, needs[8:10])
+        both, vocabulary, device = len(gate), len(head_h.weight), gate.device.type
         fused = torch.empty_like(head_h.nll[:both])
-        d_gate = torch.empty_like(gate) if needs[2] else None
+        d_gate = torch.empty_like(gate) if needs[0] else None
         with full_precision(device):
             for rows in _chunks(0, both, vocabulary, device):
                 z_h, z_v = head_h.open(rows), head_v.open(rows)  # (c, V)
-                g, labels = gate[rows, None].to(z_h.dtype), labels_h[rows]
+                g, labels = gate[rows, None].to(z_h.dtype), head_h.labels[rows]
                 log_p = torch.log_softmax(torch.lerp(z_v, z_h, g), -1)  # (c, V), Eq. 8
                 fused[rows] = _nll(log_p, labels)
                 error = _error_(log_p, labels, scale[rows]) if any(needs) else None
@@ -213,7 +217,7 @@ class _TwoHeads(torch.autograd.Function):
                 del error
             head_h.alone(both)
             head_v.alone(both)
-        ctx.gradients = _Gradients(head_h.d_x, head_v.d_x, d_gate, head_h.d_weight, head_v.d_weight)
+        ctx.gradients = _Gradients(d_gate, None, None, None, *head_h.gradients(), *head_v.gradients())
         ctx.mark_non_differentiable(fused, head_h.nll, head_v.nll)
         total = torch.dot(fused, scale) + head_h.total() + head_v.total()
         return total, fused, head_h.nll, head_v.nll
@@ -221,7 +225,7 @@ class _TwoHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.gradients.take(grads[0]), *[None] * 7)
+        return ctx.gradients.take(grads[0])
 
 
 def head_nll(x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,5 +264,5 @@ def dual_nll(
         The sum of all losses times their scales, which can be differentiated once; and, without gradients,
         fused (M,), horizontal (M + a,), vertical (M + b,).
     """
-    tensors = (h, v, gate, weight_h, weight_v, labels_h, labels_v, scale, scale_h, scale_v)
-    return _TwoHeads.apply(*tensors, _compute_dtype(h), torch.is_grad_enabled())
+    heads = _Inputs(h, weight_h, labels_h, scale_h), _Inputs(v, weight_v, labels_v, scale_v)
+    return _TwoHeads.apply(gate, scale, _compute_dtype(h), torch.is_grad_enabled(), *heads[0], *heads[1])
