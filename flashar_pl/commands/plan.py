@@ -6,30 +6,19 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.arguments import closest
 from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.common import parse_grid, require_new, write_json
 
 if TYPE_CHECKING:
-    from flashar_pl.models.lora import LoraConfig
     from flashar_pl.planner.sizes import ModelSizes
     from flashar_pl.planner.training import TrainingSetup
 
 IMAGENET = 1_281_167
 """Training images of ImageNet, for epochs of shards that are not there yet."""
-MODEL_KEYS = (
-    *("backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation"),
-)
-DATA_KEYS = (
-    *("shards", "batch_size", "num_workers", "seed", "window", "validation_batch_size", "limit_validation_samples"),
-    *("cache", "prompts", "max_prompt", "text_encoder"),
-)
-"""Parameters of `FlashARModule` and `CodesDataModule`, which would have to import Lightning."""
 BATCH = 64
 """`CodesDataModule`'s global batch where a file gives none."""
 
@@ -169,6 +158,7 @@ def read_run(path: str, gpus: int) -> Run:
 
     from flashar_pl.planner import model_sizes
     from flashar_pl.planner.training import TrainingSetup
+    from flashar_pl.training.config_check import built_module, parsed_config
 
     file = Path(path)
     if not file.is_file():
@@ -177,22 +167,22 @@ def read_run(path: str, gpus: int) -> Run:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file} is not YAML: {error}") from error
-    if not isinstance(values, dict) or "backbone" not in (values.get("model") or {}):
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict) or "backbone" not in values["model"]:
         raise ValueError(f"{file} has no model.backbone; expected the configuration of `flashar fit`.")
-    model, data, trainer = values["model"], values.get("data") or {}, values.get("trainer") or {}
-    _check_keys("model", model, MODEL_KEYS)
-    if "class_path" in data:
-        data = data.get("init_args") or {}  # of another data module
-    else:
-        _check_keys("data", data, DATA_KEYS)
-    sizes = model_sizes(model_values(model))
+    given = values.get("data") or {}
+    given = (given.get("init_args") or {}) if isinstance(given, dict) and "class_path" in given else given
+    lacks_shards = isinstance(given, dict) and "shards" not in given  # a fit needs them, a plan does not
+    values = parsed_config(["--config", path, *(["--data.shards", ""] if lacks_shards else [])])
+    model, data, trainer = values["model"], values["data"], values["trainer"]
+    module = built_module(model)
+    sizes = model_sizes(module.model_config)
     notes: list[str] = []
     grid = _grid(sizes, data.get("shards"), notes)
     batch = data.get("batch_size", BATCH)
-    if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"data.batch_size is {batch!r}; expected a whole number, 1 or more.")
-    if "batch_size" not in data:
-        notes.append(f"data.batch_size {BATCH} assumed, the default")
+    if batch < 1:
+        raise ValueError(f"data.batch_size is {batch}; expected 1 or more.")
+    if "batch_size" not in given:
+        notes.append(f"data.batch_size {batch} assumed, the default")
     if batch % gpus:
         raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
@@ -205,57 +195,13 @@ def read_run(path: str, gpus: int) -> Run:
         samples=batch // gpus,
         accumulate=accumulate,
         ema=bool(model.get("ema_decay")),
-        lora=lora_values(model),
+        lora=module.lora,
         total_steps=_steps(trainer, data, batch * accumulate, notes),
         stage1_share=(0.2 if sizes.flashar else 0.0) if share is None else float(share),
         moments=(model.get("optimiser") or {}).get("state", "fp32"),
         **settings,
     )
     return Run(sizes, setup, notes)
-
-
-def model_values(model: dict[str, Any]) -> dict[str, Any]:
-    """The argument of `model_sizes` from the model section of a training YAML.
-
-    Raises:
-        ValueError: an option that a training run would refuse too.
-    """
-    from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, ScheduleConfig, model_config
-
-    for name, kind in (("optimiser", OptimiserConfig), ("schedule", ScheduleConfig)):
-        _settings(model, name, kind)
-    return model_config(_settings(model, "backbone", BackboneConfig), _settings(model, "flashar", FlashARConfig))
-
-
-def lora_values(model: dict[str, Any]) -> LoraConfig | None:
-    """`model.lora` of a training YAML. ValueError for an option that it does not have."""
-    from flashar_pl.models.lora import LoraConfig
-    from flashar_pl.training.checks import check_lora
-
-    lora = _settings(model, "lora", LoraConfig)
-    check_lora(lora, model.get("flashar"), model.get("init_from"))
-    return lora
-
-
-def _settings(model: dict[str, Any], name: str, kind: type) -> Any:
-    """`kind` from a part of the model section; None = the file does not have it."""
-    values = model.get(name)
-    if values is None:
-        return None
-    if not isinstance(values, dict):
-        raise ValueError(f"model.{name} is {values!r}; expected keys with values, as in experiments/*.yaml.")
-    _check_keys(f"model.{name}", values, [field.name for field in fields(kind)])
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"model.{name} is not that of `flashar fit`: {error}") from error
-
-
-def _check_keys(section: str, values: dict[str, Any], known: Sequence[str]) -> None:
-    """ValueError for a key that `flashar fit` would refuse; its value would be left out of the plan."""
-    for key in values:
-        if key not in known:
-            raise ValueError(f"no configuration key {f'{section}.{key}'!r}; {closest(str(key), known)}")
 
 
 def strategy_values(trainer: dict[str, Any]) -> dict[str, Any]:

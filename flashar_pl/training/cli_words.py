@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import inspect
 import re
 import typing
 from dataclasses import fields, is_dataclass
@@ -23,8 +25,7 @@ def checkpoint_of(words: list[str]) -> str | None:
     path = None
     for file in (word.removeprefix("--config=") for word in words):
         if file.endswith(YAML) and Path(file).is_file():
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-            path = content.get("ckpt_path", path) if isinstance(content, dict) else path
+            path = read_yaml(file).get("ckpt_path", path)
     for word, after in zip(words, [*words[1:], ""], strict=True):
         if word == "--ckpt_path":
             path = after
@@ -35,6 +36,15 @@ def checkpoint_of(words: list[str]) -> str | None:
     if not Path(str(path)).exists():
         raise ValueError(f"--ckpt_path {path}: no such checkpoint; a fit writes them to checkpoints/ of its directory.")
     return str(path)
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The content of a YAML file; {} where it is no mapping. Raises ValueError for a file that is not YAML."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def configs_first(words: list[str]) -> list[str]:
@@ -52,12 +62,39 @@ def configs_first(words: list[str]) -> list[str]:
     return files + rest
 
 
+SECTIONS = (
+    "model",
+    "data",
+    "trainer",
+    *(f"model.{name}" for name in ("backbone", "optimiser", "schedule", "validation")),
+)
+"""Parts of a configuration that hold keys."""
+
+
+def check_sections(words: list[str]) -> None:
+    """ValueError for a file among `words` in which a part that holds keys is a number or text."""
+    for file in (word.removeprefix("--config=") for word in words):
+        content = read_yaml(file) if file.endswith(YAML) and Path(file).is_file() else {}
+        for section in SECTIONS:
+            value: Any = content
+            for name in section.split("."):
+                value = value.get(name) if isinstance(value, dict) else None
+            if not isinstance(value, dict | None) and not str(value).endswith(YAML):
+                raise ValueError(f"{section} is {value!r} in {file}; expected keys with values, as in experiments/.")
+
+
 def explain(message: str, known: list[str]) -> str:
     """jsonargparse's message on one line; for an unknown key, with the closest known ones."""
     text = " ".join(message.split())
     absent = re.search(r"File does not exist: '([^']+)'", text)
     if absent:
         return f"no configuration {absent[1]}; expected a YAML such as experiments/demo_raster.yaml."
+    inside_class = re.search(
+        r"Problem with given class_path '([\w.]+)': (.+?)(?: - Not a valid| Given value type|$)", text
+    )
+    key_of_class = re.search(r'Parser key "(trainer[\w.]+)"', text)
+    if inside_class and key_of_class:
+        return _explain_class(key_of_class[1], inside_class[1], inside_class[2])
     for pattern in (
         r"does not accept option '([^']+)'",
         r"nrecognized arguments: --([\w.\-]+)",
@@ -81,14 +118,34 @@ def explain(message: str, known: list[str]) -> str:
         key = ""
         for part in re.findall(r'Parser key "([\w.]+)"', text):
             key = part if part.startswith(key) else f"{key}.{part}"
-        kind = re.sub(r"<class '(\w+)'>|typing\.", r"\1", value[1])
-        return f"{key} is {value[2]!r}; expected {kind}."
+        return f"{key} is {value[2]!r}; expected {_kind(value[1])}."
     optional = re.search(r'^Parser key "([\w.]+)": .*Subtypes: \[(.+?)\] Errors: .* Given value: (.+)$', text)
     if optional:
-        kinds = [kind.strip("<>'").split(".")[-1] for kind in optional[2].replace("<class '", "").split(", ")]
+        subtypes = re.sub(r"typing\.Literal\[(.+?)\]", r"\1", optional[2].replace("<class '", ""))
+        kinds = dict.fromkeys(kind.strip("<>'[]").split(".")[-1] for kind in subtypes.split(", "))
         expected = " or ".join("null" if kind == "NoneType" else kind for kind in kinds)
         return f"{optional[1]} is {optional[3]!r}; expected {expected}."
     return text
+
+
+def _explain_class(key: str, path: str, problem: str) -> str:
+    """What is wrong with the class at import path `path`, or with one of its init_args."""
+    option = re.search(r"Option '([^']+)' is not accepted", problem)
+    if option:
+        module, _, name = path.rpartition(".")
+        names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        near = difflib.get_close_matches(option[1], names, n=3, cutoff=0.4) or names
+        return f"no configuration key '{key}.init_args.{option[1]}'; closest: {', '.join(near)} of {path}."
+    value = re.search(r'Parser key "([\w.]+)": Expected an? (.+?)\. Got value: (\S+)', problem)
+    if value:
+        return f"{key}.init_args.{value[1]} is {value[3]!r}; expected {_kind(value[2])}."
+    return f"{key}: class_path {path}: {problem}."
+
+
+def _kind(text: str) -> str:
+    """A type in jsonargparse's words, shorter."""
+    short = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", text)
+    return " or ".join(re.findall(r"'([^']+)'", short)) if short.startswith("Literal") else short
 
 
 def nearest(word: str, known: list[str]) -> list[str]:

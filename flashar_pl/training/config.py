@@ -22,6 +22,8 @@ STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 LORA_FACTOR = 5.0
 """LoRA's learning rate relative to the base: 1e-4 at 2e-5. Low-rank updates start at 0 and need larger steps than the
 weights themselves (docs/training.md has what other values do on the demo)."""
+NUMBERS: dict[str, Any] = {"int": int, "float": int | float}
+"""Types of a backbone's fields whose options are checked before arithmetic is done with them."""
 CAPTION_DROPOUT = 0.1
 """Share of Emu3.5's captions that training replaces by the unconditional prompt, so that guidance keeps working."""
 
@@ -53,6 +55,11 @@ class BackboneConfig:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
                 raise ValueError(f"model.backbone.options has no {key!r}; closest: {', '.join(near)}.")
+            expected = NUMBERS.get(str(next(f.type for f in fields(family) if f.name == key)))
+            value = self.options[key]
+            if expected is not None and (isinstance(value, bool) or not isinstance(value, expected)):
+                kind = "a whole number" if expected is int else "a number"
+                raise ValueError(f"model.backbone.options.{key} is {value!r}; expected {kind}.")
         if self.preset is not None and family is LlamaGenConfig:
             return llamagen.preset(self.preset, **self.options)
         if self.preset is not None:

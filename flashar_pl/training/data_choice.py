@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from flashar_pl.training.cli_words import YAML
+from flashar_pl.training.cli_words import YAML, read_yaml
 
 SHORT_NAMES = {
     "CodesDataModule": "flashar_pl.data.datamodules.CodesDataModule",
@@ -106,8 +106,7 @@ def _mapping(word: str) -> dict[str, Any]:
     """The content of a YAML file; {} for any other word."""
     if not word.endswith(YAML) or not Path(word).is_file():
         return {}
-    content = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return read_yaml(word)
 
 
 def _full(name: Any) -> str:

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from flashar_pl.training.checks import check_initial_file
-from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain, nested_keys
+from flashar_pl.training.cli_words import check_sections, checkpoint_of, configs_first, explain, nested_keys
 from flashar_pl.training.data_choice import choose_data, with_class
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
@@ -130,6 +130,7 @@ class ExperimentCLI(LightningCLI):
     ) -> None:
         self._verb, words = argv[0], argv[1:]
         self._resumed: dict[str, Any] | None = None
+        check_sections(words)
         self._checkpoint = checkpoint_of(words)
         _quiet()
         wants_help = any(word in ("--help", "-h") or word.endswith(".help") for word in words)

@@ -83,6 +83,8 @@ class FlashARModule(LightningModule):
         check_lora(lora, flashar, init_from)
         self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
+        if aux_weight < 0:
+            raise ValueError(f"aux_weight is {aux_weight}; expected 0 or more (the paper has {AUX_WEIGHT}).")
         self.optimiser, self.validation = optimiser, validation
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
         self.net: GridModel

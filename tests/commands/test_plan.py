@@ -1,13 +1,12 @@
 """`flashar plan`: every YAML in experiments/ can be planned, and a run that does not fit comes with advice."""
 
-import inspect
 import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from flashar_pl.commands.plan import BATCH, DATA_KEYS, MODEL_KEYS, plan
+from flashar_pl.commands.plan import plan
 from flashar_pl.planner import model_sizes
 from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
 from flashar_pl.planner.training import TrainingSetup, peak_total, usable
@@ -134,11 +133,11 @@ def test_changes_are_combined_where_one_is_not_enough():
         (["--config", "list.yaml"], "has no model.backbone"),
         (["--config", "broken.yaml"], "is not YAML"),
         (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
-        (["--config", "rate.yaml"], "no configuration key 'model.optimiser.sate'; did you mean state?"),
-        (["--config", "data.yaml"], "no configuration key 'data.batchsize'; did you mean batch_size"),
+        (["--config", "rate.yaml"], "no configuration key 'model.optimiser.sate'; closest: model.optimiser.state"),
+        (["--config", "data.yaml"], "no configuration key 'data.batchsize'; closest: data.batch_size"),
         (["--config", "batch.yaml"], "data.batch_size is 'eight'"),
         (["--config", "lora.yaml"], "model.init_from is null"),
-        (["--config", "rank.yaml"], "no configuration key 'model.lora.rnk'; did you mean rank?"),
+        (["--config", "rank.yaml"], "no configuration key 'model.lora.rnk'; closest: model.lora.rank"),
         (["--config", "odd.yaml", "--gpus", "0"], "gpus is 0"),
         (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory -5; expected 1 or more GPUs with more than 0 GB"),
         (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is not a multiple of 3"),
@@ -162,14 +161,45 @@ def test_wrong_input_is_refused(words, message, refused, work):
     assert message in refused("plan", *words)
 
 
-def test_known_keys_are_those_of_a_fit():
-    """Guards the plan's copy of the names: a new key would be refused, a removed one accepted."""
-    from flashar_pl.data.datamodules import CodesDataModule
-    from flashar_pl.training.module import FlashARModule
+STRATEGY = """
+model: {{backbone: {{preset: llamagen-b}}, flashar: {{branch_layer: 11}}}}
+trainer:
+  max_steps: 10
+  strategy: {{class_path: flashar_pl.training.fsdp.ShardedStrategy, init_args: {{{options}}}}}
+"""
 
-    for known, owner in ((MODEL_KEYS, FlashARModule), (DATA_KEYS, CodesDataModule)):
-        assert set(known) == set(inspect.signature(owner.__init__).parameters) - {"self"}
-    assert inspect.signature(CodesDataModule.__init__).parameters["batch_size"].default == BATCH
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("compute: bf16", "recomput: true", "'trainer.strategy.init_args.recomput'; closest: recompute"),
+        ("compute: bf16", "compute: fp16", "trainer.strategy.init_args.compute is 'fp16'; expected bf16 or fp32"),
+        ("compute: bf16", "replicas: x", "trainer.strategy.init_args.replicas is 'x'; expected int"),
+        ("ShardedStrategy", "ShardedStrategi", "has no attribute 'ShardedStrategi'"),
+        ("max_steps", "max_step", "no configuration key 'trainer.max_step'; closest: trainer.max_steps"),
+        ("max_steps: 10", "max_steps: many", "trainer.max_steps is 'many'; expected int"),
+        ("branch_layer: 11", "branch_layer: top", "branch_layer"),
+        ("preset: llamagen-b", "preset: llamagen-b, options: {dim: wide}", "options.dim is 'wide'; expected a whole"),
+        ("flashar:", "optimiser: 3, flashar:", "model.optimiser is 3 in run.yaml; expected keys with values"),
+        ("flashar:", "optimiser: {lr: -1}, flashar:", "lr is -1"),
+        ("flashar:", "aux_weight: -1, flashar:", "aux_weight is -1"),
+        (
+            "branch_layer: 11",
+            "branch_layer: 11, fusion: mean",
+            "model.flashar.fusion is 'mean'; expected gate or average",
+        ),
+        ("trainer:", "trainr:", "no configuration key 'trainr"),
+        ("trainer:", "data: 3\ntrainer:", "data"),
+    ],
+)
+def test_a_file_is_checked_as_a_fit_checks_it(old, new, message, refused, work):
+    """Guards plans of what is not in the file: a key below trainer that nobody reads, text where numbers are due."""
+    good = STRATEGY.format(options="compute: bf16")
+    (work / "run.yaml").write_text(good)
+    assert plan(config="run.yaml", gpus=1)["setup"]["sharded"]
+    assert old in good
+    (work / "run.yaml").write_text(good.replace(old, new))
+    assert message in refused("plan", "--config", "run.yaml", "--gpus", "1")
 
 
 def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
