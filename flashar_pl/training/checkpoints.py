@@ -1,12 +1,42 @@
-"""Which steps of a run are saved, beyond what ModelCheckpoint is told."""
+"""Which steps of a run are saved, beyond what ModelCheckpoint is told, and how a file is written."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+
+from flashar_pl.training.fsdp import ShardedStrategy
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: the old one goes when the new one is whole.
+
+    Lightning makes the file in memory, twice, then in the system's temporary directory, which may be small or memory
+    too, and moves it. From there to another file system a move is a copy over the old checkpoint, and a job that is
+    killed meanwhile has neither.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        place = Path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f".{place.name}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(place)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 class LastCheckpoint(Callback):
@@ -18,6 +48,12 @@ class LastCheckpoint(Callback):
 
     def __init__(self) -> None:
         self._start = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        strategy = trainer.strategy
+        sharded = isinstance(strategy, ShardedStrategy)  # writes directories, in its own way
+        if stage == "fit" and not sharded and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = trainer.global_step

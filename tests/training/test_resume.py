@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,30 @@ def test_the_end_of_a_run_is_saved(whole, toy_shards: str, tmp_path: Path) -> No
     options = {"enable_checkpointing": True, "callbacks": [save], "max_steps": 5}
     fit(tmp_path, toy_shards, make_module(ema_decay=0.9), ckpt_path=tmp_path / "last.ckpt", **options)
     assert (tmp_path / "last.ckpt").stat().st_mtime_ns == written
+
+
+def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(toy_shards: str, tmp_path: Path, monkeypatch) -> None:
+    """Lightning goes through the temporary directory; from another file system it then copies over the old file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    runs, path = tmp_path / "runs", tmp_path / "runs" / "last.ckpt"
+    save = {"enable_checkpointing": True, "data": {"batch_size": 24}}
+
+    def last() -> ModelCheckpoint:
+        return ModelCheckpoint(runs, filename="last", every_n_train_steps=1, enable_version_counter=False)
+
+    fit(tmp_path, toy_shards, make_module(), max_steps=1, callbacks=[last()], **save)
+    plain_save = torch.save
+
+    def full(content, file) -> None:
+        assert torch.load(path, weights_only=True)["global_step"] == 1
+        plain_save(content, file)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, toy_shards, make_module(), max_steps=2, callbacks=[last()], **save)
+    assert [file.name for file in runs.iterdir()] == ["last.ckpt"]
+    assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
 def test_a_checkpoint_between_accumulated_batches_warns(toy_shards: str, tmp_path: Path) -> None:
