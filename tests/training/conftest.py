@@ -1,11 +1,14 @@
-"""Shards and a feature extractor, made once."""
+"""Data and a feature extractor, made once."""
 
 from __future__ import annotations
 
 import os
+from contextlib import chdir
+from pathlib import Path
 
 import pytest
 import torch
+from emu_tiny_data import write
 from training_toys import save_classifier, write_digit_like
 
 
@@ -17,6 +20,15 @@ def toy_shards(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def toy_classifier(tmp_path_factory) -> str:
     return save_classifier(tmp_path_factory.mktemp("training") / "classifier")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A working directory with the data of experiments/emu35_tiny.yaml."""
+    place = tmp_path_factory.mktemp("emu35")
+    with chdir(place):
+        write(Path("data/emu35_tiny"))
+    return place
 
 
 @pytest.fixture(autouse=True)

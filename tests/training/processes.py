@@ -10,6 +10,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
 LEFT = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
 """Variables by which a new process would take itself for one of several; Lightning leaves them behind."""
 
@@ -17,6 +18,16 @@ LEFT = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
 def clean_environment() -> dict[str, str]:
     """This environment without what Lightning and process groups leave in it."""
     return {k: v for k, v in os.environ.items() if not k.startswith(LEFT)} | {"OMP_NUM_THREADS": "1"}
+
+
+def flashar(folder: Path, *words: object) -> str:
+    """Run the command in `folder`; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flashar_pl.cli", *map(str, words)], cwd=folder, timeout=150,
+        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def free_port() -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from emu_tiny_data import GRID, write
+from emu_tiny_data import GRID
 from lightning.pytorch import Callback
-from processes import clean_environment
+from processes import RECIPE, flashar
 from sharded_ranks import whole
 from training_toys import make_trainer
 
@@ -26,29 +23,6 @@ from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
 
 pytest.importorskip("tiktoken")
-
-RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
-
-
-def flashar(folder: Path, *words: object) -> str:
-    """Run the command in `folder`; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flashar_pl.cli", *map(str, words)], cwd=folder, timeout=150,
-        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A working directory with the data of the recipe."""
-    place = tmp_path_factory.mktemp("emu35")
-    here = Path.cwd()
-    os.chdir(place)
-    write(Path("data/emu35_tiny"))
-    os.chdir(here)
-    return place
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from emu_tiny_data import write
-from processes import clean_environment
+from processes import RECIPE, flashar
 
 from flashar_pl.models.lora import ADDED
 from flashar_pl.models.sharded_files import SafeReader, read_sharded
@@ -19,29 +15,7 @@ from flashar_pl.models.weights import load_model
 
 pytest.importorskip("tiktoken")
 pytestmark = pytest.mark.slow
-RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
 LORA = ("--model.lora.rank", 4, "--model.lora.alpha", 8, "--model.lora.base", "bf16")
-
-
-def flashar(folder: Path, *words: object) -> str:
-    """Run the command in `folder`; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "flashar_pl.cli", *map(str, words)], cwd=folder, timeout=150,
-        env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A working directory with the data of the recipe."""
-    place = tmp_path_factory.mktemp("lora")
-    here = Path.cwd()
-    os.chdir(place)
-    write(Path("data/emu35_tiny"))
-    os.chdir(here)
-    return place
 
 
 @pytest.fixture(scope="module")
