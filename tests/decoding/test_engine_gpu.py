@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from flashar_pl.backbones import Condition
-from flashar_pl.decoding import Engine, engine, generate
+from flashar_pl.decoding import Engine, generate
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.models.base import GridModel
 
@@ -101,7 +101,7 @@ def test_auto_falls_back_with_the_cause(monkeypatch: pytest.MonkeyPatch) -> None
     def broken(*_: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(engine, "Recording", broken)
+    monkeypatch.setattr(Recording, "__init__", broken)
     model, condition = make("class")
     fast = Engine(model, "auto")
     assert fast.runner == "graphs"
