@@ -62,8 +62,16 @@ def test_a_recording_serves_later_batches_and_new_weights() -> None:
 def test_a_recording_does_not_read_what_autocast_has_cast() -> None:
     """Under the caller's autocast, low-precision copies of the weights outlive a step, and end with it."""
     model, condition = make("class")
+
+    def mixed(method: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            with torch.autocast("cuda", torch.bfloat16):  # made here: it takes over whether casts are kept
+                return method(*args, **options)
+
+        return call
+
     for name in ("prefix", "prefill", "step", "step_logits"):  # a model that computes under autocast by itself
-        setattr(model, name, torch.autocast("cuda", torch.bfloat16)(getattr(model, name)))
+        setattr(model, name, mixed(getattr(model, name)))
     fast = Engine(model, "graphs")
     with torch.autocast("cuda", torch.bfloat16):
         codes = fast.generate(condition, (3, 4), seeds=0)
