@@ -1,0 +1,101 @@
+"""`flashar doctor`: it passes here, and it fails where decoding is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from flashar_pl.cli import main
+from flashar_pl.commands import doctor as module
+from flashar_pl.commands.common import Missed
+from flashar_pl.commands.doctor import doctor
+from flashar_pl.decoding import generate
+from flashar_pl.decoding.parity import misplacement
+from flashar_pl.layers.kv_cache import KVCache
+
+
+@pytest.fixture
+def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TINY", {"tiny Emu3.5": module.TINY["tiny Emu3.5"]})
+
+
+def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = doctor(dtypes="fp32,bf16", out=str(tmp_path / "doctor.json"))
+    assert len(result["checks"]) == 2 * 2 * (2 * 2 * 2 + 1)
+    assert all(check["passed"] for check in result["checks"])
+    assert json.loads((tmp_path / "doctor.json").read_text()) == result
+    printed = capsys.readouterr().out
+    assert "All 36 checks passed on cpu." in printed
+    assert f"| torch                   | {torch.__version__}" in printed
+
+
+def wrong_guidance(a: Any, b: Any, scale: float) -> Any:
+    return b + scale * (a - b) * 1.05
+
+
+def wrong_cache(self: KVCache, layer: int, keys: Any, values: Any) -> Any:
+    """Values of the position before."""
+    end = self.filled + keys.shape[2]
+    self.keys[layer, :, :, self.filled : end] = keys
+    self.values[layer, :, :, self.filled : end] = values.roll(1, 1) if self.filled else values
+    return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "found"),
+    [
+        ("flashar_pl.decoding.loop.guide", wrong_guidance, "2 of 5 checks failed: tiny Emu3.5, fp32: diagonal, guided"),
+        ("flashar_pl.layers.kv_cache.KVCache.append", wrong_cache, "4 of 5 checks failed"),
+        ("flashar_pl.planner.plain_loss.AUX_WEIGHT", 0.06, "1 of 5 checks failed: tiny Emu3.5, fp32: training loss"),
+    ],
+)
+def test_faults_are_found(one_model: None, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, found: str) -> None:
+    """A check that cannot fail would prove nothing."""
+    monkeypatch.setattr(where, fault)
+    with pytest.raises(Missed, match=found):
+        doctor(dtypes="fp32", weight_format="plain")
+
+
+def test_what_cannot_run_is_said(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["doctor", "--dtypes", "fp32", "--runner", "graphs", "--weight-format", "plain", "--device", "cpu"]) == 1
+    )
+    printed = capsys.readouterr()
+    assert "FAILED runner is graphs, and the model is on cpu" in printed.out
+    assert "1 of 2 checks failed" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"checkpoint": "a.ckpt", "preset": "llamagen-b"}, "expected one of them"),
+        ({"grid": "4x4"}, "the tiny models have their own"),
+        ({"samples": 0}, "samples is 0"),
+        ({"dtypes": "fp64"}, "dtype is 'fp64'"),
+        ({"runner": "fast"}, "runner is 'fast'"),
+        ({"checkpoint": "nowhere.ckpt"}, "no checkpoint nowhere.ckpt"),
+    ],
+)
+def test_wrong_input(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        doctor(**options)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+def test_misplacement_is_zero_for_drawn_codes_only(plan: str, scale: float) -> None:
+    model = tiny.flashar()
+    condition = tiny.classes(3)
+    codes = generate(model, condition, (3, 4), plan, scale, seeds=5)
+    assert misplacement(model, codes, condition, plan, scale, 5).max() < 1e-6
+    assert (misplacement(model, codes, condition, plan, scale, 6) > 1e-3).any(), "other random numbers"
+    last = (codes[:, -1, -1] + 1) % model.backbone.vocabulary
+    codes[:, -1, -1] = last
+    found = misplacement(model, codes, condition, plan, scale, 5)
+    assert (found[:, -1, -1] > 0).any()
+    assert found[:, :-1].max() < 1e-6, "nothing sees the last cell"
