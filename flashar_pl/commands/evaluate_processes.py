@@ -40,6 +40,8 @@ def work(job: Job, batches: list[int], device: str) -> None:
     if not batches:
         return
     torch.set_num_threads(job.threads)
+    if find_device(device).type == "cuda":
+        torch.cuda.set_device(device)  # whatever asks for no device in particular must not go to the first GPU
     bench = load_bench(
         job.checkpoint,
         weights=job.weights,
