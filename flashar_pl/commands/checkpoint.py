@@ -23,6 +23,8 @@ Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 STORED: Literal["stored"] = "stored"
 """The dtype that the file has."""
+OFFICIAL_FILE = "official file"
+"""What `load_model` calls a file without a configuration."""
 
 
 @dataclass
@@ -110,7 +112,8 @@ def open_checkpoint(
     dtype: None = fp32, but for official Emu3.5 directories, which hold tens of GB, "stored".
 
     Raises:
-        ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model.
+        ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
+            for a checkpoint that says it. Every message names the file.
     """
     from flashar_pl.models.directories import is_official_directory
     from flashar_pl.models.flashar import FlashAR
@@ -123,8 +126,15 @@ def open_checkpoint(
     given_grid, given_tokenizer = parse_grid(grid), parse_tokenizer(tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
-    loaded = load_model(path, weights, n_head, place, kind)
+    try:
+        loaded = load_model(path, weights, n_head, place, kind)
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     model = loaded.model
+    if n_head is not None and loaded.source != OFFICIAL_FILE:
+        raise ValueError(
+            f"--n-head is for official files of unpublished sizes, {path} is a {loaded.source}; leave it out."
+        )
     if branch_layer is not None:
         if isinstance(model, FlashAR):
             raise ValueError(
@@ -161,6 +171,12 @@ def check_plan(model: GridModel, plan: str | None, grid: tuple[int, int]) -> str
     return name
 
 
+def check_top_k(model: GridModel, top_k: int) -> None:
+    """ValueError for more codes than the model has, which would keep all of them like 0."""
+    if top_k > model.backbone.vocabulary:
+        raise ValueError(f"top_k is {top_k}; expected 0 (off) to {model.backbone.vocabulary}, the number of codes.")
+
+
 def find_device(name: str) -> torch.device:
     """The device called `name`; "auto" = the GPU if there is one. Raises ValueError where it cannot be used."""
     import torch
@@ -171,6 +187,10 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device; use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()}; the first is cuda:0.")
     return device

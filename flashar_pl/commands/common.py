@@ -9,10 +9,18 @@ import json
 import os
 import platform
 import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MOST_CODES = 2**16
+"""Largest grid that is taken for meant: 256 x 256 codes are 4,096 x 4,096 pixels."""
+LINE_EVERY = 30.0
+"""Seconds between lines of progress where there is no terminal."""
 
 
 class Missed(Exception):
@@ -20,10 +28,18 @@ class Missed(Exception):
 
 
 def require_new(path: str | Path, what: str) -> Path:
-    """`path`, if nothing is there yet. Raises ValueError otherwise."""
+    """`path`, if nothing is there yet and it can be made. Raises ValueError otherwise, before the work is done."""
     target = Path(path)
     if target.exists():
         raise ValueError(f"{target} exists; the {what} would overwrite it. Choose another --out or remove it.")
+    there = next(parent for parent in target.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the {what} cannot be written to {target}: {error.strerror or error} ({there}). Choose another --out."
+        ) from error
     return target
 
 
@@ -84,7 +100,12 @@ def parse_grid(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
     sides = str(text).lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
         raise ValueError(f"grid is {text!r}; expected HEIGHTxWIDTH such as 16x16, or one side of a square.")
-    return int(sides[0]), int(sides[-1])
+    height, width = int(sides[0]), int(sides[-1])
+    if height * width > MOST_CODES:
+        raise ValueError(
+            f"grid is {text!r}, {height * width:,} codes; expected at most {MOST_CODES:,}, in codes, not pixels."
+        )
+    return height, width
 
 
 def parse_tokenizer(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
@@ -122,16 +143,35 @@ def parse_classes(classes: str | list[int] | int) -> list[int]:
     return ids
 
 
+def plural(n: int, noun: str) -> str:
+    """ "1 sample", "1,200 samples"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 class progress_bar:
-    """A progress bar on stderr whose target is a callable: `with progress_bar(n, unit) as advance: advance(1)`."""
+    """A progress bar on stderr whose target is a callable: `with progress_bar(n, unit) as advance: advance(1)`.
+
+    Where stderr is no terminal, a line every `LINE_EVERY` seconds.
+    """
 
     def __init__(self, total: int, unit: str) -> None:
         from tqdm import tqdm
 
         self._bar = tqdm(total=total, unit=f" {unit}", dynamic_ncols=True, disable=None)
+        self._total, self._unit, self._done = total, unit, 0
+        self._began = self._last = time.monotonic()
 
     def __enter__(self) -> Callable[[int], Any]:
-        return self._bar.update
+        return self._advance
+
+    def _advance(self, n: int) -> None:
+        self._bar.update(n)
+        self._done += n
+        now = time.monotonic()
+        if self._bar.disable and self._done < self._total and now - self._last > LINE_EVERY:
+            self._last = now
+            left = (now - self._began) / self._done * (self._total - self._done)
+            print(f"{self._done:,} of {self._total:,} {self._unit}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device
+from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, check_top_k, find_device
 from flashar_pl.commands.common import versions
 from flashar_pl.commands.decoder import EXACT, Runner, WeightFormat
 from flashar_pl.commands.evaluate_parts import RESULT, PartFolder
@@ -300,6 +300,7 @@ def prepare(options: Options, group: Group) -> Run:
     bench = _load(options, several=group.ranks > 1 or processes > 1)
     source = bench.source
     num_classes = class_count(source.model)
+    check_top_k(source.model, options.top_k)
     plan = check_plan(source.model, options.plan, source.need_grid())
     side, size = image_size(bench, options.resize)
     reference = load_reference_images(

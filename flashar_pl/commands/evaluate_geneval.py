@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, find_device, open_checkpoint
+from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, check_top_k, find_device, open_checkpoint
 from flashar_pl.commands.common import parse_grid, progress_bar, require_new, versions, write_json, write_text
 from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
 from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
@@ -220,6 +220,7 @@ def prompt_samples(source: Source, prompts: list[str], text: TextSettings, drawi
     settings = SamplingSettings(
         cfg_scale=drawing.cfg_scale, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p
     )
+    check_top_k(source.model, settings.top_k)
     wanted = ask(source, grid, 1, settings.guided, prompts=prompts, text=text)
     every, unconditional = drawing.num_images, wanted.unconditional
     n = len(prompts) * every

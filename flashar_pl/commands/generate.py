@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.commands.batches import Room
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, open_checkpoint
-from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
+from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, check_top_k, open_checkpoint
+from flashar_pl.commands.common import new_directory, plural, progress_bar, require_new, versions, write_json
 from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine, choose_format
 from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
 
@@ -145,12 +145,14 @@ def generate(
         dtype=dtype,
     )
     height_width = choose_grid(source, aspect_ratio, image_size)
+    check_top_k(source.model, top_k)
     plan_name = check_plan(source.model, plan, height_width)
     wanted = ask(
         source, height_width, num_images, settings.guided, prompts=asked, classes=classes, text_features=text_features,
         text=TextSettings(assets, text_encoder, negative_prompt),
     )  # fmt: skip
-    _notes(source, wanted, settings)
+    _check_seeds(seed, len(wanted))
+    _notes(source, wanted, settings, height_width)
     decoder = None if codes_only else source.matching_tokenizer(device)
     form = choose_format(source.model, weight_format, runner)
     engine = build_engine(source, runner, form)
@@ -178,17 +180,25 @@ def generate(
             "versions": versions(),
         }
         write_json(folder / "settings.json", record)
-    print(f"{len(wanted)} samples ({plan_name} plan, {used['runner']}) in {seconds:.1f} s: {target}")
+    print(f"{plural(len(wanted), 'sample')} ({plan_name} plan, {used['runner']}) in {seconds:.1f} s: {target}")
     return target
 
 
-def _notes(source: Source, wanted: Wanted, settings: SamplingSettings) -> None:
+def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tuple[int, int]) -> None:
     """What the user may not have meant, on standard error."""
     import torch
 
     from flashar_pl.backbones import LlamaGen
 
     backbone, condition = source.model.backbone, wanted.condition
+    trained = source.description.grid
+    if trained is not None and tuple(trained) != grid and not is_emu(source):
+        sizes = f"{grid[0]}x{grid[1]} codes; the model was trained on {trained[0]}x{trained[1]}"
+        print(f"note: drawn on {sizes} and knows no other.", file=sys.stderr)
+    if settings.cfg_interval is not None and not settings.guided:
+        print("note: --cfg-interval does nothing without guidance; give --cfg-scale.", file=sys.stderr)
+    if wanted.prompts is not None and not all(text.strip() for text in wanted.prompts):
+        print("note: a prompt is empty; its images are drawn without a description.", file=sys.stderr)
     if is_emu(source) and not settings.guided:
         print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
     if isinstance(backbone, LlamaGen) and isinstance(condition, torch.Tensor):
@@ -255,6 +265,11 @@ def _check_counts(num_images: int, batch_size: int | Literal["auto"] | None) -> 
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{name} is {value}; expected 1 or more.")
+
+
+def _check_seeds(seed: int, n: int) -> None:
+    if not -(2**63) <= seed <= 2**64 - n:
+        raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, and room for {plural(n, 'sample')}.")
 
 
 def _write_images(

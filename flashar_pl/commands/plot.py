@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ PANELS = (
     Panel("Mean gate (weight of the horizontal head)", "g", ("val/gate_mean",)),
     Panel("Learning rate", "rate", ("lr/",)),
 )
-STYLES = ("-", "--", "-.", ":", (0, (1, 3)))
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
 def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
@@ -71,10 +72,15 @@ def draw_curves(curves: dict[str, dict[str, Curve]], path: Path, width: float = 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
+    colours = run_colours(list(curves))
     for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw(axis, panel, curves)
+        _draw(axis, panel, curves, colours)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
+    handles = [pyplot.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+    columns = max(1, int(10 * width / (max(len(name) for name in curves) + 6)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(curves)), fontsize=9)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (1 + -(-len(curves) // columns)))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -139,27 +145,40 @@ def _matching(panel: Panel, curves: dict[str, Curve]) -> list[str]:
     ]
 
 
-def _draw(axis: Any, panel: Panel, curves: dict[str, dict[str, Curve]]) -> None:
-    """One panel: a colour per run, a line style per tag."""
-    drawn = 0
-    for number, (run, found) in enumerate(curves.items()):
-        for style, tag in enumerate(_matching(panel, found)):
+def run_colours(names: list[str]) -> dict[str, Any]:
+    """A colour for each run: matplotlib's ten, or, for more runs, evenly spaced ones."""
+    from matplotlib import colormaps
+
+    if len(names) <= 10:
+        return {name: f"C{number}" for number, name in enumerate(names)}
+    return {name: colormaps["turbo"](number / (len(names) - 1)) for number, name in enumerate(names)}
+
+
+def _draw(axis: Any, panel: Panel, curves: dict[str, dict[str, Curve]], colours: dict[str, Any]) -> None:
+    """One panel: a colour per run, a line style per tag. Step s of Lightning is the end of optimiser step s + 1."""
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    tags = sorted({tag for found in curves.values() for tag in _matching(panel, found)})
+    styles = dict(zip(tags, itertools.cycle(STYLES)))
+    for run, found in curves.items():
+        for tag in _matching(panel, found):
             steps, values = found[tag]
             few = len(steps) <= 12
-            name = run if len(_matching(panel, found)) == 1 else f"{run}: {tag.split('/')[-1]}"
             axis.plot(
-                steps,
+                [step + 1 for step in steps],
                 values,
-                color=f"C{number}",
-                linestyle=STYLES[style % len(STYLES)],
+                color=colours[run],
+                linestyle=styles[tag],
                 marker="o" if few else None,
                 markersize=3.5,
                 linewidth=1.4,
-                label=name,
             )
-            drawn += 1
     axis.set_title(panel.title, fontsize=11)
     axis.set_xlabel("optimiser step")
     axis.set_ylabel(panel.unit)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7 if drawn > 4 else 9)
+    if len(tags) > 1:
+        handles = [Line2D([], [], color="0.3", linestyle=styles[tag], label=tag.split("/")[-1]) for tag in tags]
+        axis.legend(handles=handles, fontsize=8, handlelength=3.5)

@@ -87,6 +87,8 @@ def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None
     if ":" not in aspect_ratio:
         if image_size is not None:
             raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
+        if "x" not in aspect_ratio.lower():
+            return scaled_grid(aspect_ratio, EMU_SIZE)  # says which names there are
         grid = parse_grid(aspect_ratio)
         assert grid is not None
         return grid

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.commands.common import new_directory, require_new, versions, write_json
+from flashar_pl.commands.compare_runs import side_by_side
 from flashar_pl.commands.plot import Curve, draw_curves, find_runs, read_scalars, require_pyplot
 
 ROWS = 16
@@ -18,6 +19,12 @@ ROWS = 16
 COLUMNS = ("train/loss", "train/fused", "train/horizontal", "train/vertical", "val/nll", "val/gate_mean")
 MARGIN = 0.02
 """A mean gate this near to 0 or 1 ignores one head."""
+
+
+PICTURES, SHEET = ("samples", "gate"), "samples.png"
+FUSED_STEPS = 200
+"""Fewer steps say nothing about which of fused and single losses is lower."""
+HEADS = ("train/fused", "train/horizontal", "train/vertical")
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Check:
 def report_run(*runs: str, out: str, samples: str | None = None) -> dict[str, Any]:
     """Report on training runs: loss curves, validation, stages, speed, and what looks wrong.
 
+    Several runs also get one table of their results and of the settings in which they differ.
     Writes a new directory with report.md, report.json (every logged point), curves.png and, where there are any,
     samples.png and the newest validation pictures. Reads TensorBoard event files only, so a run that is still going,
     was killed or was continued can be reported on; where a step was trained twice, the later values count. For a
@@ -48,7 +56,7 @@ def report_run(*runs: str, out: str, samples: str | None = None) -> dict[str, An
     require_pyplot()
     drawn = None if samples is None else read_samples(samples)
     places = find_runs(list(runs))
-    curves = {name: read_scalars(place) for name, place in places.items()}
+    curves = {name: without_heads(read_scalars(place)) for name, place in places.items()}
     for name, place in places.items():
         if not curves[name].get("train/loss", ([], []))[0]:
             raise ValueError(f"{place} has logged no training loss yet; expected the directory of a `flashar fit`.")
@@ -89,16 +97,16 @@ def read_samples(directory: str) -> dict[str, Any]:
 
 def run_facts(place: Path, curves: dict[str, Curve]) -> dict[str, Any]:
     """Numbers of one run. Steps are finished optimiser steps: what Lightning logs at s is of step s + 1. Losses are
-    means over the first and the last fifth of the points."""
+    means over the first and the last fifth of the points. The switch of stages lies between two logged steps."""
     steps, losses = curves["train/loss"]
     stages = dict(zip(*curves.get("train/stage", ([], [])), strict=True))
-    second = [step for step, stage in stages.items() if stage == 2]
+    first, second = ([step for step, stage in stages.items() if stage == number] for number in (1, 2))
     head, tail = mean_ends(losses)
     facts: dict[str, Any] = {
         "directory": str(place),
         "fits": len(list(place.glob("events.out.tfevents.*"))),
         "steps": steps[-1] + 1,
-        "second_stage_after": min(second) if second and 1 in stages.values() else None,
+        "second_stage_after": [max(first) + 1, min(second)] if first and second else None,
         "first_loss": head,
         "last_loss": tail,
         "not_finite": sum(not math.isfinite(loss) for loss in losses),
@@ -128,7 +136,7 @@ def checks(curves: dict[str, Curve]) -> list[Check]:
             head, tail = mean_ends(vertical)
             found.append(Check(f"train/vertical falls in stage 1: {head:.4g} to {tail:.4g}", tail < head))
     heads = [name for name in ("train/horizontal", "train/vertical") if name in curves]
-    if len(heads) == 2 and "train/fused" in curves:
+    if len(heads) == 2 and "train/fused" in curves and curves["train/loss"][0][-1] + 1 >= FUSED_STEPS:
         ends = {name: mean_ends(curves[name][1])[1] for name in (*heads, "train/fused")}
         below = ends["train/fused"] <= min(ends[name] for name in heads)
         text = ", ".join(f"{name.removeprefix('train/')} {value:.4g}" for name, value in ends.items())
@@ -144,6 +152,13 @@ def checks(curves: dict[str, Curve]) -> list[Check]:
     return found
 
 
+def without_heads(curves: dict[str, Curve]) -> dict[str, Curve]:
+    """The curves; of a raster run, whose vertical loss is always 0, without those of single heads."""
+    if any(curves.get("train/vertical", ([], []))[1]):
+        return curves
+    return {tag: curve for tag, curve in curves.items() if tag not in HEADS}
+
+
 def mean_ends(values: list[float]) -> tuple[float, float]:
     """Means of the first and of the last fifth, at least one value each."""
     n = max(1, len(values) // 5)
@@ -155,26 +170,34 @@ def mean_ends(values: list[float]) -> tuple[float, float]:
 
 def copy_pictures(folder: Path, places: dict[str, Path], samples: str | None) -> list[str]:
     """Copy the sheet of samples and the newest validation pictures; names of what was copied."""
-    found = [] if samples is None else [("samples.png", Path(samples) / "grid.png")]
+    found = [] if samples is None else [(SHEET, Path(samples) / "grid.png")]
     for number, place in enumerate(places.values()):
-        suffix = "" if len(places) == 1 else f"_{number}"
-        for kind in ("samples", "gate"):
+        for kind in PICTURES:
             newest = sorted((place / kind).glob("val_step_*.png"))[-1:]
-            found += [(f"val_{kind}{suffix}.png", path) for path in newest]
+            found += [(picture_name(kind, number, len(places)), path) for path in newest]
     there = [(name, path) for name, path in found if path.is_file()]
     for name, path in there:
         shutil.copyfile(path, folder / name)
     return [name for name, _ in there]
 
 
+def picture_name(kind: str, number: int, runs: int) -> str:
+    """Of the newest validation picture of run `number`."""
+    return f"val_{kind}.png" if runs == 1 else f"val_{kind}_{number}.png"
+
+
 def markdown(values: dict[str, Any], curves: dict[str, dict[str, Curve]], pictures: list[str]) -> str:
     """The report as text."""
     parts = ["# Training report", "![Curves](curves.png)"]
-    for name, facts in values["runs"].items():
+    if len(curves) > 1:
+        parts += ["## Side by side", side_by_side(values["runs"], curves)]
+    for number, (name, facts) in enumerate(values["runs"].items()):
         parts += [f"## {name}", _facts(facts), _looks(facts), _table(curves[name])]
+        own = [picture_name(kind, number, len(curves)) for kind in PICTURES]
+        parts += [f"![{picture}]({picture})" for picture in own if picture in pictures]
     if values["samples"] is not None:
         parts.append(_samples(values["samples"]))
-    parts += [f"![{name}]({name})" for name in pictures]
+        parts += [f"![{SHEET}]({SHEET})"] if SHEET in pictures else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,7 +205,7 @@ def _facts(facts: dict[str, Any]) -> str:
     switch = facts["second_stage_after"]
     lines = [
         f"- {facts['steps']:,} steps logged, in {facts['fits']} fit{'s' if facts['fits'] > 1 else ''} "
-        f"({facts['directory']}); " + ("one stage" if switch is None else f"stage 2 after {switch:,} steps"),
+        f"({facts['directory']}); " + _switch(switch),
         f"- training loss {facts['first_loss']:.4g} in the first fifth, {facts['last_loss']:.4g} in the last",
     ]
     if "best_nll" in facts:
@@ -193,6 +216,14 @@ def _facts(facts: dict[str, Any]) -> str:
     if "tokens_per_second" in facts:
         lines.append(f"- {facts['tokens_per_second']:,.0f} codes per second in training (median)")
     return "\n".join(lines)
+
+
+def _switch(between: list[int] | None) -> str:
+    """When stage 2 began, as exactly as steps were logged."""
+    if between is None:
+        return "one stage"
+    low, high = between
+    return f"stage 2 after {high:,} steps" if low == high else f"stage 2 after {low:,} to {high:,} steps"
 
 
 def _looks(facts: dict[str, Any]) -> str:

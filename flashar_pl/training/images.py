@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-SMALLEST_SIDE = 32
+SMALLEST_SIDE = 64
 """Images with a shorter side are enlarged by a whole factor, pixel by pixel."""
 
 

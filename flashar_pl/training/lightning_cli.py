@@ -52,12 +52,15 @@ NOISE = (
     "LeafSpec",
     "Seed set to",
     "`weights_only` was not set",
+    "exists and is not empty",
 )
 VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
-    "  flashar fit --ckpt_path runs/demo/raster/checkpoints/last.ckpt --trainer.max_steps 2000    (continue)\n\n"
-    "Options win over files, files over the configuration of the checkpoint that is continued.",
+    "  flashar fit --ckpt_path runs/demo/raster/checkpoints/last.ckpt    (continue a run that was stopped)\n"
+    "  flashar fit --model.flashar.help    (branch layer, fusion, corner; --model.lora.help: LoRA)\n\n"
+    "Options win over files, files over the configuration of the checkpoint that is continued. A run keeps the\n"
+    "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",
     "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
     "example:\n  flashar validate --ckpt_path runs/demo/flashar/checkpoints/last.ckpt\n\n"
     "The configuration comes out of the checkpoint; options change it.",

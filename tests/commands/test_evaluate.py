@@ -83,7 +83,7 @@ def test_the_report_says_everything_a_result_depends_on(run, base, classifier):
     assert (result["samples"]["plan"], result["samples"]["image_size"]) == ("diagonal", [8, 8])
     assert result["versions"]["torch"] == torch.__version__
     assert result["run"]["images_drawn"] == 75
-    assert Image.open("eval/grid.png").size == (8 * 32 + 7 * 2, 4 * 32 + 3 * 2)
+    assert Image.open("eval/grid.png").size == (8 * 64 + 7 * 2, 4 * 64 + 3 * 2)
     assert result["samples"]["grid_classes"] == list(range(8))
 
 

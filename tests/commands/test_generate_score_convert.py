@@ -42,7 +42,7 @@ def test_generate_writes_pictures_codes_and_settings(run, flashar_model, work):
         pixels = np.asarray(Image.open(f"samples/{image['file']}"))
         assert pixels.shape == (8, 8, 3)
         assert (np.round(pixels[..., 0] / 255 * 16) == codes[i]).all()
-    assert Image.open("samples/grid.png").size == (3 * 32 + 4, 2 * 32 + 2)
+    assert Image.open("samples/grid.png").size == (3 * 64 + 4, 2 * 64 + 2)
     assert not list(work.glob(".*part"))
 
 

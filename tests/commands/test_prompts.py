@@ -74,7 +74,7 @@ def test_from_released_directories_to_pictures(run, work, files, kind) -> None:
         "fp32",
     )
     assert {Image.open(f"out/{image['file']}").size for image in record["images"]} == {(80, 48)}
-    assert Image.open("out/grid.png").size == (2 * 80 + 2, 2 * 48 + 2)
+    assert Image.open("out/grid.png").size == (2 * 160 + 2, 2 * 96 + 2), "enlarged to at least 64 pixels"
 
 
 def test_progress_counts_decoding_steps(work, files, monkeypatch) -> None:

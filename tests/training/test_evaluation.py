@@ -137,7 +137,7 @@ def test_a_fit_writes_scalars_pictures_and_their_png(tmp_path: Path, toy_shards:
     names = [f"val_step_{step:07d}.png" for step in (3, 6, 9)]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
     assert sorted(path.name for path in (tmp_path / "gate").iterdir()) == names
-    assert Image.open(tmp_path / "samples" / names[0]).size == (66, 66)
+    assert Image.open(tmp_path / "samples" / names[0]).size == (130, 130)
 
 
 def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
@@ -229,11 +229,11 @@ def test_entropy_at_the_ends() -> None:
 
 
 def test_tiles_and_gate_colours() -> None:
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 40, 32)
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 80, 64)
     sheet = tile(images)  # 2 rows of 3, no enlargement
-    assert sheet.shape == (3, 82, 100)
-    assert [int(sheet[0, 0, 0]), int(sheet[0, 0, 34]), int(sheet[0, 42, 0]), int(sheet[0, 42, 68])] == [0, 1, 3, 255]
-    assert tile(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (3, 32, 32)
+    assert sheet.shape == (3, 162, 196)
+    assert [int(sheet[0, 0, 0]), int(sheet[0, 0, 66]), int(sheet[0, 82, 0]), int(sheet[0, 82, 132])] == [0, 1, 3, 255]
+    assert tile(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)).shape == (3, 64, 64)
     picture = gate_picture(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
     corners = picture[:, [0, 0, -1], [0, -1, 0]].T.tolist()
     assert corners == [[255, 0, 0], [0, 0, 255], [255, 255, 255]]

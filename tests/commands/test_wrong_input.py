@@ -1,0 +1,74 @@
+"""Mistakes on the command line that once were a traceback, an unclear message, or nothing at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from evaluate_toys import evaluation, save_classifier
+from PIL import Image
+
+from flashar_pl.commands import common
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "18"], "top_k is 18; expected 0 (off) to 17"),
+        (["--device", "mps"], "device is 'mps'; expected auto, cpu, cuda or cuda:N"),
+        (["--device", "meta"], "device is 'meta'; expected auto"),
+        (["--device", "cpu:3"], "device is 'cpu:3'; expected auto"),
+        (["--n-head", "3"], "--n-head is for official files of unpublished sizes"),
+        (["--grid", "1000x1000"], "1,000,000 codes; expected at most 65,536"),
+        (["--aspect-ratio", "16-9"], "aspect ratio is '16-9'; expected one of 1:1"),
+        (["--seed", "99999999999999999999"], "seed is 99999999999999999999; expected a whole number of 64 bits"),
+    ],
+)
+def test_generate_says_what_is_wrong(words, message, refused, flashar_model, work):
+    assert message in refused("generate", "--checkpoint", flashar_model, "--classes", "3", *words, "--out", "samples")
+    assert not Path("samples").exists()
+
+
+def test_evaluate_refuses_more_codes_than_there_are(refused, flashar_model, shards, work):
+    """Guards --top-k above the vocabulary, which keeps every code, like 0."""
+    words = evaluation(flashar_model, shards, save_classifier(work / "classifier"))
+    assert "top_k is 18; expected 0 (off) to 17" in refused(*words, "--top-k", 18, "--out", "eval")
+
+
+def test_a_foreign_file_is_named(refused, work):
+    """Guards messages about a missing tensor that do not say in which of several files."""
+    torch.save({"a": torch.zeros(3)}, "foreign.pt")
+    assert "foreign.pt: not a LlamaGen checkpoint" in refused("convert", "foreign.pt", "--out", "model")
+
+
+def test_another_grid_and_an_idle_option_are_said(run, flashar_model, work):
+    code, _, err = run(
+        *("generate", "--checkpoint", flashar_model, "--classes", 3, "--num-images", 1, "--grid", "4x6"),
+        *("--cfg-interval", 3, "--out", "samples"),
+    )
+    assert code == 0, err
+    assert "note: drawn on 4x6 codes; the model was trained on 8x8" in err
+    assert "note: --cfg-interval does nothing without guidance" in err
+    assert json.loads(Path("samples/settings.json").read_text())["settings"]["grid"] == [4, 6]
+    assert min(Image.open("samples/grid.png").size) == 64
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, flashar_model, shards, work):
+    """Guards scores that are computed and then lost."""
+    Path("file").write_text("")
+    for out in ("file/scores.json", "/proc/scores.json"):
+        message = refused("score", "--checkpoint", flashar_model, "--data", shards, "--out", out)
+        assert f"the scores cannot be written to {out}" in message
+    assert common.require_new("new folder/deeper/scores.json", "scores") == Path("new folder/deeper/scores.json")
+    assert not Path("new folder").exists()
+
+
+def test_progress_is_said_where_there_is_no_terminal(capsys, monkeypatch):
+    """Guards long commands that write nothing into a log until they end."""
+    monkeypatch.setattr(common, "LINE_EVERY", -1.0)
+    with common.progress_bar(3, "steps") as advance:
+        advance(1)
+        advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("1 of 3 steps, ")
