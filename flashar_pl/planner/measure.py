@@ -129,8 +129,8 @@ def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype:
     read = size / best(source.sum, device)
     linear = max(block_linears(sizes.block), key=lambda each: each.parameters)
     rows = 4096 if device.type == "cuda" else 512
-    x = torch.ones(rows, linear.n_in, dtype=dtype, device=device)
-    weight = torch.ones(linear.n_out, linear.n_in, dtype=dtype, device=device)
+    x = torch.randn(rows, linear.n_in, dtype=dtype, device=device)  # equal numbers take less power, so less time
+    weight = torch.randn(linear.n_out, linear.n_in, dtype=dtype, device=device)
     matrix = 2 * rows * linear.parameters / best(lambda: F.linear(x, weight), device)
     return Speed(copy, read, matrix)
 
@@ -298,7 +298,7 @@ class GemmWalk:
     def _input(self, rows: int, projection: Projection) -> Tensor:
         key = (rows, projection.n_in, projection.dtype)
         if key not in self.inputs:
-            self.inputs[key] = torch.ones(rows, projection.n_in, dtype=projection.dtype, device=self.device)
+            self.inputs[key] = torch.randn(rows, projection.n_in, dtype=projection.dtype, device=self.device)
         return self.inputs[key]
 
     @torch.no_grad()
