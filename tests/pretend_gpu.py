@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -288,6 +289,7 @@ VISIBLE: dict[str, Any] = {
     "device_count": lambda: 1,
     "get_device_name": lambda device=None: "NVIDIA Pretended",
     "get_device_capability": lambda device=None: (9, 0),
+    "get_device_properties": lambda device=None: SimpleNamespace(total_memory=2**34, major=9, minor=0),
     "mem_get_info": lambda device=None: (2**34, 2**34),
     "memory_reserved": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,

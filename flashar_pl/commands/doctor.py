@@ -46,6 +46,8 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Backbones with all that differs between families: masks of padded prompts, grouped heads, both kinds of RoPE."""
+FAILURES = (ValueError, RuntimeError)
+"""What a check may end with: settings that do not go together, and kernels, compilers and memory that fail."""
 LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.005}
 """Largest `flashar_pl.decoding.parity.misplacement` of a cell."""
 LOSS_LIMITS = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
@@ -267,8 +269,8 @@ def _check(
         what = f"{runner}, {weights} weights"
         try:
             engine = Engine(prepare(model, weights), runner)
-        except ValueError as error:
-            yield Check(subject.name, dtype, what, None, LIMITS[dtype], str(error))
+        except FAILURES as error:
+            yield Check(subject.name, dtype, what, None, LIMITS[dtype], _cause(error))
             advance(1)
             continue
         for plan in plans:
@@ -277,11 +279,16 @@ def _check(
                 try:
                     worst = _worst(engine, subject, plan, scale, samples)
                     yield Check(subject.name, dtype, label, worst, LIMITS[dtype])
-                except ValueError as error:
-                    yield Check(subject.name, dtype, label, None, LIMITS[dtype], str(error))
+                except FAILURES as error:
+                    yield Check(subject.name, dtype, label, None, LIMITS[dtype], _cause(error))
         advance(1)
     if subject.trains:
-        yield _loss_check(subject, dtype, samples, place)
+        difference, remark = None, ""
+        try:
+            difference = _loss_difference(subject, dtype, samples, place)
+        except FAILURES as error:
+            remark = _cause(error)
+        yield Check(subject.name, dtype, "training loss and gradients", difference, LOSS_LIMITS[dtype], remark)
     advance(1)
 
 
@@ -296,7 +303,11 @@ def _worst(engine: Any, subject: Subject, plan: str, scale: float, samples: int)
     return float(misplacement(engine.model, codes, condition, plan, scale, 0, unconditional).max())
 
 
-def _loss_check(subject: Subject, dtype: Dtype, samples: int, place: torch.device) -> Check:
+def _cause(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _loss_difference(subject: Subject, dtype: Dtype, samples: int, place: torch.device) -> float:
     """The loss and all its gradients against the plain loss, from float32 weights under autocast as in training."""
     import torch
 
@@ -316,5 +327,4 @@ def _loss_check(subject: Subject, dtype: Dtype, samples: int, place: torch.devic
             value = loss()
         value.backward()
         found.append([value.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    difference = max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))
-    return Check(subject.name, dtype, "training loss and gradients", difference, LOSS_LIMITS[dtype])
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*found, strict=True))

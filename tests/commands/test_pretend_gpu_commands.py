@@ -95,3 +95,26 @@ def test_a_process_works_on_its_own_gpu(flashar_model, work, monkeypatch):
             evaluate_processes.work(job, [0], evaluate_processes.device_of_rank(device, 3))
     evaluate_processes.work(job, [0], evaluate_processes.device_of_rank("cpu", 3))
     assert chosen == ["cuda:3"] * 4 + ["cpu"]
+
+
+@pytest.mark.slow
+def test_doctor(run):
+    """Every check of both tiny models, plain and as graphs."""
+    with PretendGPU(visible=True):
+        code, out, err = run("doctor", "--dtypes", "fp32")
+    assert code == 0, err
+    assert "All 18 checks passed on cuda." in out
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+
+
+def test_doctor_survives_what_fails(run, monkeypatch):
+    """On a GPU that has no kernel for something, the other checks must still be read."""
+    monkeypatch.setattr("flashar_pl.decoding.loop.guide", broken)
+    monkeypatch.setattr("flashar_pl.commands.doctor._loss_difference", broken)
+    code, out, _ = run("doctor", "--dtypes", "fp32", "--device", "cpu", "--weight-format", "plain")
+    assert code == 1
+    assert out.count("passed") == 4
+    assert out.count("FAILED no kernel image is available |") == 6
