@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,7 @@ class WholeFiles(TorchCheckpointIO):
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(f".{place.name}.part")
         try:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            torch.save(checkpoint, part)
             part.replace(place)
         finally:
             part.unlink(missing_ok=True)
