@@ -9,6 +9,7 @@ from typing import Any
 from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig
 from flashar_pl.models.lora import LoraConfig
+from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.training.config import ValidationConfig
 
 PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
@@ -31,8 +32,11 @@ def check_initial_file(path: str | Path) -> None:
     raise ValueError(f"model.init_from: no file {given}. {how}")
 
 
-def check_lora(lora: LoraConfig | None, flashar: object, init_from: str | None) -> None:
-    """ValueError for LoRA on a raster model, or on random weights, which would stay as they are."""
+def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:
+    """ValueError for a negative weight of the auxiliary losses, and for LoRA on a raster model, or on random weights,
+    which would stay as they are."""
+    if aux_weight < 0:
+        raise ValueError(f"aux_weight is {aux_weight}; expected 0 or more (the paper has {AUX_WEIGHT}).")
     if lora is None:
         return
     if flashar is None:

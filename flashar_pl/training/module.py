@@ -26,7 +26,7 @@ from flashar_pl.models.weights import CHECKPOINT_KEY
 from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once, start_average
 from flashar_pl.training.callbacks import LOGGED, InitialWeights, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
-from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_lora, check_trainer
+from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_model, check_trainer
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
@@ -80,11 +80,9 @@ class FlashARModule(LightningModule):
         super().__init__()
         self.model_config = model_config(backbone, flashar)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
-        check_lora(lora, flashar, init_from)
+        check_model(lora, flashar, init_from, aux_weight)
         self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
-        if aux_weight < 0:
-            raise ValueError(f"aux_weight is {aux_weight}; expected 0 or more (the paper has {AUX_WEIGHT}).")
         self.optimiser, self.validation = optimiser, validation
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
         self.net: GridModel
