@@ -35,8 +35,8 @@ class LoraConfig:
 
     rank: int = 64
     """Rank of the update of every matrix."""
-    alpha: float = 64.0
-    """The update is scaled by alpha / rank."""
+    alpha: float | None = None
+    """The update is scaled by alpha / rank; null = the rank, so that the scale is 1 whatever the rank."""
     dropout: float = 0.0
     """Dropout on the input of the update."""
     targets: tuple[Target, ...] = TARGETS
@@ -46,7 +46,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(self.targets))
-        if self.rank < 1 or self.alpha <= 0 or not 0 <= self.dropout < 1:
+        object.__setattr__(self, "alpha", float(self.rank if self.alpha is None else self.alpha))
+        if self.rank < 1 or self.scale <= 0 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"lora.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; expected rank >= 1, alpha > 0, "
                 "0 <= dropout < 1."
@@ -59,6 +60,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """alpha / rank."""
+        assert self.alpha is not None
         return self.alpha / self.rank
 
     @property

@@ -230,7 +230,7 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     assert "model.optimiser.lr is 'fast'; expected float" in refused(*base, "--model.optimiser.lr", "fast")
     lora = ("--model.init_from", "run.yaml", "--model.flashar.branch_layer", 1)
     message = refused(*base, *lora, "--model.lora.rank", 0)
-    assert message.startswith("flashar: error: model.lora.rank is 0, alpha 64.0")
+    assert message.startswith("flashar: error: model.lora.rank is 0, alpha 0.0")
     assert "Union" not in message
     assert "model.ema_decay is 'x'; expected float or null." in refused(*base, "--model.ema_decay", "x")
     assert "'run.yaml' belongs to no option; a configuration is given as --config run.yaml" in refused(

@@ -257,6 +257,7 @@ def test_settings_survive_a_checkpoint(raster: str) -> None:
 
 def test_continues_with_its_own_lora_only(whole) -> None:
     """Another alpha has the same shapes: a run would go on as another model without an error."""
+    assert LoraConfig(rank=4).scale == 1, "a small rank alone must not make updates many times as large"
     path, config = str(whole[0] / "step=3.ckpt"), whole[1].model_config
     check_same_model(path, config, LoraConfig(rank=2, alpha=4, dropout=0.5, base="bf16"))
     for other in (LoraConfig(rank=2, alpha=8), LoraConfig(rank=2, alpha=4, targets=("wo",)), None):
