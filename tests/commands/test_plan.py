@@ -1,6 +1,7 @@
 """`flashar plan`: every YAML in experiments/ can be planned, and a run that does not fit comes with advice."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,11 @@ def test_every_experiment_can_be_planned(path, capsys):
     assert sum(result["parameters"].values()) > 1000
     assert "GPU-hours" in capsys.readouterr().out
     assert result["fits"], "the hardware of its header is 8 H20 with 96 GB"
+    said = re.search(r"# Time: about ([\d.]+) h \(([\d,]+) GPU-hours\)", path.read_text())
+    if said:
+        time = [float(number.replace(",", "")) for number in said.groups()]
+        assert time == pytest.approx([result["time"]["hours"], result["time"]["gpu_hours"]], rel=0.03), "its header"
+    assert said or not path.stem.startswith("llamagen")
 
 
 def test_the_largest_of_several_grids_counts(tmp_path):
