@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate geneval": Command("evaluate_geneval:evaluate_geneval", "GenEval of Emu3.5 checkpoints: images and score"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "score formats": Command("score_formats:score_formats", "what packed, int8 and fp8 weights change"),
+    "serve": Command("serve:serve", "draw images over HTTP, with a page that compares both decoding orders"),
     "doctor": Command("doctor:doctor", "what this machine has, and whether decoding computes right on it"),
     "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
     "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),

@@ -12,6 +12,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +103,8 @@ class Emu35Text:
         """The tokenizer of a directory with the released files; emu3_vision_tokens.txt may be absent."""
         folder = Path(directory).expanduser()
         listed = folder / SPECIAL_FILE
-        return cls(folder / RANK_FILE, listed if listed.is_file() else None)
+        files = [folder / RANK_FILE, *([listed] if listed.is_file() else [])]
+        return _from_files(*((file, file.stat().st_mtime_ns if file.is_file() else 0) for file in files))
 
     def check_vocabulary(self, visual_token_offset: int | None) -> None:
         """ValueError unless a model whose visual codes begin at this token id was trained with this tokenizer."""
@@ -217,6 +219,12 @@ def _whole(data: bytes) -> bool:
 
 def _short(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+@lru_cache(maxsize=2)
+def _from_files(ranks: tuple[Path, int], special: tuple[Path, int] | None = None) -> Emu35Text:
+    """The tokenizer of files given with their times of change: a server asks for it at every prompt."""
+    return Emu35Text(ranks[0], None if special is None else special[0])
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

@@ -1,0 +1,111 @@
+"""What may be asked of a server: the JSON of a request, checked, as conditions and settings of a model."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.checkpoint import Source, check_top_k
+from flashar_pl.commands.common import versions
+from flashar_pl.commands.prompts import TextSettings, Wanted, ask, is_emu
+from flashar_pl.commands.serve_worker import Request
+
+if TYPE_CHECKING:
+    from flashar_pl.sampling import SamplingSettings
+
+SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy")
+IGNORED = ("model", "user")
+"""What clients of OpenAI's API send and nothing here depends on."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """What requests may ask of one checkpoint."""
+
+    source: Source
+    grid: tuple[int, int]
+    plan: str
+    """Where a request does not say it."""
+    settings: SamplingSettings
+    """Likewise."""
+    most: int
+    """Images of one request."""
+    assets: str | None
+    """Directory with the vocabulary of prompts."""
+
+    def __post_init__(self) -> None:
+        backbone = self.source.model.backbone.config_dict()
+        if backbone.get("condition", "class") != "class":
+            raise ValueError(
+                f"{self.source.path} takes text features, which no request can hold; use flashar generate."
+            )
+
+    @property
+    def by_class(self) -> bool:
+        """Whether images are asked for by class; otherwise by prompt."""
+        return not is_emu(self.source)
+
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Those that the model can run."""
+        return ("diagonal", "raster") if self.source.model.dual_head.vertical is not None else ("raster",)
+
+    def facts(self) -> dict[str, Any]:
+        """For the page and for clients."""
+        return {
+            "checkpoint": self.source.path,
+            "conditions": "class" if self.by_class else "prompt",
+            "classes": self.source.model.backbone.config_dict()["num_classes"] if self.by_class else None,
+            "grid": list(self.grid),
+            "plans": {name: self.source.model.make_plan(name, *self.grid).n_steps for name in self.plans},
+            "defaults": {"plan": self.plan, **asdict(self.settings)},
+            "most_images": self.most,
+            "versions": versions(),
+        }
+
+    def example(self) -> dict[str, Any]:
+        """A request that draws something."""
+        return {"class": 0} if self.by_class else {"prompt": "a photograph of a lighthouse on a cliff at sunset"}
+
+    def ask(self, body: dict[str, Any], n: int, guided: bool) -> Wanted:
+        """Conditions of n images. Raises ValueError where the model wants another kind."""
+        expected, other = ("class", "prompt") if self.by_class else ("prompt", "class")
+        if body.get(other) is not None or body.get(expected) is None:
+            raise ValueError(f'this model is asked by "{expected}"; got {json.dumps(body)[:200]}.')
+        value = body[expected]
+        if self.by_class:
+            if type(value) is not int or value < 0:
+                raise ValueError(f'"class" is {value!r}; expected a whole number of at least 0.')
+            return ask(self.source, self.grid, n, guided, classes=[value])
+        if not isinstance(value, str):
+            raise ValueError(f'"prompt" is {value!r}; expected text.')
+        text = TextSettings(self.assets, negative_prompt=body.get("negative_prompt"))
+        return ask(self.source, self.grid, n, guided, prompts=[value], text=text)
+
+    def request(self, body: dict[str, Any]) -> Request:
+        """What the JSON of a request asks for. Raises ValueError where it is wrong."""
+        known = ("prompt", "class", "negative_prompt", "n", "seed", "plan", "response_format", *SAMPLING, *IGNORED)
+        unknown = [key for key in body if key not in known]
+        if unknown:
+            raise ValueError(f'no field "{unknown[0]}"; expected some of {", ".join(known)}.')
+        if body.get("response_format", "b64_json") != "b64_json":
+            raise ValueError(f'"response_format" is {body["response_format"]!r}; expected "b64_json".')
+        n, seed = body.get("n", 1), body.get("seed")
+        seed = random.randrange(2**31) if seed is None else seed
+        if type(n) is not int or not 1 <= n <= self.most:
+            raise ValueError(f'"n" is {n!r}; expected 1 to {self.most}.')
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f'"seed" is {seed!r}; expected a whole number of at least 0 and below 2^63.')
+        plan = body.get("plan") or self.plan
+        if plan not in self.plans:
+            raise ValueError(f'"plan" is {plan!r}; expected one of {", ".join(self.plans)}.')
+        given = {key: body[key] for key in SAMPLING if key in body}
+        for key, value in given.items():
+            if not isinstance(value, (int, float)) and not (key == "cfg_interval" and value is None):
+                raise ValueError(f'"{key}" is {value!r}; expected a number.')
+        settings = replace(self.settings, **given)
+        check_top_k(self.source.model, settings.top_k)
+        wanted = self.ask(body, n, settings.guided)
+        return Request(wanted.condition, wanted.unconditional, plan, settings, [seed + i for i in range(n)])

@@ -1,0 +1,229 @@
+"""`flashar serve`: what it draws is what `generate` draws, whoever else asks at the time."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flashar_pl.commands.checkpoint import Source, open_checkpoint
+from flashar_pl.commands.serve_requests import Service
+from flashar_pl.commands.serve_worker import Request, Worker
+from flashar_pl.decoding import Engine, generate
+from flashar_pl.sampling import SamplingSettings
+
+
+@pytest.fixture
+def source(flashar_model: str) -> Source:
+    return open_checkpoint(flashar_model)
+
+
+@pytest.fixture
+def service(source: Source) -> Service:
+    return Service(source, (8, 8), "diagonal", SamplingSettings(cfg_scale=1.5), 4, None)
+
+
+class Watched(Engine):
+    """Notes its batches; the first waits until it is let go."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sizes: list[int] = []
+        self.started, self.go = threading.Event(), threading.Event()
+
+    def generate(self, condition: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        self.sizes.append(len(condition))
+        self.started.set()
+        assert self.go.wait(30)
+        return super().generate(condition, *arguments, **options)
+
+
+@pytest.fixture
+def engine(source: Source) -> Watched:
+    return Watched(source.model, "eager")
+
+
+@pytest.fixture
+def worker(source: Source, engine: Watched) -> Iterator[Worker]:
+    with Worker(engine, source.matching_tokenizer("cpu"), (8, 8), 4) as worker:
+        yield worker
+        engine.go.set()
+
+
+def test_requests_that_wait_share_batches_and_get_what_they_would_alone(
+    service: Service, worker: Worker, engine: Watched
+) -> None:
+    """Guards an image that depends on who else asked, and a request that is never answered."""
+    bodies: list[dict[str, Any]] = [
+        {"class": 1, "seed": 5},
+        {"class": 2, "seed": 7, "n": 2}, {"class": 3, "seed": 1, "plan": "raster"}, {"class": 3, "seed": 2},
+        {"class": 4, "seed": 3, "n": 2}, {"class": 5, "seed": 4, "cfg_scale": 1}, {"class": 6, "seed": 4},
+    ]  # fmt: skip
+    requests = [service.request(body) for body in bodies]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        drawn = [pool.submit(worker.draw, requests[0])]
+        assert engine.started.wait(30)
+        for request in requests[1:]:
+            drawn.append(pool.submit(worker.draw, request))
+            while worker._waiting.qsize() < len(drawn) - 1:
+                pass
+        engine.go.set()
+        found = [future.result(30) for future in drawn]
+    assert engine.sizes == [1, 4, 1, 2, 1], "2 + 1 + 1; raster; 2; without guidance"
+    assert [each.batch for each in found] == [1, 4, 1, 4, 2, 1, 4]
+    for request, each in zip(requests, found, strict=True):
+        alone = generate(
+            worker.engine.model, request.condition, (8, 8), request.plan, request.sampling.cfg_scale,
+            seeds=request.seeds,
+        )  # fmt: skip
+        assert torch.equal(each.images, worker.tokenizer.decode(alone))
+
+
+def test_a_failure_reaches_its_own_requests_only(
+    service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.go.set()
+    wrong = Request(torch.tensor([99]), None, "diagonal", SamplingSettings(), [0])
+    with pytest.raises(ValueError, match="class ids range from 99"):
+        worker.draw(wrong)
+    assert worker.draw(service.request({"class": 1})).images.shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="5 images are wanted at once; expected at most 4"):
+        worker.draw(Request(torch.zeros(5, dtype=torch.int64), None, "diagonal", SamplingSettings(), [0] * 5))
+
+
+def test_closing_refuses_what_waits(service: Service, worker: Worker, engine: Watched) -> None:
+    """A caller that waited for ever would keep the process from ending."""
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(worker.draw, service.request({"class": 1}))
+        assert engine.started.wait(30)
+        second = pool.submit(worker.draw, service.request({"class": 2}))
+        while worker._waiting.empty():
+            pass
+        closing = threading.Thread(target=worker.__exit__)
+        closing.start()
+        while worker._waiting.qsize() < 2:
+            pass
+        engine.go.set()
+        assert first.result(30).batch == 1
+        with pytest.raises(ValueError, match="closing"):
+            second.result(30)
+        closing.join(30)
+    with pytest.raises(ValueError, match="closing"):
+        worker.draw(service.request({"class": 2}))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({}, 'asked by "class"'),
+        ({"prompt": "a fox"}, 'asked by "class"'),
+        ({"class": "3"}, "expected a whole number"),
+        ({"class": True}, "expected a whole number"),
+        ({"class": -1}, "at least 0"),
+        ({"class": 11}, "class ids range from 11"),
+        ({"class": 1, "n": 5}, "expected 1 to 4"),
+        ({"class": 1, "n": True}, "expected 1 to 4"),
+        ({"class": 1, "seed": -1}, "seed"),
+        ({"class": 1, "plan": "spiral"}, "expected one of diagonal, raster"),
+        ({"class": 1, "top_p": 2}, "top_p is 2"),
+        ({"class": 1, "top_k": 18}, "top_k is 18"),
+        ({"class": 1, "temperature": "hot"}, "expected a number"),
+        ({"class": 1, "size": "64x64"}, 'no field "size"'),
+        ({"class": 1, "response_format": "url"}, "b64_json"),
+    ],
+)
+def test_wrong_requests_say_what_is_expected(service: Service, body: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        service.request(body)
+
+
+def test_what_a_request_leaves_out(service: Service) -> None:
+    """What is not said comes from the command; every seed of a request is its own."""
+    request = service.request({"class": 3, "n": 3, "seed": 7, "top_k": 5, "model": "any", "user": "me"})
+    assert request.seeds == [7, 8, 9]
+    assert request.sampling == SamplingSettings(cfg_scale=1.5, top_k=5)
+    assert request.plan == "diagonal"
+    free = [service.request({"class": 3}).seeds[0] for _ in range(2)]
+    assert free[0] != free[1]
+
+
+def answer(url: str, body: Any = None) -> tuple[int, bytes]:
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_a_real_server(flashar_model: str, source: Source) -> None:
+    """Over a socket, in a process of its own, until Ctrl-C."""
+    words = ["serve", "--checkpoint", flashar_model, "--port", "0", "--cfg-scale", "1.5", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flashar_pl.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        said = [process.stdout.readline(), process.stdout.readline()]
+        where = re.search(r"http://\S+", said[1])
+        assert where is not None, said
+        url = where[0]
+        status, page = answer(url + "/")
+        assert (status, page[:15]) == (200, b"<!doctype html>")
+        assert answer(url + "/health") == (200, b'{"status": "ok"}')
+        facts = json.loads(answer(url + "/info")[1])
+        assert facts["plans"] == {"diagonal": 15, "raster": 64}
+        assert facts["defaults"]["cfg_scale"] == 1.5
+
+        status, content = answer(url + "/v1/images/generations", {"class": 3, "n": 2, "seed": 1})
+        assert status == 200
+        found = json.loads(content)
+        pictures = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in found["data"]]
+        codes = generate(source.model, torch.tensor([3, 3]), (8, 8), "diagonal", 1.5, seeds=1)
+        wanted = source.matching_tokenizer("cpu").decode(codes).permute(0, 2, 3, 1).numpy()
+        assert all(np.array_equal(np.asarray(a), b) for a, b in zip(pictures, wanted, strict=True))
+        assert [item["seed"] for item in found["data"]] == [1, 2]
+        assert found["batch"] == 2
+        assert found["seconds"] > 0
+
+        for path, body, code, message in (
+            ("/v1/images/generations", {"class": 77}, 400, "class ids range from 77"),
+            ("/v1/images/generations", b"[1", 400, "Expecting"),
+            ("/v1/images/generations", b"[1]", 400, "no JSON object"),
+            ("/v1/images/generations", b" " * 70000, 400, "Content-Length"),
+            ("/v1/other", {}, 404, "expected /v1/images/generations"),
+            ("/other", None, 404, "expected /, /info"),
+        ):
+            status, content = answer(url + path, body)
+            assert (status, message in json.loads(content)["error"]["message"]) == (code, True), content
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read().rstrip().endswith("closing")
+    finally:
+        process.kill()
+
+
+def test_wrong_options(flashar_model: str, refused: Any) -> None:
+    """A taken port is found before the checkpoint is read."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "give another --port" in refused("serve", "--checkpoint", "nowhere", "--port", port)
+    assert "batch_size is 0" in refused("serve", "--checkpoint", flashar_model, "--batch-size", 0)
+    assert "no checkpoint nowhere" in refused("serve", "--checkpoint", "nowhere", "--port", 0)
