@@ -24,12 +24,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.cli_words import check_sections, checkpoint_of, configs_first, explain, nested_keys
 from flashar_pl.training.data_choice import choose_data, with_class
+from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
@@ -229,7 +229,7 @@ class ExperimentCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
             root = config["default_root_dir"]
-            logger = TensorBoardLogger(root, name="", version="", default_hp_metric=False)
+            logger = RunLogger(root, name="", version="", default_hp_metric=False)
             kwargs["logger"] = logger if self._verb == "fit" else False
         callbacks = config.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
