@@ -15,8 +15,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import emu_files
 import numpy as np
 import pytest
 import torch
@@ -24,9 +26,10 @@ from PIL import Image
 
 from flashar_pl.commands.checkpoint import Source, open_checkpoint
 from flashar_pl.commands.serve_requests import Service
-from flashar_pl.commands.serve_worker import Request, Worker
+from flashar_pl.commands.serve_worker import Request, Worker, join
 from flashar_pl.decoding import Engine, generate
 from flashar_pl.sampling import SamplingSettings
+from flashar_pl.tokenizers import Emu35Text
 
 
 @pytest.fixture
@@ -227,3 +230,28 @@ def test_wrong_options(flashar_model: str, refused: Any) -> None:
         assert "give another --port" in refused("serve", "--checkpoint", "nowhere", "--port", port)
     assert "batch_size is 0" in refused("serve", "--checkpoint", flashar_model, "--batch-size", 0)
     assert "no checkpoint nowhere" in refused("serve", "--checkpoint", "nowhere", "--port", 0)
+
+
+def test_prompts(tmp_path: Path) -> None:
+    """Prompts of several lengths share a batch, each with its own negative prompt; the vocabulary is read once."""
+    pytest.importorskip("tiktoken")
+    folder = str(emu_files.write_base(tmp_path / "base"))
+    source = open_checkpoint(
+        folder, branch_layer=1, grid="4x4", tokenizer=str(emu_files.write_ibq(tmp_path / "ibq")), dtype="fp32"
+    )
+    service = Service(source, (4, 4), "diagonal", SamplingSettings(cfg_scale=2.0), 4, None)
+    requests = [
+        service.request({"prompt": "a red square", "seed": 1}),
+        service.request({"prompt": "blue", "seed": 2, "negative_prompt": "red"}),
+    ]
+    assert requests[0].joins(requests[1])
+    assert not torch.equal(requests[0].unconditional[0], requests[1].unconditional[0])  # type: ignore[index]
+    condition = join([request.condition for request in requests])
+    unconditional = join([request.unconditional for request in requests])  # type: ignore[misc]
+    together = generate(source.model, condition, (4, 4), "diagonal", 2.0, seeds=[1, 2], unconditional=unconditional)
+    with Worker(Engine(source.model, "eager"), source.matching_tokenizer("cpu"), (4, 4), 4) as worker:
+        for i, request in enumerate(requests):
+            assert torch.equal(worker.draw(request).images, worker.tokenizer.decode(together[i : i + 1]))
+    assert Emu35Text.from_directory(folder) is Emu35Text.from_directory(folder)
+    with pytest.raises(ValueError, match="expected text"):
+        service.request({"prompt": 3})
