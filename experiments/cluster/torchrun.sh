@@ -11,8 +11,11 @@ case "$FROM" in
     *.yaml) WORDS=(--config "$FROM") ;;
     *) WORDS=(--ckpt_path "$FROM") ;;
 esac
+WORDS+=(--trainer.num_nodes "$NODES")
+if [ ! -f "$FROM" ] || grep -q ShardedStrategy "$FROM"; then  # DDP has no shards to copy
+    WORDS+=(--trainer.strategy.init_args.replicas "$NODES")
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 exec torchrun --nnodes "$NODES" --nproc-per-node "${GPUS:-8}" --rdzv-backend c10d \
-    --rdzv-endpoint "$HOST:${PORT:-29500}" --rdzv-id flashar -m flashar_pl.cli fit "${WORDS[@]}" \
-    --trainer.num_nodes "$NODES" --trainer.strategy.init_args.replicas "$NODES" "$@"
+    --rdzv-endpoint "$HOST:${PORT:-29500}" --rdzv-id flashar -m flashar_pl.cli fit "${WORDS[@]}" "$@"

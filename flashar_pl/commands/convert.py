@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,6 +75,9 @@ def convert(
         save_model(target, read.model, note)
         write_text(target / "README.md", model_card(read, measured))
     print(describe(read))
+    decoder = (read.tokenizer or {}).get("weights")
+    if decoder is not None and not Path(str(decoder)).expanduser().exists():
+        print(f"note: nothing is at {decoder} now; the model will look for its tokenizer there.", file=sys.stderr)
     print(f"wrote {target}")
     return target
 

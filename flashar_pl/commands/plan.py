@@ -77,6 +77,8 @@ def plan(
     if gpus < 1 or (gpu_memory is not None and gpu_memory <= 0):
         size = "" if gpu_memory is None else f" and gpu_memory {gpu_memory:g}"
         raise ValueError(f"gpus is {gpus}{size}; expected 1 or more GPUs with more than 0 GB.")
+    if prefix is not None and prefix < 0:
+        raise ValueError(f"prefix is {prefix}; expected 0 or more positions.")
     if out is not None:
         require_new(out, "plan")
     run = read_run(config, gpus) if config is not None else preset_run(str(preset), gpus)

@@ -127,9 +127,10 @@ class CodesDataModule(LightningDataModule):
             if readers > blocks:
                 smaller = max(1, sum(m.samples("train") for m in training) // readers)
                 fewer = f"Set num_workers to at most {blocks // ranks}, or write" if blocks >= ranks else "Write"
+                there = "1 block" if blocks == 1 else f"{blocks} blocks"
                 raise ValueError(
                     f"{ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
-                    f"split at {self.location} has {blocks} blocks. {fewer} the shards again with smaller blocks "
+                    f"split at {self.location} has {there}. {fewer} the shards again with smaller blocks "
                     f"(flashar tokenize ... --block {smaller})."
                 )
             self._training_batches()

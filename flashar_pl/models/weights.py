@@ -139,6 +139,10 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """What a reader found, without torch's advice to read the file unsafely."""
     text = " ".join(str(error).split())
+    if "PytorchStreamReader" in text:
+        return "the file is truncated or damaged"
+    if isinstance(error, LookupError | EOFError):
+        return "it is no torch file, or a part of one"
     _, unpickler, found = text.partition("WeightsUnpickler error:")
     text = found.split(" Please use")[0].split(" Check the documentation")[0] if unpickler else text
     return f"{type(error).__name__}: {text.strip()[:200]}".rstrip(": ")

@@ -186,7 +186,7 @@ def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
             first = ", ".join(sorted(state)[:3]) or "nothing"
             raise ValueError(
                 f"'{side}.{name}' is {got}; expected a LlamaGen VQ state dict (this one holds {len(state)} tensors: "
-                f"{first}, ...). Pass the content of its 'model' entry."
+                f"{first}, ...)."
             )
         return tensor.shape
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             "its state dict with torch.save({'model': state_dict}, FILE)."
         ) from error
     return unwrap(content, str(path))
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """A ValueError of what is inside names the file that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def unwrap(content: Any, source: str = "the state dict") -> dict[str, Tensor]:

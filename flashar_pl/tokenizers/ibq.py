@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec
-from flashar_pl.tokenizers.files import read_settings, read_state_dict, require_file, unwrap
+from flashar_pl.tokenizers.files import naming, read_settings, read_state_dict, require_file, unwrap
 
 ADVICE = (
     "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "
@@ -89,9 +89,10 @@ class IBQ(ConvTokenizer):
         names = dict(PAIRS)
         beside = file.with_name(names.get(file.name, "config.json" if file.suffix == ".safetensors" else "config.yaml"))
         config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
-        model = cls.from_official(
-            read_state_dict(file), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
-        )
+        with naming(file):
+            model = cls.from_official(
+                read_state_dict(file), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
+            )
         model.settings = None if settings is None else str(settings)
         return model
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, read_spec
-from flashar_pl.tokenizers.files import read_state_dict, require_file, unwrap
+from flashar_pl.tokenizers.files import naming, read_state_dict, require_file, unwrap
 
 USED = "quantize.codebook_used"
 WHAT = "a LlamaGen VQ state dict"
@@ -78,7 +78,8 @@ class VQ16(ConvTokenizer):
     def from_file(cls, weights: str | Path | None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
         """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
         file = require_file(weights, "VQ weights file", ADVICE)
-        model = cls.from_official(read_state_dict(file), decode_dtype=decode_dtype, weights=str(weights))
+        with naming(file):
+            model = cls.from_official(read_state_dict(file), decode_dtype=decode_dtype, weights=str(weights))
         for other, spec in VQ_PRESETS.items():
             if model.spec == spec and other != kind:
                 raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")

@@ -217,6 +217,8 @@ class ExperimentCLI(LightningCLI):
                 check_same_data(self._checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
+        elif self._verb != "fit":
+            rank_zero_info("Neither --ckpt_path nor model.init_from is given: the model has random weights.")
         features = self.model.validation.features
         if features is not None and not Path(features).expanduser().exists():
             raise ValueError(

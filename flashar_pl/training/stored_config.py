@@ -31,7 +31,9 @@ def read_stored(path: str) -> dict[str, Any]:
     place = Path(path)
     file = place / "meta.pt" if place.is_dir() else place
     if not file.is_file():
-        raise ValueError(f"{path} is a directory without meta.pt; expected a Lightning checkpoint.")
+        inside = sorted(place.glob("checkpoints/*.ckpt")) or sorted(place.glob("*.ckpt"))
+        hint = f" Did you mean {inside[-1]}?" if inside else ""
+        raise ValueError(f"{path} is a directory without meta.pt; expected a Lightning checkpoint.{hint}")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except BROKEN_FILE as error:

@@ -41,6 +41,37 @@ def test_a_foreign_file_is_named(refused, work):
     assert "foreign.pt: not a LlamaGen checkpoint" in refused("convert", "foreign.pt", "--out", "model")
 
 
+def test_damaged_files_and_wrong_kinds_are_said_in_plain_words(refused, flashar_model, work):
+    """Guards torch's messages about archives and opcodes, and a tokenizer error that names no file."""
+    whole = Path(flashar_model, "model.safetensors").read_bytes()
+    Path("text.pt").write_text("hello")
+    torch.save({"a": torch.zeros(1000)}, "whole.pt")
+    Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:1000])
+    assert "the file is truncated or damaged" in refused("convert", "cut.pt", "--out", "model")
+    assert "it is no torch file, or a part of one" in refused("convert", "text.pt", "--out", "model")
+    words = ("generate", "--checkpoint", flashar_model, "--classes", "3", "--tokenizer", "vq16:whole.pt", "--out", "s")
+    assert "error: whole.pt: " in refused(*words)
+    assert Path(flashar_model, "model.safetensors").read_bytes() == whole
+
+
+def test_a_run_directory_in_place_of_its_checkpoint(refused, work):
+    Path("runs/a/checkpoints").mkdir(parents=True)
+    Path("runs/a/checkpoints/last.ckpt").write_bytes(b"x")
+    assert "Did you mean runs/a/checkpoints/last.ckpt?" in refused("validate", "--ckpt_path", "runs/a")
+
+
+def test_benchmark_and_plan_refuse_what_they_cannot_measure(refused, work):
+    words = ("benchmark", "train", "--preset", "llamagen-xl-t2i", "--layers", 1)
+    assert "llamagen-xl-t2i is conditioned on text" in refused(*words)
+    assert "prefix is -1" in refused("plan", "--preset", "llamagen-b", "--prefix", -1)
+
+
+def test_a_tokenizer_that_is_not_there_is_said(run, flashar_model, work):
+    code, _, err = run("convert", flashar_model, "--tokenizer", "vq16:nowhere.pt", "--out", "model")
+    assert code == 0
+    assert "note: nothing is at nowhere.pt now" in err
+
+
 def test_another_grid_and_an_idle_option_are_said(run, flashar_model, work):
     code, _, err = run(
         *("generate", "--checkpoint", flashar_model, "--classes", 3, "--num-images", 1, "--grid", "4x6"),

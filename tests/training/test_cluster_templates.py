@@ -90,6 +90,28 @@ def test_continues_from_the_newest_finished_checkpoint(tmp_path: Path) -> None:
     assert " flashar fit --ckpt_path runs/x/checkpoints/last.ckpt --trainer" in (tmp_path / "said.txt").read_text()
 
 
+def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    """Guards a job whose node died early: `flashar fit` refuses its directory, and every requeue would fail."""
+    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS)
+    (tmp_path / "runs/x").mkdir(parents=True)
+    (tmp_path / "runs/x/config.yaml").write_text("a: 1")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
+    assert run("emu35_34b.sbatch", tmp_path, **slurm, SLURM_RESTART_COUNT="2") == 0
+    assert " flashar fit --config " in (tmp_path / "said.txt").read_text()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x.7.2"]
+
+
+def test_a_recipe_without_shards_gets_no_replicas(tmp_path: Path) -> None:
+    """Guards the recipes of DDP, whose strategy is a word: replicas of a class that is not named are an error."""
+    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS, torchrun=WORDS)
+    (tmp_path / "a.yaml").write_text("trainer: {devices: 8}\n")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8", "CONFIG": "a.yaml"}
+    assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
+    assert run("torchrun.sh", tmp_path, "node0", "2", "a.yaml") == 0
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert all(line.endswith("fit --config a.yaml --trainer.num_nodes 2") for line in said)
+
+
 def test_torchrun_takes_a_configuration_or_a_checkpoint(tmp_path: Path) -> None:
     programs(tmp_path / "bin", torchrun=WORDS)
     assert run("torchrun.sh", tmp_path, "node0", "2", "a.yaml") == 0
