@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_condition
 from flashar_pl.decoding.graphs import Recording
@@ -38,6 +39,8 @@ VARIANTS = 128
 Beyond torch's own limit of 8 the blocks would run eagerly, and be called compiled."""
 KEPT = 4
 """Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of attention: those that need no preparation for a new number of keys, as cuDNN's do. Every step has another one."""
 
 
 class Engine:
@@ -104,7 +107,7 @@ class Engine:
             backbone.check_condition(unconditional, len(listed))
             unconditional = move_condition(unconditional, device)
         # a caller's inference mode must not reach the buffers: later batches could not write to them
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), full_precision(device.type):
+        with torch.inference_mode(False), torch.no_grad(), decode_mode(self.model), full_precision(device.type):
             if settings.guided:
                 condition = backbone.with_unconditional(condition, unconditional)
             prefix = self.model.prefix(condition)
@@ -149,7 +152,8 @@ class Engine:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            cause = str(error).splitlines()[0]
+            # a capture that ends because of an error says no more than that, and has the error as its context
+            cause = str(error.__context__ or error).splitlines()[0]
             if not self._fallback:
                 raise ValueError(f"CUDA graphs could not be recorded: {cause}. Use runner eager.") from error
             warnings.warn(f"CUDA graphs could not be recorded, decoding goes on without: {cause}", stacklevel=2)
@@ -279,13 +283,14 @@ def _nothing() -> None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its mode restored afterwards."""
+def decode_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, its mode restored afterwards, and attention by one of `KERNELS`."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with sdpa_kernel(KERNELS):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import cache
 
 import torch
 
@@ -14,6 +15,12 @@ from flashar_pl.sampling import SamplingSettings
 STEPS_PER_GRAPH = 32
 """Decoding steps in one graph. A 16 x 16 diagonal decoding is one graph; a graph of 1,024 raster steps of 64 layers
 would hold two million kernels."""
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all recordings: cuBLAS keeps a workspace, tens of MB, for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class Recording:
@@ -29,7 +36,7 @@ class Recording:
         self.buffers = Buffers.allocate(model, plan, inputs)
         self.graphs: list[torch.cuda.CUDAGraph] = []
         device = inputs.x.device
-        stream = torch.cuda.Stream(device)
+        stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         # a caller's autocast keeps the weights it has cast and frees them when it ends: graphs must not read those
         with torch.cuda.device(device), torch.autocast(device.type, enabled=False, cache_enabled=False):
@@ -42,9 +49,10 @@ class Recording:
     def _capture(self, steps: Generator[int], stream: torch.cuda.Stream) -> None:
         """The graphs of all steps."""
         pool = torch.cuda.graph_pool_handle()
+        here = torch.cuda.stream(torch.cuda.current_stream())  # which a capture that fails would not restore
         for first in range(0, self.plan.n_steps, STEPS_PER_GRAPH):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with here, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 for _ in range(first, min(first + STEPS_PER_GRAPH, self.plan.n_steps)):
                     next(steps)
             self.graphs.append(graph)

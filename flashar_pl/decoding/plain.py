@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.base import Condition, Prefix, move_condition, slice_condition
-from flashar_pl.decoding.engine import evaluating
+from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.models.base import GridModel, States
@@ -77,7 +77,7 @@ def generate_plain(
     condition = move_condition(condition, device)
     unconditional = None if unconditional is None else move_condition(unconditional, device)
     noise = uniforms(sample_seeds(seeds, batch), plan.n_cells).to(device)  # (B, N)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), decode_mode(model):
         conditions = [condition]
         if settings.guided:
             both = model.backbone.with_unconditional(condition, unconditional)
