@@ -95,7 +95,7 @@ def explain(message: str, known: list[str]) -> str:
     key_of_class = re.search(r'Parser key "(trainer[\w.]+)"', text)
     if inside_class and key_of_class:
         return _explain_class(key_of_class[1], inside_class[1], inside_class[2])
-    nested = re.search(r'Parser key "([\w.]+)".*Given value: NestedArg\(key=\'([^\']+)\'', text)
+    nested = re.search(r'Parser key "(trainer[\w.]+)".*Given value: NestedArg\(key=\'([^\']+)\'', text)
     if nested:
         return f"{nested[1]}.init_args.{nested[2]} is given, but {nested[1]} names no class; give its class_path first."
     for pattern in (
