@@ -72,7 +72,7 @@ def main() -> None:
     device, grid = torch.device(arguments.device), parse_grid(arguments.grid)
     sizes = model_sizes({"backbone": {"preset": arguments.preset}})
     model = synthetic_model(sizes, device, dtype_from_name(arguments.dtype))
-    engine = Engine(prepare(model, choose_format(model, arguments.weight_format, "eager")), "eager")
+    engine = Engine(prepare(model, choose_format(model, arguments.weight_format, "eager", arguments.plan)), "eager")
     condition, unconditional = synthetic_condition(sizes, arguments.batch_size, True)
 
     def decode() -> None:

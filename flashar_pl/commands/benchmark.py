@@ -69,8 +69,8 @@ def benchmark(
         dtype: of weights and activations.
         runner: what drives decoding, one or several separated by commas: eager, compiled, graphs, compiled-graphs;
             auto is graphs on a GPU, eager on a CPU. The strong raster row uses the same as the diagonal one.
-        weight_format: plain, packed, int8 or fp8, one or several separated by commas; auto is packed on a CPU with
-            16-bit weights, otherwise plain.
+        weight_format: plain, packed, int8 or fp8, one or several separated by commas; auto is what
+            flashar generate takes for the plan.
         repeats: measurements of each row; at most 3 where one takes more than 5 s, 1 above 20 s.
         threads: CPU threads. Default: 1 or all cores, whichever runs one step faster.
         skip_plain: leave out the plain raster decoder, the slowest row.
@@ -97,7 +97,7 @@ def benchmark(
         config = {"kind": "flashar", "backbone": {"preset": preset}, "branch_layer": branch_layer}
         shape = parse_grid(grid) or ((32, 32) if str(preset).startswith("emu35") else (16, 16))
     sizes, guided = model_sizes(config), cfg_scale != 1
-    alone = {"plain"} if place.type == "cpu" and kind.itemsize <= 2 else {"plain", "auto"}  # see `choose_format`
+    alone = {"plain"} if place.type == "cpu" else {"plain", "auto"}  # see `choose_format`
     copies = (source is None) + any(weights not in alone for _, weights in variants)
     batches = Room(sizes, tuple(names), shape, place, kind, guided, None, copies).choose_all(batch_sizes)
     model = source.model if source is not None else rows.synthetic_model(sizes, place, kind)

@@ -169,12 +169,13 @@ def measure_all(
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     engines = _Engines(job.model)
-    variants = list(dict.fromkeys((runner, choose_format(job.model, weights, runner)) for runner, weights in variants))
-    with progress_bar(len(batches) * (len(plans) * len(variants) + (not skip_plain)), "rows") as advance:
-        for weights in dict.fromkeys(weights for _, weights in variants):
+    wanted = [(choose_format(job.model, w, runner, plan), runner, plan) for runner, w in variants for plan in plans]
+    wanted = list(dict.fromkeys(wanted))
+    with progress_bar(len(batches) * (len(wanted) + (not skip_plain)), "rows") as advance:
+        for weights in dict.fromkeys(form for form, _, _ in wanted):
             for batch in batches:
-                kinds: list[tuple[str, str]] = [(r, plan) for r, w in variants if w == weights for plan in plans]
-                if not skip_plain and weights == variants[0][1]:
+                kinds: list[tuple[str, str]] = [(runner, plan) for form, runner, plan in wanted if form == weights]
+                if not skip_plain and weights == wanted[0][0]:
                     kinds.append(("eager", PLAIN))
                 for runner, plan in kinds:
                     try:

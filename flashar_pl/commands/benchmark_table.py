@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flashar_pl.commands.decoder import EXACT
+
 PLAIN = "plain raster"
 """Name of the rows of `flashar_pl.decoding.plain`."""
 COLUMNS = (
@@ -16,14 +18,14 @@ COLUMNS = (
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For every parallel plan, batch size, runner and format of weights: against the raster plan of the same engine,
     against the plain raster decoder, the ratio of steps, and the ratio of the matrix products alone; None where a row
-    is missing."""
+    is missing. Where auto took another format for the raster plan, the fastest raster row with exact weights counts."""
     found = []
     strong_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
     plain_at = {row["batch"]: row for row in rows if row["plan"] == PLAIN}
     for row in rows:
         if row["plan"] in ("raster", PLAIN):
             continue
-        strong, slow = strong_at.get(_engine(row)), plain_at.get(row["batch"])
+        strong, slow = strong_at.get(_engine(row)) or _exact(row, rows), plain_at.get(row["batch"])
         reference = strong or slow
         found.append(
             {
@@ -43,6 +45,18 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _engine(row: dict[str, Any]) -> tuple[Any, ...]:
     """What rows that are compared have in common."""
     return row["runner"], row["weight_format"], row["batch"]
+
+
+def _exact(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest raster row of the same runner and batch size whose format changes no weight, for a row of such."""
+    same = [
+        other
+        for other in rows
+        if other["plan"] == "raster"
+        and (other["runner"], other["batch"]) == (row["runner"], row["batch"])
+        and {other["weight_format"], row["weight_format"]} <= set(EXACT)
+    ]
+    return min(same, key=lambda other: other["seconds"], default=None)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

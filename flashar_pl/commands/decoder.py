@@ -16,27 +16,31 @@ Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
 """Those of `flashar_pl.decoding.RUNNERS`."""
 WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
 """auto: see `choose_format`. The others are those of `flashar_pl.decoding.prepare`."""
+PACKED_WIDTH = 256
+"""Narrower models are slower packed in float32 (docs/log.md)."""
 EXACT = ("auto", "plain", "packed")
 """Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
 
-def build_engine(source: Source, runner: Runner, weight_format: WeightFormat) -> Engine:
+def build_engine(source: Source, runner: Runner, weight_format: WeightFormat, plan: str) -> Engine:
     """An engine of a checkpoint for inference. Raises ValueError where the device cannot run it.
+
+    plan: what it is for; see `choose_format`. It runs any other, too.
 
     `source.model` becomes the model that the engine runs, so that nothing holds the weights in their former format.
     """
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
-    source.model = prepare(source.model, choose_format(source.model, weight_format, runner))
+    source.model = prepare(source.model, choose_format(source.model, weight_format, runner, plan))
     return Engine(source.model, runner)
 
 
-def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner) -> WeightFormat:
+def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner, plan: str) -> WeightFormat:
     """What "auto" stands for: the fastest format that changes no value, by measurement (docs/performance.md).
 
-    That is packed on a CPU for weights of 16 bit, where a second copy of them fits, and plain elsewhere. Packed weights
-    cannot be compiled.
+    That is packed on a CPU, where a second copy of the weights fits, and plain elsewhere. Packed weights cannot be
+    compiled; in float32 they are slower for the few rows of a raster step, and in narrow models.
     """
     if weight_format != "auto":
         return weight_format
@@ -45,7 +49,9 @@ def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner)
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    if model.device.type != "cpu" or dtype.itemsize > 2 or unsupported(dtype) is not None or "compiled" in runner:
+    if model.device.type != "cpu" or unsupported(dtype) is not None or "compiled" in runner:
+        return "plain"
+    if dtype.itemsize > 2 and (plan == "raster" or model.backbone.dim < PACKED_WIDTH):
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return "packed" if 2 * size < available_memory(model.device) else "plain"

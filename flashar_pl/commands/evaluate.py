@@ -128,7 +128,7 @@ def evaluate(
         dtype: of weights and activations; softmax, sampling, tokenizer and features stay in float32 or wider.
         runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
         weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
-            auto is packed on a CPU with 16-bit weights, otherwise plain.
+            auto as in flashar generate.
     """
     options = Options(**locals())
     with launched_group() as group:
@@ -351,6 +351,7 @@ def _load(options: Options, several: bool) -> Bench:
         grid=options.grid,
         tokenizer=options.tokenizer,
         dtype=options.dtype,
+        plan=options.plan,
         runner=options.runner,
         weight_format=options.weight_format,
         features=options.features,

@@ -89,7 +89,7 @@ def evaluate_geneval(
             Emu3.5 directories that of the file.
         runner: eager, compiled, graphs or compiled-graphs; auto is graphs on a GPU, eager on a CPU.
         weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
-            auto is packed on a CPU with 16-bit weights, otherwise plain.
+            auto as in flashar generate.
     """
     drawing = {"--checkpoint": checkpoint, "--prompts": prompts}
     scoring = {"--detector": detector, "--clip": clip}
@@ -197,7 +197,7 @@ def draw_images(
     def missing(batch: int) -> bool:
         return any(not files[i].exists() for i in samples.numbers(batch) if i < samples.n)
 
-    engine = build_engine(source, runner, drawing.weight_format)
+    engine = build_engine(source, runner, drawing.weight_format, samples.plan)
     todo = [batch for batch in range(group.rank, samples.batches, group.ranks) if missing(batch)]
     with progress_bar(len(todo) * samples.batch_size, "images") as advance:
         for drawn in draw(engine, decoder, samples, todo):

@@ -50,6 +50,7 @@ def work(job: Job, batches: list[int], device: str) -> None:
         grid=job.grid,
         tokenizer=job.tokenizer,
         dtype=job.dtype,
+        plan=job.plan,
         runner=job.runner,
         weight_format=job.weight_format,
         features=job.features,

@@ -86,6 +86,7 @@ def load_bench(
     grid: str | tuple[int, int] | None,
     tokenizer: str | dict[str, Any] | None,
     dtype: Dtype,
+    plan: str | None,
     runner: Runner,
     weight_format: WeightFormat,
     features: str,
@@ -107,7 +108,7 @@ def load_bench(
     )
     source.need_grid()
     decoder = source.matching_tokenizer(device)
-    engine = build_engine(source, runner, weight_format)
+    engine = build_engine(source, runner, weight_format, plan or source.model.plan_name)
     return Bench(source, engine, decoder, extractor.to(find_device(device)))
 
 

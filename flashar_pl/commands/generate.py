@@ -107,7 +107,7 @@ def generate(
         runner: what drives decoding: eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or
             compiled-graphs. auto is graphs on a GPU, eager on a CPU. All draw the same codes up to rounding.
         weight_format: plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao);
-            auto is packed on a CPU with 16-bit weights, otherwise plain.
+            auto is packed or plain on a CPU, whichever measured faster for such a model, and plain on a GPU.
         weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
         branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
         n_head: attention heads, for official files of unpublished sizes.
@@ -154,8 +154,8 @@ def generate(
     _check_seeds(seed, len(wanted))
     _notes(source, wanted, settings, height_width)
     decoder = None if codes_only else source.matching_tokenizer(device)
-    form = choose_format(source.model, weight_format, runner)
-    engine = build_engine(source, runner, form)
+    form = choose_format(source.model, weight_format, runner, plan_name)
+    engine = build_engine(source, runner, form, plan_name)
     size = fitting_batch(source, wanted, height_width, plan_name, settings, batch_size, engine.prefix_bucket)
     samples = samples_of(wanted, height_width, plan_name, settings, size, seed)
     with peak_memory(engine.device) as peak:

@@ -107,7 +107,7 @@ def serve(
         check_top_k(source.model, top_k)
         service = Service(source, shape, check_plan(source.model, plan, shape), settings, batch_size, assets)
         decoder = source.matching_tokenizer(device)
-        engine = build_engine(source, runner, weight_format)
+        engine = build_engine(source, runner, weight_format, service.plan)
         fullest, guided = service.ask(service.example(), batch_size, guided=True), replace(settings, cfg_scale=2.0)
         fitting_batch(source, fullest, shape, service.plan, guided, batch_size, engine.prefix_bucket)
         size = " x ".join(str(side * decoder.downsample) for side in shape)

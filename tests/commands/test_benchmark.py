@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flashar_pl import decoding
+from flashar_pl.commands import decoder as formats
 from flashar_pl.commands.batches import HEADROOM, Room
 from flashar_pl.commands.benchmark import benchmark
 from flashar_pl.commands.benchmark_rows import Job, synthetic_model
@@ -114,16 +115,37 @@ def test_rounded_weights_are_measured_too(quick):
     assert result["rows"][0]["gemm_s"] > 0
 
 
-@pytest.mark.parametrize(("dtype", "memory", "found"), [("bf16", 2**40, "packed"), ("bf16", 1, "plain"),
-                                                        ("fp32", 2**40, "plain")])  # fmt: skip
-def test_auto_is_the_format_that_measured_best(dtype, memory, found, monkeypatch, flashar_model):
+@pytest.mark.parametrize(
+    ("dtype", "plan", "width", "memory", "found"),
+    [
+        ("bf16", "raster", 256, 2**40, "packed"), ("bf16", "diagonal", 256, 1, "plain"),
+        ("fp32", "diagonal", 1, 2**40, "packed"), ("fp32", "diagonal", 1, 1, "plain"),
+        ("fp32", "raster", 1, 2**40, "plain"), ("fp32", "diagonal", 256, 2**40, "plain"),
+    ],
+)  # fmt: skip
+def test_auto_is_the_format_that_measured_best(dtype, plan, width, memory, found, monkeypatch, flashar_model):
     if unsupported(torch.bfloat16) is not None:
         pytest.skip("this machine cannot pack bfloat16 weights")
     model = open_checkpoint(flashar_model, dtype=dtype).model
     monkeypatch.setattr(measure, "available_memory", lambda device: memory)
-    assert choose_format(model, "auto", "eager") == found
-    assert choose_format(model, "auto", "compiled") == "plain", "torch.compile cannot read packed weights"
-    assert choose_format(model, "int8", "compiled") == "int8"
+    monkeypatch.setattr(formats, "PACKED_WIDTH", width)
+    assert choose_format(model, "auto", "eager", plan) == found
+    assert choose_format(model, "auto", "compiled", plan) == "plain", "torch.compile cannot read packed weights"
+    assert choose_format(model, "int8", "compiled", plan) == "int8"
+
+
+def test_auto_compares_the_best_of_each_plan(quick, monkeypatch):
+    """In float32 on a CPU the diagonal plan is faster with packed weights, the raster plan without."""
+    if unsupported(torch.float32) is not None:
+        pytest.skip("this machine cannot pack weights")
+    monkeypatch.setattr(formats, "PACKED_WIDTH", 1)
+    result = benchmark(**quick, skip_plain=True)
+    assert [(row["plan"], row["weight_format"]) for row in result["rows"]] == [
+        ("raster", "plain"),
+        ("diagonal", "packed"),
+    ]
+    raster, diagonal = result["rows"]
+    assert result["speedups"][0]["over_raster"] == raster["seconds"] / diagonal["seconds"]
 
 
 def test_a_failed_compilation_is_a_row_with_its_cause(quick, monkeypatch):
@@ -141,7 +163,8 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatc
     need = decode_memory(sizes, "diagonal", (16, 16), 4, True, torch.float32).total
     monkeypatch.setattr(measure, "available_memory", lambda device: int(need / HEADROOM) + 10**6)
     monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", None)
-    error = refused("benchmark", "--preset", "llamagen-b", "--batch-sizes", "1,5", "--device", "cpu")
+    words = ("--batch-sizes", "1,5", "--device", "cpu", "--weight-format", "plain")
+    error = refused("benchmark", "--preset", "llamagen-b", *words)
     assert "batch 5 with the" in error
     assert "the largest that fits is 4" in error
     room = Room(sizes, ("diagonal",), (16, 16), CPU, torch.float32, True)
@@ -159,7 +182,7 @@ def test_memory_that_a_loaded_model_takes_is_not_available(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "weight_format", "copies"), [("fp32", "auto", 1), ("bf16", "auto", 2), ("bf16", "plain", 1)]
+    ("dtype", "weight_format", "copies"), [("fp32", "auto", 2), ("bf16", "auto", 2), ("bf16", "plain", 1)]
 )
 def test_the_copy_that_auto_packs_is_planned_for(dtype, weight_format, copies, monkeypatch):
     """A batch that fills the memory beside one copy of the weights left no room for the packed one."""

@@ -350,7 +350,7 @@ def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
 
     source = open_checkpoint(str(flashar_model), device="cpu")
     former, facts = weakref.ref(source.model), source.facts()
-    engine = build_engine(source, "eager", "packed")
+    engine = build_engine(source, "eager", "packed", "diagonal")
     gc.collect()
     assert former() is None
     assert source.model is engine.model

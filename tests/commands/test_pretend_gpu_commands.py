@@ -14,7 +14,18 @@ from pretend_gpu import PretendGPU
 
 from flashar_pl.commands import evaluate_processes
 
-LOADED = ("weights", "n_head", "branch_layer", "grid", "tokenizer", "dtype", "runner", "weight_format", "features")
+LOADED = (
+    "weights",
+    "n_head",
+    "branch_layer",
+    "grid",
+    "tokenizer",
+    "dtype",
+    "plan",
+    "runner",
+    "weight_format",
+    "features",
+)
 """What a process reads of its job to load the model."""
 
 
