@@ -136,6 +136,11 @@ class Manifest:
             raise ValueError(
                 f"{path.parent} holds a data set for each grid; expected one of them, such as {inside[0].parent}."
             )
+        if not path.is_file() and any((path.parent / f".{split}").is_dir() for split in SPLITS):
+            raise ValueError(
+                f"The shards at {path.parent} are unfinished: there is no {FILE_NAME} yet. Give the command that began "
+                "them once more; it continues."
+            )
         if not path.is_file():
             raise ValueError(
                 f"No shards at {path.parent}: looked for {path}. "

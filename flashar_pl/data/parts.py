@@ -258,13 +258,17 @@ def _check_weights(job: Job) -> None:
             )
 
 
+OPTIONS = {"part": "--shard-images"}
+"""How settings are typed whose names in the files are others."""
+
+
 def _compare(job: Job, then: dict[str, Any], how: str) -> None:
     now = json.loads(json.dumps(job.identity()))
     if changed := [name for name in now if name not in then or then[name] != now[name]]:
         name = changed[0]
         raise ValueError(
-            f"The {job.split} split at {job.out} {how} with {name} = {then.get(name)!r}; this command has "
-            f"{now[name]!r}. Use the old settings, or choose another --out."
+            f"The {job.split} split at {job.out} {how} with {OPTIONS.get(name, name)} = "
+            f"{then.get(name)!r}; this command has {now[name]!r}. Use the old settings, or choose another --out."
         )
 
 
