@@ -36,7 +36,10 @@ bench() { # name preset options
     ${EXTRA[@]+"${EXTRA[@]}"} || failed+=("$name")
 }
 
-tests() { # what only a GPU can check: graphs against the plain loop, synchronisation, memory against the plan
+tests() { # every way of decoding against the plain model; what only a GPU can check: graphs, waits, memory
+  [[ -e $OUT/doctor_gpu.json ]] && echo "$OUT/doctor_gpu.json is there and kept" ||
+    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runner $RUNNERS --weight-format $FORMATS \
+      --out "$OUT/doctor_gpu.json" || failed+=(doctor)
   [[ -n ${DRY:-} ]] && return
   "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
 }
