@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashar_pl.data.datamodules import CodesDataModule
+from lightning.pytorch import LightningDataModule
+
 from flashar_pl.training.config import typed_settings
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.module import FlashARModule
@@ -30,13 +31,15 @@ class _Parsed(ExperimentCLI):
         pass
 
 
-def parsed_config(words: list[str]) -> dict[str, Any]:
+def parsed_config(words: list[str], data: type[LightningDataModule]) -> dict[str, Any]:
     """What `flashar fit WORDS` would run: nested plain values, defaults included. Names of files are not looked up.
+
+    data: the data module of a configuration that names none.
 
     Raises:
         ValueError: an unknown key at any depth (the closest ones are named), or a value of the wrong type.
     """
-    cli = _Parsed(FlashARModule, CodesDataModule, ["fit", *words])
+    cli = _Parsed(FlashARModule, data, ["fit", *words])
     parser = cli._subcommand_parsers["fit"]
     return plain(parser.dump(cli.config["fit"], skip_none=False, format="yaml"))
 
