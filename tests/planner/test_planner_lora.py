@@ -141,5 +141,5 @@ def test_unknown_lora_options_are_refused(tmp_path):
     """As `flashar fit` would refuse them."""
     file = tmp_path / "run.yaml"
     file.write_text("model: {backbone: {preset: llamagen-b}, flashar: {branch_layer: 11}, lora: {range: 4}}\n")
-    with pytest.raises(ValueError, match=r"no configuration key 'model\.lora\.range'; did you mean"):
+    with pytest.raises(ValueError, match=r"no configuration key 'model\.lora\.range'; closest: model.lora.rank"):
         plan(config=str(file))
