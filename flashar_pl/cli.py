@@ -44,6 +44,7 @@ COMMANDS: dict[str, Command] = {
     "score formats": Command("score_formats:score_formats", "what packed, int8 and fp8 weights change"),
     "serve": Command("serve:serve", "draw images over HTTP, with a page that compares both decoding orders"),
     "doctor": Command("doctor:doctor", "what this machine has, and whether decoding computes right on it"),
+    "probe": Command("probe:probe", "which layers a vertical head would use, to choose the branch layer"),
     "benchmark": Command("benchmark:benchmark", "time decoding against the hardware's limit and raster decoding"),
     "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),
     "plan": Command("plan:plan", "memory, time and decoding floor of a training run, by arithmetic"),

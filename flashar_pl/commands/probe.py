@@ -1,0 +1,229 @@
+"""`flashar probe`: which layers of a raster model a vertical head would use (Fig. 3), to choose the branch layer.
+
+torch is imported inside the functions: `--help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.benchmark_table import markdown
+from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, find_device, open_checkpoint
+from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
+from flashar_pl.commands.plot import require_pyplot
+from flashar_pl.commands.score import caption_encoder, check_data
+
+if TYPE_CHECKING:
+    from flashar_pl.backbones.base import Batch
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.grid import DecodePlan
+    from flashar_pl.models.layer_probe import LayerProbe
+
+MIXTURE_RATE = 30.0
+"""Learning rate of the layers' weights relative to the head's: they are logits, which have to move by several units."""
+MOST = 0.9
+"""Share of the weight that lies at or below the layer that is suggested."""
+WINDOW = 16
+"""Blocks of the shards that are shuffled together."""
+
+
+def probe(
+    *,
+    checkpoint: str,
+    data: str,
+    out: str,
+    steps: int = 300,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    plan: Plan = "raster",
+    limit: int = 256,
+    seed: int = 0,
+    weights: Weights = "auto",
+    n_head: int | None = None,
+    assets: str | None = None,
+    device: str = "auto",
+    dtype: Dtype | None = None,
+) -> dict[str, Any]:
+    """Learn which layers of a raster model tell the code below each cell (Fig. 3 of the paper).
+
+    The model is frozen. The states of all its layers, at unit scale, are mixed with learnt weights and go into a
+    vertical head that starts as a copy of the model's own and is trained. Where the last layers have little weight, a
+    vertical branch should fork off below them: the layer up to which nine tenths of the weight lie is named. A second
+    head on the last layer alone shows what the others are worth. Writes probe.json and probe.png into a new directory.
+
+    Example:
+        flashar probe --checkpoint runs/demo/raster/checkpoints/last.ckpt --data data/digits --out probe/
+
+    Args:
+        checkpoint: Lightning checkpoint, converted directory, or official .pt or .safetensors file; of a FlashAR
+            model the backbone is probed.
+        data: directory of shards with their manifest.json; trained on the training split, measured on validation.
+        out: directory to make.
+        steps: training steps of both heads.
+        batch_size: images of a step.
+        learning_rate: of the heads, with a cosine to 0.
+        plan: who sees whom: raster, as the model was trained, or diagonal, as a vertical branch will see it.
+        limit: measure on at most this many images, spread evenly over the split.
+        seed: of the order of images.
+        weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
+        n_head: attention heads, for official files of unpublished sizes.
+        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: of the frozen model; the heads train in float32.
+    """
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.grid import make_plan
+    from flashar_pl.models.layer_probe import LayerProbe
+
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("limit", limit)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected 1 or more.")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}; expected more than 0.")
+    require_pyplot()
+    target = require_new(out, "probe")
+    manifest = Manifest.load(data)
+    for split in ("train", "validation"):
+        manifest.shards(split)
+    source = open_checkpoint(checkpoint, weights=weights, n_head=n_head, device=device, dtype=dtype)
+    check_data(source.model, manifest, None, source.tokenizer)
+    backbone = source.model.backbone
+    order = make_plan(plan, *manifest.grid, row_end=backbone.row_ends)
+    if order.height == 1:
+        raise ValueError(f"the grid is {order.height}x{order.width}; expected several rows, one below the other.")
+    probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
+              "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
+    reader = _Images(source, manifest, assets, device)
+    training = reader.training(batch_size, seed, steps)
+    before = _measure(probes, reader.held_out(batch_size, limit), source, order)
+    _train(probes, training, source, order, steps, learning_rate)
+    after = _measure(probes, reader.held_out(batch_size, limit), source, order)
+    shares = probes["all layers"].weights.tolist()
+    result = {
+        "plan": plan,
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weights": shares,
+        "branch_layer": depth_of(shares),
+        "nll": {name: {"before": before[name], "after": after[name]} for name in probes},
+        "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint("train")},
+        "checkpoint": source.facts(),
+        "versions": versions(),
+    }
+    with new_directory(target, "probe") as folder:
+        write_json(folder / "probe.json", result)
+        _plot(result, folder / "probe.png")
+    print(markdown(("layer", "weight"), [[_label(i), f"{share:.3f}"] for i, share in enumerate(shares)]))
+    for name in probes:
+        print(
+            f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below ({limit} validation images at most)"
+        )
+    print(
+        f"{MOST:.0%} of the weight is at layers up to {result['branch_layer']}: a first choice of branch_layer. {target}"
+    )
+    return result
+
+
+class _Images:
+    """Batches of a manifest for one model."""
+
+    def __init__(self, source: Source, manifest: Manifest, assets: str | None, device: str) -> None:
+        self._manifest, self._device = manifest, find_device(device)
+        self._encoder = caption_encoder(source, manifest, assets)
+
+    def training(self, batch_size: int, seed: int, steps: int) -> Iterator[Batch]:
+        """`steps` shuffled batches, epoch after epoch. Raises ValueError where there are fewer images than a batch."""
+        from flashar_pl.data.loader import TrainingBatches
+        from flashar_pl.data.order import TrainingOrder
+        from flashar_pl.data.shards import ShardReader
+
+        order = TrainingOrder(self._manifest.block_sizes("train"), batch_size, seed, WINDOW)
+        batches = TrainingBatches(ShardReader(self._manifest, "train"), order, text_encoder=self._encoder)
+        return (batches[divmod(step, len(order))].to(self._device) for step in range(steps))
+
+    def held_out(self, batch_size: int, limit: int) -> Iterator[Batch]:
+        """Validation images; a last batch holds padding."""
+        from flashar_pl.data.loader import EvaluationBatches
+        from flashar_pl.data.order import EvaluationOrder
+        from flashar_pl.data.shards import ShardReader
+
+        reader = ShardReader(self._manifest, "validation")
+        order = EvaluationOrder(len(reader), batch_size, limit)
+        batches = EvaluationBatches(reader, order, text_encoder=self._encoder)
+        return (batches[g].to(self._device) for g in range(len(batches)))
+
+
+def _train(
+    probes: dict[str, LayerProbe], batches: Iterator[Batch], source: Source, plan: DecodePlan, steps: int, rate: float
+) -> None:
+    """All probes on the same states; AdamW, and a cosine of the learning rate to 0."""
+    import torch
+
+    from flashar_pl.models.layer_probe import layer_states
+
+    groups = []
+    for each in probes.values():
+        groups.append({"params": [each.mixture], "lr": MIXTURE_RATE * rate})
+        groups.append({"params": [each.scale, each.head], "lr": rate})
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    with progress_bar(steps, "steps") as advance:
+        for batch in batches:
+            states = layer_states(source.model.backbone, batch.codes, batch.condition, plan)
+            optimiser.zero_grad()
+            for each in probes.values():
+                each.nll(states, batch.codes.long(), plan)[0].backward()
+            optimiser.step()
+            schedule.step()
+            advance(1)
+
+
+def _measure(
+    probes: dict[str, LayerProbe], batches: Iterator[Batch], source: Source, plan: DecodePlan
+) -> dict[str, float]:
+    """Mean nats of a code given the cell above it, for each probe; padding does not count."""
+    import torch
+
+    from flashar_pl.models.layer_probe import layer_states
+
+    found: dict[str, list[Any]] = {name: [] for name in probes}
+    with torch.no_grad():
+        for batch in batches:
+            states = layer_states(source.model.backbone, batch.codes, batch.condition, plan)
+            for name, each in probes.items():
+                found[name].append(each.nll(states, batch.codes.long(), plan)[1][batch.valid])
+    return {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}
+
+
+def depth_of(weights: list[float]) -> int:
+    """The first state up to which `MOST` of the weights lie."""
+    total = 0.0
+    for state, weight in enumerate(weights):
+        total += weight
+        if total >= MOST:
+            return state
+    return len(weights) - 1
+
+
+def _label(state: int) -> str:
+    return "embeddings" if state == 0 else str(state)
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    """The weights as bars (Fig. 3b)."""
+    pyplot = require_pyplot()
+    shares = result["weights"]
+    figure, axis = pyplot.subplots(figsize=(max(5, 0.35 * len(shares)), 3.6), layout="constrained")
+    axis.bar(range(len(shares)), shares, color="#335577")
+    axis.axhline(1 / len(shares), color="#999999", linewidth=1, linestyle="--", label="equal weights")
+    axis.set(xlabel="layer (0: embeddings)", ylabel="weight in the vertical head's input")
+    nll = result["nll"]
+    lines = [f"{name} {nll[name]['after']:.3f}" for name in nll]
+    axis.set_title(f"{result['plan']} mask\nnats per code below: {', '.join(lines)}", fontsize=10)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
