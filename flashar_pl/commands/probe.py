@@ -122,9 +122,7 @@ def probe(
         print(
             f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below ({limit} validation images at most)"
         )
-    print(
-        f"{MOST:.0%} of the weight is at layers up to {result['branch_layer']}: a first choice of branch_layer. {target}"
-    )
+    print(f"{MOST:.0%} of the weight is at layers up to {depth_of(shares)}: a first choice of branch_layer. {target}")
     return result
 
 
