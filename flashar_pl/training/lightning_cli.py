@@ -245,6 +245,8 @@ class ExperimentCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
             if self.trainer.interrupted and end.code == 1:
+                if self._verb == "fit":
+                    rank_zero_info(_where_to_continue(self.trainer))
                 raise KeyboardInterrupt from None
             raise
         except (ValueError, MisconfigurationException):
@@ -265,6 +267,15 @@ class ExperimentCLI(LightningCLI):
         path = free_name(root / f"predictions_rank{self.trainer.global_rank}.npz")
         np.savez(path, index=joined["index"], nll=joined["nll"])
         print(f"{len(joined['nll'])} images, mean {joined['nll'].mean():.4f} nats per image: {path}")
+
+
+def _where_to_continue(trainer: Trainer) -> str:
+    """What an interrupted run has kept."""
+    kept = list((Path(trainer.default_root_dir) / "checkpoints").glob("*.ckpt"))
+    if not kept:
+        return f"Interrupted at step {trainer.global_step}, before the first checkpoint."
+    newest = max(kept, key=lambda path: path.stat().st_mtime)
+    return f"Interrupted at step {trainer.global_step}. Continue with: flashar fit --ckpt_path {newest}"
 
 
 def _help(verb: str) -> dict[str, Any]:

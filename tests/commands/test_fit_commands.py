@@ -397,3 +397,6 @@ def test_ctrl_c_exits_130_without_traceback(runs):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert re.search(
+        r"Interrupted at step \d+. Continue with: flashar fit --ckpt_path runs/long/checkpoints/last.ckpt", err
+    )
