@@ -129,6 +129,12 @@ class Server(ThreadingHTTPServer):
 
     service: Service
     worker: Worker
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print the error in progress, unless it says that the client went away."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _listen(host: str, port: int) -> Server:
@@ -155,7 +161,9 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/info":
             self._json(HTTPStatus.OK, self.server.service.facts())
         elif self.path == "/health":
-            self._json(HTTPStatus.OK, {"status": "ok"})
+            closed = self.server.worker.closed
+            status = HTTPStatus.SERVICE_UNAVAILABLE if closed else HTTPStatus.OK
+            self._json(status, {"status": "closed" if closed else "ok"})
         else:
             self._refuse(HTTPStatus.NOT_FOUND, f"no page {self.path}; expected /, /info or /health.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import asdict, dataclass, replace
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.checkpoint import Source, check_top_k
@@ -15,7 +16,16 @@ from flashar_pl.commands.serve_worker import Request
 if TYPE_CHECKING:
     from flashar_pl.sampling import SamplingSettings
 
-SAMPLING = ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p", "greedy")
+NUMBER = ((int, float), "a number")
+SAMPLING: dict[str, tuple[tuple[type, ...], str]] = {
+    "cfg_scale": NUMBER, "cfg_interval": ((int, NoneType), "a whole number or null"), "temperature": NUMBER,
+    "top_k": ((int,), "a whole number"), "top_p": NUMBER, "greedy": ((bool,), "true or false"),
+}  # fmt: skip
+"""Types of the sampling options, and their names."""
+LARGEST = 2**31
+"""Numbers are smaller: an integer of any length is legal JSON, and no float or tensor holds it."""
+LONGEST = 4096
+"""Bytes of a prompt: a longer one would take the memory that the images of all who wait need."""
 IGNORED = ("model", "user")
 """What clients of OpenAI's API send and nothing here depends on."""
 
@@ -76,11 +86,15 @@ class Service:
             raise ValueError(f'this model is asked by "{expected}"; got {json.dumps(body)[:200]}.')
         value = body[expected]
         if self.by_class:
-            if type(value) is not int or value < 0:
+            if type(value) is not int or not 0 <= value < LARGEST:
                 raise ValueError(f'"class" is {value!r}; expected a whole number of at least 0.')
+            if body.get("negative_prompt") is not None:
+                raise ValueError('"negative_prompt" is for models that are asked by "prompt"; leave it out.')
             return ask(self.source, self.grid, n, guided, classes=[value])
-        if not isinstance(value, str):
-            raise ValueError(f'"prompt" is {value!r}; expected text.')
+        for key in ("prompt", "negative_prompt"):
+            given = body.get(key)
+            if given is not None and (not isinstance(given, str) or len(given.encode()) > LONGEST):
+                raise ValueError(f'"{key}" is {str(given)[:60]!r}; expected text of at most {LONGEST} bytes.')
         text = TextSettings(self.assets, negative_prompt=body.get("negative_prompt"))
         return ask(self.source, self.grid, n, guided, prompts=[value], text=text)
 
@@ -98,13 +112,14 @@ class Service:
             raise ValueError(f'"n" is {n!r}; expected 1 to {self.most}.')
         if type(seed) is not int or not 0 <= seed < 2**63:
             raise ValueError(f'"seed" is {seed!r}; expected a whole number of at least 0 and below 2^63.')
-        plan = body.get("plan") or self.plan
+        plan = self.plan if body.get("plan") is None else body["plan"]
         if plan not in self.plans:
             raise ValueError(f'"plan" is {plan!r}; expected one of {", ".join(self.plans)}.')
         given = {key: body[key] for key in SAMPLING if key in body}
         for key, value in given.items():
-            if not isinstance(value, (int, float)) and not (key == "cfg_interval" and value is None):
-                raise ValueError(f'"{key}" is {value!r}; expected a number.')
+            kinds, expected = SAMPLING[key]
+            if type(value) not in kinds or not abs(value or 0) < LARGEST:  # so written, NaN is refused too
+                raise ValueError(f'"{key}" is {value!r}; expected {expected}.')
         settings = replace(self.settings, **given)
         check_top_k(self.source.model, settings.top_k)
         wanted = self.ask(body, n, settings.guided)

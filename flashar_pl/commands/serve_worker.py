@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from flashar_pl.sampling import SamplingSettings
     from flashar_pl.tokenizers import Tokenizer
 
+CLOSED = "no more images are drawn: the server is closing, or has printed an error that ended the drawing."
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -70,6 +72,7 @@ class Worker:
         self._waiting: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._held: list[Request] = []  # taken from the queue, but not for the batch that was drawn then
         self._closed = False
+        self._lock = threading.Lock()  # nothing joins the queue once the worker is closed
         self._thread = threading.Thread(target=self._work, name="flashar-worker", daemon=True)
         self._thread.start()
 
@@ -78,12 +81,14 @@ class Worker:
 
         Raises:
             ValueError: more samples than a batch holds; what the model refuses; or the worker is closed.
+            RuntimeError: what the device refuses, such as memory that ran out.
         """
         if len(request.seeds) > self.batch_size:
             raise ValueError(f"{len(request.seeds)} images are wanted at once; expected at most {self.batch_size}.")
-        if self._closed:
-            raise ValueError("the server is closing.")
-        self._waiting.put(request)
+        with self._lock:
+            if self._closed:
+                raise ValueError(CLOSED)
+            self._waiting.put(request)
         return request.result.result()
 
     def __enter__(self) -> Self:
@@ -91,24 +96,45 @@ class Worker:
 
     def __exit__(self, *exception: object) -> None:
         """Refuse what waits, and end the thread after the batch it is drawing."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         self._waiting.put(None)
         self._thread.join()
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more images are drawn."""
+        return self._closed
+
     def _work(self) -> None:
-        while (batch := self._next()) is not None:
-            try:
-                found = self._draw(batch)
-            except (ValueError, RuntimeError) as error:  # a RuntimeError of torch, such as memory that ran out
-                for request in batch:
-                    request.result.set_exception(error)
-                continue
-            for request, drawn in zip(batch, found, strict=True):
-                request.result.set_result(drawn)
-        while self._held or not self._waiting.empty():
-            left = self._held.pop() if self._held else self._waiting.get()
-            if left is not None:
-                left.result.set_exception(ValueError("the server is closing."))
+        batch: list[Request] | None = []
+        try:
+            while (batch := self._next()) is not None:
+                self._answer(batch)
+        finally:  # also after an error of the program, which ends this thread: nobody may wait for ever
+            self._refuse(batch or [])
+
+    def _answer(self, batch: list[Request]) -> None:
+        try:
+            found = self._draw(batch)
+        except (ValueError, RuntimeError) as error:  # a RuntimeError of torch, such as memory that ran out
+            for request in batch:
+                request.result.set_exception(error)
+            return
+        for request, drawn in zip(batch, found, strict=True):
+            request.result.set_result(drawn)
+
+    def _refuse(self, batch: list[Request]) -> None:
+        """Close, and refuse what is left of a batch and all that waits."""
+        with self._lock:
+            self._closed = True
+        left = [*batch, *self._held]
+        while not self._waiting.empty():
+            if (request := self._waiting.get()) is not None:
+                left.append(request)
+        for request in left:
+            if not request.result.done():
+                request.result.set_exception(ValueError(CLOSED))
 
     def _next(self) -> list[Request] | None:
         """The request that waits longest, with those behind it that join it; None = the end."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -110,6 +112,27 @@ def test_a_failure_reaches_its_own_requests_only(
         worker.draw(Request(torch.zeros(5, dtype=torch.int64), None, "diagonal", SamplingSettings(), [0] * 5))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_error_of_the_program_leaves_nobody_waiting(
+    service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that draws ended, and every request after it hung."""
+    monkeypatch.setattr(worker.tokenizer, "decode", lambda codes: {}["no such thing"])
+    with ThreadPoolExecutor(2) as pool:
+        drawn = [pool.submit(worker.draw, service.request({"class": 1}))]
+        assert engine.started.wait(30)
+        drawn.append(pool.submit(worker.draw, service.request({"class": 2})))
+        while worker._waiting.empty():
+            pass
+        engine.go.set()
+        for future in drawn:
+            with pytest.raises(ValueError, match="has printed an error"):
+                future.result(30)
+    assert worker.closed
+    with pytest.raises(ValueError, match="has printed an error"):
+        worker.draw(service.request({"class": 3}))
+
+
 def test_closing_refuses_what_waits(service: Service, worker: Worker, engine: Watched) -> None:
     """A caller that waited for ever would keep the process from ending."""
     with ThreadPoolExecutor(2) as pool:
@@ -149,6 +172,14 @@ def test_closing_refuses_what_waits(service: Service, worker: Worker, engine: Wa
         ({"class": 1, "temperature": "hot"}, "expected a number"),
         ({"class": 1, "size": "64x64"}, 'no field "size"'),
         ({"class": 1, "response_format": "url"}, "b64_json"),
+        ({"class": 10**30}, "expected a whole number"),
+        ({"class": 1, "negative_prompt": "rain"}, "models that are asked by"),
+        ({"class": 1, "plan": {}}, "expected one of diagonal, raster"),
+        ({"class": 1, "top_k": 1.5}, "expected a whole number"),
+        ({"class": 1, "cfg_interval": math.nan}, "expected a whole number or null"),
+        ({"class": 1, "cfg_scale": 10**400}, "expected a number"),
+        ({"class": 1, "temperature": math.inf}, "expected a number"),
+        ({"class": 1, "greedy": 0.5}, "expected true or false"),
     ],
 )
 def test_wrong_requests_say_what_is_expected(service: Service, body: dict[str, Any], message: str) -> None:
@@ -175,12 +206,23 @@ def answer(url: str, body: Any = None) -> tuple[int, bytes]:
         return error.code, error.read()
 
 
+def leave(url: str) -> None:
+    """Ask for an image, and be gone before it is there."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        body = b'{"class": 3, "n": 8, "plan": "raster"}'
+        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
+        client.sendall(head.encode() + body)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+
+
 def test_a_real_server(flashar_model: str, source: Source) -> None:
     """Over a socket, in a process of its own, until Ctrl-C."""
     words = ["serve", "--checkpoint", flashar_model, "--port", "0", "--cfg-scale", "1.5", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flashar_pl.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "flashar_pl.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         said = [process.stdout.readline(), process.stdout.readline()]
@@ -215,10 +257,14 @@ def test_a_real_server(flashar_model: str, source: Source) -> None:
         ):
             status, content = answer(url + path, body)
             assert (status, message in json.loads(content)["error"]["message"]) == (code, True), content
+        leave(url)
+        assert answer(url + "/v1/images/generations", {"class": 1})[0] == 200, "drawn after those that nobody reads"
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert process.stderr is not None
-        assert process.stderr.read().rstrip().endswith("closing")
+        said = process.stderr.read().splitlines()
+        assert "closing" in said
+        assert not any("Traceback" in line for line in said), "a client that goes away is no error of the server"
     finally:
         process.kill()
 
@@ -253,5 +299,6 @@ def test_prompts(tmp_path: Path) -> None:
         for i, request in enumerate(requests):
             assert torch.equal(worker.draw(request).images, worker.tokenizer.decode(together[i : i + 1]))
     assert Emu35Text.from_directory(folder) is Emu35Text.from_directory(folder)
-    with pytest.raises(ValueError, match="expected text"):
-        service.request({"prompt": 3})
+    for wrong in ({"prompt": 3}, {"prompt": "é" * 2049}, {"prompt": "red", "negative_prompt": ["blue"]}):
+        with pytest.raises(ValueError, match="expected text of at most 4096 bytes"):
+            service.request(wrong)
