@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.benchmark_table import PLAIN
-from flashar_pl.commands.common import progress_bar
+from flashar_pl.commands.common import first_line, progress_bar
 from flashar_pl.commands.decoder import Runner, WeightFormat, choose_format
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def synthetic_condition(sizes: ModelSizes, batch: int, guided: bool) -> tuple[Co
 
     config = sizes.backbone
     if isinstance(config, Emu35Config):
-        ids = list(torch.randint(0, 1000, (batch, sizes.prefix)))
+        ids = list(torch.randint(0, min(1000, config.vocab_size), (batch, sizes.prefix)))
         return ids, [row[:16] for row in ids] if guided else None  # the official empty prompt is this short
     if config.condition == "text":
         return TextFeatures(torch.randn(batch, sizes.prefix, config.caption_dim)), None
@@ -165,7 +165,6 @@ def measure_all(
     Raises:
         ValueError: no row could be measured; the first cause.
     """
-
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     engines = _Engines(job.model)
@@ -184,7 +183,7 @@ def measure_all(
                         else:
                             rows.append(job.row(plan, batch, engines.get(runner, weights), weights))
                     except (ValueError, RuntimeError) as error:  # also of kernels and of the allocator
-                        cause = next(iter(str(error).splitlines()), type(error).__name__)
+                        cause = first_line(error)
                         failed.append({"plan": plan, "batch": batch, "runner": runner, "weight_format": weights,
                                        "cause": cause})  # fmt: skip
                     engines.clear()

@@ -143,6 +143,11 @@ def parse_classes(classes: str | list[int] | int) -> list[int]:
     return ids
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message; the name of its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def plural(n: int, noun: str) -> str:
     """ "1 sample", "1,200 samples"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"

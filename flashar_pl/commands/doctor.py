@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.checkpoint import Dtype, find_device, open_checkpoint
-from flashar_pl.commands.common import Missed, parse_grid, progress_bar, require_new, versions, write_json
+from flashar_pl.commands.common import Missed, first_line, parse_grid, progress_bar, require_new, versions, write_json
 from flashar_pl.commands.decoder import Runner, WeightFormat, parse_variants
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def doctor(
         device: auto, cpu, cuda or cuda:N.
         dtypes: fp32, bf16, fp16, separated by commas.
         runner: eager, compiled, graphs, compiled-graphs, separated by commas; auto is eager, and graphs on a GPU.
-        weight_format: plain, packed, int8, fp8, separated by commas; auto is plain, and packed on a CPU.
+        weight_format: plain, packed, int8, fp8, separated by commas; auto is plain, and packed on a CPU that has it.
         grid: code grid HEIGHTxWIDTH. Default: the checkpoint's own; of a preset 16x16 (emu35 32x32).
         samples: images decoded at once.
         out: also write the result to this new JSON file.
@@ -134,19 +134,15 @@ def doctor(
     names: list[Any] = list(dict.fromkeys(word.strip() for word in dtypes.split(",")))
     for name in names:
         dtype_from_name(name)
-    cuda = place.type == "cuda"
-    variants = parse_variants(
-        ("eager,graphs" if cuda else "eager") if runner == "auto" else runner,
-        ("plain" if cuda else "plain,packed") if weight_format == "auto" else weight_format,
-    )
+    variants = {name: _variants(runner, weight_format, place, name) for name in names}
     machine = facts(place)
     print(markdown(("", "found"), [[key, value] for key, value in machine.items()]) + "\n", flush=True)
     checks: list[Check] = []
     subjects = list(_subjects(checkpoint, preset, grid, place, names))
-    with progress_bar(len(subjects) * len(names) * (len(variants) + 1), "checks") as advance:
+    with progress_bar(len(subjects) * sum(len(each) + 1 for each in variants.values()), "checks") as advance:
         for subject in subjects:
             for name in names:
-                checks += list(_check(subject, name, variants, samples, place, advance))
+                checks += list(_check(subject, name, variants[name], samples, place, advance))
     print(table(checks))
     result = {
         "machine": machine,
@@ -219,11 +215,15 @@ def _subjects(
     from flashar_pl.planner import model_sizes
 
     if checkpoint is not None:
+        source = open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtypes[0])
+        loaded = {dtypes[0]: source.model}
 
         def load(dtype: Dtype) -> GridModel:
-            return open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtype).model
+            model = loaded.pop(dtype, None)  # held no longer than it is checked
+            return (
+                open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtype).model if model is None else model
+            )
 
-        source = open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtypes[0])
         config, shape = source.model.config(), source.need_grid()
         guided = not getattr(getattr(source.model, "compatibility", None), "pair_padding", False)
         yield Subject(Path(checkpoint).name, model_sizes(config), load, shape, False, guided)
@@ -235,9 +235,21 @@ def _subjects(
         shape = parse_grid(grid) or (large if preset is not None else (6, 5))
 
         def make(dtype: Dtype, sizes: ModelSizes = sizes) -> GridModel:
-            return _lively(synthetic_model(sizes, place, dtype_from_name("fp32"))).to(dtype_from_name(dtype))
+            return _lively(synthetic_model(sizes, place, dtype_from_name(dtype)))
 
         yield Subject(str(name), sizes, make, shape, preset is None)
+
+
+def _variants(runner: str, weight_format: str, place: torch.device, dtype: Dtype) -> list[tuple[Runner, WeightFormat]]:
+    """What is checked in one dtype. "auto" formats leave out what this machine or a runner does not have."""
+    from flashar_pl.layers.packed import unsupported
+    from flashar_pl.numerics import dtype_from_name
+
+    cuda, auto = place.type == "cuda", weight_format == "auto"
+    runners = ("eager,graphs" if cuda else "eager") if runner == "auto" else runner
+    found = parse_variants(runners, ("plain" if cuda else "plain,packed") if auto else weight_format)
+    packs = unsupported(dtype_from_name(dtype)) is None
+    return [(r, form) for r, form in found if not auto or form == "plain" or (packs and "compiled" not in r)]
 
 
 def _lively(model: GridModel) -> GridModel:
@@ -263,14 +275,18 @@ def _check(
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
-    model = subject.make(dtype)
+    try:
+        model = subject.make(dtype)
+    except FAILURES as error:
+        yield Check(subject.name, dtype, "loading", None, LIMITS[dtype], first_line(error))
+        return
     plans = ("diagonal", "raster") if model.dual_head.vertical is not None else ("raster",)
     for runner, weights in variants:
         what = f"{runner}, {weights} weights"
         try:
             engine = Engine(prepare(model, weights), runner)
         except FAILURES as error:
-            yield Check(subject.name, dtype, what, None, LIMITS[dtype], _cause(error))
+            yield Check(subject.name, dtype, what, None, LIMITS[dtype], first_line(error))
             advance(1)
             continue
         for plan in plans:
@@ -280,14 +296,14 @@ def _check(
                     worst = _worst(engine, subject, plan, scale, samples)
                     yield Check(subject.name, dtype, label, worst, LIMITS[dtype])
                 except FAILURES as error:
-                    yield Check(subject.name, dtype, label, None, LIMITS[dtype], _cause(error))
+                    yield Check(subject.name, dtype, label, None, LIMITS[dtype], first_line(error))
         advance(1)
     if subject.trains:
         difference, remark = None, ""
         try:
             difference = _loss_difference(subject, dtype, samples, place)
         except FAILURES as error:
-            remark = _cause(error)
+            remark = first_line(error)
         yield Check(subject.name, dtype, "training loss and gradients", difference, LOSS_LIMITS[dtype], remark)
     advance(1)
 
@@ -301,10 +317,6 @@ def _worst(engine: Any, subject: Subject, plan: str, scale: float, samples: int)
         condition = [row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition)]
     codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=unconditional)
     return float(misplacement(engine.model, codes, condition, plan, scale, 0, unconditional).max())
-
-
-def _cause(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _loss_difference(subject: Subject, dtype: Dtype, samples: int, place: torch.device) -> float:

@@ -153,7 +153,8 @@ class Engine:
             raise
         except RuntimeError as error:
             # a capture that ends because of an error says no more than that, and has the error as its context
-            cause = str(error.__context__ or error).splitlines()[0]
+            first = error.__context__ or error
+            cause = next(iter(str(first).splitlines()), type(first).__name__)
             if not self._fallback:
                 raise ValueError(f"CUDA graphs could not be recorded: {cause}. Use runner eager.") from error
             warnings.warn(f"CUDA graphs could not be recorded, decoding goes on without: {cause}", stacklevel=2)

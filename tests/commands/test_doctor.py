@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import emu_files
 import pytest
 import tiny
 import torch
 
 from flashar_pl.cli import main
 from flashar_pl.commands import doctor as module
+from flashar_pl.commands.checkpoint import open_checkpoint
 from flashar_pl.commands.common import Missed
 from flashar_pl.commands.doctor import doctor
 from flashar_pl.decoding import generate
@@ -68,6 +70,45 @@ def test_what_cannot_run_is_said(one_model: None, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     assert "FAILED runner is graphs, and the model is on cpu" in printed.out
     assert "1 of 2 checks failed" in printed.err
+
+
+def test_auto_checks_what_the_machine_and_the_runner_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights that cannot be are no failure of the machine."""
+    cpu = torch.device("cpu")
+    assert module._variants("eager,compiled", "auto", cpu, "fp32") == [
+        ("eager", "plain"), ("compiled", "plain"), ("eager", "packed"),
+    ]  # fmt: skip
+    assert ("compiled", "packed") in module._variants("compiled", "packed", cpu, "fp32"), "asked for: it fails, aloud"
+    monkeypatch.setattr("flashar_pl.layers.packed.unsupported", lambda dtype: "no instructions")
+    assert module._variants("auto", "auto", cpu, "bf16") == [("eager", "plain")]
+
+
+def test_a_released_checkpoint_is_read_once_for_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards the authors' conventions, random prompts beyond a small vocabulary, and loading in vain."""
+    read: list[str] = []
+
+    def counted(path: str, **options: Any) -> Any:
+        read.append(options["dtype"])
+        return open_checkpoint(path, **options)
+
+    monkeypatch.setattr(module, "open_checkpoint", counted)
+    folder = emu_files.write_released(tmp_path / "released")
+    result = doctor(checkpoint=str(folder), grid="3x4", weight_format="plain")
+    assert [check["what"] for check in result["checks"]] == 2 * [
+        f"{p}, eager, plain weights" for p in ("diagonal", "raster")
+    ]
+    assert read == ["fp32", "bf16"]
+
+
+def test_weights_that_do_not_fit_are_a_failed_check(one_model: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory is left\nand more")
+
+    monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", full)
+    with pytest.raises(Missed, match=r"1 of 1 checks failed: tiny Emu3\.5, fp32: loading"):
+        doctor(dtypes="fp32")
 
 
 @pytest.mark.parametrize(
