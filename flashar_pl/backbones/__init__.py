@@ -1,5 +1,6 @@
 """Raster autoregressive transformers that FlashAR adapts."""
 
+from collections.abc import Callable
 from typing import Any
 
 from flashar_pl.backbones.base import Backbone, Batch, Condition, Prefix, TextFeatures
@@ -17,15 +18,31 @@ __all__ = [
     "Prefix",
     "TextFeatures",
     "build_backbone",
+    "register_backbone",
 ]
+
+_BUILDERS: dict[str, Callable[..., Backbone]] = {
+    LlamaGen.kind: lambda **values: LlamaGen(LlamaGenConfig(**values)),
+    Emu35.kind: lambda **values: Emu35(Emu35Config(**values)),
+}
+
+
+def register_backbone(kind: str, build: Callable[..., Backbone]) -> None:
+    """Let checkpoints of another backbone be read in this process: `build(**values)` makes one with new weights.
+
+    values: what its `config_dict()` holds beside "kind". Raises ValueError where the kind is taken.
+    """
+    if _BUILDERS.setdefault(kind, build) is not build:
+        raise ValueError(f"backbone kind {kind!r} is taken; expected another name than {', '.join(_BUILDERS)}.")
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
     """The backbone that `Backbone.config_dict()` describes, with new weights."""
     values = dict(config)
     kind = values.pop("kind", None)
-    if kind == LlamaGen.kind:
-        return LlamaGen(LlamaGenConfig(**values))
-    if kind == Emu35.kind:
-        return Emu35(Emu35Config(**values))
-    raise ValueError(f'backbone kind is {kind!r}; expected "{LlamaGen.kind}" or "{Emu35.kind}".')
+    if kind not in _BUILDERS:
+        raise ValueError(
+            f"backbone kind is {kind!r}; expected one of {', '.join(_BUILDERS)}, or one of your own after "
+            "flashar_pl.backbones.register_backbone."
+        )
+    return _BUILDERS[kind](**values)
