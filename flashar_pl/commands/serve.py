@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -98,7 +100,7 @@ def serve(
         raise ValueError("--grid is given with --aspect-ratio or --image-size; give one of them.")
     if batch_size < 1 or not 0 <= port < 2**16:
         raise ValueError(f"batch_size is {batch_size}, port {port}; expected 1 or more, and 0 to 65535.")
-    with _listen(host, port) as server:
+    with listen(host, port) as server:
         source = open_checkpoint(
             checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, grid=grid, tokenizer=tokenizer,
             device=device, dtype=dtype,
@@ -125,11 +127,36 @@ def serve(
 
 
 class Server(ThreadingHTTPServer):
-    """One thread for each connection; all of them share the worker."""
+    """One thread for each connection; all of them share the worker.
+
+    Closing waits for what is being answered: Python aborts if a thread prints while the process ends.
+    """
 
     service: Service
     worker: Worker
     request_queue_size = 128
+    daemon_threads = False
+
+    def __init__(self, *arguments: Any) -> None:
+        self._connections: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own."""
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def close_request(self, request: Any) -> None:
+        """The end of a connection."""
+        self._connections.discard(request)
+        super().close_request(request)
+
+    def server_close(self) -> None:
+        """Take no more requests, from connections that wait for their next one either; wait for those in progress."""
+        for connection in list(self._connections):
+            with suppress(OSError):  # it was closed meanwhile
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print the error in progress, unless it says that the client went away."""
@@ -137,7 +164,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def _listen(host: str, port: int) -> Server:
+def listen(host: str, port: int) -> Server:
     """A server that holds the port; connections wait until it serves. Raises ValueError where the port is not free."""
     try:
         return Server((host, port), Handler)

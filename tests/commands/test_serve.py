@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from flashar_pl.commands.checkpoint import Source, open_checkpoint
+from flashar_pl.commands.serve import listen
 from flashar_pl.commands.serve_requests import Service
 from flashar_pl.commands.serve_worker import Request, Worker, join
 from flashar_pl.decoding import Engine, generate
@@ -117,7 +118,7 @@ def test_an_error_of_the_program_leaves_nobody_waiting(
     service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that draws ended, and every request after it hung."""
-    monkeypatch.setattr(worker.tokenizer, "decode", lambda codes: {}["no such thing"])
+    monkeypatch.setattr(worker.tokenizer, "decode", lambda codes: {"a": 1}["b"])
     with ThreadPoolExecutor(2) as pool:
         drawn = [pool.submit(worker.draw, service.request({"class": 1}))]
         assert engine.started.wait(30)
@@ -204,6 +205,28 @@ def answer(url: str, body: Any = None) -> tuple[int, bytes]:
             return reply.status, reply.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
+
+
+def test_closing_waits_for_answers_and_not_for_clients_that_say_nothing(
+    service: Service, worker: Worker, engine: Watched
+) -> None:
+    """Python aborts (exit code -6) where a thread still prints while the process ends."""
+    server = listen("127.0.0.1", 0)
+    server.service, server.worker = service, worker
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    with ThreadPoolExecutor(3) as pool, socket.create_connection(("127.0.0.1", server.server_address[1])) as silent:
+        pool.submit(server.serve_forever, 0.01)
+        silent.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert silent.recv(100).startswith(b"HTTP/1.1 200")
+        asked = pool.submit(answer, url + "/v1/images/generations", {"class": 1})
+        assert engine.started.wait(30)
+        server.shutdown()
+        closing = pool.submit(server.server_close)
+        with pytest.raises(TimeoutError):
+            closing.result(0.1)
+        engine.go.set()
+        closing.result(30)
+        assert asked.result(30)[0] == 200
 
 
 def leave(url: str) -> None:
