@@ -202,7 +202,7 @@ def test_compiled_blocks_decode_the_same_and_the_model_is_left_as_it_was(monkeyp
 
 
 def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 8 forms of a function torch runs it eagerly: a benchmark of several formats called such rows compiled."""
+    """Beyond its own limit of forms, 8, torch runs a function eagerly: a benchmark called such rows compiled."""
     made: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -211,14 +211,13 @@ def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # sooner than after 8
     torch._dynamo.reset()
-    for width in (16, 32, 48):
-        before = len(made)
-        model = tiny.flashar(dim=width, n_head=4)
-        for plan in ("raster", "diagonal"):
-            for scale in (1.0, 2.0):
-                Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
-        assert len(made) - before >= 8
+    model = tiny.flashar(dim=16, n_head=4)
+    for plan in ("raster", "diagonal"):
+        for scale in (1.0, 2.0):
+            Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
+    assert len(made) >= 8
     monkeypatch.setattr(engine, "VARIANTS", 1)
     torch._dynamo.reset()
     with pytest.raises(ValueError, match=r"torch.compile failed: .*limit"):
