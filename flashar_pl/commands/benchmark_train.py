@@ -68,7 +68,7 @@ def benchmark_train(
         raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
     if layers is not None and layers < 1:
         raise ValueError(f"layers is {layers}; expected 1 or more.")
-    adapted = None if lora is None else LoraConfig(rank=lora, alpha=lora, base=dtype)
+    adapted = None if lora is None else LoraConfig(rank=lora, base=dtype)
     if out is not None:
         require_new(out, "benchmark")
     place, shape = find_device(device), parse_grid(grid)

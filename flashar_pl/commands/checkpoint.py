@@ -119,6 +119,7 @@ def open_checkpoint(
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.weights import load_model
     from flashar_pl.numerics import dtype_from_name
+    from flashar_pl.tokenizers.files import naming
 
     if dtype is None:
         dtype = STORED if is_official_directory(path) else "fp32"
@@ -126,10 +127,8 @@ def open_checkpoint(
     given_grid, given_tokenizer = parse_grid(grid), parse_tokenizer(tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
-    try:
+    with naming(Path(path)):
         loaded = load_model(path, weights, n_head, place, kind)
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
     model = loaded.model
     if n_head is not None and loaded.source != OFFICIAL_FILE:
         raise ValueError(
