@@ -230,4 +230,13 @@ def files_made(root: Path, data: str, report: Path, convergence: Path) -> str:
         ("shards", f"{data}/manifest.json"),
         ("classifier", f"{root}/classifier"),
     ]
-    return "\n".join(["", "files:", *[f"  {what:<21} {where}" for what, where in lines]])
+    checkpoint = f"--checkpoint {root}/flashar/{LAST}"
+    further = [
+        ("draw in a browser", f"flashar serve {checkpoint} --cfg-scale 1.5"),
+        ("more samples", f"flashar generate {checkpoint} --classes 0-9 --cfg-scale 1.5 --out {root}/more"),
+        ("which layers to fork", f"flashar probe --checkpoint {root}/raster/{LAST} --data {data} --out {root}/probe"),
+    ]
+    return "\n".join(
+        ["", "files:", *(f"  {what:<21} {where}" for what, where in lines)]
+        + ["", "and now:", *(f"  {what:<21} {command}" for what, command in further)]
+    )
