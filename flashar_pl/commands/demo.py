@@ -236,7 +236,7 @@ def files_made(root: Path, data: str, report: Path, convergence: Path) -> str:
         ("more samples", f"flashar generate {checkpoint} --classes 0-9 --cfg-scale 1.5 --out {root}/more"),
         ("which layers to fork", f"flashar probe --checkpoint {root}/raster/{LAST} --data {data} --out {root}/probe"),
     ]
-    return "\n".join(
-        ["", "files:", *(f"  {what:<21} {where}" for what, where in lines)]
-        + ["", "and now:", *(f"  {what:<21} {command}" for what, command in further)]
-    )
+    parts = []
+    for title, entries in (("files:", lines), ("and now:", further)):
+        parts += ["", title, *(f"  {what:<21} {text}" for what, text in entries)]
+    return "\n".join(parts)
