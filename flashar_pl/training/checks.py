@@ -55,7 +55,7 @@ PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")
 
 
 def check_trainer(trainer: Any, clip: float) -> None:
-    """ValueError for a Trainer without float32 master weights, or with its own clipping of gradients.
+    """ValueError for a Trainer without float32 master weights, without batches, or with its own clipping of gradients.
 
     clip: at which norm of the gradients the module clips.
     """
@@ -64,6 +64,8 @@ def check_trainer(trainer: Any, clip: float) -> None:
             f"trainer.precision is {trainer.precision}: 16-bit weights would lose most updates at post-training "
             "learning rates; use bf16-mixed (16-bit compute, float32 weights) or 32-true."
         )
+    if trainer.accumulate_grad_batches < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected 1 or more.")
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if value is not None or algorithm is not None:
         raise ValueError(

@@ -260,6 +260,8 @@ def test_the_trainers_own_clipping_is_refused(tmp_path: Path, toy_shards: str) -
     """It would be ignored, or be an error of the first step, when 34 B parameters have been read."""
     with pytest.raises(ValueError, match=r"gradient_clip_val is 0.5.* clipped at model.optimiser.clip \(now 1.0\)"):
         fit(tmp_path, toy_shards, gradient_clip_val=0.5)
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 0; expected 1 or more"):
+        fit(tmp_path, toy_shards, accumulate_grad_batches=0)
 
 
 def test_a_strategy_that_shares_nothing_is_refused() -> None:
