@@ -197,9 +197,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Draw images."""
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > MOST_BYTES:
+        if not length.isdecimal() or len(length) > len(str(MOST_BYTES)) or int(length) > MOST_BYTES:
             self.close_connection = True  # the body is not read
-            self._refuse(HTTPStatus.BAD_REQUEST, f"Content-Length is {length!r}; expected at most {MOST_BYTES}.")
+            self._refuse(HTTPStatus.BAD_REQUEST, f"Content-Length is {length[:20]!r}; expected at most {MOST_BYTES}.")
             return
         content = self.rfile.read(int(length))
         if self.path != "/v1/images/generations":

@@ -280,6 +280,8 @@ def test_a_real_server(flashar_model: str, source: Source) -> None:
         ):
             status, content = answer(url + path, body)
             assert (status, message in json.loads(content)["error"]["message"]) == (code, True), content
+        with pytest.raises(urllib.error.HTTPError, match="400"):  # int() refuses so many digits in its own way
+            urllib.request.urlopen(urllib.request.Request(url + "/", b"", {"Content-Length": "9" * 5000}), timeout=60)
         leave(url)
         assert answer(url + "/v1/images/generations", {"class": 1})[0] == 200, "drawn after those that nobody reads"
         process.send_signal(signal.SIGINT)
