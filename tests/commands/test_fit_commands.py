@@ -21,6 +21,7 @@ from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
 
 TINY = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 17, "num_classes": 10}
+LAST = {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False}
 RASTER = {
     "seed_everything": 1,
     "trainer": {
@@ -31,12 +32,7 @@ RASTER = {
         "val_check_interval": 2,
         "check_val_every_n_epoch": None,
         "limit_val_batches": 1,
-        "callbacks": [
-            {
-                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                "init_args": {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False},
-            }
-        ],
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": LAST}],
     },
     "model": {"backbone": {"options": TINY}, "optimiser": {"lr": 0.01}},
     "data": {"shards": "digits", "batch_size": 32, "validation_batch_size": 50},
