@@ -60,10 +60,10 @@ def serve(
     """Draw images on request, over HTTP, until Ctrl-C.
 
     Open http://127.0.0.1:8000 for a page that draws with both decoding orders and shows their times. Programs POST to
-    /v1/images/generations the JSON of OpenAI's images API, "prompt" and "n", or "class" for a class-conditional model;
-    "seed", "plan", "negative_prompt" and the sampling options below may be given too. A prompt has at most 4096 bytes.
-    The answer holds PNG images in base64 and the time they took. Requests that wait while others are drawn share a batch if their settings agree.
-    There is no authentication: keep the host local, or put a proxy in front.
+    /v1/images/generations the JSON of OpenAI's images API, "prompt" (of at most 4096 bytes) and "n", or "class" for a
+    class-conditional model; "seed", "plan", "negative_prompt" and the sampling options below may be given too. The
+    answer holds PNG images in base64 and the time they took. Requests that wait while others are drawn share a batch if
+    their settings agree. There is no authentication: keep the host local, or put a proxy in front.
 
     Example:
         flashar serve --checkpoint runs/demo/flashar/checkpoints/last.ckpt --cfg-scale 1.5
