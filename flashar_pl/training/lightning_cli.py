@@ -271,10 +271,12 @@ class ExperimentCLI(LightningCLI):
 
 def _where_to_continue(trainer: Trainer) -> str:
     """What an interrupted run has kept."""
-    kept = list((Path(trainer.default_root_dir) / "checkpoints").glob("*.ckpt"))
+    folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+    kept = [path for folder in folders if folder is not None for path in Path(folder).glob("*.ckpt")]
     if not kept:
         return f"Interrupted at step {trainer.global_step}, before the first checkpoint."
-    newest = max(kept, key=lambda path: path.stat().st_mtime)
+    newest, here = max(kept, key=lambda path: path.stat().st_mtime), Path.cwd()
+    newest = newest.relative_to(here) if newest.is_relative_to(here) else newest
     return f"Interrupted at step {trainer.global_step}. Continue with: flashar fit --ckpt_path {newest}"
 
 

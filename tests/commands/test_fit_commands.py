@@ -21,7 +21,7 @@ from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
 
 TINY = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 17, "num_classes": 10}
-LAST = {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False}
+SAVE = {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False}
 RASTER = {
     "seed_everything": 1,
     "trainer": {
@@ -32,7 +32,7 @@ RASTER = {
         "val_check_interval": 2,
         "check_val_every_n_epoch": None,
         "limit_val_batches": 1,
-        "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": LAST}],
+        "callbacks": [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": SAVE}],
     },
     "model": {"backbone": {"options": TINY}, "optimiser": {"lr": 0.01}},
     "data": {"shards": "digits", "batch_size": 32, "validation_batch_size": 50},
@@ -379,7 +379,10 @@ def test_two_devices_from_the_command_line(runs):
 
 
 def test_ctrl_c_exits_130_without_traceback(runs):
+    """And names the newest checkpoint, wherever it is."""
     words = ("--trainer.default_root_dir", "runs/long", "--trainer.max_steps", 100000)
+    save = json.dumps({"class_path": "ModelCheckpoint", "init_args": SAVE | {"dirpath": "runs/kept"}})
+    words = (*words, "--trainer.callbacks", f"[{save}]")
     process = subprocess.Popen(
         command("fit", "--config", "raster.yaml", *words),
         stderr=subprocess.PIPE,
@@ -387,12 +390,10 @@ def test_ctrl_c_exits_130_without_traceback(runs):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     deadline = time.monotonic() + 60
-    while not Path("runs/long/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+    while not Path("runs/kept/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert re.search(
-        r"Interrupted at step \d+. Continue with: flashar fit --ckpt_path runs/long/checkpoints/last.ckpt", err
-    )
+    assert re.search(r"Interrupted at step \d+. Continue with: flashar fit --ckpt_path runs/kept/last.ckpt", err)
