@@ -211,12 +211,12 @@ def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: original(function, backend=backend, **options))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # sooner than after 8
     torch._dynamo.reset()
     model = tiny.flashar(dim=16, n_head=4)
-    for plan in ("raster", "diagonal"):
-        for scale in (1.0, 2.0):
-            Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
+    with torch._dynamo.config.patch(recompile_limit=2):  # sooner than after 8
+        for plan in ("raster", "diagonal"):
+            for scale in (1.0, 2.0):
+                Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
     assert len(made) >= 8
     monkeypatch.setattr(engine, "VARIANTS", 1)
     torch._dynamo.reset()
