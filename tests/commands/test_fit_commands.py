@@ -362,6 +362,7 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "flashar_pl.cli", *[str(word) for word in words]]
 
 
+@pytest.mark.slow
 def test_two_devices_from_the_command_line(runs):
     """Guards the second process: it must read the same configuration and not refuse the directory of the first."""
     words = ("--trainer.default_root_dir", "runs/two", "--trainer.devices", 2, "--data.validation_batch_size", 50)

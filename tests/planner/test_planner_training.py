@@ -180,6 +180,7 @@ def test_mfu_is_a_share():
         training_time(model_sizes({"backbone": {"preset": "llamagen-b"}}), TrainingSetup(grid=(4, 4)), 1e12, 40)
 
 
+@pytest.mark.slow
 def test_resident_memory_after_a_real_step():
     """Not a count of tensors but what the process holds: weights, gradients and moments, within 10 %."""
     config = {"kind": "flashar", "backbone": {**SMALL, "dim": 512, "vocab_size": 16384}, "branch_layer": 2}

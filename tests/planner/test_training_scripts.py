@@ -22,6 +22,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["tiny-llamagen", "tiny-emu35"])
 def test_a_large_training_step(job, tmp_path):
     """A process of its own, because it makes a process group; the last line is the result."""
