@@ -28,13 +28,19 @@ def test_states_are_those_of_the_layers() -> None:
     torch.testing.assert_close(logits, model.raster_logits(codes, condition).flatten(1, 2)[:, 1:])
 
 
-@pytest.mark.parametrize("plan", [raster_plan(3, 4), diagonal_plan(3, 4), raster_plan(3, 4, row_end=True)], ids=repr)
-@pytest.mark.parametrize("make", [tiny.backbone, tiny.emu])
-def test_the_loss_is_that_of_the_code_below(plan: Any, make: Any) -> None:
+@pytest.mark.parametrize(
+    ("make", "plan"),
+    [
+        (tiny.backbone, raster_plan(3, 4)),
+        (tiny.backbone, diagonal_plan(3, 4)),
+        (tiny.emu, raster_plan(3, 4, row_end=True)),
+        (tiny.emu, diagonal_plan(3, 4)),
+    ],
+    ids=str,
+)
+def test_the_loss_is_that_of_the_code_below(make: Any, plan: Any) -> None:
     """Guards slots of another order: the state at (p, q) predicts the code at (p + 1, q)."""
     model: Backbone = make().eval()
-    if plan.n_slots > plan.n_cells and not model.row_ends:
-        pytest.skip("no row ends")
     codes = tiny.codes(2, 3, 4)
     condition = [torch.tensor([5, 6])] * 2 if model.row_ends else tiny.classes(2)
     states = layer_states(model, codes, condition, plan)

@@ -137,6 +137,7 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
             build(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_real_networks_of_transformers_run(tmp_path: Path) -> None:
     """Random weights through transformers' own classes: the calls and shapes, not the accuracy."""
     transformers = pytest.importorskip("transformers")
