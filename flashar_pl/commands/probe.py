@@ -14,10 +14,11 @@ from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, find_device, open_checkpoint
 from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
 from flashar_pl.commands.plot import require_pyplot
-from flashar_pl.commands.score import caption_encoder, check_data
+from flashar_pl.commands.score import caption_encoder, check_data, held_out
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.base import Batch
+    from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import DecodePlan
     from flashar_pl.models.layer_probe import LayerProbe
@@ -96,11 +97,12 @@ def probe(
         raise ValueError(f"the grid is {order.height}x{order.width}; expected several rows, one below the other.")
     probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
               "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
-    reader = _Images(source, manifest, assets, device)
-    training = reader.training(batch_size, seed, steps)
-    before = _measure(probes, reader.held_out(batch_size, limit), source, order)
+    place, encoder = find_device(device), caption_encoder(source, manifest, assets)
+    training = _training(manifest, encoder, batch_size, seed, steps, place)
+    validation = (manifest, "validation", batch_size, limit, encoder, place)
+    before = _measure(probes, held_out(*validation), source, order)
     _train(probes, training, source, order, steps, learning_rate)
-    after = _measure(probes, reader.held_out(batch_size, limit), source, order)
+    after = _measure(probes, held_out(*validation), source, order)
     shares = probes["all layers"].weights.tolist()
     result = {
         "plan": plan,
@@ -126,33 +128,17 @@ def probe(
     return result
 
 
-class _Images:
-    """Batches of a manifest for one model."""
+def _training(
+    manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, seed: int, steps: int, device: Any
+) -> Iterator[Batch]:
+    """`steps` shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
+    from flashar_pl.data.loader import TrainingBatches
+    from flashar_pl.data.order import TrainingOrder
+    from flashar_pl.data.shards import ShardReader
 
-    def __init__(self, source: Source, manifest: Manifest, assets: str | None, device: str) -> None:
-        self._manifest, self._device = manifest, find_device(device)
-        self._encoder = caption_encoder(source, manifest, assets)
-
-    def training(self, batch_size: int, seed: int, steps: int) -> Iterator[Batch]:
-        """`steps` shuffled batches, epoch after epoch. Raises ValueError where there are fewer images than a batch."""
-        from flashar_pl.data.loader import TrainingBatches
-        from flashar_pl.data.order import TrainingOrder
-        from flashar_pl.data.shards import ShardReader
-
-        order = TrainingOrder(self._manifest.block_sizes("train"), batch_size, seed, WINDOW)
-        batches = TrainingBatches(ShardReader(self._manifest, "train"), order, text_encoder=self._encoder)
-        return (batches[divmod(step, len(order))].to(self._device) for step in range(steps))
-
-    def held_out(self, batch_size: int, limit: int) -> Iterator[Batch]:
-        """Validation images; a last batch holds padding."""
-        from flashar_pl.data.loader import EvaluationBatches
-        from flashar_pl.data.order import EvaluationOrder
-        from flashar_pl.data.shards import ShardReader
-
-        reader = ShardReader(self._manifest, "validation")
-        order = EvaluationOrder(len(reader), batch_size, limit)
-        batches = EvaluationBatches(reader, order, text_encoder=self._encoder)
-        return (batches[g].to(self._device) for g in range(len(batches)))
+    order = TrainingOrder(manifest.block_sizes("train"), batch_size, seed, WINDOW)
+    batches = TrainingBatches(ShardReader(manifest, "train"), order, text_encoder=encoder)
+    return (batches[divmod(step, len(order))].to(device) for step in range(steps))
 
 
 def _train(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, check_plan, find_device, open_checkpoint
@@ -16,6 +16,7 @@ from flashar_pl.commands.common import progress_bar, require_new, versions, writ
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashar_pl.backbones.base import Batch
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.models import GridModel
@@ -157,6 +158,25 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
     return encoder
 
 
+def held_out(
+    manifest: Manifest,
+    split: str,
+    batch_size: int,
+    limit: int | None,
+    text_encoder: Callable[[str], Tensor] | None,
+    device: Any,
+) -> Iterator[Batch]:
+    """Batches of a split on a device, at most `limit` images spread evenly; a last one holds padding."""
+    from flashar_pl.data.loader import EvaluationBatches
+    from flashar_pl.data.order import EvaluationOrder
+    from flashar_pl.data.shards import ShardReader
+
+    reader = ShardReader(manifest, split)
+    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit), text_encoder=text_encoder)
+    for g in range(len(batches)):
+        yield batches[g].to(device)
+
+
 def image_nll(
     model: GridModel,
     manifest: Manifest,
@@ -174,17 +194,10 @@ def image_nll(
     """
     import torch
 
-    from flashar_pl.data.loader import EvaluationBatches
-    from flashar_pl.data.order import EvaluationOrder
-    from flashar_pl.data.shards import ShardReader
-
-    reader = ShardReader(manifest, split)
-    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit), text_encoder=text_encoder)
     device = next(model.parameters()).device
     parts = []
     with torch.no_grad():
-        for g in range(len(batches)):
-            batch = batches[g].to(device)
+        for batch in held_out(manifest, split, batch_size, limit, text_encoder, device):
             losses = model.loss(batch.codes, batch.condition, model.make_plan(plan, *manifest.grid), batch.valid)
             assert batch.valid is not None
             parts.append(losses["nll"][batch.valid].double().cpu())  # (B,)

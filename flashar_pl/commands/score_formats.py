@@ -6,7 +6,7 @@ Shapes: B images of a batch, H x W grid, V codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,7 +14,7 @@ from flashar_pl.commands.benchmark_table import markdown
 from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
 from flashar_pl.commands.common import progress_bar, require_new, versions, write_json
 from flashar_pl.commands.decoder import WeightFormat
-from flashar_pl.commands.score import caption_encoder, check_data
+from flashar_pl.commands.score import caption_encoder, check_data, held_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def score_formats(
     check_data(source.model, manifest, None, source.tokenizer)
     encoder = caption_encoder(source, manifest, assets)
     plan_name = check_plan(source.model, plan, manifest.grid)
-    batches = list(_batches(manifest, split, batch_size, limit, encoder, find_device(device)))
+    batches = list(held_out(manifest, split, batch_size, limit, encoder, find_device(device)))
     rows: list[dict[str, Any]] = []
     with progress_bar((1 + len(names)) * len(batches), "batches") as advance:
         expected = behaviour(source.model, batches, plan_name, cfg_scale, seed, advance)
@@ -153,21 +153,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return markdown(header, lines)
-
-
-def _batches(
-    manifest: Any, split: str, batch_size: int, limit: int, encoder: Callable[[str], Tensor] | None, device: Any
-) -> Iterator[Batch]:
-    """Batches of held-out images; a last one holds padding."""
-    from flashar_pl.data.loader import EvaluationBatches
-    from flashar_pl.data.order import EvaluationOrder
-    from flashar_pl.data.shards import ShardReader
-
-    manifest.shards(split)
-    reader = ShardReader(manifest, split)
-    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit), text_encoder=encoder)
-    for g in range(len(batches)):
-        yield batches[g].to(device)
 
 
 def behaviour(

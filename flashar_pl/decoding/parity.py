@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.base import Condition, move_condition
+from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
 from flashar_pl.sampling import guide, probabilities
@@ -36,14 +37,15 @@ def misplacement(
     codes = codes.to(model.device)
     order = model.make_plan(plan, codes.shape[1], codes.shape[2])
     condition = move_condition(condition, model.device)
-    if cfg_scale == 1:
-        logits = model(codes, condition, order).fused  # (B, H, W, V)
-    else:
-        if unconditional is not None:
-            unconditional = move_condition(unconditional, model.device)
-        both = model.backbone.with_unconditional(condition, unconditional)
-        fused = model(codes.repeat(2, 1, 1), both, order).fused
-        logits = guide(fused[: len(codes)], fused[len(codes) :], cfg_scale)
+    if unconditional is not None:
+        unconditional = move_condition(unconditional, model.device)
+    with decode_mode(model):  # as `generate`: no dropout, whatever mode the model is in
+        if cfg_scale == 1:
+            logits = model(codes, condition, order).fused  # (B, H, W, V)
+        else:
+            both = model.backbone.with_unconditional(condition, unconditional)
+            fused = model(codes.repeat(2, 1, 1), both, order).fused
+            logits = guide(fused[: len(codes)], fused[len(codes) :], cfg_scale)
     cdf = probabilities(logits).double().cumsum(-1)
     ends = cdf.gather(-1, codes[..., None]).squeeze(-1)
     begins = torch.where(codes > 0, cdf.gather(-1, (codes - 1).clamp_min(0)[..., None]).squeeze(-1), 0.0)

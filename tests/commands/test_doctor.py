@@ -132,6 +132,7 @@ def test_wrong_input(options: dict[str, Any], message: str) -> None:
 def test_misplacement_is_zero_for_drawn_codes_only(plan: str, scale: float) -> None:
     model = tiny.flashar()
     condition = tiny.classes(3)
+    model.train()  # neither of the two drops anything, whatever the mode
     codes = generate(model, condition, (3, 4), plan, scale, seeds=5)
     assert misplacement(model, codes, condition, plan, scale, 5).max() < 1e-6
     assert (misplacement(model, codes, condition, plan, scale, 6) > 1e-3).any(), "other random numbers"
