@@ -32,11 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashar_pl.backbones.base import plan_mask
-from flashar_pl.commands.common import versions, write_json
+from flashar_pl.benchmarking.measure import Timing, clock, clock_name
+from flashar_pl.console import versions
+from flashar_pl.devices import peak_memory
+from flashar_pl.files import write_json
 from flashar_pl.grid import DecodePlan, diagonal_plan
 from flashar_pl.layers.transformer import attention
 from flashar_pl.numerics import dtype_from_name
-from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
 
 FORMS = ("mask", "bias", "flex", "causal")
 

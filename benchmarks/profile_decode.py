@@ -16,15 +16,15 @@ from datetime import date
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flashar_pl.commands.benchmark_rows import device_name, synthetic_condition, synthetic_model
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.common import parse_grid
-from flashar_pl.commands.decoder import choose_format
+from flashar_pl.benchmarking.measure import synchronise
+from flashar_pl.benchmarking.rows import device_name, synthetic_condition, synthetic_model
+from flashar_pl.benchmarking.table import markdown
 from flashar_pl.decoding import Engine
+from flashar_pl.decoding.build import choose_format
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.numerics import dtype_from_name
+from flashar_pl.options import parse_grid
 from flashar_pl.planner import model_sizes
-from flashar_pl.planner.measure import synchronise
 
 KINDS = (
     ("attention", ("attention", "sdpa", "flash", "fmha")),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.commands.benchmark_table import markdown
+from flashar_pl.benchmarking.table import markdown
 
 EXACT = ("plain", "packed")
 """Formats of weights that change no value."""

@@ -29,14 +29,16 @@ from flashar_pl.backbones import Emu35, LlamaGen
 from flashar_pl.backbones.base import Condition
 from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig, preset
-from flashar_pl.commands.common import versions, write_json
+from flashar_pl.benchmarking.measure import Timing, clock, clock_name
+from flashar_pl.console import versions
+from flashar_pl.devices import peak_memory
+from flashar_pl.files import write_json
 from flashar_pl.models import FlashAR
 from flashar_pl.planner.advice import GPUS
-from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
 from flashar_pl.planner.sizes import ModelSizes, default_branch_layer
 from flashar_pl.planner.training import CONTEXT_BYTES, STAGE1, TrainingSetup, step_flops, training_memory
 from flashar_pl.training.optim import adamw
-from flashar_pl.training.sharding import allocate, local, recompute_blocks, shard
+from flashar_pl.training.sharded.units import allocate, local, recompute_blocks, shard
 
 
 @dataclass(frozen=True)

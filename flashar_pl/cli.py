@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--traceback" in words:
         words.remove("--traceback")
         debug = True
-    from flashar_pl.commands.common import Missed
+    from flashar_pl.console import Missed
 
     try:
         return dispatch(words)

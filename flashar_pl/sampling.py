@@ -5,55 +5,25 @@ Shapes: leading axes are free, the last one is V codes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import inf
-
 import torch
 from torch import Tensor
 
 from flashar_pl.numerics import wide
+from flashar_pl.options import SamplingSettings
+
+__all__ = [
+    "SamplingSettings",
+    "check_usable",
+    "choose",
+    "draw",
+    "filter_logits",
+    "guide",
+    "probabilities",
+    "unusable",
+]
 
 MIN_TEMPERATURE = 1e-5
 """Lower bound that keeps the division finite; LlamaGen uses the same."""
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How codes are drawn from logits. Invalid values raise ValueError on construction."""
-
-    cfg_scale: float = 1.0
-    """Classifier-free guidance s in u + s (c - u); 1 = off (one pass), 0 = unconditional."""
-    cfg_interval: int | None = None
-    """k: a step is guided if at most k + 1 cells were decoded before it; None = every step."""
-    temperature: float = 1.0
-    """Divides the logits."""
-    top_k: int = 0
-    """Keep the k largest logits, ties included; 0 = off."""
-    top_p: float = 1.0
-    """Keep the smallest set of codes whose probability exceeds p; 1 = off."""
-    greedy: bool = False
-    """Take the largest logit after guidance instead of drawing."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
-            raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
-        if self.cfg_interval is not None and self.cfg_interval < 0:
-            raise ValueError(f"cfg_interval is {self.cfg_interval}; expected 0 or more, or None for every step.")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 or more.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
-
-    @property
-    def guided(self) -> bool:
-        """Whether a second, unconditional row is needed at all."""
-        return self.cfg_scale != 1.0
-
-    def guides(self, decoded: int) -> bool:
-        """Whether a step with `decoded` cells before it is guided."""
-        return self.guided and (self.cfg_interval is None or decoded <= self.cfg_interval + 1)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

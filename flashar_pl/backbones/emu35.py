@@ -183,15 +183,15 @@ class Emu35(Backbone):
         Epsilon and RoPE base come from `config` and are never assumed. Dropout is off; official training used the
         `attention_dropout` of config.json. Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.backbones.emu35_weights import read_official
-        from flashar_pl.backbones.tensor_source import StateDict
+        from flashar_pl.checkpoints.emu35 import read_official
+        from flashar_pl.checkpoints.sources import StateDict
 
         return read_official(StateDict(state_dict), config, heads)
 
     @classmethod
     def from_directory(cls, directory: str | Path, heads: Heads = "full") -> Emu35:
         """A model from an official directory: config.json and one or many safetensors files, read tensor by tensor."""
-        from flashar_pl.backbones.emu35_weights import read_directory
+        from flashar_pl.checkpoints.emu35 import read_directory
 
         return read_directory(directory, heads)
 
@@ -200,7 +200,7 @@ class Emu35(Backbone):
 
         source: directory of the checkpoint this model came from; heads="visual" takes the text rows of the head there.
         """
-        from flashar_pl.backbones.emu35_weights import write_official
+        from flashar_pl.checkpoints.emu35 import write_official
 
         return write_official(self, source)
 

@@ -188,13 +188,13 @@ class LlamaGen(Backbone):
 
         Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.backbones.llamagen_weights import read_official
+        from flashar_pl.checkpoints.llamagen import read_official
 
         return read_official(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
     def to_official(self) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`."""
-        from flashar_pl.backbones.llamagen_weights import write_official
+        from flashar_pl.checkpoints.llamagen import write_official
 
         return write_official(self)
 

@@ -11,11 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.batches import Room
-from flashar_pl.commands.benchmark_table import plot, print_table, speedups, table
-from flashar_pl.commands.checkpoint import Dtype, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import new_directory, parse_grid, require_new, versions, write_json, write_text
-from flashar_pl.commands.decoder import parse_variants
+from flashar_pl.benchmarking.table import plot, print_table, speedups, table
+from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
+from flashar_pl.console import versions
+from flashar_pl.decoding.build import parse_variants
+from flashar_pl.devices import find_device
+from flashar_pl.files import new_directory, require_new, write_json, write_text
+from flashar_pl.options import Dtype, parse_grid
+from flashar_pl.planner.room import Room
 
 if TYPE_CHECKING:
     import torch
@@ -79,10 +82,10 @@ def benchmark(
         out: directory to make for results.json, table.md and the PNG.
     """
     command = dict(locals())
+    from flashar_pl.benchmarking.measure import clock_name
     from flashar_pl.commands import benchmark_rows as rows
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner import model_sizes
-    from flashar_pl.planner.measure import clock_name
 
     names = _check(preset, checkpoint, plans, repeats, threads, png, out)
     variants = parse_variants(runner, weight_format)
@@ -185,8 +188,8 @@ def thread_count(
     matrix products of one step; printed. On a GPU nothing changes."""
     import torch
 
+    from flashar_pl.benchmarking.measure import GemmWalk, Timing, clock
     from flashar_pl.planner import decode_job
-    from flashar_pl.planner.measure import GemmWalk, Timing, clock
 
     device, before = next(model.parameters()).device, torch.get_num_threads()
     try:

@@ -9,9 +9,11 @@ import datetime
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.checkpoint import find_device
-from flashar_pl.commands.common import parse_grid, require_new, versions, write_json
+from flashar_pl.benchmarking.table import markdown
+from flashar_pl.console import versions
+from flashar_pl.devices import find_device
+from flashar_pl.files import require_new, write_json
+from flashar_pl.options import parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +62,9 @@ def benchmark_train(
     command = dict(locals())
     import torch
 
-    from flashar_pl.commands.benchmark_rows import device_name
+    from flashar_pl.benchmarking.measure import clock_name
+    from flashar_pl.benchmarking.rows import device_name
     from flashar_pl.models.lora import LoraConfig, adapt, frozen_names
-    from flashar_pl.planner.measure import clock_name
 
     if min(batch_size, repeats, threads) < 1:
         raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
@@ -156,7 +158,7 @@ class Steps:
 
     def loss(self, kind: str) -> Tensor:
         """The training loss by one of `LOSSES`."""
-        from flashar_pl.planner.plain_loss import plain_loss
+        from flashar_pl.benchmarking.plain_loss import plain_loss
 
         with self.autocast():
             if kind == "plain":
@@ -173,7 +175,7 @@ class Steps:
         """Hidden states of both branches, as leaves that have gradients where something below the heads trains."""
         import torch
 
-        from flashar_pl.planner.plain_loss import hidden_states
+        from flashar_pl.benchmarking.plain_loss import hidden_states
 
         if self._states is None:
             with torch.no_grad(), self.autocast():
@@ -186,7 +188,7 @@ class Steps:
 
     def loss_alone(self, kind: str) -> int:
         """Forward and backward of the loss from given hidden states; bytes of the parameters' gradients."""
-        from flashar_pl.planner.plain_loss import head_loss
+        from flashar_pl.benchmarking.plain_loss import head_loss
 
         h, v = self.given_states()
         self.model.zero_grad()
@@ -203,7 +205,8 @@ class Steps:
 
     def stage(self, stage: int, repeats: int) -> list[dict[str, Any]]:
         """Rows of both losses in one stage."""
-        from flashar_pl.planner.measure import Timing, clock, clock_name, peak_memory
+        from flashar_pl.benchmarking.measure import Timing, clock, clock_name
+        from flashar_pl.devices import peak_memory
 
         self.freeze(stage)
         timings: dict[str, Timing] = {kind: Timing() for kind in LOSSES}
@@ -239,8 +242,8 @@ class Steps:
         Returns "loss_bytes", of tensors; and on a CPU "loss_resident_bytes", of the process, with what the allocator
         and scratch space of the operators add.
         """
-        from flashar_pl.planner.measure import peak_memory
-        from flashar_pl.planner.memory import TensorPeak
+        from flashar_pl.benchmarking.memory import TensorPeak
+        from flashar_pl.devices import peak_memory
 
         with peak_memory(self.device) as resident:
             gradients = self.loss_alone(kind)

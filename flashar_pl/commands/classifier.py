@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.commands.common import require_new
+from flashar_pl.files import require_new
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.checkpoint import STORED, Source, Weights, open_checkpoint
-from flashar_pl.commands.common import require_new, write_text
+from flashar_pl.checkpoints.opening import STORED, Source, open_checkpoint
 from flashar_pl.commands.model_card import model_card, read_report
+from flashar_pl.files import require_new, write_text
+from flashar_pl.options import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def convert(
     """
     from dataclasses import replace
 
-    from flashar_pl.models.weights import save_model
+    from flashar_pl.checkpoints.weights import save_model
 
     target = require_new(out, "converted checkpoint")
     if to == "flashar" and target.suffix in FILE_SUFFIXES:
@@ -85,9 +86,9 @@ def convert(
 def write_official(target: Path, read: Source, original: str | None) -> Path:
     """Write official weights as a file, or as a directory for Emu3.5. Returns what was written."""
     from flashar_pl.backbones.emu35 import Emu35
+    from flashar_pl.checkpoints.directories import check_original, is_official_directory, write_directory
+    from flashar_pl.checkpoints.weights import official_weights
     from flashar_pl.models import FlashAR
-    from flashar_pl.models.directories import check_original, is_official_directory, write_directory
-    from flashar_pl.models.weights import official_weights
 
     if not isinstance(read.model.backbone, Emu35):
         if original is not None:

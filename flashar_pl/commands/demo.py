@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashar_pl.commands.common import Missed
 from flashar_pl.commands.plot import plot
 from flashar_pl.commands.tokenize import tokenize_digits
+from flashar_pl.console import Missed
 
 OUT, DATA = "runs/demo", "data/digits"
 """The places that experiments/demo_*.yaml name."""

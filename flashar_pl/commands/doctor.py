@@ -13,10 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.checkpoint import Dtype, find_device, open_checkpoint
-from flashar_pl.commands.common import Missed, first_line, parse_grid, progress_bar, require_new, versions, write_json
-from flashar_pl.commands.decoder import Runner, WeightFormat, parse_variants
+from flashar_pl.benchmarking.table import markdown
+from flashar_pl.checkpoints.opening import open_checkpoint
+from flashar_pl.console import Missed, first_line, progress_bar, versions
+from flashar_pl.decoding.build import parse_variants
+from flashar_pl.devices import find_device
+from flashar_pl.files import require_new, write_json
+from flashar_pl.options import Dtype, Runner, WeightFormat, parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -162,7 +165,7 @@ def facts(place: torch.device) -> dict[str, str]:
     """What there is: the device, and packages with their versions or what their absence costs."""
     import torch
 
-    from flashar_pl.commands.benchmark_rows import device_name
+    from flashar_pl.benchmarking.rows import device_name
     from flashar_pl.layers.packed import unsupported
     from flashar_pl.metrics.inception import side_directory
 
@@ -210,7 +213,7 @@ def _subjects(
     checkpoint: str | None, preset: str | None, grid: str | None, place: torch.device, dtypes: list[Dtype]
 ) -> Iterator[Subject]:
     """What is to be checked."""
-    from flashar_pl.commands.benchmark_rows import synthetic_model
+    from flashar_pl.benchmarking.rows import synthetic_model
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner import model_sizes
 
@@ -309,7 +312,7 @@ def _check(
 
 
 def _worst(engine: Any, subject: Subject, plan: str, scale: float, samples: int) -> float:
-    from flashar_pl.commands.benchmark_rows import synthetic_condition
+    from flashar_pl.benchmarking.rows import synthetic_condition
     from flashar_pl.decoding.parity import misplacement
 
     condition, unconditional = synthetic_condition(subject.sizes, samples, scale != 1)
@@ -324,9 +327,9 @@ def _loss_difference(subject: Subject, dtype: Dtype, samples: int, place: torch.
     import torch
 
     from flashar_pl.backbones.base import move_condition
-    from flashar_pl.commands.benchmark_rows import synthetic_condition
+    from flashar_pl.benchmarking.plain_loss import plain_loss
+    from flashar_pl.benchmarking.rows import synthetic_condition
     from flashar_pl.numerics import dtype_from_name
-    from flashar_pl.planner.plain_loss import plain_loss
 
     model = subject.make("fp32").requires_grad_(True)
     plan = model.default_plan(*subject.grid)

@@ -9,11 +9,12 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, check_top_k, find_device
-from flashar_pl.commands.common import versions
-from flashar_pl.commands.decoder import EXACT, Runner, WeightFormat
-from flashar_pl.commands.evaluate_parts import RESULT, PartFolder
-from flashar_pl.commands.evaluate_processes import (
+from flashar_pl.checkpoints.opening import check_plan, check_top_k
+from flashar_pl.console import versions
+from flashar_pl.decoding.build import EXACT
+from flashar_pl.devices import find_device
+from flashar_pl.evaluate.parts import RESULT, PartFolder
+from flashar_pl.evaluate.processes import (
     Group,
     Progress,
     count_devices,
@@ -23,14 +24,14 @@ from flashar_pl.commands.evaluate_processes import (
     launched_group,
     work,
 )
-from flashar_pl.commands.evaluate_reference import (
+from flashar_pl.evaluate.reference import (
     Reference,
     load_reference_images,
     path_digest,
     tokenizer_identity,
 )
-from flashar_pl.commands.evaluate_report import choose_metrics, compute_metrics, draw_grid, write_codes, write_npz
-from flashar_pl.commands.evaluate_samples import (
+from flashar_pl.evaluate.report import choose_metrics, compute_metrics, draw_grid, write_codes, write_npz
+from flashar_pl.evaluate.samples import (
     Bench,
     Job,
     absolute,
@@ -39,6 +40,7 @@ from flashar_pl.commands.evaluate_samples import (
     load_bench,
     sample_labels,
 )
+from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, Weights
 
 Labels = Literal["balanced", "random"]
 

@@ -14,15 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, check_plan, check_top_k, find_device, open_checkpoint
-from flashar_pl.commands.common import parse_grid, progress_bar, require_new, versions, write_json, write_text
-from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
-from flashar_pl.commands.evaluate_processes import Group, device_of_rank, launched_group
-from flashar_pl.commands.evaluate_reference import directory_digest, path_digest, tokenizer_identity
-from flashar_pl.commands.prompts import TextSettings, ask
+from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
+from flashar_pl.console import progress_bar, versions
+from flashar_pl.decoding.build import build_engine
+from flashar_pl.decoding.prompts import TextSettings, ask
+from flashar_pl.devices import find_device
+from flashar_pl.evaluate.processes import Group, device_of_rank, launched_group
+from flashar_pl.evaluate.reference import directory_digest, path_digest, tokenizer_identity
+from flashar_pl.files import require_new, write_json, write_text
+from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, parse_grid
 
 if TYPE_CHECKING:
-    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding.samples import SampleSet
 
 SETTINGS, RESULTS, SUMMARY = "settings.json", "results.jsonl", "geneval.json"
@@ -184,7 +187,7 @@ def draw_images(
 ) -> None:
     """Draw this rank's share of the images that are not there yet."""
     from flashar_pl.decoding.samples import draw
-    from flashar_pl.training.images import save_png
+    from flashar_pl.pictures import save_png
 
     decoder = source.matching_tokenizer(device)
     samples = prompt_samples(source, [entry["prompt"] for entry in entries], text, drawing)

@@ -10,16 +10,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.batches import Room
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, check_top_k, open_checkpoint
-from flashar_pl.commands.common import new_directory, plural, progress_bar, require_new, versions, write_json
-from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine, choose_format
-from flashar_pl.commands.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
+from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
+from flashar_pl.console import plural, progress_bar, versions
+from flashar_pl.decoding.build import build_engine, choose_format
+from flashar_pl.decoding.prompts import TextSettings, Wanted, ask, choose_grid, is_emu, read_prompts
+from flashar_pl.files import new_directory, require_new, write_json
+from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, Weights
+from flashar_pl.planner.room import Room
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.sampling import SamplingSettings
@@ -125,7 +127,7 @@ def generate(
     arguments = dict(locals())
     import numpy as np
 
-    from flashar_pl.planner.measure import peak_memory
+    from flashar_pl.devices import peak_memory
     from flashar_pl.sampling import SamplingSettings
 
     settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
@@ -283,7 +285,7 @@ def _write_images(
     """Decode and write every image and the contact sheet; names of the files."""
     import torch
 
-    from flashar_pl.training.images import save_png, tile
+    from flashar_pl.pictures import save_png, tile
 
     device = next((t.device for t in (*decoder.parameters(), *decoder.buffers())), torch.device("cpu"))
     together = max(1, PIXELS // (codes[0].numel() * decoder.downsample**2))

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import count_parameters
-from flashar_pl.commands.common import versions
+from flashar_pl.checkpoints.opening import count_parameters
+from flashar_pl.console import versions
 
 if TYPE_CHECKING:
-    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.checkpoints.opening import Source
 
 FILL_IN = "FILL IN"
 """Marks what the owner of the model must write before publishing it."""

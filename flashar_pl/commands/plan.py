@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.common import parse_grid, require_new, write_json
+from flashar_pl.benchmarking.table import markdown
+from flashar_pl.files import require_new, write_json
+from flashar_pl.options import parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.planner.sizes import ModelSizes

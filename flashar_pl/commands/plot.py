@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.commands.common import require_new
+from flashar_pl.files import require_new
 
 Curve = tuple[list[int], list[float]]
 """Steps and values."""

@@ -10,18 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, find_device, open_checkpoint
-from flashar_pl.commands.common import new_directory, progress_bar, require_new, versions, write_json
+from flashar_pl.benchmarking.table import markdown
+from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import caption_encoder, check_data, held_out
+from flashar_pl.console import progress_bar, versions
+from flashar_pl.devices import find_device
+from flashar_pl.files import new_directory, require_new, write_json
+from flashar_pl.options import Dtype, Plan, Weights
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.base import Batch
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import DecodePlan
-    from flashar_pl.models.layer_probe import LayerProbe
+    from flashar_pl.models.probe import LayerProbe
 
 MIXTURE_RATE = 30.0
 """Learning rate of the layers' weights relative to the head's: they are logits, which have to move by several units."""
@@ -77,7 +80,7 @@ def probe(
     """
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import make_plan
-    from flashar_pl.models.layer_probe import LayerProbe
+    from flashar_pl.models.probe import LayerProbe
 
     for name, value in (("steps", steps), ("batch_size", batch_size), ("limit", limit)):
         if value < 1:
@@ -147,7 +150,7 @@ def _train(
     """All probes on the same states; AdamW, and a cosine of the learning rate to 0."""
     import torch
 
-    from flashar_pl.models.layer_probe import layer_states
+    from flashar_pl.models.probe import layer_states
 
     groups = []
     for each in probes.values():
@@ -172,7 +175,7 @@ def _measure(
     """Mean nats of a code given the cell above it, for each probe; padding does not count."""
     import torch
 
-    from flashar_pl.models.layer_probe import layer_states
+    from flashar_pl.models.probe import layer_states
 
     found: dict[str, list[Any]] = {name: [] for name in probes}
     with torch.no_grad():

@@ -10,19 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Source, Weights, count_parameters, open_checkpoint
-from flashar_pl.commands.common import (
-    Missed,
-    new_directory,
-    parse_classes,
-    progress_bar,
-    require_new,
-    versions,
-    write_json,
-)
-from flashar_pl.commands.measure import Judge, mean_gate, sample_quality, time_per_image
+from flashar_pl.checkpoints.opening import Source, count_parameters, open_checkpoint
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import check_data, image_nll, summary
+from flashar_pl.console import Missed, progress_bar, versions
+from flashar_pl.evaluate.quality import Judge, mean_gate, sample_quality, time_per_image
+from flashar_pl.files import new_directory, require_new, write_json
+from flashar_pl.options import Weights, parse_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,8 +282,8 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
 
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, draw_codes
+    from flashar_pl.pictures import tile
     from flashar_pl.sampling import SamplingSettings
-    from flashar_pl.training.images import tile
 
     classes = min(manifest.condition.num_classes or 1, 10)
     labels = torch.arange(classes).repeat_interleave(PICTURE_COLUMNS)

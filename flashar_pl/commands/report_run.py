@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.commands.common import new_directory, require_new, versions, write_json
 from flashar_pl.commands.compare_runs import side_by_side
 from flashar_pl.commands.plot import Curve, draw_curves, find_runs, read_scalars, require_pyplot
+from flashar_pl.console import versions
+from flashar_pl.files import new_directory, require_new, write_json
 
 ROWS = 16
 """Rows of the loss table; the JSON has every point."""

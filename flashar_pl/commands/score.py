@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, Source, Weights, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import progress_bar, require_new, versions, write_json
+from flashar_pl.checkpoints.opening import Source, check_plan, open_checkpoint
+from flashar_pl.console import progress_bar, versions
+from flashar_pl.devices import find_device
+from flashar_pl.files import require_new, write_json
+from flashar_pl.options import Dtype, Plan, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,8 +146,8 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
         ValueError: captions without assets, assets that are not the model's, or assets that have no use.
     """
     from flashar_pl.backbones.emu35 import Emu35
-    from flashar_pl.commands.prompts import find_assets
     from flashar_pl.data.prompt_encoder import PromptEncoder
+    from flashar_pl.decoding.prompts import find_assets
     from flashar_pl.tokenizers.text import MAX_PROMPT
 
     backbone = source.model.backbone

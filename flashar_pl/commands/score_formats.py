@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from flashar_pl.commands.benchmark_table import markdown
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, find_device, open_checkpoint
-from flashar_pl.commands.common import progress_bar, require_new, versions, write_json
-from flashar_pl.commands.decoder import WeightFormat
+from flashar_pl.benchmarking.table import markdown
+from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
 from flashar_pl.commands.score import caption_encoder, check_data, held_out
+from flashar_pl.console import progress_bar, versions
+from flashar_pl.devices import find_device
+from flashar_pl.files import require_new, write_json
+from flashar_pl.options import Dtype, Plan, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

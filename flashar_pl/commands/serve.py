@@ -18,12 +18,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Dtype, Plan, Weights, check_plan, check_top_k, open_checkpoint
-from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
+from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
 from flashar_pl.commands.generate import fitting_batch
-from flashar_pl.commands.prompts import choose_grid
 from flashar_pl.commands.serve_requests import Service
 from flashar_pl.commands.serve_worker import Worker
+from flashar_pl.decoding.build import build_engine
+from flashar_pl.decoding.prompts import choose_grid
+from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor

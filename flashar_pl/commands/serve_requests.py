@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Source, check_top_k
-from flashar_pl.commands.common import versions
-from flashar_pl.commands.prompts import TextSettings, Wanted, ask, is_emu
+from flashar_pl.checkpoints.opening import Source, check_top_k
 from flashar_pl.commands.serve_worker import Request
+from flashar_pl.console import versions
+from flashar_pl.decoding.prompts import TextSettings, Wanted, ask, is_emu
 
 if TYPE_CHECKING:
     from flashar_pl.sampling import SamplingSettings

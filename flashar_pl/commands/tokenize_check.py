@@ -81,7 +81,7 @@ def find_tokenizer(manifest: Manifest, weights: str | None, device: str, needed:
     """
     if not needed and weights is None:
         return None
-    from flashar_pl.commands.checkpoint import find_device
+    from flashar_pl.devices import find_device
     from flashar_pl.tokenizers import build_tokenizer
 
     config = manifest.tokenizer if weights is None else manifest.tokenizer | {"weights": weights}
@@ -173,7 +173,7 @@ def draw(manifest: Manifest, tokenizer: Tokenizer, number: int, path: Path, seed
 
     from flashar_pl.data.order import permutation, stream
     from flashar_pl.data.reader import ShardReader
-    from flashar_pl.training.images import save_png, tile
+    from flashar_pl.pictures import save_png, tile
 
     split = next(iter(manifest.splits))
     reader = ShardReader(manifest, split)

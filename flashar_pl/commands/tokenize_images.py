@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.common import parse_grid, parse_tokenizer
+from flashar_pl.options import parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
     from flashar_pl.data.sources import Source
@@ -238,7 +238,7 @@ def open_tokenizer(tokenizer: str, weights: str | None, device: str) -> tuple[To
     """The tokenizer and its device; auto and cuda under torchrun = this process's GPU. Raises ValueError."""
     import torch
 
-    from flashar_pl.commands.checkpoint import find_device
+    from flashar_pl.devices import find_device
     from flashar_pl.tokenizers import build_tokenizer
 
     place = find_device(device)

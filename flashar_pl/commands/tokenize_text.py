@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.common import parse_grid
 from flashar_pl.commands.tokenize_images import (
     Split,
     open_tokenizer,
@@ -15,6 +14,7 @@ from flashar_pl.commands.tokenize_images import (
     run_job,
     tokenizer_config,
 )
+from flashar_pl.options import parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.data.sources import Source

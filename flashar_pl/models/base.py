@@ -81,7 +81,7 @@ class GridModel(nn.Module, ABC):
         Raises:
             ValueError: no such model, or one of another class: a raster model is no FlashAR model.
         """
-        from flashar_pl.models.weights import load_model
+        from flashar_pl.checkpoints.weights import load_model
 
         model = load_model(path, weights, n_head).model.eval()
         if not isinstance(model, cls):
@@ -91,7 +91,7 @@ class GridModel(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Plain types from which `flashar_pl.models.weights.build_model` makes an equal model."""
+        """Plain types from which `flashar_pl.checkpoints.weights.build_model` makes an equal model."""
 
     @abstractmethod
     def cache_spec(self) -> CacheSpec:
@@ -200,7 +200,7 @@ class GridModel(nn.Module, ABC):
         }
 
     def prefix(self, condition: Condition) -> Prefix:
-        """The embedded condition. Decoding asks the model, not its backbone: see `flashar_pl.training.sharding`."""
+        """The embedded condition. Decoding asks the model, not its backbone (sharded units)."""
         return self.backbone.prefix(condition)
 
     @property

@@ -152,7 +152,7 @@ class FlashAR(GridModel):
         Also reads the authors' LlamaGen-FlashAR weights without gate and with the branch at the last layer.
         Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.models.nar import read_nar
+        from flashar_pl.checkpoints.nar import read_nar
 
         return read_nar(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
@@ -170,7 +170,7 @@ class FlashAR(GridModel):
 
     def to_nar(self) -> dict[str, Tensor]:
         """The official NAR state dict, inverse of `from_nar`."""
-        from flashar_pl.models.nar import write_nar
+        from flashar_pl.checkpoints.nar import write_nar
 
         return write_nar(self)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone, Prefix
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.backbones.emu35_weights import (
+from flashar_pl.checkpoints.emu35 import (
     block_renames,
     body_renames,
     found_head_dim,
@@ -27,7 +27,7 @@ from flashar_pl.backbones.emu35_weights import (
     read_json,
     with_text_rows,
 )
-from flashar_pl.backbones.tensor_source import (
+from flashar_pl.checkpoints.sources import (
     Rename,
     SafetensorsDirectory,
     TensorSource,

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 
 class WholeFiles(TorchCheckpointIO):

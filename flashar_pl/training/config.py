@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flashar_pl.backbones import emu35, llamagen
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
-from flashar_pl.models.directories import backbone_config
+from flashar_pl.checkpoints.directories import backbone_config
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.training.stages import Schedule
@@ -228,7 +228,7 @@ class ValidationConfig:
 
 
 def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
-    """The argument of `flashar_pl.models.weights.build_model`."""
+    """The argument of `flashar_pl.checkpoints.weights.build_model`."""
     config = backbone.resolve()
     kind = LlamaGen.kind if isinstance(config, LlamaGenConfig) else Emu35.kind
     described = {"kind": kind, **_without_tuples(asdict(config))}

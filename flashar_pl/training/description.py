@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.checkpoints.sharded import is_sharded, read_meta
+from flashar_pl.checkpoints.weights import CHECKPOINT_KEY, Description, read_tensors
 from flashar_pl.models.lora import adaptation
-from flashar_pl.models.sharded_files import is_sharded, read_meta
-from flashar_pl.models.weights import CHECKPOINT_KEY, Description, read_tensors
 
 if TYPE_CHECKING:
     from flashar_pl.training.module import FlashARModule

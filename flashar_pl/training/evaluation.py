@@ -20,8 +20,8 @@ from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
 from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import load_reference
+from flashar_pl.pictures import gate_picture, save_png, tile
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
-from flashar_pl.training.images import gate_picture, save_png, tile
 from flashar_pl.training.validation import LossSums, SampleConditions, for_sampling, sample_set
 
 if TYPE_CHECKING:

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from flashar_pl.backbones.base import Batch
+from flashar_pl.checkpoints.weights import CHECKPOINT_KEY
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.models.weights import CHECKPOINT_KEY
 from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once, start_average
 from flashar_pl.training.callbacks import LOGGED, InitialWeights, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint

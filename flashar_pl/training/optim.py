@@ -9,8 +9,8 @@ from torch import nn
 
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
-from flashar_pl.training.compact_adamw import CompactAdamW
-from flashar_pl.training.quantised_adamw import quantised_adamw
+from flashar_pl.training.sharded.compact_adamw import CompactAdamW
+from flashar_pl.training.sharded.quantised_adamw import quantised_adamw
 
 
 def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from flashar_pl.checkpoints.weights import BROKEN_FILE, CHECKPOINT_KEY, reason
 from flashar_pl.models.lora import LoraConfig
-from flashar_pl.models.weights import BROKEN_FILE, CHECKPOINT_KEY, reason
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""

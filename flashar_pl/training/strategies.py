@@ -7,13 +7,13 @@ from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
 
+from flashar_pl.checkpoints.directories import is_official_directory
+from flashar_pl.checkpoints.sharded import is_sharded
+from flashar_pl.checkpoints.weights import InitReport, build_model, initialise
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.lora import LoraConfig, adapt
-from flashar_pl.models.sharded_files import is_sharded
-from flashar_pl.models.weights import InitReport, build_model, initialise
-from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.new_parts import new_parts
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 
 def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfig | None = None) -> GridModel:
@@ -62,7 +62,7 @@ def check_strategy(strategy: Strategy) -> None:
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}; expected auto, ddp, or, to cut a model over devices, "
-            "class_path: flashar_pl.training.fsdp.ShardedStrategy."
+            "class_path: flashar_pl.training.sharded.strategy.ShardedStrategy."
         )
 
 
@@ -70,8 +70,8 @@ def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
     """ValueError for a sharded checkpoint and a strategy that cannot read it."""
     if path is not None and is_sharded(path) and not isinstance(strategy, ShardedStrategy):
         raise ValueError(
-            f"{path} is a sharded checkpoint; continue it with flashar_pl.training.fsdp.ShardedStrategy (one device "
-            "will do). To start another kind of run from its weights set model.init_from."
+            f"{path} is a sharded checkpoint; continue it with flashar_pl.training.sharded.strategy.ShardedStrategy "
+            "(one device will do). To start another kind of run from its weights set model.init_from."
         )
 
 

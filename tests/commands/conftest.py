@@ -6,8 +6,8 @@ import pytest
 import torch
 from command_toys import tiny_backbone
 
+from flashar_pl.checkpoints.weights import Description, save_model
 from flashar_pl.models import FlashAR, RasterAR
-from flashar_pl.models.weights import Description, save_model
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.decoding import generate
 from flashar_pl.metrics.classifier import ClassifierFeatures
-from flashar_pl.models.weights import load_model
 from flashar_pl.tokenizers import PixelTokenizer
 
 

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from flashar_pl import decoding
-from flashar_pl.commands import decoder as formats
-from flashar_pl.commands.batches import HEADROOM, Room
+from flashar_pl.benchmarking import measure
+from flashar_pl.benchmarking.rows import Job, synthetic_model
+from flashar_pl.benchmarking.table import PLAIN, markdown, speedups
+from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.commands.benchmark import benchmark
-from flashar_pl.commands.benchmark_rows import Job, synthetic_model
-from flashar_pl.commands.benchmark_table import PLAIN, markdown, speedups
-from flashar_pl.commands.checkpoint import open_checkpoint
-from flashar_pl.commands.decoder import choose_format
+from flashar_pl.decoding import build as formats
+from flashar_pl.decoding.build import choose_format
 from flashar_pl.layers.packed import unsupported
-from flashar_pl.planner import decode_memory, measure, model_sizes
+from flashar_pl.planner import decode_memory, model_sizes
+from flashar_pl.planner.room import HEADROOM, Room
 
 CPU = torch.device("cpu")
 ROW = {"plan", "batch", "steps", "ms_per_image", "images_per_s", "ms_per_step", "peak_bytes", "bandwidth_floor_s"}
@@ -88,7 +89,7 @@ def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch, error)
     def full(*_):
         raise error
 
-    monkeypatch.setattr("flashar_pl.decoding.plain.generate_plain", full)
+    monkeypatch.setattr("flashar_pl.benchmarking.plain.generate_plain", full)
     result = benchmark(**quick, plans="diagonal")
     assert [row["plan"] for row in result["rows"]] == ["diagonal"]
     assert [(row["plan"], row["cause"]) for row in result["failed"]] == [(PLAIN, str(error).split("\n")[0])]
@@ -127,7 +128,7 @@ def test_auto_is_the_format_that_measured_best(dtype, plan, width, memory, found
     if unsupported(torch.bfloat16) is not None:
         pytest.skip("this machine cannot pack bfloat16 weights")
     model = open_checkpoint(flashar_model, dtype=dtype).model
-    monkeypatch.setattr(measure, "available_memory", lambda device: memory)
+    monkeypatch.setattr(devices, "available_memory", lambda device: memory)
     monkeypatch.setattr(formats, "PACKED_WIDTH", width)
     assert choose_format(model, "auto", "eager", plan) == found
     assert choose_format(model, "auto", "compiled", plan) == "plain", "torch.compile cannot read packed weights"
@@ -161,8 +162,8 @@ def test_a_failed_compilation_is_a_row_with_its_cause(quick, monkeypatch):
 def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatch, refused):
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
     need = decode_memory(sizes, "diagonal", (16, 16), 4, True, torch.float32).total
-    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / HEADROOM) + 10**6)
-    monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", None)
+    monkeypatch.setattr(devices, "available_memory", lambda device: int(need / HEADROOM) + 10**6)
+    monkeypatch.setattr("flashar_pl.benchmarking.rows.synthetic_model", None)
     words = ("--batch-sizes", "1,5", "--device", "cpu", "--weight-format", "plain")
     error = refused("benchmark", "--preset", "llamagen-b", *words)
     assert "batch 5 with the" in error
@@ -178,7 +179,7 @@ def test_memory_that_a_loaded_model_takes_is_not_available(monkeypatch):
     """Guards a batch chosen on a GPU that holds the weights already: what the allocator holds is not all free."""
     for name, value in (("mem_get_info", (10, 100)), ("memory_reserved", 80), ("memory_allocated", 70)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
-    assert measure.available_memory(torch.device("cuda")) == 20
+    assert devices.available_memory(torch.device("cuda")) == 20
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_the_copy_that_auto_packs_is_planned_for(dtype, weight_format, copies, m
 
 
 def test_auto_is_capped(monkeypatch, capsys):
-    monkeypatch.setattr(measure, "available_memory", lambda device: 2**50)
+    monkeypatch.setattr(devices, "available_memory", lambda device: 2**50)
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
     room = Room(sizes, ("raster",), (16, 16), CPU, torch.float32, True)
     assert room.choose_all("auto") == [64]
@@ -317,11 +318,11 @@ def test_synthetic_weights_are_made_in_their_dtype(preset, monkeypatch):
 
 def test_peak_memory_sees_an_allocation():
     """Guards the memory column: the peak must start anew for every row and see what was freed again."""
-    with measure.peak_memory(CPU) as first:
+    with devices.peak_memory(CPU) as first:
         torch.ones(16 * 2**20)
     if not first.bytes:
         pytest.skip("this system does not report resident memory")
-    with measure.peak_memory(CPU) as second:
+    with devices.peak_memory(CPU) as second:
         torch.ones(2**10)
     assert first.extra >= 60 * 2**20
     assert second.extra < 16 * 2**20

@@ -7,10 +7,10 @@ import torch
 from tiny import classes, codes, flashar
 
 from flashar_pl.backbones import LlamaGen
+from flashar_pl.benchmarking.plain_loss import plain_loss
 from flashar_pl.commands.benchmark_train import benchmark_train
 from flashar_pl.models import FlashAR
 from flashar_pl.models.lora import without_adapters
-from flashar_pl.planner.plain_loss import plain_loss
 
 
 @pytest.mark.parametrize("corner", ["horizontal", "fused"])

@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 
+from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.cli import main
 from flashar_pl.commands import doctor as module
-from flashar_pl.commands.checkpoint import open_checkpoint
-from flashar_pl.commands.common import Missed
 from flashar_pl.commands.doctor import doctor
+from flashar_pl.console import Missed
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.parity import misplacement
 from flashar_pl.layers.kv_cache import KVCache
@@ -53,7 +53,11 @@ def wrong_cache(self: KVCache, layer: int, keys: Any, values: Any) -> Any:
     [
         ("flashar_pl.decoding.loop.guide", wrong_guidance, "2 of 5 checks failed: tiny Emu3.5, fp32: diagonal, guided"),
         ("flashar_pl.layers.kv_cache.KVCache.append", wrong_cache, "4 of 5 checks failed"),
-        ("flashar_pl.planner.plain_loss.AUX_WEIGHT", 0.06, "1 of 5 checks failed: tiny Emu3.5, fp32: training loss"),
+        (
+            "flashar_pl.benchmarking.plain_loss.AUX_WEIGHT",
+            0.06,
+            "1 of 5 checks failed: tiny Emu3.5, fp32: training",
+        ),
     ],
 )
 def test_faults_are_found(one_model: None, monkeypatch: pytest.MonkeyPatch, where: str, fault: Any, found: str) -> None:
@@ -106,7 +110,7 @@ def test_weights_that_do_not_fit_are_a_failed_check(one_model: None, monkeypatch
     def full(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("no memory is left\nand more")
 
-    monkeypatch.setattr("flashar_pl.commands.benchmark_rows.synthetic_model", full)
+    monkeypatch.setattr("flashar_pl.benchmarking.rows.synthetic_model", full)
     with pytest.raises(Missed, match=r"1 of 1 checks failed: tiny Emu3\.5, fp32: loading"):
         doctor(dtypes="fp32")
 

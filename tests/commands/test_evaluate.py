@@ -10,15 +10,15 @@ from command_toys import tiny_backbone
 from evaluate_toys import evaluation, sample_images, save_classifier
 from PIL import Image
 
-from flashar_pl.commands.evaluate_reference import path_digest
-from flashar_pl.commands.evaluate_report import SHOWN_CLASSES, choose_metrics, shown_classes
-from flashar_pl.commands.evaluate_samples import sample_labels
+from flashar_pl.checkpoints.weights import Description, save_model
+from flashar_pl.evaluate.reference import path_digest
+from flashar_pl.evaluate.report import SHOWN_CLASSES, choose_metrics, shown_classes
+from flashar_pl.evaluate.samples import sample_labels
 from flashar_pl.metrics import distribution
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.metrics.features import load_extractor
 from flashar_pl.metrics.reference import ReferenceStatistics
 from flashar_pl.models import RasterAR
-from flashar_pl.models.weights import Description, save_model
 from flashar_pl.tokenizers import PixelTokenizer
 
 
@@ -231,7 +231,7 @@ def test_spatial_features_and_kid_from_parts(run, base, monkeypatch):
             return "pixels"
 
     monkeypatch.setattr("flashar_pl.metrics.features.load_extractor", lambda path: Pixels())
-    monkeypatch.setattr("flashar_pl.commands.evaluate_report.KID_SUBSET", 50)
+    monkeypatch.setattr("flashar_pl.evaluate.report.KID_SUBSET", 50)
     assert run(*base, "--cache", "cache", "--save-npz", "--out", "eval")[0] == 0
     result = result_of("eval")
     assert list(result["metrics"]) == ["fid", "sfid", "is", "precision", "recall", "f1", "kid"]

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.decoding import generate
 from flashar_pl.metrics.geneval import Detection
-from flashar_pl.models.weights import load_model
 from flashar_pl.tokenizers import Tokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "flashar" / "emu_flashar_tiny"

@@ -13,7 +13,7 @@ import pytest
 from evaluate_toys import evaluation, save_classifier
 
 from flashar_pl.cli import main
-from flashar_pl.commands import evaluate_parts
+from flashar_pl.evaluate import parts as evaluate_parts
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already; the test process runs one thread
 
@@ -154,6 +154,6 @@ def test_a_run_continues_when_other_memory_is_free(words, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("flashar_pl.commands.evaluate.compute_metrics", stopped)
-        patch.setattr("flashar_pl.planner.measure.available_memory", lambda device: 0)
+        patch.setattr("flashar_pl.benchmarking.devices.available_memory", lambda device: 0)
         assert main(mine) == 2
     assert main(mine) == 0

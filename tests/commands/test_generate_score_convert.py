@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashar_pl import decoding
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.commands import generate as generate_command
-from flashar_pl.commands.batches import HEADROOM
 from flashar_pl.commands.score import image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
-from flashar_pl.models.weights import load_model
-from flashar_pl.planner import decode_memory, measure, model_sizes
+from flashar_pl.planner import decode_memory, model_sizes
+from flashar_pl.planner.room import HEADROOM
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
@@ -106,7 +106,7 @@ def room_for(batch: int, monkeypatch) -> None:
     model = FlashAR(tiny_backbone(), 1)
     memory = decode_memory(model_sizes(model.config()), "diagonal", (8, 8), batch, False, torch.float32)
     need = memory.total - memory.weights  # the model is loaded
-    monkeypatch.setattr(measure, "available_memory", lambda device: int(need / HEADROOM) + 1000)
+    monkeypatch.setattr(devices, "available_memory", lambda device: int(need / HEADROOM) + 1000)
 
 
 def test_generate_refuses_a_batch_that_cannot_fit(run, refused, flashar_model, work, monkeypatch):
@@ -120,7 +120,7 @@ def test_generate_refuses_a_batch_that_cannot_fit(run, refused, flashar_model, w
     assert run("generate", *words)[0] == 0
     assert json.loads(Path("samples/settings.json").read_text())["settings"]["batch_size"] == 3
     assert "expected 1 or more" in refused("generate", *words[:-1], "more", "--batch-size", 0)
-    monkeypatch.setattr(measure, "available_memory", lambda device: 10)
+    monkeypatch.setattr(devices, "available_memory", lambda device: 10)
     assert "not even one image fits" in refused("generate", *words[:-1], "more")
 
 
@@ -345,8 +345,8 @@ def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
     import gc
     import weakref
 
-    from flashar_pl.commands.checkpoint import open_checkpoint
-    from flashar_pl.commands.decoder import build_engine
+    from flashar_pl.checkpoints.opening import open_checkpoint
+    from flashar_pl.decoding.build import build_engine
 
     source = open_checkpoint(str(flashar_model), device="cpu")
     former, facts = weakref.ref(source.model), source.facts()

@@ -7,8 +7,8 @@ import torch
 from command_toys import tiny_backbone
 from evaluate_toys import evaluation, save_classifier
 
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models import FlashAR
-from flashar_pl.models.weights import load_model
 
 
 def test_an_exported_directory_says_what_it_is_and_what_to_fill_in(run, work, flashar_model):
@@ -51,8 +51,8 @@ def test_metrics_and_how_they_were_measured(run, refused, work, flashar_model, r
 
 
 def test_the_run_that_wrote_the_weights_is_shown(run, work):
+    from flashar_pl.checkpoints.weights import Description, save_model
     from flashar_pl.models import RasterAR
-    from flashar_pl.models.weights import Description, save_model
 
     model = RasterAR(tiny_backbone())
     save_model("trained", model, Description(model.config(), training={"step": 1234, "stage": 2}))

@@ -75,14 +75,14 @@ trainer:
   max_steps: 50000
   accumulate_grad_batches: 2
   strategy:
-    class_path: flashar_pl.training.fsdp.ShardedStrategy
+    class_path: flashar_pl.training.sharded.strategy.ShardedStrategy
     init_args: {options}
 """
 
 
 def test_the_strategy_of_a_file_is_read(work, capsys):
     """Guards the sizing of sharded runs: every argument of the strategy changes the memory."""
-    from flashar_pl.training.fsdp import ShardedStrategy
+    from flashar_pl.training.sharded.strategy import ShardedStrategy
 
     options = {"compute": "bf16", "replicas": 2, "recompute": True, "offload": False}
     ShardedStrategy(**options)  # these names exist
@@ -171,7 +171,7 @@ STRATEGY = """
 model: {{backbone: {{preset: llamagen-b}}, flashar: {{branch_layer: 11}}}}
 trainer:
   max_steps: 10
-  strategy: {{class_path: flashar_pl.training.fsdp.ShardedStrategy, init_args: {{{options}}}}}
+  strategy: {{class_path: flashar_pl.training.sharded.strategy.ShardedStrategy, init_args: {{{options}}}}}
 """
 
 

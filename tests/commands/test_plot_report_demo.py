@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from flashar_pl.commands import demo as demo_module
-from flashar_pl.commands.common import Missed
 from flashar_pl.commands.plot import find_runs, read_scalars
 from flashar_pl.commands.report import check_bounds
+from flashar_pl.console import Missed
 
 # --- classifier ----------------------------------------------------------------------------------------------------
 

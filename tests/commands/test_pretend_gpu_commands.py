@@ -12,7 +12,7 @@ import torch
 from evaluate_toys import evaluation, save_classifier
 from pretend_gpu import PretendGPU
 
-from flashar_pl.commands import evaluate_processes
+from flashar_pl.evaluate import processes as evaluate_processes
 
 LOADED = (
     "weights",

@@ -13,7 +13,7 @@ import torch
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.commands.probe import depth_of, probe
 from flashar_pl.grid import diagonal_plan, raster_plan
-from flashar_pl.models.layer_probe import LayerProbe, layer_states
+from flashar_pl.models.probe import LayerProbe, layer_states
 
 
 def test_states_are_those_of_the_layers() -> None:

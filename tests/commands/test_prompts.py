@@ -18,10 +18,10 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
-from flashar_pl.commands.checkpoint import open_checkpoint
-from flashar_pl.commands.prompts import ASPECT_RATIOS, scaled_grid
+from flashar_pl.checkpoints.opening import open_checkpoint
+from flashar_pl.checkpoints.weights import Description, load_model, save_model
+from flashar_pl.decoding.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
-from flashar_pl.models.weights import Description, load_model, save_model
 from flashar_pl.tokenizers import Emu35Text
 from flashar_pl.tokenizers.t5 import left_pad
 
@@ -222,7 +222,7 @@ def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) 
 def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
     """With graphs prompts are padded to a multiple of 64; a batch that fits without need not fit."""
     from flashar_pl.commands import generate as module
-    from flashar_pl.commands.prompts import Wanted
+    from flashar_pl.decoding.prompts import Wanted
     from flashar_pl.sampling import SamplingSettings
 
     rooms = []
@@ -276,7 +276,7 @@ def test_convert_to_our_format_and_back_is_bit_exact(run, refused, work, files, 
 
 
 def test_official_directories_are_cut_into_files(work, files) -> None:
-    from flashar_pl.models.directories import write_directory
+    from flashar_pl.checkpoints.directories import write_directory
 
     tensors = load_file(files / "base" / "model.safetensors")
     write_directory("cut", tensors, files / "base", shard_bytes=100_000)

@@ -26,7 +26,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flashar_pl.commands.checkpoint import Source, open_checkpoint
+from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.commands.serve import listen
 from flashar_pl.commands.serve_requests import Service
 from flashar_pl.commands.serve_worker import Request, Worker, join

@@ -8,7 +8,7 @@ import torch
 from evaluate_toys import evaluation, save_classifier
 from PIL import Image
 
-from flashar_pl.commands import common
+from flashar_pl import console, files
 
 
 @pytest.mark.parametrize(
@@ -90,14 +90,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(refused, fl
     for out in ("file/scores.json", "/proc/scores.json"):
         message = refused("score", "--checkpoint", flashar_model, "--data", shards, "--out", out)
         assert f"the scores cannot be written to {out}" in message
-    assert common.require_new("new folder/deeper/scores.json", "scores") == Path("new folder/deeper/scores.json")
+    assert files.require_new("new folder/deeper/scores.json", "scores") == Path("new folder/deeper/scores.json")
     assert not Path("new folder").exists()
 
 
 def test_progress_is_said_where_there_is_no_terminal(capsys, monkeypatch):
     """Guards long commands that write nothing into a log until they end."""
-    monkeypatch.setattr(common, "LINE_EVERY", -1.0)
-    with common.progress_bar(3, "steps") as advance:
+    monkeypatch.setattr(console, "LINE_EVERY", -1.0)
+    with console.progress_bar(3, "steps") as advance:
         advance(1)
         advance(2)
     lines = capsys.readouterr().err.splitlines()

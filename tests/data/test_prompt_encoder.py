@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
-from flashar_pl.models.weights import load_model
 
 pytest.importorskip("tiktoken")
 

@@ -272,7 +272,7 @@ def test_the_command_line_knows_every_runner_and_format() -> None:
     """The commands list both without importing torch."""
     from typing import get_args
 
-    from flashar_pl.commands import decoder
+    from flashar_pl.decoding import build as decoder
     from flashar_pl.decoding.engine import RUNNERS
     from flashar_pl.decoding.prepare import WEIGHT_FORMATS
 

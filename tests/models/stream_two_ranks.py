@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from flashar_pl.backbones import Emu35
-from flashar_pl.backbones.emu35_weights import backbone_renames
-from flashar_pl.backbones.tensor_source import SafetensorsDirectory
+from flashar_pl.checkpoints.directories import read_directory, stream_weights
+from flashar_pl.checkpoints.emu35 import backbone_renames
+from flashar_pl.checkpoints.sources import SafetensorsDirectory
 from flashar_pl.models import FlashAR
-from flashar_pl.models.directories import read_directory, stream_weights
 
 CONFIG = {
     "model_type": "Emu3",
@@ -42,7 +42,7 @@ CONFIG = {
 
 
 def backbone_on_meta() -> Emu35:
-    from flashar_pl.backbones.emu35_weights import parse_config
+    from flashar_pl.checkpoints.emu35 import parse_config
 
     with torch.device("meta"):
         return Emu35(parse_config(CONFIG, "full"))

@@ -13,10 +13,10 @@ import torch
 from tiny import emu, emu_flashar
 from torch import Tensor
 
+from flashar_pl.checkpoints.directories import is_official_directory, read_directory, stream_weights
+from flashar_pl.checkpoints.weights import Description, build_model, build_on_meta, initialise, load_model, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR, RasterAR
-from flashar_pl.models.directories import is_official_directory, read_directory, stream_weights
-from flashar_pl.models.weights import Description, build_model, build_on_meta, initialise, load_model, save_model
 from flashar_pl.sampling import guide
 
 EMU = Path(__file__).parents[1] / "golden" / "emu35"

@@ -11,7 +11,7 @@ import torch
 
 from flashar_pl import backbones
 from flashar_pl.backbones import build_backbone, register_backbone
-from flashar_pl.models.weights import load_model
+from flashar_pl.checkpoints.weights import load_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 

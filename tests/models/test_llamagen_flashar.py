@@ -10,9 +10,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from flashar_pl.checkpoints.nar import branch_of
+from flashar_pl.checkpoints.weights import load_model, read_tensors
 from flashar_pl.models import FlashAR
-from flashar_pl.models.nar import branch_of
-from flashar_pl.models.weights import load_model, read_tensors
 
 GATED = tiny.GOLDEN / "flashar" / "llamagen_flashar_tiny_gate_last_version.pt"
 
@@ -87,8 +87,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_from_pretrained_names_the_class_that_fits(tmp_path: Path) -> None:
+    from flashar_pl.checkpoints.weights import Description, save_model
     from flashar_pl.models import GridModel, RasterAR
-    from flashar_pl.models.weights import Description, save_model
 
     for name, model in (("flashar", tiny.flashar()), ("raster", RasterAR(tiny.backbone()))):
         save_model(tmp_path / name, model, Description(model.config()))

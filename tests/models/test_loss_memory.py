@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
+from flashar_pl.benchmarking.memory import TensorPeak
 from flashar_pl.models import FlashAR, dual_head
-from flashar_pl.planner.memory import TensorPeak
 
 VOCABULARY, BATCH, SIDE = 16384, 3, 16
 THREE_LOGITS = 3 * BATCH * SIDE * SIDE * VOCABULARY * 4

@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import llamagen_golden
 
-from flashar_pl.models import FlashAR, RasterAR
-from flashar_pl.models.base import GridModel
-from flashar_pl.models.weights import (
+from flashar_pl.checkpoints.weights import (
     CHECKPOINT_KEY,
     EMA_PREFIX,
     NET_PREFIX,
@@ -26,6 +24,8 @@ from flashar_pl.models.weights import (
     official_weights,
     save_model,
 )
+from flashar_pl.models import FlashAR, RasterAR
+from flashar_pl.models.base import GridModel
 
 MODELS = {
     "raster": lambda: RasterAR(tiny.backbone(condition_dropout=0.2)),

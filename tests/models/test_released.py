@@ -13,10 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
+from flashar_pl.checkpoints.weights import (
+    Description,
+    build_model,
+    initialise,
+    load_model,
+    official_weights,
+    save_model,
+)
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
 from flashar_pl.models.released import Compatibility, ReleasedFlashAR, without_prefix
-from flashar_pl.models.weights import Description, build_model, initialise, load_model, official_weights, save_model
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flashar"
 CHECKPOINT = GOLDEN / "emu_flashar_tiny"

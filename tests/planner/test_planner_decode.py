@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from tiny import CAPTION_DIM, captions, classes
 
 from flashar_pl.backbones import build_backbone
+from flashar_pl.benchmarking import plain as plain_decoder
+from flashar_pl.benchmarking.plain import generate_plain
 from flashar_pl.decoding import generate
-from flashar_pl.decoding import plain as plain_decoder
-from flashar_pl.decoding.plain import generate_plain
 from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.planner import decode_job, decode_memory, largest_batch, model_sizes

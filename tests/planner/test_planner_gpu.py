@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from flashar_pl.commands.benchmark_rows import synthetic_condition, synthetic_model
+from flashar_pl.benchmarking.measure import GemmWalk
+from flashar_pl.benchmarking.rows import synthetic_condition, synthetic_model
 from flashar_pl.commands.benchmark_train import Steps, _model
 from flashar_pl.decoding import generate
+from flashar_pl.devices import peak_memory
 from flashar_pl.planner import decode_job, decode_memory, model_sizes
-from flashar_pl.planner.measure import GemmWalk, peak_memory
 from flashar_pl.planner.training import CONTEXT_BYTES, TrainingSetup, training_memory
 
 pytestmark = pytest.mark.gpu

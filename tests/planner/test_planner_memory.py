@@ -2,7 +2,7 @@
 
 import torch
 
-from flashar_pl.planner.memory import TensorPeak
+from flashar_pl.benchmarking.memory import TensorPeak
 
 
 def test_the_meter_counts():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_planner_decode import EMU, TINY, build
 
+from flashar_pl.devices import resident_memory
 from flashar_pl.grid import make_plan
 from flashar_pl.planner import model_sizes
-from flashar_pl.planner.measure import resident_memory
 from flashar_pl.planner.training import (
     STAGE1,
     TrainingSetup,

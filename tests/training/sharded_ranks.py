@@ -21,8 +21,8 @@ from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, 
 
 from flashar_pl.models import dual_head
 from flashar_pl.models.lora import LoraConfig
-from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.preemption import StopOnSignal
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 torch.set_num_threads(1)
 CLIP = 0.05

@@ -19,8 +19,8 @@ from flashar_pl.grid import diagonal_plan
 from flashar_pl.metrics.distribution import frechet_distance, inception_score
 from flashar_pl.metrics.features import ClassifierFeatures
 from flashar_pl.models import RasterAR
+from flashar_pl.pictures import gate_picture, tile
 from flashar_pl.tokenizers import PixelTokenizer
-from flashar_pl.training.images import gate_picture, tile
 from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, for_sampling, sample_set
 
 ALL = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}

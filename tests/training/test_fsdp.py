@@ -13,10 +13,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from sharded_ranks import go, run
 from training_toys import FlashARConfig, make_data, make_module, make_trainer
 
-from flashar_pl.models.sharded_files import SafeReader, is_sharded, read_meta
-from flashar_pl.models.weights import load_model
-from flashar_pl.training.fsdp import ShardedStrategy
+from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.strategies import check_checkpoint_kind
 
 FP32 = {"compute": "fp32"}
@@ -146,7 +146,7 @@ def test_checkpoint_is_a_model(both, job) -> None:
 
 def test_starts_from_a_file(both, job, toy_shards: str, tmp_path: Path) -> None:
     """A raster file into shards: the vertical branch is cloned after it is read, and nothing keeps the placeholder."""
-    from flashar_pl.models.weights import Description, save_model
+    from flashar_pl.checkpoints.weights import Description, save_model
 
     module = make_module(flashar=False)
     module.configure_model()
@@ -169,7 +169,7 @@ def test_half_written_checkpoint_keeps_the_old_one(both, job, toy_shards: str, t
         (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("flashar_pl.training.fsdp.dcp.save", crash)
+    monkeypatch.setattr("flashar_pl.training.sharded.strategy.dcp.save", crash)
     with pytest.raises(OSError):
         trainer.save_checkpoint(path)
     monkeypatch.undo()

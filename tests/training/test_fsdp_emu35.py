@@ -14,13 +14,13 @@ from processes import RECIPE, flashar
 from sharded_ranks import whole
 from training_toys import make_trainer
 
+from flashar_pl.checkpoints.sharded import SafeReader, read_meta
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.commands.convert import convert
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.models.sharded_files import SafeReader, read_meta
-from flashar_pl.models.weights import load_model
 from flashar_pl.training.config import BackboneConfig, FlashARConfig
-from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 pytest.importorskip("tiktoken")
 

@@ -10,8 +10,8 @@ import torch
 from sharded_ranks import go, run
 from training_toys import OptimiserConfig, make_module
 
-from flashar_pl.training.compact_adamw import CompactAdamW, round_at_random
 from flashar_pl.training.optim import adamw
+from flashar_pl.training.sharded.compact_adamw import CompactAdamW, round_at_random
 
 
 def test_rounding_keeps_the_expectation() -> None:

@@ -11,10 +11,10 @@ import yaml
 from sharded_ranks import Ask, go, run
 from training_toys import OPTIONS, make_data, make_module, make_trainer
 
+from flashar_pl.checkpoints.sharded import read_meta
 from flashar_pl.cli import main
-from flashar_pl.models.sharded_files import read_meta
-from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.preemption import StopOnSignal
+from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 
 def test_saves_and_ends_with_its_own_exit_code(toy_shards: str, tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_the_command_ends_with_the_code_that_the_cluster_script_looks_for(toy_sh
         "trainer": {
             "default_root_dir": str(tmp_path / "run"), "accelerator": "cpu", "devices": 1, "max_steps": 5,
             "limit_val_batches": 0, "enable_progress_bar": False,
-            "strategy": {"class_path": "flashar_pl.training.fsdp.ShardedStrategy"},
+            "strategy": {"class_path": "flashar_pl.training.sharded.strategy.ShardedStrategy"},
             "callbacks": [
                 {"class_path": "sharded_ranks.Ask", "init_args": {"rank": 0}},
                 {"class_path": "flashar_pl.training.preemption.StopOnSignal"},

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from training_toys import GRID, LEVELS, NO_DROPOUT, OPTIONS
 
 from flashar_pl.backbones import TextFeatures
+from flashar_pl.checkpoints.weights import build_model, build_on_meta
 from flashar_pl.decoding import generate
 from flashar_pl.models import GridModel
-from flashar_pl.models.weights import build_model, build_on_meta
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config
-from flashar_pl.training.sharding import local, recompute_blocks, shard
+from flashar_pl.training.sharded.units import local, recompute_blocks, shard
 
 TEXT = {"condition": "text", "caption_dim": 12, "num_classes": 1}
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

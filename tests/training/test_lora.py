@@ -12,17 +12,17 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import GRID, LEVELS, STEPS, fit, make_module
 
-from flashar_pl.backbones.llamagen_weights import clean_official
+from flashar_pl.checkpoints.llamagen import clean_official
+from flashar_pl.checkpoints.sharded import SafeReader
+from flashar_pl.checkpoints.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
 from flashar_pl.commands.convert import convert
 from flashar_pl.decoding import generate
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters
-from flashar_pl.models.sharded_files import SafeReader
-from flashar_pl.models.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
-from flashar_pl.training.fsdp import ShardedStrategy
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
-from flashar_pl.training.sharding import local
+from flashar_pl.training.sharded.strategy import ShardedStrategy
+from flashar_pl.training.sharded.units import local
 from flashar_pl.training.stored_config import check_same_model
 from flashar_pl.training.validation import for_sampling
 

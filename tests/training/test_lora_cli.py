@@ -9,9 +9,9 @@ import pytest
 import torch
 from processes import RECIPE, flashar
 
+from flashar_pl.checkpoints.sharded import SafeReader, read_sharded
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.lora import ADDED
-from flashar_pl.models.sharded_files import SafeReader, read_sharded
-from flashar_pl.models.weights import load_model
 
 pytest.importorskip("tiktoken")
 pytestmark = pytest.mark.slow

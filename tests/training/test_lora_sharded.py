@@ -10,9 +10,9 @@ import torch
 from sharded_ranks import go, run
 from training_toys import CLASSES, GRID, LEVELS, make_module
 
+from flashar_pl.checkpoints.sharded import SafeReader
+from flashar_pl.checkpoints.weights import Description, load_model, save_model
 from flashar_pl.models.lora import ADDED
-from flashar_pl.models.sharded_files import SafeReader
-from flashar_pl.models.weights import Description, load_model, save_model
 
 pytestmark = pytest.mark.slow  # `test_lora.py` has one rank
 FP32 = {"compute": "fp32"}

@@ -25,7 +25,7 @@ from training_toys import (
     make_trainer,
 )
 
-from flashar_pl.models.weights import load_model
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.training.config import plain_settings, typed_settings
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import STEPS, OptimiserConfig, fit, make_module
 
-from flashar_pl.models.weights import load_model
-from flashar_pl.training.fsdp import ShardedStrategy
-from flashar_pl.training.sharding import local
+from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.training.sharded.strategy import ShardedStrategy
+from flashar_pl.training.sharded.units import local
 
 
 class Losses(Callback):

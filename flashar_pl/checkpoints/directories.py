@@ -16,16 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashar_pl.backbones import emu35_weights
 from flashar_pl.backbones.emu35 import Emu35, Heads
-from flashar_pl.backbones.emu35_weights import (
+from flashar_pl.checkpoints import emu35 as emu35_weights
+from flashar_pl.checkpoints.emu35 import (
     backbone_renames,
     found_head_dim,
     is_table,
     parse_config,
     read_json,
 )
-from flashar_pl.backbones.tensor_source import INDEX, SINGLE, SafetensorsDirectory, check_names, fill
+from flashar_pl.checkpoints.sources import INDEX, SINGLE, SafetensorsDirectory, check_names, fill
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR

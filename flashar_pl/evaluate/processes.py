@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from flashar_pl.commands.checkpoint import find_device
-from flashar_pl.commands.evaluate_parts import PartFolder
-from flashar_pl.commands.evaluate_samples import Bench, Job, load_bench
+from flashar_pl.devices import find_device
+from flashar_pl.evaluate.parts import PartFolder
+from flashar_pl.evaluate.samples import Bench, Job, load_bench
 
 Shared = tuple[Job, list[int]]
 """What every process needs: the job, and the batches that are missing."""

@@ -83,9 +83,8 @@ class Room:
                 )
 
     def _available(self) -> int:
-        from flashar_pl.planner import measure
 
-        return int(HEADROOM * measure.available_memory(self.device))
+        return int(HEADROOM * devices.available_memory(self.device))
 
     def _other_copies(self) -> int:
         """Bytes of weights to be allocated beside, or less than, the one copy that the planner counts."""

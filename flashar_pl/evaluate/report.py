@@ -11,12 +11,12 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.commands.evaluate_parts import PartFolder
+from flashar_pl.evaluate.parts import PartFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.commands.evaluate_samples import Bench, Job
+    from flashar_pl.evaluate.samples import Bench, Job
     from flashar_pl.metrics.extractor import FeatureExtractor
     from flashar_pl.metrics.reference import ReferenceStatistics
 
@@ -164,7 +164,7 @@ def draw_grid(bench: Bench, job: Job, num_classes: int, path: Path) -> list[int]
     import torch
 
     from flashar_pl.decoding.samples import draw
-    from flashar_pl.training.images import save_png, tile
+    from flashar_pl.pictures import save_png, tile
 
     classes = shown_classes(num_classes)
     samples = replace(job, labels=classes * ROWS).samples()

@@ -5,17 +5,15 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
+
+from flashar_pl.options import Runner, WeightFormat
 
 if TYPE_CHECKING:
-    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
 
-Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
-"""Those of `flashar_pl.decoding.RUNNERS`."""
-WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
-"""auto: see `choose_format`. The others are those of `flashar_pl.decoding.prepare`."""
 PACKED_WIDTH = 256
 """Narrower models are slower packed in float32 (docs/log.md)."""
 EXACT = ("auto", "plain", "packed")
@@ -44,8 +42,8 @@ def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner,
     """
     if weight_format != "auto":
         return weight_format
+    from flashar_pl.devices import available_memory
     from flashar_pl.layers.packed import unsupported
-    from flashar_pl.planner.measure import available_memory
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.commands.decoder import EXACT
+from flashar_pl.decoding.build import EXACT
 
 PLAIN = "plain raster"
-"""Name of the rows of `flashar_pl.decoding.plain`."""
+"""Name of the rows of `flashar_pl.benchmarking.plain`."""
 COLUMNS = (
     "plan", "runner", "weights", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB",
     "memory floor ms", "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from flashar_pl.commands.common import write_json
+from flashar_pl.files import write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.models.quiet import quiet_torchao
-from flashar_pl.training.sharding import local
+from flashar_pl.training.sharded.units import local
 
 
 def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:

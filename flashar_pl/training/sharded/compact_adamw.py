@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.training.sharding import local
+from flashar_pl.training.sharded.units import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 CHUNK = 2**25

@@ -25,16 +25,16 @@ from torch import Tensor
 from flashar_pl.backbones import build_backbone
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
-from flashar_pl.backbones.llamagen_weights import clean_official, load_strictly
-from flashar_pl.models.architecture import check_same
+from flashar_pl.checkpoints.architecture import check_same
+from flashar_pl.checkpoints.directories import backbone_config, is_official_directory, read_directory, stream_weights
+from flashar_pl.checkpoints.llamagen import clean_official, load_strictly
+from flashar_pl.checkpoints.nar import is_nar, read_nar
+from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta, read_sharded
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.directories import backbone_config, is_official_directory, read_directory, stream_weights
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig, added_parameters, merge, without_adapters
-from flashar_pl.models.nar import is_nar, read_nar
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
-from flashar_pl.models.sharded_files import SafeReader, is_sharded, read_meta, read_sharded
 
 FORMAT = 1
 CHECKPOINT_KEY = "flashar"

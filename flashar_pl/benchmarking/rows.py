@@ -10,17 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.benchmark_table import PLAIN
-from flashar_pl.commands.common import first_line, progress_bar
-from flashar_pl.commands.decoder import Runner, WeightFormat, choose_format
+from flashar_pl.benchmarking.table import PLAIN
+from flashar_pl.console import first_line, progress_bar
+from flashar_pl.decoding.build import choose_format
+from flashar_pl.options import Runner, WeightFormat
 
 if TYPE_CHECKING:
     import torch
 
     from flashar_pl.backbones.base import Condition
+    from flashar_pl.benchmarking.measure import Speed
     from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
-    from flashar_pl.planner.measure import Speed
     from flashar_pl.planner.sizes import ModelSizes
 
 GEMM_SAMPLES = 5
@@ -80,9 +81,10 @@ class Job:
     """By plan: measured rates."""
 
     def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
-        """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.decoding.plain`."""
+        """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.benchmarking.plain`."""
+        from flashar_pl.benchmarking.measure import GemmWalk, Timing, clock, clock_name, repeats_for
+        from flashar_pl.devices import peak_memory
         from flashar_pl.planner import decode_job
-        from flashar_pl.planner.measure import GemmWalk, Timing, clock, clock_name, peak_memory, repeats_for
 
         planned = decode_job(self.sizes, plan, self.grid, batch, self.cfg_scale != 1, self.dtype)
         speed = self._speed(plan, planned)
@@ -130,7 +132,7 @@ class Job:
         }
 
     def _speed(self, plan: str, planned: Any) -> Speed:
-        from flashar_pl.planner.measure import device_speed
+        from flashar_pl.benchmarking.measure import device_speed
 
         if plan not in self.speeds:
             self.speeds[plan] = device_speed(self.sizes, planned, self.device, self.dtype)
@@ -140,7 +142,7 @@ class Job:
         """A function that decodes `batch` images once."""
         import torch
 
-        from flashar_pl.decoding.plain import generate_plain
+        from flashar_pl.benchmarking.plain import generate_plain
         from flashar_pl.sampling import SamplingSettings
 
         torch.manual_seed(0)
@@ -225,7 +227,7 @@ def vq_rows(
     """Time from codes to images of a VQ-16 with random weights, for every batch size, at most 8 images at once."""
     import torch
 
-    from flashar_pl.planner.measure import Timing, clock, clock_name, repeats_for
+    from flashar_pl.benchmarking.measure import Timing, clock, clock_name, repeats_for
     from flashar_pl.tokenizers.vq16 import VQ16, VQ_PRESETS
 
     name = "float32" if dtype == torch.float32 else "bfloat16"

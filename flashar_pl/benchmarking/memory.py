@@ -1,4 +1,4 @@
-"""Peak memory of a block of code, counted tensor by tensor. `measure.peak_memory` is what the system sees."""
+"""Peak memory of a block of code, counted tensor by tensor. `devices.peak_memory` is what the system sees."""
 
 from __future__ import annotations
 

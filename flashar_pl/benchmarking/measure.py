@@ -7,17 +7,11 @@ Letters: R rows, n slots of a step, D width.
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -141,76 +135,6 @@ def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> flo
     for _ in range(repeats + 1):
         clock(call, device, timing)
     return min(getattr(timing, clock_name(device))[1:])
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated: free GPU memory, or the machine's available memory."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _resident(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes; 0 where /proc does not exist."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-@dataclass
-class Peak:
-    """Memory of a block of code."""
-
-    before: int = 0
-    bytes: int = 0
-    """Largest use while it ran; on a CPU of the whole process. 0 = this system does not tell."""
-
-    @property
-    def extra(self) -> int:
-        """What was added to the use before."""
-        return max(0, self.bytes - self.before)
-
-
-def release() -> None:
-    """Give freed memory back to the system, so that the next peak starts from what is in use."""
-    gc.collect()
-    library = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
-    if trim is not None:
-        trim(0)
-
-
-def resident_memory() -> int:
-    """Bytes that this process holds, freed memory given back; 0 where the system does not tell."""
-    release()
-    return _resident("VmRSS")
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Peak memory of the block: the GPU allocator's, or the resident size of this process (Linux)."""
-    peak = Peak()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        peak.before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device)
-        return
-    peak.before = resident_memory()
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists() and os.access(reset, os.W_OK):
-        reset.write_text("5")  # VmHWM starts again from the present size
-    yield peak
-    peak.bytes = _resident("VmHWM")
 
 
 # --- the GEMMs of a job alone -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen
-from flashar_pl.backbones.llamagen_weights import (
+from flashar_pl.checkpoints.llamagen import (
     backbone_renames,
     block_renames,
     clean_official,

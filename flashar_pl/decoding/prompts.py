@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.common import parse_classes, parse_grid
+from flashar_pl.options import parse_classes, parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from flashar_pl.backbones.base import Condition, TextFeatures
     from flashar_pl.backbones.emu35 import Emu35
-    from flashar_pl.commands.checkpoint import Source
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Emu35Text
 

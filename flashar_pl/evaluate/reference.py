@@ -165,11 +165,11 @@ def _from_shards(
     import numpy as np
     import torch
 
-    from flashar_pl.commands.common import parse_tokenizer
     from flashar_pl.data.reader import ShardReader
     from flashar_pl.data.shards import Manifest
     from flashar_pl.metrics.extractor import device_of
     from flashar_pl.metrics.reference import cached_reference, reference_from_batches
+    from flashar_pl.options import parse_tokenizer
     from flashar_pl.tokenizers import build_tokenizer
 
     manifest = Manifest.load(path)

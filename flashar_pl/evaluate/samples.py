@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.checkpoint import Dtype, Source, Weights, find_device, open_checkpoint
-from flashar_pl.commands.decoder import Runner, WeightFormat, build_engine
+from flashar_pl.checkpoints.opening import Source, open_checkpoint
+from flashar_pl.decoding.build import build_engine
+from flashar_pl.devices import find_device
+from flashar_pl.options import Dtype, Runner, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from flashar_pl.decoding import Engine

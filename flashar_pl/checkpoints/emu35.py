@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.backbones.tensor_source import (
+from flashar_pl.checkpoints.sources import (
     Rename,
     SafetensorsDirectory,
     TensorSource,

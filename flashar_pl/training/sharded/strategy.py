@@ -23,14 +23,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from flashar_pl.checkpoints.directories import is_official_directory
+from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_meta
+from flashar_pl.checkpoints.weights import EMA_PREFIX, NET_PREFIX, InitReport, build_model, build_on_meta, initialise
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.directories import is_official_directory
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
-from flashar_pl.models.sharded_files import META, SafeReader, is_sharded, read_meta
-from flashar_pl.models.weights import EMA_PREFIX, NET_PREFIX, InitReport, build_model, build_on_meta, initialise
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.optim import set_rate
-from flashar_pl.training.sharding import Compute, allocate, check_filled, local, recompute_blocks, shard
+from flashar_pl.training.sharded.units import Compute, allocate, check_filled, local, recompute_blocks, shard
 
 OPTIMISER = "optimiser."
 """Prefix of optimiser states in a sharded checkpoint: optimiser.NAME OF THE PARAMETER.NAME OF THE STATE."""

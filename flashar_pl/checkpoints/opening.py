@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.commands.common import parse_grid, parse_tokenizer
+from flashar_pl.options import Dtype, Weights, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
+    from flashar_pl.checkpoints.weights import Description
     from flashar_pl.models import GridModel
-    from flashar_pl.models.weights import Description
     from flashar_pl.tokenizers import Tokenizer
 
-Plan = Literal["raster", "diagonal"]
-Weights = Literal["auto", "raw", "ema"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 STORED: Literal["stored"] = "stored"
 """The dtype that the file has."""
 OFFICIAL_FILE = "official file"
@@ -90,7 +85,7 @@ class Source:
 
 def count_parameters(model: GridModel) -> int:
     """Number of parameters of a model, whatever form its weights are in (see `flashar_pl.decoding.prepare`)."""
-    from flashar_pl.models.weights import build_on_meta
+    from flashar_pl.checkpoints.weights import build_on_meta
 
     return sum(p.numel() for p in build_on_meta(model.config()).parameters())
 
@@ -115,9 +110,9 @@ def open_checkpoint(
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
             for a checkpoint that says it. Every message names the file.
     """
-    from flashar_pl.models.directories import is_official_directory
+    from flashar_pl.checkpoints.directories import is_official_directory
+    from flashar_pl.checkpoints.weights import load_model
     from flashar_pl.models.flashar import FlashAR
-    from flashar_pl.models.weights import load_model
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.tokenizers.files import naming
 
@@ -174,22 +169,3 @@ def check_top_k(model: GridModel, top_k: int) -> None:
     """ValueError for more codes than the model has, which would keep all of them like 0."""
     if top_k > model.backbone.vocabulary:
         raise ValueError(f"top_k is {top_k}; expected 0 (off) to {model.backbone.vocabulary}, the number of codes.")
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" = the GPU if there is one. Raises ValueError where it cannot be used."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device; use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()}; the first is cuda:0.")
-    return device

@@ -1,0 +1,1 @@
+"""Measuring: time and memory of decoding and training."""

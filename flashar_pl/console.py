@@ -1,0 +1,98 @@
+"""What people see in a terminal: progress, tables, counts.
+
+Standard library only at module level: every `--help` imports this file.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+LINE_EVERY = 30.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+class Missed(Exception):
+    """A run was sound but missed a stated bound; the command exits with 1."""
+
+
+class progress_bar:
+    """A progress bar on stderr whose target is a callable: `with progress_bar(n, unit) as advance: advance(1)`.
+
+    Where stderr is no terminal, a line every `LINE_EVERY` seconds. done: what was there before this run.
+    """
+
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, disable=None)
+        self._total, self._unit, self._done, self._before = total, unit, done, done
+        self._began = self._last = time.monotonic()
+
+    def __enter__(self) -> Callable[[int], Any]:
+        return self._advance
+
+    def _advance(self, n: int) -> None:
+        self._bar.update(n)
+        self._done += n
+        now = time.monotonic()
+        if self._bar.disable and self._before < self._done < self._total and now - self._last > LINE_EVERY:
+            self._last = now
+            rate = (self._done - self._before) / (now - self._began)
+            left = timedelta(seconds=round((self._total - self._done) / rate))
+            print(
+                f"{self._done:,} of {self._total:,} {self._unit}, {rate:.3g} {self._unit}/s, {left} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = True) -> str:
+    """Rows as a Markdown table, or aligned for a terminal; the first column is text, the others are numbers."""
+    if markdown:
+        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+
+    def align(line: Sequence[str]) -> str:
+        return "  ".join(text.rjust(widths[i]) if i else text.ljust(widths[0]) for i, text in enumerate(line))
+
+    return "\n".join(align(line) for line in (header, *rows))
+
+
+def plural(n: int, noun: str) -> str:
+    """ "1 sample", "1,200 samples"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message; the name of its class where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    import numpy
+    import torch
+
+    from flashar_pl import __version__
+
+    return {
+        "flashar-pl": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

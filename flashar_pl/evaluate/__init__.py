@@ -1,0 +1,1 @@
+"""Samples against real images: drawing, features, references, metrics."""

@@ -1,0 +1,168 @@
+"""Options shared by commands and by Python callers, each declared once; the text under a field is its `--help`.
+
+A command takes these groups as parameters and `flashar_pl.commands.arguments` flattens them into options. Standard
+library only: every `--help` imports this file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from typing import Any, Literal
+
+Plan = Literal["raster", "diagonal"]
+Weights = Literal["auto", "raw", "ema"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
+WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
+MOST_CODES = 2**16
+"""Largest grid that is taken for meant: 256 x 256 codes are 4,096 x 4,096 pixels."""
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    checkpoint: str
+    """Lightning checkpoint, converted directory, official .pt or .safetensors file, or released directory."""
+    weights: Weights = "auto"
+    """Which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema."""
+    branch_layer: int | None = None
+    """Turns a raster checkpoint into an untrained FlashAR that branches at this layer."""
+    n_head: int | None = None
+    """Attention heads, for official files of unpublished sizes."""
+    grid: str | None = None
+    """Code grid HEIGHTxWIDTH, where the checkpoint does not say it (official files) or another one is wanted."""
+    tokenizer: str | None = None
+    """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
+    pixels:LEVELS, or a JSON object."""
+    backbone_class: str | None = None
+    """Import path of a backbone of your own, such as mine.models.Backbone; a checkpoint never says what to import."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How codes are drawn
+
+    Invalid values raise ValueError on construction.
+    """
+
+    cfg_scale: float = 1.0
+    """Classifier-free guidance s in u + s (c - u); 1 is off (one pass), 0 unconditional."""
+    cfg_interval: int | None = None
+    """k: guide only steps with at most k + 1 cells decoded before them. Default: every step."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely code."""
+    top_k: int = 0
+    """Keep the k most likely codes, ties included; 0 is off."""
+    top_p: float = 1.0
+    """Keep the most likely codes up to this probability; 1 is off."""
+    greedy: bool = False
+    """Take the most likely code after guidance instead of drawing."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
+            raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
+        if self.cfg_interval is not None and self.cfg_interval < 0:
+            raise ValueError(f"cfg_interval is {self.cfg_interval}; expected 0 or more, or None for every step.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 or more.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
+
+    @property
+    def guided(self) -> bool:
+        """Whether a second, unconditional row is needed at all."""
+        return self.cfg_scale != 1.0
+
+    def guides(self, decoded: int) -> bool:
+        """Whether a step with `decoded` cells before it is guided."""
+        return self.guided and (self.cfg_interval is None or decoded <= self.cfg_interval + 1)
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What computes"""
+
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Dtype | None = None
+    """Of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for directories of
+    released weights that of the files."""
+    batch_size: int | Literal["auto"] | None = None
+    """Samples computed together; auto is the largest that fits, up to 64 on a CPU and 1024 on a GPU. Default: 16, or
+    fewer where fewer fit."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+
+@dataclass(frozen=True)
+class EngineOptions(DeviceOptions):
+    """What drives decoding"""
+
+    plan: Plan | None = None
+    """Decoding order: raster (H*W steps) or diagonal (H+W-1 steps). Default: the checkpoint's own."""
+    runner: Runner = "auto"
+    """eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or compiled-graphs; auto is graphs on a GPU,
+    eager on a CPU. All draw the same codes up to rounding."""
+    weight_format: WeightFormat = "auto"
+    """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
+    plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
+
+
+# --- values written as text ------------------------------------------------------------------------------------------
+
+
+def parse_grid(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
+    """ "16x24" or "16" (a square) as (H, W). Raises ValueError for anything else."""
+    if text is None or isinstance(text, tuple):
+        return text
+    sides = str(text).lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"grid is {text!r}; expected HEIGHTxWIDTH such as 16x16, or one side of a square.")
+    height, width = int(sides[0]), int(sides[-1])
+    if height * width > MOST_CODES:
+        raise ValueError(
+            f"grid is {text!r}, {height * width:,} codes; expected at most {MOST_CODES:,}, in codes, not pixels."
+        )
+    return height, width
+
+
+def parse_tokenizer(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """ "pixels:17", "vq16:FILE", "ibq:FILE", a directory or a JSON object, as the argument of `build_tokenizer`."""
+    if text is None or isinstance(text, dict):
+        return text
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--tokenizer {text!r} is not JSON: {error}") from error
+    if Path(text).expanduser().is_dir():
+        return {"kind": "ibq", "weights": text}
+    kind, _, value = text.partition(":")
+    if not value:
+        raise ValueError(f"tokenizer is {text!r}; expected KIND:VALUE such as vq16:vq_ds16_c2i.pt or pixels:17.")
+    if kind == "pixels":
+        if not value.isdigit():
+            raise ValueError(f"tokenizer is {text!r}; expected pixels:LEVELS such as pixels:17.")
+        return {"kind": kind, "levels": int(value)}
+    return {"kind": kind, "weights": value}
+
+
+def parse_classes(classes: str | list[int] | int) -> list[int]:
+    """ "3,7", "0-9" or a list of ints as class ids. Raises ValueError for anything else."""
+    if not isinstance(classes, str):
+        return [classes] if isinstance(classes, int) else [int(c) for c in classes]
+    ids: list[int] = []
+    for part in classes.strip("[] ").split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
+            raise ValueError(f"classes is {classes!r}; expected ids such as 3,7 or a range such as 0-9.")
+        ids += range(int(first), int(last or first) + 1)
+    return ids

@@ -1,0 +1,1 @@
+"""Training on sharded parameters (FSDP2)."""
