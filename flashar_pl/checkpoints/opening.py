@@ -54,6 +54,7 @@ class Source:
 
     def matching_tokenizer(self, device: str) -> Tokenizer:
         """The tokenizer that decodes the checkpoint's codes, on a device. ValueError where it is not the model's."""
+        from flashar_pl.devices import find_device
         from flashar_pl.tokenizers import build_tokenizer
 
         decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
@@ -112,6 +113,7 @@ def open_checkpoint(
     """
     from flashar_pl.checkpoints.directories import is_official_directory
     from flashar_pl.checkpoints.weights import load_model
+    from flashar_pl.devices import find_device
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.tokenizers.files import naming

@@ -83,6 +83,7 @@ class Room:
                 )
 
     def _available(self) -> int:
+        from flashar_pl import devices
 
         return int(HEADROOM * devices.available_memory(self.device))
 

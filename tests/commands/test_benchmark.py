@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flashar_pl import decoding
+from flashar_pl import decoding, devices
 from flashar_pl.benchmarking import measure
 from flashar_pl.benchmarking.rows import Job, synthetic_model
 from flashar_pl.benchmarking.table import PLAIN, markdown, speedups

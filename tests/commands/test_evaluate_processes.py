@@ -154,6 +154,6 @@ def test_a_run_continues_when_other_memory_is_free(words, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("flashar_pl.commands.evaluate.compute_metrics", stopped)
-        patch.setattr("flashar_pl.benchmarking.devices.available_memory", lambda device: 0)
+        patch.setattr("flashar_pl.devices.available_memory", lambda device: 0)
         assert main(mine) == 2
     assert main(mine) == 0

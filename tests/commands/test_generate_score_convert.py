@@ -11,7 +11,7 @@ from command_toys import tiny_backbone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flashar_pl import decoding
+from flashar_pl import decoding, devices
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.commands import generate as generate_command
 from flashar_pl.commands.score import image_nll
