@@ -5,12 +5,13 @@ Neither torch nor Lightning is imported here, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from flashar_pl.doors import door
 
 
 @dataclass(frozen=True)
@@ -173,8 +174,7 @@ def command_list(commands: dict[str, Command]) -> str:
 
 def load(command: Command) -> Callable[..., Any]:
     """The function behind a verb."""
-    module, function = command.target.split(":")
-    return getattr(importlib.import_module(f"flashar_pl.commands.{module}"), function)
+    return door(f"flashar_pl.commands.{command.target}")
 
 
 def _code(result: Any) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix
+from flashar_pl.doors import door
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
@@ -183,26 +184,19 @@ class Emu35(Backbone):
         Epsilon and RoPE base come from `config` and are never assumed. Dropout is off; official training used the
         `attention_dropout` of config.json. Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.checkpoints.emu35 import read_official
-        from flashar_pl.checkpoints.sources import StateDict
-
-        return read_official(StateDict(state_dict), config, heads)
+        return door("flashar_pl.checkpoints.emu35:read_state_dict")(state_dict, config, heads)
 
     @classmethod
     def from_directory(cls, directory: str | Path, heads: Heads = "full") -> Emu35:
         """A model from an official directory: config.json and one or many safetensors files, read tensor by tensor."""
-        from flashar_pl.checkpoints.emu35 import read_directory
-
-        return read_directory(directory, heads)
+        return door("flashar_pl.checkpoints.emu35:read_directory")(directory, heads)
 
     def to_official(self, source: str | Path | None = None) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`.
 
         source: directory of the checkpoint this model came from; heads="visual" takes the text rows of the head there.
         """
-        from flashar_pl.checkpoints.emu35 import write_official
-
-        return write_official(self, source)
+        return door("flashar_pl.checkpoints.emu35:write_official")(self, source)
 
     def config_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **self.config.to_dict()}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, TextFeatures
+from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.layers.rope import Rope, angles_2d, rotations
@@ -188,15 +189,12 @@ class LlamaGen(Backbone):
 
         Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.checkpoints.llamagen import read_official
-
-        return read_official(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+        read = door("flashar_pl.checkpoints.llamagen:read_official")
+        return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
     def to_official(self) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`."""
-        from flashar_pl.checkpoints.llamagen import write_official
-
-        return write_official(self)
+        return door("flashar_pl.checkpoints.llamagen:write_official")(self)
 
     def config_dict(self) -> dict[str, Any]:
         return {"kind": self.kind, **asdict(self.config)}

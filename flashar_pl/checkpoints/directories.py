@@ -25,11 +25,12 @@ from flashar_pl.checkpoints.emu35 import (
     parse_config,
     read_json,
 )
+from flashar_pl.checkpoints.released import MODEL_TYPE, fill_released, read_released
 from flashar_pl.checkpoints.sources import INDEX, SINGLE, SafetensorsDirectory, check_names, fill
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
-from flashar_pl.models.released import MODEL_TYPE, ReleasedFlashAR, fill_released, read_released
+from flashar_pl.models.released import ReleasedFlashAR
 
 
 def is_official_directory(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.sources import (
     Rename,
     SafetensorsDirectory,
+    StateDict,
     TensorSource,
     check_names,
     fill,
@@ -136,6 +137,11 @@ def read_official(
         backbone = Emu35(parsed).to(dtype or source_dtype(source, EMBEDDING))
     fill(backbone, source, renames, device)
     return backbone.eval()
+
+
+def read_state_dict(state_dict: dict[str, Tensor], config: dict[str, Any], heads: Heads) -> Emu35:
+    """See `Emu35.from_official`."""
+    return read_official(StateDict(state_dict), config, heads)
 
 
 def read_json(directory: str | Path) -> dict[str, Any]:

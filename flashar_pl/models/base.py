@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, check_codes, slot_codes
+from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
@@ -76,14 +77,12 @@ class GridModel(nn.Module, ABC):
     def from_pretrained(
         cls, path: str | Path, weights: Literal["auto", "raw", "ema"] = "auto", n_head: int | None = None
     ) -> Self:
-        """The model stored at `path`, on the CPU in evaluation mode; arguments as in `models.weights.load_model`.
+        """The model stored at `path`, on the CPU in evaluation mode; arguments as in `checkpoints.weights.load_model`.
 
         Raises:
             ValueError: no such model, or one of another class: a raster model is no FlashAR model.
         """
-        from flashar_pl.checkpoints.weights import load_model
-
-        model = load_model(path, weights, n_head).model.eval()
+        model = door("flashar_pl.checkpoints.weights:load_model")(path, weights, n_head).model.eval()
         if not isinstance(model, cls):
             found = type(model).__name__
             raise ValueError(f"{path} holds a {found} model, not a {cls.__name__}; expected {found}.from_pretrained.")

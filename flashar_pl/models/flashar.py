@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
+from flashar_pl.doors import door
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
@@ -152,9 +153,8 @@ class FlashAR(GridModel):
         Also reads the authors' LlamaGen-FlashAR weights without gate and with the branch at the last layer.
         Missing, unknown or misshapen keys raise ValueError.
         """
-        from flashar_pl.checkpoints.nar import read_nar
-
-        return read_nar(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+        read = door("flashar_pl.checkpoints.nar:read_nar")
+        return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
     @classmethod
     def from_released(cls, directory: str | Path, heads: Literal["full", "visual"] = "full") -> FlashAR:
@@ -164,15 +164,11 @@ class FlashAR(GridModel):
         the rows of both heads that score visual codes, all that decoding needs. Missing, unknown or misshapen keys
         raise ValueError.
         """
-        from flashar_pl.models.released import read_released
-
-        return read_released(directory, heads)
+        return door("flashar_pl.checkpoints.released:read_released")(directory, heads)
 
     def to_nar(self) -> dict[str, Tensor]:
         """The official NAR state dict, inverse of `from_nar`."""
-        from flashar_pl.checkpoints.nar import write_nar
-
-        return write_nar(self)
+        return door("flashar_pl.checkpoints.nar:write_nar")(self)
 
 
 def _same_norm(norm: nn.Module) -> nn.Module:

@@ -1,7 +1,6 @@
-"""FlashAR for Emu3.5 as its authors released it (lxazjk/Emu3.5-FlashAR): their checkpoints in and out.
+"""FlashAR for Emu3.5 as its authors released it (lxazjk/Emu3.5-FlashAR): their conventions.
 
-Their code differs from the paper in four places. `Compatibility` names them, `ReleasedFlashAR` implements them, and no
-other file knows of them.
+Their code differs from the paper in four places. `Compatibility` names them, `ReleasedFlashAR` implements them.
 
 Shapes: R rows, L positions of this forward, K visible positions, P prefix, D width, M pairs of states.
 """
@@ -16,38 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone, Prefix
-from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.checkpoints.emu35 import (
-    block_renames,
-    body_renames,
-    found_head_dim,
-    head_rename,
-    is_table,
-    parse_config,
-    read_json,
-    with_text_rows,
-)
-from flashar_pl.checkpoints.sources import (
-    Rename,
-    SafetensorsDirectory,
-    TensorSource,
-    check_names,
-    fill,
-    source_dtype,
-    split_rows,
-)
+from flashar_pl.backbones.emu35 import Emu35
+from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
+from flashar_pl.models.dual_head import Corner, DualHead, Fusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.numerics import full_precision, wide
-
-MODEL_TYPE = "emu3_flashar"
-"""`model_type` in the config.json of a released checkpoint."""
-IGNORED = ("fuse_h_logit", "fuse_corner_h_logit")
-"""Parameters of earlier versions that some saved files carry; the released code does not use them."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +133,7 @@ class ReleasedFlashAR(FlashAR):
 
         source: directory the model came from; heads="visual" takes the text rows of both heads there.
         """
-        config = self.backbone.config
-        official = split_rows(self.state_dict(), renames(config, self.vertical_layers))
-        if config.heads == "visual":
-            for key in ("horizontal_head.weight", "vertical_head.weight"):
-                official[key] = with_text_rows(official[key], config, source, key)
-        return official
+        return door("flashar_pl.checkpoints.released:write_released")(self, source)
 
 
 def without_prefix(mask: Mask, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:
@@ -177,73 +148,3 @@ def without_prefix(mask: Mask, n_prefix: int, n_new: int, n_visible: int, device
     if isinstance(mask, str):
         allowed = allowed.tril()
     return mask & allowed if isinstance(mask, Tensor) else allowed[None, None]
-
-
-def renames(config: Emu35Config, vertical_layers: int) -> list[Rename]:
-    """Names of a released checkpoint."""
-    gate = max(64, config.dim // 8)
-    names = [
-        *body_renames(config, "backbone.", "backbone."),
-        head_rename(config, "dual_head.horizontal.weight", "horizontal_head.weight"),
-        head_rename(config, "dual_head.vertical.weight", "vertical_head.weight"),
-        Rename("vertical.norm.weight", (("vertical_norm.weight", config.dim),)),
-        Rename("dual_head.gate.hidden.weight", (("hv_gate_mlp.0.weight", gate),)),
-        Rename("dual_head.gate.out.weight", (("hv_gate_mlp.2.weight", 1),)),
-        Rename("dual_head.gate.out.bias", (("hv_gate_mlp.2.bias", 1),)),
-        Rename("dual_head.corner_gate.out.weight", (("hv_gate_corner.weight", 1),)),
-        Rename("dual_head.corner_gate.out.bias", (("hv_gate_corner.bias", 1),)),
-    ]
-    for i in range(vertical_layers):
-        names += block_renames(config, f"vertical.blocks.{i}.", f"vertical_block.{i}.")
-    return names
-
-
-def branch(values: dict[str, Any], n_layer: int) -> tuple[int, int]:
-    """(m, k) from a released config.json: the branch layer and the number of vertical layers."""
-    k = values.get("vertical_layers")
-    if not values.get("use_vertical_block", True) or not k:
-        raise ValueError(
-            f"config.json has use_vertical_block {values.get('use_vertical_block')!r}, vertical_layers {k!r}; "
-            "expected a checkpoint with at least one vertical layer."
-        )
-    start = values.get("vertical_start_layer")
-    m = n_layer - k if start is None or start < 0 else start
-    return m, k
-
-
-def read_released(
-    directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> ReleasedFlashAR:
-    """See `FlashAR.from_released`. The weights are read into memory of `device`; dtype None = the checkpoint's."""
-    values = read_json(directory)
-    source = SafetensorsDirectory(directory)
-    model = released_on_meta(values, source, heads, dtype)
-    fill_released(model, source, device)
-    return model.eval()
-
-
-def released_on_meta(
-    values: dict[str, Any], source: TensorSource, heads: Heads, dtype: torch.dtype | None = None
-) -> ReleasedFlashAR:
-    """The model of a released checkpoint, without memory for weights; dtype None = the checkpoint's."""
-    if values.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
-    config = parse_config(values, heads, found_head_dim(source, "backbone."))
-    m, k = branch(values, config.n_layer)
-    with torch.device("meta"):
-        model = ReleasedFlashAR(Emu35(config), m, k, Compatibility())
-    return model.to(dtype or source_dtype(source, "backbone.embed_tokens.weight"))
-
-
-def zero_biases(source: TensorSource) -> list[str]:
-    """Head biases of earlier versions that add nothing; a bias with values is left to be refused."""
-    biases = [key for key in ("horizontal_head.bias", "vertical_head.bias") if key in set(source.keys())]
-    return [key for key in biases if not source.rows(key, 0, source.shape(key)[0]).any()]
-
-
-def fill_released(model: ReleasedFlashAR, source: TensorSource, device: torch.device | str = "cpu") -> None:
-    """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
-    assert isinstance(model.dual_head.gate, FusionGate) and model.compatibility.corner_gate
-    table = renames(model.backbone.config, model.vertical_layers)
-    check_names(source, table, ignored=[*IGNORED, *zero_biases(source), *filter(is_table, source.keys())])
-    fill(model, source, table, device)
