@@ -161,7 +161,7 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
         print(f"usage: flashar {words[0]} WHAT [options]        flashar {words[0]} WHAT --help\n")
         print(command_list(nested))
         return None, []
-    from flashar_pl.commands.arguments import closest
+    from flashar_pl.files import closest
 
     typed = " ".join(words[:2]) if nested else words[0]
     raise ValueError(f"no command {typed!r}; {closest(typed, nested or COMMANDS)} See flashar --help.")

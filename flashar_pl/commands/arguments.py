@@ -1,62 +1,155 @@
-"""Command line of a typed function: options from its signature, help text from its docstring.
+"""Command line of a typed function: options from its signature, help text from where each is declared.
 
-Positional-only parameters become positional arguments, keyword-only parameters become options (`num_images` is typed
-`--num-images`), parameters without a default are required, booleans are switches. A union that contains `str` is read
-as text. The docstring has a summary, an explanation, `Example:` and `Args:`.
+A parameter whose type is a dataclass is a group of options: each field becomes one (`num_images` is typed
+`--num-images`), described by the text under it, and the function receives the object. Positional-only parameters become
+positional arguments, other parameters options of their own, described under `Args:`. What has no default is required,
+booleans are switches, a union that contains `str` is read as text. The docstring of the function has a summary, an
+explanation, `Example:` and `Args:`.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
+import ast
 import inspect
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal
 
-import docstring_parser
-from jsonargparse import ArgumentParser
+from flashar_pl.files import closest
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option or positional argument."""
+
+    name: str
+    hint: Any
+    text: str
+    default: Any
+    """MISSING = it must be given."""
+    group: str | None = None
+    """Parameter of the function that holds it; None = it is a parameter itself."""
+    title: str | None = None
+    """Heading in the help."""
+    nargs: Literal["+"] | None = None
+    positional: bool = False
+
+    @property
+    def typed(self) -> str:
+        """How it is typed: num_images -> --num-images."""
+        return self.name.upper() if self.positional else "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+
+@cache
+def field_texts(group: type) -> dict[str, str]:
+    """The text under each field of a dataclass, those it inherits included."""
+    texts: dict[str, str] = {}
+    for owner in reversed(group.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:]):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant)
+            ):
+                assert isinstance(field.target, ast.Name)
+                texts[field.target.id] = " ".join(str(below.value.value).split())
+    return texts
+
+
+def group_of(hint: Any) -> type | None:
+    """The dataclass that a parameter takes; None for any other type."""
+    return hint if isinstance(hint, type) and is_dataclass(hint) else None
+
+
+def options_of(function: Callable[..., Any]) -> list[Option]:
+    """Everything that can be typed after the command, in the order of the signature."""
+    found: list[Option] = []
+    hints, texts = typing.get_type_hints(function), _sections(function)[2]
+    for name, parameter in inspect.signature(function).parameters.items():
+        group = group_of(hints[name])
+        if group is None:
+            assert name in texts, f"{function.__name__}: parameter {name} has no description"
+            many = parameter.kind is parameter.VAR_POSITIONAL
+            positional = many or parameter.kind is parameter.POSITIONAL_ONLY
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            found.append(
+                Option(
+                    name, hints[name], texts[name], default=default, nargs="+" if many else None, positional=positional
+                )
+            )
+            continue
+        types_, told = typing.get_type_hints(group), field_texts(group)
+        title = inspect.cleandoc(group.__doc__ or "").split("\n")[0].rstrip(".").lower()
+        for field in fields(group):
+            assert field.name in told, f"{group.__name__}.{field.name} has no description"
+            found.append(Option(field.name, types_[field.name], told[field.name], field.default, name, title))
+    names = [option.name for option in found]
+    assert len(names) == len(set(names)), f"{function.__name__} declares an option twice: {sorted(names)}"
+    return found
+
+
+def build_parser(function: Callable[..., Any], prog: str) -> argparse.ArgumentParser:
+    """The parser of `flashar VERB` for a command function."""
+    options = options_of(function)
+    explanation, example, _ = _sections(function)
+    parser = _Parser(
+        prog=prog,
+        usage=_usage(prog, options),
+        description=explanation,
+        epilog=f"example:\n{textwrap.indent(_as_typed(example), '  ')}" if example else None,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    groups: dict[str | None, Any] = {None: parser}
+    for option in sorted(options, key=lambda option: not option.required):
+        heading = None if option.required else option.title
+        if heading not in groups:
+            groups[heading] = parser.add_argument_group(str(heading))
+        _add(groups[heading], option)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of ending the process."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ValueError(f"{message}. See {self.prog} --help.")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Wide help lines; the alias that jsonargparse adds for lists is not shown."""
+    """Wide help lines."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=110)
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        return f"{action.option_strings[0]} {action.metavar}"
 
-
-def build_parser(function: Callable[..., Any], prog: str) -> ArgumentParser:
-    """The parser of `flashar VERB` for a command function. Every parameter must have a line in the docstring."""
-    doc = docstring_parser.parse(function.__doc__ or "", docstring_parser.DocstringStyle.GOOGLE)
-    described = {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
-    examples = "\n\n".join(_as_typed(example.description or "") for example in doc.examples)
-    hints = typing.get_type_hints(function)
-    parameters = inspect.signature(function).parameters
-    parser = ArgumentParser(
-        prog=prog,
-        usage=_usage(prog, parameters),
-        description=inspect.cleandoc((function.__doc__ or "").split("Example")[0].split("Args:")[0]),
-        epilog=f"example:\n  {examples.replace(chr(10), chr(10) + '  ')}" if examples else None,
-        formatter_class=_Help,
-        exit_on_error=False,
-    )
-    for name, parameter in parameters.items():
-        assert name in described, f"{function.__name__}: parameter {name} has no description"
-        _add(parser, parameter, hints[name], described[name])
-    return parser
+def _sections(function: Callable[..., Any]) -> tuple[str, str, dict[str, str]]:
+    """Explanation, example, and the text of each parameter in a docstring."""
+    doc = inspect.cleandoc(function.__doc__ or "")
+    explanation, *rest = re.split(r"^(Example|Args|Returns|Raises):\n", doc, flags=re.MULTILINE)
+    parts = dict(zip(rest[::2], rest[1::2]))
+    entries = re.split(r"^(\w+): ", textwrap.dedent(parts.get("Args", "")), flags=re.MULTILINE)[1:]
+    texts = {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2])}
+    return explanation.strip(), textwrap.dedent(parts.get("Example", "")).strip(), texts
 
 
 def _as_typed(example: str) -> str:
     """An example that a shell takes as it is: a line that starts no command continues the one before it."""
     lines: list[str] = []
-    for line in example.splitlines():
+    for line in filter(None, example.splitlines()):
         if lines and not line.startswith(("flashar ", "torchrun ")):
             lines[-1] += " \\"
             line = "  " + line.strip()
@@ -64,121 +157,136 @@ def _as_typed(example: str) -> str:
     return "\n".join(lines)
 
 
-def _usage(prog: str, parameters: typing.Mapping[str, inspect.Parameter]) -> str:
+def _usage(prog: str, options: list[Option]) -> str:
     words = [prog]
-    for name, parameter in parameters.items():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            words.append(f"{name.upper()} [{name.upper()} ...]")
-        elif parameter.kind is parameter.POSITIONAL_ONLY:
-            words.append(name.upper())
-        elif parameter.default is parameter.empty:
-            words.append(f"{option(name)} {name.upper()}")  # required options are text
+    for option in options:
+        if option.positional:
+            words.append(f"{option.typed} [{option.typed} ...]" if option.nargs else option.typed)
+        elif option.required:
+            words.append(f"{option.typed} {_metavar(option)}")
     return " ".join([*words, "[options]"])
 
 
-def option(name: str) -> str:
-    """How a parameter is typed: num_images -> --num-images."""
-    return "--" + name.replace("_", "-")
+def _add(parser: Any, option: Option) -> None:
+    text = option.text.replace("%", "%%")
+    if option.positional:
+        parser.add_argument(option.name, type=_reader(option), metavar=option.typed, help=text, nargs=option.nargs)
+        return
+    if option.hint is bool:
+        parser.add_argument(option.typed, action="store_true", help=text)
+        return
+    if option.required:
+        text += " Required."
+    elif option.default is not None and "Default:" not in text:
+        text += f" Default: {option.default}."
+    action = "append" if _is_list(option.hint) else "store"
+    default = None if option.required else option.default
+    parser.add_argument(
+        option.typed, action=action, type=_reader(option), default=default, metavar=_metavar(option), help=text
+    )
 
 
-def _add(parser: ArgumentParser, parameter: inspect.Parameter, hint: Any, text: str) -> None:
-    hint = _readable(hint)
-    choices = _choices(hint)
-    other = ["N"] if choices and int in typing.get_args(hint) else []
-    metavar = "{" + ",".join([*choices, *other]) + "}" if choices else _metavar(parameter.name, hint)
-    text = text.replace("%", "%%")
-    if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
-        nargs = "+" if parameter.kind is parameter.VAR_POSITIONAL else None
-        parser.add_argument(parameter.name, type=hint, metavar=parameter.name.upper(), help=text, nargs=nargs)
-    elif list[str] in typing.get_args(hint):
-        parser.add_argument(option(parameter.name), action="append", metavar=metavar, help=text)
-    elif hint is bool:
-        parser.add_argument(option(parameter.name), action="store_true", help=text)
-    elif parameter.default is parameter.empty:
-        parser.add_argument(option(parameter.name), type=hint, required=True, metavar=metavar, help=f"{text} Required.")
-    else:
-        shown = text if parameter.default is None else f"{text} Default: {parameter.default}."
-        parser.add_argument(option(parameter.name), type=hint, default=parameter.default, metavar=metavar, help=shown)
+def _parts(hint: Any) -> list[Any]:
+    """The types of a union; one type otherwise."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return [part for part in typing.get_args(hint) if part is not type(None)] if union else [hint]
 
 
-def _readable(hint: Any) -> Any:
-    """The type the command line reads: text where a union allows it."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and str in typing.get_args(hint):
-        return str | None if type(None) in typing.get_args(hint) else str
-    return hint
-
-
-def _metavar(name: str, hint: Any) -> str:
-    """N for a whole number, X for a number, otherwise the parameter's name."""
-    kinds = typing.get_args(hint) or (hint,)
-    return "N" if int in kinds else "X" if float in kinds else name.upper()
+def _is_list(hint: Any) -> bool:
+    return str not in _parts(hint) and any(typing.get_origin(part) is list for part in _parts(hint))
 
 
 def _choices(hint: Any) -> list[str]:
     """The values of a Literal, also inside an optional."""
-    if typing.get_origin(hint) is Literal:
-        return [str(value) for value in typing.get_args(hint)]
-    return [choice for part in typing.get_args(hint) for choice in _choices(part)]
+    return [str(v) for part in _parts(hint) if typing.get_origin(part) is Literal for v in typing.get_args(part)]
+
+
+def _metavar(option: Option) -> str:
+    """N for a whole number, X for a number, {a,b} for a choice, otherwise the option's name."""
+    kinds, choices = _parts(option.hint), _choices(option.hint)
+    if choices:
+        return "{" + ",".join([*choices, *(["N"] if int in kinds else [])]) + "}"
+    return "N" if int in kinds else "X" if float in kinds else option.name.upper()
+
+
+def _reader(option: Option) -> Callable[[str], Any]:
+    """What turns a typed word into the option's value."""
+    kinds, choices = _parts(option.hint), _choices(option.hint)
+
+    def read(word: str) -> Any:
+        if str in kinds or _is_list(option.hint) or word in choices:
+            return word
+        for kind in (int, float):
+            if kind in kinds:
+                try:
+                    return kind(word)
+                except ValueError:
+                    pass
+        raise _WrongValue(f"{option.typed} is {word!r}; expected {type_text(option.hint)}")
+
+    return read
+
+
+class _WrongValue(Exception):
+    """A word that an option does not take; argparse lets it pass as it is."""
+
+
+def type_text(hint: Any) -> str:
+    """A type in words."""
+    choices = _choices(hint)
+    words = [f"{'one of ' * (len(choices) > 1)}{', '.join(choices)}"] if choices else []
+    words += [{int: "a whole number", float: "a number"}[kind] for kind in _parts(hint) if kind in (int, float)]
+    return " or ".join(words)
 
 
 def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments for `function` from a command line.
 
     Raises:
-        ValueError: unknown option (the closest one is named), missing option, or a value of the wrong type.
+        ValueError: unknown option (the closest one is named), missing option, or a value of the wrong type or range.
         SystemExit: after printing the help text for --help.
     """
-    parser = build_parser(function, prog)
-    hints = typing.get_type_hints(function)
-    known = [option(name) for name in hints if name != "return"]
-    unknown = [word for word in argv if word.startswith("--") and _name(word) not in {*known, "--help"}]
+    options = options_of(function)
+    known = [option.typed for option in options if not option.positional]
+    unknown = [word.split("=", 1)[0] for word in argv if word.startswith("--")]
+    unknown = [word for word in unknown if word not in {*known, "--help"}]
     if unknown:
-        raise ValueError(f"{prog} has no option {_name(unknown[0])}; {closest(_name(unknown[0]), known)}")
+        raise ValueError(f"{prog} has no option {unknown[0]}; {closest(unknown[0], known)}")
+    if not {"-h", "--help"} & set(argv):
+        typed = {word.split("=", 1)[0] for word in argv}
+        missing = [option.typed for option in options if option.required and option.typed not in typed]
+        words = sum(not word.startswith("-") for word in argv)
+        missing = [name for name in missing if name.startswith("--") or not words]
+        if missing:
+            raise ValueError(f"{prog} needs {' and '.join(missing)}. See {prog} --help.")
     try:
-        values = vars(parser.parse_args(argv))
-    except argparse.ArgumentError as error:
-        raise ValueError(_explain(str(error), function, prog)) from error
-    positional: list[Any] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.POSITIONAL_ONLY:
-            positional.append(values.pop(name))
-        elif parameter.kind is parameter.VAR_POSITIONAL:
-            positional += values.pop(name)
-    return positional, values
+        values = vars(build_parser(function, prog).parse_args(argv))
+    except _WrongValue as error:
+        raise ValueError(f"{error}. See {prog} --help.") from error
+    return _arguments(function, options, values)
 
 
-def _name(word: str) -> str:
-    return word.split("=", 1)[0]
-
-
-def _explain(message: str, function: Callable[..., Any], prog: str) -> str:
-    """One line for jsonargparse's message."""
+def _arguments(
+    function: Callable[..., Any], options: list[Option], values: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The values typed, as the function takes them."""
     hints = typing.get_type_hints(function)
-    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
-    key = re.match(r'Parser key "(\w+)"', message)
-    given = re.search(r"(?:Given value|Got value): (.*)", message)
-    if key and given and key[1] in hints:
-        hint = hints[key[1]]
-        choices = _choices(hint)
-        expected = f"one of {', '.join(choices)}" if choices and int not in typing.get_args(hint) else type_text(hint)
-        return f"{option(key[1])} is {given[1]!r}; expected {expected}. See {prog} --help."
-    missing = re.match(r"the following arguments are required: (.+)", message)
-    if missing:
-        words = missing[1].split(", ")
-        names = [option(word) if kinds.get(word) is inspect.Parameter.KEYWORD_ONLY else word.upper() for word in words]
-        return f"{prog} needs {' and '.join(names)}. See {prog} --help."
-    return f"{' '.join(message.split())}. See {prog} --help."
+    positional: list[Any] = []
+    keywords: dict[str, Any] = {}
+    for option in options:
+        if option.nargs:
+            positional += values[option.name]
+        elif option.positional:
+            positional.append(values[option.name])
+        elif option.group is None:
+            keywords[option.name] = values[option.name]
+    for group in dict.fromkeys(option.group for option in options if option.group is not None):
+        keywords[group] = hints[group](**{o.name: values[o.name] for o in options if o.group == group})
+    return positional, keywords
 
 
-def type_text(hint: Any) -> str:
-    """A type in words."""
-    words = {int: "a whole number", float: "a number", str: "text", type(None): "nothing"}
-    parts = [part for part in typing.get_args(hint) or (hint,) if part is not type(None)]
-    return " or ".join(words.get(part) or ", ".join(_choices(part)) or str(part) for part in parts)
-
-
-def closest(word: str, known: typing.Iterable[str]) -> str:
-    """'did you mean ...?' with the nearest known names, or all of them where none is near."""
-    names = list(known)
-    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}."
+def each_group(function: Callable[..., Any]) -> Iterator[type]:
+    """The groups that a command takes."""
+    for hint in typing.get_type_hints(function).values():
+        if (group := group_of(hint)) is not None:
+            yield group
