@@ -116,6 +116,18 @@ class EngineOptions(DeviceOptions):
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
 
 
+@dataclass(frozen=True)
+class RankOptions:
+    """Devices that share the work"""
+
+    devices: int | None = None
+    """Processes of each machine, one for each GPU. Default: every visible GPU, or one process on the CPU. Under
+    torchrun or SLURM: those it started."""
+    num_nodes: int = 1
+    """Machines that run this same command, told apart by MASTER_ADDR, MASTER_PORT and NODE_RANK, on one shared file
+    system. Under torchrun or SLURM it is known."""
+
+
 # --- values written as text ------------------------------------------------------------------------------------------
 
 
