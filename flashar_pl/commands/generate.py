@@ -304,4 +304,4 @@ def draw_codes(engine: Engine, samples: SampleSet) -> Tensor:
 
     steps = samples.batches * engine.model.make_plan(samples.plan, *samples.grid).n_steps
     with progress_bar(steps, "steps") as advance:
-        return decoding.draw_codes(engine, samples, on_step=lambda: advance(1))
+        return decoding.draw_codes(engine, samples, on_step=lambda _: advance(1))

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_condition
 from flashar_pl.decoding.graphs import Recording
-from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.transformer import Block
@@ -88,7 +88,7 @@ class Engine:
         greedy: bool = False,
         seeds: int | list[int] | Tensor | None = None,
         unconditional: Condition | None = None,
-        on_step: Callable[[], object] | None = None,
+        on_step: Callable[[Progress], object] | None = None,
     ) -> Tensor:
         """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`.
 
@@ -118,13 +118,10 @@ class Engine:
             inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
             buffers = self._run(order, settings, inputs, on_step or _nothing)
         check_usable(buffers.broken, inputs.x.dtype)
-        drawn = buffers.drawn  # (B, N)
-        codes = torch.empty_like(drawn)
-        codes[:, order.on("order", device)] = drawn
-        return codes.view(-1, order.height, order.width)
+        return Progress(order, order.n_steps, buffers.drawn).codes()
 
     def _run(
-        self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[], object]
+        self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[Progress], object]
     ) -> Buffers:
         """The batch decoded, in buffers that the next batch overwrites."""
         key: tuple[Any, ...] = (plan, settings, inputs.shapes())
@@ -137,8 +134,8 @@ class Engine:
             buffers = self._keep(key, partial(Buffers.allocate, self.model, plan, inputs))
             assert isinstance(buffers, Buffers)
             try:
-                for _ in decode(self.model, plan, settings, inputs, buffers):
-                    on_step()
+                for t in decode(self.model, plan, settings, inputs, buffers):
+                    on_step(Progress(plan, t + 1, buffers.drawn))
             except _compile_errors() as error:
                 raise _compile_failed(error) from error
         return buffers
@@ -214,7 +211,7 @@ def generate(
     greedy: bool = False,
     seeds: int | list[int] | Tensor | None = None,
     unconditional: Condition | None = None,
-    on_step: Callable[[], object] | None = None,
+    on_step: Callable[[Progress], object] | None = None,
 ) -> Tensor:
     """Sample codes (B, H, W) int64 for the B samples of `condition`, with the eager runner. For many batches: `Engine`.
 
@@ -228,7 +225,7 @@ def generate(
         temperature, top_k, top_p, greedy: see `SamplingSettings`.
         seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
         unconditional: None = the model's own null condition.
-        on_step: called after every step, for a progress bar. The device may be some steps behind.
+        on_step: called after every step with the codes so far, see `Progress`; what it raises ends the decoding.
 
     Raises:
         ValueError: a setting out of range, a condition of the wrong kind, a plan the model cannot run, or a model
@@ -279,7 +276,7 @@ def _compile_failed(error: Exception) -> ValueError:
     return ValueError(f"torch.compile failed: {cause}. Use runner eager, or graphs on CUDA.")
 
 
-def _nothing() -> None:
+def _nothing(progress: Progress) -> None:
     """Called after a step that nobody watches."""
 
 

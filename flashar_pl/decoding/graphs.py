@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.sampling import SamplingSettings
@@ -58,16 +58,14 @@ class Recording:
             self.graphs.append(graph)
         steps.close()
 
-    def replay(self, inputs: Inputs, on_step: Callable[[], object]) -> Buffers:
+    def replay(self, inputs: Inputs, on_step: Callable[[Progress], object]) -> Buffers:
         """Decode other inputs of the same shapes. The next replay overwrites the result.
 
         on_step is called once for every step, after the graph that holds it was launched.
         """
         self.inputs.copy_(inputs)
-        left = self.plan.n_steps
-        for graph in self.graphs:
+        for i, graph in enumerate(self.graphs):
             graph.replay()
-            for _ in range(min(STEPS_PER_GRAPH, left)):
-                on_step()
-            left -= STEPS_PER_GRAPH
+            for t in range(i * STEPS_PER_GRAPH, min((i + 1) * STEPS_PER_GRAPH, self.plan.n_steps)):
+                on_step(Progress(self.plan, t + 1, self.buffers.drawn))
         return self.buffers

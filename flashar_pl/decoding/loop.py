@@ -82,6 +82,25 @@ class Buffers:
         return cls(cache, drawn, torch.empty(plan.n_steps, dtype=torch.bool, device=drawn.device))
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A batch between two steps: what `on_step` is given."""
+
+    plan: DecodePlan
+    steps: int
+    """Finished ones, 1 to plan.n_steps; the device may be some behind."""
+    drawn: Tensor
+    """(B, N) int64 codes in plan order; only those of finished steps count."""
+
+    def codes(self, missing: int = -1) -> Tensor:
+        """Codes (B, H, W) int64; `missing` where a later step draws them."""
+        plan = self.plan
+        done = int((plan.step < self.steps).sum())
+        codes = torch.full_like(self.drawn, missing)
+        codes[:, plan.on("order", codes.device)[:done]] = self.drawn[:, :done]
+        return codes.view(-1, plan.height, plan.width)
+
+
 def decode(
     model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, buffers: Buffers
 ) -> Generator[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashar_pl.backbones.base import Condition, TextFeatures
 from flashar_pl.decoding.engine import Engine
+from flashar_pl.decoding.loop import Progress
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.models.base import GridModel
 from flashar_pl.sampling import SamplingSettings
@@ -111,7 +112,9 @@ class Drawn:
     """Of the images; None without an extractor."""
 
 
-def draw_batch(engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[], object] | None = None) -> Tensor:
+def draw_batch(
+    engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[Progress], object] | None = None
+) -> Tensor:
     """Codes (B, H, W) int64 of one batch, those that only fill it up included. on_step: see `Engine.generate`."""
     numbers = samples.numbers(batch)
     return engine.generate(
@@ -129,7 +132,7 @@ def draw_codes(
     engine: Engine,
     samples: SampleSet,
     advance: Callable[[int], Any] | None = None,
-    on_step: Callable[[], object] | None = None,
+    on_step: Callable[[Progress], object] | None = None,
 ) -> Tensor:
     """Codes (n, H, W) int64 of all samples, on the CPU.
 

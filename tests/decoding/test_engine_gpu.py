@@ -97,7 +97,7 @@ def test_long_plans_are_several_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashar_pl.decoding.graphs.STEPS_PER_GRAPH", 5)
     model, condition = make("class")
     fast, steps = Engine(model, "graphs"), []
-    codes = fast.generate(condition, (3, 4), "raster", seeds=0, on_step=lambda: steps.append(1))
+    codes = fast.generate(condition, (3, 4), "raster", seeds=0, on_step=lambda progress: steps.append(progress.steps))
     assert torch.equal(codes, generate(model, condition, (3, 4), "raster", seeds=0))
     assert len(steps) == 12
     (recording,) = fast._kept.values()

@@ -11,7 +11,8 @@ from tiny import flashar_golden, llamagen_golden
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, TextFeatures
-from flashar_pl.decoding import generate, loop
+from flashar_pl.decoding import Engine, generate, loop
+from flashar_pl.decoding.loop import Progress
 from flashar_pl.models import FlashAR, RasterAR
 
 GRIDS = [(1, 1), (1, 4), (4, 1), (2, 3), (4, 4)]
@@ -127,6 +128,39 @@ def test_unconditional_rows_end_with_the_interval(monkeypatch: pytest.MonkeyPatc
     count = Counter(model, monkeypatch)
     generate(model, tiny.classes(2), (3, 3), cfg_scale=2.0, cfg_interval=2)
     assert count.rows == [4, 4, 4, 2, 2]
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["diagonal", "raster"])
+def test_a_step_is_told_with_the_codes_so_far(plan: str) -> None:
+    """Guards a picture that shows cells of later steps, left over from the batch before, or cells at wrong places."""
+    engine, seen = Engine(tiny.flashar(), "eager"), list[Progress]()
+    engine.generate(tiny.classes(2), (3, 4), plan, seeds=5)
+    early = list[Tensor]()
+    codes = engine.generate(
+        tiny.classes(2), (3, 4), plan, seeds=0, on_step=lambda p: (seen.append(p), early.append(p.codes()))
+    )
+    order = engine.model.make_plan(plan, 3, 4)
+    assert [progress.steps for progress in seen] == list(range(1, order.n_steps + 1))
+    for progress, found in zip(seen, early, strict=True):
+        drawn = (order.step < progress.steps).view(3, 4)
+        assert torch.equal(found, torch.where(drawn, codes, -1))
+
+
+def test_what_a_watcher_raises_ends_the_decoding() -> None:
+    """And the next batch of the same engine is whole."""
+    engine = Engine(tiny.flashar(), "eager")
+    expected = engine.generate(tiny.classes(2), (3, 4), seeds=0)
+
+    def leave(progress: Progress) -> None:
+        if progress.steps == 3:
+            raise KeyError("left")
+
+    with pytest.raises(KeyError, match="left"):
+        engine.generate(tiny.classes(2), (3, 4), seeds=1, on_step=leave)
+    assert torch.equal(engine.generate(tiny.classes(2), (3, 4), seeds=0), expected)
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
