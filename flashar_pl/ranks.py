@@ -67,12 +67,12 @@ class _Elsewhere(ValueError):
     """Another rank has ended with this message, and every rank knows."""
 
 
-def run_on_ranks(work: Callable[[Rank], T], options: RankOptions = RankOptions(), device: str = "auto") -> T:
+def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto") -> T:
     """Call `work(rank)` on every rank; returns what rank 0's call returned.
 
     Under torchrun or SLURM the ranks are the processes they started, and each of them returns from here. Otherwise
-    `options.devices` processes are started on this machine (`work` must then be picklable: a module's function, or a `partial`
-    of one with plain values), and with one device `work` is called here, without a group.
+    `options.devices` processes are started on this machine (`work` must then be picklable: a module's function, or a
+    `partial` of one with plain values), and with one device `work` is called here, without a group.
 
     Args:
         work: does `rank.share(n)` of the work on `rank.device`; may meet the others in `rank.first` and

@@ -30,7 +30,7 @@ def test_one_device_is_this_process_without_a_group() -> None:
     import torch.distributed as dist
 
     seen: list[Rank] = []
-    run_on_ranks(seen.append, device="cpu")
+    run_on_ranks(seen.append, RankOptions(), device="cpu")
     assert seen == [Rank(0, 1, torch.device("cpu"))]
     assert list(seen[0].share(4)) == [0, 1, 2, 3]
     assert seen[0].first(lambda: 7) == 7
@@ -48,7 +48,8 @@ import sys
 from functools import partial
 from test_ranks import record
 from flashar_pl.ranks import run_on_ranks
-print(run_on_ranks(partial(record, sys.argv[1], None), device="cpu"))
+from flashar_pl.options import RankOptions
+print(run_on_ranks(partial(record, sys.argv[1], None), RankOptions(), device="cpu"))
 """
 
 
