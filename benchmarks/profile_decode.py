@@ -23,7 +23,7 @@ from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import choose_format
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.numerics import dtype_from_name
-from flashar_pl.options import parse_grid
+from flashar_pl.options import EngineOptions, parse_grid
 from flashar_pl.planner import model_sizes
 
 KINDS = (
@@ -72,7 +72,8 @@ def main() -> None:
     device, grid = torch.device(arguments.device), parse_grid(arguments.grid)
     sizes = model_sizes({"backbone": {"preset": arguments.preset}})
     model = synthetic_model(sizes, device, dtype_from_name(arguments.dtype))
-    engine = Engine(prepare(model, choose_format(model, arguments.weight_format, "eager", arguments.plan)), "eager")
+    form = EngineOptions(runner="eager", weight_format=arguments.weight_format)
+    engine = Engine(prepare(model, choose_format(model, form, arguments.plan)), "eager")
     condition, unconditional = synthetic_condition(sizes, arguments.batch_size, True)
 
     def decode() -> None:

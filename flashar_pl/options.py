@@ -7,7 +7,7 @@ library only: every `--help` imports this file.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Literal
@@ -94,8 +94,8 @@ class DeviceOptions:
     """Of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for directories of
     released weights that of the files."""
     batch_size: int | Literal["auto"] | None = None
-    """Samples computed together; auto is the largest that fits, up to 64 on a CPU and 1024 on a GPU. Default: 16, or
-    fewer where fewer fit."""
+    """Images computed together; a last partial batch is padded. auto is the largest that fits, up to 64 on a CPU and
+    1024 on a GPU. Default: 16 for drawing, or fewer where fewer fit; 64 for scoring, where auto is the same."""
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:
@@ -103,11 +103,17 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class EngineOptions(DeviceOptions):
-    """What drives decoding"""
+class PlanOptions(DeviceOptions):
+    """What computes, in which order"""
 
     plan: Plan | None = None
     """Decoding order: raster (H*W steps) or diagonal (H+W-1 steps). Default: the checkpoint's own."""
+
+
+@dataclass(frozen=True)
+class EngineOptions(PlanOptions):
+    """What drives decoding"""
+
     runner: Runner = "auto"
     """eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or compiled-graphs; auto is graphs on a GPU,
     eager on a CPU. All draw the same codes up to rounding."""
@@ -126,6 +132,56 @@ class RankOptions:
     num_nodes: int = 1
     """Machines that run this same command, told apart by MASTER_ADDR, MASTER_PORT and NODE_RANK, on one shared file
     system. Under torchrun or SLURM it is known."""
+
+
+@dataclass(frozen=True)
+class AssetOptions:
+    """Text tokens"""
+
+    assets: str | None = None
+    """Directory with the text tokens of a model that takes prompts, such as emu3.tiktoken. Default: the checkpoint's
+    own, or the one it was trained with."""
+
+
+@dataclass(frozen=True)
+class TextOptions(AssetOptions):
+    """How prompts become conditions"""
+
+    text_encoder: str | None = None
+    """Directory of the text encoder (google/flan-t5-xl) of a model that takes text features."""
+    negative_prompt: str | None = None
+    """What guidance leads away from. Default: the unconditional prompt the model knows."""
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """Shape of the images"""
+
+    aspect_ratio: str | None = None
+    """Width to height: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 2:1, 1:2 or 21:9; or a grid HEIGHTxWIDTH in codes."""
+    image_size: int | None = None
+    """Side in pixels of the square with the area of the images, at 16 pixels per code. Default: 512 with a named aspect
+    ratio or a model that knows every size, otherwise the checkpoint's own grid."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What to draw"""
+
+    prompt: list[str] | None = None
+    """Text to draw, with a model conditioned on text; may be given several times."""
+    prompts: str | None = None
+    """File with one prompt a line."""
+    classes: str | list[int] | None = None
+    """Class ids of a class-conditional model, such as 3,7 or 0-9."""
+    text_features: str | None = None
+    """Text features of a text-conditional model: .npy (N, T, C) or (T, C), or .npz or .safetensors with "features" and,
+    where captions are left-padded, "mask" (N, T)."""
+
+
+def as_settings(*groups: Any) -> dict[str, Any]:
+    """All options of some groups as plain values, for the record of a result."""
+    return {name: value for group in groups for name, value in asdict(group).items()}
 
 
 # --- values written as text ------------------------------------------------------------------------------------------

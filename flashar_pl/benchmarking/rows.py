@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.benchmarking.table import PLAIN
 from flashar_pl.console import first_line, progress_bar
 from flashar_pl.decoding.build import choose_format
-from flashar_pl.options import Runner, WeightFormat
+from flashar_pl.options import EngineOptions, Runner, WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -170,7 +170,11 @@ def measure_all(
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     engines = _Engines(job.model)
-    wanted = [(choose_format(job.model, w, runner, plan), runner, plan) for runner, w in variants for plan in plans]
+    wanted = [
+        (choose_format(job.model, EngineOptions(runner=runner, weight_format=w), plan), runner, plan)
+        for runner, w in variants
+        for plan in plans
+    ]
     wanted = list(dict.fromkeys(wanted))
     with progress_bar(len(batches) * (len(wanted) + (not skip_plain)), "rows") as advance:
         for weights in dict.fromkeys(form for form, _, _ in wanted):

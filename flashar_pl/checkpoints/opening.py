@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from flashar_pl.options import Dtype, Weights, parse_grid, parse_tokenizer
+from flashar_pl.options import DeviceOptions, ModelOptions, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.weights import Description
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Tokenizer
 
-STORED: Literal["stored"] = "stored"
-"""The dtype that the file has."""
 OFFICIAL_FILE = "official file"
 """What `load_model` calls a file without a configuration."""
 
@@ -91,21 +89,11 @@ def count_parameters(model: GridModel) -> int:
     return sum(p.numel() for p in build_on_meta(model.config()).parameters())
 
 
-def open_checkpoint(
-    path: str,
-    *,
-    weights: Weights = "auto",
-    n_head: int | None = None,
-    branch_layer: int | None = None,
-    grid: str | tuple[int, int] | None = None,
-    tokenizer: str | dict[str, Any] | None = None,
-    device: str = "cpu",
-    dtype: Dtype | Literal["stored"] | None = "fp32",
-) -> Source:
+def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOptions(), stored: bool = False) -> Source:
     """Read a checkpoint of any kind. Options given here win over what the file says.
 
-    branch_layer: wraps a raster model into an untrained FlashAR that branches at this layer.
-    dtype: None = fp32, but for official Emu3.5 directories, which hold tens of GB, "stored".
+    stored: keep the dtype of the file. compute.dtype None = fp32, but for directories of released weights, which hold
+    tens of GB, stored.
 
     Raises:
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
@@ -118,28 +106,28 @@ def open_checkpoint(
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.tokenizers.files import naming
 
-    if dtype is None:
-        dtype = STORED if is_official_directory(path) else "fp32"
-    place, kind = find_device(device), None if dtype == STORED else dtype_from_name(dtype)
-    given_grid, given_tokenizer = parse_grid(grid), parse_tokenizer(tokenizer)
+    path = options.checkpoint
+    stored = stored or (compute.dtype is None and is_official_directory(path))
+    place, dtype = find_device(compute.device), None if stored else dtype_from_name(compute.dtype or "fp32")
+    given_grid, given_tokenizer = parse_grid(options.grid), parse_tokenizer(options.tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
     with naming(Path(path)):
-        loaded = load_model(path, weights, n_head, place, kind)
+        loaded = load_model(path, options.weights, options.n_head, place, dtype)
     model = loaded.model
-    if n_head is not None and loaded.source != OFFICIAL_FILE:
+    if options.n_head is not None and loaded.source != OFFICIAL_FILE:
         raise ValueError(
             f"--n-head is for official files of unpublished sizes, {path} is a {loaded.source}; leave it out."
         )
-    if branch_layer is not None:
+    if options.branch_layer is not None:
         if isinstance(model, FlashAR):
             raise ValueError(
                 f"{path} is a FlashAR model (branch layer {model.branch_layer}); leave out --branch-layer."
             )
-        model = FlashAR(model.backbone, branch_layer)
+        model = FlashAR(model.backbone, options.branch_layer)
     description = loaded.description
     return Source(
-        model=model.to(device=place, dtype=kind).eval().requires_grad_(False),
+        model=model.to(device=place, dtype=dtype).eval().requires_grad_(False),
         description=description,
         path=str(path),
         kind=loaded.source,

@@ -2,7 +2,8 @@
 
 A parameter whose type is a dataclass is a group of options: each field becomes one (`num_images` is typed
 `--num-images`), described by the text under it, and the function receives the object. Positional-only parameters become
-positional arguments, other parameters options of their own, described under `Args:`. What has no default is required,
+positional arguments (of a group: its fields without a default), other parameters options of their own, described
+under `Args:`. What has no default is required,
 booleans are switches, a union that contains `str` is read as text. The docstring of the function has a summary, an
 explanation, `Example:` and `Args:`.
 """
@@ -16,7 +17,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal
@@ -37,7 +38,7 @@ class Option:
     """Parameter of the function that holds it; None = it is a parameter itself."""
     title: str | None = None
     """Heading in the help."""
-    nargs: Literal["+"] | None = None
+    nargs: Literal["*"] | None = None
     positional: bool = False
 
     @property
@@ -59,13 +60,9 @@ def field_texts(group: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:]):
-            if (
-                isinstance(field, ast.AnnAssign)
-                and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant)
-            ):
-                assert isinstance(field.target, ast.Name)
-                texts[field.target.id] = " ".join(str(below.value.value).split())
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=text)):
+                    texts[name] = " ".join(str(text).split())
     return texts
 
 
@@ -87,7 +84,7 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
             default = MISSING if parameter.default is parameter.empty else parameter.default
             found.append(
                 Option(
-                    name, hints[name], texts[name], default=default, nargs="+" if many else None, positional=positional
+                    name, hints[name], texts[name], default=default, nargs="*" if many else None, positional=positional
                 )
             )
             continue
@@ -95,7 +92,9 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
         title = inspect.cleandoc(group.__doc__ or "").split("\n")[0].rstrip(".").lower()
         for field in fields(group):
             assert field.name in told, f"{group.__name__}.{field.name} has no description"
-            found.append(Option(field.name, types_[field.name], told[field.name], field.default, name, title))
+            bare = parameter.kind is parameter.POSITIONAL_ONLY and field.default is MISSING
+            text = told[field.name]
+            found.append(Option(field.name, types_[field.name], text, field.default, name, title, positional=bare))
     names = [option.name for option in found]
     assert len(names) == len(set(names)), f"{function.__name__} declares an option twice: {sorted(names)}"
     return found
@@ -170,7 +169,10 @@ def _usage(prog: str, options: list[Option]) -> str:
 def _add(parser: Any, option: Option) -> None:
     text = option.text.replace("%", "%%")
     if option.positional:
-        parser.add_argument(option.name, type=_reader(option), metavar=option.typed, help=text, nargs=option.nargs)
+        nargs = option.nargs or "?"  # `parse` says what is missing
+        parser.add_argument(
+            option.name, type=_reader(option), metavar=option.typed, help=text, nargs=nargs, default=MISSING
+        )
         return
     if option.hint is bool:
         parser.add_argument(option.typed, action="store_true", help=text)
@@ -180,9 +182,8 @@ def _add(parser: Any, option: Option) -> None:
     elif option.default is not None and "Default:" not in text:
         text += f" Default: {option.default}."
     action = "append" if _is_list(option.hint) else "store"
-    default = None if option.required else option.default
     parser.add_argument(
-        option.typed, action=action, type=_reader(option), default=default, metavar=_metavar(option), help=text
+        option.typed, action=action, type=_reader(option), default=option.default, metavar=_metavar(option), help=text
     )
 
 
@@ -252,17 +253,13 @@ def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[lis
     unknown = [word for word in unknown if word not in {*known, "--help"}]
     if unknown:
         raise ValueError(f"{prog} has no option {unknown[0]}; {closest(unknown[0], known)}")
-    if not {"-h", "--help"} & set(argv):
-        typed = {word.split("=", 1)[0] for word in argv}
-        missing = [option.typed for option in options if option.required and option.typed not in typed]
-        words = sum(not word.startswith("-") for word in argv)
-        missing = [name for name in missing if name.startswith("--") or not words]
-        if missing:
-            raise ValueError(f"{prog} needs {' and '.join(missing)}. See {prog} --help.")
     try:
         values = vars(build_parser(function, prog).parse_args(argv))
     except _WrongValue as error:
         raise ValueError(f"{error}. See {prog} --help.") from error
+    missing = [option.typed for option in options if values[option.name] in (MISSING, [])]
+    if missing:
+        raise ValueError(f"{prog} needs {' and '.join(missing)}. See {prog} --help.")
     return _arguments(function, options, values)
 
 
@@ -273,20 +270,15 @@ def _arguments(
     hints = typing.get_type_hints(function)
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
-    for option in options:
-        if option.nargs:
-            positional += values[option.name]
-        elif option.positional:
-            positional.append(values[option.name])
-        elif option.group is None:
-            keywords[option.name] = values[option.name]
-    for group in dict.fromkeys(option.group for option in options if option.group is not None):
-        keywords[group] = hints[group](**{o.name: values[o.name] for o in options if o.group == group})
+    for name, parameter in inspect.signature(function).parameters.items():
+        group = group_of(hints[name])
+        value = values.get(name)
+        if group is not None:
+            value = group(**{option.name: values[option.name] for option in options if option.group == name})
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            positional += value
+        elif parameter.kind is parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        else:
+            keywords[name] = value
     return positional, keywords
-
-
-def each_group(function: Callable[..., Any]) -> Iterator[type]:
-    """The groups that a command takes."""
-    for hint in typing.get_type_hints(function).values():
-        if (group := group_of(hint)) is not None:
-            yield group

@@ -17,7 +17,7 @@ from flashar_pl.console import versions
 from flashar_pl.decoding.build import parse_variants
 from flashar_pl.devices import find_device
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import Dtype, parse_grid
+from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, parse_grid
 from flashar_pl.planner.room import Room
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def benchmark(
         out: directory to make for results.json, table.md and the PNG.
     """
     command = dict(locals())
+    from flashar_pl.benchmarking import rows
     from flashar_pl.benchmarking.measure import clock_name
-    from flashar_pl.commands import benchmark_rows as rows
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner import model_sizes
 
@@ -92,7 +92,9 @@ def benchmark(
     place, kind = find_device(device), dtype_from_name(dtype)
     source = None
     if checkpoint is not None:
-        source = open_checkpoint(checkpoint, grid=grid, branch_layer=branch_layer, device=device, dtype=dtype)
+        source = open_checkpoint(
+            ModelOptions(checkpoint, grid=grid, branch_layer=branch_layer), DeviceOptions(device, dtype)
+        )
         config, shape = source.model.config(), source.need_grid()
         for name in names:
             check_plan(source.model, name, shape)

@@ -2,79 +2,62 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.checkpoints.opening import STORED, Source, open_checkpoint
-from flashar_pl.commands.model_card import model_card, read_report
-from flashar_pl.files import require_new, write_text
-from flashar_pl.options import Weights
+from flashar_pl.files import replacing, require_new
+from flashar_pl.options import DeviceOptions, ModelOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashar_pl.checkpoints.opening import Source
+
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
-def convert(
-    source: str,
-    /,
-    *,
-    out: str,
-    to: Literal["flashar", "official"] = "flashar",
-    weights: Weights = "auto",
-    n_head: int | None = None,
-    grid: str | None = None,
-    tokenizer: str | None = None,
-    original: str | None = None,
-    report: str | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Result"""
+
+    out: str
+    """Where to write; must not exist. With --to official a name ending in .pt or .safetensors, or a directory."""
+    to: Literal["flashar", "official"] = "flashar"
+    """Our directory format (flashar), or the names of the official weights (official)."""
+    original: str | None = None
+    """With --to official, the official directory the model came from: its config.json and the text rows of its heads,
+    which decoding does not need, are taken from there. Default: the checkpoint itself, if it is one."""
+
+
+def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
     """Convert a checkpoint, bit for bit.
 
-    Reads official LlamaGen, NAR and LlamaGen-FlashAR files (.pt, .safetensors), Lightning checkpoints and converted
-    directories. Writes a directory with config.json, model.safetensors and a model card, README.md, that loads by its
-    path alone, or an official file again. Emu3.5 models are read from official directories and become such again.
-    Prints the architecture and the number of parameters.
+    Reads official files (.pt, .safetensors), Lightning checkpoints, converted and released directories. Writes a
+    directory with config.json and model.safetensors that loads by its path alone, or official weights again. --grid and
+    --tokenizer are noted in the result where the source does not say them. Prints the architecture and the number of
+    parameters.
 
     Example:
         flashar convert c2i_B_256.pt --grid 16x16 --tokenizer vq16:vq_ds16_c2i.pt --out models/llamagen-b
-        flashar convert runs/flashar/checkpoints/last.ckpt --report eval/evaluation.json --out models/flashar
+        flashar convert runs/flashar/checkpoints/last.ckpt --out models/flashar
         flashar convert models/llamagen-b --to official --out c2i_B_again.pt
-
-    Args:
-        source: the checkpoint to read.
-        out: where to write; must not exist. With --to official a name ending in .pt or .safetensors, or a directory
-            that will hold model.pt; for Emu3.5 the directory.
-        to: our directory format (flashar), or official LlamaGen, NAR or Emu3.5 names (official).
-        weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
-        n_head: attention heads; needed for official files of unpublished sizes.
-        grid: code grid HEIGHTxWIDTH to note in the result, where the source does not say it.
-        tokenizer: tokenizer to note in the result, such as vq16:FILE, where the source does not say it.
-        original: with --to official, the official Emu3.5 directory the model came from: its config.json and the text
-            rows of its heads, which decoding does not need, are taken from there. Default: SOURCE, if it is one.
-        report: evaluation.json of flashar evaluate, for the model card.
     """
-    from dataclasses import replace
-
+    from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.checkpoints.weights import save_model
 
-    target = require_new(out, "converted checkpoint")
-    if to == "flashar" and target.suffix in FILE_SUFFIXES:
+    target = require_new(options.out, "converted checkpoint")
+    if options.to == "flashar" and target.suffix in FILE_SUFFIXES:
         raise ValueError(
-            f"--out {out} names a file; our format is a directory, such as --out {target.with_suffix('')}."
+            f"--out {target} names a file; our format is a directory, such as --out {target.with_suffix('')}."
         )
-    if to == "official" and report is not None:
-        raise ValueError("--report is for the model card of a directory, which --to official does not write.")
-    read = open_checkpoint(source, weights=weights, n_head=n_head, grid=grid, tokenizer=tokenizer, dtype=STORED)
-    measured = None if report is None else read_report(report, read.model.config())
-    if to == "official":
-        target = write_official(target, read, original)
+    read = open_checkpoint(model, DeviceOptions("cpu"), stored=True)
+    if options.to == "official":
+        target = write_official(target, read, options.original)
     else:
         note = replace(read.description, model=read.model.config(), grid=read.grid, tokenizer=read.tokenizer)
         save_model(target, read.model, note)
-        write_text(target / "README.md", model_card(read, measured))
     print(describe(read))
     decoder = (read.tokenizer or {}).get("weights")
     if decoder is not None and not Path(str(decoder)).expanduser().exists():
@@ -114,20 +97,15 @@ def write_official(target: Path, read: Source, original: str | None) -> Path:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write an official state dict under a temporary name, then rename it."""
+    """Write an official state dict."""
     import torch
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         else:
             torch.save({"model": tensors}, part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def describe(source: Source) -> str:

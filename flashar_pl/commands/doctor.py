@@ -19,7 +19,7 @@ from flashar_pl.console import Missed, first_line, progress_bar, versions
 from flashar_pl.decoding.build import parse_variants
 from flashar_pl.devices import find_device
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import Dtype, Runner, WeightFormat, parse_grid
+from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, Runner, WeightFormat, parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -218,13 +218,15 @@ def _subjects(
     from flashar_pl.planner import model_sizes
 
     if checkpoint is not None:
-        source = open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtypes[0])
+        source = open_checkpoint(ModelOptions(checkpoint, grid=grid), DeviceOptions(str(place), dtypes[0]))
         loaded = {dtypes[0]: source.model}
 
         def load(dtype: Dtype) -> GridModel:
             model = loaded.pop(dtype, None)  # held no longer than it is checked
             return (
-                open_checkpoint(checkpoint, grid=grid, device=str(place), dtype=dtype).model if model is None else model
+                open_checkpoint(ModelOptions(checkpoint, grid=grid), DeviceOptions(str(place), dtype)).model
+                if model is None
+                else model
             )
 
         config, shape = source.model.config(), source.need_grid()

@@ -17,12 +17,23 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
 from flashar_pl.console import progress_bar, versions
 from flashar_pl.decoding.build import build_engine
-from flashar_pl.decoding.prompts import TextSettings, ask
+from flashar_pl.decoding.prompts import ask
 from flashar_pl.devices import find_device
 from flashar_pl.evaluate.processes import Group, device_of_rank, launched_group
 from flashar_pl.evaluate.reference import directory_digest, path_digest, tokenizer_identity
 from flashar_pl.files import require_new, write_json, write_text
-from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, parse_grid
+from flashar_pl.options import (
+    DeviceOptions,
+    Dtype,
+    EngineOptions,
+    ModelOptions,
+    Plan,
+    Runner,
+    Subject,
+    TextOptions,
+    WeightFormat,
+    parse_grid,
+)
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.opening import Source
@@ -114,8 +125,10 @@ def evaluate_geneval(
     with launched_group() as group:
         place = device_of_rank(device, group.local_rank) if group.ranks > 1 else device
         if checkpoint is not None:
-            source = open_checkpoint(checkpoint, grid=grid, tokenizer=tokenizer, device=place, dtype=dtype)
-            draw_images(Path(out), source, entries, TextSettings(assets, text_encoder), settings, place, runner, group)
+            source = open_checkpoint(
+                ModelOptions(checkpoint, grid=grid, tokenizer=tokenizer), DeviceOptions(place, dtype)
+            )
+            draw_images(Path(out), source, entries, TextOptions(assets, text_encoder), settings, place, runner, group)
         group.wait()
         rank = group.rank
     if rank > 0 or detector is None or clip is None:
@@ -179,7 +192,7 @@ def draw_images(
     out: Path,
     source: Source,
     entries: list[dict[str, Any]],
-    text: TextSettings,
+    text: TextOptions,
     drawing: Drawing,
     device: str,
     runner: Runner,
@@ -200,7 +213,7 @@ def draw_images(
     def missing(batch: int) -> bool:
         return any(not files[i].exists() for i in samples.numbers(batch) if i < samples.n)
 
-    engine = build_engine(source, runner, drawing.weight_format, samples.plan)
+    engine = build_engine(source, EngineOptions(runner=runner, weight_format=drawing.weight_format), samples.plan)
     todo = [batch for batch in range(group.rank, samples.batches, group.ranks) if missing(batch)]
     with progress_bar(len(todo) * samples.batch_size, "images") as advance:
         for drawn in draw(engine, decoder, samples, todo):
@@ -210,7 +223,7 @@ def draw_images(
             advance(samples.batch_size)
 
 
-def prompt_samples(source: Source, prompts: list[str], text: TextSettings, drawing: Drawing) -> SampleSet:
+def prompt_samples(source: Source, prompts: list[str], text: TextOptions, drawing: Drawing) -> SampleSet:
     """The numbered images of all prompts. Numbers behind the last repeat it.
 
     Raises:
@@ -224,7 +237,7 @@ def prompt_samples(source: Source, prompts: list[str], text: TextSettings, drawi
         cfg_scale=drawing.cfg_scale, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p
     )
     check_top_k(source.model, settings.top_k)
-    wanted = ask(source, grid, 1, settings.guided, prompts=prompts, text=text)
+    wanted = ask(source, grid, 1, settings.guided, Subject(prompt=prompts), text)
     every, unconditional = drawing.num_images, wanted.unconditional
     n = len(prompts) * every
 

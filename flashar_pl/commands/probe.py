@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.benchmarking.table import markdown
-from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import caption_encoder, check_data, held_out
-from flashar_pl.console import progress_bar, versions
-from flashar_pl.devices import find_device
+from flashar_pl.console import progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json
-from flashar_pl.options import Dtype, Plan, Weights
+from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.base import Batch
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import DecodePlan
@@ -30,69 +29,68 @@ MIXTURE_RATE = 30.0
 """Learning rate of the layers' weights relative to the head's: they are logits, which have to move by several units."""
 MOST = 0.9
 """Share of the weight that lies at or below the layer that is suggested."""
+BATCH = 32
+"""Images of a step, unless told."""
 WINDOW = 16
 """Blocks of the shards that are shuffled together."""
 
 
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Probe"""
+
+    data: str
+    """Directory of shards with their manifest.json; trained on the training split, measured on validation."""
+    out: str
+    """Directory to make."""
+    steps: int = 300
+    """Training steps of both heads, of one batch each (32 images unless told)."""
+    learning_rate: float = 1e-3
+    """Of the heads, with a cosine to 0."""
+    limit: int = 256
+    """Measure on at most this many images, spread evenly over the split."""
+    seed: int = 0
+    """Of the order of images."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("steps", self.steps), ("limit", self.limit)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0.")
+
+
 def probe(
-    *,
-    checkpoint: str,
-    data: str,
-    out: str,
-    steps: int = 300,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
-    plan: Plan = "raster",
-    limit: int = 256,
-    seed: int = 0,
-    weights: Weights = "auto",
-    n_head: int | None = None,
-    assets: str | None = None,
-    device: str = "auto",
-    dtype: Dtype | None = None,
+    options: ProbeOptions,
+    model: ModelOptions,
+    compute: PlanOptions = PlanOptions(),
+    text: AssetOptions = AssetOptions(),
 ) -> dict[str, Any]:
     """Learn which layers of a raster model tell the code below each cell (Fig. 3 of the paper).
 
     The model is frozen. The states of all its layers, at unit scale, are mixed with learnt weights and go into a
     vertical head that starts as a copy of the model's own and is trained. Where the last layers have little weight, a
     vertical branch should fork off below them: the layer up to which nine tenths of the weight lie is named. A second
-    head on the last layer alone shows what the others are worth. Writes probe.json and probe.png into a new directory.
+    head on the last layer alone shows what the others are worth. --plan says who sees whom: raster, as the model was
+    trained (unless told), or diagonal, as a vertical branch will see it. Of a FlashAR model the backbone is probed.
+    Writes probe.json and probe.png into a new directory.
 
     Example:
         flashar probe --checkpoint runs/demo/raster/checkpoints/last.ckpt --data data/digits --out probe/
-
-    Args:
-        checkpoint: Lightning checkpoint, converted directory, or official .pt or .safetensors file; of a FlashAR
-            model the backbone is probed.
-        data: directory of shards with their manifest.json; trained on the training split, measured on validation.
-        out: directory to make.
-        steps: training steps of both heads.
-        batch_size: images of a step.
-        learning_rate: of the heads, with a cosine to 0.
-        plan: who sees whom: raster, as the model was trained, or diagonal, as a vertical branch will see it.
-        limit: measure on at most this many images, spread evenly over the split.
-        seed: of the order of images.
-        weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
-        n_head: attention heads, for official files of unpublished sizes.
-        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: of the frozen model; the heads train in float32.
     """
+    from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import make_plan
     from flashar_pl.models.probe import LayerProbe
 
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("limit", limit)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected 1 or more.")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate is {learning_rate}; expected more than 0.")
+    batch_size = compute.batch_size if isinstance(compute.batch_size, int) else BATCH
+    plan, steps, learning_rate, limit = compute.plan or "raster", options.steps, options.learning_rate, options.limit
     require_pyplot()
-    target = require_new(out, "probe")
-    manifest = Manifest.load(data)
+    target = require_new(options.out, "probe")
+    manifest = Manifest.load(options.data)
     for split in ("train", "validation"):
         manifest.shards(split)
-    source = open_checkpoint(checkpoint, weights=weights, n_head=n_head, device=device, dtype=dtype)
+    source = open_checkpoint(model, compute)
     check_data(source.model, manifest, None, source.tokenizer)
     backbone = source.model.backbone
     order = make_plan(plan, *manifest.grid, row_end=backbone.row_ends)
@@ -100,8 +98,8 @@ def probe(
         raise ValueError(f"the grid is {order.height}x{order.width}; expected several rows, one below the other.")
     probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
               "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
-    place, encoder = find_device(device), caption_encoder(source, manifest, assets)
-    training = _training(manifest, encoder, batch_size, seed, steps, place)
+    place, encoder = source.model.device, caption_encoder(source, manifest, text.assets)
+    training = _training(manifest, encoder, batch_size, options.seed, steps, place)
     validation = (manifest, "validation", batch_size, limit, encoder, place)
     before = _measure(probes, held_out(*validation), source, order)
     _train(probes, training, source, order, steps, learning_rate)
@@ -115,14 +113,14 @@ def probe(
         "weights": shares,
         "branch_layer": depth_of(shares),
         "nll": {name: {"before": before[name], "after": after[name]} for name in probes},
-        "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint("train")},
+        "data": {"path": options.data, "name": manifest.name, "fingerprint": manifest.fingerprint("train")},
         "checkpoint": source.facts(),
         "versions": versions(),
     }
     with new_directory(target, "probe") as folder:
         write_json(folder / "probe.json", result)
         _plot(result, folder / "probe.png")
-    print(markdown(("layer", "weight"), [[_label(i), f"{share:.3f}"] for i, share in enumerate(shares)]))
+    print(table(("layer", "weight"), [[_label(i), f"{share:.3f}"] for i, share in enumerate(shares)]))
     for name in probes:
         print(
             f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below ({limit} validation images at most)"

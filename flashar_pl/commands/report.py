@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.checkpoints.opening import Source, count_parameters, open_checkpoint
 from flashar_pl.commands.plot import require_pyplot
-from flashar_pl.commands.score import check_data, image_nll, summary
+from flashar_pl.commands.score import check_data, held_out, image_nll, summary
 from flashar_pl.console import Missed, progress_bar, versions
 from flashar_pl.evaluate.quality import Judge, mean_gate, sample_quality, time_per_image
 from flashar_pl.files import new_directory, require_new, write_json
-from flashar_pl.options import Weights, parse_classes
+from flashar_pl.options import DeviceOptions, ModelOptions, Weights, parse_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,9 @@ class Row:
     plan: str
     checkpoint: str
     results: dict[str, Any] = field(default_factory=dict)
+
+
+CPU = DeviceOptions("cpu")
 
 
 def report(
@@ -129,9 +132,12 @@ def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, we
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.raster import RasterAR
 
-    sources = {"raster": open_checkpoint(raster, weights=weights), "flashar": open_checkpoint(flashar, weights=weights)}
+    sources = {
+        "raster": open_checkpoint(ModelOptions(raster, weights), CPU),
+        "flashar": open_checkpoint(ModelOptions(flashar, weights), CPU),
+    }
     if scratch is not None:
-        sources["scratch"] = open_checkpoint(scratch, weights=weights)
+        sources["scratch"] = open_checkpoint(ModelOptions(scratch, weights), CPU)
     for key, source in sources.items():
         expected = RasterAR if key == "raster" else FlashAR
         if not isinstance(source.model, expected):
@@ -140,7 +146,7 @@ def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, we
         check_data(source.model, manifest, source.grid, source.tokenizer)
     adapted = sources["flashar"].model
     assert isinstance(adapted, FlashAR)
-    free = open_checkpoint(raster, weights=weights, branch_layer=adapted.branch_layer)
+    free = open_checkpoint(ModelOptions(raster, weights, adapted.branch_layer), CPU)
 
     def row(key: str, name: str, source: Source, plan: str) -> Row:
         return Row(key, name, source.model, plan, source.path)
@@ -181,7 +187,9 @@ def measure(
                 settings=SamplingSettings(),
                 advance=advance,
             )
-            nll = summary(image_nll(row.model, manifest, "test", row.plan, 256), grid[0] * grid[1])
+            nll = summary(
+                image_nll(row.model, held_out(manifest, "test", 256, None, None, "cpu"), row.plan), grid[0] * grid[1]
+            )
             row.results = {
                 "parameters": count_parameters(row.model),
                 "steps": row.model.make_plan(row.plan, *grid).n_steps,

@@ -7,43 +7,53 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.checkpoints.opening import Source, check_plan, open_checkpoint
 from flashar_pl.console import progress_bar, versions
-from flashar_pl.devices import find_device
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import Dtype, Plan, Weights
+from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, PlanOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flashar_pl.backbones.base import Batch
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.models import GridModel
 
 
+TOGETHER = 64
+"""Images of one forward, unless told."""
 FILE_ONLY = ("checkpoint", "versions")
 """Parts of the result that are too long for a screen."""
 
 
+@dataclass(frozen=True)
+class DataOptions:
+    """Images"""
+
+    data: str
+    """Directory of shards with their manifest.json."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which images."""
+    limit: int | None = None
+    """At most this many images, spread evenly over the split. Default: all."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; expected 1 or more.")
+
+
 def score(
+    images: DataOptions,
+    model: ModelOptions,
+    compute: PlanOptions = PlanOptions(),
+    text: AssetOptions = AssetOptions(),
     *,
-    checkpoint: str,
-    data: str,
-    assets: str | None = None,
-    split: Literal["train", "validation", "test"] = "test",
-    plan: Plan | None = None,
-    branch_layer: int | None = None,
-    weights: Weights = "auto",
-    n_head: int | None = None,
-    batch_size: int = 64,
-    limit: int | None = None,
     out: str | None = None,
-    device: str = "auto",
-    dtype: Dtype | None = None,
 ) -> dict[str, Any]:
     """Likelihood of held-out images: nats per image and bits per code, with the standard error of the mean.
 
@@ -55,49 +65,34 @@ def score(
         flashar score --checkpoint runs/demo/flashar/checkpoints/last.ckpt --data data/digits --plan diagonal
 
     Args:
-        checkpoint: Lightning checkpoint, converted directory, or official .pt or .safetensors file.
-        data: directory of shards with their manifest.json.
-        assets: directory with emu3.tiktoken, for captions and an Emu3.5 model. Default: the checkpoint's own, or the
-            one it was trained with.
-        split: which images.
-        plan: decoding order whose factorisation is scored. Default: the checkpoint's own.
-        branch_layer: turns a raster checkpoint into an untrained FlashAR that branches at this layer.
-        weights: which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema.
-        n_head: attention heads, for official files of unpublished sizes.
-        batch_size: images scored together.
-        limit: score at most this many images, spread evenly over the split. Default: all.
         out: also write the JSON to this new file.
-        device: auto, cpu, cuda or cuda:N.
-        dtype: of weights and activations; the cross entropy stays in float32. Default: fp32, for official Emu3.5
-            directories that of the files.
     """
+    from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
     from flashar_pl.data.shards import Manifest
+    from flashar_pl.devices import find_device
 
-    if batch_size < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"batch_size is {batch_size}, limit {limit}; expected 1 or more.")
     if out is not None:
         require_new(out, "scores")
-    manifest = Manifest.load(data)
-    manifest.shards(split)
-    source = open_checkpoint(
-        checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, device=device, dtype=dtype
-    )
+    manifest = Manifest.load(images.data)
+    manifest.shards(images.split)
+    source = open_checkpoint(model, compute)
     several = list(manifest.grid) in source.description.training.get("grids", [])
     check_data(source.model, manifest, None if several else source.grid, source.tokenizer)
-    encoder = caption_encoder(source, manifest, assets)
-    name = check_plan(source.model, plan, manifest.grid)
-    total = min(manifest.samples(split), limit or manifest.samples(split))
+    encoder = caption_encoder(source, manifest, text.assets)
+    name = check_plan(source.model, compute.plan, manifest.grid)
+    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
     with progress_bar(total, "images") as advance:
-        nll = image_nll(source.model, manifest, split, name, batch_size, limit, advance, encoder)  # (N,)
+        batches = held_out(manifest, images.split, scored_together(compute), images.limit, encoder, source.model.device)
+        nll = image_nll(source.model, batches, name, advance)  # (N,)
     result = {
         **summary(nll, manifest.grid[0] * manifest.grid[1]),
         "plan": name,
-        "split": split,
-        "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint(split)},
-        "branch_layer": branch_layer,
-        "weights": weights,
+        "split": images.split,
+        "data": {"path": images.data, "name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
+        "branch_layer": model.branch_layer,
+        "weights": model.weights,
         "dtype": source.dtype,
-        "device": str(find_device(device)),
+        "device": str(find_device(compute.device)),
         "checkpoint": source.facts(),
         "versions": versions(),
     }
@@ -105,6 +100,11 @@ def score(
     if out is not None:
         write_json(out, result)
     return result
+
+
+def scored_together(compute: DeviceOptions) -> int:
+    """Images of one forward."""
+    return compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
 
 
 def summary(nll: Tensor, cells: int) -> dict[str, Any]:
@@ -181,29 +181,20 @@ def held_out(
 
 
 def image_nll(
-    model: GridModel,
-    manifest: Manifest,
-    split: str,
-    plan: str,
-    batch_size: int,
-    limit: int | None = None,
-    advance: Callable[[int], Any] | None = None,
-    text_encoder: Callable[[str], Tensor] | None = None,
+    model: GridModel, batches: Iterable[Batch], plan: str, advance: Callable[[int], Any] = lambda n: None
 ) -> Tensor:
-    """NLL (N,) float64 in nats of each image of a split, on the CPU, in the split's order.
+    """NLL (N,) float64 in nats of each valid image of some batches, on the CPU, in their order.
 
     advance: called with the number of scored images after every batch.
-    text_encoder: for shards with captions, see `caption_encoder`.
     """
     import torch
 
-    device = next(model.parameters()).device
     parts = []
     with torch.no_grad():
-        for batch in held_out(manifest, split, batch_size, limit, text_encoder, device):
-            losses = model.loss(batch.codes, batch.condition, model.make_plan(plan, *manifest.grid), batch.valid)
-            assert batch.valid is not None
-            parts.append(losses["nll"][batch.valid].double().cpu())  # (B,)
-            if advance is not None:
-                advance(len(parts[-1]))
+        for batch in batches:
+            order = model.make_plan(plan, *batch.codes.shape[1:])
+            valid = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
+            nll = model.loss(batch.codes, batch.condition, order, batch.valid)["nll"]
+            parts.append(nll[valid].double().cpu())  # (B,)
+            advance(len(parts[-1]))
     return torch.cat(parts)

@@ -16,7 +16,7 @@ from flashar_pl.commands.score import caption_encoder, check_data, held_out
 from flashar_pl.console import progress_bar, versions
 from flashar_pl.devices import find_device
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import Dtype, Plan, WeightFormat, Weights
+from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, Plan, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,9 +97,7 @@ def score_formats(
     if out is not None:
         require_new(out, "comparison")
     manifest = Manifest.load(data)
-    source = open_checkpoint(
-        checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, device=device, dtype=dtype
-    )
+    source = open_checkpoint(ModelOptions(checkpoint, weights, branch_layer, n_head), DeviceOptions(device, dtype))
     check_data(source.model, manifest, None, source.tokenizer)
     encoder = caption_encoder(source, manifest, assets)
     plan_name = check_plan(source.model, plan, manifest.grid)

@@ -19,12 +19,12 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
-from flashar_pl.commands.generate import fitting_batch
 from flashar_pl.commands.serve_requests import Service
 from flashar_pl.commands.serve_worker import Worker
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.prompts import choose_grid
-from flashar_pl.options import Dtype, Plan, Runner, WeightFormat, Weights
+from flashar_pl.options import Dtype, EngineOptions, ModelOptions, Plan, Runner, ShapeOptions, WeightFormat, Weights
+from flashar_pl.planner.room import fitting_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,15 +102,15 @@ def serve(
     if batch_size < 1 or not 0 <= port < 2**16:
         raise ValueError(f"batch_size is {batch_size}, port {port}; expected 1 or more, and 0 to 65535.")
     with listen(host, port) as server:
+        engine_options = EngineOptions(device, dtype, runner=runner, weight_format=weight_format)
         source = open_checkpoint(
-            checkpoint, weights=weights, n_head=n_head, branch_layer=branch_layer, grid=grid, tokenizer=tokenizer,
-            device=device, dtype=dtype,
-        )  # fmt: skip
-        shape = choose_grid(source, aspect_ratio, image_size)
+            ModelOptions(checkpoint, weights, branch_layer, n_head, grid, tokenizer), engine_options
+        )
+        shape = choose_grid(source, ShapeOptions(aspect_ratio, image_size))
         check_top_k(source.model, top_k)
         service = Service(source, shape, check_plan(source.model, plan, shape), settings, batch_size, assets)
         decoder = source.matching_tokenizer(device)
-        engine = build_engine(source, runner, weight_format, service.plan)
+        engine = build_engine(source, engine_options, service.plan)
         fullest, guided = service.ask(service.example(), batch_size, guided=True), replace(settings, cfg_scale=2.0)
         fitting_batch(source, fullest, shape, service.plan, guided, batch_size, engine.prefix_bucket)
         size = " x ".join(str(side * decoder.downsample) for side in shape)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.checkpoints.opening import Source, check_top_k
 from flashar_pl.commands.serve_worker import Request
 from flashar_pl.console import versions
-from flashar_pl.decoding.prompts import TextSettings, Wanted, ask, is_emu
+from flashar_pl.decoding.prompts import Wanted, ask, is_emu
+from flashar_pl.options import Subject, TextOptions
 
 if TYPE_CHECKING:
     from flashar_pl.sampling import SamplingSettings
@@ -90,13 +91,13 @@ class Service:
                 raise ValueError(f'"class" is {value!r}; expected a whole number of at least 0.')
             if body.get("negative_prompt") is not None:
                 raise ValueError('"negative_prompt" is for models that are asked by "prompt"; leave it out.')
-            return ask(self.source, self.grid, n, guided, classes=[value])
+            return ask(self.source, self.grid, n, guided, Subject(classes=[value]))
         for key in ("prompt", "negative_prompt"):
             given = body.get(key)
             if given is not None and (not isinstance(given, str) or len(given.encode()) > LONGEST):
                 raise ValueError(f'"{key}" is {str(given)[:60]!r}; expected text of at most {LONGEST} bytes.')
-        text = TextSettings(self.assets, negative_prompt=body.get("negative_prompt"))
-        return ask(self.source, self.grid, n, guided, prompts=[value], text=text)
+        text = TextOptions(self.assets, negative_prompt=body.get("negative_prompt"))
+        return ask(self.source, self.grid, n, guided, Subject(prompt=[value]), text)
 
     def request(self, body: dict[str, Any]) -> Request:
         """What the JSON of a request asks for. Raises ValueError where it is wrong."""

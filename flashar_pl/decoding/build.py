@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_args
 
-from flashar_pl.options import Runner, WeightFormat
+from flashar_pl.options import EngineOptions, Runner, WeightFormat
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.opening import Source
@@ -20,7 +20,7 @@ EXACT = ("auto", "plain", "packed")
 """Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
 
-def build_engine(source: Source, runner: Runner, weight_format: WeightFormat, plan: str) -> Engine:
+def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
     """An engine of a checkpoint for inference. Raises ValueError where the device cannot run it.
 
     plan: what it is for; see `choose_format`. It runs any other, too.
@@ -30,24 +30,24 @@ def build_engine(source: Source, runner: Runner, weight_format: WeightFormat, pl
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
-    source.model = prepare(source.model, choose_format(source.model, weight_format, runner, plan))
-    return Engine(source.model, runner)
+    source.model = prepare(source.model, choose_format(source.model, options, plan))
+    return Engine(source.model, options.runner)
 
 
-def choose_format(model: GridModel, weight_format: WeightFormat, runner: Runner, plan: str) -> WeightFormat:
+def choose_format(model: GridModel, options: EngineOptions, plan: str) -> WeightFormat:
     """What "auto" stands for: the fastest format that changes no value, by measurement (docs/performance.md).
 
     That is packed on a CPU, where a second copy of the weights fits, and plain elsewhere. Packed weights cannot be
     compiled; in float32 they are slower for the few rows of a raster step, and in narrow models.
     """
-    if weight_format != "auto":
-        return weight_format
+    if options.weight_format != "auto":
+        return options.weight_format
     from flashar_pl.devices import available_memory
     from flashar_pl.layers.packed import unsupported
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    if model.device.type != "cpu" or unsupported(dtype) is not None or "compiled" in runner:
+    if model.device.type != "cpu" or unsupported(dtype) is not None or "compiled" in options.runner:
         return "plain"
     if dtype.itemsize > 2 and (plan == "raster" or model.backbone.dim < PACKED_WIDTH):
         return "plain"

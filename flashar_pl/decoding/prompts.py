@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.options import parse_classes, parse_grid
+from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
     import torch
@@ -49,18 +49,6 @@ class Wanted:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
-class TextSettings:
-    """How prompts become conditions."""
-
-    assets: str | None = None
-    """Directory with emu3.tiktoken; None = the checkpoint's own, or the one it was trained with."""
-    text_encoder: str | None = None
-    """Directory of a T5 encoder, for LlamaGen."""
-    negative_prompt: str | None = None
-    """What guidance leads away from; None = the model's unconditional prompt."""
-
-
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
@@ -71,15 +59,13 @@ def is_emu(source: Source) -> bool:
     return isinstance(source.model.backbone, Emu35)
 
 
-def choose_grid(source: Source, aspect_ratio: str | None, image_size: int | None) -> tuple[int, int]:
+def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     """The grid (H, W) of the images: an aspect ratio at an area, or what the checkpoint (or --grid) says.
-
-    aspect_ratio: a name of `ASPECT_RATIOS`, or HEIGHTxWIDTH in codes. image_size: side in pixels of the square with the
-    wanted area, at 16 pixels per code; None = 512.
 
     Raises:
         ValueError: an unknown name, a size without a name, or no grid at all.
     """
+    aspect_ratio, image_size = shape.aspect_ratio, shape.image_size
     if aspect_ratio is None:
         if image_size is not None:
             return scaled_grid("1:1", image_size)
@@ -137,22 +123,20 @@ def ask(
     grid: tuple[int, int],
     num_images: int,
     guided: bool,
-    *,
-    prompts: list[str] | None = None,
-    classes: str | list[int] | None = None,
-    text_features: str | None = None,
-    text: TextSettings = TextSettings(),
+    subject: Subject,
+    text: TextOptions = TextOptions(),
 ) -> Wanted:
     """Conditions of N = (prompts, classes or captions) x num_images samples.
 
     Raises:
         ValueError: none or several kinds are given, or they do not fit the model.
     """
-    kinds = {"--prompt or --prompts": prompts, "--classes": classes, "--text-features": text_features}
+    prompts, classes = read_prompts(subject.prompt, subject.prompts), subject.classes
+    kinds = {"--prompt or --prompts": prompts, "--classes": classes, "--text-features": subject.text_features}
     given = [name for name, value in kinds.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"got {' and '.join(given) or 'nothing to draw'}; give one of {', '.join(kinds)}.")
-    if prompts is None and text != TextSettings():
+    if prompts is None and text != TextOptions():
         raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
     if text.negative_prompt is not None and not guided:
         raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
@@ -162,9 +146,9 @@ def ask(
         wanted = from_prompts(source, grid, prompts, guided, text)
         labels = [f"prompt{i}" for i in range(len(prompts))]
     else:
-        wanted, labels = from_classes_or_features(source.model, classes, text_features), []
+        wanted = from_classes_or_features(source.model, classes, subject.text_features)
         name = "class" if classes is not None else "text"
-        ids = parse_classes(classes) if classes is not None else list(range(len(wanted[0])))
+        ids = parse_classes(classes) if classes is not None else range(len(wanted[0]))
         labels = [f"{name}{i}" for i in ids]
     condition, unconditional = wanted
     source.model.backbone.check_condition(condition)
@@ -194,7 +178,7 @@ def from_classes_or_features(
 
 
 def from_prompts(
-    source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextSettings
+    source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
 ) -> tuple[Condition, Condition | None]:
     """One sample for each prompt, and what guidance leads away from (None = the model's own)."""
     from flashar_pl.backbones import Emu35, LlamaGen
@@ -221,7 +205,7 @@ def from_prompts(
 
 
 def emu_prompts(
-    source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextSettings
+    source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Whole prefixes; what guidance leads away from is the negative prompt, else `null_prompt`."""
     import torch

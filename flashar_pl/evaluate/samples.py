@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.devices import find_device
-from flashar_pl.options import Dtype, Runner, WeightFormat, Weights
+from flashar_pl.options import Dtype, EngineOptions, ModelOptions, Runner, WeightFormat, Weights
 
 if TYPE_CHECKING:
     from flashar_pl.decoding import Engine
@@ -98,19 +98,12 @@ def load_bench(
     from flashar_pl.metrics.features import load_extractor
 
     extractor = load_extractor(features)
-    source = open_checkpoint(
-        checkpoint,
-        weights=weights,
-        n_head=n_head,
-        branch_layer=branch_layer,
-        grid=grid,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=dtype,
-    )
+    options = ModelOptions(checkpoint, weights, branch_layer, n_head, grid, tokenizer)  # type: ignore[arg-type]
+    engine_options = EngineOptions(device, dtype, runner=runner, weight_format=weight_format)
+    source = open_checkpoint(options, engine_options)
     source.need_grid()
     decoder = source.matching_tokenizer(device)
-    engine = build_engine(source, runner, weight_format, plan or source.model.plan_name)
+    engine = build_engine(source, engine_options, plan or source.model.plan_name)
     return Bench(source, engine, decoder, extractor.to(find_device(device)))
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from flashar_pl.console import gib
 
 if TYPE_CHECKING:
     import torch
 
+    from flashar_pl.checkpoints.opening import Source
+    from flashar_pl.decoding.prompts import Wanted
+    from flashar_pl.options import SamplingSettings
     from flashar_pl.planner.sizes import ModelSizes
 
 CAP = {"cpu": 64, "cuda": 1024}
 """Largest batch that `auto` picks."""
+BATCH_SIZE = 16
+"""Unless fewer fit."""
 HEADROOM = 0.9
 """Share of the available memory that decoding may use."""
 
@@ -94,6 +101,31 @@ class Room:
         return (self.weight_copies - 1) * model_bytes(self.sizes, self.dtype)
 
 
-def gib(size: int) -> str:
-    """Bytes as GiB."""
-    return f"{size / 2**30:.1f} GiB"
+def fitting_batch(
+    source: Source,
+    wanted: Wanted,
+    grid: tuple[int, int],
+    plan: str,
+    settings: SamplingSettings,
+    batch_size: int | Literal["auto"] | None,
+    bucket: int,
+) -> int:
+    """The number of samples to decode together; prompts are padded to a multiple of `bucket`.
+
+    Raises ValueError for a number that does not fit.
+    """
+    from flashar_pl.decoding.prompts import is_emu
+    from flashar_pl.planner import model_sizes
+
+    model, most, longest = source.model, None, None
+    if is_emu(source):  # conditions are whole prompts
+        most = len(wanted)
+        prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, list)]
+        longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
+    room = Room(
+        model_sizes(model.config()), (plan,), grid, model.device, next(model.parameters()).dtype, settings.guided,
+        prefix=longest, weight_copies=0,
+    )  # fmt: skip
+    if batch_size is None:
+        return room.choose(max(1, room.largest(min(BATCH_SIZE, most or BATCH_SIZE))))
+    return room.choose(batch_size, most=len(wanted))

@@ -15,6 +15,7 @@ from flashar_pl.commands.benchmark import benchmark
 from flashar_pl.decoding import build as formats
 from flashar_pl.decoding.build import choose_format
 from flashar_pl.layers.packed import unsupported
+from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions
 from flashar_pl.planner import decode_memory, model_sizes
 from flashar_pl.planner.room import HEADROOM, Room
 
@@ -127,12 +128,14 @@ def test_rounded_weights_are_measured_too(quick):
 def test_auto_is_the_format_that_measured_best(dtype, plan, width, memory, found, monkeypatch, flashar_model):
     if unsupported(torch.bfloat16) is not None:
         pytest.skip("this machine cannot pack bfloat16 weights")
-    model = open_checkpoint(flashar_model, dtype=dtype).model
+    model = open_checkpoint(ModelOptions(flashar_model), DeviceOptions("cpu", dtype)).model
     monkeypatch.setattr(devices, "available_memory", lambda device: memory)
     monkeypatch.setattr(formats, "PACKED_WIDTH", width)
-    assert choose_format(model, "auto", "eager", plan) == found
-    assert choose_format(model, "auto", "compiled", plan) == "plain", "torch.compile cannot read packed weights"
-    assert choose_format(model, "int8", "compiled", plan) == "int8"
+    assert choose_format(model, EngineOptions(weight_format="auto", runner="eager"), plan) == found
+    assert choose_format(model, EngineOptions(weight_format="auto", runner="compiled"), plan) == "plain", (
+        "torch.compile cannot read packed weights"
+    )
+    assert choose_format(model, EngineOptions(weight_format="int8", runner="compiled"), plan) == "int8"
 
 
 def test_auto_compares_the_best_of_each_plan(quick, monkeypatch):

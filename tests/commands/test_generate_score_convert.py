@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from flashar_pl import decoding, devices
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.commands import generate as generate_command
-from flashar_pl.commands.score import image_nll
+from flashar_pl.commands.score import held_out, image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
+from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions
 from flashar_pl.planner import decode_memory, model_sizes
 from flashar_pl.planner.room import HEADROOM
 
@@ -72,7 +73,9 @@ def test_generate_equals_the_library_and_a_partial_batch_is_padded(run, flashar_
 def test_the_decoder_of_images_finds_the_memory_of_the_engine_free(run, flashar_model, work, monkeypatch):
     """A batch chosen to fill a GPU left no room for the pictures: they failed after all codes were drawn."""
     engines, alive = [], []
-    build, write = generate_command.build_engine, generate_command._write_images
+    from flashar_pl.decoding import build as building
+
+    build, write = building.build_engine, generate_command._write_images
 
     def built(*arguments):
         engine = build(*arguments)
@@ -83,7 +86,7 @@ def test_the_decoder_of_images_finds_the_memory_of_the_engine_free(run, flashar_
         alive.append(engines[0]() is not None)
         return write(*arguments)
 
-    monkeypatch.setattr(generate_command, "build_engine", built)
+    monkeypatch.setattr(building, "build_engine", built)
     monkeypatch.setattr(generate_command, "_write_images", written)
     assert run("generate", "--checkpoint", flashar_model, "--classes", "1", "--out", "one")[0] == 0
     assert alive == [False]
@@ -141,9 +144,13 @@ def test_the_null_class_is_no_secret(run, flashar_model, work):
 
 
 def test_generate_is_a_function_too(flashar_model, work):
-    from flashar_pl.commands.generate import generate
+    from flashar_pl.commands.generate import GenerateOptions, generate
 
-    path = generate(checkpoint=flashar_model, out="out", classes=[2], num_images=1, codes_only=True, plan="raster")
+    path = generate(
+        GenerateOptions(out="out", classes=[2], num_images=1, codes_only=True),
+        ModelOptions(flashar_model),
+        engine=EngineOptions("cpu", plan="raster"),
+    )
     assert sorted(p.name for p in path.iterdir()) == ["codes.npy", "settings.json"]
 
 
@@ -189,7 +196,7 @@ def test_generate_from_text_features(run, refused, work, suffix):
 def test_a_batch_size_is_a_number_or_auto(run, refused):
     """Help and error named auto only."""
     message = refused("generate", "--checkpoint", "x", "--out", "y", "--batch-size", "many")
-    assert "--batch-size is 'many'; expected a whole number or auto." in message
+    assert "--batch-size is 'many'; expected auto or a whole number." in message
     assert "--batch-size {auto,N}" in run("generate", "--help")[1]
 
 
@@ -255,9 +262,8 @@ def test_score_training_free_equals_the_untrained_flashar(run, raster_model, sha
     assert abs(own["nll_nats_per_image"] - free) > 1
     model = FlashAR(load_model(raster_model).model.backbone, 1)
 
-    assert float(image_nll(model.eval(), Manifest.load(shards), "test", "diagonal", 64, 20).mean()) == pytest.approx(
-        free
-    )
+    batches = held_out(Manifest.load(shards), "test", 64, 20, None, "cpu")
+    assert float(image_nll(model.eval(), batches, "diagonal").mean()) == pytest.approx(free)
 
 
 def test_score_bad_input(refused, run, flashar_model, raster_model, shards, work):
@@ -348,9 +354,9 @@ def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
     from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.decoding.build import build_engine
 
-    source = open_checkpoint(str(flashar_model), device="cpu")
+    source = open_checkpoint(ModelOptions(str(flashar_model)), DeviceOptions("cpu"))
     former, facts = weakref.ref(source.model), source.facts()
-    engine = build_engine(source, "eager", "packed", "diagonal")
+    engine = build_engine(source, EngineOptions(runner="eager", weight_format="packed"), "diagonal")
     gc.collect()
     assert former() is None
     assert source.model is engine.model

@@ -11,9 +11,10 @@ import tiny
 import torch
 
 from flashar_pl.backbones.base import Backbone
-from flashar_pl.commands.probe import depth_of, probe
+from flashar_pl.commands.probe import ProbeOptions, depth_of, probe
 from flashar_pl.grid import diagonal_plan, raster_plan
 from flashar_pl.models.probe import LayerProbe, layer_states
+from flashar_pl.options import ModelOptions, PlanOptions
 
 
 def test_states_are_those_of_the_layers() -> None:
@@ -86,7 +87,9 @@ def test_the_command(run: Any, raster_model: str, shards: str, work: Path) -> No
         assert nll["after"] < nll["before"]
     assert (work / "one/probe.png").stat().st_size > 5000
     assert "| embeddings |" in out
-    again = probe(checkpoint=raster_model, data=shards, steps=12, batch_size=16, limit=40, out="two")
+    again = probe(
+        ProbeOptions(shards, "two", steps=12, limit=40), ModelOptions(raster_model), PlanOptions(batch_size=16)
+    )
     assert again["weights"] == found["weights"], "equal seeds, equal result"
 
 

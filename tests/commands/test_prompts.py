@@ -22,6 +22,7 @@ from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import Description, load_model, save_model
 from flashar_pl.decoding.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
+from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions, ShapeOptions
 from flashar_pl.tokenizers import Emu35Text
 from flashar_pl.tokenizers.t5 import left_pad
 
@@ -94,8 +95,12 @@ def test_progress_counts_decoding_steps(work, files, monkeypatch) -> None:
             pass
 
     monkeypatch.setattr(module, "progress_bar", Bar)
-    prompt = {"checkpoint": str(files / "base"), "prompt": ["a fox"], "aspect_ratio": "3x4", "codes_only": True}
-    module.generate(out="out", num_images=3, batch_size=2, **prompt)
+    module.generate(
+        module.GenerateOptions(prompt=["a fox"], num_images=3, codes_only=True, out="out"),
+        ModelOptions(str(files / "base")),
+        shape=ShapeOptions("3x4"),
+        engine=EngineOptions(batch_size=2),
+    )
     assert totals == [(2 * 12, "steps")]
     assert ticks == [1] * 24
 
@@ -215,19 +220,20 @@ def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) 
 
     seen = []
     monkeypatch.setattr(module, "draw_codes", lambda _, samples: seen.append(samples.grid) or torch.zeros(1, 1))
-    module.generate(checkpoint=str(files / "base"), out="out", prompt=["a fox"], codes_only=True, num_images=1)
+    draw = module.GenerateOptions(prompt=["a fox"], num_images=1, codes_only=True, out="out")
+    module.generate(draw, ModelOptions(str(files / "base")))
     assert seen == [(32, 32)]
 
 
 def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
     """With graphs prompts are padded to a multiple of 64; a batch that fits without need not fit."""
-    from flashar_pl.commands import generate as module
     from flashar_pl.decoding.prompts import Wanted
+    from flashar_pl.planner import room as module
     from flashar_pl.sampling import SamplingSettings
 
     rooms = []
     monkeypatch.setattr(module.Room, "choose", lambda room, *_, **__: rooms.append(room.prefix) or 1)
-    source = open_checkpoint(str(files / "flashar"), device="cpu")
+    source = open_checkpoint(ModelOptions(str(files / "flashar")), DeviceOptions("cpu"))
     wanted = Wanted([torch.arange(65)], [torch.arange(9)], ["a"], None)
     for bucket in (1, 64):
         module.fitting_batch(source, wanted, (2, 2), "diagonal", SamplingSettings(2.0), 1, bucket)
@@ -287,7 +293,7 @@ def test_official_directories_are_cut_into_files(work, files) -> None:
     assert all(torch.equal(value, again[key]) for key, value in load_model(files / "base").model.state_dict().items())
 
 
-@pytest.mark.parametrize(("given", "stored"), [(None, "bf16"), ("stored", "bf16"), ("fp32", "fp32")])
+@pytest.mark.parametrize(("given", "stored"), [(None, "bf16"), ("fp32", "fp32")])
 def test_emu_directories_are_opened_in_their_own_precision(tmp_path, files, given, stored) -> None:
     """A 34-billion model in bfloat16 would need 136 GB if it were opened in float32."""
     from safetensors.torch import save_file
@@ -295,7 +301,7 @@ def test_emu_directories_are_opened_in_their_own_precision(tmp_path, files, give
     tensors = load_file(files / "flashar" / "model.safetensors")
     save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((files / "flashar" / "config.json").read_text())
-    source = open_checkpoint(str(tmp_path), dtype=given)
+    source = open_checkpoint(ModelOptions(str(tmp_path)), DeviceOptions(dtype=given))
     assert source.dtype == stored
     assert {str(p.dtype) for p in source.model.parameters()} == {
         "torch.float32" if given == "fp32" else "torch.bfloat16"

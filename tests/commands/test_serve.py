@@ -31,13 +31,14 @@ from flashar_pl.commands.serve import listen
 from flashar_pl.commands.serve_requests import Service
 from flashar_pl.commands.serve_worker import Request, Worker, join
 from flashar_pl.decoding import Engine, generate
+from flashar_pl.options import DeviceOptions, ModelOptions
 from flashar_pl.sampling import SamplingSettings
 from flashar_pl.tokenizers import Emu35Text
 
 
 @pytest.fixture
 def source(flashar_model: str) -> Source:
-    return open_checkpoint(flashar_model)
+    return open_checkpoint(ModelOptions(flashar_model), DeviceOptions("cpu"))
 
 
 @pytest.fixture
