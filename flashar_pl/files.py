@@ -121,8 +121,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def read_tensors(path: str | Path) -> dict[str, Any]:
+def read_tensors(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Content of a .pt/.pth/.ckpt/.safetensors file, on the CPU, without running code from it.
+
+    mmap: leave the tensors of a torch file on the disk until they are used.
 
     Raises:
         ValueError: no such file, damaged, holding more than tensors and plain values, or no dictionary.
@@ -138,7 +140,7 @@ def read_tensors(path: str | Path) -> dict[str, Any]:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
     except (SafetensorError, *BROKEN) as error:
         raise ValueError(f"{file} is not a checkpoint that can be read safely: {reason(error)}") from error
     if not isinstance(content, dict):

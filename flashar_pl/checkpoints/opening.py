@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.options import DeviceOptions, ModelOptions, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
-    from flashar_pl.checkpoints.weights import Description
+    from flashar_pl.checkpoints.description import Description
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Tokenizer
 
@@ -84,7 +84,7 @@ class Source:
 
 def count_parameters(model: GridModel) -> int:
     """Number of parameters of a model, whatever form its weights are in (see `flashar_pl.decoding.prepare`)."""
-    from flashar_pl.checkpoints.weights import build_on_meta
+    from flashar_pl.checkpoints.description import build_on_meta
 
     return sum(p.numel() for p in build_on_meta(model.config()).parameters())
 

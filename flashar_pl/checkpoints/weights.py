@@ -8,82 +8,33 @@ Our format is a directory with `config.json` (everything needed to build the mod
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import pickle
-import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from flashar_pl.backbones import build_backbone
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.checkpoints.architecture import check_same
+from flashar_pl.checkpoints.description import Description, build_on_meta
 from flashar_pl.checkpoints.directories import backbone_config, is_official_directory, read_directory, stream_weights
 from flashar_pl.checkpoints.llamagen import clean_official, load_strictly
 from flashar_pl.checkpoints.nar import is_nar, read_nar
-from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta, read_sharded
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint
+from flashar_pl.checkpoints.sharded import is_sharded
+from flashar_pl.files import new_directory, read_json, read_tensors, write_json
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig, added_parameters, merge, without_adapters
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
 
-FORMAT = 1
-CHECKPOINT_KEY = "flashar"
-"""Key of the description inside a Lightning checkpoint."""
-NET_PREFIX, EMA_PREFIX = "net.", "ema."
-"""Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
-
-BROKEN_FILE = (
-    *(SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError),
-    *(LookupError, TypeError, ValueError, AttributeError, AssertionError),
-)
-"""What the readers raise for a damaged or foreign file; torch's unpickler has no error type of its own."""
-
 Weights = Literal["auto", "raw", "ema"]
 """Which weights of a checkpoint to use: "auto" = averaged ones if present."""
-
-
-@dataclass
-class Description:
-    """What a checkpoint says about itself."""
-
-    model: dict[str, Any]
-    """Argument of `build_model`."""
-    grid: tuple[int, int] | None = None
-    """(H, W) it was trained on; None = unknown (official files)."""
-    tokenizer: dict[str, Any] | None = None
-    """Argument of `build_tokenizer`; None = unknown."""
-    training: dict[str, Any] = field(default_factory=dict)
-    """Step, stage and data of the run that wrote it."""
-    lora: dict[str, Any] | None = None
-    """`LoraConfig` of the weights beside this; None = a plain model's, as all that `load_model` returns."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return {"format": FORMAT, **asdict(self), "grid": None if self.grid is None else list(self.grid)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Description:
-        """Inverse of `to_dict`."""
-        if values.get("format") != FORMAT:
-            raise ValueError(f"the checkpoint has format {values.get('format')!r}; this version reads {FORMAT}.")
-        grid = values.get("grid")
-        return cls(
-            model=values["model"],
-            grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            tokenizer=values.get("tokenizer"),
-            training=values.get("training", {}),
-            lora=values.get("lora"),
-        )
 
 
 @dataclass
@@ -96,56 +47,7 @@ class Loaded:
     """What kind of file it was, for messages."""
 
 
-def build_model(config: dict[str, Any]) -> GridModel:
-    """The model that `GridModel.config()` describes, with new weights."""
-    values = dict(config)
-    kind = values.pop("kind", None)
-    backbone = build_backbone(values.pop("backbone"))
-    if kind == "raster":
-        return RasterAR(backbone)
-    if kind == "flashar" and "compatibility" in values:
-        return ReleasedFlashAR(backbone, **values)
-    if kind == "flashar":
-        return FlashAR(backbone, **values)
-    raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
-
-
-def build_on_meta(config: dict[str, Any]) -> GridModel:
-    """`build_model` without memory for weights."""
-    with torch.device("meta"):
-        return build_model(config)
-
-
 # --- official containers -------------------------------------------------------------------------------------------
-
-
-def read_tensors(path: str | Path) -> dict[str, Any]:
-    """Content of a .pt/.pth/.ckpt/.safetensors file, without running code from it."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"no file {path}.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except BROKEN_FILE as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read safely: {reason(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a checkpoint, which is a dictionary.")
-    return content
-
-
-def reason(error: BaseException) -> str:
-    """What a reader found, without torch's advice to read the file unsafely."""
-    text = " ".join(str(error).split())
-    if "PytorchStreamReader" in text:
-        return "the file is truncated or damaged"
-    if isinstance(error, LookupError | EOFError):
-        return "it is no torch file, or a part of one"
-    _, unpickler, found = text.partition("WeightsUnpickler error:")
-    text = found.split(" Please use")[0].split(" Check the documentation")[0] if unpickler else text
-    return f"{type(error).__name__}: {text.strip()[:200]}".rstrip(": ")
 
 
 def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
@@ -209,18 +111,9 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
 
 def save_model(directory: str | Path, model: GridModel, description: Description) -> None:
     """Write `config.json` and `model.safetensors`; the directory must not exist. It appears complete or not at all."""
-    target = Path(directory)
-    if target.exists():
-        raise ValueError(f"{target} exists; choose another directory or remove it.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    part.mkdir()
-    try:
+    with new_directory(directory, "model") as part:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-        (part / "config.json").write_text(json.dumps(description.to_dict(), indent=2) + "\n")
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        write_json(part / "config.json", description.to_dict())
 
 
 def load_model(
@@ -245,35 +138,23 @@ def load_model(
     if is_official_directory(path):
         model = read_directory(path, "visual", device, dtype)
         return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
-    if is_sharded(path):
-        return _load_sharded(path, weights)
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
             files = sorted(f for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for f in path.glob(pattern))
             hint = f" Did you mean {files[-1]}?" if files else ""
             raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.{hint}")
-        description = Description.from_dict(json.loads((path / "config.json").read_text()))
+        description = Description.from_dict(read_json(path / "config.json"))
         return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
-    content = read_tensors(path)
-    if CHECKPOINT_KEY in content:
-        description = Description.from_dict(content[CHECKPOINT_KEY])
-        stored, kind = _stored_names(content["state_dict"], weights, path)
-        state = {name: content["state_dict"].pop(other) for name, other in stored.items()}
-        return Loaded(_fill(description, state), description, f"checkpoint ({kind} weights)")
+    content = {} if path.is_dir() else read_tensors(path, mmap=True)
+    if path.is_dir() or CHECKPOINT_KEY in content:
+        run = RunCheckpoint(path)
+        stored, kind = _stored_names(run.names(), weights, path)
+        model = _fill(run.description, run.tensors(stored))
+        return Loaded(model, run.description, f"{'sharded ' * run.sharded}checkpoint ({kind} weights)")
     if weights == "ema":
         raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
     model = read_official_model(official_state_dict(content), n_head, arguments=content.get("args"))
     return Loaded(model, Description(model=model.config()), "official file")
-
-
-def _load_sharded(path: Path, weights: Weights) -> Loaded:
-    content = read_meta(path)
-    if CHECKPOINT_KEY not in content:
-        raise ValueError(f"{path} is a sharded checkpoint that flashar-pl did not write.")
-    description = Description.from_dict(content[CHECKPOINT_KEY])
-    stored, kind = _stored_names(SafeReader(path).names(), weights, path)
-    model = _fill(description, read_sharded(path, stored))
-    return Loaded(model, description, f"sharded checkpoint ({kind} weights)")
 
 
 def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[dict[str, str], str]:

@@ -90,7 +90,7 @@ class GridModel(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """Plain types from which `flashar_pl.checkpoints.weights.build_model` makes an equal model."""
+        """Plain types from which `flashar_pl.checkpoints.description.build_model` makes an equal model."""
 
     @abstractmethod
     def cache_spec(self) -> CacheSpec:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
-from flashar_pl.checkpoints.weights import EMA_PREFIX, NET_PREFIX
+from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import adaptation, frozen_names
 from flashar_pl.training.sharded.strategy import ShardedStrategy

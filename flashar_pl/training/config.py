@@ -228,7 +228,7 @@ class ValidationConfig:
 
 
 def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
-    """The argument of `flashar_pl.checkpoints.weights.build_model`."""
+    """The argument of `flashar_pl.checkpoints.description.build_model`."""
     config = backbone.resolve()
     kind = LlamaGen.kind if isinstance(config, LlamaGenConfig) else Emu35.kind
     described = {"kind": kind, **_without_tuples(asdict(config))}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.checkpoints.sharded import is_sharded, read_meta
-from flashar_pl.checkpoints.weights import CHECKPOINT_KEY, Description, read_tensors
+from flashar_pl.checkpoints.description import Description
 from flashar_pl.models.lora import adaptation
 
 if TYPE_CHECKING:
@@ -34,11 +32,3 @@ def describe(module: FlashARModule) -> Description:
         training=training,
         lora=None if lora is None else lora.to_dict(),
     )
-
-
-def read_description(path: str | Path) -> Description:
-    """The description in a Lightning checkpoint, a file or a sharded directory. ValueError if it holds none."""
-    content = read_meta(path) if is_sharded(path) else read_tensors(path)
-    if CHECKPOINT_KEY not in content:
-        raise ValueError(f"{path} is not a Lightning checkpoint of flashar-pl; expected one written by a fit.")
-    return Description.from_dict(content[CHECKPOINT_KEY])

@@ -9,7 +9,7 @@ Shapes: B samples, H, W grid.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from flashar_pl.backbones.base import Batch
-from flashar_pl.checkpoints.weights import CHECKPOINT_KEY
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, RunCheckpoint
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
@@ -41,11 +41,11 @@ from flashar_pl.training.config import (
     plain_settings,
     typed_settings,
 )
-from flashar_pl.training.description import describe, read_description
+from flashar_pl.training.description import describe
 from flashar_pl.training.evaluation import Evaluation
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.stages import Schedule
-from flashar_pl.training.strategies import first_weights, new_model
+from flashar_pl.training.strategies import check_cut, first_weights, new_model
 from flashar_pl.training.validation import LOSSES
 
 
@@ -108,7 +108,7 @@ class FlashARModule(LightningModule):
     def configure_model(self) -> None:
         """Build the model with new float32 weights, once; a sharded one without weights."""
         if hasattr(self, "net"):
-            return
+            return check_cut(self.net, self._strategy)
         self.net = new_model(self.model_config, self._strategy, self.lora)
         if self.ema_decay is not None:
             self.ema = average_of(self.net, self._strategy)
@@ -195,6 +195,36 @@ class FlashARModule(LightningModule):
         follow_frozen(self.net, self.ema)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> FlashARModule:
-        """The module that wrote a Lightning checkpoint; give the same path to the Trainer, which loads the weights."""
-        return cls(**typed_settings(read_description(path).training["settings"]))
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu", **overrides: Any
+    ) -> Self:
+        """The module that wrote a checkpoint, a file or a sharded directory, with its raw and averaged weights.
+
+        It is made from plain values of the checkpoint: nothing that it names is imported or opened. To train on, give
+        the same path to the Trainer too.
+
+        Args:
+            checkpoint_path: written by a fit.
+            map_location: device of the weights.
+            overrides: constructor arguments in place of the stored ones, such as validation.
+
+        Raises:
+            ValueError: no such checkpoint, another program's, or weights that do not fit the overrides.
+        """
+        stored = RunCheckpoint(checkpoint_path)
+        settings = typed_settings(stored.description.training["settings"])
+        if settings["backbone"].directory is not None:  # may be gone, or another one
+            options = dict(stored.description.model["backbone"])
+            settings["backbone"] = BackboneConfig(kind=options.pop("kind"), options=options)
+        module = cls(**{**settings, **overrides})
+        with torch.device("meta"):
+            module.configure_model()
+        module._has_weights = True
+        names = stored.names()
+        try:
+            module.load_state_dict(stored.tensors({name: name for name in names}), assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"{checkpoint_path} does not fit {', '.join(overrides)}: {error}") from error
+        if module.ema is not None and not any(name.startswith(EMA_PREFIX) for name in names):
+            module.ema = average_of(module.net, None)
+        return module.to(map_location)

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from flashar_pl.checkpoints.weights import BROKEN_FILE, CHECKPOINT_KEY, reason
+from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.models.lora import LoraConfig
 
 CONFIG_KEY = "flashar_config"
@@ -22,36 +21,13 @@ DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
 
 
-def read_stored(path: str) -> dict[str, Any]:
-    """Everything but large tensors of a Lightning checkpoint: a file, or a directory of shards with its meta.pt.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    place = Path(path)
-    file = place / "meta.pt" if place.is_dir() else place
-    if not file.is_file():
-        inside = sorted(place.glob("checkpoints/*.ckpt")) or sorted(place.glob("*.ckpt"))
-        hint = f" Did you mean {inside[-1]}?" if inside else ""
-        raise ValueError(f"{path} is a directory without meta.pt; expected a Lightning checkpoint.{hint}")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except BROKEN_FILE as error:
-        raise ValueError(f"{path} is no Lightning checkpoint that can be read safely: {reason(error)}") from error
-    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
-        raise ValueError(
-            f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"
-        )
-    return content
-
-
 def read_config(path: str) -> dict[str, Any]:
     """The configuration stored in a Lightning checkpoint, without the options of one call. {} if it has none.
 
     Raises:
         ValueError: the file is no checkpoint of ours.
     """
-    return plain(read_stored(path).get(CONFIG_KEY, "{}"))
+    return plain(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"))
 
 
 def plain(text: str) -> dict[str, Any]:
@@ -61,7 +37,7 @@ def plain(text: str) -> dict[str, Any]:
 
 def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
     """ValueError if a checkpoint was trained on another grid than that of the data set `name`."""
-    stored = read_stored(path)[CHECKPOINT_KEY]["grid"]
+    stored = RunCheckpoint(path).description.grid
     if stored is not None and tuple(stored) != tuple(grid):
         raise ValueError(
             f"{path} was trained on a grid of {stored[0]} x {stored[1]} codes, the shards of {name!r} have "
@@ -74,8 +50,8 @@ def check_same_model(path: str, config: dict[str, Any], lora: LoraConfig | None 
 
     LoRA's dropout and the dtype of its frozen weights may differ.
     """
-    description = read_stored(path)[CHECKPOINT_KEY]
-    stored = flatten(description["model"])
+    description = RunCheckpoint(path).description
+    stored = flatten(description.model)
     now = {key: value for key, value in flatten(config).items() if not key.endswith("dropout")}
     wrong = [
         f"{key} {stored[key]!r} (this run: {value!r})"
@@ -84,7 +60,7 @@ def check_same_model(path: str, config: dict[str, Any], lora: LoraConfig | None 
     ]
     before, after = (
         {key: value for key, value in (values or {}).items() if key in ("rank", "alpha", "targets")}
-        for values in (description.get("lora"), None if lora is None else lora.to_dict())
+        for values in (description.lora, None if lora is None else lora.to_dict())
     )
     if before != after:
         wrong.append(f"lora {before or None} (this run: {after or None})")

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from torch.distributed.tensor import DTensor
 
+from flashar_pl.checkpoints.description import build_model
 from flashar_pl.checkpoints.directories import is_official_directory
 from flashar_pl.checkpoints.sharded import is_sharded
-from flashar_pl.checkpoints.weights import InitReport, build_model, initialise
+from flashar_pl.checkpoints.weights import InitReport, initialise
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig, adapt
 from flashar_pl.training.new_parts import new_parts
@@ -63,6 +65,16 @@ def check_strategy(strategy: Strategy) -> None:
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}; expected auto, ddp, or, to cut a model over devices, "
             "class_path: flashar_pl.training.sharded.strategy.ShardedStrategy."
+        )
+
+
+def check_cut(model: GridModel, strategy: Strategy | None) -> None:
+    """ValueError for a whole model, as `load_from_checkpoint` returns, in a sharded run: every device would train its
+    own."""
+    if isinstance(strategy, ShardedStrategy) and not any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "this module has whole weights, and a sharded run cuts its model while it is built; make the module anew "
+            "with FlashARModule(...) and give the Trainer the checkpoint: fit(module, ckpt_path=...)."
         )
 
 

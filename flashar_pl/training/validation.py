@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Condition, TextFeatures, move_condition, slice_condition
 from flashar_pl.backbones.llamagen import LlamaGen
-from flashar_pl.checkpoints.weights import build_on_meta
+from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel

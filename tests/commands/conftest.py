@@ -6,7 +6,8 @@ import pytest
 import torch
 from command_toys import tiny_backbone
 
-from flashar_pl.checkpoints.weights import Description, save_model
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.models import FlashAR, RasterAR
 
 

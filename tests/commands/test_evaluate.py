@@ -10,7 +10,8 @@ from command_toys import tiny_backbone
 from evaluate_toys import evaluation, sample_images, save_classifier
 from PIL import Image
 
-from flashar_pl.checkpoints.weights import Description, save_model
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.evaluate.reference import path_digest
 from flashar_pl.evaluate.report import SHOWN_CLASSES, choose_metrics, shown_classes
 from flashar_pl.evaluate.samples import sample_labels

@@ -51,7 +51,8 @@ def test_metrics_and_how_they_were_measured(run, refused, work, flashar_model, r
 
 
 def test_the_run_that_wrote_the_weights_is_shown(run, work):
-    from flashar_pl.checkpoints.weights import Description, save_model
+    from flashar_pl.checkpoints.description import Description
+    from flashar_pl.checkpoints.weights import save_model
     from flashar_pl.models import RasterAR
 
     model = RasterAR(tiny_backbone())

@@ -18,8 +18,9 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
+from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.opening import open_checkpoint
-from flashar_pl.checkpoints.weights import Description, load_model, save_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
 from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions, ShapeOptions

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from flashar_pl.checkpoints.nar import branch_of
-from flashar_pl.checkpoints.weights import load_model, read_tensors
+from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.files import read_tensors
 from flashar_pl.models import FlashAR
 
 GATED = tiny.GOLDEN / "flashar" / "llamagen_flashar_tiny_gate_last_version.pt"
@@ -87,7 +88,8 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 
 
 def test_from_pretrained_names_the_class_that_fits(tmp_path: Path) -> None:
-    from flashar_pl.checkpoints.weights import Description, save_model
+    from flashar_pl.checkpoints.description import Description
+    from flashar_pl.checkpoints.weights import save_model
     from flashar_pl.models import GridModel, RasterAR
 
     for name, model in (("flashar", tiny.flashar()), ("raster", RasterAR(tiny.backbone()))):

@@ -12,18 +12,9 @@ import torch
 from safetensors.torch import save_file
 from tiny import llamagen_golden
 
-from flashar_pl.checkpoints.weights import (
-    CHECKPOINT_KEY,
-    EMA_PREFIX,
-    NET_PREFIX,
-    Description,
-    build_model,
-    build_on_meta,
-    initialise,
-    load_model,
-    official_weights,
-    save_model,
-)
+from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX
+from flashar_pl.checkpoints.weights import initialise, load_model, official_weights, save_model
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.base import GridModel
 
@@ -75,7 +66,7 @@ def test_config_is_plain_and_complete(name: str) -> None:
 def test_nothing_is_overwritten_and_nothing_is_left_behind(tmp_path: Path) -> None:
     model = MODELS["raster"]()
     saved(tmp_path / "model", model)
-    with pytest.raises(ValueError, match="exists; choose another directory"):
+    with pytest.raises(ValueError, match="exists; the model would overwrite it"):
         saved(tmp_path / "model", model)
     with pytest.raises(TypeError):
         save_model(tmp_path / "other", model, Description(model.config(), training={"bad": object()}))

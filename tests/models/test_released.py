@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
-from flashar_pl.checkpoints.weights import (
-    Description,
-    build_model,
-    initialise,
-    load_model,
-    official_weights,
-    save_model,
-)
+from flashar_pl.checkpoints.description import Description, build_model
+from flashar_pl.checkpoints.weights import initialise, load_model, official_weights, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
 from flashar_pl.models.released import Compatibility, ReleasedFlashAR, without_prefix

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashar_pl.backbones import Emu35Config
-from flashar_pl.checkpoints.weights import build_on_meta, initialise
+from flashar_pl.checkpoints.description import build_on_meta
+from flashar_pl.checkpoints.weights import initialise
 from flashar_pl.training.checks import check_guidance
 from flashar_pl.training.config import (
     BackboneConfig,

@@ -138,7 +138,10 @@ def test_checkpoint_is_a_model(both, job) -> None:
     """Averaged weights by default; the shards of two ranks joined."""
     checkpoint = f"{job['root']}/step=10.ckpt"
     weights = both[1]["weights"]
-    assert FlashARModule.from_checkpoint(checkpoint).optimiser.lr == 1e-2
+    again = FlashARModule.load_from_checkpoint(checkpoint)
+    assert again.optimiser.lr == 1e-2
+    assert again.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
     for choice, prefix in (("auto", "ema."), ("raw", "net.")):
         for name, value in load_model(checkpoint, choice).model.state_dict().items():
             assert torch.equal(value, weights[prefix + name]), name
@@ -146,7 +149,8 @@ def test_checkpoint_is_a_model(both, job) -> None:
 
 def test_starts_from_a_file(both, job, toy_shards: str, tmp_path: Path) -> None:
     """A raster file into shards: the vertical branch is cloned after it is read, and nothing keeps the placeholder."""
-    from flashar_pl.checkpoints.weights import Description, save_model
+    from flashar_pl.checkpoints.description import Description
+    from flashar_pl.checkpoints.weights import save_model
 
     module = make_module(flashar=False)
     module.configure_model()

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from training_toys import GRID, LEVELS, NO_DROPOUT, OPTIONS
 
 from flashar_pl.backbones import TextFeatures
-from flashar_pl.checkpoints.weights import build_model, build_on_meta
+from flashar_pl.checkpoints.description import build_model, build_on_meta
 from flashar_pl.decoding import generate
 from flashar_pl.models import GridModel
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, model_config

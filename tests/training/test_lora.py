@@ -12,9 +12,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import GRID, LEVELS, STEPS, fit, make_module
 
+from flashar_pl.checkpoints.description import Description, build_model
 from flashar_pl.checkpoints.llamagen import clean_official
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY
 from flashar_pl.checkpoints.sharded import SafeReader
-from flashar_pl.checkpoints.weights import CHECKPOINT_KEY, Description, build_model, load_model, save_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.commands.convert import convert
 from flashar_pl.decoding import generate
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters

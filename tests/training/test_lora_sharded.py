@@ -10,8 +10,9 @@ import torch
 from sharded_ranks import go, run
 from training_toys import CLASSES, GRID, LEVELS, make_module
 
+from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.sharded import SafeReader
-from flashar_pl.checkpoints.weights import Description, load_model, save_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models.lora import ADDED
 
 pytestmark = pytest.mark.slow  # `test_lora.py` has one rank

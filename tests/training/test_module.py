@@ -29,7 +29,8 @@ from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.training.config import plain_settings, typed_settings
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
-from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
+from flashar_pl.training.sharded.strategy import ShardedStrategy
+from flashar_pl.training.strategies import allow_frozen_parameters, check_cut, check_strategy
 
 
 class Watch(Callback):
@@ -266,8 +267,14 @@ def test_the_trainers_own_clipping_is_refused(tmp_path: Path, toy_shards: str) -
 
 def test_a_strategy_that_shares_nothing_is_refused() -> None:
     """Two processes of Lightning's ModelParallelStrategy drifted apart by 0.05 in five steps, without an error."""
-    with pytest.raises(ValueError, match=r"ModelParallelStrategy; expected auto, ddp, .*training.fsdp.ShardedStrategy"):
+    with pytest.raises(
+        ValueError, match=r"ModelParallelStrategy; expected auto, ddp, .*sharded.strategy.ShardedStrategy"
+    ):
         check_strategy(ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1))
+    whole = make_module()
+    whole.configure_model()
+    with pytest.raises(ValueError, match="this module has whole weights"):
+        check_cut(whole.net, ShardedStrategy())
     with pytest.raises(ValueError, match="static_graph=True"):
         allow_frozen_parameters(DDPStrategy(static_graph=True))
 
@@ -292,16 +299,39 @@ def test_a_missing_extractor_is_reported_before_training(tmp_path: Path, toy_sha
     assert not watch.losses
 
 
-def test_settings_travel_through_a_checkpoint(tmp_path: Path, toy_shards: str) -> None:
-    """The module that wrote a checkpoint can be rebuilt from the path alone."""
+def test_a_checkpoint_is_a_module(tmp_path: Path, toy_shards: str) -> None:
+    """The module that wrote a checkpoint comes back from the path alone, with raw and averaged weights."""
     module = make_module(ema_decay=0.9, aux_weight=0.1, validation=ValidationConfig(plan="raster", seed=4))
     save = ModelCheckpoint(tmp_path, filename="last")
     fit(tmp_path, toy_shards, module, max_steps=2, enable_checkpointing=True, callbacks=[save])
-    again = FlashARModule.from_checkpoint(tmp_path / "last.ckpt")
+    random = torch.get_rng_state()
+    again = FlashARModule.load_from_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(torch.get_rng_state(), random)
     assert again.settings() == module.settings()
+    weights = module.state_dict()
+    assert again.state_dict().keys() == weights.keys()
+    assert any(name.startswith("ema.") for name in weights)
+    assert all(torch.equal(value, weights[name]) for name, value in again.state_dict().items())
+    plain = FlashARModule.load_from_checkpoint(tmp_path / "last.ckpt", ema_decay=None)
+    assert plain.ema is None
+    assert torch.equal(plain.net.dual_head.horizontal.weight, module.net.dual_head.horizontal.weight)
+    with pytest.raises(ValueError, match="does not fit flashar"):
+        FlashARModule.load_from_checkpoint(tmp_path / "last.ckpt", flashar=FlashARConfig(branch_layer=0))
     assert typed_settings(plain_settings({"optimiser": OptimiserConfig()}))["optimiser"] == OptimiserConfig()
     with pytest.raises(ValueError, match="no file"):
-        FlashARModule.from_checkpoint(tmp_path / "none.ckpt")
+        FlashARModule.load_from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_averages_added_to_a_loaded_module_are_its_own(raster_checkpoint: Path, tmp_path: Path, toy_shards) -> None:
+    """Shared with the weights they would follow every step whole."""
+    module = FlashARModule.load_from_checkpoint(raster_checkpoint, ema_decay=0.9)
+    before = module.net.backbone.head.weight.detach().clone()
+    fit(tmp_path, toy_shards, module, max_steps=2)
+    after, average = module.net.backbone.head.weight, module.ema.backbone.head.weight
+    assert module.total_steps == 2
+    assert not torch.equal(after, before)
+    assert not torch.equal(average, after)
+    assert not torch.equal(average, before)
 
 
 def test_prediction_is_the_likelihood_of_each_image(tmp_path: Path, toy_shards: str) -> None:

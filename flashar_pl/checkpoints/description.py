@@ -1,0 +1,70 @@
+"""What a checkpoint says about itself: plain values, enough to build its model. Nothing in it is ever imported."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from flashar_pl.backbones import build_backbone
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.released import ReleasedFlashAR
+
+FORMAT = 1
+
+
+@dataclass
+class Description:
+    """What a checkpoint says about itself."""
+
+    model: dict[str, Any]
+    """Argument of `build_model`."""
+    grid: tuple[int, int] | None = None
+    """(H, W) it was trained on; None = unknown (official files)."""
+    tokenizer: dict[str, Any] | None = None
+    """Argument of `build_tokenizer`; None = unknown."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Step, stage and data of the run that wrote it."""
+    lora: dict[str, Any] | None = None
+    """`LoraConfig` of the weights beside this; None = a plain model's, as all that `load_model` returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"format": FORMAT, **asdict(self), "grid": None if self.grid is None else list(self.grid)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Description:
+        """Inverse of `to_dict`."""
+        if values.get("format") != FORMAT:
+            raise ValueError(f"the checkpoint has format {values.get('format')!r}; this version reads {FORMAT}.")
+        grid = values.get("grid")
+        return cls(
+            model=values["model"],
+            grid=None if grid is None else (int(grid[0]), int(grid[1])),
+            tokenizer=values.get("tokenizer"),
+            training=values.get("training", {}),
+            lora=values.get("lora"),
+        )
+
+
+def build_model(config: dict[str, Any]) -> GridModel:
+    """The model that `GridModel.config()` describes, with new weights."""
+    values = dict(config)
+    kind = values.pop("kind", None)
+    backbone = build_backbone(values.pop("backbone"))
+    if kind == "raster":
+        return RasterAR(backbone)
+    if kind == "flashar" and "compatibility" in values:
+        return ReleasedFlashAR(backbone, **values)
+    if kind == "flashar":
+        return FlashAR(backbone, **values)
+    raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
+
+
+def build_on_meta(config: dict[str, Any]) -> GridModel:
+    """`build_model` without memory for weights."""
+    with torch.device("meta"):
+        return build_model(config)

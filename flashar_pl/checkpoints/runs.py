@@ -1,0 +1,51 @@
+"""Lightning checkpoints of training runs: one file, or a directory of shards. Read without running code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_sharded
+from flashar_pl.files import read_tensors
+
+CHECKPOINT_KEY = "flashar"
+"""Key of the description inside a Lightning checkpoint."""
+NET_PREFIX, EMA_PREFIX = "net.", "ema."
+"""Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
+
+
+class RunCheckpoint:
+    """A checkpoint that a training run wrote. Its weights are read when they are asked for.
+
+    Raises:
+        ValueError: nothing there, damaged, holding more than tensors and plain values, or another program's.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.sharded = is_sharded(path)
+        file = self.path / META if self.path.is_dir() else self.path
+        if not file.is_file():
+            inside = sorted(self.path.glob("checkpoints/*.ckpt")) or sorted(self.path.glob("*.ckpt"))
+            hint = f" Did you mean {inside[-1]}?" if inside else ""
+            raise ValueError(f"{path} is no Lightning checkpoint: no file {file}.{hint}")
+        self.content = read_tensors(file, mmap=True)
+        """Everything, or of a sharded checkpoint everything but tensors."""
+        if CHECKPOINT_KEY not in self.content:
+            raise ValueError(
+                f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"
+            )
+        self.description = Description.from_dict(self.content[CHECKPOINT_KEY])
+
+    def names(self) -> list[str]:
+        """Names of the weights, raw and averaged."""
+        names = SafeReader(self.path).names() if self.sharded else self.content["state_dict"]
+        return [name for name in names if name.startswith((NET_PREFIX, EMA_PREFIX))]
+
+    def tensors(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """Weights by new names, on the CPU in memory of their own. names: what to call one -> its name here."""
+        if self.sharded:
+            return read_sharded(self.path, names)
+        return {name: self.content["state_dict"][other].clone() for name, other in names.items()}
