@@ -17,7 +17,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,10 +168,13 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.strip()[:200]}".rstrip(": ")
 
 
-def read_arrays(path: str | Path, content: bytes | None = None) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: str | Path, content: bytes | None = None, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
     """Arrays of a .npz file by name, or that of a .npy file under "array", without unpickling.
 
-    content: the file's bytes where they are in memory already; `path` is then a name for messages.
+    content: the file's bytes where they are in memory already; `path` is then a name for messages. names: of the arrays
+    to read; None = all.
 
     Raises:
         ValueError: no such file, or a damaged one.
@@ -185,7 +188,7 @@ def read_arrays(path: str | Path, content: bytes | None = None) -> dict[str, np.
         if isinstance(read, np.ndarray):
             return {"array": read}
         with read:
-            return {name: read[name] for name in read.files}
+            return {name: read[name] for name in read.files if names is None or name in names}
     except BROKEN as error:
         raise ValueError(f"{path} is not a file of arrays that can be read: {reason(error)}") from error
 

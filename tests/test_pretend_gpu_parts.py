@@ -10,10 +10,12 @@ import torch
 from pretend_gpu import PretendGPU
 from torch import Tensor
 
+from flashar_pl.metrics import collector
 from flashar_pl.metrics.classifier import ClassifierFeatures
 from flashar_pl.metrics.collector import DistributionMetrics
+from flashar_pl.metrics.extractor import extract_features
 from flashar_pl.metrics.fid import FrechetDistance
-from flashar_pl.metrics.reference import reference_from_images
+from flashar_pl.metrics.reference import reference_from_batches
 from flashar_pl.tokenizers import IBQ, VQ16, Tokenizer
 from flashar_pl.tokenizers.conv_tokenizer import TokenizerSpec
 from flashar_pl.tokenizers.convnet import NetSpec
@@ -53,16 +55,19 @@ def test_a_tokenizer(kind: str) -> None:
 def results(device: str) -> dict[str, float]:
     """All metrics of two batches of samples, the second with one row that only fills it up."""
     torch.manual_seed(1)
+    names = [name for name in collector.NAMES if name != "sfid"]
     extractor = ClassifierFeatures((8, 8), 3, 4).requires_grad_(False).eval().to(device)
-    metrics = DistributionMetrics(extractor, k=2, kid_subset_size=4, kid_subsets=2).to(device)
-    metrics.set_reference(reference_from_images(extractor, images(9, 8), batch_size=4))
-    metrics.update(images(6, 8, 1).to(device), torch.arange(6), None)
-    metrics.update(images(3, 8, 2).to(device), torch.arange(6, 9).to(device), torch.tensor([1, 1, 0]).bool().to(device))
+    metrics = DistributionMetrics(extractor, names).to(device)
+    metrics.set_reference(reference_from_batches(extractor, images(9, 8).split(4)))
+    first, second = (extract_features(extractor, images(n, 8, n // 3).to(device)) for n in (6, 3))
+    metrics.update(first, torch.arange(6), None)
+    metrics.update(second, torch.arange(6, 9).to(device), torch.tensor([1, 1, 0]).bool().to(device))
     return metrics.compute()
 
 
-def test_metrics() -> None:
+def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """FID, Inception Score, precision, recall and KID."""
+    monkeypatch.setattr(collector, "MEASURES", collector.measures(k=2, kid_subset=4, kid_subsets=2))
     expected = results("cpu")
     with PretendGPU():
         found = results("cuda")
@@ -82,7 +87,7 @@ def test_real_rows_and_moments() -> None:
                 if reference:
                     distance.set_reference(mu, sigma, 20)
                 else:
-                    distance.update_features(rows[:20].to(device), real=True)
-                distance.update_features(rows[20:].to(device), real=False, valid=torch.ones(20).bool().to(device))
+                    distance.update(rows[:20].to(device), real=True)
+                distance.update(rows[20:].to(device), real=False, valid=torch.ones(20).bool().to(device))
                 answers.append(float(distance.compute()))
     assert answers == pytest.approx([answers[0]] * 4, rel=1e-6)

@@ -30,7 +30,7 @@ from flashar_pl.evaluate.reference import (
     path_digest,
     tokenizer_identity,
 )
-from flashar_pl.evaluate.report import choose_metrics, compute_metrics, draw_grid, write_codes, write_npz
+from flashar_pl.evaluate.report import compute_metrics, draw_grid, write_codes, write_npz
 from flashar_pl.evaluate.samples import (
     Bench,
     Job,
@@ -293,6 +293,8 @@ class Run:
 def prepare(options: Options, group: Group) -> Run:
     """Load everything and check every setting, before anything is drawn. Only the reference may take long."""
     import torch
+
+    from flashar_pl.metrics.collector import choose_metrics
 
     sampling, names, folder = options.sampling(), options.metric_names(), PartFolder(options.out)
     folder.check()

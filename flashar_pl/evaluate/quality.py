@@ -56,8 +56,8 @@ class Judge:
         features = extract_features(self.classifier, self.tokenizer.decode(codes))
         assert features.logits is not None
         distance = FrechetDistance(self.classifier.num_features)
-        distance.update_features(self.real, real=True)
-        distance.update_features(features.pool, real=False)
+        distance.update(self.real, real=True)
+        distance.update(features.pool, real=False)
         return float(distance.compute()), float((features.logits.argmax(1) == labels).double().mean())
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flashar_pl.files import digest as digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from flashar_pl.metrics.reference import ReferenceStatistics
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMAT = 1
+"""Of stored statistics."""
 ORDER_SEED = 0
 """Of the order in which images are read: the first 10,000 serve precision and recall and must not be a few classes."""
 
@@ -67,7 +71,7 @@ def load_reference_images(
 
 
 def _from_npz(file: Path, extractor: FeatureExtractor, batch_size: int, cache: Path) -> Reference:
-    from flashar_pl.metrics.reference import cached_reference, file_digest, load_reference
+    from flashar_pl.metrics.reference import load_reference
 
     if not file.is_file():
         raise ValueError(
@@ -75,7 +79,7 @@ def _from_npz(file: Path, extractor: FeatureExtractor, batch_size: int, cache: P
             "or a directory of shards."
         )
     arrays = _array_shapes(file)
-    digest = file_digest(file)
+    digest = digest_of(file)
     facts = {"kind": "npz", "path": str(file), "sha256": digest, "arrays": {k: list(v) for k, v in arrays.items()}}
     if "arr_0" in arrays and not {"mu", "sigma", "features"} <= arrays.keys():
 
@@ -108,7 +112,7 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 def _from_images(folder: Path, extractor: FeatureExtractor, batch_size: int, cache: Path) -> Reference:
     import numpy as np
 
-    from flashar_pl.metrics.reference import cached_reference, file_digest, reference_from_batches
+    from flashar_pl.metrics.reference import reference_from_batches
 
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
@@ -118,7 +122,7 @@ def _from_images(folder: Path, extractor: FeatureExtractor, batch_size: int, cac
         )
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.relative_to(folder)} {file_digest(file)}\n".encode())
+        digest.update(f"{file.relative_to(folder)} {digest_of(file)}\n".encode())
     side = _read_image(files[0]).shape[:2]
 
     def batches() -> Iterator[Tensor]:
@@ -168,7 +172,7 @@ def _from_shards(
     from flashar_pl.data.reader import ShardReader
     from flashar_pl.data.shards import Manifest
     from flashar_pl.metrics.extractor import device_of
-    from flashar_pl.metrics.reference import cached_reference, reference_from_batches
+    from flashar_pl.metrics.reference import reference_from_batches
     from flashar_pl.options import parse_tokenizer
     from flashar_pl.tokenizers import build_tokenizer
 
@@ -201,6 +205,22 @@ def _from_shards(
     return Reference(statistics, side, facts | _counts(statistics))
 
 
+def cached_reference(
+    folder: Path, description: dict[str, Any], extractor: FeatureExtractor, build: Callable[[], ReferenceStatistics]
+) -> ReferenceStatistics:
+    """Statistics stored in `folder` under a hash of `description` and the extractor's weights; built where missing.
+
+    description: plain values that fix the images, such as {"file": sha256}.
+    """
+    from flashar_pl.metrics.reference import load_reference
+
+    key = json.dumps({"format": FORMAT, "of": description, "extractor": extractor.fingerprint()}, sort_keys=True)
+    file = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+    if not file.is_file():
+        build().save(file)
+    return load_reference(file)
+
+
 def _counts(statistics: ReferenceStatistics) -> dict[str, Any]:
     rows = statistics.features
     return {"images": statistics.n, "feature_rows": None if rows is None else len(rows)}
@@ -208,30 +228,24 @@ def _counts(statistics: ReferenceStatistics) -> dict[str, Any]:
 
 def tokenizer_identity(config: dict[str, Any]) -> dict[str, Any]:
     """The tokenizer's config with hashes in place of paths."""
-    from flashar_pl.metrics.reference import file_digest
-
     identity = dict(config)
     for key in ("weights", "settings"):
         value = config.get(key)
         if isinstance(value, str) and Path(value).expanduser().exists():
             file = Path(value).expanduser()
-            identity[key] = f"sha256:{file_digest(file) if file.is_file() else directory_digest(file)}"
+            identity[key] = f"sha256:{digest_of(file) if file.is_file() else directory_digest(file)}"
     return identity
 
 
 def path_digest(path: str | Path) -> str:
     """sha256 of a file, or of the names and hashes of a directory's files."""
-    from flashar_pl.metrics.reference import file_digest
-
     place = Path(path).expanduser()
-    return file_digest(place) if place.is_file() else directory_digest(place)
+    return digest_of(place) if place.is_file() else directory_digest(place)
 
 
 def directory_digest(folder: Path) -> str:
     """sha256 of the names and hashes of a model directory's files; model cards and hidden files do not count."""
-    from flashar_pl.metrics.reference import file_digest
-
     names = {file: str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()}
     hidden = {file for file, name in names.items() if name.startswith(".") or "/." in name or file.suffix == ".md"}
-    listed = {name: file_digest(file) for file, name in names.items() if file not in hidden}
+    listed = {name: digest_of(file) for file, name in names.items() if file not in hidden}
     return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashar_pl.evaluate.samples import Bench, Job
-    from flashar_pl.metrics.extractor import FeatureExtractor
     from flashar_pl.metrics.reference import ReferenceStatistics
 
 SHOWN_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -25,80 +24,6 @@ SHOWN_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)
 balloon, arctic fox."""
 ROWS = 4
 """Images of each class in the sample grid."""
-KID_SUBSET = 1000
-
-
-def choose_metrics(
-    names: list[str] | None,
-    extractor: FeatureExtractor,
-    reference: ReferenceStatistics,
-    n: int,
-    min_samples: int | None,
-) -> tuple[list[str], dict[str, str]]:
-    """The metrics to compute, and those left out with the reason.
-
-    Args:
-        names: metrics asked for, which must all be possible; None = all that are.
-        n: samples that will be drawn.
-        min_samples: fewest samples, and reference images, for FID and sFID; None = more than they have features.
-
-    Raises:
-        ValueError: a metric asked for is not possible, or there are too few samples for FID or sFID.
-    """
-    from flashar_pl.metrics.collector import NAMES
-
-    unknown = sorted(set(names or ()) - set(NAMES))
-    if unknown or (names is not None and not names):
-        raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(NAMES)}.")
-    left_out = {}
-    for name in NAMES:
-        if names is not None and name not in names:
-            continue
-        problem = _missing(name, extractor, reference) or _too_few_rows(name, reference, n)
-        if problem:
-            left_out[name] = problem
-            continue
-        _check_moments(name, extractor, reference, n, min_samples)
-    if names is not None and left_out:
-        listed = "; ".join(f"{name}: {problem}" for name, problem in left_out.items())
-        raise ValueError(f"not possible: {listed}. Leave out of --metrics what is not possible.")
-    return [name for name in NAMES if name not in left_out and (names is None or name in names)], left_out
-
-
-def _missing(name: str, extractor: FeatureExtractor, reference: ReferenceStatistics) -> str | None:
-    if name == "sfid" and not extractor.num_spatial:
-        return "the extractor has no spatial features"
-    if name == "sfid" and reference.mu_s is None:
-        return "the reference has no spatial moments (mu_s, sigma_s)"
-    if name == "is" and not extractor.num_classes:
-        return "the extractor has no class logits"
-    if name in ("precision", "recall", "f1", "kid") and reference.features is None:
-        return "the reference has neither images nor feature rows"
-    return None
-
-
-def _too_few_rows(name: str, reference: ReferenceStatistics, n: int) -> str | None:
-    needed = KID_SUBSET if name == "kid" else 4 if name in ("precision", "recall", "f1") else 1
-    rows = n if reference.features is None or needed == 1 else min(n, len(reference.features))
-    return f"{rows} images; it needs {needed:,} on either side" if rows < needed else None
-
-
-def _check_moments(
-    name: str, extractor: FeatureExtractor, reference: ReferenceStatistics, n: int, min_samples: int | None
-) -> None:
-    """ValueError where FID or sFID would rest on fewer images than asked for."""
-    columns = {"fid": extractor.num_features, "sfid": extractor.num_spatial}.get(name)
-    if columns is None:
-        return
-    needed = columns + 1 if min_samples is None else min_samples
-    for count, what in ((n, "samples"), (reference.n, "reference images")):
-        if count is not None and count < needed:
-            raise ValueError(
-                f"{count:,} {what} are too few for {name}: its covariance of {columns:,} features needs {needed:,} "
-                "(50,000 are usual for ImageNet). Draw more, name other --metrics, or set --min-samples "
-                f"{max(2, min(n, reference.n or n))}: such a distance is biased upwards and compares only at equal "
-                "numbers."
-            )
 
 
 def compute_metrics(
@@ -108,13 +33,13 @@ def compute_metrics(
     from flashar_pl.metrics.collector import DistributionMetrics
     from flashar_pl.metrics.extractor import Features, device_of
 
-    metrics = DistributionMetrics(bench.extractor, names=names, kid_subset_size=KID_SUBSET)
+    metrics = DistributionMetrics(bench.extractor, names)
     metrics.set_reference(reference)
     metrics.to(device_of(bench.extractor))
     for batch in range(batches):
         part = folder.read(batch)
-        metrics.update_features(Features(part["pool"], part.get("spatial"), part.get("logits")), part["index"])
-    return {name: value + 0.0 for name, value in metrics.compute().items()}  # -0.0 + 0.0 is 0.0
+        metrics.update(Features(part["pool"], part.get("spatial"), part.get("logits")), part["index"])
+    return metrics.compute()
 
 
 def write_codes(folder: PartFolder, batches: int, vocabulary: int) -> str:

@@ -1,25 +1,27 @@
 """A small classifier for tiny images: demo features for FID, and the class accuracy of samples.
 
-Shape legend: n images or B batch, h x w image, D features, C classes.
+Shapes: n images or B of a batch, h x w pixels, D features, C classes.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flashar_pl.files import read_json, read_tensors, replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
 KIND = "classifier"
-SMALLEST_IMAGE = 4  # two convolutions, one 2 x 2 pooling, and something left to flatten
+SMALLEST_IMAGE = 4
+"""Pixels: two convolutions, one 2 x 2 pooling, and something left to flatten."""
 
 
 class ClassifierFeatures(FeatureExtractor):
@@ -36,8 +38,8 @@ class ClassifierFeatures(FeatureExtractor):
         height, width = image_size
         if min(height, width) < SMALLEST_IMAGE or num_classes < 2 or num_features < 1:
             raise ValueError(
-                f"images of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE}, 2 classes and 1 feature are needed, "
-                f"got {image_size}, {num_classes}, {num_features}"
+                f"a classifier of {image_size} images, {num_classes} classes and {num_features} features; expected at "
+                f"least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, 2 classes and 1 feature."
             )
         self.image_size = (int(height), int(width))
         self.num_classes, self.num_features = int(num_classes), int(num_features)
@@ -65,7 +67,7 @@ class ClassifierFeatures(FeatureExtractor):
     def extract(self, images: Tensor) -> Features:
         """Features (B, D) after the ReLU and logits (B, C) of uint8 images (B, 3, h, w)."""
         if tuple(check_images(images).shape[2:]) != self.image_size:
-            raise ValueError(f"the classifier was made for {self.image_size} images, got {tuple(images.shape[2:])}")
+            raise ValueError(f"images are {tuple(images.shape[2:])}; expected {self.image_size}, as the classifier's.")
         x = self.convolutions(images.to(self.hidden.weight.dtype) / 127.5 - 1)  # (B, 32, h/2, w/2)
         features = F.relu(self.hidden(x.flatten(1)))  # (B, D)
         return Features(features, None, self.head(features))
@@ -79,8 +81,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of uint8 images (n, 3, h, w) whose predicted class equals labels (n,)."""
-        if len(images) == 0 or tuple(labels.shape) != (len(images),):
-            raise ValueError(f"one label per image, got {len(images)} images and labels {tuple(labels.shape)}")
+        assert len(images) == len(labels) > 0
         predicted = self.predict(images)
         return float((predicted == labels.to(predicted.device)).double().mean())
 
@@ -92,38 +93,31 @@ class ClassifierFeatures(FeatureExtractor):
             digest.update(value.detach().cpu().float().numpy().tobytes())
         return "classifier-" + digest.hexdigest()[:16]
 
-    def save(self, directory: Path | str) -> Path:
+    def save(self, directory: str | Path) -> Path:
         """Write classifier.safetensors and classifier.json to a directory, made if missing; nothing is overwritten."""
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if (folder / name).exists():
-                raise ValueError(f"{folder / name} exists: choose another directory or remove the file")
-        state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        temporary = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-        save_file(state, temporary)
-        os.replace(temporary, folder / WEIGHTS_FILE)
-        temporary = folder / f".{CONFIG_FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.config(), indent=1) + "\n")
-        os.replace(temporary, folder / CONFIG_FILE)
+                raise ValueError(f"{folder / name} exists; choose another directory or remove the file.")
+        with replacing(folder / WEIGHTS_FILE) as part:
+            save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, part)
+        write_json(folder / CONFIG_FILE, self.config())
         return folder
 
     @classmethod
-    def load(cls, directory: Path | str) -> "ClassifierFeatures":
-        """Read what `save` wrote. ValueError where a file is missing or does not fit."""
+    def load(cls, directory: str | Path) -> ClassifierFeatures:
+        """Read what `save` wrote. Raises ValueError where a file is missing or does not fit."""
         folder = Path(directory)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise ValueError(f"no classifier in {folder}: {name} is missing; ClassifierFeatures.save makes it")
+                raise ValueError(f"no classifier in {folder}: {name} is missing; flashar classifier makes it.")
+        config = read_json(folder / CONFIG_FILE)
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text())
-            if config.pop("kind", None) != KIND:
-                raise ValueError(f"{folder / CONFIG_FILE} does not describe a classifier")
-            height, width = config.pop("image_size")
-            model = cls((height, width), **config)
-            model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"the classifier in {folder} cannot be read: {str(error)[:400]}") from error
+            height, width = config["image_size"]
+            model = cls((height, width), config["num_classes"], config["num_features"])
+            model.load_state_dict(read_tensors(folder / WEIGHTS_FILE))
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"the classifier in {folder} cannot be read: {str(error)[:400]}.") from error
         return model.requires_grad_(False).eval()
 
 
@@ -143,16 +137,16 @@ def train_classifier(
     AdamW with a one-cycle cosine learning rate; the caller's random state is untouched.
 
     Raises:
-        ValueError: images are not uint8 (n, 3, h, w), labels do not match or are negative, fewer than 2 classes.
+        ValueError: images are not uint8 (n, 3, h, w), labels that do not fit, fewer than 2 classes.
     """
     images, labels = check_images(images).cpu(), torch.as_tensor(labels).cpu()
     if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64 or len(images) < 2:
-        raise ValueError(f"labels must be int64 of shape ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
-    if int(labels.min()) < 0:
-        raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
+        raise ValueError(
+            f"labels are {labels.dtype} {tuple(labels.shape)}; expected one int64 for each of 2 or more images."
+        )
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    if int(labels.max()) >= classes:
-        raise ValueError(f"label {int(labels.max())} is outside the {classes} classes 0..{classes - 1}")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}.")
     order = np.random.RandomState(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

@@ -1,10 +1,13 @@
-"""All distribution metrics from one pass over the samples.
+"""All metrics of a set of samples from one pass over their features: a table of what each one looks at.
 
-Shape legend: B batch, n samples over all ranks, D pooled features, S spatial features, C classes.
+Shapes: B rows of a batch, n samples over all ranks, D pooled features, S spatial features, C classes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +21,52 @@ from flashar_pl.metrics.distribution import (
     kernel_distance,
     precision_recall,
 )
-from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
+from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import ReferenceStatistics
 
-NAMES = ("fid", "sfid", "is", "precision", "recall", "f1", "kid")
-_NEED_ROWS = {"precision", "recall", "f1", "kid"}
+
+@dataclass(frozen=True)
+class Measure:
+    """Metrics that are computed together."""
+
+    names: tuple[str, ...]
+    of: Literal["pool", "spatial", "logits"]
+    """The features they look at."""
+    function: Callable[[Tensor, Tensor], tuple[float, ...]] | None = None
+    """From rows of samples and of the reference, one value for each name; None = the Fréchet distance of moments."""
+    rows: int = 1
+    """Fewest samples, and reference rows where it `compares`."""
+    compares: bool = True
+    """False: the reference is not looked at."""
+
+
+def measures(
+    k: int = 3, split_size: int = ADM_SPLIT_SIZE, kid_subsets: int = 100, kid_subset: int = 1000
+) -> tuple[Measure, ...]:
+    """The table. k: neighbours of precision and recall; split_size: rows per part of the Inception Score."""
+
+    def score(samples: Tensor, reference: Tensor) -> tuple[float]:
+        return (inception_score(samples, split_size=split_size, kind="logits"),)
+
+    def coverage(samples: Tensor, reference: Tensor) -> tuple[float, float, float]:
+        precision, recall = precision_recall(samples, reference, k)
+        return precision, recall, f1_score(precision, recall)
+
+    def kernel(samples: Tensor, reference: Tensor) -> tuple[float]:
+        return (kernel_distance(samples, reference, kid_subsets, kid_subset),)
+
+    return (
+        Measure(("fid",), "pool"),
+        Measure(("sfid",), "spatial"),
+        Measure(("is",), "logits", score, compares=False),
+        Measure(("precision", "recall", "f1"), "pool", coverage, rows=k + 1),
+        Measure(("kid",), "pool", kernel, rows=kid_subset),
+    )
+
+
+MEASURES = measures()
+NAMES = tuple(name for measure in MEASURES for name in measure.names)
 
 
 class SampleRows(Metric):
@@ -34,7 +77,7 @@ class SampleRows(Metric):
     rows: list[Tensor] | Tensor
 
     def __init__(self, columns: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(compute_with_cache=False, **kwargs)
         self.columns = columns
         self.add_state("index", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")
@@ -46,23 +89,20 @@ class SampleRows(Metric):
         self.index.append(index.to(self.device, torch.int64))
         self.rows.append(rows.detach().float().to(self.device))
 
-    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # A rank without samples must take part with tensors of the other ranks' dtype and number of dimensions.
-        self._fill_empty()
-        super()._sync_dist(*args, **kwargs)
-
-    def _fill_empty(self) -> None:
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """A rank without samples takes part with tensors of the other ranks' dtype and number of dimensions."""
         if isinstance(self.rows, list) and not self.rows:
-            self.index = [torch.zeros(0, dtype=torch.int64, device=self.device)]
-            self.rows = [torch.zeros(0, self.columns, device=self.device)]
+            self.update(torch.zeros(0, self.columns), torch.zeros(0, dtype=torch.int64))
+        super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
-        """Rows (n, columns) in ascending index. ValueError where an index occurs twice."""
-        self._fill_empty()
+        """Rows (n, columns) in ascending index. Raises ValueError where there are none, or an index occurs twice."""
+        if isinstance(self.rows, list) and not self.rows:
+            raise ValueError("no samples were added; expected update(...) before compute().")
         index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
         ordered, order = index.sort()
-        if len(ordered) > 1 and bool((ordered[1:] == ordered[:-1]).any()):
-            raise ValueError("a sample index occurs twice: count every sample once, mark padding as not valid")
+        if bool((ordered[1:] == ordered[:-1]).any()):
+            raise ValueError("a sample index occurs twice; count every sample once, mark padding as not valid.")
         return rows[order]
 
 
@@ -73,139 +113,148 @@ class DistributionMetrics(nn.Module):
     sample index, so that the result does not depend on the number of ranks.
 
     Args:
-        extractor: features of uint8 images; kept outside the module tree (see FrechetDistance).
-        names: which of "fid", "sfid", "is", "precision", "recall", "f1", "kid" to compute; None: all that the extractor
-            and the reference allow.
-        k: neighbours of precision and recall.
-        split_size: rows per part of the Inception Score.
-        kid_subsets, kid_subset_size: as in `kernel_distance`; with names=None KID is left out where there are fewer
-            rows than `kid_subset_size`.
-        min_samples: FID and sFID refuse fewer.
+        extractor: what makes the features; asked for their numbers only.
+        names: which of `NAMES` to compute; see `choose_metrics` for those that are possible.
 
-    Use: set_reference(...), update(images, index) per batch, compute() -> dict of floats, reset().
+    Use: set_reference(...), update(features, index) per batch, compute() -> dict of floats, reset().
     """
 
-    def __init__(
-        self,
-        extractor: nn.Module,
-        *,
-        names: Sequence[str] | None = None,
-        k: int = 3,
-        split_size: int = ADM_SPLIT_SIZE,
-        kid_subsets: int = 100,
-        kid_subset_size: int = 1000,
-        min_samples: int = 2,
-    ) -> None:
+    def __init__(self, extractor: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
-        unknown = sorted(set(names or ()) - set(NAMES))
-        if unknown or (names is not None and not names):
-            raise ValueError(f"unknown metrics ({', '.join(unknown)}): choose from {', '.join(NAMES)}")
-        spatial = extractor.num_spatial if isinstance(extractor, FeatureExtractor) else None
-        classes = extractor.num_classes if isinstance(extractor, FeatureExtractor) else None
-        possible = [name for name in NAMES if (name != "sfid" or spatial) and (name != "is" or classes)]
-        missing = sorted(set(names or ()) - set(possible))
-        if missing:
-            raise ValueError(f"{type(extractor).__name__} has no features for {', '.join(missing)}")
-        self.strict = names is not None
-        self.names = [name for name in possible if names is None or name in names]
-        self.k, self.split_size = k, split_size
-        self.kid_subsets, self.kid_subset_size = kid_subsets, kid_subset_size
-        self._extractor = (extractor,)
-        columns = int(extractor.num_features)  # type: ignore[arg-type]
-        wanted = set(self.names)
-        self.fid = FrechetDistance(columns, min_samples=min_samples) if "fid" in wanted else None
-        self.sfid = FrechetDistance(spatial, min_samples=min_samples) if "sfid" in wanted and spatial else None
-        self.pool = SampleRows(columns) if wanted & _NEED_ROWS else None
-        self.logits = SampleRows(classes) if "is" in wanted and classes else None
+        columns = {"pool": extractor.num_features}
+        if isinstance(extractor, FeatureExtractor):
+            columns |= {"spatial": extractor.num_spatial, "logits": extractor.num_classes}
+        self.names = [name for name in NAMES if name in names]
+        self.measures = [measure for measure in MEASURES if set(measure.names) & set(names)]
+        for measure in self.measures:
+            assert columns.get(measure.of), f"{type(extractor).__name__} has no features for {measure.names}"
+        self.moments = nn.ModuleDict({m.of: FrechetDistance(columns[m.of]) for m in self.measures if not m.function})
+        self.rows = nn.ModuleDict({m.of: SampleRows(columns[m.of]) for m in self.measures if m.function})
         self._reference: ReferenceStatistics | None = None
-        self._next = 0
+
+    @property
+    def fid(self) -> FrechetDistance:
+        """The distance of pooled features, which also counts real rows that are given to it."""
+        distance = self.moments["pool"]
+        assert isinstance(distance, FrechetDistance)
+        return distance
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sums and rows are."""
+        metric = next(iter((*self.moments.values(), *self.rows.values())))
+        assert isinstance(metric, Metric)
+        return metric.device
 
     def set_reference(self, reference: ReferenceStatistics) -> None:
-        """Compare with these real images. ValueError where a metric asked for by name lacks its part of them."""
-        if self.strict:
-            lacking = set(self.names) & _NEED_ROWS if reference.features is None else set()
-            lacking |= {"sfid"} & set(self.names) if reference.mu_s is None else set()
-            if lacking:
-                raise ValueError(f"the reference lacks what these need: {', '.join(sorted(lacking))}")
-        if self.fid is not None:
-            self.fid.set_reference(reference.mu, reference.sigma, reference.n)
-        if self.sfid is not None and reference.mu_s is not None:
-            self.sfid.set_reference(reference.mu_s, reference.sigma_s, reference.n)
+        """Compare with these real images. ValueError for moments of other features."""
+        moments = {"pool": (reference.mu, reference.sigma), "spatial": (reference.mu_s, reference.sigma_s)}
+        for name, distance in self.moments.items():
+            distance.set_reference(*moments[name], reference.n)  # type: ignore[operator]
         self._reference = reference
 
-    def update(self, images: Tensor, index: Tensor | None = None, valid: Tensor | None = None) -> Features:
-        """Add generated uint8 images (B, 3, h, w); see `update_features`. Returns their features."""
-        metrics = [metric for metric in (self.fid, self.sfid, self.pool, self.logits) if metric is not None]
-        features = extract_features(self._extractor[0].to(metrics[0].device), images)
-        self.update_features(features, index, valid)
-        return features
-
-    def update_features(self, features: Features, index: Tensor | None = None, valid: Tensor | None = None) -> None:
+    def update(self, features: Features, index: Tensor, valid: Tensor | None = None) -> None:
         """Add features of B generated images.
 
         Args:
-            index: (B,) global sample numbers, each once over all ranks; None counts up on this rank, which is only
-                right on a single rank.
+            index: (B,) global sample numbers, each once over all ranks.
             valid: (B,) bool, False for rows that only pad; None counts all.
         """
-        size = len(features.pool)
-        if index is None:
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                raise ValueError("several ranks: give the global sample numbers as index")
-            index = torch.arange(self._next, self._next + size)
-            self._next += size
-        keep = torch.ones(size, dtype=torch.bool) if valid is None else valid.cpu()
-        if tuple(index.shape) != (size,) or tuple(keep.shape) != (size,):
-            raise ValueError(f"index and valid must have shape ({size},): {tuple(index.shape)}, {tuple(keep.shape)}")
-        chosen = index.cpu()[keep]
-        pairs: list[tuple[FrechetDistance | None, SampleRows | None, Tensor | None]] = [
-            (self.fid, self.pool, features.pool),
-            (self.sfid, None, features.spatial),
-            (None, self.logits, features.logits),
-        ]
-        for moments, store, values in pairs:
-            if moments is None and store is None:
-                continue
-            assert values is not None
-            rows = values[keep.to(values.device)]
-            if moments is not None:
-                moments.update_features(rows, real=False)
-            if store is not None:
-                store.update(rows, chosen)
+        keep = torch.ones(len(index), dtype=torch.bool) if valid is None else valid.cpu()
+        assert len(features.pool) == len(index) == len(keep)
+        for name, distance in self.moments.items():
+            rows = getattr(features, name)
+            distance.update(rows[keep.to(rows.device)], real=False)  # type: ignore[operator]
+        for name, store in self.rows.items():
+            rows = getattr(features, name)
+            store.update(rows[keep.to(rows.device)], index.cpu()[keep])  # type: ignore[operator]
 
     def compute(self) -> dict[str, float]:
         """Results by name, equal on all ranks; every rank must call it.
 
         Raises:
-            ValueError: too few samples for a metric asked for, an index that occurs twice, or no reference.
+            ValueError: too few samples for a metric, or an index that occurs twice.
         """
-        # FID may count real rows given to `fid` itself; it refuses too few of them, on all ranks alike.
-        if self._reference is None and not set(self.names) <= {"fid", "is"}:
-            raise ValueError("no reference statistics: call set_reference first")
         results: dict[str, float] = {}
-        if self.fid is not None:
-            results["fid"] = float(self.fid.compute())
-        if self.sfid is not None and self.sfid.has_reference:
-            results["sfid"] = float(self.sfid.compute())
-        if self.logits is not None:
-            results["is"] = inception_score(self.logits.compute(), split_size=self.split_size, kind="logits")
-        if self.pool is not None and self._reference is not None and self._reference.features is not None:
-            results |= self._row_metrics(self.pool.compute(), torch.from_numpy(self._reference.features))
-        return {name: results[name] for name in self.names if name in results}
-
-    def _row_metrics(self, samples: Tensor, reference: Tensor) -> dict[str, float]:
-        results: dict[str, float] = {}
-        smaller = min(len(samples), len(reference))
-        if {"precision", "recall", "f1"} & set(self.names) and (self.strict or smaller > self.k):
-            precision, recall = precision_recall(samples, reference, self.k)
-            results |= {"precision": precision, "recall": recall, "f1": f1_score(precision, recall)}
-        if "kid" in self.names and (self.strict or smaller >= self.kid_subset_size):
-            results["kid"] = kernel_distance(samples, reference, self.kid_subsets, self.kid_subset_size)
-        return results
+        kept = None if self._reference is None else self._reference.features
+        reference = torch.empty(0) if kept is None else torch.from_numpy(kept)
+        rows = {name: store.compute() for name, store in self.rows.items()}  # type: ignore[operator]
+        for measure in self.measures:
+            if measure.function is None:
+                values: tuple[float, ...] = (float(self.moments[measure.of].compute()),)  # type: ignore[operator]
+            else:
+                values = measure.function(rows[measure.of], reference)
+            results |= dict(zip(measure.names, values))
+        return {name: results[name] + 0.0 for name in self.names}  # -0.0 + 0.0 is 0.0
 
     def reset(self) -> None:
         """Forget the samples; the reference stays."""
-        for metric in (self.fid, self.sfid, self.pool, self.logits):
-            if metric is not None:
-                metric.reset()
-        self._next = 0
+        for metric in (*self.moments.values(), *self.rows.values()):
+            metric.reset()  # type: ignore[operator]
+
+
+# --- what is possible ------------------------------------------------------------------------------------------------
+
+
+def choose_metrics(
+    names: Sequence[str] | None,
+    extractor: FeatureExtractor,
+    reference: ReferenceStatistics,
+    n: int,
+    min_samples: int | None,
+) -> tuple[list[str], dict[str, str]]:
+    """The metrics to compute, and those left out with the reason.
+
+    Args:
+        names: metrics asked for, which must all be possible; None = all that are.
+        n: samples that will be drawn.
+        min_samples: fewest samples, and reference images, for FID and sFID; None = more than they have features.
+
+    Raises:
+        ValueError: a metric asked for is not possible, or there are too few samples for FID or sFID.
+    """
+    unknown = sorted(set(names or ()) - set(NAMES))
+    if unknown or (names is not None and not names):
+        raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(NAMES)}.")
+    wanted, left_out = NAMES if names is None else [name for name in NAMES if name in names], {}
+    for measure in MEASURES:
+        asked = [name for name in measure.names if name in wanted]
+        problem = _problem(measure, extractor, reference, n)
+        if asked and problem:
+            left_out |= dict.fromkeys(asked, problem)
+        elif asked and measure.function is None:
+            columns = extractor.num_features if measure.of == "pool" else extractor.num_spatial
+            _check_counts(measure.names[0], int(columns or 0), reference, n, min_samples)
+    if names is not None and left_out:
+        listed = "; ".join(f"{name}: {problem}" for name, problem in left_out.items())
+        raise ValueError(f"not possible: {listed}. Leave out of --metrics what is not possible.")
+    return [name for name in wanted if name not in left_out], left_out
+
+
+def _problem(measure: Measure, extractor: FeatureExtractor, reference: ReferenceStatistics, n: int) -> str | None:
+    """Why metrics cannot be computed; None if they can."""
+    if measure.of == "spatial" and not extractor.num_spatial:
+        return "the extractor has no spatial features"
+    if measure.of == "spatial" and reference.mu_s is None:
+        return "the reference has no spatial moments (mu_s, sigma_s)"
+    if measure.of == "logits" and not extractor.num_classes:
+        return "the extractor has no class logits"
+    if measure.function is None or not measure.compares:
+        return None
+    if reference.features is None:
+        return "the reference has neither images nor feature rows"
+    rows = min(n, len(reference.features))
+    return f"{rows} images; it needs {measure.rows:,} on either side" if rows < measure.rows else None
+
+
+def _check_counts(name: str, columns: int, reference: ReferenceStatistics, n: int, min_samples: int | None) -> None:
+    """ValueError where FID or sFID would rest on fewer images than asked for."""
+    needed = columns + 1 if min_samples is None else min_samples
+    for count, what in ((n, "samples"), (reference.n, "reference images")):
+        if count is not None and count < needed:
+            raise ValueError(
+                f"{count:,} {what} are too few for {name}: its covariance of {columns:,} features needs {needed:,} "
+                "(50,000 are usual for ImageNet). Draw more, name other --metrics, or set --min-samples "
+                f"{max(2, min(n, reference.n or n))}: such a distance is biased upwards and compares only at equal "
+                "numbers."
+            )

@@ -3,11 +3,13 @@
 Pure functions in float64. Every argument is a torch tensor or a numpy array; every result is a Python float.
 Higher is better for the Inception Score, precision, recall and F1; lower is better for the distances.
 
-Shape legend: n samples, m reference rows, d feature columns, C classes, s splits or subsets, k neighbours.
+Shapes: n samples, m reference rows, d feature columns, C classes, s splits or subsets, k neighbours.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +17,14 @@ from torch import Tensor
 
 Array: TypeAlias = Tensor | np.ndarray
 
-ADM_SPLIT_SIZE = 5000  # rows per part of the Inception Score in the ADM evaluator
-ROW_BLOCK, COLUMN_BLOCK = 1024, 8192  # one block of squared distances: at most 64 MiB in float64
-ROUNDING = 1e-12  # a Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0
-# A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal.
+ADM_SPLIT_SIZE = 5000
+"""Rows per part of the Inception Score in the ADM evaluator."""
+ROW_BLOCK, COLUMN_BLOCK = 1024, 8192
+"""One block of squared distances takes at most 64 MiB in float64."""
+ROUNDING = 1e-12
+"""A Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0."""
 SAME_ROW = 1e-12
+"""A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal."""
 
 
 def as_rows(values: Array, name: str = "values", minimum: int = 1) -> Tensor:
@@ -32,29 +37,27 @@ def as_rows(values: Array, name: str = "values", minimum: int = 1) -> Tensor:
         values = values.copy("K")  # torch takes neither read-only arrays, such as memory maps, nor negative strides
     rows = torch.as_tensor(values).detach()
     if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (rows, columns), got {tuple(rows.shape)}")
+        raise ValueError(f"{name} is {tuple(rows.shape)}; expected (rows, columns).")
     if rows.is_complex() or rows.dtype == torch.bool:
-        raise ValueError(f"{name} must hold real numbers, got {rows.dtype}")
+        raise ValueError(f"{name} is {rows.dtype}; expected real numbers.")
     if len(rows) < minimum:
-        raise ValueError(f"{name} has {len(rows)} row(s), this metric needs at least {minimum}")
+        raise ValueError(f"{name} has {len(rows)} row(s); expected at least {minimum} for this metric.")
     if not rows.is_floating_point():
         return rows.double()
     if not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-        raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(rows)} rows")
+        raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(rows)} rows; expected finite values.")
     return rows
 
 
 def _pair(samples: Array, reference: Array, minimum: int) -> tuple[Tensor, Tensor]:
     x, y = as_rows(samples, "samples", minimum), as_rows(reference, "reference", minimum)
     if x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"samples have {x.shape[1]} columns, reference has {y.shape[1]}: they must be the same features"
-        )
+        raise ValueError(f"samples have {x.shape[1]} columns, reference has {y.shape[1]}; expected the same features.")
     return x, y.to(x.device)
 
 
-# ------------------------------------------------------------------------------------------------ Fréchet distance
+# --- Fréchet distance -------------------------------------------------------------------------------------------------
 
 
 def frechet_distance(samples: Array, reference: Array) -> float:
@@ -82,7 +85,7 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
     """
     first, second = check_moments(mu, sigma, "first"), check_moments(mu2, sigma2, "second")
     if first[0].shape != second[0].shape:
-        raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries: the features must be the same")
+        raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries; expected the same features.")
     device = first[0].device
     offset = float((first[0] - second[0].to(device)).square().sum())
     covariances = (first[1], second[1].to(device))
@@ -95,14 +98,14 @@ def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Ten
     mean, covariance = torch.as_tensor(mu).detach().double(), torch.as_tensor(sigma).detach().double()
     if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
         raise ValueError(
-            f"{name} moments must be a mean (d,) and a covariance (d, d), got {tuple(mean.shape)} and "
-            f"{tuple(covariance.shape)}"
+            f"{name} moments are {tuple(mean.shape)} and {tuple(covariance.shape)}; expected a mean (d,) and a "
+            "covariance (d, d)."
         )
     if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
-        raise ValueError(f"{name} moments hold NaN or infinity")
+        raise ValueError(f"{name} moments hold NaN or infinity; expected finite values.")
     scale = float(covariance.abs().max()) if len(mean) else 0.0
     if float((covariance - covariance.T).abs().max()) > 1e-4 * scale:
-        raise ValueError(f"{name} covariance is not symmetric")
+        raise ValueError(f"{name} covariance is not symmetric.")
     return mean, (covariance + covariance.T) / 2
 
 
@@ -138,7 +141,7 @@ def _factor_of_covariance(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
     if values[0] < -1e-4 * values.abs().max():
         raise ValueError(
-            f"not a covariance: its smallest eigenvalue is {float(values[0]):.3g}, its largest {float(values[-1]):.3g}"
+            f"not a covariance: its smallest eigenvalue is {float(values[0]):.3g}, its largest {float(values[-1]):.3g}."
         )
     kept = values > len(values) * torch.finfo(torch.float64).eps * values.abs().max()  # the rest is rounding
     return (vectors[:, kept] * values[kept].sqrt()).T
@@ -152,18 +155,26 @@ def _frechet(offset: float, factor_x: Tensor, trace_x: Tensor, factor_y: Tensor,
     return distance if distance > ROUNDING * spread else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ Inception Score
+# --- Inception Score --------------------------------------------------------------------------------------------------
 
 
-def inception_score(
+def inception_score(logits_or_probs: Array, splits: int | None = None, **options: Any) -> float:
+    """Inception Score: mean over parts of exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016).
+
+    Arguments and errors as in `inception_score_parts`.
+    """
+    return float(np.mean(inception_score_parts(logits_or_probs, splits, **options)))
+
+
+def inception_score_parts(
     logits_or_probs: Array,
     splits: int | None = None,
     *,
     split_size: int = ADM_SPLIT_SIZE,
     shuffle_seed: int | None = None,
     kind: str = "auto",
-) -> float:
-    """Inception Score: mean over parts of exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016).
+) -> list[float]:
+    """The score of each part, in order.
 
     Args:
         logits_or_probs: (n, C) logits (Inception: without bias) or class probabilities.
@@ -177,25 +188,12 @@ def inception_score(
         ValueError: wrong shape, not finite, `splits` not in 1..n, `split_size` < 1, unknown kind, or "probs" whose rows
             are no probabilities.
     """
-    scores = inception_score_parts(logits_or_probs, splits, split_size=split_size, shuffle_seed=shuffle_seed, kind=kind)
-    return float(np.mean(scores))
-
-
-def inception_score_parts(
-    logits_or_probs: Array,
-    splits: int | None = None,
-    *,
-    split_size: int = ADM_SPLIT_SIZE,
-    shuffle_seed: int | None = None,
-    kind: str = "auto",
-) -> list[float]:
-    """The score of each part, in order, for a spread; arguments as in `inception_score`."""
     rows = as_rows(logits_or_probs, "logits_or_probs")
     if kind not in ("auto", "logits", "probs"):
-        raise ValueError(f"kind must be 'auto', 'logits' or 'probs', got {kind!r}")
+        raise ValueError(f"kind is {kind!r}; expected 'auto', 'logits' or 'probs'.")
     is_probs = _are_probabilities(rows)
     if kind == "probs" and not is_probs:
-        raise ValueError("kind='probs', but the rows are not probabilities: negative entries or sums other than 1")
+        raise ValueError("kind='probs', but the rows are not probabilities: negative entries or sums other than 1.")
     if shuffle_seed is not None:
         order = np.random.RandomState(shuffle_seed).permutation(len(rows))
         rows = rows[torch.as_tensor(order, device=rows.device)]
@@ -211,11 +209,11 @@ def _are_probabilities(rows: Tensor) -> bool:
 def _parts(rows: Tensor, splits: int | None, split_size: int) -> Iterator[Tensor]:
     if splits is None:
         if split_size < 1:
-            raise ValueError(f"split_size must be at least 1, got {split_size}")
+            raise ValueError(f"split_size is {split_size}; expected 1 or more.")
         yield from rows.split(split_size)
         return
     if not 1 <= splits <= len(rows):
-        raise ValueError(f"splits must be between 1 and the number of rows ({len(rows)}), got {splits}")
+        raise ValueError(f"splits is {splits}; expected 1 to {len(rows)}, the number of rows.")
     for i in range(splits):
         yield rows[i * len(rows) // splits : (i + 1) * len(rows) // splits]
 
@@ -232,40 +230,17 @@ def _part_score(part: Tensor, is_probs: bool) -> float:
     return float(divergence.mean().exp())
 
 
-# ------------------------------------------------------------------------------------------------ kernel distance
+# --- kernel distance --------------------------------------------------------------------------------------------------
 
 
 def kernel_distance(
-    samples: Array,
-    reference: Array,
-    subsets: int = 100,
-    subset_size: int = 1000,
-    degree: int = 3,
-    gamma: float | None = None,
-    coef: float = 1.0,
-    *,
-    kernel: str = "poly",
-    sigma: float = 10.0,
-    seed: int = 2020,
+    samples: Array, reference: Array, subsets: int = 100, subset_size: int = 1000, *args: Any, **options: Any
 ) -> float:
     """Kernel distance (KID): mean unbiased MMD^2 over random subsets (Binkowski et al., 2018), as in torch-fidelity.
 
-    Args:
-        samples, reference: (n, d) and (m, d).
-        subsets, subset_size: number and size of the subsets, drawn without replacement from numpy's RandomState(seed),
-            samples before reference.
-        degree, gamma, coef: polynomial kernel (gamma x.y + coef)^degree; gamma None means 1 / d.
-        kernel: "poly", or "rbf" with width `sigma`.
-
-    It may be negative, because the estimator is unbiased.
-
-    Raises:
-        ValueError: fewer rows than `subset_size`, subset_size < 2, subsets < 1, unknown kernel, shapes as elsewhere.
+    It may be negative, because the estimator is unbiased. Arguments and errors as in `kernel_distance_subsets`.
     """
-    parts = kernel_distance_subsets(
-        samples, reference, subsets, subset_size, degree, gamma, coef, kernel=kernel, sigma=sigma, seed=seed
-    )
-    return float(np.mean(parts))
+    return float(np.mean(kernel_distance_subsets(samples, reference, subsets, subset_size, *args, **options)))
 
 
 def kernel_distance_subsets(
@@ -281,16 +256,27 @@ def kernel_distance_subsets(
     sigma: float = 10.0,
     seed: int = 2020,
 ) -> list[float]:
-    """The MMD^2 of each subset, for a spread; arguments as in `kernel_distance`."""
+    """The MMD^2 of each subset.
+
+    Args:
+        samples, reference: (n, d) and (m, d).
+        subsets, subset_size: number and size of the subsets, drawn without replacement from numpy's RandomState(seed),
+            samples before reference.
+        degree, gamma, coef: polynomial kernel (gamma x.y + coef)^degree; gamma None means 1 / d.
+        kernel: "poly", or "rbf" with width `sigma`.
+
+    Raises:
+        ValueError: fewer rows than `subset_size`, subset_size < 2, subsets < 1, unknown kernel, shapes as elsewhere.
+    """
     x, y = _pair(samples, reference, minimum=2)
     if kernel not in ("poly", "rbf"):
-        raise ValueError(f"kernel must be 'poly' or 'rbf', got {kernel!r}")
-    if subsets < 1 or subset_size < 2 or sigma <= 0:
-        raise ValueError(f"subsets >= 1, subset_size >= 2 and sigma > 0: got {subsets}, {subset_size}, {sigma}")
+        raise ValueError(f"kernel is {kernel!r}; expected 'poly' or 'rbf'.")
+    if subsets < 1 or subset_size < 2:
+        raise ValueError(f"subsets is {subsets}, subset_size {subset_size}; expected 1 and 2 or more.")
     if min(len(x), len(y)) < subset_size:
         raise ValueError(
-            f"subset_size is {subset_size}, but there are {len(x)} samples and {len(y)} reference rows: "
-            f"use subset_size={min(len(x), len(y))} or less"
+            f"subset_size is {subset_size}, but there are {len(x)} samples and {len(y)} reference rows; "
+            f"expected {min(len(x), len(y))} or less."
         )
     scale = 1.0 / x.shape[1] if gamma is None else gamma
 
@@ -314,7 +300,7 @@ def _unbiased_mmd(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
     return float(within - 2 * xy.mean())
 
 
-# ------------------------------------------------------------------------------------------------ precision and recall
+# --- precision and recall ---------------------------------------------------------------------------------------------
 
 
 def precision_recall(samples: Array, reference: Array, k: int = 3) -> tuple[float, float]:
@@ -330,7 +316,7 @@ def precision_recall(samples: Array, reference: Array, k: int = 3) -> tuple[floa
         ValueError: k < 1, fewer than k + 1 rows in either set, and as elsewhere.
     """
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"k is {k}; expected 1 or more.")
     x, y = _pair(samples, reference, minimum=k + 1)
     radius_x, radius_y = _radii(x, k), _radii(y, k)  # (n,), (m,)
     covered_y = torch.zeros(len(y), dtype=torch.bool, device=x.device)

@@ -3,8 +3,10 @@
 An extractor is any `nn.Module` with an integer `num_features` that maps uint8 images (B, 3, h, w) to (B, num_features).
 Subclasses of `FeatureExtractor` also give spatial features (sFID) and class logits (Inception Score) from one pass.
 
-Shape legend: B batch, h x w image, D pooled features, S spatial features, C classes.
+Shapes: B batch, h x w image, D pooled features, S spatial features, C classes.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -18,9 +20,12 @@ from flashar_pl.numerics import strict_float32
 class Features:
     """What one pass over B images yields; None where the extractor has no such output."""
 
-    pool: Tensor  # (B, D) float
-    spatial: Tensor | None = None  # (B, S) float
-    logits: Tensor | None = None  # (B, C) float
+    pool: Tensor
+    """(B, D) float."""
+    spatial: Tensor | None = None
+    """(B, S) float."""
+    logits: Tensor | None = None
+    """(B, C) float."""
 
 
 class FeatureExtractor(nn.Module):
@@ -51,8 +56,7 @@ def check_images(images: Tensor) -> Tensor:
     if not torch.is_tensor(images) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
         raise ValueError(
-            f"images must be uint8 (B, 3, h, w), got {got}; float images in [-1, 1]: "
-            "tokenizer.decode gives the rounded uint8 images"
+            f"images are {got}; expected uint8 (B, 3, h, w): tokenizer.decode gives such, decode_float does not."
         )
     return images
 
@@ -69,12 +73,10 @@ def extract_features(extractor: nn.Module, images: Tensor) -> Features:
     """Checked, gradient-free features of uint8 images (B, 3, h, w) from any extractor.
 
     Raises:
-        ValueError: images are not uint8 (B, 3, h, w), or the extractor's rows do not have its `num_features` columns.
+        ValueError: images are not uint8 (B, 3, h, w).
     """
     images = check_images(images).to(device_of(extractor))
     with strict_float32(images.device.type):  # also inside a mixed-precision step
         features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
-    expected = (len(images), int(extractor.num_features))  # type: ignore[arg-type]
-    if tuple(features.pool.shape) != expected:
-        raise ValueError(f"the extractor gave features of shape {tuple(features.pool.shape)}, expected {expected}")
+    assert tuple(features.pool.shape) == (len(images), extractor.num_features)
     return features

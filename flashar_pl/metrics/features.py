@@ -1,5 +1,7 @@
 """One door to the feature extractors: Inception for real images, a small classifier for tiny ones."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures, train_classifier
@@ -18,7 +20,7 @@ __all__ = [
 ]
 
 
-def load_extractor(path: Path | str) -> FeatureExtractor:
+def load_extractor(path: str | Path) -> FeatureExtractor:
     """The extractor stored at `path`: a directory made by ClassifierFeatures.save, or torch-fidelity's weight file.
 
     Raises:
@@ -30,6 +32,6 @@ def load_extractor(path: Path | str) -> FeatureExtractor:
     if given.is_file():
         return InceptionFeatures(given)
     raise ValueError(
-        f"no feature extractor at {given}: expected a directory with {CONFIG_FILE} (a trained classifier) or the file "
-        f"{WEIGHTS_FILE} ({WEIGHTS_URL})"
+        f"no feature extractor at {given}; expected a directory with {CONFIG_FILE} (flashar classifier) or the file "
+        f"{WEIGHTS_FILE} ({WEIGHTS_URL})."
     )

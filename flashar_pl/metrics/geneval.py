@@ -3,8 +3,10 @@
 Pure functions over detections (Ghosh et al., 2023; the released scripts' behaviour, thresholds included). Detector and
 colour classifier are the caller's.
 
-Shape legend: boxes are (x1, y1, x2, y2) in pixels, y downwards, float32 as the detector gives them.
+Shapes: boxes are (x1, y1, x2, y2) in pixels, y downwards, float32 as the detector gives them.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,11 +32,16 @@ class Detection:
 class Settings:
     """Thresholds of the official script."""
 
-    threshold: float = 0.3  # a detection counts if its score is above this
-    counting_threshold: float = 0.9  # the same for prompts of the task "counting"
-    max_objects: int = 16  # best detections kept per class
-    max_overlap: float = 1.0  # a box with IoU >= this with a better one of its class is dropped; 1 keeps all
-    position_threshold: float = 0.1  # share of both boxes' sizes by which centres must differ
+    threshold: float = 0.3
+    """A detection counts if its score is above this."""
+    counting_threshold: float = 0.9
+    """The same for prompts of the task "counting"."""
+    max_objects: int = 16
+    """Best detections kept per class."""
+    max_overlap: float = 1.0
+    """A box with IoU >= this with a better one of its class is dropped; 1 keeps all."""
+    position_threshold: float = 0.1
+    """Share of both boxes' sizes by which centres must differ."""
 
 
 DEFAULT_SETTINGS = Settings()
@@ -124,13 +131,13 @@ def score_image(
 
 def _check_clause(clause: Mapping[str, Any], number: int) -> None:
     if "color" in clause and clause["color"] not in COLORS:
-        raise ValueError(f"unknown colour {clause['color']!r}: one of {', '.join(COLORS)} is expected")
+        raise ValueError(f"colour is {clause['color']!r}; expected one of {', '.join(COLORS)}.")
     if "position" in clause:
         relation, target = clause["position"]
         if relation not in RELATIONS:
-            raise ValueError(f"unknown relation {relation!r}: one of {', '.join(RELATIONS)} is expected")
+            raise ValueError(f"relation is {relation!r}; expected one of {', '.join(RELATIONS)}.")
         if not 0 <= target < number:
-            raise ValueError(f"include clause {number} refers to clause {target}, which does not precede it")
+            raise ValueError(f"include clause {number} refers to clause {target}; expected one before it.")
 
 
 def _include_failure(
@@ -167,10 +174,14 @@ def _include_failure(
 class Summary:
     """GenEval's result. Published tables mix `overall` and `image_mean`: always say which."""
 
-    tasks: dict[str, tuple[int, int]]  # task -> correct images, images
-    overall: float  # mean over tasks, each with equal weight (the official score)
-    image_mean: float  # share of correct images
-    prompt_mean: float  # share of prompts with at least one correct image
+    tasks: dict[str, tuple[int, int]]
+    """Task -> correct images, images."""
+    overall: float
+    """Mean over tasks, each with equal weight (the official score)."""
+    image_mean: float
+    """Share of correct images."""
+    prompt_mean: float
+    """Share of prompts with at least one correct image."""
     images: int
     prompts: int
 
@@ -189,7 +200,7 @@ def summarise(results: Iterable[tuple[Mapping[str, Any], bool]]) -> Summary:
         key = json.dumps(metadata, sort_keys=True)
         prompts[key] = prompts.get(key, False) or bool(correct)
     if not tasks:
-        raise ValueError("no GenEval results to summarise")
+        raise ValueError("no GenEval results; expected one or more.")
     images = sum(total for _, total in tasks.values())
     return Summary(
         tasks=tasks,

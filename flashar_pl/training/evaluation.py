@@ -18,7 +18,6 @@ from flashar_pl.backbones.base import Batch
 from flashar_pl.decoding.samples import Drawn, draw
 from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
-from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import load_reference
 from flashar_pl.pictures import gate_picture, save_png, tile
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
@@ -129,7 +128,7 @@ class Evaluation(Callback):
         self.sums = None
         self.conditions = SampleConditions(module.net, max(module.validation.samples, module.validation.grid_images))
         metrics = self.metrics.get(split)
-        self._counts_real = metrics is not None and not _distance(metrics).has_reference and not sanity
+        self._counts_real = metrics is not None and not metrics.fid.has_reference and not sanity
 
     def _add(self, module: FlashARModule, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)
@@ -146,7 +145,7 @@ class Evaluation(Callback):
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
-            _distance(self.metrics[split].to(rows.device)).update_features(rows, real=True, valid=batch.valid)
+            self.metrics[split].to(rows.device).fid.update(rows, real=True, valid=batch.valid)
 
     def _samples_wanted(self, module: FlashARModule) -> bool:
         return bool(module.validation.samples or module.validation.grid_images)
@@ -199,7 +198,7 @@ class Evaluation(Callback):
         """Add the judged (b,) bool samples to the metrics; returns (right, judged) class predictions."""
         assert self.conditions is not None
         assert drawn.features is not None
-        metrics.update_features(drawn.features, drawn.index, valid=judged)
+        metrics.update(drawn.features, drawn.index, valid=judged)
         logits, classes = drawn.features.logits, self.conditions.classes
         hits = torch.zeros(2, dtype=torch.float64, device=drawn.images.device)
         if logits is not None and classes is not None and logits.shape[1] == classes:
@@ -252,12 +251,6 @@ def _check_monitors(trainer: Trainer, fid_every: int) -> None:
             f"validation.fid_every is {fid_every}, but a callback monitors {sparse[0]}, which not every validation has "
             "then; expected fid_every 1, or another monitor, such as val/nll."
         )
-
-
-def _distance(metrics: DistributionMetrics) -> FrechetDistance:
-    """The part that counts real images."""
-    assert metrics.fid is not None
-    return metrics.fid
 
 
 def _sum(trainer: Trainer, values: Tensor) -> Tensor:

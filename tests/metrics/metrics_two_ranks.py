@@ -6,10 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from flashar_pl.metrics.collector import DistributionMetrics
-from flashar_pl.metrics.extractor import FeatureExtractor, Features
+from flashar_pl.metrics import collector
+from flashar_pl.metrics.collector import NAMES, DistributionMetrics
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.metrics.fid import FrechetDistance
-from flashar_pl.metrics.reference import reference_from_images
+from flashar_pl.metrics.reference import reference_from_batches
 
 
 class Pixels(FeatureExtractor):
@@ -28,25 +29,26 @@ def images(count: int, seed: int) -> torch.Tensor:
 
 def fill(metrics: DistributionMetrics, samples: torch.Tensor, index: torch.Tensor, batch: int) -> dict[str, float]:
     for part in index.split(batch):
-        metrics.update(samples[part], part)
+        metrics.update(extract_features(Pixels(), samples[part]), part)
     return metrics.compute()
 
 
 def main(rank: int, store: str) -> None:
     extractor, samples, real = Pixels(), images(37, 1), images(41, 2)
-    options = {"k": 2, "split_size": 10, "kid_subsets": 4, "kid_subset_size": 20}
+    collector.MEASURES = collector.measures(k=2, split_size=10, kid_subsets=4, kid_subset=20)
 
-    alone = DistributionMetrics(extractor, **options)
-    alone.set_reference(reference_from_images(extractor, real, batch_size=9))
+    alone = DistributionMetrics(extractor, NAMES)
+    alone.set_reference(reference_from_batches(extractor, real.split(9)))
     expected = fill(alone, samples, torch.arange(37), 8)
-    plain = FrechetDistance(extractor)
-    plain.update(real, real=True)
-    plain.update(samples, real=False)
+    rows, drawn = extractor(real), extractor(samples)
+    plain = FrechetDistance(6)
+    plain.update(rows, real=True)
+    plain.update(drawn, real=False)
     distance = float(plain.compute())
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    shared = DistributionMetrics(extractor, **options)
-    shared.set_reference(reference_from_images(extractor, real, batch_size=9))
+    shared = DistributionMetrics(extractor, NAMES)
+    shared.set_reference(reference_from_batches(extractor, real.split(9)))
     results = fill(shared, samples, torch.arange(rank, 37, 2), 8)  # 19 and 18 samples, interleaved
     assert set(results) == {"fid", "sfid", "is", "precision", "recall", "f1", "kid"}, results
     for name, value in expected.items():
@@ -56,14 +58,14 @@ def main(rank: int, store: str) -> None:
     results = fill(shared, samples, torch.arange(30 if rank else 0), 8)  # rank 0 has no sample at all
     dist.barrier()
 
-    split = FrechetDistance(extractor)
+    split = FrechetDistance(6)
     if rank == 0:
-        split.update(real, real=True)  # rank 1 has no real rows
-    for part in samples[:23].split(5) if rank == 0 else samples[23:].split(5):
+        split.update(rows, real=True)  # rank 1 has no real rows
+    for part in drawn[:23].split(5) if rank == 0 else drawn[23:].split(5):
         split.update(part, real=False)
     for _ in range(2):
         assert abs(float(split.compute()) - distance) < 1e-9 * distance
-        split.update(samples[:0], real=False)  # drops the cached result: summing twice must not double the counts
+        split.update(drawn[:0], real=False)  # summing twice must not double the counts
     dist.destroy_process_group()
 
     again = fill(alone, samples, torch.arange(30), 8)

@@ -92,13 +92,12 @@ def test_classifier_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda i, y: train_classifier(i.float(), y), "must be uint8"),
-        (lambda i, y: train_classifier(i, y[:-1]), "labels must be int64 of shape"),
-        (lambda i, y: train_classifier(i, y - 1), "labels must be 0 or more"),
-        (lambda i, y: train_classifier(i, y, num_classes=3), "outside the 3 classes"),
+        (lambda i, y: train_classifier(i.float(), y), "expected uint8"),
+        (lambda i, y: train_classifier(i, y[:-1]), "expected one int64 for each"),
+        (lambda i, y: train_classifier(i, y - 1), "labels reach from -1"),
+        (lambda i, y: train_classifier(i, y, num_classes=3), "expected 0 to 2"),
         (lambda i, y: train_classifier(i[..., :3], y), "at least 4 x 4"),
-        (lambda i, y: ClassifierFeatures((8, 8), 4).predict(i), r"made for \(8, 8\) images"),
-        (lambda i, y: ClassifierFeatures((6, 6), 4).accuracy(i, y[:3]), "one label per image"),
+        (lambda i, y: ClassifierFeatures((8, 8), 4).predict(i), r"expected \(8, 8\)"),
     ],
 )
 def test_classifier_bad_input(call, message):

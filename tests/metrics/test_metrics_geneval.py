@@ -84,8 +84,8 @@ def test_colour_is_asked_only_where_it_counts():
 @pytest.mark.parametrize(
     ("clause", "message"),
     [
-        ({"color": "mauve"}, "unknown colour 'mauve'"),
-        ({"position": ["under", 0]}, "unknown relation 'under'"),
+        ({"color": "mauve"}, "colour is 'mauve'"),
+        ({"position": ["under", 0]}, "relation is 'under'"),
         ({"position": ["above", 1]}, "refers to clause 1"),
     ],
 )
