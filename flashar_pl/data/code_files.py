@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from flashar_pl.data.images import Unreadable
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import Names, Source, read_file
+from flashar_pl.files import BROKEN, read_arrays, reason
 
 
 class NpyFolders(Source):
@@ -108,8 +108,8 @@ class PtCodes:
     def __call__(self, data: bytes) -> np.ndarray:
         try:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-            raise Unreadable(f"no torch file of a plain tensor ({type(error).__name__})") from error
+        except BROKEN as error:
+            raise Unreadable(f"no torch file of a plain tensor ({reason(error)})") from error
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
             raise Unreadable(f"expected an integer tensor (H, W), found {_describe(tensor)}")
         return checked(tensor.numpy()[None], self.vocabulary)
@@ -146,6 +146,6 @@ def _numbers(folder: Path) -> set[int]:
 
 def _load_npy(data: bytes) -> np.ndarray:
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        return read_arrays("it", data)["array"]
+    except (ValueError, KeyError) as error:
         raise Unreadable(f"no .npy file ({str(error)[:100]})") from error

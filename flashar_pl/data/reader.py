@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from flashar_pl.data.manifest import Manifest, Record, Shard, code_dtype
+from flashar_pl.files import BROKEN
 
 OPEN_SHARDS = 128
 """Shards a reader keeps mapped; each holds one file descriptor."""
@@ -208,7 +209,7 @@ def _array(data: mmap.mmap, offset: int, size: int, what: str) -> np.ndarray:
         if head.tell() + count * dtype.itemsize != size:
             raise ValueError(f"{size} bytes do not hold an array of shape {shape} and type {dtype}")
         return np.frombuffer(data, dtype, count, offset + head.tell()).reshape(shape)
-    except (ValueError, EOFError) as error:
+    except BROKEN as error:
         raise ValueError(f"Damaged {what}: {error}. Copy the shard again, or tokenize the data set again.") from error
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.files import read_arrays
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
@@ -271,7 +272,6 @@ def read_text_features(path: str) -> Any:
     Raises:
         ValueError: no such file, another format, or no array "features".
     """
-    import numpy as np
     import torch
     from safetensors.torch import load_file
 
@@ -281,10 +281,9 @@ def read_text_features(path: str) -> Any:
     if not file.is_file():
         raise ValueError(f"no text features at {file}; expected a .npy, .npz or .safetensors file.")
     if file.suffix == ".npy":
-        arrays = {"features": torch.from_numpy(np.load(file, allow_pickle=False))}
+        arrays = {"features": torch.from_numpy(read_arrays(file)["array"])}
     elif file.suffix == ".npz":
-        with np.load(file, allow_pickle=False) as content:
-            arrays = {name: torch.from_numpy(content[name]) for name in content.files}
+        arrays = {name: torch.from_numpy(content) for name, content in read_arrays(file).items()}
     elif file.suffix == ".safetensors":
         arrays = load_file(file)
     else:

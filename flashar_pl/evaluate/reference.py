@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.files import BROKEN, reason
 from flashar_pl.files import digest as digest_of
 
 if TYPE_CHECKING:
@@ -104,8 +105,8 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 with archive.open(name) as stream:
                     read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
                     shapes[name.removesuffix(".npy")] = read(stream)[0]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable .npz: {error}") from error
+    except BROKEN as error:
+        raise ValueError(f"{file} is not a file of arrays that can be read: {reason(error)}") from error
     return shapes
 
 

@@ -128,7 +128,7 @@ def test_raster_logits_and_probabilities_step_by_step(model, golden):
 
 def test_batch_mates_do_not_change_a_sample():
     """Padding on the left is hidden, and every row counts positions from its own prefix."""
-    backbone = toy()
+    backbone = toy().double()
     codes = torch.randint(0, 40, (3, 2, 3), generator=torch.Generator().manual_seed(1))
     together = backbone.raster_logits(codes, PREFIXES)
     for i, prefix in enumerate(PREFIXES):
@@ -157,7 +157,7 @@ def test_row_end_embeds_the_row_end_token():
 
 def test_non_square_raster_decoding_agrees_with_teacher_forcing():
     """The cache path with row ends, padding and guidance is the full forward."""
-    backbone = toy()
+    backbone = toy().double()
     null = [torch.tensor([1, 4, 9])] * 3
     codes = generate(backbone, PREFIXES, (2, 5), plan="raster", greedy=True, cfg_scale=2.0, unconditional=null)
     logits = guide(backbone.raster_logits(codes, PREFIXES), backbone.raster_logits(codes, null), 2.0)

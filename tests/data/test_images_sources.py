@@ -219,6 +219,14 @@ def test_pickled_npy_files_do_not_run(tmp_path):
         NpyCodes(1, (1, 1), 10)((tmp_path / "x.npy").read_bytes())
 
 
+@pytest.mark.parametrize("header", [b"{'descr': (", b"{'descr': '<i8', 'shape': (1", b"\x00\xff", b"1 +", b"'"])
+def test_a_damaged_npy_header_is_no_crash(header):
+    """numpy raises ValueError, SyntaxError or tokenize.TokenError, as the version of Python has it."""
+    content = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + header.ljust(117) + b"\n" + bytes(8)
+    with pytest.raises(Unreadable, match=r"no \.npy file"):
+        NpyCodes(1, (1, 1), 10)(content)
+
+
 class Runs:
     def __reduce__(self):
         return (print, ("this file ran code",))

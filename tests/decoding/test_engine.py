@@ -24,12 +24,12 @@ NULLS = [torch.tensor([1, 2, 3, 4, 9])] * 3
 
 
 def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
-    """A model, conditions of three samples, and what guidance needs besides."""
+    """A model, conditions of three samples, and what guidance needs besides. In float64: codes are compared."""
     if kind == "emu":
-        return tiny.emu_flashar(), PROMPTS, {"unconditional": NULLS}
+        return tiny.emu_flashar().double(), PROMPTS, {"unconditional": NULLS}
     if kind == "text":
-        return tiny.flashar(condition="text"), tiny.captions([2, 5, 3]), {}
-    return tiny.flashar(n_head=4, n_kv_head=2), tiny.classes(3), {}
+        return tiny.flashar(condition="text").double(), tiny.captions([2, 5, 3]), {}
+    return tiny.flashar(n_head=4, n_kv_head=2).double(), tiny.classes(3), {}
 
 
 def inputs_of(model: GridModel, condition: Condition, plan: Any, settings: SamplingSettings, seed: int) -> Inputs:

@@ -248,7 +248,7 @@ def test_other_dtypes(dtype: torch.dtype, plan: str) -> None:
 
 
 def test_a_given_unconditional_replaces_the_null_class() -> None:
-    model, ids = tiny.flashar(), tiny.classes(2)
+    model, ids = tiny.flashar().double(), tiny.classes(2)
     other = torch.full((2,), 4)
     null = torch.full((2,), tiny.CLASSES)
 

@@ -61,7 +61,7 @@ def test_packed_logits(kind: str) -> None:
     scale = float(expected.fused.abs().max())
     for name in ("fused", "horizontal", "vertical", "gate"):
         difference = (getattr(found, name) - getattr(expected, name)).abs().max()
-        assert difference < 1e-5 * max(1.0, scale), name
+        assert difference < 1e-4 * max(1.0, scale), name  # layers amplify rounding; a wrong projection is as large as 1
 
 
 @pytest.mark.parametrize("weights", EVERY)

@@ -39,7 +39,7 @@ def samples(n: int, batch_size: int, **overrides: object) -> SampleSet:
 
 def test_samples_are_those_of_plain_generation_and_every_batch_has_one_shape() -> None:
     """Guards seeds, conditions and settings, and a last batch of another shape, which rounds differently."""
-    model, extractor = tiny.flashar(), Counting()
+    model, extractor = tiny.flashar().double(), Counting()
     drawn = list(draw(model, PixelTokenizer(tiny.VOCABULARY), samples(7, 3, seed=5), extractor=extractor))
     expected = generate(model, torch.arange(7) % tiny.CLASSES, (3, 4), cfg_scale=1.5, top_k=9, seeds=list(range(5, 12)))
     assert torch.equal(torch.cat([part.codes for part in drawn]), expected)

@@ -127,12 +127,13 @@ def test_inception_score_at_the_edges(arrays):
 
 @pytest.mark.parametrize("name", CASES["torch_fidelity"]["isc"])
 def test_inception_score_equals_torch_fidelity(arrays, name):
+    """The stored scores come from logits that were a float32 product on another machine."""
     splits, shuffle = re.fullmatch(r"splits(\d+)_shuffle(\w+)", name).groups()
     logits = arrays["is/acts"] @ arrays["is/weight"]
     parts = inception_score_parts(logits, int(splits), shuffle_seed=2020 if shuffle == "True" else None)
     expected = CASES["torch_fidelity"]["isc"][name]
-    assert np.mean(parts) == pytest.approx(expected["inception_score_mean"], rel=1e-9)
-    assert np.std(parts) == pytest.approx(expected["inception_score_std"], rel=1e-9, abs=1e-12)
+    assert np.mean(parts) == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert np.std(parts) == pytest.approx(expected["inception_score_std"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES["precision_recall"])

@@ -48,7 +48,7 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("grid", [(3, 5), (5, 2), (1, 4)])
 def test_cached_steps_are_the_full_forward(heads, grid):
     """Non-square grids, padded prompts, guidance: each step's argmax is that of the teacher-forced logits."""
-    model = emu_flashar(heads=heads)
+    model = emu_flashar(heads=heads).double()
     codes = generate(model, PREFIXES, grid, greedy=True, cfg_scale=2.0, unconditional=NULLS)
     with torch.no_grad():
         fused = guide(model(codes, PREFIXES).fused, model(codes, NULLS).fused, 2.0)
@@ -58,7 +58,7 @@ def test_cached_steps_are_the_full_forward(heads, grid):
 
 def test_an_image_does_not_depend_on_its_batch_mates():
     """Conditional and unconditional rows each count positions from their own prefix."""
-    model = emu_flashar()
+    model = emu_flashar().double()
     together = generate(model, PREFIXES, (2, 4), cfg_scale=2.0, unconditional=NULLS, seeds=[3, 4, 5])
     for i in range(3):
         alone = generate(model, PREFIXES[i : i + 1], (2, 4), cfg_scale=2.0, unconditional=NULLS[:1], seeds=3 + i)
@@ -123,7 +123,7 @@ def test_own_directory_round_trip(tmp_path):
     assert again.backbone.config == model.backbone.config
     codes = codes_of(3, 2, 5)
     with torch.no_grad():
-        assert torch.equal(again(codes, PREFIXES).fused, model(codes, PREFIXES).fused)
+        torch.testing.assert_close(again.double()(codes, PREFIXES).fused, model.double()(codes, PREFIXES).fused)
 
 
 # --- official directories -------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def test_a_raster_model_has_no_diagonal_job():
 def test_plain_raster_draws_the_same_codes(cfg_scale):
     """Guards the comparison: a baseline that does other work would make the speed-up meaningless."""
     torch.manual_seed(0)
-    model = build({"kind": "raster", "backbone": {**TINY, "vocab_size": 19}}, "cpu")
+    model = build({"kind": "raster", "backbone": {**TINY, "vocab_size": 19}}, "cpu").double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4)
@@ -200,7 +200,7 @@ def test_plain_raster_of_unequal_prompts_and_row_ends(monkeypatch):
     real = plain_decoder.move_condition
     monkeypatch.setattr(plain_decoder, "move_condition", lambda given, to: (moved.append(given), real(given, to))[1])
     torch.manual_seed(0)
-    model = build({"kind": "raster", "backbone": EMU}, "cpu")
+    model = build({"kind": "raster", "backbone": EMU}, "cpu").double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4)
