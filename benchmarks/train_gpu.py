@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from flashar_pl.backbones import Emu35, LlamaGen
-from flashar_pl.backbones.base import Condition
+from flashar_pl.backbones.condition import Condition
 from flashar_pl.backbones.emu35 import Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGenConfig, preset
 from flashar_pl.benchmarking.measure import Timing, clock, clock_name

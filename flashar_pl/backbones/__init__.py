@@ -3,20 +3,34 @@
 from collections.abc import Callable
 from typing import Any
 
-from flashar_pl.backbones.base import Backbone, Batch, Condition, Prefix, TextFeatures
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.condition import (
+    Batch,
+    ClassIds,
+    Condition,
+    Conditioning,
+    Prefix,
+    Prompts,
+    TextFeatures,
+    as_condition,
+)
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 
 __all__ = [
     "Backbone",
     "Batch",
+    "ClassIds",
     "Condition",
+    "Conditioning",
     "Emu35",
     "Emu35Config",
     "LlamaGen",
     "LlamaGenConfig",
     "Prefix",
+    "Prompts",
     "TextFeatures",
+    "as_condition",
     "build_backbone",
     "register_backbone",
 ]

@@ -1,106 +1,24 @@
-"""What every backbone is to the rest of the package: conditions, prefixes, batches and the `Backbone` interface.
+"""What every backbone is to the rest of the package.
 
 Shapes: B samples, R rows of a forward (B, or 2B with guidance), P prefix length, S slots of a plan, D width,
-V codes, T text positions, C text feature width, K = P + S.
+V codes, K = P + S.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.backbones.condition import KINDS, Condition, Conditioning, Given, Prefix, as_condition, kind_of
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.numerics import wide
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """Features of a text encoder, left-padded: valid positions stand at the end."""
-
-    features: Tensor
-    """(B, T, C) floating point."""
-    mask: Tensor | None = None
-    """(B, T) bool or 0/1, True = valid; None = every position is valid."""
-
-    def __post_init__(self) -> None:
-        if self.features.ndim != 3:
-            raise ValueError(f"TextFeatures.features has shape {tuple(self.features.shape)}; expected (B, T, C).")
-        if self.mask is not None and self.mask.shape != self.features.shape[:2]:
-            raise ValueError(
-                f"TextFeatures.mask has shape {tuple(self.mask.shape)}; expected {tuple(self.features.shape[:2])}."
-            )
-
-    def __len__(self) -> int:
-        return self.features.shape[0]
-
-    def to(self, device: torch.device | str) -> TextFeatures:
-        return TextFeatures(self.features.to(device), None if self.mask is None else self.mask.to(device))
-
-
-Condition = Tensor | TextFeatures | list[Tensor]
-"""Class ids (B,) int64, text features, or one 1-D tensor of token ids for each sample (the whole prefix)."""
-
-
-def move_condition(condition: Condition, device: torch.device | str) -> Condition:
-    """The same condition on `device`."""
-    if isinstance(condition, list):
-        return [ids.to(device) for ids in condition]
-    return condition.to(device)
-
-
-def slice_condition(condition: Condition, rows: slice) -> Condition:
-    """Samples `rows` of a condition."""
-    if isinstance(condition, TextFeatures):
-        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
-    return condition[rows]
-
-
-@dataclass
-class Batch:
-    """What a DataModule yields."""
-
-    codes: Tensor
-    """(B, H, W) int64, 0-based code ids."""
-    condition: Condition
-    """Class ids (B,), TextFeatures, or a list of B id tensors."""
-    valid: Tensor | None = None
-    """(B,) bool, False for rows that only fill up a last batch; None = all valid."""
-    index: Tensor | None = None
-    """(B,) int64 sample ids within the split; None = unknown."""
-
-    def __len__(self) -> int:
-        return self.codes.shape[0]
-
-    def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            self.codes.to(device),
-            move_condition(self.condition, device),
-            None if self.valid is None else self.valid.to(device),
-            None if self.index is None else self.index.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The embedded condition."""
-
-    x: Tensor
-    """(R, P, D)."""
-    lengths: Tensor
-    """(R,) int64, valid positions of each row; they stand at the end."""
-    mask: Tensor | None = None
-    """(R, P) bool, True = valid; None = every position is valid."""
-
-    def __len__(self) -> int:
-        return self.x.shape[1]
 
 
 class Backbone(nn.Module, ABC):
@@ -120,6 +38,8 @@ class Backbone(nn.Module, ABC):
     """Number of codes V."""
     first_code: int = 0
     """Row of the head that scores code 0; more than 0 if the head also scores text tokens."""
+    conditioning: Conditioning
+    """What kind of condition it takes, and of which sizes."""
     row_ends: bool
     """Whether the raster plan of this backbone has forced row-end tokens."""
     blocks: nn.ModuleList
@@ -139,8 +59,8 @@ class Backbone(nn.Module, ABC):
         """The embedded condition. In training mode it applies the label or caption dropout."""
 
     @abstractmethod
-    def with_unconditional(self, condition: Condition, unconditional: Condition | None) -> Condition:
-        """The conditions of 2B rows: the given ones, then the unconditional ones (None = the model's own)."""
+    def null_condition(self, condition: Condition) -> Condition:
+        """What guidance leads away from, for each sample of `condition`. ValueError if the model does not know it."""
 
     @abstractmethod
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
@@ -154,9 +74,24 @@ class Backbone(nn.Module, ABC):
     def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
         """What a KV cache must hold, with `extra_layers` for branches."""
 
-    @abstractmethod
-    def check_condition(self, condition: Condition, batch: int | None = None) -> None:
-        """ValueError if the condition is of the wrong kind, out of range, or not of `batch` samples."""
+    def check_condition(self, given: Given, batch: int | None = None) -> Condition:
+        """What a caller gave, as a condition of this backbone.
+
+        Raises:
+            ValueError: it is of the wrong kind, out of range, or not of `batch` samples.
+        """
+        found, wanted = as_condition(given), KINDS[self.conditioning.kind]
+        if not isinstance(found, wanted):
+            raise ValueError(f"this model {wanted.words}, got {kind_of(given)}.")
+        found.check(self.conditioning)
+        if batch is not None and len(found) != batch:
+            raise ValueError(f"the condition has {len(found)} samples; expected {batch}, one per sample.")
+        return found
+
+    def with_unconditional(self, condition: Given, unconditional: Given | None) -> Condition:
+        """The conditions of 2B rows: the given ones, then the unconditional ones (None = the model's own)."""
+        own = as_condition(condition)
+        return Condition.cat([own, self.null_condition(own) if unconditional is None else as_condition(unconditional)])
 
     def input_dropout(self, x: Tensor) -> Tensor:
         """Dropout on the embedded sequence (R, L, D); none by default."""
@@ -203,15 +138,15 @@ class Backbone(nn.Module, ABC):
         return self.sequence_mask(plan, prefix, n_slots)
 
     @torch.no_grad()
-    def raster_logits(self, codes: Tensor, condition: Condition) -> Tensor:
+    def raster_logits(self, codes: Tensor, condition: Given) -> Tensor:
         """Teacher-forced raster logits (B, H, W, V) float32; [b, p, q] predicts codes[b, p, q] (Eq. 1).
 
         codes (B, H, W) int64; every code must lie in [0, V).
         """
         check_codes(codes, self.vocabulary)
-        self.check_condition(condition, codes.shape[0])
+        found = self.check_condition(condition, codes.shape[0])
         plan = raster_plan(codes.shape[1], codes.shape[2], row_end=self.row_ends)
-        prefix = self.prefix(condition)
+        prefix = self.prefix(found)
         x = self.input_dropout(torch.cat([prefix.x, self.embed(slot_codes(codes, plan))], dim=1))
         x = self.layers(x, self.rope(plan, prefix), self.attention_mask(plan, prefix, plan.n_slots))
         x = self.norm(x)[:, len(prefix) - 1 :]  # (B, 1 + S, D)

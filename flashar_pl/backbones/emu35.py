@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flashar_pl.backbones.base import Backbone, Condition, Prefix
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
 from flashar_pl.doors import door
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec
@@ -96,6 +97,11 @@ class Emu35Config:
         return self.vocab_size if self.heads == "full" else self.n_codes
 
     @property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        return Conditioning("prompt", self.vocab_size, USUAL_PROMPT)
+
+    @property
     def block(self) -> BlockConfig:
         """Sizes of one block."""
         return BlockConfig(
@@ -113,6 +119,8 @@ class Emu35Config:
         )
 
 
+USUAL_PROMPT = 50
+"""Tokens, the image prefix included."""
 NO_TEXT = (151849, 2610, 525, 264, 10950, 17847, 13, 13872, 25, 220, 35560, 3846, 2821, 25, 220, 151746)
 """Ids of the published unconditional prompt; `Emu35Text.unconditional` makes them from the rank file."""
 PRESETS: dict[str, Emu35Config] = {
@@ -166,6 +174,7 @@ class Emu35(Backbone):
         self.config = config
         self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.n_codes
         self.first_code = config.visual_token_offset or 0 if config.heads == "full" else 0
+        self.conditioning = config.conditioning
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -219,9 +228,10 @@ class Emu35(Backbone):
     def input_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
-    def prefix(self, condition: Condition) -> Prefix:
+    def prefix(self, condition: Given) -> Prefix:
         """Left-padded, so that image slots start at the same column in every row."""
-        rows = self._drop_condition(_id_list(condition))
+        assert isinstance(condition, list)
+        rows = self._drop_condition(condition)
         counts = [len(ids) for ids in rows]
         device = rows[0].device
         lengths = torch.tensor(counts, device=device)
@@ -245,16 +255,14 @@ class Emu35(Backbone):
             raise ValueError(f"a prefix lacks the image begin token {self.config.boi_token_id}; expected it once.")
         return torch.cat([ids.new_tensor(self.config.unconditional_prompt), ids[int(begins[-1]) :]])
 
-    def with_unconditional(self, condition: Condition, unconditional: Condition | None) -> Condition:
-        rows = _id_list(condition)
-        if unconditional is not None:
-            return rows + _id_list(unconditional)
+    def null_condition(self, condition: Condition) -> Condition:
+        assert isinstance(condition, Prompts)
         if self.config.unconditional_prompt is None:
             raise ValueError(
                 "guidance needs the unconditional prefix of every sample; give unconditional=[ids, ...], or use "
                 "cfg_scale=1."
             )
-        return rows + [self.null_prefix(ids) for ids in rows]
+        return Prompts(self.null_prefix(ids) for ids in condition)
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         return self.rope_at(plan, prefix, prefix.lengths, plan.width + 1)
@@ -270,18 +278,6 @@ class Emu35(Backbone):
         position = torch.cat([in_prefix, start[:, None] + slots], dim=1)  # (R, P + S)
         return rotations(angles_1d(position, self.config.head_dim, self.config.rope_base))
 
-    def check_condition(self, condition: Condition, batch: int | None = None) -> None:
-        for ids in _id_list(condition):
-            if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.is_floating_point() or not len(ids):
-                raise ValueError(f"a prefix is {_kind(ids)}; expected a 1-D tensor of token ids, not empty.")
-            if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-                raise ValueError(
-                    f"prefix ids range from {int(ids.min())} to {int(ids.max())}; expected 0 to "
-                    f"{self.config.vocab_size - 1}."
-                )
-        if batch is not None and len(condition) != batch:
-            raise ValueError(f"the condition has {len(condition)} samples; expected {batch}, one per sample.")
-
     @torch.no_grad()
     def token_logits(self, ids: list[Tensor]) -> list[Tensor]:
         """Causal text logits: for each 1-D id tensor (T,), (T, vocabulary) float32; row t predicts token t + 1."""
@@ -294,18 +290,6 @@ class Emu35(Backbone):
         x = self.layers(self.input_dropout(prefix.x), rope, self.attention_mask(plan, prefix, 0))
         x = self.norm(x)
         return [wide(self.head(row[len(prefix) - len(own) :])) for row, own in zip(x, ids)]
-
-
-def _id_list(condition: Condition) -> list[Tensor]:
-    if not isinstance(condition, list) or not condition:
-        raise ValueError(f"this model takes prompts; expected a list of 1-D id tensors, got {_kind(condition)}.")
-    return condition
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, dtype {value.dtype}"
-    return "an empty list" if value == [] else f"a {type(value).__name__}"
 
 
 def _initialise(module: nn.Module) -> None:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone, Condition, Prefix, TextFeatures
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.condition import ClassIds, Condition, Conditioning, Given, Prefix, TextFeatures, as_condition
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec
@@ -87,6 +88,13 @@ class LlamaGenConfig:
         if self.ffn_dim_multiplier is not None:
             width = int(self.ffn_dim_multiplier * width)
         return -(-width // self.multiple_of) * self.multiple_of
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        if self.condition == "class":
+            return Conditioning("class", self.num_classes)
+        return Conditioning("text", self.caption_dim, self.caption_positions)
 
     @property
     def block(self) -> BlockConfig:
@@ -164,6 +172,7 @@ class LlamaGen(Backbone):
         super().__init__()
         self.config = config
         self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.vocab_size
+        self.conditioning = config.conditioning
         self.condition_embedding: ClassEmbedding | CaptionEmbedding
         if config.condition == "class":
             self.condition_embedding = ClassEmbedding(config.num_classes, config.dim)
@@ -214,16 +223,17 @@ class LlamaGen(Backbone):
     def input_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.token_dropout, self.training)
 
-    def prefix(self, condition: Condition) -> Prefix:
+    def prefix(self, condition: Given) -> Prefix:
+        condition = as_condition(condition)
         if isinstance(condition, TextFeatures):
             features = self._drop_condition(condition.features, self._null_caption(condition.features.shape[1]))
             x = self.condition_embedding(features.to(self.code_embedding.weight.dtype))
             mask = None if condition.mask is None else condition.mask.bool()
             lengths = torch.full((len(x),), x.shape[1], device=x.device) if mask is None else mask.sum(1)
             return Prefix(x, lengths, mask)
-        assert isinstance(condition, Tensor)
-        null = condition.new_full((), self.config.num_classes)  # filled there: no copy to wait for
-        ids = self._drop_condition(condition, null)
+        assert isinstance(condition, ClassIds)
+        null = condition.ids.new_full((), self.config.num_classes)  # filled there: no copy to wait for
+        ids = self._drop_condition(condition.ids, null)
         return Prefix(self.condition_embedding(ids), torch.ones_like(ids))
 
     def _drop_condition(self, condition: Tensor, null: Tensor) -> Tensor:
@@ -237,21 +247,12 @@ class LlamaGen(Backbone):
         assert isinstance(self.condition_embedding, CaptionEmbedding)
         return self.condition_embedding.null[:positions]
 
-    def with_unconditional(self, condition: Condition, unconditional: Condition | None) -> Condition:
-        if unconditional is None:
-            if isinstance(condition, TextFeatures):
-                null = self._null_caption(condition.features.shape[1]).to(condition.features.dtype)
-                unconditional = TextFeatures(null.expand_as(condition.features), condition.mask)
-            else:
-                assert isinstance(condition, Tensor)
-                unconditional = torch.full_like(condition, self.config.num_classes)
-        if isinstance(condition, TextFeatures) and isinstance(unconditional, TextFeatures):
-            return _join_features(condition, unconditional)
-        if isinstance(condition, Tensor) and isinstance(unconditional, Tensor):
-            return torch.cat([condition, unconditional])
-        raise ValueError(
-            f"condition is {_kind(condition)}, unconditional {_kind(unconditional)}; expected the same kind."
-        )
+    def null_condition(self, condition: Condition) -> Condition:
+        if isinstance(condition, TextFeatures):
+            null = self._null_caption(condition.features.shape[1]).to(condition.features.dtype)
+            return TextFeatures(null.expand_as(condition.features), condition.mask)
+        assert isinstance(condition, ClassIds)
+        return ClassIds(torch.full_like(condition.ids, self.config.num_classes))
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         """2-D positions (row, column) per slot; the prefix rows of the table are zero, as in LlamaGen."""
@@ -259,53 +260,6 @@ class LlamaGen(Backbone):
         head_dim = self.config.block.head_dim
         angles = angles_2d(plan.on("row", device), plan.on("column", device), head_dim, self.config.rope_base)
         return torch.cat([angles.new_zeros(len(prefix), head_dim // 2, 2), rotations(angles)])[None]
-
-    def check_condition(self, condition: Condition, batch: int | None = None) -> None:
-        config = self.config
-        if config.condition == "class":
-            if not isinstance(condition, Tensor) or condition.ndim != 1 or condition.is_floating_point():
-                raise ValueError(
-                    f"this model is class-conditional; expected class ids (B,) int64, got {_kind(condition)}."
-                )
-            if condition.device.type == "cpu" and condition.numel():
-                low, high = int(condition.min()), int(condition.max())
-                if low < 0 or high > config.num_classes:
-                    raise ValueError(
-                        f"class ids range from {low} to {high}; expected 0 to {config.num_classes - 1} "
-                        f"({config.num_classes} = unconditional)."
-                    )
-        else:
-            if not isinstance(condition, TextFeatures):
-                raise ValueError(f"this model is text-conditional; expected TextFeatures, got {_kind(condition)}.")
-            _, positions, width = condition.features.shape
-            if width != config.caption_dim or positions > config.caption_positions:
-                raise ValueError(
-                    f"text features have {positions} positions of width {width}; expected at most "
-                    f"{config.caption_positions} of width {config.caption_dim}."
-                )
-            mask = condition.mask
-            if mask is not None and mask.device.type == "cpu" and bool((mask.bool().int().diff(dim=1) < 0).any()):
-                raise ValueError("a text mask has padding after valid positions; expected left-padded features.")
-        if batch is not None and len(condition) != batch:
-            raise ValueError(f"the condition has {len(condition)} samples; expected {batch}, one per sample.")
-
-
-def _join_features(first: TextFeatures, second: TextFeatures) -> TextFeatures:
-    if first.features.shape[1:] != second.features.shape[1:]:
-        raise ValueError(
-            f"condition has {first.features.shape[1]} positions of width {first.features.shape[2]}, unconditional "
-            f"{second.features.shape[1]} of {second.features.shape[2]}; expected the same."
-        )
-    if (first.mask is None) != (second.mask is None):
-        raise ValueError("of condition and unconditional only one has a mask; expected both or none.")
-    mask = None if first.mask is None or second.mask is None else torch.cat([first.mask, second.mask])
-    return TextFeatures(torch.cat([first.features, second.features]), mask)
-
-
-def _kind(condition: Condition) -> str:
-    if isinstance(condition, Tensor):
-        return f"a tensor of shape {tuple(condition.shape)}, dtype {condition.dtype}"
-    return "TextFeatures" if isinstance(condition, TextFeatures) else f"a {type(condition).__name__}"
 
 
 def _initialise(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.base import Condition, Prefix, move_condition, slice_condition
+from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
@@ -57,11 +57,11 @@ class _Pass:
 
 def generate_plain(
     model: GridModel,
-    condition: Condition,
+    condition: Given,
     grid: tuple[int, int],
     settings: SamplingSettings,
     seeds: int | list[int] | Tensor | None = None,
-    unconditional: Condition | None = None,
+    unconditional: Given | None = None,
 ) -> Tensor:
     """Codes (B, H, W) int64 in raster order. Arguments as in `generate`.
 
@@ -71,17 +71,17 @@ def generate_plain(
     if settings.cfg_interval is not None:
         raise ValueError("the plain baseline guides every step; expected cfg_interval None.")
     plan = model.make_plan("raster", *grid)
-    model.backbone.check_condition(condition)
-    batch = len(condition)
     device = next(model.parameters()).device
-    condition = move_condition(condition, device)
-    unconditional = None if unconditional is None else move_condition(unconditional, device)
+    wanted = model.backbone.check_condition(condition).to(device)
+    batch = len(wanted)
+    if unconditional is not None:
+        unconditional = model.backbone.check_condition(unconditional, batch).to(device)
     noise = uniforms(sample_seeds(seeds, batch), plan.n_cells).to(device)  # (B, N)
     with torch.no_grad(), decode_mode(model):
-        conditions = [condition]
+        conditions = [wanted]
         if settings.guided:
-            both = model.backbone.with_unconditional(condition, unconditional)
-            conditions = [slice_condition(both, slice(0, batch)), slice_condition(both, slice(batch, None))]
+            both = model.backbone.with_unconditional(wanted, unconditional)
+            conditions = [both.rows(slice(0, batch)), both.rows(slice(batch, None))]
         passes = [_Pass(model, model.backbone.prefix(part), plan) for part in conditions]
         states = [each.start() for each in passes]
         drawn = []

@@ -18,7 +18,7 @@ from flashar_pl.options import EngineOptions, Runner, WeightFormat
 if TYPE_CHECKING:
     import torch
 
-    from flashar_pl.backbones.base import Condition
+    from flashar_pl.backbones.condition import Condition
     from flashar_pl.benchmarking.measure import Speed
     from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
@@ -53,17 +53,12 @@ def synthetic_model(sizes: ModelSizes, device: torch.device, dtype: torch.dtype)
 
 def synthetic_condition(sizes: ModelSizes, batch: int, guided: bool) -> tuple[Condition, Condition | None]:
     """Conditions of `batch` images, and what guidance needs besides: class ids, random captions, or random prompts."""
-    import torch
+    from flashar_pl.backbones import Prompts
 
-    from flashar_pl.backbones import Emu35Config, TextFeatures
-
-    config = sizes.backbone
-    if isinstance(config, Emu35Config):
-        ids = list(torch.randint(0, min(1000, config.vocab_size), (batch, sizes.prefix)))
-        return ids, [row[:16] for row in ids] if guided else None  # the official empty prompt is this short
-    if config.condition == "text":
-        return TextFeatures(torch.randn(batch, sizes.prefix, config.caption_dim)), None
-    return torch.arange(batch) % config.num_classes, None
+    condition = sizes.conditioning.example(batch)
+    if guided and isinstance(condition, Prompts):
+        return condition, Prompts(row[:16] for row in condition)  # published empty prompts are this short
+    return condition, None
 
 
 @dataclass

@@ -319,7 +319,7 @@ def _worst(engine: Any, subject: Subject, plan: str, scale: float, samples: int)
 
     condition, unconditional = synthetic_condition(subject.sizes, samples, scale != 1)
     if isinstance(condition, list):  # prompts of several lengths: padded rows
-        condition = [row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition)]
+        condition = type(condition)(row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition))
     codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=unconditional)
     return float(misplacement(engine.model, codes, condition, plan, scale, 0, unconditional).max())
 
@@ -328,14 +328,13 @@ def _loss_difference(subject: Subject, dtype: Dtype, samples: int, place: torch.
     """The loss and all its gradients against the plain loss, from float32 weights under autocast as in training."""
     import torch
 
-    from flashar_pl.backbones.base import move_condition
     from flashar_pl.benchmarking.plain_loss import plain_loss
     from flashar_pl.benchmarking.rows import synthetic_condition
     from flashar_pl.numerics import dtype_from_name
 
     model = subject.make("fp32").requires_grad_(True)
     plan = model.default_plan(*subject.grid)
-    condition = move_condition(synthetic_condition(subject.sizes, samples, False)[0], place)
+    condition = synthetic_condition(subject.sizes, samples, False)[0].to(place)
     codes = torch.randint(0, model.backbone.vocabulary, (samples, *subject.grid), device=place)
     found = []
     for loss in (lambda: model.loss(codes, condition, plan)["loss"], lambda: plain_loss(model, codes, condition, plan)):

@@ -229,7 +229,7 @@ def prompt_samples(source: Source, prompts: list[str], text: TextOptions, drawin
     Raises:
         ValueError: a class-conditional model, or prompt assets that are missing or of another model.
     """
-    from flashar_pl.decoding.samples import SampleSet, pick
+    from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.sampling import SamplingSettings
 
     grid = source.need_grid()
@@ -245,14 +245,14 @@ def prompt_samples(source: Source, prompts: list[str], text: TextOptions, drawin
         return [min(i, n - 1) // every for i in numbers]
 
     return SampleSet(
-        condition_of=lambda numbers: pick(wanted.condition, prompts_of(numbers)),
+        condition_of=lambda numbers: wanted.condition.rows(prompts_of(numbers)),
         n=n,
         grid=grid,
         plan=check_plan(source.model, drawing.plan, grid),
         sampling=settings,
         batch_size=min(drawing.batch_size, n),
         seed=drawing.seed,
-        unconditional_of=None if unconditional is None else lambda numbers: pick(unconditional, prompts_of(numbers)),
+        unconditional_of=None if unconditional is None else lambda numbers: unconditional.rows(prompts_of(numbers)),
     )
 
 

@@ -126,9 +126,7 @@ def generate(
 
 def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tuple[int, int]) -> None:
     """What the user may not have meant, on standard error."""
-    import torch
-
-    from flashar_pl.backbones import LlamaGen
+    from flashar_pl.backbones import ClassIds, LlamaGen
     from flashar_pl.decoding.prompts import is_emu
 
     backbone, condition = source.model.backbone, wanted.condition
@@ -142,9 +140,9 @@ def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tup
         print("note: a prompt is empty; its images are drawn without a description.", file=sys.stderr)
     if is_emu(source) and not settings.guided:
         print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
-    if isinstance(backbone, LlamaGen) and isinstance(condition, torch.Tensor):
+    if isinstance(backbone, LlamaGen) and isinstance(condition, ClassIds):
         null = backbone.config.num_classes
-        if bool((condition == null).any()):
+        if bool((condition.ids == null).any()):
             print(
                 f"note: class {null} means no class, what guidance leads away from; classes are 0 to {null - 1}.",
                 file=sys.stderr,

@@ -18,7 +18,7 @@ from flashar_pl.files import new_directory, require_new, write_json
 from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions
 
 if TYPE_CHECKING:
-    from flashar_pl.backbones.base import Batch
+    from flashar_pl.backbones.condition import Batch
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest

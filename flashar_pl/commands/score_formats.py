@@ -21,7 +21,7 @@ from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, Plan, WeightF
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.backbones.base import Batch
+    from flashar_pl.backbones.condition import Batch
     from flashar_pl.models import GridModel
 
 

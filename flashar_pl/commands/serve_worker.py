@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.backbones.base import Condition
+    from flashar_pl.backbones.condition import Condition
     from flashar_pl.decoding import Engine
     from flashar_pl.sampling import SamplingSettings
     from flashar_pl.tokenizers import Tokenizer
@@ -161,36 +161,23 @@ class Worker:
     def _draw(self, batch: list[Request]) -> list[Drawn]:
         import torch
 
-        from flashar_pl.decoding.samples import decode_images, pick
+        from flashar_pl.backbones.condition import Condition
+        from flashar_pl.decoding.samples import decode_images
 
         started = time.perf_counter()
         seeds = [seed for request in batch for seed in request.seeds]
         n, nulls = len(seeds), [r.unconditional for r in batch if r.unconditional is not None]
         # graphs are made for shapes: two of them, so that the first requests and not all of them wait for that
         size = n if "graphs" not in self.engine.runner or n == 1 else self.batch_size
-        rows = [min(i, n - 1) for i in range(size)]
         codes = self.engine.generate(
-            pick(join([request.condition for request in batch]), rows),
+            Condition.cat([request.condition for request in batch]).pad(size),
             self.grid,
             batch[0].plan,
-            seeds=[seeds[i] for i in rows],
-            unconditional=pick(join(nulls), rows) if nulls else None,
+            seeds=seeds + seeds[-1:] * (size - n),
+            unconditional=Condition.cat(nulls).pad(size) if nulls else None,
             **asdict(batch[0].sampling),
         )
         with torch.no_grad():
             images = decode_images(self.tokenizer, codes[:n]).cpu()
         seconds = time.perf_counter() - started
         return [Drawn(part, seconds, n) for part in images.split([len(request.seeds) for request in batch])]
-
-
-def join(conditions: list[Condition]) -> Condition:
-    """Class ids, or prompts, as one condition."""
-    import torch
-
-    from flashar_pl.backbones.base import TextFeatures
-
-    first = conditions[0]
-    if isinstance(first, list):
-        return [row for part in conditions for row in part]  # type: ignore[union-attr]
-    assert not isinstance(first, TextFeatures)
-    return torch.cat(conditions)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.grids import GridTraining, evaluation_batches, left_out, load_grids, training_batches
 from flashar_pl.data.loader import EvaluationLoader, TrainingBatches, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches

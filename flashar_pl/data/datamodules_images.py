@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import _shuffle
 from webdataset.tariterators import tarfile_samples
 
-from flashar_pl.backbones.base import Batch, Condition, move_condition
+from flashar_pl.backbones.condition import Batch, ClassIds, Condition, Prompts
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.images import Unreadable, centre_crop, fit, open_rgb, ten_crop, with_mirror
 from flashar_pl.data.loader import TextEncoder
@@ -48,7 +48,7 @@ class ImageBatch:
         return len(self.pixels)
 
     def to(self, device: torch.device | str) -> ImageBatch:
-        return ImageBatch(self.pixels.to(device), move_condition(self.condition, device))
+        return ImageBatch(self.pixels.to(device), self.condition.to(device))
 
 
 class ImageTarsDataModule(CodesDataModule):
@@ -259,8 +259,9 @@ class ImageStream(IterableDataset):
         rows = self._rows(buffered, rng)
         while group := list(itertools.islice(rows, self.batch_size)):
             pixels = torch.from_numpy(np.stack([pixels for pixels, _ in group]))  # (b, 3, h, w)
-            condition = [value for _, value in group]
-            yield ImageBatch(pixels, condition if self.prepare.num_classes is None else torch.tensor(condition))
+            values = [value for _, value in group]
+            prompts = self.prepare.num_classes is None
+            yield ImageBatch(pixels, Prompts(values) if prompts else ClassIds(torch.tensor(values)))
 
     def _sources(self, reader: int, readers: int, fruitless: list[int]) -> Iterator[dict[str, str]]:
         for turn in itertools.count():

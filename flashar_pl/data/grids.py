@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.loader import EvaluationBatches, TextEncoder, TrainingBatches
 from flashar_pl.data.locations import is_remote
 from flashar_pl.data.manifest import FILE_NAME, Manifest, sub_manifests

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flashar_pl.backbones.base import Batch, Condition, TextFeatures
+from flashar_pl.backbones.condition import Batch, ClassIds, Condition, Prompts, TextFeatures
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
 from flashar_pl.data.reader import Samples, ShardReader
 
@@ -33,14 +33,14 @@ def to_batch(
     """A `Batch` of CPU tensors from `samples` (b); `index` (b,) int64, `valid` (b,) bool."""
     condition: Condition
     if samples.labels is not None:
-        condition = torch.from_numpy(samples.labels)
+        condition = ClassIds(torch.from_numpy(samples.labels))
     elif samples.features is not None:
         assert samples.mask is not None
         condition = TextFeatures(torch.from_numpy(samples.features), torch.from_numpy(samples.mask))
     else:
         assert samples.texts is not None
         assert text_encoder is not None
-        condition = [text_encoder(text) for text in samples.texts]
+        condition = Prompts(text_encoder(text) for text in samples.texts)
     return Batch(
         codes=torch.from_numpy(samples.codes),
         condition=condition,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashar_pl.backbones.base import Backbone, Condition, Prefix, move_condition
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan, check_grid
@@ -77,7 +78,7 @@ class Engine:
 
     def generate(
         self,
-        condition: Condition,
+        condition: Given,
         grid: tuple[int, int],
         plan: str = "diagonal",
         cfg_scale: float = 1.0,
@@ -87,7 +88,7 @@ class Engine:
         top_p: float = 1.0,
         greedy: bool = False,
         seeds: int | list[int] | Tensor | None = None,
-        unconditional: Condition | None = None,
+        unconditional: Given | None = None,
         on_step: Callable[[Progress], object] | None = None,
     ) -> Tensor:
         """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`.
@@ -98,20 +99,18 @@ class Engine:
         settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
         order = self.model.make_plan(plan, *check_grid(grid))
         backbone, device = self.model.backbone, self.device
-        backbone.check_condition(condition)
-        listed = sample_seeds(seeds, len(condition))
+        wanted = backbone.check_condition(condition).to(device)
+        listed = sample_seeds(seeds, len(wanted))
         if not listed:
             raise ValueError("condition holds no samples; expected at least one.")
-        condition = move_condition(condition, device)
         if unconditional is not None:
-            backbone.check_condition(unconditional, len(listed))
-            unconditional = move_condition(unconditional, device)
+            unconditional = backbone.check_condition(unconditional, len(listed)).to(device)
         # a caller's inference mode must not reach the buffers: later batches could not write to them
         with torch.inference_mode(False), torch.no_grad(), decode_mode(self.model), full_precision(device.type):
             if settings.guided:
-                condition = backbone.with_unconditional(condition, unconditional)
-            prefix = self.model.prefix(condition)
-            if isinstance(condition, list):
+                wanted = backbone.with_unconditional(wanted, unconditional)
+            prefix = self.model.prefix(wanted)
+            if backbone.conditioning.kind == "prompt":  # of many lengths
                 prefix = pad_prefix(prefix, self.prefix_bucket)
             rope = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
@@ -200,7 +199,7 @@ class Engine:
 
 def generate(
     model: GridModel | Backbone,
-    condition: Condition,
+    condition: Given,
     grid: tuple[int, int],
     plan: str = "diagonal",
     cfg_scale: float = 1.0,
@@ -210,7 +209,7 @@ def generate(
     top_p: float = 1.0,
     greedy: bool = False,
     seeds: int | list[int] | Tensor | None = None,
-    unconditional: Condition | None = None,
+    unconditional: Given | None = None,
     on_step: Callable[[Progress], object] | None = None,
 ) -> Tensor:
     """Sample codes (B, H, W) int64 for the B samples of `condition`, with the eager runner. For many batches: `Engine`.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.base import Prefix
+from flashar_pl.backbones.condition import Prefix
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope

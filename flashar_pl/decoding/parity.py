@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.base import Condition, move_condition
+from flashar_pl.backbones.condition import Given, as_condition
 from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
@@ -19,11 +19,11 @@ from flashar_pl.sampling import guide, probabilities
 def misplacement(
     model: GridModel,
     codes: Tensor,
-    condition: Condition,
+    condition: Given,
     plan: str,
     cfg_scale: float = 1.0,
     seeds: int | list[int] | Tensor = 0,
-    unconditional: Condition | None = None,
+    unconditional: Given | None = None,
 ) -> Tensor:
     """(B, H, W) float64: how far each cell's uniform lies outside the interval that its code has in the CDF.
 
@@ -36,9 +36,9 @@ def misplacement(
     """
     codes = codes.to(model.device)
     order = model.make_plan(plan, codes.shape[1], codes.shape[2])
-    condition = move_condition(condition, model.device)
+    condition = as_condition(condition).to(model.device)
     if unconditional is not None:
-        unconditional = move_condition(unconditional, model.device)
+        unconditional = as_condition(unconditional).to(model.device)
     with decode_mode(model):  # as `generate`: no dropout, whatever mode the model is in
         if cfg_scale == 1:
             logits = model(codes, condition, order).fused  # (B, H, W, V)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flashar_pl.files import read_arrays
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from flashar_pl.backbones.base import Condition, TextFeatures
+    from flashar_pl.backbones.condition import Condition, Prompts, TextFeatures
     from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.models import GridModel
@@ -141,8 +141,6 @@ def ask(
         raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
     if text.negative_prompt is not None and not guided:
         raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
-    from flashar_pl.decoding.samples import pick
-
     if prompts is not None:
         wanted = from_prompts(source, grid, prompts, guided, text)
         labels = [f"prompt{i}" for i in range(len(prompts))]
@@ -152,11 +150,11 @@ def ask(
         ids = parse_classes(classes) if classes is not None else range(len(wanted[0]))
         labels = [f"{name}{i}" for i in ids]
     condition, unconditional = wanted
-    source.model.backbone.check_condition(condition)
+    condition = source.model.backbone.check_condition(condition)
     each = [i for i in range(len(labels)) for _ in range(num_images)]
     return Wanted(
-        pick(condition, each),
-        None if unconditional is None else pick(unconditional, each),
+        condition.rows(each),
+        None if unconditional is None else unconditional.rows(each),
         [labels[i] for i in each],
         None if prompts is None else [prompts[i] for i in each],
     )
@@ -168,12 +166,13 @@ def from_classes_or_features(
     """One sample for each class or caption, and no unconditional prompt."""
     import torch
 
+    from flashar_pl.backbones.condition import ClassIds
     from flashar_pl.backbones.emu35 import Emu35
 
     if isinstance(model.backbone, Emu35):
         raise ValueError("this is an Emu3.5 model; give --prompt.")
     if classes is not None:
-        return torch.tensor(parse_classes(classes)), None
+        return ClassIds(torch.tensor(parse_classes(classes))), None
     assert text_features is not None
     return read_text_features(text_features), None
 
@@ -183,7 +182,6 @@ def from_prompts(
 ) -> tuple[Condition, Condition | None]:
     """One sample for each prompt, and what guidance leads away from (None = the model's own)."""
     from flashar_pl.backbones import Emu35, LlamaGen
-    from flashar_pl.decoding.samples import pick
 
     backbone = source.model.backbone
     if isinstance(backbone, Emu35):
@@ -202,25 +200,26 @@ def from_prompts(
     if text.negative_prompt is None:
         return features, None
     negative = t5_features(text.text_encoder, [text.negative_prompt], device)
-    return features, pick(negative, [0] * len(prompts))
+    return features, negative.pad(len(prompts))
 
 
 def emu_prompts(
     source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
-) -> tuple[list[Tensor], list[Tensor] | None]:
+) -> tuple[Prompts, Prompts | None]:
     """Whole prefixes; what guidance leads away from is the negative prompt, else `null_prompt`."""
     import torch
 
+    from flashar_pl.backbones.condition import Prompts
     from flashar_pl.tokenizers import Emu35Text
 
     tokens = Emu35Text.from_directory(find_assets(source, text.assets))
     tokens.check_vocabulary(backbone.config.visual_token_offset)
-    condition = tokens.conditions(prompts, grid)
+    condition = Prompts(tokens.conditions(prompts, grid))
     if not guided:
         return condition, None
     negative = text.negative_prompt
     start = null_prompt(source.model, tokens) if negative is None else tokens.prompt(negative)
-    return condition, [torch.cat([start, tokens.image_prefix(*grid)])] * len(prompts)
+    return condition, Prompts([torch.cat([start, tokens.image_prefix(*grid)])]).pad(len(prompts))
 
 
 def null_prompt(model: GridModel, tokens: Emu35Text) -> Tensor:
@@ -260,13 +259,13 @@ def find_assets(source: Source, assets: str | None) -> Path:
 
 def t5_features(directory: str, captions: list[str], device: torch.device) -> TextFeatures:
     """Features of a T5 encoder for LlamaGen."""
-    from flashar_pl.backbones.base import TextFeatures
+    from flashar_pl.backbones.condition import TextFeatures
     from flashar_pl.tokenizers.t5 import encode_captions
 
     return TextFeatures(*encode_captions(directory, captions, device))
 
 
-def read_text_features(path: str) -> Any:
+def read_text_features(path: str) -> TextFeatures:
     """`TextFeatures` from a .npy, .npz or .safetensors file; a single caption (T, C) becomes a batch of one.
 
     Raises:
@@ -275,7 +274,7 @@ def read_text_features(path: str) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    from flashar_pl.backbones.base import TextFeatures
+    from flashar_pl.backbones.condition import TextFeatures
 
     file = Path(path)
     if not file.is_file():

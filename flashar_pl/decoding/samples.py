@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashar_pl.backbones.base import Condition, TextFeatures
+from flashar_pl.backbones.condition import Condition, Given, as_condition
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.loop import Progress
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
@@ -30,7 +30,7 @@ from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 class SampleSet:
     """Which samples to draw, and how."""
 
-    condition_of: Callable[[list[int]], Condition]
+    condition_of: Callable[[list[int]], Given]
     """From sample numbers to their conditions. Numbers of n and above, which fill up the last batch, occur too."""
     n: int
     """Samples 0 .. n - 1."""
@@ -43,25 +43,25 @@ class SampleSet:
     """Samples drawn together, B; a last partial batch is filled up and the surplus dropped."""
     seed: int = 0
     """Sample i uses seed + i."""
-    unconditional_of: Callable[[list[int]], Condition] | None = None
+    unconditional_of: Callable[[list[int]], Given] | None = None
     """From sample numbers to what guidance leads away from; None = the model's own null condition."""
 
     @classmethod
     def of(
         cls,
-        condition: Condition,
+        condition: Given,
         grid: tuple[int, int],
         plan: str,
         sampling: SamplingSettings,
         batch_size: int,
         seed: int = 0,
-        unconditional: Condition | None = None,
+        unconditional: Given | None = None,
     ) -> Self:
         """One sample for each entry of a condition. The last one fills up the last batch."""
         n = len(condition)
 
-        def entries(of: Condition) -> Callable[[list[int]], Condition]:
-            return lambda numbers: pick(of, [min(i, n - 1) for i in numbers])
+        def entries(of: Given) -> Callable[[list[int]], Condition]:
+            return lambda numbers: as_condition(of).rows([min(i, n - 1) for i in numbers])
 
         nulls = None if unconditional is None else entries(unconditional)
         return cls(entries(condition), n, grid, plan, sampling, batch_size, seed, nulls)
@@ -86,15 +86,6 @@ class SampleSet:
     def wanted(self, batch: int) -> list[int]:
         """Those of `numbers` that are samples; the others fill the batch up."""
         return [i for i in self.numbers(batch) if i < self.n]
-
-
-def pick(condition: Condition, rows: list[int]) -> Condition:
-    """The samples `rows` of a condition, in that order."""
-    if isinstance(condition, list):
-        return [condition[i] for i in rows]
-    if isinstance(condition, TextFeatures):
-        return TextFeatures(condition.features[rows], None if condition.mask is None else condition.mask[rows])
-    return condition[rows]
 
 
 @dataclass(frozen=True)

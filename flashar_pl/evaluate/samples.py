@@ -109,12 +109,10 @@ def load_bench(
 
 def class_count(model: GridModel) -> int:
     """Number of classes of a class-conditional model. Raises ValueError for any other model."""
-    from flashar_pl.backbones.llamagen import LlamaGen
-
-    backbone = model.backbone
-    if not isinstance(backbone, LlamaGen) or backbone.config.condition != "class":
+    takes = model.backbone.conditioning
+    if takes.kind != "class":
         raise ValueError("evaluate draws samples by class; this model is conditioned on text.")
-    return backbone.config.num_classes
+    return takes.size
 
 
 def image_size(bench: Bench, resize: int | None) -> tuple[int | None, tuple[int, int]]:

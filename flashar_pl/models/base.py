@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flashar_pl.backbones.base import Backbone, Condition, Prefix, check_codes, slot_codes
+from flashar_pl.backbones.base import Backbone, check_codes, slot_codes
+from flashar_pl.backbones.condition import Condition, Given, Prefix
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
@@ -134,14 +135,13 @@ class GridModel(nn.Module, ABC):
         return plan
 
     def _teacher_forced(
-        self, codes: Tensor, condition: Condition, plan: DecodePlan, n_slots: int, vertical: bool
+        self, codes: Tensor, condition: Given, plan: DecodePlan, n_slots: int, vertical: bool
     ) -> States:
         """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
         self.check_plan(plan)
         if codes.shape[1:] != (plan.height, plan.width):
             raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
-        self.backbone.check_condition(condition, codes.shape[0])
-        prefix = self.backbone.prefix(condition)
+        prefix = self.backbone.prefix(self.backbone.check_condition(condition, codes.shape[0]))
         x = torch.cat([prefix.x, self.backbone.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
         length = x.shape[1]
         rope = self.rope(plan, prefix)[:, :length]
@@ -149,7 +149,7 @@ class GridModel(nn.Module, ABC):
         h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical, n_prefix=len(prefix))
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
-    def forward(self, codes: Tensor, condition: Condition, plan: DecodePlan | None = None) -> Logits:
+    def forward(self, codes: Tensor, condition: Given, plan: DecodePlan | None = None) -> Logits:
         """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
         plan = self._plan_of(codes, plan)
         h, v = self._teacher_forced(codes, condition, plan, plan.n_slots, vertical=True)
@@ -160,7 +160,7 @@ class GridModel(nn.Module, ABC):
     def loss(
         self,
         codes: Tensor,
-        condition: Condition,
+        condition: Given,
         plan: DecodePlan | None = None,
         valid: Tensor | None = None,
         aux_weight: float = AUX_WEIGHT,

@@ -11,18 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone, Condition, slot_codes
+from flashar_pl.backbones.base import Backbone, slot_codes
+from flashar_pl.backbones.condition import Given, as_condition
 from flashar_pl.grid import DecodePlan, diagonal_plan
 from flashar_pl.models.losses import head_nll
 
 
 @torch.no_grad()
-def layer_states(backbone: Backbone, codes: Tensor, condition: Condition, plan: DecodePlan) -> list[Tensor]:
+def layer_states(backbone: Backbone, codes: Tensor, condition: Given, plan: DecodePlan) -> list[Tensor]:
     """States (B, S, D) of all slots before the first layer and after each of the L: L + 1 of them, teacher-forced.
 
     codes (B, H, W) int64. The backbone should be in evaluation mode.
     """
-    prefix = backbone.prefix(condition)
+    prefix = backbone.prefix(as_condition(condition))
     x = torch.cat([prefix.x, backbone.embed(slot_codes(codes, plan))], dim=1)
     rope, mask = backbone.rope(plan, prefix), backbone.attention_mask(plan, prefix, plan.n_slots)
     states = [x]

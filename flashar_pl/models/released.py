@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone, Prefix
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.condition import Prefix
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan

@@ -114,13 +114,13 @@ def fitting_batch(
 
     Raises ValueError for a number that does not fit.
     """
-    from flashar_pl.decoding.prompts import is_emu
+    from flashar_pl.backbones import Prompts
     from flashar_pl.planner import model_sizes
 
     model, most, longest = source.model, None, None
-    if is_emu(source):  # conditions are whole prompts
+    prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, Prompts)]
+    if prompts:
         most = len(wanted)
-        prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, list)]
         longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
     room = Room(
         model_sizes(model.config()), (plan,), grid, model.device, next(model.parameters()).dtype, settings.guided,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flashar_pl.backbones import emu35, llamagen
+from flashar_pl.backbones import Conditioning, emu35, llamagen
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.layers.transformer import BlockConfig
@@ -94,6 +94,11 @@ class ModelSizes:
         if isinstance(self.backbone, Emu35Config):
             return 50
         return 1 if self.backbone.condition == "class" else self.backbone.caption_positions
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        return self.backbone.conditioning
 
     @property
     def condition_linears(self) -> tuple[Linear, ...]:

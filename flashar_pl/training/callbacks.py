@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.training.optim import renew_settings, set_rate
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.decoding.samples import Drawn, draw
 from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor

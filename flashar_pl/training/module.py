@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, RunCheckpoint
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel

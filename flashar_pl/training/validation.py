@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flashar_pl.backbones.base import Condition, TextFeatures, move_condition, slice_condition
-from flashar_pl.backbones.llamagen import LlamaGen
+from flashar_pl.backbones.condition import ClassIds, Condition
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
@@ -95,10 +94,8 @@ class SampleConditions:
     """
 
     def __init__(self, model: GridModel, limit: int) -> None:
-        backbone = model.backbone
-        self.classes: int | None = None
-        if isinstance(backbone, LlamaGen) and backbone.config.condition == "class":
-            self.classes = backbone.config.num_classes
+        takes = model.backbone.conditioning
+        self.classes = takes.size if takes.kind == "class" else None
         self.limit = limit
         self._seen: dict[int, Condition] = {}
 
@@ -108,35 +105,23 @@ class SampleConditions:
             return
         if index is None:
             raise ValueError("samples of a text-conditional model need Batch.index, the ids of the validation samples.")
-        cpu = move_condition(condition, "cpu")
+        cpu = condition.to("cpu")
         for row, sample in enumerate(index.tolist()):
             if len(self._seen) < self.limit and (valid is None or bool(valid[row])):
-                self._seen[sample] = slice_condition(cpu, slice(row, row + 1))
+                self._seen[sample] = cpu.rows([row])
 
     def join(self) -> Callable[[list[int]], Condition]:
         """Collect from all ranks; returns the function from sample numbers to their conditions."""
         if self.classes is not None:
             classes = self.classes
-            return lambda samples: torch.tensor(samples, dtype=torch.int64) % classes
+            return lambda samples: ClassIds(torch.tensor(samples, dtype=torch.int64) % classes)
         seen = dict(self._seen)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, seen)
             seen = {sample: condition for part in parts for sample, condition in part.items()}
         listed = [seen[sample] for sample in sorted(seen)[: self.limit]]
-        return lambda samples: _stack([listed[i % len(listed)] for i in samples])
-
-
-def _stack(conditions: list[Condition]) -> Condition:
-    """One condition of len(conditions) samples from conditions of one sample each."""
-    first = conditions[0]
-    if isinstance(first, TextFeatures):
-        features = torch.cat([c.features for c in conditions if isinstance(c, TextFeatures)])
-        masks = [c.mask for c in conditions if isinstance(c, TextFeatures) and c.mask is not None]
-        return TextFeatures(features, torch.cat(masks) if masks else None)
-    if isinstance(first, list):
-        return [ids for c in conditions if isinstance(c, list) for ids in c]
-    return torch.cat([c for c in conditions if isinstance(c, Tensor)])
+        return lambda samples: Condition.cat([listed[i % len(listed)] for i in samples])
 
 
 @torch.no_grad()

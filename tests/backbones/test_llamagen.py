@@ -231,7 +231,7 @@ def test_an_unconditional_of_another_kind_or_length_is_refused() -> None:
         by_class.with_unconditional(tiny.classes(2), tiny.captions([1, 2]))
     with pytest.raises(ValueError, match="only one has a mask"):
         by_text.with_unconditional(tiny.captions([1, 2]), tiny.captions([1, 2], masked=False))
-    with pytest.raises(ValueError, match="5 positions of width 12, unconditional 4 of 12"):
+    with pytest.raises(ValueError, match="5 positions of width 12, others 4 of 12"):
         by_text.with_unconditional(tiny.captions([1, 2]), tiny.captions([1, 2], positions=4))
 
 

@@ -26,10 +26,11 @@ import pytest
 import torch
 from PIL import Image
 
+from flashar_pl.backbones import ClassIds, Condition
 from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.commands.serve import listen
 from flashar_pl.commands.serve_requests import Service
-from flashar_pl.commands.serve_worker import Request, Worker, join
+from flashar_pl.commands.serve_worker import Request, Worker
 from flashar_pl.decoding import Engine, generate
 from flashar_pl.options import DeviceOptions, ModelOptions
 from flashar_pl.sampling import SamplingSettings
@@ -106,12 +107,12 @@ def test_a_failure_reaches_its_own_requests_only(
     service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine.go.set()
-    wrong = Request(torch.tensor([99]), None, "diagonal", SamplingSettings(), [0])
+    wrong = Request(ClassIds(torch.tensor([99])), None, "diagonal", SamplingSettings(), [0])
     with pytest.raises(ValueError, match="class ids range from 99"):
         worker.draw(wrong)
     assert worker.draw(service.request({"class": 1})).images.shape == (1, 3, 8, 8)
     with pytest.raises(ValueError, match="5 images are wanted at once; expected at most 4"):
-        worker.draw(Request(torch.zeros(5, dtype=torch.int64), None, "diagonal", SamplingSettings(), [0] * 5))
+        worker.draw(Request(ClassIds(torch.zeros(5, dtype=torch.int64)), None, "diagonal", SamplingSettings(), [0] * 5))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -318,8 +319,8 @@ def test_prompts(tmp_path: Path) -> None:
     ]
     assert requests[0].joins(requests[1])
     assert not torch.equal(requests[0].unconditional[0], requests[1].unconditional[0])  # type: ignore[index]
-    condition = join([request.condition for request in requests])
-    unconditional = join([request.unconditional for request in requests])  # type: ignore[misc]
+    condition = Condition.cat([request.condition for request in requests])
+    unconditional = Condition.cat([request.unconditional for request in requests])  # type: ignore[misc]
     together = generate(source.model, condition, (4, 4), "diagonal", 2.0, seeds=[1, 2], unconditional=unconditional)
     with Worker(Engine(source.model, "eager"), source.matching_tokenizer("cpu"), (4, 4), 4) as worker:
         for i, request in enumerate(requests):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
-from flashar_pl.backbones.base import Batch, TextFeatures
+from flashar_pl.backbones.condition import Batch, TextFeatures
 from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, Loader, TrainingBatches, TrainingLoader
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter

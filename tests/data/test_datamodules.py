@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from toy_shards import write_classes
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import Manifest
 

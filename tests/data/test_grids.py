@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashar_pl.backbones.base import Batch
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.grids import evaluation_batches, load_grids, training_batches
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from training_toys import CLASSES, ValidationConfig, fit, make_data, make_module, make_trainer
 
-from flashar_pl.backbones.base import TextFeatures
+from flashar_pl.backbones.condition import TextFeatures
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import diagonal_plan

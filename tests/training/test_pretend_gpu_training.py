@@ -15,7 +15,7 @@ from pretend_gpu import CUDA, PretendGPU
 from torch import Tensor
 from training_toys import OptimiserConfig, ValidationConfig, fit, make_module, save_classifier, write_digit_like
 
-from flashar_pl.backbones.base import Batch, Condition
+from flashar_pl.backbones.condition import Batch, Condition, Prompts
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import GridModel
 from flashar_pl.training.stages import STAGE1_ROLES
@@ -87,7 +87,10 @@ def test_loss_and_gradients(kind: str, stage: int) -> None:
     if kind == "text":  # heads of 12, which are padded on a GPU
         model, batch.condition = tiny.flashar(condition="text", dim=24), tiny.captions([2, 5])
     elif kind == "emu":
-        model, batch.condition = tiny.emu_flashar(), [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
+        model, batch.condition = (
+            tiny.emu_flashar(),
+            Prompts([torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]),
+        )
     else:
         model = tiny.flashar() if kind == "class" else RasterAR(tiny.backbone(condition_dropout=0.5))
     roles = model.roles()
