@@ -54,17 +54,16 @@ class progress_bar:
         self._bar.close()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = True) -> str:
-    """Rows as a Markdown table, or aligned for a terminal; the first column is text, the others are numbers."""
-    if markdown:
-        lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table; the first column is text, the others are numbers."""
     widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
 
-    def align(line: Sequence[str]) -> str:
-        return "  ".join(text.rjust(widths[i]) if i else text.ljust(widths[0]) for i, text in enumerate(line))
+    def row(cells: Sequence[str]) -> str:
+        padded = (cell.rjust(widths[i]) if i else cell.ljust(widths[0]) for i, cell in enumerate(cells))
+        return "| " + " | ".join(padded) + " |"
 
-    return "\n".join(align(line) for line in (header, *rows))
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(row(cells) for cells in (header, rule, *rows))
 
 
 def plural(n: int, noun: str) -> str:

@@ -21,25 +21,31 @@ MOST_CODES = 2**16
 """Largest grid that is taken for meant: 256 x 256 codes are 4,096 x 4,096 pixels."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureOptions:
+    """Architecture"""
+
+    branch_layer: int | None = None
+    """Turns a raster model into an untrained FlashAR that branches at this layer."""
+    grid: str | None = None
+    """Code grid HEIGHTxWIDTH, where the model does not say it (official files, presets) or another one is wanted."""
+    backbone_class: str | None = None
+    """Import path of a backbone of your own, such as mine.models.Backbone; a checkpoint never says what to import."""
+
+
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(ArchitectureOptions):
     """Model"""
 
     checkpoint: str
     """Lightning checkpoint, converted directory, official .pt or .safetensors file, or released directory."""
     weights: Weights = "auto"
     """Which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema."""
-    branch_layer: int | None = None
-    """Turns a raster checkpoint into an untrained FlashAR that branches at this layer."""
     n_head: int | None = None
     """Attention heads, for official files of unpublished sizes."""
-    grid: str | None = None
-    """Code grid HEIGHTxWIDTH, where the checkpoint does not say it (official files) or another one is wanted."""
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
     pixels:LEVELS, or a JSON object."""
-    backbone_class: str | None = None
-    """Import path of a backbone of your own, such as mine.models.Backbone; a checkpoint never says what to import."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.benchmarking.table import markdown
+from flashar_pl.console import table
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import parse_grid
+from flashar_pl.options import ArchitectureOptions, parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.planner.sizes import ModelSizes
@@ -24,24 +24,79 @@ BATCH = 64
 """`CodesDataModule`'s global batch where a file gives none."""
 
 
+Switch = Literal["on", "off"]
+
+
+@dataclass(frozen=True)
+class RunOptions(ArchitectureOptions):
+    """Run"""
+
+    config: str | None = None
+    """YAML of a training run."""
+    preset: str | None = None
+    """A published size as FlashAR instead of a file, such as llamagen-b; a wrong name lists them."""
+    strategy: Literal["fsdp", "ddp"] | None = None
+    """fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's."""
+    samples: int | None = None
+    """Samples of one forward on one GPU; with more or fewer forwards per step the batch of a step stays what the file
+    says, or grows to whole forwards. Default: the file's batch size over the GPUs; 1 for a preset."""
+    replicas: int | None = None
+    """Copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1."""
+    moments: Literal["fp32", "bf16", "8bit"] | None = None
+    """Optimizer state. Default: the file's, or fp32."""
+    offload: Switch | None = None
+    """Whether shards, gradients and optimizer state stay in CPU memory. Default: the file's, or off."""
+    checkpointing: Switch | None = None
+    """Whether blocks are run again in the backward pass. Default: the file's; on for a preset."""
+    prefix: int | None = None
+    """Prefix positions. Default: usual for the backbone's condition."""
+    steps: int | None = None
+    """Optimizer steps of the run. Default: the file's, or 50,000."""
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.preset is None):
+            raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
+        if self.prefix is not None and self.prefix < 0:
+            raise ValueError(f"prefix is {self.prefix}; expected 0 or more positions.")
+
+    def setup(self, gpus: int) -> dict[str, Any]:
+        """What was typed, as fields of `TrainingSetup`."""
+        given = {
+            "gpus": gpus,
+            "samples": self.samples,
+            "sharded": None if self.strategy is None else self.strategy == "fsdp",
+            "replicas": self.replicas,
+            "moments": self.moments,
+            "offload": None if self.offload is None else self.offload == "on",
+            "checkpointing": None if self.checkpointing is None else self.checkpointing == "on",
+            "grid": parse_grid(self.grid),
+            "prefix": self.prefix,
+            "total_steps": self.steps,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class HardwareOptions:
+    """Hardware"""
+
+    gpus: int = 8
+    """GPUs of all nodes together."""
+    gpu: Literal["h20", "h100", "h200", "a100"] = "h20"
+    """Whose published FLOP and memory rates are used."""
+    gpu_memory: float | None = None
+    """GB of one GPU. Default: that of --gpu."""
+    mfu: float = 0.4
+    """Share of the published FLOP rate that training reaches."""
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or (self.gpu_memory is not None and self.gpu_memory <= 0):
+            size = "" if self.gpu_memory is None else f" and gpu_memory {self.gpu_memory:g}"
+            raise ValueError(f"gpus is {self.gpus}{size}; expected 1 or more GPUs with more than 0 GB.")
+
+
 def plan(
-    *,
-    config: str | None = None,
-    preset: str | None = None,
-    gpus: int = 8,
-    gpu_memory: float | None = None,
-    gpu: Literal["h20", "h100", "h200", "a100"] = "h20",
-    mfu: float = 0.4,
-    samples: int | None = None,
-    strategy: Literal["fsdp", "ddp"] | None = None,
-    replicas: int | None = None,
-    moments: Literal["fp32", "bf16", "8bit"] | None = None,
-    offload: Literal["on", "off"] | None = None,
-    checkpointing: Literal["on", "off"] | None = None,
-    grid: str | None = None,
-    prefix: int | None = None,
-    steps: int | None = None,
-    out: str | None = None,
+    options: RunOptions, hardware: HardwareOptions = HardwareOptions(), *, out: str | None = None
 ) -> dict[str, Any]:
     """Say what a training run needs before it is started: parameters, bytes per GPU, hours, and the decoding floor.
 
@@ -52,66 +107,39 @@ def plan(
         flashar plan --config experiments/llamagen_l_256.yaml --gpus 8 --gpu-memory 96
 
     Args:
-        config: YAML of a training run.
-        preset: a published size as FlashAR instead of a file: llamagen-b, -l, -xl, -xxl, -3b, -xl-t2i, emu35-34b.
-        gpus: GPUs of all nodes together.
-        gpu_memory: GB of one GPU. Default: that of --gpu.
-        gpu: whose published FLOP and memory rates are used.
-        mfu: share of the published FLOP rate that training reaches.
-        samples: samples of one forward on one GPU; with more or fewer forwards per step the batch of a step stays what
-            the file says, or grows to whole forwards. Default: the file's batch size over the GPUs; 1 for a preset.
-        strategy: fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's.
-        replicas: copies of the shards, for hybrid sharding over several nodes. Default: the file's, or 1.
-        moments: optimizer state: fp32, bf16 or 8bit. Default: the file's, or fp32.
-        offload: whether shards, gradients and optimizer state stay in CPU memory. Default: the file's, or off.
-        checkpointing: whether blocks are run again in the backward pass. Default: the file's; on for a preset.
-        grid: code grid HEIGHTxWIDTH. Default: of the shards, else guessed from their name, else of the family.
-        prefix: prefix positions. Default: 1 class token, 120 caption positions, or a prompt of 50 tokens.
-        steps: optimizer steps of the run. Default: the file's, or 50,000.
         out: also write the numbers to this new JSON file.
     """
     from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
-    from flashar_pl.planner.training import added, training_memory, training_time, usable
+    from flashar_pl.planner.training import added, host_bytes, training_memory, training_time, usable
 
-    if (config is None) == (preset is None):
-        raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
-    if gpus < 1 or (gpu_memory is not None and gpu_memory <= 0):
-        size = "" if gpu_memory is None else f" and gpu_memory {gpu_memory:g}"
-        raise ValueError(f"gpus is {gpus}{size}; expected 1 or more GPUs with more than 0 GB.")
-    if prefix is not None and prefix < 0:
-        raise ValueError(f"prefix is {prefix}; expected 0 or more positions.")
     if out is not None:
         require_new(out, "plan")
-    run = read_run(config, gpus) if config is not None else preset_run(str(preset), gpus)
+    gpus, config, mfu = hardware.gpus, options.config, hardware.mfu
+    run = read_run(config, gpus) if config is not None else preset_run(options, gpus)
     sizes = run.sizes
-    given: dict[str, Any] = {
-        "gpus": gpus,
-        "samples": samples,
-        "sharded": None if strategy is None else strategy == "fsdp",
-        "replicas": replicas,
-        "moments": moments,
-        "offload": None if offload is None else offload == "on",
-        "checkpointing": None if checkpointing is None else checkpointing == "on",
-        "grid": parse_grid(grid),
-        "prefix": prefix,
-        "total_steps": steps,
-    }
-    if samples is not None and config is not None:
-        given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, samples)))
-    setup = replace(run.setup, **{name: value for name, value in given.items() if value is not None})
-    rates = GPUS[gpu]
-    memory = int(1e9 * (rates.memory if gpu_memory is None else gpu_memory))
+    given = options.setup(gpus)
+    if options.samples is not None and config is not None:
+        given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, options.samples)))
+    setup = replace(run.setup, **given)
+    rates = GPUS[hardware.gpu]
+    memory = int(1e9 * (hardware.gpu_memory or rates.memory))
     stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
     totals = {stage: training_memory(sizes, setup, stage) for stage in stages}
     peak, room = max(each.total for each in totals.values()), usable(memory)
     result: dict[str, Any] = {
-        "config": config or preset,
+        "config": config or options.preset,
         "setup": asdict(setup),
         "notes": run.notes,
         "parameters": sizes.parameters() | ({} if setup.lora is None else {"lora": added(sizes, setup.lora)}),
         "memory": {f"stage{stage}": {**asdict(each), "total": each.total} for stage, each in totals.items()},
-        "host_bytes_per_process": _host_bytes(sizes, setup),
-        "gpu": {"name": gpu, "memory": memory, "usable": room, "flops": rates.flops, "bandwidth": rates.bandwidth},
+        "host_bytes_per_process": host_bytes(sizes, setup),
+        "gpu": {
+            "name": hardware.gpu,
+            "memory": memory,
+            "usable": room,
+            "flops": rates.flops,
+            "bandwidth": rates.bandwidth,
+        },
         "fits": peak <= room,
         "changes": [] if peak <= room else what_would_fit(sizes, setup, room),
         "gpus_that_fit": None if peak <= room else gpus_that_fit(sizes, setup, room),
@@ -125,12 +153,6 @@ def plan(
     return result
 
 
-def _host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
-    from flashar_pl.planner.training import host_bytes
-
-    return host_bytes(sizes, setup)
-
-
 @dataclass
 class Run:
     """What a file or a preset says."""
@@ -141,12 +163,13 @@ class Run:
     """What was assumed."""
 
 
-def preset_run(preset: str, gpus: int) -> Run:
-    """A published size as FlashAR with the paper's branch layer, one sample per GPU, sharded, checkpointed."""
+def preset_run(options: RunOptions, gpus: int) -> Run:
+    """A published size as FlashAR, at its usual branch layer unless told; one sample per GPU, sharded, checkpointed."""
     from flashar_pl.planner import model_sizes
     from flashar_pl.planner.training import TrainingSetup
 
-    sizes = model_sizes({"kind": "flashar", "backbone": {"preset": preset}})
+    config: dict[str, Any] = {"kind": "flashar", "backbone": {"preset": options.preset}}
+    sizes = model_sizes(config if options.branch_layer is None else {**config, "branch_layer": options.branch_layer})
     grid, note = _family_grid(sizes)
     return Run(sizes, TrainingSetup(grid=grid, gpus=gpus), [note])
 
@@ -306,14 +329,14 @@ def report(result: dict[str, Any]) -> str:
         f"{state}, {'with' if setup['checkpointing'] else 'without'} activation checkpointing, "
         f"grid {setup['grid'][0]}x{setup['grid'][1]}",
         *(f"note: {note}" for note in result["notes"]),
-        markdown(("parameters", "number"), roles),
-        markdown(("GB per GPU", *stages), lines),
+        table(("parameters", "number"), roles),
+        table(("GB per GPU", *stages), lines),
         _verdict(result),
         f"FLOPs per GPU and step: {', '.join(f'{stage} {count / 1e12:.1f} TF' for stage, count in time['step_flops_per_gpu'].items())}; "  # noqa: E501
         f"{setup['total_steps']:,} steps take {time['hours']:.1f} h, {time['gpu_hours']:.0f} GPU-hours, at "
         f"{result['mfu']:.0%} of {gpu['flops'] / 1e12:.0f} TFLOP/s ({gpu['name']})",
         "decoding one guided image in bfloat16:\n\n"
-        + markdown(
+        + table(
             ("plan", "steps", "GB moved", "TFLOP", f"floor ms ({gpu['name']})", "GB needed"),
             [
                 [

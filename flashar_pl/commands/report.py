@@ -146,7 +146,7 @@ def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, we
         check_data(source.model, manifest, source.grid, source.tokenizer)
     adapted = sources["flashar"].model
     assert isinstance(adapted, FlashAR)
-    free = open_checkpoint(ModelOptions(raster, weights, adapted.branch_layer), CPU)
+    free = open_checkpoint(ModelOptions(raster, weights, branch_layer=adapted.branch_layer), CPU)
 
     def row(key: str, name: str, source: Source, plan: str) -> Row:
         return Row(key, name, source.model, plan, source.path)

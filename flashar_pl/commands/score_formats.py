@@ -97,7 +97,9 @@ def score_formats(
     if out is not None:
         require_new(out, "comparison")
     manifest = Manifest.load(data)
-    source = open_checkpoint(ModelOptions(checkpoint, weights, branch_layer, n_head), DeviceOptions(device, dtype))
+    source = open_checkpoint(
+        ModelOptions(checkpoint, weights, n_head, branch_layer=branch_layer), DeviceOptions(device, dtype)
+    )
     check_data(source.model, manifest, None, source.tokenizer)
     encoder = caption_encoder(source, manifest, assets)
     plan_name = check_plan(source.model, plan, manifest.grid)

@@ -104,7 +104,7 @@ def serve(
     with listen(host, port) as server:
         engine_options = EngineOptions(device, dtype, runner=runner, weight_format=weight_format)
         source = open_checkpoint(
-            ModelOptions(checkpoint, weights, branch_layer, n_head, grid, tokenizer), engine_options
+            ModelOptions(checkpoint, weights, n_head, tokenizer, branch_layer=branch_layer, grid=grid), engine_options
         )
         shape = choose_grid(source, ShapeOptions(aspect_ratio, image_size))
         check_top_k(source.model, top_k)

@@ -98,7 +98,7 @@ def load_bench(
     from flashar_pl.metrics.features import load_extractor
 
     extractor = load_extractor(features)
-    options = ModelOptions(checkpoint, weights, branch_layer, n_head, grid, tokenizer)  # type: ignore[arg-type]
+    options = ModelOptions(checkpoint, weights, n_head, tokenizer, branch_layer=branch_layer, grid=grid)  # type: ignore[arg-type]
     engine_options = EngineOptions(device, dtype, runner=runner, weight_format=weight_format)
     source = open_checkpoint(options, engine_options)
     source.need_grid()

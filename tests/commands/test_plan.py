@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flashar_pl.commands.plan import plan
+from flashar_pl.commands.plan import HardwareOptions, RunOptions, plan
 from flashar_pl.planner import model_sizes
 from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
 from flashar_pl.planner.training import TrainingSetup, peak_total, usable
@@ -17,7 +17,7 @@ EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_can_be_planned(path, capsys):
-    result = plan(config=str(path), gpus=1 if path.stem.startswith("demo") else 8)
+    result = plan(RunOptions(config=str(path)), HardwareOptions(gpus=1 if path.stem.startswith("demo") else 8))
     assert sum(result["parameters"].values()) > 1000
     assert "GPU-hours" in capsys.readouterr().out
     assert result["fits"], "the hardware of its header is 8 H20 with 96 GB"
@@ -36,7 +36,7 @@ def test_the_largest_of_several_grids_counts(tmp_path):
         (folder / "manifest.json").write_text(json.dumps({"grid": grid}))
     values = {"model": {"backbone": {"preset": "llamagen-b"}}, "data": {"shards": str(tmp_path), "batch_size": 8}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    result = plan(config=str(tmp_path / "run.yaml"), gpus=8)
+    result = plan(RunOptions(config=str(tmp_path / "run.yaml")), HardwareOptions(gpus=8))
     assert list(result["setup"]["grid"]) == [27, 40]
 
 
@@ -59,7 +59,9 @@ def test_the_published_recipe(run, work):
 
 def test_options_win_over_the_file(capsys):
     path = next(path for path in EXPERIMENTS if path.stem == "llamagen_l_256")
-    result = plan(config=str(path), samples=2, strategy="fsdp", moments="8bit", grid="24x24", steps=7, replicas=2)
+    result = plan(
+        RunOptions(config=str(path), samples=2, strategy="fsdp", moments="8bit", grid="24x24", steps=7, replicas=2)
+    )
     setup = result["setup"]
     assert (setup["samples"], setup["sharded"], setup["moments"]) == (2, True, "8bit")
     assert (setup["grid"], setup["total_steps"], setup["replicas"]) == ((24, 24), 7, 2)
@@ -87,12 +89,12 @@ def test_the_strategy_of_a_file_is_read(work, capsys):
     options = {"compute": "bf16", "replicas": 2, "recompute": True, "offload": False}
     ShardedStrategy(**options)  # these names exist
     (work / "run.yaml").write_text(SHARDED.format(options=json.dumps(options)))
-    setup = plan(config="run.yaml", gpus=16)["setup"]
+    setup = plan(RunOptions(config="run.yaml"), HardwareOptions(gpus=16))["setup"]
     assert (setup["sharded"], setup["replicas"], setup["checkpointing"], setup["mixed"]) == (True, 2, True, True)
     assert (setup["samples"], setup["accumulate"], setup["moments"], setup["grid"]) == (1, 2, "fp32", (32, 32))
     options |= {"compute": "fp32", "offload": True, "recompute": False}
     (work / "other.yaml").write_text(SHARDED.format(options=json.dumps(options)))
-    result = plan(config="other.yaml", gpus=16)
+    result = plan(RunOptions(config="other.yaml"), HardwareOptions(gpus=16))
     assert [result["setup"][name] for name in ("mixed", "offload", "checkpointing")] == [False, True, False]
     assert result["host_bytes_per_process"] == 16 * sum(result["parameters"].values()) // 8
     assert result["parameters"]["vertical_head"] == 131072 * 5120  # visual heads, as in training
@@ -100,7 +102,7 @@ def test_the_strategy_of_a_file_is_read(work, capsys):
 
 def test_advice_where_a_run_does_not_fit(capsys):
     """Guards against advice that does not help: every change named must fit."""
-    result = plan(preset="emu35-34b", gpus=8, gpu_memory=80)
+    result = plan(RunOptions(preset="emu35-34b"), HardwareOptions(gpus=8, gpu_memory=80))
     assert not result["fits"]
     assert result["changes"]
     assert all(total <= result["gpu"]["usable"] for _, total in result["changes"])
@@ -108,10 +110,10 @@ def test_advice_where_a_run_does_not_fit(capsys):
     assert "does NOT fit" in out
     name = "8-bit optimizer state (model.optimiser.state: 8bit)"
     assert name in out
-    better = plan(preset="emu35-34b", gpus=8, gpu_memory=80, moments="8bit")
+    better = plan(RunOptions(preset="emu35-34b", moments="8bit"), HardwareOptions(gpus=8, gpu_memory=80))
     assert better["fits"]
     assert max(stage["total"] for stage in better["memory"].values()) == dict(result["changes"])[name]
-    larger = plan(preset="emu35-34b", gpus=result["gpus_that_fit"], gpu_memory=80)
+    larger = plan(RunOptions(preset="emu35-34b"), HardwareOptions(gpus=result["gpus_that_fit"], gpu_memory=80))
     assert larger["fits"]
 
 
@@ -202,7 +204,7 @@ def test_a_file_is_checked_as_a_fit_checks_it(old, new, message, refused, work):
     """Guards plans of what is not in the file: a key below trainer that nobody reads, text where numbers are due."""
     good = STRATEGY.format(options="compute: bf16")
     (work / "run.yaml").write_text(good)
-    assert plan(config="run.yaml", gpus=1)["setup"]["sharded"]
+    assert plan(RunOptions(config="run.yaml"), HardwareOptions(gpus=1))["setup"]["sharded"]
     assert old in good
     (work / "run.yaml").write_text(good.replace(old, new))
     assert message in refused("plan", "--config", "run.yaml", "--gpus", "1")
@@ -211,7 +213,7 @@ def test_a_file_is_checked_as_a_fit_checks_it(old, new, message, refused, work):
 def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
     text = f"model: {{backbone: {{preset: llamagen-b}}}}\ndata: {{shards: {shards}}}\ntrainer: {{max_steps: 10}}\n"
     (work / "run.yaml").write_text(text)
-    result = plan(config="run.yaml", gpus=1)
+    result = plan(RunOptions(config="run.yaml"), HardwareOptions(gpus=1))
     assert result["setup"]["grid"] == (8, 8)
     assert result["setup"]["plan"] == "raster"
     assert result["notes"] == ["data.batch_size 64 assumed, the default"]
