@@ -26,11 +26,12 @@ from flashar_pl.checkpoints.emu35 import (
     read_json,
 )
 from flashar_pl.checkpoints.released import MODEL_TYPE, fill_released, read_released
-from flashar_pl.checkpoints.sources import INDEX, SINGLE, SafetensorsDirectory, check_names, fill
+from flashar_pl.checkpoints.sources import INDEX, SINGLE, SafetensorsDirectory
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.renames import fill
 
 
 def is_official_directory(path: str | Path) -> bool:
@@ -80,14 +81,13 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
                 f"{directory} holds a FlashAR checkpoint with its authors' conventions, which this model does not "
                 "have; load it with FlashAR.from_released, or start from the base model."
             )
-        fill_released(model, source, device)
+        fill_released(model, directory, device)
         return 0, 0
     flashar = isinstance(model, FlashAR)
     head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
     renames = backbone_renames(model.backbone.config, "backbone.", head)
-    check_names(source, renames, ignored=filter(is_table, source.keys()))
     without_values = any(parameter.is_meta for parameter in model.parameters())
-    fill(model, source, renames, device)
+    fill(model, source, renames, device, filter(is_table, source.keys()))
     if not isinstance(model, FlashAR):
         return 0, 0
     if without_values and model.dual_head.gate is not None:

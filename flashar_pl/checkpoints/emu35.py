@@ -11,48 +11,41 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.checkpoints.sources import (
-    Rename,
-    SafetensorsDirectory,
-    StateDict,
-    TensorSource,
-    check_names,
-    fill,
-    source_dtype,
-    split_rows,
-)
+from flashar_pl.checkpoints.sources import SafetensorsDirectory
+from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def block_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
     """Names of one block under the given prefixes, with the rows of each official tensor."""
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    table: dict[str, dict[str, int]] = {
-        "attention_norm.weight": {"input_layernorm": config.dim},
-        "attention.wqkv.weight": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
-        "attention.wo.weight": {"self_attn.o_proj": config.dim},
-        "attention.q_norm.weight": {"self_attn.q_norm": config.head_dim},
-        "attention.k_norm.weight": {"self_attn.k_norm": config.head_dim},
-        "ffn_norm.weight": {"post_attention_layernorm": config.dim},
-        "feed_forward.w13.weight": {"mlp.gate_proj": config.ffn_dim, "mlp.up_proj": config.ffn_dim},
-        "feed_forward.w2.weight": {"mlp.down_proj": config.dim},
+    table: dict[str, dict[str, int] | tuple[str, ...]] = {
+        "attention_norm": ("input_layernorm",),
+        "attention.wqkv": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "attention.wo": ("self_attn.o_proj",),
+        "attention.q_norm": ("self_attn.q_norm",),
+        "attention.k_norm": ("self_attn.k_norm",),
+        "ffn_norm": ("post_attention_layernorm",),
+        "feed_forward.w13": ("mlp.gate_proj", "mlp.up_proj"),
+        "feed_forward.w2": ("mlp.down_proj",),
     }
     for key, pieces in table.items():
-        yield Rename(ours + key, tuple((f"{official}{name}.weight", rows) for name, rows in pieces.items()))
+        sizes = tuple(pieces.values()) if isinstance(pieces, dict) else None
+        yield Rename(f"{ours}{key}.weight", tuple(f"{official}{name}.weight" for name in pieces), sizes)
 
 
 def body_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
     """Names of embedding, blocks and final norm under the given prefixes."""
-    yield Rename(f"{ours}embedding.weight", ((f"{official}embed_tokens.weight", config.vocab_size),))
+    yield Rename(f"{ours}embedding.weight", (f"{official}embed_tokens.weight",))
     for i in range(config.n_layer):
         yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.")
-    yield Rename(f"{ours}norm.weight", ((f"{official}norm.weight", config.dim),))
+    yield Rename(f"{ours}norm.weight", (f"{official}norm.weight",))
 
 
 def head_rename(config: Emu35Config, ours: str, official: str) -> Rename:
     """Name of a head; heads="visual" skips the text rows."""
-    return Rename(ours, ((official, config.head_rows),), skip=config.vocab_size - config.head_rows)
+    return Rename(ours, (official,), skip=config.vocab_size - config.head_rows)
 
 
 def backbone_renames(config: Emu35Config, ours: str = "", head: str = "head.weight") -> list[Rename]:
@@ -131,12 +124,8 @@ def read_official(
 ) -> Emu35:
     """See `Emu35.from_official`. The weights are read into memory of `device`; dtype None = that of the source."""
     parsed = parse_config(config, heads, found_head_dim(source))
-    renames = backbone_renames(parsed)
-    check_names(source, renames, ignored=filter(is_table, source.keys()))
-    with torch.device("meta"):
-        backbone = Emu35(parsed).to(dtype or source_dtype(source, EMBEDDING))
-    fill(backbone, source, renames, device)
-    return backbone.eval()
+    tables = filter(is_table, source.keys())
+    return build_filled(lambda: Emu35(parsed), source, backbone_renames(parsed), device, dtype, tables)
 
 
 def read_state_dict(state_dict: dict[str, Tensor], config: dict[str, Any], heads: Heads) -> Emu35:

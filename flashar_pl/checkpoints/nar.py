@@ -7,21 +7,12 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen
-from flashar_pl.checkpoints.llamagen import (
-    backbone_renames,
-    block_renames,
-    clean_official,
-    count_layers,
-    gather,
-    infer_config,
-    load_strictly,
-    scatter,
-)
+from flashar_pl.checkpoints.llamagen import backbone_renames, block_renames, clean_official, count_layers, infer_config
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
 
 def is_nar(state_dict: dict[str, Tensor]) -> bool:
@@ -29,24 +20,18 @@ def is_nar(state_dict: dict[str, Tensor]) -> bool:
     return any(key.endswith("medusa_output.weight") for key in state_dict)
 
 
-NAR_HEAD = {
-    "vertical.norm.weight": ("medusa_norm.weight",),
-    "dual_head.vertical.weight": ("medusa_output.weight",),
-}
-
-
-def _nar_renames(n_layer: int, extra: int, condition: str) -> list[tuple[str, tuple[str, ...]]]:
+def _nar_renames(n_layer: int, extra: int, condition: str) -> list[Rename]:
     """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head."""
-    renames = [
-        (
-            ours.replace("head.weight", "dual_head.horizontal.weight") if ours == "head.weight" else f"backbone.{ours}",
-            src,
-        )
-        for ours, src in backbone_renames(n_layer, condition)
-    ]
+    backbone = list(backbone_renames(n_layer, condition))
+    renames = [rename.under("backbone.", "") for rename in backbone if rename.ours != "head.weight"]
     for i in range(extra):
         renames += block_renames(f"vertical.blocks.{i}.", f"layers.{n_layer + i}.")
-    return renames + list(NAR_HEAD.items())
+    return [
+        *renames,
+        Rename("dual_head.horizontal.weight", ("output.weight",)),
+        Rename("vertical.norm.weight", ("medusa_norm.weight",)),
+        Rename("dual_head.vertical.weight", ("medusa_output.weight",)),
+    ]
 
 
 def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int, int]:
@@ -92,11 +77,11 @@ def read_nar(
     m, k = branch_of(arguments, n_blocks)
     n_layer = n_blocks - k
     config = infer_config(cleaned, n_head, n_layer=n_layer, rope_base=rope_base, norm_eps=norm_eps)
-    weights = gather(cleaned, _nar_renames(n_layer, k, config.condition))
-    with torch.device("meta"):
-        model = FlashAR(LlamaGen(config), m, vertical_layers=k, fusion="average", corner="fused")
-    load_strictly(model, weights)
-    return model
+    return build_filled(
+        lambda: FlashAR(LlamaGen(config), m, vertical_layers=k, fusion="average", corner="fused"),
+        StateDict(cleaned, "the NAR state dict"),
+        _nar_renames(n_layer, k, config.condition),
+    )
 
 
 def write_nar(model: FlashAR) -> dict[str, Tensor]:
@@ -113,4 +98,4 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
             f"vertical layers and fusion {model.fusion!r}; the only official format for it, a NAR checkpoint, has one "
             "layer after the last and averages. Leave --to out for our format."
         )
-    return scatter(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))
+    return split_rows(model.state_dict(), _nar_renames(backbone.n_layer, 1, backbone.config.condition))

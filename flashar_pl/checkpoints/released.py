@@ -19,17 +19,9 @@ from flashar_pl.checkpoints.emu35 import (
     read_json,
     with_text_rows,
 )
-from flashar_pl.checkpoints.sources import (
-    Rename,
-    SafetensorsDirectory,
-    TensorSource,
-    check_names,
-    fill,
-    source_dtype,
-    split_rows,
-)
-from flashar_pl.models.dual_head import FusionGate
+from flashar_pl.checkpoints.sources import SafetensorsDirectory
 from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+from flashar_pl.renames import Rename, TensorSource, build_filled, fill, split_rows
 
 MODEL_TYPE = "emu3_flashar"
 """`model_type` in the config.json of a released checkpoint."""
@@ -39,17 +31,16 @@ IGNORED = ("fuse_h_logit", "fuse_corner_h_logit")
 
 def renames(config: Emu35Config, vertical_layers: int) -> list[Rename]:
     """Names of a released checkpoint."""
-    gate = max(64, config.dim // 8)
     names = [
         *body_renames(config, "backbone.", "backbone."),
         head_rename(config, "dual_head.horizontal.weight", "horizontal_head.weight"),
         head_rename(config, "dual_head.vertical.weight", "vertical_head.weight"),
-        Rename("vertical.norm.weight", (("vertical_norm.weight", config.dim),)),
-        Rename("dual_head.gate.hidden.weight", (("hv_gate_mlp.0.weight", gate),)),
-        Rename("dual_head.gate.out.weight", (("hv_gate_mlp.2.weight", 1),)),
-        Rename("dual_head.gate.out.bias", (("hv_gate_mlp.2.bias", 1),)),
-        Rename("dual_head.corner_gate.out.weight", (("hv_gate_corner.weight", 1),)),
-        Rename("dual_head.corner_gate.out.bias", (("hv_gate_corner.bias", 1),)),
+        Rename("vertical.norm.weight", ("vertical_norm.weight",)),
+        Rename("dual_head.gate.hidden.weight", ("hv_gate_mlp.0.weight",)),
+        Rename("dual_head.gate.out.weight", ("hv_gate_mlp.2.weight",)),
+        Rename("dual_head.gate.out.bias", ("hv_gate_mlp.2.bias",)),
+        Rename("dual_head.corner_gate.out.weight", ("hv_gate_corner.weight",)),
+        Rename("dual_head.corner_gate.out.bias", ("hv_gate_corner.bias",)),
     ]
     for i in range(vertical_layers):
         names += block_renames(config, f"vertical.blocks.{i}.", f"vertical_block.{i}.")
@@ -73,38 +64,29 @@ def read_released(
     directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ReleasedFlashAR:
     """See `FlashAR.from_released`. The weights are read into memory of `device`; dtype None = the checkpoint's."""
-    values = read_json(directory)
-    source = SafetensorsDirectory(directory)
-    model = released_on_meta(values, source, heads, dtype)
-    fill_released(model, source, device)
-    return model.eval()
-
-
-def released_on_meta(
-    values: dict[str, Any], source: TensorSource, heads: Heads, dtype: torch.dtype | None = None
-) -> ReleasedFlashAR:
-    """The model of a released checkpoint, without memory for weights; dtype None = the checkpoint's."""
+    values, source = read_json(directory), SafetensorsDirectory(directory)
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
     config = parse_config(values, heads, found_head_dim(source, "backbone."))
     m, k = branch(values, config.n_layer)
-    with torch.device("meta"):
-        model = ReleasedFlashAR(Emu35(config), m, k, Compatibility())
-    return model.to(dtype or source_dtype(source, "backbone.embed_tokens.weight"))
+    return build_filled(
+        lambda: ReleasedFlashAR(Emu35(config), m, k, Compatibility()),
+        source, renames(config, k), device, dtype, ignored(source),
+    )  # fmt: skip
 
 
-def zero_biases(source: TensorSource) -> list[str]:
-    """Head biases of earlier versions that add nothing; a bias with values is left to be refused."""
+def ignored(source: TensorSource) -> list[str]:
+    """Entries that are no weights, or, like head biases of zeros, add nothing. A bias with values is left to be
+    refused."""
     biases = [key for key in ("horizontal_head.bias", "vertical_head.bias") if key in set(source.keys())]
-    return [key for key in biases if not source.rows(key, 0, source.shape(key)[0]).any()]
+    zeros = [key for key in biases if not source.rows(key, 0, source.shape(key)[0]).any()]
+    return [*IGNORED, *zeros, *filter(is_table, source.keys())]
 
 
-def fill_released(model: ReleasedFlashAR, source: TensorSource, device: torch.device | str = "cpu") -> None:
+def fill_released(model: ReleasedFlashAR, directory: str | Path, device: torch.device | str = "cpu") -> None:
     """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
-    assert isinstance(model.dual_head.gate, FusionGate) and model.compatibility.corner_gate
-    table = renames(model.backbone.config, model.vertical_layers)
-    check_names(source, table, ignored=[*IGNORED, *zero_biases(source), *filter(is_table, source.keys())])
-    fill(model, source, table, device)
+    source = SafetensorsDirectory(directory)
+    fill(model, source, renames(model.backbone.config, model.vertical_layers), device, ignored(source))
 
 
 def write_released(model: ReleasedFlashAR, source: str | Path | None = None) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.checkpoints.architecture import check_same
 from flashar_pl.checkpoints.description import Description, build_on_meta
 from flashar_pl.checkpoints.directories import backbone_config, is_official_directory, read_directory, stream_weights
-from flashar_pl.checkpoints.llamagen import clean_official, load_strictly
+from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint
 from flashar_pl.checkpoints.sharded import is_sharded
@@ -176,6 +176,22 @@ def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
     model = build_on_meta(description.model)
     load_strictly(model, state)
     return model
+
+
+def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Make `weights` the module's own, without a copy, and put it in evaluation mode.
+
+    A wrong shape raises ValueError naming the key and both shapes.
+    """
+    expected = module.state_dict()
+    for key, value in weights.items():
+        if key in expected and expected[key].shape != value.shape:
+            raise ValueError(f"{key} has shape {tuple(value.shape)}; this model expects {tuple(expected[key].shape)}.")
+    try:
+        module.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:  # missing or unexpected keys
+        raise ValueError(f"the weights do not fit the model: {error}") from error
+    module.eval()
 
 
 # --- starting a run ------------------------------------------------------------------------------------------------

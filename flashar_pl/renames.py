@@ -1,0 +1,206 @@
+"""Weights under other names: one table reads an official checkpoint into a module, row by row, and writes it back.
+
+A rank of a sharded model asks for its own rows only, so that a checkpoint larger than the memory of one machine can
+be read (`fill`).
+
+Shapes: n rows of a tensor, the first axis.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Name prefixes that DDP and torch.compile leave behind."""
+
+T = TypeVar("T", bound=nn.Module)
+
+
+class TensorSource(ABC):
+    """Named tensors that can be read in slices of rows."""
+
+    name: str
+    """For messages."""
+
+    @abstractmethod
+    def keys(self) -> Iterable[str]:
+        """Every name."""
+
+    @abstractmethod
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def dtype(self, key: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+
+    @abstractmethod
+    def rows(self, key: str, begin: int, end: int) -> Tensor:
+        """Rows [begin, end) of a tensor, on the CPU or where the state dict has it."""
+
+
+class StateDict(TensorSource):
+    """A state dict in memory. Names lose the prefixes `wrappers`. ValueError for what is no floating-point tensor."""
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], name: str = "the state dict", wrappers: tuple[str, ...] = WRAPPERS
+    ) -> None:
+        self.name = name
+        self.tensors = {unwrapped(key, wrappers): value for key, value in tensors.items()}
+        odd = [
+            key for key, value in self.tensors.items() if not torch.is_tensor(value) or not value.is_floating_point()
+        ]
+        if odd:
+            raise ValueError(f"{name} is not the expected checkpoint: {_some('entries without numbers', odd)}.")
+
+    def keys(self) -> Iterable[str]:
+        return self.tensors
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].shape)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].dtype
+
+    def rows(self, key: str, begin: int, end: int) -> Tensor:
+        return self.tensors[key].detach()[begin:end]
+
+
+def unwrapped(key: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
+    """A name without the prefixes that wrappers leave behind."""
+    while key.startswith(wrappers):
+        key = key.split(".", 1)[1]
+    return key
+
+
+@dataclass(frozen=True)
+class Rename:
+    """One of our tensors and the official ones whose rows it holds, in order."""
+
+    ours: str
+    pieces: tuple[str, ...]
+    """Official names."""
+    sizes: tuple[int, ...] | None = None
+    """Number of rows taken from each; None = equal numbers."""
+    skip: int = 0
+    """Rows of each official tensor that come before those taken."""
+
+    def split(self, n: int) -> list[tuple[str, int]]:
+        """(official name, number of rows) of every piece, where ours has n rows."""
+        sizes = self.sizes or (n // len(self.pieces),) * len(self.pieces)
+        assert sum(sizes) == n, f"{self.ours} has {n} rows, the table names {sum(sizes)}"
+        return list(zip(self.pieces, sizes, strict=True))
+
+    def under(self, ours: str, official: str) -> Rename:
+        """The same below the given prefixes."""
+        return Rename(ours + self.ours, tuple(official + piece for piece in self.pieces), self.sizes, self.skip)
+
+
+def build_filled(
+    build: Callable[[], T],
+    source: TensorSource,
+    renames: Sequence[Rename],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    ignored: Iterable[str] = (),
+) -> T:
+    """The module of `build` with the weights of `source`, copied to `device`, in evaluation mode. ValueError as `fill`.
+
+    dtype None = that of each tensor in the source.
+    """
+    with torch.device("meta"):
+        module = build()
+    tensors, found = _tensors(module), set(source.keys())
+    for rename in renames:
+        if rename.pieces[0] in found:
+            tensor = tensors[rename.ours]
+            tensor.data = tensor.data.to(dtype or source.dtype(rename.pieces[0]))
+    fill(module, source, renames, device, ignored)
+    return module.eval()
+
+
+@torch.no_grad()
+def fill(
+    module: nn.Module,
+    source: TensorSource,
+    renames: Sequence[Rename],
+    device: torch.device | str = "cpu",
+    ignored: Iterable[str] = (),
+) -> None:
+    """Copy `source` into the tensors that `renames` names, piece by piece, converting to their dtype.
+
+    A module on the meta device gets memory on `device` first. Parameters that FSDP2 has sharded read only the rows
+    of this rank. Tensors that `renames` does not name keep their values, and have none on the meta device.
+
+    Raises:
+        ValueError: `source` has other names, apart from those in `ignored`, or a tensor of another shape.
+    """
+    tensors = _tensors(module)
+    pieces = {rename.ours: rename.split(tensors[rename.ours].shape[0]) for rename in renames}
+    wanted = {
+        key: (n + rename.skip, *tensors[rename.ours].shape[1:]) for rename in renames for key, n in pieces[rename.ours]
+    }
+    _check(source, wanted, set(ignored))
+    if any(tensor.is_meta for tensor in tensors.values()):
+        tensors = _tensors(module.to_empty(device=device))
+    for rename in renames:
+        local, offset = _own_rows(tensors[rename.ours])
+        place = 0  # row of the whole tensor at which the next piece starts
+        for key, n in pieces[rename.ours]:
+            begin, end = max(offset, place), min(offset + len(local), place + n)
+            if begin < end:
+                rows = source.rows(key, rename.skip + begin - place, rename.skip + end - place)
+                local[begin - offset : end - offset].copy_(rows)
+            place += n
+
+
+def split_rows(tensors: Mapping[str, Tensor], renames: Iterable[Rename]) -> dict[str, Tensor]:
+    """The official state dict from ours: the inverse of `fill` where no rows were skipped. All tensors are copies."""
+    official = {}
+    for rename in renames:
+        whole = tensors[rename.ours].detach()
+        pieces = rename.split(len(whole))
+        for (key, _), part in zip(pieces, whole.split([n for _, n in pieces]), strict=True):
+            official[key] = part.clone()
+    return official
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _check(source: TensorSource, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
+    found = set(source.keys())
+    missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys() - ignored)
+    shapes = [
+        f"{key} has shape {source.shape(key)}; this model expects {shape}"
+        for key, shape in wanted.items()
+        if key in found and source.shape(key) != shape
+    ]
+    if missing or unknown or shapes:
+        problems = [_some("missing keys", missing), _some("unknown keys", unknown), *shapes[:4]]
+        raise ValueError(f"{source.name} is not the expected checkpoint: {'; '.join(problems)}.")
+
+
+def _own_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """The rows that this rank holds, and the index of the first one."""
+    if not isinstance(parameter, DTensor):
+        return parameter, 0
+    cut = [(axis, placement) for axis, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    assert len(cut) <= 1 and all(placement.dim == 0 for _, placement in cut), "a parameter is not cut by its rows"
+    n, mesh = parameter.shape[0], parameter.device_mesh
+    begin = sum(min(n, -(-n // mesh.size(axis)) * mesh.get_local_rank(axis)) for axis, _ in cut)
+    return parameter.to_local(), begin
+
+
+def _some(what: str, keys: list[str]) -> str:
+    if not keys:
+        return f"no {what}"
+    return f"{len(keys)} {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
