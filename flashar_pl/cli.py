@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from flashar_pl.console import Missed
 from flashar_pl.doors import door
+from flashar_pl.files import closest
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     if "--traceback" in words:
         words.remove("--traceback")
         debug = True
-    from flashar_pl.console import Missed
-
     try:
         return dispatch(words)
     except Missed as missed:
@@ -161,8 +161,6 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
         print(f"usage: flashar {words[0]} WHAT [options]        flashar {words[0]} WHAT --help\n")
         print(command_list(nested))
         return None, []
-    from flashar_pl.files import closest
-
     typed = " ".join(words[:2]) if nested else words[0]
     raise ValueError(f"no command {typed!r}; {closest(typed, nested or COMMANDS)} See flashar --help.")
 

@@ -276,7 +276,7 @@ def _arguments(
         if group is not None:
             value = group(**{option.name: values[option.name] for option in options if option.group == name})
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += value
+            positional += value or []
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(value)
         else:
