@@ -6,11 +6,11 @@ import weakref
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from flashar_pl.layers.torch_private import DispatchMode
 
 
-class TensorPeak(TorchDispatchMode):
+class TensorPeak(DispatchMode):
     """The largest number of bytes held at once by tensors that are made inside it: `bytes`.
 
     A dispatch mode sees every tensor that an operator takes or returns. A storage that is returned before it was taken
@@ -32,11 +32,12 @@ class TensorPeak(TorchDispatchMode):
         return result
 
     def _note(self, tree: Any, new: bool) -> None:
-        for tensor in tree_leaves(tree):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
+        if isinstance(tree, dict | list | tuple):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                self._note(part, new)
+        elif isinstance(tree, Tensor):
+            storage = tree.untyped_storage()  # the same object as long as it lives
+            key = id(storage)
             if key not in self._known:
                 self._known[key] = storage.nbytes() if new else 0
                 self.live += self._known[key]

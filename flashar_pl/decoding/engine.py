@@ -24,6 +24,7 @@ from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.layers.packed import PackedLinear
+from flashar_pl.layers.torch_private import compile_errors, recompile_limit
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
@@ -135,7 +136,7 @@ class Engine:
             try:
                 for t in decode(self.model, plan, settings, inputs, buffers):
                     on_step(Progress(plan, t + 1, buffers.drawn))
-            except _compile_errors() as error:
+            except compile_errors() as error:
                 raise _compile_failed(error) from error
         return buffers
 
@@ -143,7 +144,7 @@ class Engine:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
         try:
             return Recording(self.model, plan, settings, inputs)
-        except _compile_errors() as error:
+        except compile_errors() as error:
             raise _compile_failed(error) from error
         except torch.OutOfMemoryError:
             raise
@@ -189,7 +190,7 @@ class Engine:
             for name, function in self._compiled.items():
                 setattr(block, name, partial(function, block))
         try:
-            with torch._dynamo.config.patch(recompile_limit=VARIANTS, fail_on_recompile_limit_hit=True):
+            with recompile_limit(VARIANTS):
                 yield
         finally:
             for block in blocks:
@@ -263,11 +264,6 @@ def _resolve(runner: str, model: GridModel) -> str:
     if runner != "eager" and sharded:
         raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
     return runner
-
-
-def _compile_errors() -> tuple[type[Exception], ...]:
-    """What torch.compile raises. A function, because torch imports its compiler at the first use only."""
-    return torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit
 
 
 def _compile_failed(error: Exception) -> ValueError:

@@ -6,10 +6,10 @@ to 32, and pays it at every step. Times are in docs/performance.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
+
+from flashar_pl.layers.torch_private import pack_linear, packed_linear
 
 ROWS = 16
 """Rows of the input that the layout is chosen for: the middle of what decoding has."""
@@ -17,16 +17,11 @@ ROWS = 16
 
 def unsupported(dtype: torch.dtype) -> str | None:
     """Why weights of this dtype cannot be packed on this machine; None = they can."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return f"torch {torch.__version__} was built without oneDNN"
-    supported: dict[torch.dtype, Callable[[], bool]] = {
-        torch.float32: lambda: True,
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    if dtype not in supported or not supported[dtype]():
+    try:
+        packed = pack_linear(torch.zeros(8, 8, dtype=dtype), ROWS)
+    except RuntimeError:  # oneDNN asks the processor
         return f"this processor has no {str(dtype).removeprefix('torch.')} products"
-    return None
+    return f"torch {torch.__version__} was built without oneDNN" if packed is None else None
 
 
 class PackedLinear(nn.Module):
@@ -37,8 +32,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), ROWS)
+        packed = pack_linear(weight.detach().contiguous(), ROWS)
+        assert packed is not None
+        self._packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        return packed_linear(x, self._packed)

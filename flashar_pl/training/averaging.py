@@ -7,7 +7,7 @@ trained model's. What only a stage freezes is averaged: it trains later.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,11 +17,9 @@ from torch import nn
 from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import adaptation, frozen_names
+from flashar_pl.training.protocol import trained
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
-
-if TYPE_CHECKING:
-    from flashar_pl.training.module import FlashARModule
 
 
 def average_of(net: GridModel, strategy: Strategy | None) -> GridModel:
@@ -61,14 +59,14 @@ def keep_frozen_once(module: LightningModule) -> None:
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    ours = _as_ours(module)
+    ours = trained(module)
     if ours.ema is not None:
         for name in frozen_names(ours.net):
             del state[f"{prefix}{EMA_PREFIX}{name}"]
 
 
 def _complete(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    average = _as_ours(module).ema
+    average = trained(module).ema
     if average is None:
         for name in [name for name in state if name.startswith(prefix + EMA_PREFIX)]:
             del state[name]
@@ -98,15 +96,9 @@ class EmaUpdate(Callback):
         if trainer.global_step == self._seen:  # gradients were only accumulated
             return
         self._seen = trainer.global_step
-        module = _as_ours(pl_module)
+        module = trained(pl_module)
         assert module.ema is not None
-        frozen = frozen_names(module.net)
-        averages, weights = (
-            [local(parameter) for name, parameter in net.named_parameters() if name not in frozen]
-            for net in (module.ema, module.net)
-        )
-        torch._foreach_lerp_(averages, weights, 1 - self.decay)
-
-
-def _as_ours(module: nn.Module) -> FlashARModule:
-    return cast("FlashARModule", module)
+        frozen, weights = frozen_names(module.net), dict(module.net.named_parameters())
+        for name, average in module.ema.named_parameters():
+            if name not in frozen:
+                local(average).lerp_(local(weights[name]), 1 - self.decay)

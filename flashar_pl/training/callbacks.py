@@ -9,69 +9,27 @@ from __future__ import annotations
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
-from flashar_pl.training.optim import renew_settings, set_rate
-from flashar_pl.training.stages import Schedule
+from flashar_pl.training.optim import renew_settings
+from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
-
-if TYPE_CHECKING:
-    from flashar_pl.training.module import FlashARModule
-
 
 LOGGED = "logged"
 """Key of the losses (4,), in the order of `LOSSES`, in what a training step returns."""
 
 
-def log_interval(trainer: Trainer) -> int:
-    """Optimiser steps between two entries of the logger; 0 = never."""
-    return trainer.log_every_n_steps  # type: ignore[attr-defined]
-
-
-def logs_now(trainer: Trainer) -> bool:
-    """Whether the step in progress is one whose metrics Lightning writes to the logger."""
-    every = log_interval(trainer)
-    return every > 0 and (trainer.global_step + 1) % every == 0
-
-
-class InitialWeights(Callback):
-    """Reads `init_from` unless a checkpoint was restored, then starts the averaged weights as a copy.
-
-    Sharded strategies restore a checkpoint after `on_fit_start`.
-    """
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.strategy.restore_checkpoint_after_setup:
-            _as_ours(pl_module).load_initial_weights()
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _as_ours(pl_module).load_initial_weights()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _as_ours(pl_module).load_initial_weights()
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            _as_ours(pl_module).load_initial_weights()
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _as_ours(pl_module).load_initial_weights()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _as_ours(pl_module).load_initial_weights()
-
-
 class StageSwitch(Callback):
-    """Applies the schedule: which roles have gradients, and the learning rate of every group.
+    """Freezes and frees the roles of the model as the schedule says; the optimiser's scheduler has their rates.
 
     Parameters are frozen here, after a strategy has wrapped the model, and never before (see `strategies.py`).
     """
@@ -85,43 +43,41 @@ class StageSwitch(Callback):
         if stage != "fit":
             return
         check_strategy(trainer.strategy)
-        if _as_ours(pl_module).schedule.build(total_steps=1).freezes:
+        if trained(pl_module).schedule.build(total_steps=1).freezes:
             allow_frozen_parameters(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = _as_ours(pl_module)
-        planned = trainer.estimated_stepping_batches
-        if module.total_steps is None or trainer.global_step == 0:  # a module may be fitted again, from the start
-            module.total_steps = _total_steps(planned)
-        elif math.isfinite(planned) and planned != module.total_steps:
+        module, planned = trained(pl_module), trainer.estimated_stepping_batches
+        assert module.total_steps is not None
+        if math.isfinite(planned) and planned != module.total_steps:
             idle = "; the learning rate is 0 from there on" if planned > module.total_steps else ""
             rank_zero_info(
                 f"The run was started for {module.total_steps} steps and its schedule stays so; this fit stops at "
                 f"{planned:.0f}{idle}."
             )
-        renew_settings(trainer.optimizers[0], module.optimiser.betas, module.optimiser.weight_decay)
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        assert isinstance(scheduler, LambdaLR)
+        renew_settings(scheduler, trainer.global_step, module.optimiser)
         self._apply(trainer, module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._apply(trainer, _as_ours(pl_module))
+        self._apply(trainer, trained(pl_module))
 
-    def _apply(self, trainer: Trainer, module: FlashARModule) -> None:
+    def _apply(self, trainer: Trainer, module: Trained) -> None:
         schedule, step = module.built_schedule, trainer.global_step
-        groups = trainer.optimizers[0].param_groups
-        stage = schedule.stage(step)
-        if stage != self.stage:
-            for group in groups:
-                for parameter in group["params"]:
-                    parameter.requires_grad_(schedule.trains(group["role"], step))
-            self._announce(schedule, step, [group["role"] for group in groups], module.lora is not None)
-            self.stage = stage
-        for group in groups:
-            set_rate(group, schedule.lr(group["role"], step, module.optimiser.lr))
-
-    def _announce(self, schedule: Schedule, step: int, roles: list[str], lora: bool) -> None:
-        names = dict.fromkeys(role for role in roles if schedule.trains(role, step))
-        training = ", ".join(f"{name} (LoRA)" if lora and name == "backbone" else name for name in names)
-        rank_zero_info(f"Stage {schedule.stage(step)} at step {step} of {schedule.total_steps}: {training} train.")
+        if schedule.stage(step) == self.stage:
+            return
+        self.stage = schedule.stage(step)
+        names = {}
+        for group in trainer.optimizers[0].param_groups:
+            role, trains = group["role"], schedule.trains(group["role"], step)
+            for parameter in group["params"]:
+                parameter.requires_grad_(trains)
+            if trains:
+                names[role] = f"{role} (LoRA)" if module.lora is not None and role == "backbone" else role
+        rank_zero_info(
+            f"Stage {self.stage} at step {step} of {schedule.total_steps}: {', '.join(names.values())} train."
+        )
 
 
 class RandomState(Callback):
@@ -210,11 +166,10 @@ class TrainingLog(Callback):
         self._restart()  # validation and what was done before it are not training time
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if logs_now(trainer):
-            module = _as_ours(pl_module)
-            groups = trainer.optimizers[0].param_groups
-            rates = {f"lr/{group['role']}": float(group["lr"]) for group in groups}
-            stage = module.built_schedule.stage(trainer.global_step)
+        every = _log_interval(trainer)
+        if every and (trainer.global_step + 1) % every == 0:  # this step's metrics reach the logger
+            rates = {f"lr/{group['role']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups}
+            stage = trained(pl_module).built_schedule.stage(trainer.global_step)
             pl_module.log_dict({**rates, "train/stage": float(stage)}, batch_size=1)
 
     def on_train_batch_end(
@@ -223,7 +178,7 @@ class TrainingLog(Callback):
         assert isinstance(batch, Batch)
         self._tokens += batch.codes.numel() * trainer.world_size
         done = trainer.global_step != self._seen  # else gradients were only accumulated
-        every = log_interval(trainer)
+        every = _log_interval(trainer)
         if every and (trainer.global_step if done else trainer.global_step + 1) % every == 0:
             self._losses.append(outputs[LOGGED])
         if not done:
@@ -247,13 +202,6 @@ class TrainingLog(Callback):
         self._tokens, self._since = 0, time.perf_counter()
 
 
-def _total_steps(total: float) -> int:
-    if not math.isfinite(total) or total < 1:
-        raise ValueError(
-            f"the run has {total} steps; the schedule needs their number: set trainer.max_steps or trainer.max_epochs."
-        )
-    return int(total)
-
-
-def _as_ours(module: LightningModule) -> FlashARModule:
-    return cast("FlashARModule", module)
+def _log_interval(trainer: Trainer) -> int:
+    """Optimiser steps between two entries of the logger; 0 = never."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -11,6 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from flashar_pl.checkpoints.sharded import META
+from flashar_pl.files import replacing
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 
@@ -25,25 +27,20 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        place = Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f".{place.name}.part")
-        try:
+        with replacing(path) as part:
             torch.save(checkpoint, part)
-            part.replace(place)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 class LastCheckpoint(Callback):
-    """Lets every ModelCheckpoint that saves every N steps save once more when training ends.
+    """Lets every ModelCheckpoint that monitors nothing hold the last step when training ends.
 
-    25 epochs of ImageNet in batches of 512 are 62,550 steps: with N = 1000 the file called last would hold step 62,000.
-    Best checkpoints by a monitored value are left alone.
+    25 epochs of ImageNet in batches of 512 are 62,550 steps: saved every 1000, the file called last would hold step
+    62,000. Best checkpoints by a monitored value are left alone.
     """
 
     def __init__(self) -> None:
-        self._start = 0
+        self._start = self._step = 0
+        self._within_step = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy = trainer.strategy
@@ -52,26 +49,42 @@ class LastCheckpoint(Callback):
             strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = trainer.global_step
+        self._start = self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._within_step, self._step = trainer.global_step == self._step, trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self._start:  # a finished run was started again
-            return
-        for callback in trainer.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint) or not callback._every_n_train_steps:
-                continue
-            if callback._should_skip_saving_checkpoint(trainer):
-                continue
-            candidates = callback._monitor_candidates(trainer)
-            if callback.monitor is None:
-                callback._save_topk_checkpoint(trainer, candidates)
-            callback._save_last_checkpoint(trainer, candidates)
+        if trainer.global_step == self._start or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a finished run was started again
+        for path in [path for callback in trainer.checkpoint_callbacks for path in _last_paths(trainer, callback)]:
+            held = trainer.is_global_zero and path.exists() and stored_step(path) == trainer.global_step
+            if not trainer.strategy.broadcast(held):
+                trainer.save_checkpoint(path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn where gradients of some batches are accumulated: a checkpoint has none."""
-        if trainer.fit_loop.epoch_loop._should_accumulate():
+        if self._within_step:
             rank_zero_warn(
                 f"A checkpoint is saved in the middle of step {trainer.global_step + 1}, between the batches of "
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: a run that continues from it "
                 "loses the gradients of the batches before. Save and validate after a whole number of steps."
             )
+
+
+def _last_paths(trainer: Trainer, callback: Any) -> list[Path]:
+    """Where a callback would keep the present state if this were one of its steps."""
+    if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
+        return []
+    values = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+    own = callback.monitor is None and callback.save_top_k != 0
+    paths = [callback.format_checkpoint_name({**trainer.callback_metrics, **values})] if own else []
+    return [Path(path) for path in (*paths, callback.last_model_path if callback.save_last is True else "") if path]
+
+
+def stored_step(path: Path) -> int:
+    """The optimiser step of a checkpoint, a file or a directory of shards."""
+    file = path / META if path.is_dir() else path
+    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])

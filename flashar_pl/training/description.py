@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.models.lora import adaptation
 
-if TYPE_CHECKING:
-    from flashar_pl.training.module import FlashARModule
 
-
-def describe(module: FlashARModule) -> Description:
+def describe(module: Any) -> Description:
     """Model, grid and tokenizer, and under "training" the step, the length, the stage, all settings and what the data
     module adds: the grids where there are several, and the prompts of Emu3.5.
     """

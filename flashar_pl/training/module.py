@@ -1,13 +1,14 @@
 """The LightningModule of raster pre-training and FlashAR post-training: wiring only.
 
 The step's mathematics is `GridModel.loss`, the schedule `stages.py`, what happens around a step `callbacks.py`, what a
-validation measures `evaluation.py`.
+validation measures `evaluation.py`. `protocol.py` is what those see of this module.
 
 Shapes: B samples, H, W grid.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once, start_average
-from flashar_pl.training.callbacks import LOGGED, InitialWeights, RandomState, StageSwitch, TrainingLog
+from flashar_pl.training.callbacks import LOGGED, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
 from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_model, check_trainer
 from flashar_pl.training.config import (
@@ -42,8 +43,9 @@ from flashar_pl.training.config import (
     typed_settings,
 )
 from flashar_pl.training.description import describe
-from flashar_pl.training.evaluation import Evaluation
-from flashar_pl.training.optim import adamw
+from flashar_pl.training.drawn_samples import DrawnSamples
+from flashar_pl.training.evaluation import HeldOutLosses
+from flashar_pl.training.optim import adamw, staged_rates
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import check_cut, first_weights, new_model
 from flashar_pl.training.validation import LOSSES
@@ -92,18 +94,30 @@ class FlashARModule(LightningModule):
         """Length of the run in optimiser steps, fixed when it starts and kept in its checkpoints."""
         self._has_weights = False
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
+        samples = [DrawnSamples(validation)] if validation.samples or validation.grid_images else []
         self._run_callbacks: list[Callback] = [
-            InitialWeights(), RandomState(), StageSwitch(), TrainingLog(), *average, Evaluation(), LastCheckpoint(),
+            RandomState(), StageSwitch(), TrainingLog(), *average, HeldOutLosses(), *samples, LastCheckpoint(),
         ]  # fmt: skip
 
     def configure_callbacks(self) -> list[Callback]:
+        """What a run cannot do without. A class of the Trainer's that inherits from one of these takes its place."""
         present = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [callback for callback in self._run_callbacks if callback not in present]
+        added = [
+            own
+            for own in self._run_callbacks
+            if own not in present and not any(type(own) in type(other).__mro__[1:] for other in present)
+        ]
+        if added:
+            rank_zero_info(f"Callbacks of every run: {', '.join(type(callback).__name__ for callback in added)}.")
+        return added
 
     @property
     def _strategy(self) -> Strategy | None:
         """None without a Trainer: a model can be built and looked at before there is one."""
-        return None if self._trainer is None else self._trainer.strategy
+        try:
+            return self.trainer.strategy
+        except RuntimeError:
+            return None
 
     def configure_model(self) -> None:
         """Build the model with new float32 weights, once; a sharded one without weights."""
@@ -144,8 +158,20 @@ class FlashARModule(LightningModule):
         """Check precision and data against the model. Raises ValueError."""
         if stage == "fit":
             check_trainer(self.trainer, self.optimiser.clip)
+            self.total_steps = None  # a module may be fitted again, from the start
         check_guidance(self.backbone.resolve(), self.validation)
         check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
+
+    # --- first weights: where a checkpoint is restored, that was before, or with shards after on_fit_start ------------
+
+    def on_fit_start(self) -> None:
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self.load_initial_weights()
+
+    def on_train_start(self) -> None:
+        self.load_initial_weights()
+
+    on_validation_start = on_test_start = on_predict_start = on_train_start
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -167,9 +193,20 @@ class FlashARModule(LightningModule):
         """Likelihood of each image: "nll" (B,) in nats, with the batch's "index" and "valid" (B,)."""
         return {"nll": self.validation_step(batch, batch_idx)["nll"], "index": batch.index, "valid": batch.valid}
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
+        """AdamW, and the learning rates of the schedule, which needs to know how long the run is."""
+        planned = self.trainer.estimated_stepping_batches
+        if self.total_steps is None:
+            if not math.isfinite(planned) or planned < 1:
+                raise ValueError(
+                    f"the run has {planned} steps; the schedule needs their number: set trainer.max_steps or "
+                    "trainer.max_epochs."
+                )
+            self.total_steps = int(planned)
         options = self.optimiser
-        return adamw(self.net, options.lr, options.betas, options.weight_decay, options.state)
+        optimiser = adamw(self.net, options.lr, options.betas, options.weight_decay, options.state)
+        scheduler = staged_rates(optimiser, lambda: self.built_schedule)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

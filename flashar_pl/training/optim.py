@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,14 +10,17 @@ from torch import nn
 
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
+from flashar_pl.training.config import OptimiserConfig
 from flashar_pl.training.sharded.compact_adamw import CompactAdamW
 from flashar_pl.training.sharded.quantised_adamw import quantised_adamw
+from flashar_pl.training.stages import Schedule
 
 
 def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
     """One group per role and kind of parameter, in a fixed order: a checkpoint refers to parameters by position.
 
-    Matrices and embeddings (ndim >= 2) have weight decay, vectors none. Every group has its role under "role".
+    Matrices and embeddings (ndim >= 2) have weight decay, vectors none. Every group has its role under "role", and a
+    name for `LearningRateMonitor`.
     Every parameter is in exactly one group, except for those that LoRA keeps frozen throughout, which are in none.
     """
     roles, frozen = model.roles(), frozen_names(model)
@@ -27,8 +31,13 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
         if name not in frozen:
             parts[roles[name], parameter.ndim >= 2].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "role": role, "weight_decay": _decay(parameters[0], weight_decay)}
-        for (role, _), parameters in parts.items()
+        {
+            "params": parameters,
+            "role": role,
+            "name": role if decays else f"{role}_vectors",
+            "weight_decay": _decay(parameters[0], weight_decay),
+        }
+        for (role, decays), parameters in parts.items()
         if parameters
     ]
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
@@ -80,10 +89,29 @@ def set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def renew_settings(optimiser: torch.optim.Optimizer, betas: tuple[float, float], weight_decay: float) -> None:
-    """Set what a run may change when it continues: the groups of a checkpoint bring their old values along."""
-    for group in optimiser.param_groups:
-        group["betas"], group["weight_decay"] = betas, _decay(group["params"][0], weight_decay)
+def staged_rates(
+    optimiser: torch.optim.Optimizer, schedule_of: Callable[[], Schedule]
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler that gives every group the learning rate of its role. A step is an optimiser step.
+
+    schedule_of: asked at every step; a checkpoint that is restored later may bring another length of the run.
+    """
+
+    def scale_of(role: str) -> Callable[[int], float]:
+        return lambda step: schedule_of().scale(role, step)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, [scale_of(group["role"]) for group in optimiser.param_groups])
+
+
+def renew_settings(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int, options: OptimiserConfig) -> None:
+    """Set what a run may change when it continues: a checkpoint brings the old values of groups and scheduler along.
+
+    step: completed optimiser steps.
+    """
+    scheduler.base_lrs = [options.lr for _ in scheduler.base_lrs]
+    for group, scale in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        group["betas"], group["weight_decay"] = options.betas, _decay(group["params"][0], options.weight_decay)
+        set_rate(group, options.lr * scale(step))
 
 
 def _decay(parameter: torch.Tensor, weight_decay: float) -> float:

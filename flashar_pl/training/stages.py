@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 STAGE1_ROLES = ("vertical", "vertical_head", "gate")
 """What trains in stage 1."""
@@ -35,8 +34,8 @@ class Schedule:
 
     @property
     def stage1_steps(self) -> int:
-        """ceil(share * total), in exact arithmetic: 0.2 * 35 is not 7 in floating point."""
-        return math.ceil(Fraction(str(self.stage1_share)) * self.total_steps)
+        """ceil(share * total); a product that is a whole number but for round-off (0.28 * 25 is 7 + 9e-16) is that."""
+        return math.ceil(self.stage1_share * self.total_steps - 1e-9)
 
     @property
     def freezes(self) -> bool:
@@ -57,8 +56,13 @@ class Schedule:
         """Whether a role has gradients at a step."""
         return self.factor(role, self.stage(step)) > 0
 
-    def lr(self, role: str, step: int, base: float) -> float:
-        """base * factor * (1 + cos(pi step / total)) / 2, after the warm-up; 0 from `total_steps` on."""
+    def scale(self, role: str, step: int) -> float:
+        """Learning rate relative to the base: factor * (1 + cos(pi step / total)) / 2, after the warm-up; 0 from
+        `total_steps` on."""
         done = min(step / self.total_steps, 1.0)
         rising = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
-        return base * self.factor(role, self.stage(step)) * rising * (1 + math.cos(math.pi * done)) / 2
+        return self.factor(role, self.stage(step)) * rising * (1 + math.cos(math.pi * done)) / 2
+
+    def lr(self, role: str, step: int, base: float) -> float:
+        """Learning rate of a role at a step."""
+        return base * self.scale(role, step)

@@ -14,6 +14,7 @@ from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.checkpoints.weights import InitReport, initialise
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig, adapt
+from flashar_pl.training.lightning_private import ddp_options
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 
@@ -64,7 +65,7 @@ def check_strategy(strategy: Strategy) -> None:
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
             f"trainer.strategy is {type(strategy).__name__}; expected auto, ddp, or, to cut a model over devices, "
-            "class_path: flashar_pl.training.sharded.strategy.ShardedStrategy."
+            "class_path: flashar_pl.training.ShardedStrategy."
         )
 
 
@@ -82,7 +83,7 @@ def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
     """ValueError for a sharded checkpoint and a strategy that cannot read it."""
     if path is not None and is_sharded(path) and not isinstance(strategy, ShardedStrategy):
         raise ValueError(
-            f"{path} is a sharded checkpoint; continue it with flashar_pl.training.sharded.strategy.ShardedStrategy "
+            f"{path} is a sharded checkpoint; continue it with flashar_pl.training.ShardedStrategy "
             "(one device will do). To start another kind of run from its weights set model.init_from."
         )
 
@@ -99,12 +100,13 @@ def allow_frozen_parameters(strategy: Strategy) -> None:
     """
     if not isinstance(strategy, DDPStrategy):
         return
-    if strategy._ddp_kwargs.get("static_graph"):
+    options = ddp_options(strategy)
+    if options.get("static_graph"):
         raise ValueError(
             "trainer.strategy has static_graph=True, but other parameters train in stage 2 than in stage 1; leave it "
             "out."
         )
-    if strategy._ddp_kwargs.setdefault("find_unused_parameters", True) is False:
+    if options.setdefault("find_unused_parameters", True) is False:
         raise ValueError(
             "trainer.strategy has find_unused_parameters=False, but stage 1 trains a part of the parameters only; "
             "use trainer.strategy auto or ddp."

@@ -169,7 +169,7 @@ def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(tmp_path: Path, toy_shards
         seen.append({name: parameter.dtype for name, parameter in model.named_parameters()})
         return draw(model, *args)
 
-    monkeypatch.setattr("flashar_pl.training.evaluation.draw", watched)
+    monkeypatch.setattr("flashar_pl.training.drawn_samples.draw", watched)
     module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
     pictures = []
     for _ in range(2):

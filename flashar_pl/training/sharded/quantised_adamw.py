@@ -5,16 +5,21 @@ that processes share, under a key that does not say how much of the parameter is
 fewer rows than devices, such as the gate's last layer, some device holds nothing: its code, which does nothing, was
 taken by the device that holds the rows, and they were never trained. Which parameter it hit depended on which process
 had compiled first. So the function gets plain local tensors here, and is not called for empty ones.
+
+`_new_buffer` is torchao's private name for "a moment of this parameter": which tensors are worth quantising, and how a
+quantised shard becomes part of a sharded tensor. torchao has no public function for it.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashar_pl.layers.torch_private import recompile_limit
 from flashar_pl.models.quiet import quiet_torchao
 from flashar_pl.training.sharded.units import local
 
@@ -36,7 +41,7 @@ def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            with torch._dynamo.utils.disable_cache_limit():
+            with recompile_limit(sys.maxsize):
                 for group in self.param_groups:
                     for parameter in group["params"]:
                         if parameter.grad is not None:

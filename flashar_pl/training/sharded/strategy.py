@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -63,7 +64,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(f"strategy.compute is {compute!r}; expected bf16 or fp32.")
         if replicas < 1:
             raise ValueError(f"strategy.replicas is {replicas}; expected 1 or more.")
-        super().__init__(tensor_parallel_size=1, timeout=timedelta(minutes=timeout_minutes))
+        backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
+        super().__init__(process_group_backend=backend, timeout=timedelta(minutes=timeout_minutes))
         self.compute, self.replicas, self.recompute, self.offload = compute, replicas, recompute, offload
         self.mesh: DeviceMesh
         """What models are cut over: (shards,) or (replicas, shards)."""
@@ -75,14 +77,16 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"strategy.replicas is {self.replicas}, but there are {devices} devices; expected a divisor of it, "
                 f"such as the number of nodes ({self.num_nodes})."
             )
-        self._data_parallel_size = devices
-        if self.offload and self.root_device.type == "cuda":
-            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         shape, names = (devices,), ("shards",)
         if self.replicas > 1:
             shape, names = (self.replicas, devices // self.replicas), ("replicas", "shards")  # type: ignore[assignment]
         self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Every device has samples of its own."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.precision not in ("32-true", "32"):
@@ -157,7 +161,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Flat: "NAME OF THE PARAMETER.NAME OF THE STATE" -> tensor."""
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return {
             f"{name}.{key}": value
             for name, parameter in self._parameters().items()

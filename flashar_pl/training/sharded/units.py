@@ -65,7 +65,7 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
         gate = getattr(dual_head, name, None)
         if gate is not None:
             fully_shard(gate, mp_policy=whole, **options)
-    if "dual_head" in model._modules:  # a raster model's head belongs to its backbone
+    if "dual_head" in dict(model.named_children()):  # a raster model's head belongs to its backbone
         fully_shard(dual_head, mp_policy=inner, **options)
         for method in HEAD_DOORS:
             register_fsdp_forward_method(dual_head, method)
@@ -122,13 +122,11 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False, like
     frozen = frozen_names(model)
     assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
     place, theirs = "cpu" if offload else device, {} if like is None else dict(like.named_parameters())
-    shared = {id(p): theirs[name] for name, p in model.named_parameters() if name in frozen and name in theirs}
-
-    def memory(tensor: Tensor) -> Tensor:
-        found = shared.get(id(tensor))
-        return torch.empty_like(tensor, device=place) if found is None else found.detach()
-
-    model._apply(memory)
+    memory = {
+        name: theirs[name].detach() if name in frozen and name in theirs else torch.empty_like(parameter, device=place)
+        for name, parameter in model.named_parameters()
+    }
+    model.load_state_dict(memory, assign=True, strict=False)
     for name, parameter in model.named_parameters():
         if name not in frozen or name not in theirs:
             local(parameter).fill_(torch.nan)
