@@ -8,10 +8,10 @@ Our format is a directory with `config.json` (everything needed to build the mod
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -32,6 +32,7 @@ from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig, added_parameters, merge, without_adapters
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.renames import official_state_dict
 
 Weights = Literal["auto", "raw", "ema"]
 """Which weights of a checkpoint to use: "auto" = averaged ones if present."""
@@ -50,17 +51,8 @@ class Loaded:
 # --- official containers -------------------------------------------------------------------------------------------
 
 
-def official_state_dict(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside an official container: under "model", "module" or "state_dict", or the content itself."""
-    for key in ("model", "module", "state_dict"):
-        inner = content.get(key)
-        if isinstance(inner, dict):
-            return inner
-    return content
-
-
 def read_official_model(
-    state_dict: dict[str, Tensor],
+    state_dict: Mapping[str, Tensor],
     n_head: int | None,
     *,
     rope_base: float = 10000.0,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.files import read_arrays
+from flashar_pl.files import read_arrays, read_tensors
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
@@ -272,7 +272,6 @@ def read_text_features(path: str) -> TextFeatures:
         ValueError: no such file, another format, or no array "features".
     """
     import torch
-    from safetensors.torch import load_file
 
     from flashar_pl.backbones.condition import TextFeatures
 
@@ -284,7 +283,7 @@ def read_text_features(path: str) -> TextFeatures:
     elif file.suffix == ".npz":
         arrays = {name: torch.from_numpy(content) for name, content in read_arrays(file).items()}
     elif file.suffix == ".safetensors":
-        arrays = load_file(file)
+        arrays = read_tensors(file)
     else:
         raise ValueError(f"text features at {file}: expected a .npy, .npz or .safetensors file.")
     unknown = arrays.keys() - {"features", "mask"}

@@ -150,7 +150,7 @@ class Evil:
 def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Evil()}, "evil.pt")
-    with pytest.raises(ValueError, match=r"not a checkpoint that can be read safely: .*Unsupported global") as caught:
+    with pytest.raises(ValueError, match=r"not a torch file that can be read safely: .*Unsupported global") as caught:
         load_model("evil.pt")
     assert "weights_only" not in str(caught.value)  # torch's advice is to read it unsafely
     assert not Path("evil-was-here").exists()
