@@ -69,8 +69,7 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
 def write_official(target: Path, read: Source, original: str | None) -> Path:
     """Write official weights as a file, or as a directory for Emu3.5. Returns what was written."""
     from flashar_pl.backbones.emu35 import Emu35
-    from flashar_pl.checkpoints.directories import check_original, is_official_directory, write_directory
-    from flashar_pl.checkpoints.weights import official_weights
+    from flashar_pl.checkpoints.official import check_original, is_official_directory, official_weights, write_directory
     from flashar_pl.models import FlashAR
 
     if not isinstance(read.model.backbone, Emu35):

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from tiny import llamagen_golden
 
 from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
+from flashar_pl.checkpoints.initialise import initialise
+from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX
-from flashar_pl.checkpoints.weights import initialise, load_model, official_weights, save_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.base import GridModel
 
