@@ -88,7 +88,7 @@ def scaled_grid(name: str, size: int) -> tuple[int, int]:
     if name not in ASPECT_RATIOS:
         known = ", ".join(ASPECT_RATIOS)
         raise ValueError(f"aspect ratio is {name!r}; expected one of {known}, or HEIGHTxWIDTH in codes such as 24x42.")
-    from flashar_pl.data.images import grid_of_ratio
+    from flashar_pl.grid import grid_of_ratio
 
     if size < CODE:
         raise ValueError(f"image size is {size} pixels; expected {CODE} or more.")
