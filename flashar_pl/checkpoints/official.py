@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Heads
@@ -23,11 +24,14 @@ from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import MODEL_TYPE, read_released
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, write_shards
-from flashar_pl.files import new_directory
+from flashar_pl.files import new_directory, replacing
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+
+FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
+"""Endings of official files."""
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -126,6 +130,39 @@ def check_original(model: GridModel, original: str | Path) -> None:
     different = [f"{name} {other[name]} (the model: {own[name]})" for name in sizes if other[name] != own[name]]
     if different:
         raise ValueError(f"{original} has other sizes: {'; '.join(different)}.")
+
+
+def write_official(target: Path, model: GridModel, path: str | Path, original: str | Path | None) -> Path:
+    """Write official weights: a file, or the directory of a family that is published as directories; what was written.
+
+    path: what the model was read from. original: official directory that gives config.json and the text rows of heads
+    that the model does not hold; None = `path`, if it is one.
+    """
+    if not isinstance(model.backbone, Emu35):
+        if original is not None:
+            raise ValueError("--original is for models that are published as directories; leave it out.")
+        tensors = official_weights(model)
+        target = target if target.suffix in FILE_SUFFIXES else target / "model.pt"
+        with replacing(target) as part:
+            if target.suffix == ".safetensors":
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+            else:
+                torch.save({"model": tensors}, part)
+        return target
+    if target.suffix in FILE_SUFFIXES:
+        raise ValueError(f"official Emu3.5 weights are a directory, such as --out {target.with_suffix('')}.")
+    if original is None and is_official_directory(path):
+        original = path
+    if type(model) is FlashAR:
+        model.to_nar()  # says why there is no official format for it
+    if original is None:
+        raise ValueError(
+            f"{path} holds what decoding needs; add --original DIR, the official directory the model came from, for "
+            "config.json and the text rows of the heads."
+        )
+    check_original(model, original)
+    write_directory(target, official_weights(model, original), original)
+    return target
 
 
 def write_directory(
