@@ -101,7 +101,8 @@ class DeviceOptions:
     released weights that of the files."""
     batch_size: int | Literal["auto"] | None = None
     """Images computed together; a last partial batch is padded. auto is the largest that fits, up to 64 on a CPU and
-    1024 on a GPU. Default: 16 for drawing, or fewer where fewer fit; 64 for scoring, where auto is the same."""
+    1024 on a GPU. Default: 16 for drawing, or fewer where fewer fit (evaluate 32, GenEval 4); 64 for scoring, where
+    auto is the same."""
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, int) and self.batch_size < 1:

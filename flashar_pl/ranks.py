@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
+from flashar_pl.console import progress_bar
 from flashar_pl.devices import find_device
 from flashar_pl.options import RankOptions
 
@@ -45,6 +47,12 @@ class Rank:
     def first(self, build: Callable[[], T]) -> T:
         """What `build` returns on rank 0, on every rank. Every rank must call this; only rank 0 calls `build`."""
         return cast(T, self._exchange(build() if self.rank == 0 else None)[0])
+
+    def progress(self, total: int, unit: str) -> AbstractContextManager[Callable[[int], Any]]:
+        """A progress bar of this rank's share, shown by rank 0 for all: `with rank.progress(...) as advance`."""
+        if self.rank > 0:
+            return nullcontext(lambda n: None)
+        return progress_bar(total, unit if self.world == 1 else f"{unit} on each of {self.world} devices")
 
     def barrier(self) -> None:
         """Return when every rank is here. Raises ValueError where another one has ended with wrong input."""

@@ -18,7 +18,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -67,8 +67,9 @@ def field_texts(group: type) -> dict[str, str]:
 
 
 def group_of(hint: Any) -> type | None:
-    """The dataclass that a parameter takes; None for any other type."""
-    return hint if isinstance(hint, type) and is_dataclass(hint) else None
+    """The dataclass that a parameter takes, alone or in an optional; None for any other type."""
+    parts = _parts(hint)
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], type) and is_dataclass(parts[0]) else None
 
 
 def options_of(function: Callable[..., Any]) -> list[Option]:
@@ -92,12 +93,22 @@ def options_of(function: Callable[..., Any]) -> list[Option]:
         title = inspect.cleandoc(group.__doc__ or "").split("\n")[0].rstrip(".").lower()
         for field in fields(group):
             assert field.name in told, f"{group.__name__}.{field.name} has no description"
-            bare = parameter.kind is parameter.POSITIONAL_ONLY and field.default is MISSING
+            default = _default(field, parameter)
+            bare = parameter.kind is parameter.POSITIONAL_ONLY and default is MISSING
             text = told[field.name]
-            found.append(Option(field.name, types_[field.name], text, field.default, name, title, positional=bare))
+            found.append(Option(field.name, types_[field.name], text, default, name, title, positional=bare))
     names = [option.name for option in found]
     assert len(names) == len(set(names)), f"{function.__name__} declares an option twice: {sorted(names)}"
     return found
+
+
+def _default(field: Field, parameter: inspect.Parameter) -> Any:
+    """Of a field of a group: the parameter's default says it, else the field's own."""
+    if parameter.default is parameter.empty:
+        return field.default
+    if parameter.default is None:  # the group may be left out
+        return None if field.default is MISSING else field.default
+    return getattr(parameter.default, field.name)
 
 
 def build_parser(function: Callable[..., Any], prog: str) -> argparse.ArgumentParser:
@@ -274,7 +285,7 @@ def _arguments(
         group = group_of(hints[name])
         value = values.get(name)
         if group is not None:
-            value = group(**{option.name: values[option.name] for option in options if option.group == name})
+            value = _group(group, {o.name: values[o.name] for o in options if o.group == name}, parameter)
         if parameter.kind is parameter.VAR_POSITIONAL:
             positional += value or []
         elif parameter.kind is parameter.POSITIONAL_ONLY:
@@ -282,3 +293,15 @@ def _arguments(
         else:
             keywords[name] = value
     return positional, keywords
+
+
+def _group(group: type, values: dict[str, Any], parameter: inspect.Parameter) -> Any:
+    """The object; None for a group that may be left out and was. Raises ValueError where a part of it was."""
+    required = [field.name for field in fields(group) if field.default is MISSING]
+    if parameter.default is not None or any(values[name] is not None for name in required):
+        return group(**values)
+    optional = [field for field in fields(group) if field.name not in required]
+    if given := [field.name for field in optional if values[field.name] != field.default]:
+        typed = ["--" + name.replace("_", "-") for name in (given[0], *required)]
+        raise ValueError(f"{typed[0]} is given without {' and '.join(typed[1:])}; add it.")
+    return None

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flashar_pl.files import require_new
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flashar_pl.data.shards import Manifest
 
 
 def classifier(*, data: str, out: str, epochs: int = 20, seed: int = 0) -> Path:
@@ -29,6 +23,7 @@ def classifier(*, data: str, out: str, epochs: int = 20, seed: int = 0) -> Path:
         seed: of its initial weights and sample order.
     """
     from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import split_images
     from flashar_pl.metrics.features import train_classifier
 
     if epochs < 1:
@@ -43,17 +38,3 @@ def classifier(*, data: str, out: str, epochs: int = 20, seed: int = 0) -> Path:
     model.save(target)
     print(f"classifier: accuracy {accuracy:.4f} on the test split of {manifest.name}; wrote {target}")
     return target
-
-
-def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, evaluation crops."""
-    import numpy as np
-    import torch
-
-    from flashar_pl.data.shards import ShardReader
-    from flashar_pl.tokenizers import build_tokenizer
-
-    reader = ShardReader(manifest, split)
-    samples = reader.read(np.arange(len(reader)))
-    images = build_tokenizer(manifest.tokenizer).decode(torch.from_numpy(samples.codes))
-    return images, torch.from_numpy(samples.labels)

@@ -8,18 +8,19 @@ Shapes: b samples of a batch, H x W grid, D pooled features, S spatial features,
 from __future__ import annotations
 
 import fcntl
-import json
-import os
 import shutil
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-from flashar_pl.files import write_json
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from flashar_pl.decoding.samples import Drawn
+from flashar_pl.decoding.samples import Drawn
+from flashar_pl.evaluate.identity import difference
+from flashar_pl.files import read_json, replacing, write_json
+from flashar_pl.metrics.extractor import Features
 
 SETTINGS, PARTS, RESULT, LOCK = "settings.json", "parts", "evaluation.json", ".lock"
 
@@ -33,45 +34,36 @@ class PartFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.parts = self.path / PARTS
         self._lock: IO[str] | None = None
 
-    @property
-    def parts(self) -> Path:
-        """Where the part files are."""
-        return self.path / PARTS
-
-    def check(self, identity: dict[str, Any] | None = None) -> None:
-        """ValueError unless the directory is new, or an unfinished evaluation of samples with this identity.
-
-        identity None = not known yet: only what the directory itself tells is checked.
-        """
-        if not self.path.exists():
-            return
+    def check(self) -> None:
+        """ValueError unless the directory is new or holds an unfinished evaluation."""
         if (self.path / RESULT).exists():
             raise ValueError(f"{self.path} holds a finished evaluation; choose another --out or remove it.")
-        if not (self.path / SETTINGS).exists():
+        if self.path.exists() and not (self.path / SETTINGS).exists():
             raise ValueError(f"{self.path} exists and is no evaluation; choose another --out or remove it.")
-        if identity is None:
-            return
-        stored = json.loads((self.path / SETTINGS).read_text())
-        for key, value in json.loads(json.dumps(identity)).items():
-            if stored.get(key) != value:
-                raise ValueError(
-                    f"{self.path} holds samples drawn with {key} {stored.get(key)!r}, this run has {value!r}; give the "
-                    "old settings to continue, choose another --out, or remove it."
-                )
 
-    def open(self, identity: dict[str, Any]) -> None:
-        """Make the directory or continue in it, and hold it: a second run in it is refused until this one ends."""
-        self.check(identity)
+    def open(self, identity: dict[str, Any], batches: int) -> int:
+        """Make the directory or continue in it, and hold it; returns how many parts are there.
+
+        Raises:
+            ValueError: it holds samples of another identity, or another run draws into it.
+        """
+        self.check()
+        settings = self.path / SETTINGS
+        other = difference(read_json(settings), identity) if settings.exists() else None
+        if other is not None:
+            raise ValueError(f"{self.path} holds samples drawn with {other}, choose another --out, or remove it.")
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")  # held, not only opened: closing it lets go of the lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is drawing samples into {self.path}.") from error
-        if not (self.path / SETTINGS).exists():
-            write_json(self.path / SETTINGS, identity)
+        if not settings.exists():
+            write_json(settings, identity)
+        return sum(self.has(batch) for batch in range(batches))
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -83,17 +75,8 @@ class PartFolder:
         """Where the part of a batch is stored."""
         return self.parts / f"{batch:06d}.safetensors"
 
-    def count(self) -> int:
-        """Number of parts."""
-        return sum(name.endswith(".safetensors") and not name.startswith(".") for name in os.listdir(self.parts))
-
-    def missing(self, batches: int) -> list[int]:
-        """Batches without a readable part."""
-        return [batch for batch in range(batches) if not self._readable(batch)]
-
-    def _readable(self, batch: int) -> bool:
-        from safetensors import SafetensorError, safe_open
-
+    def has(self, batch: int) -> bool:
+        """Whether the part of a batch is there, and readable."""
         try:
             with safe_open(self.file(batch), framework="pt") as part:
                 return "index" in part.keys()  # noqa: SIM118 (it is no dictionary)
@@ -102,26 +85,22 @@ class PartFolder:
 
     def write(self, drawn: Drawn, images: bool) -> None:
         """Store a batch: codes and features, and the images if asked."""
-        import torch
-        from safetensors.torch import save_file
-
         assert drawn.features is not None
-        features = drawn.features
-        tensors = {"index": drawn.index, "codes": drawn.codes.to(torch.int32), "pool": features.pool.float()}
-        optional = {"spatial": features.spatial, "logits": features.logits}
-        tensors |= {name: rows.float() for name, rows in optional.items() if rows is not None}
+        tensors = {"index": drawn.index, "codes": drawn.codes.to(torch.int32)}
+        tensors |= {name: rows.float() for name, rows in vars(drawn.features).items() if rows is not None}
         if images:
             tensors["images"] = drawn.images
-        target = self.file(drawn.batch)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        os.replace(temporary, target)
+        with replacing(self.file(drawn.batch)) as part:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
 
     def read(self, batch: int) -> dict[str, Tensor]:
         """index (b,), codes (b, H, W) int32, pool (b, D), and where stored spatial (b, S), logits (b, C), images."""
-        from safetensors.torch import load_file
-
         return load_file(self.file(batch))
+
+    def features(self, batch: int) -> tuple[Features, Tensor]:
+        """Features of the b samples of a batch, and their numbers (b,)."""
+        part = self.read(batch)
+        return Features(part["pool"], part.get("spatial"), part.get("logits")), part["index"]
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and drop the parts: the evaluation is finished."""

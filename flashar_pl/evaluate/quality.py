@@ -40,7 +40,6 @@ class Judge:
         """With all images of every split as the real side."""
         import torch
 
-        from flashar_pl.commands.classifier import split_images
         from flashar_pl.metrics.features import extract_features
         from flashar_pl.tokenizers import build_tokenizer
 
@@ -59,6 +58,20 @@ class Judge:
         distance.update(self.real, real=True)
         distance.update(features.pool, real=False)
         return float(distance.compute()), float((features.logits.argmax(1) == labels).double().mean())
+
+
+def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
+    """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, evaluation crops."""
+    import numpy as np
+    import torch
+
+    from flashar_pl.data.shards import ShardReader
+    from flashar_pl.tokenizers import build_tokenizer
+
+    reader = ShardReader(manifest, split)
+    samples = reader.read(np.arange(len(reader)))
+    images = build_tokenizer(manifest.tokenizer).decode(torch.from_numpy(samples.codes))
+    return images, torch.from_numpy(samples.labels)
 
 
 def sample_quality(

@@ -5,106 +5,60 @@ Shapes: n samples, h x w pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
 
-from flashar_pl.checkpoints.opening import Source, open_checkpoint
+import numpy as np
+import torch
+
+from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
+from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import build_engine
-from flashar_pl.devices import find_device
-from flashar_pl.options import Dtype, EngineOptions, ModelOptions, Runner, WeightFormat, Weights
-
-if TYPE_CHECKING:
-    from flashar_pl.decoding import Engine
-    from flashar_pl.decoding.samples import SampleSet
-    from flashar_pl.metrics.extractor import FeatureExtractor
-    from flashar_pl.models import GridModel
-    from flashar_pl.tokenizers import Tokenizer
+from flashar_pl.decoding.samples import SampleSet, check_resize
+from flashar_pl.evaluate.options import BATCH_SIZE, Evaluation, Labels, batch_size
+from flashar_pl.metrics.extractor import FeatureExtractor
+from flashar_pl.metrics.features import load_extractor
+from flashar_pl.models import GridModel
+from flashar_pl.tokenizers import Tokenizer
 
 LLAMAGEN_SIDE, EVALUATION_SIDE = 384, 256
 """LlamaGen measures its 384-pixel models at 256 pixels."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know to draw its part. Plain values: it travels to other processes."""
-
-    out: str
-    checkpoint: str
-    weights: Weights
-    n_head: int | None
-    branch_layer: int | None
-    grid: tuple[int, int]
-    tokenizer: dict[str, Any]
-    dtype: Dtype
-    runner: Runner
-    weight_format: WeightFormat
-    plan: str
-    sampling: dict[str, Any]
-    labels: list[int]
-    batch_size: int
-    seed: int
-    features: str
-    side: int | None
-    keep_images: bool
-    threads: int
-    """CPU threads of every process: the last bit of a sum on a CPU depends on it."""
-
-    def samples(self) -> SampleSet:
-        """The numbered samples; numbers behind the last repeat its class."""
-        import torch
-
-        from flashar_pl.decoding.samples import SampleSet
-        from flashar_pl.sampling import SamplingSettings
-
-        labels = torch.tensor(self.labels)  # (n,)
-        return SampleSet(
-            lambda numbers: labels[torch.tensor(numbers).clamp(max=len(labels) - 1)],
-            len(labels),
-            self.grid,
-            self.plan,
-            SamplingSettings(**self.sampling),
-            self.batch_size,
-            self.seed,
-        )
-
-
-@dataclass(frozen=True)
 class Bench:
-    """Everything loaded on one device."""
+    """What one rank draws samples with, and which."""
 
     source: Source
     engine: Engine
     tokenizer: Tokenizer
     extractor: FeatureExtractor
+    samples: SampleSet
+    num_classes: int
+    resize: int | None
+    """Side that images are resized to; None = they are not."""
+    size: tuple[int, int]
+    """(h, w) of the measured images."""
 
+    @classmethod
+    def load(cls, asked: Evaluation, device: torch.device) -> Bench:
+        """Load model, tokenizer and feature extractor onto one device.
 
-def load_bench(
-    checkpoint: str,
-    *,
-    weights: Weights,
-    n_head: int | None,
-    branch_layer: int | None,
-    grid: str | tuple[int, int] | None,
-    tokenizer: str | dict[str, Any] | None,
-    dtype: Dtype,
-    plan: str | None,
-    runner: Runner,
-    weight_format: WeightFormat,
-    features: str,
-    device: str,
-) -> Bench:
-    """Load model, tokenizer and feature extractor onto one device."""
-    from flashar_pl.metrics.features import load_extractor
-
-    extractor = load_extractor(features)
-    options = ModelOptions(checkpoint, weights, n_head, tokenizer, branch_layer=branch_layer, grid=grid)  # type: ignore[arg-type]
-    engine_options = EngineOptions(device, dtype, runner=runner, weight_format=weight_format)
-    source = open_checkpoint(options, engine_options)
-    source.need_grid()
-    decoder = source.matching_tokenizer(device)
-    engine = build_engine(source, engine_options, plan or source.model.plan_name)
-    return Bench(source, engine, decoder, extractor.to(find_device(device)))
+        Raises:
+            ValueError: whatever does not exist or does not fit.
+        """
+        options, n = asked.options, asked.options.num_samples
+        extractor = load_extractor(options.features)
+        source = open_checkpoint(asked.model, replace(asked.engine, device=str(device)))
+        grid, num_classes = source.need_grid(), class_count(source.model)
+        check_top_k(source.model, asked.sampling.top_k)
+        plan = check_plan(source.model, asked.engine.plan, grid)
+        decoder = source.matching_tokenizer(str(device))
+        resize, size = image_size(decoder, grid, options.resize)
+        engine = build_engine(source, asked.engine, plan)
+        labels = torch.tensor(sample_labels(options.labels, n, num_classes, options.seed))
+        size_of_batch = batch_size(asked.engine, BATCH_SIZE, n)
+        samples = SampleSet.of(labels, grid, plan, asked.sampling, size_of_batch, options.seed)
+        return cls(source, engine, decoder, extractor.to(device), samples, num_classes, resize, size)
 
 
 def class_count(model: GridModel) -> int:
@@ -115,33 +69,23 @@ def class_count(model: GridModel) -> int:
     return takes.size
 
 
-def image_size(bench: Bench, resize: int | None) -> tuple[int | None, tuple[int, int]]:
+def image_size(tokenizer: Tokenizer, grid: tuple[int, int], resize: int | None) -> tuple[int | None, tuple[int, int]]:
     """The side to resize to (None = not at all) and the size (h, w) of the measured images.
 
     Raises:
         ValueError: images that cannot be resized.
     """
-    from flashar_pl.decoding.samples import check_resize
-
-    grid, scale = bench.source.need_grid(), bench.tokenizer.downsample
-    decoded = (grid[0] * scale, grid[1] * scale)
+    decoded = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
     if resize is None and decoded == (LLAMAGEN_SIDE, LLAMAGEN_SIDE):
         resize = EVALUATION_SIDE
     if resize is None or decoded == (resize, resize):
         return None, decoded
-    check_resize(bench.tokenizer, grid, resize)
+    check_resize(tokenizer, grid, resize)
     return resize, (resize, resize)
 
 
-def sample_labels(kind: str, n: int, num_classes: int, seed: int) -> list[int]:
+def sample_labels(kind: Labels, n: int, num_classes: int, seed: int) -> list[int]:
     """Classes of n samples. Balanced ones alternate, so that every run of consecutive samples is balanced too."""
-    import numpy as np
-
     if kind == "balanced":
         return [i % num_classes for i in range(n)]
     return np.random.default_rng((seed, num_classes)).integers(num_classes, size=n).tolist()
-
-
-def absolute(path: str | Path) -> str:
-    """A path that other processes understand too."""
-    return str(Path(path).expanduser().resolve())

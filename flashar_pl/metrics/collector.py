@@ -115,11 +115,12 @@ class DistributionMetrics(nn.Module):
     Args:
         extractor: what makes the features; asked for their numbers only.
         names: which of `NAMES` to compute; see `choose_metrics` for those that are possible.
+        sync: compute() joins what all ranks were given; False = one rank has everything.
 
     Use: set_reference(...), update(features, index) per batch, compute() -> dict of floats, reset().
     """
 
-    def __init__(self, extractor: nn.Module, names: Sequence[str]) -> None:
+    def __init__(self, extractor: nn.Module, names: Sequence[str], sync: bool = True) -> None:
         super().__init__()
         columns = {"pool": extractor.num_features}
         if isinstance(extractor, FeatureExtractor):
@@ -128,8 +129,9 @@ class DistributionMetrics(nn.Module):
         self.measures = [measure for measure in MEASURES if set(measure.names) & set(names)]
         for measure in self.measures:
             assert columns.get(measure.of), f"{type(extractor).__name__} has no features for {measure.names}"
-        self.moments = nn.ModuleDict({m.of: FrechetDistance(columns[m.of]) for m in self.measures if not m.function})
-        self.rows = nn.ModuleDict({m.of: SampleRows(columns[m.of]) for m in self.measures if m.function})
+        moments = {m.of: FrechetDistance(columns[m.of], sync_on_compute=sync) for m in self.measures if not m.function}
+        rows = {m.of: SampleRows(columns[m.of], sync_on_compute=sync) for m in self.measures if m.function}
+        self.moments, self.rows = nn.ModuleDict(moments), nn.ModuleDict(rows)
         self._reference: ReferenceStatistics | None = None
 
     @property

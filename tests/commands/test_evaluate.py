@@ -12,8 +12,8 @@ from PIL import Image
 
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import save_model
-from flashar_pl.evaluate.reference import path_digest
-from flashar_pl.evaluate.report import SHOWN_CLASSES, shown_classes
+from flashar_pl.evaluate.identity import path_digest
+from flashar_pl.evaluate.results import SHOWN_CLASSES, shown_classes
 from flashar_pl.evaluate.samples import sample_labels
 from flashar_pl.metrics import collector, distribution
 from flashar_pl.metrics.collector import choose_metrics
@@ -131,7 +131,7 @@ def test_references_of_every_kind_agree_and_are_computed_once(run, base, shards,
     def again(*args, **kwargs):
         raise AssertionError("computed twice")
 
-    monkeypatch.setattr("flashar_pl.metrics.reference.reference_from_batches", again)
+    monkeypatch.setattr("flashar_pl.evaluate.reference.reference_from_batches", again)
     for i, place in enumerate((shards, "real", "real.npz")):
         words = [*base, "--cache", "cache", "--metrics", "fid", "--out", f"again{i}"]
         words[words.index("--reference") + 1] = place
@@ -222,7 +222,7 @@ def test_spatial_features_and_kid_from_parts(run, base, monkeypatch):
         def fingerprint(self):
             return "pixels"
 
-    monkeypatch.setattr("flashar_pl.metrics.features.load_extractor", lambda path: Pixels())
+    monkeypatch.setattr("flashar_pl.evaluate.samples.load_extractor", lambda path: Pixels())
     monkeypatch.setattr(collector, "MEASURES", collector.measures(kid_subset=50))
     assert run(*base, "--cache", "cache", "--save-npz", "--out", "eval")[0] == 0
     result = result_of("eval")

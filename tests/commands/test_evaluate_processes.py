@@ -1,19 +1,19 @@
-"""`flashar evaluate` in several processes and after a kill: always the same result."""
+"""`flashar evaluate` on two ranks and after a kill: always the same result."""
 
 import fcntl
 import json
 import multiprocessing
 import os
 import signal
-import socket
-from collections.abc import Callable
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from evaluate_toys import evaluation, save_classifier
 
+from flashar_pl import files
 from flashar_pl.cli import main
-from flashar_pl.evaluate import parts as evaluate_parts
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already; the test process runs one thread
 
@@ -41,66 +41,50 @@ def result_of(out: Path) -> dict:
     return result
 
 
-def start(target: Callable[[], int]) -> multiprocessing.process.BaseProcess:
-    """A forked process that runs `target` and exits with its result."""
-    process = FORK.Process(target=lambda: os._exit(target()))
-    process.start()
-    return process
+def on_two_ranks(words: list[str]) -> tuple[int, str]:
+    """Exit code and standard error of a command that Fabric starts on two processes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flashar_pl.cli", *words, "--devices", "2"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return done.returncode, done.stderr
 
 
-def torchrun(words: list[str], ranks: int) -> list[int]:
-    """Exit codes of a command run by `ranks` processes with the environment that torchrun gives them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-
-    def rank_main(rank: int) -> int:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in own.items()})
-        return main(words)
-
-    processes = [start(lambda rank=rank: rank_main(rank)) for rank in range(ranks)]
-    for process in processes:
-        process.join(timeout=60)
-    return [process.exitcode for process in processes]
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_gloo_ranks_give_the_same_file(words, expected, tmp_path, ranks):
-    """Guards seeds and labels by global index, the shape of every batch, and sums in one order: not one bit differs."""
-    assert torchrun([*words, "--out", str(tmp_path / "eval")], ranks) == [0] * ranks
-    assert result_of(tmp_path / "eval") == expected
-    run = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["run"]
-    assert (run["processes"], run["images_drawn"]) == (ranks, 75)
+def test_two_ranks_give_the_same_file_and_refuse_wrong_input_together(words, expected, tmp_path):
+    """Guards seeds and labels by global index, the shape of every batch, and sums in one order: not one bit differs.
+    Rank 1 must not wait for a rank 0 that alone has found a wrong setting, and the error is printed once."""
+    out = tmp_path / "eval"
+    code, err = on_two_ranks([*words, "--out", str(out), "--metrics", "sfid"])
+    assert code == 2, err
+    assert err.count("flashar: error: not possible: sfid") == 1
+    assert "Traceback" not in err
+    assert not out.exists()
+    code, err = on_two_ranks([*words, "--out", str(out)])
+    assert code == 0, err
+    assert result_of(out) == expected
+    run = json.loads((out / "evaluation.json").read_text())["run"]
+    assert (run["processes"], run["images_drawn"]) == (2, 75)
 
 
-def test_wrong_input_ends_every_rank(words, tmp_path):
-    """Rank 1 must not wait for a rank 0 that has refused its settings."""
-    assert torchrun([*words, "--out", str(tmp_path / "eval"), "--metrics", "sfid"], 2) == [2, 2]
-    assert torchrun([*words, "--out", str(tmp_path / "eval"), "--devices", "2"], 2) == [2, 2]
-    assert not (tmp_path / "eval").exists()
-
-
-def test_processes_started_here_give_the_same_file(words, expected, tmp_path):
-    assert main([*words, "--out", str(tmp_path / "eval"), "--devices", "2"]) == 0
-    assert result_of(tmp_path / "eval") == expected
-
-
-def killed_in_part(words: list[str], batch: int) -> int:
+def killed_in_part(words: list[str], batch: int) -> int | None:
     """Exit code of a run that is killed while it stores a part."""
 
-    def run() -> int:
-        replace = os.replace
+    def run() -> None:
+        fsync = os.fsync
 
-        def dying(source, target):
-            if str(target).endswith(f"{batch:06d}.safetensors"):
+        def dying(descriptor: int) -> None:
+            if f"{batch:06d}.safetensors" in os.readlink(f"/proc/self/fd/{descriptor}"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(source, target)
+            fsync(descriptor)
 
-        evaluate_parts.os.replace = dying
-        return main(words)
+        files.os.fsync = dying
+        os._exit(main(words))
 
-    process = start(run)
+    process = FORK.Process(target=run)
+    process.start()
     process.join(timeout=60)
     return process.exitcode
 
@@ -122,7 +106,7 @@ def test_a_killed_run_continues(words, expected, tmp_path, capsys):
         raise InterruptedError("stopped before the parts are removed")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashar_pl.commands.evaluate.compute_metrics", unchanged)
+        patch.setattr("flashar_pl.evaluate.run.measure", unchanged)
         assert main([*words, "--out", str(out)]) == 2
     assert main([*words, "--out", str(out)]) == 0
     assert result_of(out) == expected
@@ -153,7 +137,7 @@ def test_a_run_continues_when_other_memory_is_free(words, tmp_path, monkeypatch)
         raise InterruptedError("stopped before the parts are removed")
 
     with monkeypatch.context() as patch:
-        patch.setattr("flashar_pl.commands.evaluate.compute_metrics", stopped)
+        patch.setattr("flashar_pl.evaluate.run.measure", stopped)
         patch.setattr("flashar_pl.devices.available_memory", lambda device: 0)
         assert main(mine) == 2
     assert main(mine) == 0

@@ -4,29 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from evaluate_toys import evaluation, save_classifier
 from pretend_gpu import PretendGPU
-
-from flashar_pl.evaluate import processes as evaluate_processes
-
-LOADED = (
-    "weights",
-    "n_head",
-    "branch_layer",
-    "grid",
-    "tokenizer",
-    "dtype",
-    "plan",
-    "runner",
-    "weight_format",
-    "features",
-)
-"""What a process reads of its job to load the model."""
 
 
 def both(run, *words: object) -> list[str]:
@@ -91,21 +73,6 @@ def test_benchmark(run, flashar_model, work):
     assert not result["failed"]
     assert result["threads"] is None
     assert {row["runner"] for row in result["rows"]} == {"eager", "graphs"}
-
-
-def test_a_process_works_on_its_own_gpu(flashar_model, work, monkeypatch):
-    """Of several GPUs: a process that only says where its tensors go would open a context on the first one too."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(evaluate_processes, "load_bench", lambda path, **options: chosen.append(options["device"]))
-    monkeypatch.setattr(evaluate_processes, "draw_parts", lambda *_: None)
-    job = SimpleNamespace(threads=1, checkpoint="", **dict.fromkeys(LOADED))
-    with PretendGPU(visible=True), monkeypatch.context() as patched:
-        patched.setattr(torch.cuda, "device_count", lambda: 4)
-        for device in ("auto", "cuda"):
-            evaluate_processes.work(job, [0], evaluate_processes.device_of_rank(device, 3))
-    evaluate_processes.work(job, [0], evaluate_processes.device_of_rank("cpu", 3))
-    assert chosen == ["cuda:3"] * 4 + ["cpu"]
 
 
 @pytest.mark.slow

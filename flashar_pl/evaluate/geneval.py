@@ -1,0 +1,250 @@
+"""GenEval's images in its official folder layout, and their score; every rank draws and scores its share.
+
+    OUT/00000/metadata.jsonl            the prompt's line of the prompt file
+    OUT/00000/samples/0000.png          its images
+
+Shapes: n images in all, B images drawn together.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
+from flashar_pl.console import versions
+from flashar_pl.decoding.build import build_engine
+from flashar_pl.decoding.prompts import ask, choose_grid
+from flashar_pl.decoding.samples import SampleSet, draw
+from flashar_pl.evaluate.identity import difference, path_digest, tokenizer_identity
+from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
+from flashar_pl.files import read_json, require_new, write_json, write_text
+from flashar_pl.metrics import geneval_images
+from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
+from flashar_pl.options import ModelOptions, ShapeOptions, Subject
+from flashar_pl.pictures import save_png
+from flashar_pl.ranks import Rank
+
+SETTINGS, RESULTS, SUMMARY = "settings.json", "results.jsonl", "geneval.json"
+
+
+def geneval_on_rank(asked: GenEval, threads: int, rank: Rank) -> dict[str, Any] | None:
+    """One rank's work; the first rank returns what geneval.json holds, None where nothing is scored.
+
+    threads: of every rank on a CPU; the last bit of a sum depends on their number.
+    """
+    torch.set_num_threads(threads)
+    out, options = Path(asked.options.out), asked.options
+    if options.detector is not None:
+        rank.first(lambda: require_new(out / SUMMARY, "scores"))
+    if asked.model is not None:
+        assert options.prompts is not None
+        draw_images(asked, asked.model, read_prompts(options.prompts), rank)
+    rank.barrier()
+    if options.detector is None or options.clip is None:
+        return None
+    return score_images(out, options.detector, options.clip, rank)
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """GenEval's prompt entries, one JSON object a line.
+
+    Raises:
+        ValueError: no such file, or a line without "tag", "prompt" and "include".
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(
+            f"no prompts at {file}; expected evaluation_metadata.jsonl from github.com/djghosh13/geneval (prompts/)."
+        )
+    entries = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+        if not isinstance(entry, dict) or not {"tag", "prompt", "include"} <= entry.keys():
+            raise ValueError(f'{file}, line {number}: expected an object with "tag", "prompt" and "include".')
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{file} holds no prompts.")
+    return entries
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def draw_images(asked: GenEval, model: ModelOptions, entries: list[dict[str, Any]], rank: Rank) -> None:
+    """Draw this rank's share of the images that are not there yet."""
+    out, every = Path(asked.options.out), asked.options.num_images
+    source = open_checkpoint(model, replace(asked.engine, device=str(rank.device)))
+    decoder = source.matching_tokenizer(str(rank.device))
+    samples = prompt_samples(asked, source, [entry["prompt"] for entry in entries])
+    rank.first(lambda: _open(asked, source, entries, samples))
+    files = [out / f"{i // every:05d}" / "samples" / f"{i % every:04d}.png" for i in range(samples.n)]
+    engine = build_engine(source, asked.engine, samples.plan)
+    todo = [batch for batch in rank.share(samples.batches) if not all(files[i].exists() for i in samples.wanted(batch))]
+    with rank.progress(len(todo) * samples.batch_size, "images") as advance:
+        for drawn in draw(engine, decoder, samples, todo):
+            for i, image in zip(drawn.index.tolist(), drawn.images.cpu()):
+                if not files[i].exists():
+                    save_png(image, files[i])
+            advance(samples.batch_size)
+
+
+def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> SampleSet:
+    """The numbered images of all prompts. Numbers behind the last repeat it.
+
+    Raises:
+        ValueError: a class-conditional model, or prompt assets that are missing or of another model.
+    """
+    check_top_k(source.model, asked.sampling.top_k)
+    grid = choose_grid(source, ShapeOptions())
+    wanted = ask(source, grid, 1, asked.sampling.guided, Subject(prompt=prompts), asked.text)
+    every, unconditional = asked.options.num_images, wanted.unconditional
+    n = len(prompts) * every
+
+    def prompts_of(numbers: list[int]) -> list[int]:
+        return [min(i, n - 1) // every for i in numbers]
+
+    return SampleSet(
+        condition_of=lambda numbers: wanted.condition.rows(prompts_of(numbers)),
+        n=n,
+        grid=grid,
+        plan=check_plan(source.model, asked.engine.plan, grid),
+        sampling=asked.sampling,
+        batch_size=batch_size(asked.engine, GENEVAL_BATCH_SIZE, n),
+        seed=asked.options.seed,
+        unconditional_of=None if unconditional is None else lambda numbers: unconditional.rows(prompts_of(numbers)),
+    )
+
+
+def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples: SampleSet) -> None:
+    """Make the folders, or check that those there are of the same images."""
+    out = Path(asked.options.out)
+    identity = {
+        **asdict(asked.sampling),
+        "negative_prompt": asked.text.negative_prompt,
+        "num_images": asked.options.num_images,
+        "seed": samples.seed,
+        "batch_size": samples.batch_size,
+        "dtype": source.dtype,
+        "weight_format": asked.engine.weight_format,
+        "grid": list(samples.grid),
+        "plan": samples.plan,
+        "checkpoint_sha256": path_digest(source.path),
+        "tokenizer": tokenizer_identity(source.need_tokenizer()),
+        "prompts": len(entries),
+    }
+    settings = out / SETTINGS
+    if out.exists():
+        if not settings.exists():
+            raise ValueError(f"{out} exists and holds no {SETTINGS}; choose another --out or remove it.")
+        other = difference(read_json(settings), identity)
+        if other is not None:
+            raise ValueError(f"{out} holds images drawn with {other}, or choose another --out.")
+    for i, entry in enumerate(entries):
+        folder = out / f"{i:05d}"
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        file = folder / "metadata.jsonl"
+        if not file.exists():
+            write_text(file, json.dumps(entry) + "\n")
+        elif json.loads(file.read_text()) != entry:
+            raise ValueError(f"{file} is of another prompt; choose another --out.")
+    if not settings.exists():
+        write_json(settings, {**identity, "versions": versions()})
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def list_images(out: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every image of the layout with its prompt's entry, in order.
+
+    Raises:
+        ValueError: no images, or prompts with different numbers of them.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    counts: dict[str, int] = {}
+    for folder in sorted(p for p in out.glob("[0-9]*") if p.is_dir() and p.name.isdigit()):
+        entry = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
+        files = sorted(p for p in (folder / "samples").glob("*.png") if p.stem.isdigit())
+        counts[folder.name] = len(files)
+        found += [(file, entry) for file in files]
+    if not found:
+        raise ValueError(f"no images in {out}; expected 00000/samples/0000.png and so on.")
+    most = max(counts.values())
+    short = [name for name, count in counts.items() if count < most]
+    if short:
+        raise ValueError(
+            f"{len(short)} of {len(counts)} prompts in {out} have fewer than {most} images (first: {short[0]}); give "
+            "the command that draws them again."
+        )
+    return found
+
+
+def score_images(out: Path, detector: str, clip: str, rank: Rank) -> dict[str, Any] | None:
+    """Score this rank's share of the images; the first rank writes results.jsonl and geneval.json."""
+    images = list_images(out)
+    detect = geneval_images.Detector(detector, rank.device)
+    colors = geneval_images.ColorClassifier(clip, rank.device)
+    mine = rank.share(len(images))
+    rows = []
+    with rank.progress(len(mine), "images") as advance:
+        for i in mine:
+            rows.append(json.dumps(_score(*images[i], detect, colors, out)))
+            advance(1)
+    shares = [out / f".results-{number:04d}.jsonl" for number in range(rank.world)]
+    write_text(shares[rank.rank], "".join(row + "\n" for row in rows))
+    rank.barrier()
+    if rank.rank > 0:
+        return None
+    scored = [file.read_text(encoding="utf-8").splitlines() for file in shares]
+    lines = [scored[i % rank.world][i // rank.world] for i in range(len(images))]
+    for file in shares:
+        file.unlink()
+    return _summary(out, images, lines, {"detector": detector, "clip": clip})
+
+
+def _score(file: Path, entry: dict[str, Any], detect: Any, colors: Any, out: Path) -> dict[str, str | bool]:
+    """The official fields of one image."""
+    image = geneval_images.open_image(file)
+    found = detect(image)
+    correct, reason = score_image(found, entry, partial(colors, image))
+    kept = keep_detections(found, entry["tag"])
+    return {
+        "filename": str(file.relative_to(out)),
+        "tag": entry["tag"],
+        "prompt": entry["prompt"],
+        "correct": correct,
+        "reason": reason,
+        "metadata": json.dumps(entry),
+        "details": json.dumps({name: [[*d.box, d.score] for d in chosen] for name, chosen in kept.items()}),
+    }
+
+
+def _summary(
+    out: Path, images: list[tuple[Path, dict[str, Any]]], lines: list[str], models: dict[str, str]
+) -> dict[str, Any]:
+    """Write the results and return the report."""
+    summary = summarise([(entry, json.loads(line)["correct"]) for (_, entry), line in zip(images, lines)])
+    drawn = out / SETTINGS
+    report = {
+        "command": "evaluate geneval",
+        **asdict(summary),
+        "tasks": {name: {"correct": right, "images": total} for name, (right, total) in summary.tasks.items()},
+        "thresholds": asdict(DEFAULT_SETTINGS),
+        **{name: {"path": path, "sha256": path_digest(path)} for name, path in models.items()},
+        "drawn_with": read_json(drawn) if drawn.exists() else None,
+        "versions": versions(),
+    }
+    write_text(out / RESULTS, "".join(line + "\n" for line in lines))
+    write_json(out / SUMMARY, report)
+    return report

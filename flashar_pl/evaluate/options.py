@@ -1,0 +1,113 @@
+"""What `flashar evaluate` and `flashar evaluate geneval` ask for themselves. Standard library only, for `--help`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, TextOptions
+
+Labels = Literal["balanced", "random"]
+Split = Literal["train", "validation", "test"]
+BATCH_SIZE, GENEVAL_BATCH_SIZE = 32, 4
+"""Samples decoded together where the user says nothing."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Samples and what they are compared with"""
+
+    reference: str
+    """The real images: an .npz with moments or images (ADM reference batches), a directory of images, or a directory of
+    shards."""
+    features: str
+    """What turns images into features: the file of Inception weights, or a classifier's directory."""
+    out: str
+    """Directory of the results; new, or one where the same evaluation was stopped."""
+    num_samples: int = 50_000
+    """Images to draw."""
+    labels: Labels = "balanced"
+    """balanced gives sample i the class i modulo the number of classes; random draws classes uniformly, as LlamaGen
+    does."""
+    metrics: str | None = None
+    """Of fid, sfid, is, precision, recall, f1, kid, separated by commas. Default: all that features and reference
+    allow."""
+    seed: int = 0
+    """Of the first sample; sample i uses seed + i."""
+    resize: int | None = None
+    """Side of the measured images, bicubic without antialiasing. Default: 256 for images of 384 pixels, otherwise the
+    size they have."""
+    split: Split = "test"
+    """Which images of a reference that is shards."""
+    min_samples: int | None = None
+    """Fewest samples and reference images for FID and sFID. Default: more than they have features."""
+    save_npz: bool = False
+    """Also write the samples as samples.npz, for the ADM evaluator."""
+    cache: str | None = None
+    """Directory for computed reference statistics. Default: references/ in the user's cache directory."""
+
+    def __post_init__(self) -> None:
+        lowest = {"num_samples": 1, "resize": 1, "min_samples": 2}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name} is {value}; expected {low} or more.")
+
+    @property
+    def metric_names(self) -> list[str] | None:
+        """The metrics asked for; None = all that are possible."""
+        return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
+
+
+@dataclass(frozen=True)
+class GenEvalOptions:
+    """Images and their score"""
+
+    out: str
+    """Directory of the images and results."""
+    prompts: str | None = None
+    """GenEval's evaluation_metadata.jsonl, to draw images."""
+    detector: str | None = None
+    """Directory of a Mask2Former with COCO's classes, in transformers' format, to score images."""
+    clip: str | None = None
+    """Directory of CLIP ViT-L/14, in transformers' format, to score images."""
+    num_images: int = 4
+    """Images of each prompt."""
+    seed: int = 0
+    """Image j of prompt i uses seed + i * num_images + j."""
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images is {self.num_images}; expected 1 or more.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that `flashar evaluate` was asked for. Plain values: it travels to other processes."""
+
+    options: EvaluateOptions
+    model: ModelOptions
+    sampling: SamplingSettings
+    engine: EngineOptions
+
+
+@dataclass(frozen=True)
+class GenEval:
+    """All that `flashar evaluate geneval` was asked for."""
+
+    options: GenEvalOptions
+    model: ModelOptions | None
+    """None = images are scored, not drawn."""
+    sampling: SamplingSettings
+    text: TextOptions
+    engine: EngineOptions
+
+
+def batch_size(engine: EngineOptions, usual: int, n: int) -> int:
+    """Samples decoded together. Raises ValueError for "auto"."""
+    if engine.batch_size == "auto":
+        raise ValueError(
+            "batch_size is auto; expected a number: the last bits of a sample depend on it, so it must be the same on "
+            "every machine."
+        )
+    return min(engine.batch_size or usual, n)

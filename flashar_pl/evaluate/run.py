@@ -1,0 +1,168 @@
+"""An evaluation: every rank draws its share of the batches, the first one measures what all have drawn.
+
+Ranks meet before the first batch and after the last one; all else passes through the part files.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashar_pl.console import versions
+from flashar_pl.decoding.build import EXACT
+from flashar_pl.decoding.samples import draw
+from flashar_pl.evaluate.identity import path_digest, tokenizer_identity
+from flashar_pl.evaluate.options import Evaluation
+from flashar_pl.evaluate.parts import PartFolder
+from flashar_pl.evaluate.reference import Reference, load_reference_images
+from flashar_pl.evaluate.results import draw_grid, write_codes, write_npz
+from flashar_pl.evaluate.samples import Bench
+from flashar_pl.metrics.collector import DistributionMetrics, choose_metrics
+from flashar_pl.metrics.extractor import device_of
+from flashar_pl.options import as_settings
+from flashar_pl.ranks import Rank
+
+NO_MATTER = ("out", "cache", "device")
+"""Options that cannot change a result."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the samples are compared with, and how."""
+
+    reference: Reference
+    names: list[str]
+    """Metrics to compute."""
+    left_out: dict[str, str]
+    """Metrics that are not possible, and why."""
+
+
+def evaluate_on_rank(asked: Evaluation, threads: int, rank: Rank) -> dict[str, Any] | None:
+    """One rank's work; the first rank returns what evaluation.json holds.
+
+    threads: of every rank on a CPU; the last bit of a sum depends on their number.
+
+    Raises:
+        ValueError: wrong input, before anything is drawn.
+    """
+    torch.set_num_threads(threads)
+    folder = PartFolder(asked.options.out)
+    rank.first(folder.check)  # before anything is loaded
+    bench = Bench.load(asked, rank.device)
+    judge = find_judge(asked, bench) if rank.rank == 0 else None
+    identity = sample_identity(asked, bench) if rank.rank == 0 else {}
+    kept = rank.first(lambda: folder.open(identity, bench.samples.batches))
+    began = time.monotonic()
+    draw_share(asked, bench, folder, rank)
+    rank.barrier()
+    if judge is None:
+        return None
+    drawn = bench.samples.n - min(bench.samples.n, kept * bench.samples.batch_size)
+    seconds = time.monotonic() - began
+    run = {
+        "processes": rank.world,
+        "device": rank.device.type,
+        "runner": bench.engine.runner,
+        "images_drawn": drawn,
+        "images_kept_from_before": bench.samples.n - drawn,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(drawn / seconds, 3) if drawn else None,
+    }
+    return finish(asked, bench, judge, folder, identity, run)
+
+
+def draw_share(asked: Evaluation, bench: Bench, folder: PartFolder, rank: Rank) -> None:
+    """Draw this rank's batches that have no part yet."""
+    todo = [batch for batch in rank.share(bench.samples.batches) if not folder.has(batch)]
+    with rank.progress(len(todo) * bench.samples.batch_size, "images") as advance:
+        for drawn in draw(bench.engine, bench.tokenizer, bench.samples, todo, bench.extractor, bench.resize):
+            folder.write(drawn, asked.options.save_npz)
+            advance(bench.samples.batch_size)
+
+
+def find_judge(asked: Evaluation, bench: Bench) -> Judge:
+    """The reference, whose features may take long, and the metrics that it allows. Raises ValueError."""
+    options, size = asked.options, bench.size
+    reference = load_reference_images(
+        options.reference, options.split, bench.extractor, tokenizer=asked.model.tokenizer, cache=options.cache
+    )
+    if reference.side not in (None, size):
+        raise ValueError(
+            f"the samples are {size[0]} x {size[1]} pixels, the reference images {reference.side[0]} x "
+            f"{reference.side[1]}; expected one size: --resize {reference.side[0]}, or another reference."
+        )
+    names, left_out = choose_metrics(
+        options.metric_names, bench.extractor, reference.statistics, options.num_samples, options.min_samples
+    )
+    return Judge(reference, names, left_out)
+
+
+def sample_identity(asked: Evaluation, bench: Bench) -> dict[str, Any]:
+    """Everything the samples and their features depend on, with hashes in place of paths."""
+    options, model, engine = asked.options, asked.model, asked.engine
+    return {
+        "checkpoint_sha256": path_digest(model.checkpoint),
+        "weights": bench.source.kind,
+        "branch_layer": model.branch_layer,
+        "n_head": model.n_head,
+        "grid": list(bench.samples.grid),
+        "tokenizer": tokenizer_identity(bench.tokenizer.config()),
+        "dtype": bench.source.dtype,
+        "weight_format": "plain" if engine.weight_format in EXACT else engine.weight_format,
+        "plan": bench.samples.plan,
+        **as_settings(asked.sampling),
+        "number": options.num_samples,
+        "labels": options.labels,
+        "seed": options.seed,
+        "batch_size": bench.samples.batch_size,
+        "image_size": list(bench.size),
+        "resized": bench.resize is not None,
+        "features": bench.extractor.fingerprint(),
+        "save_npz": options.save_npz,
+    }
+
+
+def measure(bench: Bench, judge: Judge, folder: PartFolder) -> dict[str, float]:
+    """Metrics of all parts, added in the order of batches, so that not even rounding depends on who drew them."""
+    metrics = DistributionMetrics(bench.extractor, judge.names, sync=False).to(device_of(bench.extractor))
+    metrics.set_reference(judge.reference.statistics)
+    for batch in range(bench.samples.batches):
+        metrics.update(*folder.features(batch))
+    return metrics.compute()
+
+
+def finish(
+    asked: Evaluation, bench: Bench, judge: Judge, folder: PartFolder, identity: dict[str, Any], run: dict[str, Any]
+) -> dict[str, Any]:
+    """Metrics, files and evaluation.json, from all parts; returns what that file holds."""
+    batches, out = bench.samples.batches, folder.path
+    missing = sum(not folder.has(batch) for batch in range(batches))
+    if missing:
+        raise ValueError(
+            f"{missing} of {batches} parts are not in {folder.parts}; on several machines --out must be a shared "
+            "directory. Give the same command again to draw them."
+        )
+    print(f"computing {', '.join(judge.names)}", file=sys.stderr)
+    metrics = measure(bench, judge, folder)
+    codes = write_codes(folder, batches, bench.tokenizer.vocabulary)
+    if asked.options.save_npz:
+        write_npz(folder, batches, bench.samples.n, out / "samples.npz")
+    shown = draw_grid(bench, out / "grid.png")
+    settings = as_settings(asked.options, asked.model, asked.sampling, asked.engine)
+    result = {
+        "command": "evaluate",
+        "metrics": metrics,
+        "left_out": judge.left_out,
+        "samples": {**identity, "codes_sha256": codes, "grid_classes": shown},
+        "reference": judge.reference.facts,
+        "settings": {name: value for name, value in settings.items() if name not in NO_MATTER},
+        "checkpoint": bench.source.facts(),
+        "versions": versions(),
+        "run": run,
+    }
+    folder.finish(result)
+    return result
