@@ -5,6 +5,7 @@ Shapes: n images of h x w pixels; H, W grid.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from flashar_pl.files import replacing
 
 SMALLEST_SIDE = 64
 """Images with a shorter side are enlarged by a whole factor, pixel by pixel."""
@@ -47,11 +50,15 @@ def gate_picture(gate: Tensor) -> Tensor:
     return enlarge((torch.stack([red, fade, blue]) * 255).round().to(torch.uint8))
 
 
+def png_bytes(image: Tensor) -> bytes:
+    """An image (3, h, w) uint8 as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def save_png(image: Tensor, path: str | os.PathLike[str]) -> Path:
     """Write an image (3, h, w) uint8; it appears complete or not at all."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(part, format="PNG")
-    part.replace(target)
-    return target
+    with replacing(path) as part:
+        part.write_bytes(png_bytes(image))
+    return Path(path)

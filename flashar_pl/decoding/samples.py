@@ -193,6 +193,12 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) 
     return convolutional.to_uint8(resized)
 
 
+def decode_partial(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
+    """Codes (B, H, W) to uint8 images (B, 3, h, w), grey where a code is -1: not drawn yet (see `Progress`)."""
+    missing = (codes < 0).repeat_interleave(tokenizer.downsample, 1).repeat_interleave(tokenizer.downsample, 2)
+    return decode_images(tokenizer, codes.clamp(min=0)).masked_fill(missing[:, None], 128)
+
+
 def check_resize(tokenizer: Tokenizer, grid: tuple[int, int], side: int) -> ConvTokenizer:
     """The tokenizer, if the images it decodes from a grid (H, W) can be resized to side x side; else ValueError."""
     if grid[0] != grid[1] or not isinstance(tokenizer, ConvTokenizer):
