@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ def png_bytes(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(image: Tensor, path: str | os.PathLike[str]) -> Path:
+def save_png(image: Tensor, path: str | Path) -> Path:
     """Write an image (3, h, w) uint8; it appears complete or not at all."""
     with replacing(path) as part:
         part.write_bytes(png_bytes(image))

@@ -83,8 +83,6 @@ def generate(
     from flashar_pl.devices import peak_memory
     from flashar_pl.planner.room import fitting_batch
 
-    if model.grid is not None and shape != ShapeOptions():
-        raise ValueError("--grid is given with --aspect-ratio or --image-size; give one of them.")
     target = require_new(draw.out, "samples")
     source = open_checkpoint(model, engine)
     grid = choose_grid(source, shape)

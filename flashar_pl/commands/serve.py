@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
@@ -17,27 +18,26 @@ class ServerOptions:
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
     allowed_hosts: str = "localhost,127.0.0.1,[::1]"
-    """Names that clients may know the server by, besides --host, separated by commas; * allows all."""
-    most_waiting: int = 32
-    """Requests that wait or are drawn; more are answered 429, try again later."""
+    """Names that clients may know this server by, besides --host, separated by commas; * is any."""
+    most_requests: int = 32
+    """Requests that are drawn or wait; more are refused with 429."""
 
 
 def serve(
     model: ModelOptions,
     server: ServerOptions = ServerOptions(),
-    shape: ShapeOptions = ShapeOptions(),
     sampling: SamplingSettings = SamplingSettings(),
-    engine: EngineOptions = EngineOptions(),
+    shape: ShapeOptions = ShapeOptions(),
     text: TextOptions = TextOptions(),
+    engine: EngineOptions = EngineOptions(),
 ) -> None:
     """Draw images on request, over HTTP, until Ctrl-C.
 
-    Open http://127.0.0.1:8000 for a page that shows images grow in both decoding orders. Programs POST to
-    /v1/images/generations the JSON of OpenAI's images API: "prompt" and "n", or "class" for a class-conditional model;
-    also "seed", "plan", "negative_prompt" and the names of the sampling options below, which hold where a request says
-    nothing. The answer has PNG images in base64 and the seconds they took; with "stream", server-sent events show
-    "partial_images" of them first. /health says what is served, /metrics counts for Prometheus. There is no
-    authentication: keep the host local, or put a proxy in front.
+    Open http://127.0.0.1:8000 for a page where images grow in both decoding orders. Programs POST the JSON of OpenAI's
+    images API to /v1/images/generations: "prompt", or "class" for a class-conditional model, and where they want "n",
+    "seed", "plan", "negative_prompt" or a sampling option of their own. They get PNGs in base64 and the seconds that
+    drawing the codes took; with "stream" server-sent events, "partial_images" times before the end. /health says what
+    is served, /metrics is for Prometheus. There is no authentication: keep the host local, or put a proxy in front.
 
     Example:
         flashar serve --checkpoint runs/demo/flashar/checkpoints/last.ckpt --cfg-scale 1.5
@@ -45,4 +45,23 @@ def serve(
     """
     try:
         import uvicorn
-    ...
+
+        from flashar_pl.serving.app import Service, build_app
+    except ModuleNotFoundError as error:
+        raise ImportError(f"serving needs {error.name}: pip install 'flashar-pl[serve]'") from error
+    try:
+        listener = socket.create_server((server.host, server.port), backlog=128)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen on {server.host}:{server.port}: {error}; give another --port.") from error
+    with listener:
+        service = Service(model, sampling, shape, text, engine, server.most_requests)
+        for _ in range(2):  # the first one compiles, records graphs or fills caches
+            seconds = service.draw(service.job({service.by: service.example}))["seconds"]
+        place = f"{service.plan} plan, {service.engine.runner} on {service.engine.device}"
+        address = f"http://{server.host}:{listener.getsockname()[1]}"
+        print(f"ready: {address} ({1e3 * seconds:.0f} ms an image, {place}; Ctrl-C ends)", flush=True)
+        app = build_app(service, [server.host, *server.allowed_hosts.split(",")])
+        with suppress(KeyboardInterrupt):
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run(sockets=[listener])
+        service.thread.shutdown(cancel_futures=True)

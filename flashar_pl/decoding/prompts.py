@@ -64,9 +64,11 @@ def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     """The grid (H, W) of the images: an aspect ratio at an area, or what the checkpoint (or --grid) says.
 
     Raises:
-        ValueError: an unknown name, a size without a name, or no grid at all.
+        ValueError: an unknown name, a shape and a grid, or no grid at all.
     """
     aspect_ratio, image_size = shape.aspect_ratio, shape.image_size
+    if shape != ShapeOptions() and source.grid != source.description.grid:
+        raise ValueError("--grid is given with --aspect-ratio or --image-size; give one of them.")
     if aspect_ratio is None:
         if image_size is not None:
             return scaled_grid("1:1", image_size)

@@ -1,4 +1,4 @@
-"""`flashar serve`: what it draws is what `generate` draws, whoever else asks at the time."""
+"""`flashar serve`: what it draws is what `generate` draws, in the order it is asked, and for those who still wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import struct
 import subprocess
 import sys
 import threading
-import urllib.error
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,137 +24,90 @@ import emu_files
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from PIL import Image
+from starlette.testclient import TestClient
 
-from flashar_pl.backbones import ClassIds, Condition
-from flashar_pl.checkpoints.opening import Source, open_checkpoint
-from flashar_pl.commands.serve import listen
-from flashar_pl.commands.serve_requests import Service
-from flashar_pl.commands.serve_worker import Request, Worker
-from flashar_pl.decoding import Engine, generate
-from flashar_pl.options import DeviceOptions, ModelOptions
-from flashar_pl.sampling import SamplingSettings
-from flashar_pl.tokenizers import Emu35Text
+from flashar_pl.decoding import generate
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
+from flashar_pl.serving.app import Service, build_app
+
+IMAGES = "/v1/images/generations"
 
 
-@pytest.fixture
-def source(flashar_model: str) -> Source:
-    return open_checkpoint(ModelOptions(flashar_model), DeviceOptions("cpu"))
+def serving(model: ModelOptions, sampling: SamplingSettings, engine: EngineOptions) -> Service:
+    return Service(model, sampling, ShapeOptions(), TextOptions(), engine, most_jobs=32)
 
 
 @pytest.fixture
-def service(source: Source) -> Service:
-    return Service(source, (8, 8), "diagonal", SamplingSettings(cfg_scale=1.5), 4, None)
-
-
-class Watched(Engine):
-    """Notes its batches; the first waits until it is let go."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.sizes: list[int] = []
-        self.started, self.go = threading.Event(), threading.Event()
-
-    def generate(self, condition: Any, *arguments: Any, **options: Any) -> torch.Tensor:
-        self.sizes.append(len(condition))
-        self.started.set()
-        assert self.go.wait(30)
-        return super().generate(condition, *arguments, **options)
+def service(flashar_model: str) -> Iterator[Service]:
+    made = serving(ModelOptions(flashar_model), SamplingSettings(cfg_scale=1.5), EngineOptions(batch_size=4))
+    yield made
+    made.thread.shutdown()
 
 
 @pytest.fixture
-def engine(source: Source) -> Watched:
-    return Watched(source.model, "eager")
+def client(service: Service) -> TestClient:
+    return TestClient(build_app(service, ["localhost"]), "http://localhost", raise_server_exceptions=False)
 
 
-@pytest.fixture
-def worker(source: Source, engine: Watched) -> Iterator[Worker]:
-    with Worker(engine, source.matching_tokenizer("cpu"), (8, 8), 4) as worker:
-        yield worker
-        engine.go.set()
+def pixels(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
-def test_requests_that_wait_share_batches_and_get_what_they_would_alone(
-    service: Service, worker: Worker, engine: Watched
-) -> None:
-    """Guards an image that depends on who else asked, and a request that is never answered."""
-    bodies: list[dict[str, Any]] = [
-        {"class": 1, "seed": 5},
-        {"class": 2, "seed": 7, "n": 2}, {"class": 3, "seed": 1, "plan": "raster"}, {"class": 3, "seed": 2},
-        {"class": 4, "seed": 3, "n": 2}, {"class": 5, "seed": 4, "cfg_scale": 1}, {"class": 6, "seed": 4},
-    ]  # fmt: skip
-    requests = [service.request(body) for body in bodies]
-    with ThreadPoolExecutor(len(bodies)) as pool:
-        drawn = [pool.submit(worker.draw, requests[0])]
-        assert engine.started.wait(30)
-        for request in requests[1:]:
-            drawn.append(pool.submit(worker.draw, request))
-            while worker._waiting.qsize() < len(drawn) - 1:
-                pass
-        engine.go.set()
-        found = [future.result(30) for future in drawn]
-    assert engine.sizes == [1, 4, 1, 2, 1], "2 + 1 + 1; raster; 2; without guidance"
-    assert [each.batch for each in found] == [1, 4, 1, 4, 2, 1, 4]
-    for request, each in zip(requests, found, strict=True):
-        alone = generate(
-            worker.engine.model, request.condition, (8, 8), request.plan, request.sampling.cfg_scale,
-            seeds=request.seeds,
-        )  # fmt: skip
-        assert torch.equal(each.images, worker.tokenizer.decode(alone))
+def expected(service: Service, classes: list[int], plan: str = "diagonal", scale: float = 1.5, seed: int = 1) -> Any:
+    codes = generate(service.source.model, torch.tensor(classes), (8, 8), plan, scale, seeds=seed)
+    return service.tokenizer.decode(codes).permute(0, 2, 3, 1).numpy()
 
 
-def test_a_failure_reaches_its_own_requests_only(
-    service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine.go.set()
-    wrong = Request(ClassIds(torch.tensor([99])), None, "diagonal", SamplingSettings(), [0])
-    with pytest.raises(ValueError, match="class ids range from 99"):
-        worker.draw(wrong)
-    assert worker.draw(service.request({"class": 1})).images.shape == (1, 3, 8, 8)
-    with pytest.raises(ValueError, match="5 images are wanted at once; expected at most 4"):
-        worker.draw(Request(ClassIds(torch.zeros(5, dtype=torch.int64)), None, "diagonal", SamplingSettings(), [0] * 5))
+class Slow:
+    """An engine whose steps wait until it is let go."""
+
+    def __init__(self, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started, self.go, self.steps = threading.Event(), threading.Event(), 0
+        real = service.engine.generate
+
+        def generate(*arguments: Any, on_step: Any, **options: Any) -> torch.Tensor:
+            def slow(progress: Any) -> None:
+                self.started.set()
+                self.steps += 1
+                assert self.go.wait(30)
+                on_step(progress)
+
+            return real(*arguments, on_step=slow, **options)
+
+        monkeypatch.setattr(service.engine, "generate", generate)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_error_of_the_program_leaves_nobody_waiting(
-    service: Service, worker: Worker, engine: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The thread that draws ended, and every request after it hung."""
-    monkeypatch.setattr(worker.tokenizer, "decode", lambda codes: {"a": 1}["b"])
-    with ThreadPoolExecutor(2) as pool:
-        drawn = [pool.submit(worker.draw, service.request({"class": 1}))]
-        assert engine.started.wait(30)
-        drawn.append(pool.submit(worker.draw, service.request({"class": 2})))
-        while worker._waiting.empty():
-            pass
-        engine.go.set()
-        for future in drawn:
-            with pytest.raises(ValueError, match="has printed an error"):
-                future.result(30)
-    assert worker.closed
-    with pytest.raises(ValueError, match="has printed an error"):
-        worker.draw(service.request({"class": 3}))
+def test_images_are_those_of_generate(service: Service, client: TestClient) -> None:
+    found = client.post(IMAGES, json={"class": 3, "n": 2, "seed": 1, "model": "any", "user": None}).json()
+    assert all(np.array_equal(pixels(a["b64_json"]), b) for a, b in zip(found["data"], expected(service, [3, 3])))
+    assert [item["seed"] for item in found["data"]] == [1, 2]
+    assert (found["plan"], found["cfg_scale"], found["steps"]) == ("diagonal", 1.5, 15)
+    assert found["seconds"] > 0
+    other = client.post(IMAGES, json={"class": 3, "seed": 7, "plan": "raster", "cfg_scale": 1, "top_k": 5}).json()
+    assert (other["plan"], other["cfg_scale"], other["top_k"], other["steps"]) == ("raster", 1, 5, 64)
+    seeds = [client.post(IMAGES, json={"class": 3}).json()["data"][0]["seed"] for _ in range(2)]
+    assert seeds[0] != seeds[1]
 
 
-def test_closing_refuses_what_waits(service: Service, worker: Worker, engine: Watched) -> None:
-    """A caller that waited for ever would keep the process from ending."""
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(worker.draw, service.request({"class": 1}))
-        assert engine.started.wait(30)
-        second = pool.submit(worker.draw, service.request({"class": 2}))
-        while worker._waiting.empty():
-            pass
-        closing = threading.Thread(target=worker.__exit__)
-        closing.start()
-        while worker._waiting.qsize() < 2:
-            pass
-        engine.go.set()
-        assert first.result(30).batch == 1
-        with pytest.raises(ValueError, match="closing"):
-            second.result(30)
-        closing.join(30)
-    with pytest.raises(ValueError, match="closing"):
-        worker.draw(service.request({"class": 2}))
+@pytest.mark.parametrize(("plan", "steps"), [("diagonal", 15), ("raster", 64)])
+def test_streamed_images_grow(service: Service, client: TestClient, plan: str, steps: int) -> None:
+    """Guards a preview with codes that are not drawn yet, and another end than without a stream."""
+    body = {"class": 3, "n": 2, "seed": 1, "plan": plan, "stream": True, "partial_images": 3}
+    reply = client.post(IMAGES, json=body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(event.split("data: ")[1]) for event in reply.text.split("\n\n")[:-1]]
+    names = re.findall(r"^event: image_generation\.(\w+)$", reply.text, re.MULTILINE)
+    assert names == ["partial_image"] * 6 + ["completed"] * 2
+    order = service.source.model.make_plan(plan, 8, 8).step.view(8, 8, 1).numpy()
+    whole = expected(service, [3, 3], plan)
+    for event in events:
+        grown = np.where(order < event["step"], whole[event["index"]], 128)
+        assert np.array_equal(pixels(event["b64_json"]), grown), event["step"]
+    assert [event["step"] for event in events[::2]] == [steps * i // 4 + (steps * i % 4 > 0) for i in range(1, 5)]
+    assert events[-1]["seed"] == 2
+    assert [event["seconds"] for event in events] == sorted(event["seconds"] for event in events)
 
 
 @pytest.mark.parametrize(
@@ -162,87 +115,127 @@ def test_closing_refuses_what_waits(service: Service, worker: Worker, engine: Wa
     [
         ({}, 'asked by "class"'),
         ({"prompt": "a fox"}, 'asked by "class"'),
-        ({"class": "3"}, "expected a whole number"),
-        ({"class": True}, "expected a whole number"),
-        ({"class": -1}, "at least 0"),
+        ({"class": "3"}, "expected int"),
+        ({"class": True}, "expected int"),
+        ({"class": -1}, "expected 0 to 9"),
         ({"class": 11}, "class ids range from 11"),
         ({"class": 1, "n": 5}, "expected 1 to 4"),
-        ({"class": 1, "n": True}, "expected 1 to 4"),
-        ({"class": 1, "seed": -1}, "seed"),
-        ({"class": 1, "plan": "spiral"}, "expected one of diagonal, raster"),
+        ({"class": 1, "n": True}, "expected int"),
+        ({"class": 1, "seed": -1}, "seed -1"),
+        ({"class": 1, "partial_images": 65}, "0 to 64"),
+        ({"class": 1, "plan": "spiral"}, "plan is 'spiral'"),
+        ({"class": 1, "plan": {}}, "expected str"),
         ({"class": 1, "top_p": 2}, "top_p is 2"),
         ({"class": 1, "top_k": 18}, "top_k is 18"),
-        ({"class": 1, "temperature": "hot"}, "expected a number"),
-        ({"class": 1, "size": "64x64"}, 'no field "size"'),
-        ({"class": 1, "response_format": "url"}, "b64_json"),
-        ({"class": 10**30}, "expected a whole number"),
-        ({"class": 1, "negative_prompt": "rain"}, "models that are asked by"),
-        ({"class": 1, "plan": {}}, "expected one of diagonal, raster"),
-        ({"class": 1, "top_k": 1.5}, "expected a whole number"),
-        ({"class": 1, "cfg_interval": math.nan}, "expected a whole number or null"),
-        ({"class": 1, "cfg_scale": 10**400}, "expected a number"),
-        ({"class": 1, "temperature": math.inf}, "expected a number"),
-        ({"class": 1, "greedy": 0.5}, "expected true or false"),
+        ({"class": 1, "top_k": 1.5}, "expected int"),
+        ({"class": 1, "temperature": "hot"}, "expected float"),
+        ({"class": 1, "size": "64x64"}, "expected an object with some of prompt"),
+        ({"class": 10**30}, "expected int"),
+        ({"class": 1, "negative_prompt": "rain"}, "are for --prompt"),
+        ({"class": 1, "cfg_scale": math.nan}, "expected float"),
+        ({"class": 1, "cfg_scale": 10**400}, "expected float"),
+        ({"class": 1, "greedy": 0.5}, "expected bool"),
+        ([1], "expected an object"),
+        (b"[1", "Expecting"),
+        (b"[" * 10000, "recursion"),
     ],
 )
-def test_wrong_requests_say_what_is_expected(service: Service, body: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        service.request(body)
+def test_wrong_requests_say_what_is_expected(client: TestClient, body: Any, message: str) -> None:
+    reply = client.post(IMAGES, content=body if isinstance(body, bytes) else json.dumps(body))
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
 
 
-def test_what_a_request_leaves_out(service: Service) -> None:
-    """What is not said comes from the command; every seed of a request is its own."""
-    request = service.request({"class": 3, "n": 3, "seed": 7, "top_k": 5, "model": "any", "user": "me"})
-    assert request.seeds == [7, 8, 9]
-    assert request.sampling == SamplingSettings(cfg_scale=1.5, top_k=5)
-    assert request.plan == "diagonal"
-    free = [service.request({"class": 3}).seeds[0] for _ in range(2)]
-    assert free[0] != free[1]
+def test_other_requests(client: TestClient) -> None:
+    assert client.get("/").text.startswith("<!doctype html>")
+    found = client.get("/health").json()
+    assert (found["status"], found["plans"], found["asked_by"]) == ("ok", {"diagonal": 15, "raster": 64}, "class")
+    assert client.post(IMAGES, content=b" " * 20000).status_code == 413
+    assert client.get(IMAGES).status_code == 405
+    assert client.get("/other").json()["error"]["message"] == "Not Found"
 
 
-def answer(url: str, body: Any = None) -> tuple[int, bytes]:
-    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as reply:
-            return reply.status, reply.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
+def test_a_page_of_another_name_is_refused(client: TestClient) -> None:
+    """DNS rebinding: a page whose name was pointed at this machine reads what it serves."""
+    assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+    assert client.post(IMAGES, json={"class": 1}, headers={"Host": "evil.example:8000"}).status_code == 400
+    assert client.get("/health", headers={"Host": "localhost:8000"}).status_code == 200
 
 
-def test_closing_waits_for_answers_and_not_for_clients_that_say_nothing(
-    service: Service, worker: Worker, engine: Watched
+def test_more_than_fit_the_queue_are_refused(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Python aborts (exit code -6) where a thread still prints while the process ends."""
-    server = listen("127.0.0.1", 0)
-    server.service, server.worker = service, worker
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    with ThreadPoolExecutor(3) as pool, socket.create_connection(("127.0.0.1", server.server_address[1])) as silent:
-        pool.submit(server.serve_forever, 0.01)
-        silent.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-        assert silent.recv(100).startswith(b"HTTP/1.1 200")
-        asked = pool.submit(answer, url + "/v1/images/generations", {"class": 1})
-        assert engine.started.wait(30)
-        server.shutdown()
-        closing = pool.submit(server.server_close)
-        with pytest.raises(TimeoutError):
-            closing.result(0.1)
-        engine.go.set()
-        closing.result(30)
-        assert asked.result(30)[0] == 200
+    slow, service.most_jobs = Slow(service, monkeypatch), 2
+    with ThreadPoolExecutor(2) as pool:
+        replies = [pool.submit(client.post, IMAGES, json={"class": 1, "seed": 1})]
+        assert slow.started.wait(30)
+        replies.append(pool.submit(client.post, IMAGES, json={"class": 2, "seed": 1}))
+        while service.jobs < 2:
+            time.sleep(0.001)
+        refused = client.post(IMAGES, json={"class": 3})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+        slow.go.set()
+        for label, reply in zip((1, 2), replies):
+            assert np.array_equal(pixels(reply.result(30).json()["data"][0]["b64_json"]), expected(service, [label])[0])
+    assert client.post(IMAGES, json={"class": 3}).status_code == 200
+    lines = client.get("/metrics").text.splitlines()
+    assert {"flashar_jobs 0", "flashar_refused_total 1", "flashar_drawn_total 3", "flashar_images_total 3"} <= {*lines}
 
 
-def leave(url: str) -> None:
-    """Ask for an image, and be gone before it is there."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as client:
-        body = b'{"class": 3, "n": 8, "plan": "raster"}'
-        head = f"POST /v1/images/generations HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n"
-        client.sendall(head.encode() + body)
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyError("a mistake")])
+def test_a_failure_reaches_its_own_request_only(
+    service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Guards requests that hang once the thread that draws has met an error."""
+    with monkeypatch.context() as patched:
+
+        def fail(*arguments: Any, **options: Any) -> None:
+            raise error
+
+        patched.setattr(service.engine, "generate", fail)
+        reply = client.post(IMAGES, json={"class": 1})
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+        assert str(error) in reply.json()["error"]["message"]
+        streamed = client.post(IMAGES, json={"class": 1, "stream": True}).text
+        assert streamed.startswith("event: image_generation.error")
+    assert client.post(IMAGES, json={"class": 1}).status_code == 200
+    assert "flashar_failed_total 2" in client.get("/metrics").text
 
 
-def test_a_real_server(flashar_model: str, source: Source) -> None:
-    """Over a socket, in a process of its own, until Ctrl-C."""
+def leave(port: int, body: bytes) -> None:
+    """Ask for images, and be gone before they are there."""
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
+        time.sleep(0.1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+
+
+def test_nothing_is_drawn_for_those_who_left(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting or in the middle of an image, streamed or not."""
+    slow = Slow(service, monkeypatch)
+    config = uvicorn.Config(build_app(service, ["localhost"]), log_level="warning", lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        for body in (b'{"class": 1, "plan": "raster"}', b'{"class": 2, "stream": true}', b'{"class": 3}'):
+            leave(port, body)
+        time.sleep(0.5)  # how often it looks: 0.2 s
+        slow.go.set()
+        while service.jobs:
+            time.sleep(0.01)
+        server.should_exit = True
+        thread.join(30)
+    assert service.counts["cancelled"] == 3
+    assert slow.steps == 3, "one step of each, and none after it"
+
+
+def test_a_real_server(flashar_model: str, service: Service) -> None:
+    """A process of its own, until Ctrl-C."""
     words = ["serve", "--checkpoint", flashar_model, "--port", "0", "--cfg-scale", "1.5", "--device", "cpu"]
     process = subprocess.Popen(
         [sys.executable, "-m", "flashar_pl.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -250,82 +243,45 @@ def test_a_real_server(flashar_model: str, source: Source) -> None:
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        said = [process.stdout.readline(), process.stdout.readline()]
-        where = re.search(r"http://\S+", said[1])
+        said = process.stdout.readline()
+        where = re.search(r"http://\S+", said)
         assert where is not None, said
-        url = where[0]
-        status, page = answer(url + "/")
-        assert (status, page[:15]) == (200, b"<!doctype html>")
-        assert answer(url + "/health") == (200, b'{"status": "ok"}')
-        facts = json.loads(answer(url + "/info")[1])
-        assert facts["plans"] == {"diagonal": 15, "raster": 64}
-        assert facts["defaults"]["cfg_scale"] == 1.5
-
-        status, content = answer(url + "/v1/images/generations", {"class": 3, "n": 2, "seed": 1})
-        assert status == 200
-        found = json.loads(content)
-        pictures = [Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))) for item in found["data"]]
-        codes = generate(source.model, torch.tensor([3, 3]), (8, 8), "diagonal", 1.5, seeds=1)
-        wanted = source.matching_tokenizer("cpu").decode(codes).permute(0, 2, 3, 1).numpy()
-        assert all(np.array_equal(np.asarray(a), b) for a, b in zip(pictures, wanted, strict=True))
-        assert [item["seed"] for item in found["data"]] == [1, 2]
-        assert found["batch"] == 2
-        assert found["seconds"] > 0
-
-        for path, body, code, message in (
-            ("/v1/images/generations", {"class": 77}, 400, "class ids range from 77"),
-            ("/v1/images/generations", b"[1", 400, "Expecting"),
-            ("/v1/images/generations", b"[1]", 400, "no JSON object"),
-            ("/v1/images/generations", b" " * 70000, 400, "Content-Length"),
-            ("/v1/other", {}, 404, "expected /v1/images/generations"),
-            ("/other", None, 404, "expected /, /info"),
-        ):
-            status, content = answer(url + path, body)
-            assert (status, message in json.loads(content)["error"]["message"]) == (code, True), content
-        with pytest.raises(urllib.error.HTTPError, match="400"):  # int() refuses so many digits in its own way
-            urllib.request.urlopen(urllib.request.Request(url + "/", b"", {"Content-Length": "9" * 5000}), timeout=60)
-        leave(url)
-        assert answer(url + "/v1/images/generations", {"class": 1})[0] == 200, "drawn after those that nobody reads"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        asked = urllib.request.Request(where[0] + IMAGES, b'{"class": 3, "n": 2, "seed": 1}')
+        found = json.loads(urllib.request.urlopen(asked, timeout=60).read())
+        assert all(np.array_equal(pixels(a["b64_json"]), b) for a, b in zip(found["data"], expected(service, [3, 3])))
+        with socket.create_connection(("127.0.0.1", int(where[0].split(":")[2]))) as silent:
+            silent.sendall(b"GET /health HTTP/1.1\r\n")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0, "closing waits for no client that says nothing"
         assert process.stderr is not None
-        said = process.stderr.read().splitlines()
-        assert "closing" in said
-        assert not any("Traceback" in line for line in said), "a client that goes away is no error of the server"
+        assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()
 
 
-def test_wrong_options(flashar_model: str, refused: Any) -> None:
+def test_wrong_options(flashar_model: str, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A taken port is found before the checkpoint is read."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert "give another --port" in refused("serve", "--checkpoint", "nowhere", "--port", port)
+    assert "give another --port" in refused("serve", "--checkpoint", "nowhere", "--port", 70000)
     assert "batch_size is 0" in refused("serve", "--checkpoint", flashar_model, "--batch-size", 0)
     assert "no checkpoint nowhere" in refused("serve", "--checkpoint", "nowhere", "--port", 0)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'flashar-pl[serve]'" in refused("serve", "--checkpoint", flashar_model)
 
 
 def test_prompts(tmp_path: Path) -> None:
-    """Prompts of several lengths share a batch, each with its own negative prompt; the vocabulary is read once."""
     pytest.importorskip("tiktoken")
     folder = str(emu_files.write_base(tmp_path / "base"))
-    source = open_checkpoint(
-        folder, branch_layer=1, grid="4x4", tokenizer=str(emu_files.write_ibq(tmp_path / "ibq")), dtype="fp32"
+    model = ModelOptions(folder, branch_layer=1, grid="4x4", tokenizer=str(emu_files.write_ibq(tmp_path / "ibq")))
+    service = serving(model, SamplingSettings(cfg_scale=2.0), EngineOptions(dtype="fp32", batch_size=2))
+    client = TestClient(build_app(service, ["localhost"]), "http://localhost")
+    plain, negative = (
+        client.post(IMAGES, json={"prompt": "a red square", "seed": 1, **more}).json()["data"][0]["b64_json"]
+        for more in ({}, {"negative_prompt": "red"})
     )
-    service = Service(source, (4, 4), "diagonal", SamplingSettings(cfg_scale=2.0), 4, None)
-    requests = [
-        service.request({"prompt": "a red square", "seed": 1}),
-        service.request({"prompt": "blue", "seed": 2, "negative_prompt": "red"}),
-    ]
-    assert requests[0].joins(requests[1])
-    assert not torch.equal(requests[0].unconditional[0], requests[1].unconditional[0])  # type: ignore[index]
-    condition = Condition.cat([request.condition for request in requests])
-    unconditional = Condition.cat([request.unconditional for request in requests])  # type: ignore[misc]
-    together = generate(source.model, condition, (4, 4), "diagonal", 2.0, seeds=[1, 2], unconditional=unconditional)
-    with Worker(Engine(source.model, "eager"), source.matching_tokenizer("cpu"), (4, 4), 4) as worker:
-        for i, request in enumerate(requests):
-            assert torch.equal(worker.draw(request).images, worker.tokenizer.decode(together[i : i + 1]))
-    assert Emu35Text.from_directory(folder) is Emu35Text.from_directory(folder)
-    for wrong in ({"prompt": 3}, {"prompt": "é" * 2049}, {"prompt": "red", "negative_prompt": ["blue"]}):
-        with pytest.raises(ValueError, match="expected text of at most 4096 bytes"):
-            service.request(wrong)
+    assert pixels(plain).shape == (64, 64, 3)
+    assert plain != negative
+    for wrong in ({"prompt": 3}, {"class": 3}):
+        assert client.post(IMAGES, content=json.dumps(wrong)).status_code == 400
