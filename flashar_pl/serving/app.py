@@ -110,12 +110,15 @@ class Service:
         return Job(wanted, plan, sampling, [seed + i for i in range(n)], parts if given.get("stream") else 0)
 
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:
-        """Images in base64, and the seconds their codes took; `show` gets growing ones. ConnectionAbortedError: left."""
+        """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises ConnectionAbortedError."""
         began, steps = time.perf_counter(), self.source.model.make_plan(job.plan, *self.grid).n_steps
 
         def news(codes: Tensor, step: int) -> dict[str, Any]:
             nonlocal began
-            codes, seconds = codes[: len(job.seeds)].cpu(), time.perf_counter() - began  # the first waits for the device
+            codes, seconds = (
+                codes[: len(job.seeds)].cpu(),
+                time.perf_counter() - began,
+            )  # the first waits for the device
             images = decode_partial(self.tokenizer, codes.to(self.engine.device))
             data = [base64.b64encode(png_bytes(image)).decode() for image in images]
             began = time.perf_counter() - seconds
@@ -152,7 +155,7 @@ class Service:
             told.put_nowait(None)
 
         self.jobs += 1
-        tell = partial(loop.call_soon_threadsafe, told.put_nowait)
+        tell = partial(loop.call_soon_threadsafe, told.put_nowait)  # type: ignore[arg-type]
         loop.run_in_executor(self.thread, self.draw, job, tell).add_done_callback(end)
         return told
 

@@ -204,6 +204,25 @@ def test_a_failure_reaches_its_own_request_only(
     assert "flashar_failed_total 2" in client.get("/metrics").text
 
 
+def test_graphs_are_for_two_shapes(service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image, or as many as fit; what fills a batch up is not shown."""
+    real, sizes = service.engine.generate, []
+
+    def generate(condition: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+        sizes.append(len(condition))
+        with monkeypatch.context() as patched:
+            patched.setattr(service.engine, "runner", "eager")
+            return real(condition, *arguments, **options)
+
+    monkeypatch.setattr(service.engine, "generate", generate)
+    monkeypatch.setattr(service.engine, "runner", "graphs")
+    for n in (1, 2, 4):
+        found = client.post(IMAGES, json={"class": 3, "n": n, "seed": 1}).json()["data"]
+        assert all(np.array_equal(pixels(a["b64_json"]), b) for a, b in zip(found, expected(service, [3] * n)))
+        assert len(found) == n
+    assert sizes == [1, 4, 4]
+
+
 def leave(port: int, body: bytes) -> None:
     """Ask for images, and be gone before they are there."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
