@@ -110,7 +110,7 @@ class Service:
         return Job(wanted, plan, sampling, [seed + i for i in range(n)], parts if given.get("stream") else 0)
 
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:
-        """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises ConnectionAbortedError."""
+        """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises where it left."""
         began, steps = time.perf_counter(), self.source.model.make_plan(job.plan, *self.grid).n_steps
 
         def news(codes: Tensor, step: int) -> dict[str, Any]:
