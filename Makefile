@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SIDE := $(VENV)/share/flashar_pl/torch_fidelity
+# uv takes a fraction of pip's time; it looks for wheels where pip is told to.
+UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test test-slow lint demo demo-full clean
+.PHONY: help setup constraints test test-slow lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -15,13 +17,18 @@ setup: $(STAMP)  ## create .venv and install flashar-pl with its development too
 
 # torch-fidelity goes beside the environment, without its dependencies: a torchvision that does not match torch
 # would break `import lightning`. flashar_pl/metrics/features.py loads the one file it needs from there.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(SIDE) torch-fidelity==0.4.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(UV) --constraint constraints.txt --editable '.[dev]'
+	$(UV) --no-deps --target $(SIDE) torch-fidelity==0.4.0
 	$(BIN)/python -c 'import torch, torchmetrics, lightning'
 	touch $(STAMP)
+
+constraints: setup  ## write what is installed to constraints.txt, for a set-up that was tested anew
+	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+.*//') > .constraints
+	mv .constraints constraints.txt
 
 test: setup  ## the test suite: at most 4 minutes on 2 cores, no network, weights or GPU
 	$(BIN)/python -m pytest

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import webdataset
 
-from flashar_pl.data.loader import TrainingBatches
+from flashar_pl.data.batches import TrainingBatches
 from flashar_pl.data.order import TrainingOrder
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
 

@@ -121,28 +121,44 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def read_tensors(path: str | Path, mmap: bool = False) -> dict[str, Any]:
-    """Content of a .pt/.pth/.ckpt/.safetensors file, on the CPU, without running code from it.
+def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = False) -> Any:
+    """What a torch file holds, on the CPU, without running code from it: tensors and plain values.
 
-    mmap: leave the tensors of a torch file on the disk until they are used.
+    content: the file's bytes where they are in memory already; `path` is then a name for messages.
+    mmap: leave the tensors on the disk until they are used.
+
+    Raises:
+        ValueError: no such file, damaged, or holding anything else.
+    """
+    import torch
+
+    if content is None and not Path(path).is_file():
+        raise ValueError(f"no file {path}.")
+    source: Any = path if content is None else io.BytesIO(content)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
+            mmap = mmap and zipfile.is_zipfile(source)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+    except BROKEN as error:
+        raise ValueError(f"{path} is not a torch file that can be read safely: {reason(error)}") from error
+
+
+def read_tensors(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """Content of a .pt/.pth/.ckpt/.safetensors file, on the CPU, without running code from it; mmap as in `read_torch`.
 
     Raises:
         ValueError: no such file, damaged, holding more than tensors and plain values, or no dictionary.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     file = Path(path)
-    if not file.exists():
-        raise ValueError(f"no file {file}.")
-    try:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" and file.exists():
+        try:
             return dict(load_file(file))
-        with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(file))
-    except (SafetensorError, *BROKEN) as error:
-        raise ValueError(f"{file} is not a checkpoint that can be read safely: {reason(error)}") from error
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a safetensors file, or is cut off: {reason(error)}") from error
+    content = read_torch(file, mmap=mmap)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected a checkpoint, which is a dictionary.")
     return content

@@ -9,6 +9,7 @@ Shapes: H, W grid; N = H * W cells, raster index i = p * W + q; S slots (N, or N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -259,3 +260,12 @@ def check_grid(grid: Iterable[int]) -> tuple[int, int]:
     if len(values) != 2 or any(int(side) != side or side < 1 for side in values):
         raise ValueError(f"grid is {values}; expected (H, W), two integers of at least 1.")
     return int(values[0]), int(values[1])
+
+
+def grid_of_ratio(ratio: float, cells: int) -> tuple[int, int]:
+    """The grid (H, W) with at most `cells` codes that is best for images of width / height = `ratio`."""
+    steep = max(ratio, 1 / ratio)
+    pairs = [(short, min(round(short * steep), cells // short)) for short in range(1, math.isqrt(cells) + 1)]
+    # Near to the ratio and, half as important, to the full number of codes, on a logarithmic scale.
+    short, long = min(pairs, key=lambda p: 2 * abs(math.log(p[1] / p[0] / steep)) + math.log(cells / p[0] / p[1]))
+    return (long, short) if ratio < 1 else (short, long)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,12 @@ class StateDict(TensorSource):
 
     def rows(self, key: str, begin: int, end: int) -> Tensor:
         return self.tensors[key].detach()[begin:end]
+
+
+def official_state_dict(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The state dict inside an official container: under "model", "module" or "state_dict", or the content itself."""
+    inner = (content.get(key) for key in ("model", "module", "state_dict"))
+    return next((found for found in inner if isinstance(found, Mapping)), content)
 
 
 def unwrapped(key: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:

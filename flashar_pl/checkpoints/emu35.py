@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.checkpoints.sources import SafetensorsDirectory
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
+from flashar_pl.files import read_json
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
 HEAD = "lm_head.weight"
@@ -133,19 +133,16 @@ def read_state_dict(state_dict: dict[str, Tensor], config: dict[str, Any], heads
     return read_official(StateDict(state_dict), config, heads)
 
 
-def read_json(directory: str | Path) -> dict[str, Any]:
+def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint directory."""
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        raise ValueError(f"no file {path}; expected the directory of a checkpoint.")
-    return json.loads(path.read_text())
+    return read_json(Path(directory) / "config.json")
 
 
 def read_directory(
     directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Emu35:
     """See `Emu35.from_directory`; device and dtype as in `read_official`."""
-    return read_official(SafetensorsDirectory(directory), read_json(directory), heads, device, dtype)
+    return read_official(SafetensorsDirectory(directory), read_config(directory), heads, device, dtype)
 
 
 def write_official(backbone: Emu35, source: str | Path | None) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Name prefixes that DDP, torch.compile and wrappers leave behind."""
 
 
-def clean_official(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def clean_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict without wrapper prefixes, tables and caches."""
     cleaned = {unwrapped(key, WRAPPERS): value for key, value in state_dict.items()}
     return {key: value for key, value in cleaned.items() if not IGNORED.search(key)}
@@ -99,7 +99,7 @@ def count_layers(state_dict: dict[str, Tensor]) -> int:
     return len(found)
 
 
-def read_official(state_dict: dict[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> LlamaGen:
+def read_official(state_dict: Mapping[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> LlamaGen:
     """See `LlamaGen.from_official`."""
     cleaned = clean_official(state_dict)
     config = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps)

@@ -6,6 +6,7 @@ Both store the vertical layers behind the backbone's own, and a second norm and 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from flashar_pl.models.flashar import FlashAR
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
 
-def is_nar(state_dict: dict[str, Tensor]) -> bool:
+def is_nar(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether an official state dict has a second head."""
     return any(key.endswith("medusa_output.weight") for key in state_dict)
 
@@ -58,7 +59,7 @@ def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int,
 
 
 def read_nar(
-    state_dict: dict[str, Tensor],
+    state_dict: Mapping[str, Tensor],
     n_head: int,
     *,
     rope_base: float,

@@ -99,7 +99,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
             for a checkpoint that says it. Every message names the file.
     """
-    from flashar_pl.checkpoints.directories import is_official_directory
+    from flashar_pl.checkpoints.official import is_official_directory
     from flashar_pl.checkpoints.weights import load_model
     from flashar_pl.devices import find_device
     from flashar_pl.models.flashar import FlashAR

@@ -16,10 +16,10 @@ from flashar_pl.checkpoints.emu35 import (
     head_rename,
     is_table,
     parse_config,
-    read_json,
+    read_config,
     with_text_rows,
 )
-from flashar_pl.checkpoints.sources import SafetensorsDirectory
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.models.released import Compatibility, ReleasedFlashAR
 from flashar_pl.renames import Rename, TensorSource, build_filled, fill, split_rows
 
@@ -64,7 +64,7 @@ def read_released(
     directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ReleasedFlashAR:
     """See `FlashAR.from_released`. The weights are read into memory of `device`; dtype None = the checkpoint's."""
-    values, source = read_json(directory), SafetensorsDirectory(directory)
+    values, source = read_config(directory), SafetensorsDirectory(directory)
     if values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
     config = parse_config(values, heads, found_head_dim(source, "backbone."))

@@ -16,6 +16,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
+from flashar_pl.files import BROKEN, read_tensors, reason
+
 META = "meta.pt"
 """Everything but tensors, plain types."""
 INDEX = ".metadata"
@@ -64,9 +66,9 @@ class SafeReader(dcp.FileSystemReader):
         try:
             with file.open("rb") as stream:
                 index = _Unpickler(stream).load()
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError, KeyError) as error:
+        except BROKEN as error:
             raise ValueError(
-                f"{file} is not the index of a sharded checkpoint that can be read safely: {error}"
+                f"{file} is not the index of a sharded checkpoint that can be read safely: {reason(error)}"
             ) from error
         if not isinstance(index, metadata.Metadata):
             raise ValueError(f"{file} is not the index of a sharded checkpoint.")
@@ -84,9 +86,7 @@ class SafeReader(dcp.FileSystemReader):
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """Everything but tensors of a sharded checkpoint."""
-    content = torch.load(Path(path) / META, map_location="cpu", weights_only=True)
-    assert isinstance(content, dict)
-    return content
+    return read_tensors(Path(path) / META)
 
 
 def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:

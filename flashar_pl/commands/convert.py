@@ -7,15 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.files import replacing, require_new
+from flashar_pl.files import require_new
 from flashar_pl.options import DeviceOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flashar_pl.checkpoints.opening import Source
-
-FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,7 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
         flashar convert runs/flashar/checkpoints/last.ckpt --out models/flashar
         flashar convert models/llamagen-b --to official --out c2i_B_again.pt
     """
+    from flashar_pl.checkpoints.official import FILE_SUFFIXES, write_official
     from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.checkpoints.weights import save_model
 
@@ -54,7 +51,7 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
         )
     read = open_checkpoint(model, DeviceOptions("cpu"), stored=True)
     if options.to == "official":
-        target = write_official(target, read, options.original)
+        target = write_official(target, read.model, read.path, options.original)
     else:
         note = replace(read.description, model=read.model.config(), grid=read.grid, tokenizer=read.tokenizer)
         save_model(target, read.model, note)
@@ -64,48 +61,6 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
         print(f"note: nothing is at {decoder} now; the model will look for its tokenizer there.", file=sys.stderr)
     print(f"wrote {target}")
     return target
-
-
-def write_official(target: Path, read: Source, original: str | None) -> Path:
-    """Write official weights as a file, or as a directory for Emu3.5. Returns what was written."""
-    from flashar_pl.backbones.emu35 import Emu35
-    from flashar_pl.checkpoints.directories import check_original, is_official_directory, write_directory
-    from flashar_pl.checkpoints.weights import official_weights
-    from flashar_pl.models import FlashAR
-
-    if not isinstance(read.model.backbone, Emu35):
-        if original is not None:
-            raise ValueError("--original is for Emu3.5 models; leave it out.")
-        tensors = official_weights(read.model)
-        target = target if target.suffix in FILE_SUFFIXES else target / "model.pt"
-        write_tensors(target, tensors)
-        return target
-    if target.suffix in FILE_SUFFIXES:
-        raise ValueError(f"official Emu3.5 weights are a directory, such as --out {target.with_suffix('')}.")
-    if original is None and is_official_directory(read.path):
-        original = read.path
-    if type(read.model) is FlashAR:
-        read.model.to_nar()  # says why there is no official format for it
-    if original is None:
-        raise ValueError(
-            f"{read.path} holds what decoding needs; add --original DIR, the official directory the model came from, "
-            "for config.json and the text rows of the heads."
-        )
-    check_original(read.model, original)
-    write_directory(target, official_weights(read.model, original), original)
-    return target
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write an official state dict."""
-    import torch
-    from safetensors.torch import save_file
-
-    with replacing(path) as part:
-        if path.suffix == ".safetensors":
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        else:
-            torch.save({"model": tensors}, part)
 
 
 def describe(source: Source) -> str:

@@ -133,7 +133,7 @@ def _training(
     manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, seed: int, steps: int, device: Any
 ) -> Iterator[Batch]:
     """`steps` shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
-    from flashar_pl.data.loader import TrainingBatches
+    from flashar_pl.data.batches import TrainingBatches
     from flashar_pl.data.order import TrainingOrder
     from flashar_pl.data.shards import ShardReader
 

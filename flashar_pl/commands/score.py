@@ -170,7 +170,7 @@ def held_out(
     device: Any,
 ) -> Iterator[Batch]:
     """Batches of a split on a device, at most `limit` images spread evenly; a last one holds padding."""
-    from flashar_pl.data.loader import EvaluationBatches
+    from flashar_pl.data.batches import EvaluationBatches
     from flashar_pl.data.order import EvaluationOrder
     from flashar_pl.data.shards import ShardReader
 

@@ -5,7 +5,6 @@ Shapes: K crops of an image, H x W grid, N = H * W codes.
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from flashar_pl.data.images import Unreadable
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import Names, Source, read_file
-from flashar_pl.files import BROKEN, read_arrays, reason
+from flashar_pl.files import read_arrays, read_torch
 
 
 class NpyFolders(Source):
@@ -107,9 +106,9 @@ class PtCodes:
 
     def __call__(self, data: bytes) -> np.ndarray:
         try:
-            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except BROKEN as error:
-            raise Unreadable(f"no torch file of a plain tensor ({reason(error)})") from error
+            tensor = read_torch("the file", data)
+        except ValueError as error:
+            raise Unreadable(str(error)) from error
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
             raise Unreadable(f"expected an integer tensor (H, W), found {_describe(tensor)}")
         return checked(tensor.numpy()[None], self.vocabulary)

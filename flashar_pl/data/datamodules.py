@@ -1,43 +1,64 @@
-"""The Lightning DataModule of code shards: wiring only; the order is in `order.py`, the state in `loader.py`."""
+"""The Lightning DataModules: wiring only. Two ways of reading, one line of YAML apart:
+
+    reading: exact      our order (order.py): the same samples on any number of devices and workers, resumable exactly
+    reading: streamed   webdataset's own pipeline (streaming.py): any tars that it can open, equal batches per device
+
+`CodesDataModule` reads shards of codes; `ImageNetDataModule` (classes) and `TextImageDataModule` (captions) read images
+that are tokenised while training, and validate on shards of codes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.backbones.condition import Batch
-from flashar_pl.data.grids import GridTraining, evaluation_batches, left_out, load_grids, training_batches
-from flashar_pl.data.loader import EvaluationLoader, TrainingBatches, TrainingLoader
-from flashar_pl.data.manifest import Manifest, check_matches
-from flashar_pl.data.order import check_cut
+from flashar_pl.data.batches import Cut, evaluation_batches, training_batches
+from flashar_pl.data.loader import EvaluationLoader, PlacedBatches, TrainingLoader
+from flashar_pl.data.manifest import Manifest, check_matches, load_grids
+from flashar_pl.data.order import TrainingOrder, check_cut
+from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
+from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
+from flashar_pl.data.streaming import CodeRows, CollateCodes, Stream, StreamedLoader, shard_urls, tar_urls
+from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT
+
+Reading = Literal["exact", "streamed"]
+BLOCK = 100
+"""Images that are read near to one another, where they are no shards of ours."""
 
 
 class CodesDataModule(LightningDataModule):
     """Batches of codes from shards made by `flashar tokenize`.
 
-    The order of training samples follows from the seed, the epoch and the shards alone: runs on any number of devices
-    and workers see the same global batches, and a checkpoint continues exactly where it was saved, in the middle of an
-    epoch too, on another number of devices or workers. The data is cut over devices here, whatever the Trainer's
-    `use_distributed_sampler` says.
+    Read exactly, the order of training samples follows from the seed, the epoch and the shards alone: runs on any
+    number of devices and workers see the same global batches, and a checkpoint continues exactly where it was saved, in
+    the middle of an epoch too, on another number of devices or workers. The data is cut over devices here, whatever the
+    Trainer's `use_distributed_sampler` says.
 
     Args:
         shards: where the shards and their manifest.json are: a directory, a URL, or `pipe:COMMAND` with {path} in it;
             or a directory of such directories, one for each grid, as `flashar tokenize text-image` writes them.
+        reading: exact, or streamed by webdataset's pipeline: not resumable at the sample, but nothing is copied first.
         batch_size: global training batch of one forward pass, over all devices; must be a multiple of their number.
             With gradient accumulation an optimiser step sees this many samples several times over.
         num_workers: worker processes of each device that read ahead; 0 reads in the training process.
         seed: seed of the order of training samples and of the choice of crops.
-        window: blocks of the shards whose samples are shuffled together.
+        window: exact: blocks of the shards whose samples are shuffled together.
+        shuffle: streamed: samples of the buffer from which each reader draws.
+        resampled: streamed: every reader draws tars with replacement; false deals them out, pass after pass.
+        epoch_samples: streamed: training samples of an epoch, over all devices; empty = those of the shards.
         validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
         limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
         cache: directory for copies of shards that are not local; empty = the user's cache directory.
-        prompts: for shards with captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
+        prompts: for captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
         max_prompt: longest prompt in tokens, template included; longer captions lose their end.
         text_encoder: in place of prompts, turns a caption into the 1-D int64 token ids of the whole prefix.
     """
@@ -45,10 +66,14 @@ class CodesDataModule(LightningDataModule):
     def __init__(
         self,
         shards: str,
+        reading: Reading = "exact",
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
         window: int = 256,
+        shuffle: int = 2000,
+        resampled: bool = True,
+        epoch_samples: int | None = None,
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
         cache: str | None = None,
@@ -60,15 +85,21 @@ class CodesDataModule(LightningDataModule):
         self.save_hyperparameters(ignore=["text_encoder"], logger=False)
         if num_workers < 0:
             raise ValueError(f"num_workers={num_workers}; expected 0 or more.")
-        self.location = shards
+        if shuffle < 1:
+            raise ValueError(f"shuffle={shuffle}; expected 1 or more.")
+        if reading == "streamed" and epoch_samples is not None and epoch_samples < batch_size:
+            raise ValueError(f"epoch_samples={epoch_samples}; expected at least one batch of {batch_size}.")
+        if prompts is not None and text_encoder is not None:
+            raise ValueError("prompts and text_encoder are both given; expected one of them.")
+        self.location, self.reading = shards, reading
         self.batch_size, self.num_workers, self.seed, self.window = batch_size, num_workers, seed, window
+        self.shuffle, self.resampled, self.epoch_samples = shuffle, resampled, epoch_samples
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.limit_validation_samples = limit_validation_samples
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
-        if prompts is not None and text_encoder is not None:
-            raise ValueError("prompts and text_encoder are both given; expected one of them.")
         self._manifests: list[Manifest] = []
-        self._training: TrainingLoader | None = None
+        self._source: PlacedBatches | Stream | None = None
+        self._training: TrainingLoader | StreamedLoader | None = None
         self._restored: dict[str, Any] = {}
 
     @property
@@ -115,40 +146,72 @@ class CodesDataModule(LightningDataModule):
         return self.text_encoder
 
     def setup(self, stage: str) -> None:
-        """Check the settings against the shards and the devices before any long work. Raises ValueError."""
-        _, ranks = self._rank()
-        check_cut(self.validation_batch_size, ranks, "validation_batch_size")
+        """Check the settings against the data and the devices before any long work. Raises ValueError."""
+        cut = self._cut()
+        check_cut(self.validation_batch_size, cut.ranks, "validation_batch_size")
         self._encoder(self.manifest)
         if stage == "fit":
             self._training, self._restored = None, {}
-            check_cut(self.batch_size, ranks)
-            training = [m for m in self.manifests if m.samples("train")] or [self.manifest]
-            blocks, readers = sum(len(m.block_sizes("train")) for m in training), ranks * max(1, self.num_workers)
-            if readers > blocks:
-                smaller = max(1, sum(m.samples("train") for m in training) // readers)
-                fewer = f"Set num_workers to at most {blocks // ranks}, or write" if blocks >= ranks else "Write"
-                there = "1 block" if blocks == 1 else f"{blocks} blocks"
-                raise ValueError(
-                    f"{ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
-                    f"split at {self.location} has {there}. {fewer} the shards again with smaller blocks "
-                    f"(flashar tokenize ... --block {smaller})."
-                )
-            self._training_batches()
-            for manifest in left_out(self.manifests, self.batch_size):
+            check_cut(self.batch_size, cut.ranks)
+            self._source = self._streamed(cut) if self.reading == "streamed" else self._exact(cut)
+            if isinstance(self._source, Stream):
+                self._source.check(self.num_workers)
+
+    def _exact(self, cut: Cut) -> PlacedBatches:
+        """Training batches in our order."""
+        training = [m for m in self.manifests if m.samples("train")] or [self.manifest]
+        blocks, readers = sum(len(m.block_sizes("train")) for m in training), cut.ranks * max(1, self.num_workers)
+        if readers > blocks:
+            smaller = max(1, sum(m.samples("train") for m in training) // readers)
+            fewer = f"Set num_workers to at most {blocks // cut.ranks}, or write" if blocks >= cut.ranks else "Write"
+            there = "1 block" if blocks == 1 else f"{blocks} blocks"
+            raise ValueError(
+                f"{cut.ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
+                f"split at {self.location} has {there}. {fewer} the shards again with smaller blocks "
+                f"(flashar tokenize ... --block {smaller})."
+            )
+        batches = training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
+        for manifest in self.manifests if len(self.manifests) > 1 else ():
+            if 0 < manifest.samples("train") < self.batch_size:
                 rank_zero_warn(
                     f"{manifest.root} has {manifest.samples('train')} training samples, fewer than one batch of "
                     f"{self.batch_size}: they are left out."
                 )
+        return batches
 
-    def train_dataloader(self) -> TrainingLoader:
+    def _streamed(self, cut: Cut) -> Stream:
+        """Training batches of webdataset's pipeline."""
+        manifest = self._one_grid()
+        rows, collate = CodeRows(manifest), CollateCodes(manifest, self._encoder(manifest))
+        return replace(self._stream(shard_urls(manifest), rows, collate, cut), shuffle_rows=True)
+
+    def _stream(self, urls: list[str], rows: Callable, collate: Callable, cut: Cut) -> Stream:
+        return Stream(
+            urls, rows, collate, self.batch_size, self.seed, self.shuffle, self.resampled,
+            rank=cut.rank, ranks=cut.ranks,
+        )  # fmt: skip
+
+    def _one_grid(self) -> Manifest:
+        if len(self.manifests) > 1:
+            raise ValueError(f"shards is {self.location}, which holds several grids; expected the shards of one.")
+        return self.manifest
+
+    def train_dataloader(self) -> TrainingLoader | StreamedLoader:
         """This device's training batches; the loader holds the place in the data."""
-        batches, trainer = self._training_batches(), self.trainer
-        processed = None
-        if trainer is not None:
-            progress = trainer.fit_loop.epoch_loop.batch_progress
-            processed = lambda: progress.current.processed  # type: ignore[attr-defined]  # noqa: E731
-        place = self._restored if self._training is None else self._training.state_dict()
-        self._training = TrainingLoader(batches, self.num_workers, processed)
+        place = self.state_dict()
+        if self._source is None:
+            self.setup("fit")
+        assert self._source is not None
+        if isinstance(self._source, Stream):
+            samples = self.epoch_samples or self.manifest.samples("train")
+            n = samples // self.batch_size
+            self._training = StreamedLoader(self._source, self.num_workers, n, self._reshuffle())
+        else:
+            processed = None
+            if self.trainer is not None:
+                progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+                processed = lambda: progress.current.processed  # noqa: E731
+            self._training = TrainingLoader(self._source, self.num_workers, processed)
         if place:
             self._training.load_state_dict(place)
         return self._training
@@ -176,24 +239,174 @@ class CodesDataModule(LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Move a `Batch` as a whole; anything else goes the Trainer's way."""
-        if isinstance(batch, Batch):
+        if isinstance(batch, Batch | ImageBatch):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _training_batches(self) -> TrainingBatches | GridTraining:
-        trainer = self.trainer
-        reshuffle = trainer is None or trainer.overfit_batches == 0  # type: ignore[attr-defined]
-        order = (self.batch_size, self.seed, self.window)
-        return training_batches(self.manifests, *order, *self._rank(), self._encoder, self.cache, reshuffle)
-
     def _evaluation(self, split: str, limit: int | None = None) -> EvaluationLoader:
-        size = self.validation_batch_size
-        batches = evaluation_batches(self.manifests, split, size, limit, *self._rank(), self._encoder, self.cache)
+        batches = evaluation_batches(self.manifests, split, self.validation_batch_size, limit, self._cut())
         return EvaluationLoader(batches, self.num_workers)
 
-    def _rank(self) -> tuple[int, int]:
-        """(this device's place, number) among those that see different data: tensor-parallel devices share theirs."""
-        if self.trainer is None:
-            return 0, 1
-        cut = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        return cut["rank"], cut["num_replicas"]
+    def _reshuffle(self) -> bool:
+        return self.trainer is None or self.trainer.overfit_batches == 0  # type: ignore[attr-defined]
+
+    def _cut(self) -> Cut:
+        """This device's place among those that see different data: tensor-parallel devices share theirs."""
+        place = {} if self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
+        return Cut(place.get("rank", 0), place.get("num_replicas", 1), self._encoder, self.cache)
+
+
+class _ImagesDataModule(CodesDataModule):
+    """Training images, tokenised on the training device; validation and test from shards of codes.
+
+    The shards say which tokenizer, grid and classes or captions the run has, so a small validation set made by
+    `flashar tokenize` is all that is needed beside the images.
+    """
+
+    kind: str
+    """Condition of the shards that go with such images."""
+
+    def __init__(
+        self,
+        images: str,
+        shards: str,
+        num_workers: int = 4,
+        crop_range: float = 1.1,
+        tokenizer_weights: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(shards, num_workers=num_workers, **options)
+        if crop_range < 1:
+            raise ValueError(f"crop_range={crop_range}; expected 1 or more.")
+        self.images, self.crop_range, self.tokenizer_weights = images, crop_range, tokenizer_weights
+        if self.reading == "streamed" and self.epoch_samples is None:
+            raise ValueError("epoch_samples is missing: how many images of the tars make an epoch.")
+        self._tokenizer: Tokenizer | None = None
+
+    def setup(self, stage: str) -> None:
+        """Check images, tokenizer and devices before any long work. Raises ValueError."""
+        if stage == "fit":
+            manifest = self._one_grid()
+            if manifest.condition.kind != self.kind:
+                raise ValueError(
+                    f"The shards at {self.location} have the condition {manifest.condition.kind!r}; "
+                    f"{type(self).__name__} expects {self.kind!r}."
+                )
+            self._tokenizer = self._build_tokenizer()
+        super().setup(stage)
+
+    def _exact(self, cut: Cut) -> PlacedBatches:
+        source = self._read_source()
+        known = self.manifest.condition.num_classes
+        if source.condition.num_classes != known:
+            raise ValueError(
+                f"{self.images} has {source.condition.num_classes} classes, the shards at {self.location} have {known}."
+            )
+        sizes = np.full(-(-len(source) // BLOCK), BLOCK)
+        sizes[-1] -= sizes.sum() - len(source)
+        order = TrainingOrder(sizes, self.batch_size, self.seed, self.window)
+        return ImageBatches(source, self._prepare(), order, cut.rank, cut.ranks, self._reshuffle())
+
+    def _streamed(self, cut: Cut) -> Stream:
+        prepare = self._prepare()
+        return self._stream(tar_urls(self.images), ImageRows(prepare, self._class_ids()), prepare.collate, cut)
+
+    def _prepare(self) -> Prepare:
+        assert self._tokenizer is not None
+        height, width = (side * self._tokenizer.downsample for side in self.manifest.grid)
+        classes = self.manifest.condition.num_classes
+        return Prepare(height, width, self.crop_range, classes, self._encoder(self.manifest))
+
+    def _read_source(self) -> Source:
+        raise NotImplementedError
+
+    def _class_ids(self) -> dict[str, int] | None:
+        return None
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Tokenise an `ImageBatch` on the device it is on; other batches hold codes already."""
+        if not isinstance(batch, ImageBatch):
+            return batch
+        assert self._tokenizer is not None
+        codes = self._tokenizer.to(batch.pixels.device).encode(batch.pixels)  # (b, H, W)
+        return Batch(codes, batch.condition, index=batch.index)
+
+    def _build_tokenizer(self) -> Tokenizer:
+        config = self.manifest.tokenizer
+        if self.tokenizer_weights is not None:
+            config = config | {"weights": self.tokenizer_weights}
+        tokenizer = build_tokenizer(config)
+        if tokenizer.vocabulary != self.manifest.vocabulary:
+            raise ValueError(
+                f"The tokenizer has {tokenizer.vocabulary} codes, the shards at {self.location} have "
+                f"{self.manifest.vocabulary}: set tokenizer_weights to the file that made them."
+            )
+        return tokenizer
+
+
+class ImageNetDataModule(_ImagesDataModule):
+    """Images with classes, tokenised while training; validation and test from shards of codes.
+
+    Every other option is that of `CodesDataModule`.
+
+    Args:
+        images: an image folder (one sub-folder a class) or tars of jpg + cls: a folder of them, a tar, or a pattern
+            such as "train-{0000..1023}.tar". Streamed: tars only, also as URLs and `pipe:` commands.
+        shards: directory of the shards with the validation split and the manifest: they say which tokenizer, grid and
+            classes the run has.
+        num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
+        crop_range: the image's shorter side before a random one of ten crops is cut out, in crop sides; 1 takes the
+            centre crop or its mirror image.
+        tokenizer_weights: weights file of the tokenizer, if it is not where the manifest says.
+        classes: file of class names, one a line, in the order of their ids, where folders or tars hold names.
+    """
+
+    kind = "class"
+
+    def __init__(
+        self,
+        images: str,
+        shards: str,
+        num_workers: int = 4,
+        crop_range: float = 1.1,
+        tokenizer_weights: str | None = None,
+        classes: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            images, shards, num_workers, crop_range, tokenizer_weights,
+            prompts=None, max_prompt=MAX_PROMPT, text_encoder=None, **options,
+        )  # fmt: skip
+        self.classes = classes
+
+    def _read_source(self) -> Source:
+        return class_images(self.images, self.classes, None, self.manifest.condition.num_classes)
+
+    def _class_ids(self) -> dict[str, int] | None:
+        names = read_classes(self.classes)
+        return None if names is None else {name: i for i, name in enumerate(names)}
+
+
+class TextImageDataModule(_ImagesDataModule):
+    """Images with captions, tokenised while training; validation and test from shards of codes.
+
+    Every image is fitted to the grid of the shards. Every other option is that of `CodesDataModule`.
+
+    Args:
+        images: tars of jpg + txt: a folder of them, a tar, or a pattern; or a .json or .jsonl list of captions and
+            image paths. Streamed: tars only, also as URLs and `pipe:` commands.
+        shards: directory of the shards with the validation split and the manifest: they say which tokenizer and grid
+            the run has.
+        num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
+        tokenizer_weights: weights file or directory of the tokenizer, if it is not where the manifest says.
+    """
+
+    kind = "text"
+
+    def __init__(
+        self, images: str, shards: str, num_workers: int = 4, tokenizer_weights: str | None = None, **options: Any
+    ) -> None:
+        super().__init__(images, shards, num_workers, 1.0, tokenizer_weights, **options)
+
+    def _read_source(self) -> Source:
+        return captioned_images(self.images)

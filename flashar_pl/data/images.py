@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from flashar_pl.grid import grid_of_ratio
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """File names that count as images, in lower case: those torchvision's ImageFolder takes."""
 
@@ -156,12 +158,3 @@ def default_grids(image_size: int, downsample: int) -> tuple[tuple[int, int], ..
     for ratio in RATIOS:
         grids[grid_of_ratio(ratio, cells)] = None
     return tuple(grids)
-
-
-def grid_of_ratio(ratio: float, cells: int) -> tuple[int, int]:
-    """The grid (H, W) with at most `cells` codes that is best for images of width / height = `ratio`."""
-    steep = max(ratio, 1 / ratio)
-    pairs = [(short, min(round(short * steep), cells // short)) for short in range(1, math.isqrt(cells) + 1)]
-    # Near to the ratio and, half as important, to the full number of codes, on a logarithmic scale.
-    short, long = min(pairs, key=lambda p: 2 * abs(math.log(p[1] / p[0] / steep)) + math.log(cells / p[0] / p[1]))
-    return (long, short) if ratio < 1 else (short, long)

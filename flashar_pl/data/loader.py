@@ -1,113 +1,30 @@
-"""Loaders of batches: a pure function from (epoch, global batch) to a `Batch`, run by worker processes.
-
-Because a batch is a function of two integers, workers hold no state, and the place in the data is two integers too.
-
-Shapes: b samples of a rank's slice of a global batch, H x W grid, T text length, C feature width.
-"""
+"""Loaders of the exact way of reading: worker processes compute batches, the loader holds the place in the data."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from flashar_pl.backbones.condition import Batch, ClassIds, Condition, Prompts, TextFeatures
-from flashar_pl.data.order import EvaluationOrder, TrainingOrder, check_cut
-from flashar_pl.data.reader import Samples, ShardReader
-
-if TYPE_CHECKING:
-    from flashar_pl.data.grids import GridEvaluation, GridTraining
-
-TextEncoder = Callable[[str], Tensor]
-"""Caption -> 1-D int64 token ids, the whole prefix of the sample."""
+from flashar_pl.data.batches import EvaluationBatches, GridEvaluation
+from flashar_pl.data.order import GridOrder, TrainingOrder, check_cut
 
 
-def to_batch(
-    samples: Samples, index: np.ndarray, valid: np.ndarray | None = None, text_encoder: TextEncoder | None = None
-) -> Batch:
-    """A `Batch` of CPU tensors from `samples` (b); `index` (b,) int64, `valid` (b,) bool."""
-    condition: Condition
-    if samples.labels is not None:
-        condition = ClassIds(torch.from_numpy(samples.labels))
-    elif samples.features is not None:
-        assert samples.mask is not None
-        condition = TextFeatures(torch.from_numpy(samples.features), torch.from_numpy(samples.mask))
-    else:
-        assert samples.texts is not None
-        assert text_encoder is not None
-        condition = Prompts(text_encoder(text) for text in samples.texts)
-    return Batch(
-        codes=torch.from_numpy(samples.codes),
-        condition=condition,
-        valid=None if valid is None else torch.from_numpy(valid),
-        index=torch.from_numpy(index),
-    )
+class PlacedBatches(Protocol):
+    """(epoch, g) -> this rank's part of global training batch g: `TrainingBatches`, `GridTraining`, `ImageBatches`."""
 
-
-@dataclass
-class TrainingBatches(Dataset):
-    """(epoch, g) -> this rank's part of global training batch g. `Batch.valid` is None: every row counts."""
-
-    reader: ShardReader
-    order: TrainingOrder
-    rank: int = 0
-    ranks: int = 1
-    text_encoder: TextEncoder | None = None
-    reshuffle: bool = True
-    """False: every epoch is epoch 0."""
-
-    def __len__(self) -> int:
-        return len(self.order)
+    ranks: int
 
     @property
-    def batch_size(self) -> int:
-        """Global batch, over all ranks."""
-        return self.order.batch_size
+    def order(self) -> TrainingOrder | GridOrder: ...
 
-    def identity(self) -> dict[str, Any]:
-        """What the order depends on; plain integers and strings."""
-        return {
-            "batch_size": self.order.batch_size,
-            "seed": self.order.seed,
-            "window": self.order.window,
-            "shards": self.reader.manifest.fingerprint(self.reader.split),
-        }
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        epoch, g = item
-        if not self.reshuffle:
-            epoch = 0
-        index = self.order.batch(epoch, g, self.rank, self.ranks)
-        crops = self.order.crops(epoch, index, self.reader.manifest.crops)
-        return to_batch(self.reader.read(index, crops), index, None, self.text_encoder)
+    def __getitem__(self, item: tuple[int, int]) -> Any: ...
 
-
-@dataclass
-class EvaluationBatches(Dataset):
-    """g -> this rank's part of global evaluation batch g, evaluation crops; `Batch.valid` is always set."""
-
-    reader: ShardReader
-    order: EvaluationOrder
-    rank: int = 0
-    ranks: int = 1
-    text_encoder: TextEncoder | None = None
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def batch_size(self) -> int:
-        """Global batch, over all ranks."""
-        return self.order.batch_size
-
-    def __getitem__(self, g: int) -> Batch:
-        index, valid = self.order.batch(g, self.rank, self.ranks)
-        return to_batch(self.reader.read(index), index, valid, self.text_encoder)
+    def identity(self) -> dict[str, Any]: ...
 
 
 class Cursor:
@@ -127,37 +44,21 @@ class Cursor:
 
 
 class Loader:
-    """Hands out batches read by worker processes that live as long as the loader.
+    """Hands out batches read by worker processes, which live for one pass.
 
     It is no torch `DataLoader`, so a Trainer does not replace its sampler: the data is cut over ranks already.
     """
 
-    def __init__(self, batches: Dataset, sampler: Any, num_workers: int) -> None:
-        self._loader = DataLoader(
+    def __init__(self, batches: Any, sampler: Any, num_workers: int) -> None:
+        self._loader: DataLoader = DataLoader(
             batches,
             sampler=sampler,
             batch_size=None,
             num_workers=num_workers,
             collate_fn=_as_is,
-            persistent_workers=num_workers > 0,
             # Its own generator: else each pass draws from the global one, and a resumed run would see other dropout.
             generator=torch.Generator(),
         )
-
-    @property
-    def _iterator(self) -> Any:
-        """The running workers. A Trainer looks for this name to stop them, after an exception too."""
-        return self._loader._iterator
-
-    @_iterator.setter
-    def _iterator(self, value: Any) -> None:
-        self._loader._iterator = value
-
-    def close(self) -> None:
-        """Stop the workers. Left to the garbage collector, each may take five seconds."""
-        if self._iterator is not None:
-            self._iterator._shutdown_workers()
-            self._iterator = None
 
 
 class TrainingLoader(Loader):
@@ -176,12 +77,9 @@ class TrainingLoader(Loader):
     """
 
     def __init__(
-        self,
-        batches: TrainingBatches | GridTraining,
-        num_workers: int = 0,
-        processed: Callable[[], int] | None = None,
+        self, batches: PlacedBatches, num_workers: int = 0, processed: Callable[[], int] | None = None
     ) -> None:
-        check_cut(batches.batch_size, batches.ranks)
+        check_cut(batches.order.batch_size, batches.ranks)
         self.batches = batches
         self.cursor = Cursor(len(batches))
         self._processed = processed
@@ -191,7 +89,7 @@ class TrainingLoader(Loader):
         """Batches of a whole epoch, wherever the cursor stands."""
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         # A generator starts at the first `next`, when the Trainer has restored its progress.
         cursor = self.cursor
         cut_short = self._processed is not None and self._processed() == 0 < cursor.position
@@ -215,6 +113,8 @@ class TrainingLoader(Loader):
             ValueError: in the middle of an epoch, if the order there was that of other data or settings.
         """
         own = self.batches.identity()
+        if "reading" in state:
+            own = {"reading": "exact"}
         changed = [name for name, value in own.items() if state[name] != value]
         if changed and state["position"] > 0:
             name = changed[0]
@@ -237,7 +137,7 @@ class EvaluationLoader(Loader):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         yield from self._loader
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
+from flashar_pl.files import write_text
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
@@ -178,15 +179,11 @@ class Manifest:
             raise ValueError(f"{source} has a wrong field: {error}") from error
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write `manifest.json` into `directory` under a temporary name, then rename it. Returns its path."""
-        path = Path(directory) / FILE_NAME
+        """Write `manifest.json` into `directory`, complete or not at all. Returns its path."""
         data = {"format": FORMAT} | asdict(self)
         del data["root"]
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
-        partial = path.with_name(f".{FILE_NAME}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
-        return path
+        return write_text(Path(directory) / FILE_NAME, json.dumps(data, indent=1) + "\n")
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises ValueError for a split that is not there."""
@@ -211,6 +208,16 @@ class Manifest:
         """Samples of each block of a split, in the order of the manifest: (M,) int64."""
         return np.array([r.samples for shard in self.shards(split) for r in shard.records], dtype=np.int64)
 
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What the data sets of several grids, and the splits of one, must have in common."""
+        return {
+            "tokenizer": without_path(self.tokenizer),
+            "vocabulary": self.vocabulary,
+            "crops": self.crops,
+            "condition": self.condition,
+        }
+
     def fingerprint(self, split: str) -> str:
         """A short hash of the contents of a split: equal for equal shards, wherever they lie."""
         digest = hashlib.sha256()
@@ -219,9 +226,43 @@ class Manifest:
         return digest.hexdigest()[:16]
 
 
+def without_path(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's config without the place of its weights, which may move; their hash is compared instead."""
+    return {name: value for name, value in tokenizer.items() if name != "weights"}
+
+
 def sub_manifests(folder: Path) -> list[Path]:
     """Manifests in the sub-folders of a directory, hidden ones left out."""
     return [path for path in sorted(folder.glob(f"*/{FILE_NAME}")) if not path.parent.name.startswith(".")]
+
+
+def load_grids(location: str) -> list[Manifest]:
+    """The manifest at `location`, or those in its sub-folders, one a grid: that with most training samples first.
+
+    Raises:
+        ValueError: as `Manifest.load`; a training split that is still being written; sub-folders that differ in
+            tokenizer, vocabulary, condition or crops, or have one grid twice.
+    """
+    folder = Path(location)
+    if is_remote(location) or folder.name == FILE_NAME or (folder / FILE_NAME).is_file():
+        return [Manifest.load(location)]
+    found = [Manifest.load(path) for path in sub_manifests(folder)]
+    if not found:
+        return [Manifest.load(location)]  # says what is missing
+    if (folder / ".train").is_dir():
+        raise ValueError(f"The training split in {location} is not finished; run the same flashar tokenize again.")
+    for other in found[1:]:
+        for name, value in found[0].shared.items():
+            if other.shared[name] != value:
+                raise ValueError(
+                    f"{other.root} has {name} {other.shared[name]}, {found[0].root} has {value}; the data sets in "
+                    f"{location} must agree. Give one of them, or tokenize them alike."
+                )
+    if len({manifest.grid for manifest in found}) < len(found):
+        raise ValueError(
+            f"Several data sets in {location} have the same grid; expected one for each. Give one of them."
+        )
+    return sorted(found, key=lambda manifest: (-manifest.samples("train"), manifest.grid))
 
 
 def check_matches(

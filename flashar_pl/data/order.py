@@ -85,6 +85,11 @@ class TrainingOrder:
         self._epoch = -1
         self._windows: dict[int, np.ndarray] = {}
 
+    @property
+    def settings(self) -> dict[str, int]:
+        """What the order depends on, besides the blocks."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "window": self.window}
+
     def __len__(self) -> int:
         """Global batches of an epoch; the rest of the samples, fewer than a batch, is left out of that epoch."""
         return self.samples // self.batch_size
@@ -142,7 +147,9 @@ class GridOrder:
 
     def __init__(self, orders: list[TrainingOrder], seed: int) -> None:
         assert len({order.batch_size for order in orders}) == 1
-        self.batch_size, self.seed, self.window = orders[0].batch_size, seed, orders[0].window
+        self.batch_size = orders[0].batch_size
+        self.settings = orders[0].settings | {"seed": seed}
+        self.seed = seed
         self._counts = np.array([len(order) for order in orders])
         self._epoch = -1
 

@@ -11,13 +11,14 @@ import io
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flashar_pl.data.manifest import Manifest, Record, Shard, code_dtype
-from flashar_pl.files import BROKEN
+from flashar_pl.data.manifest import ConditionSpec, Manifest, Record, Shard, code_dtype
+from flashar_pl.files import BROKEN, reason
 
 OPEN_SHARDS = 128
 """Shards a reader keeps mapped; each holds one file descriptor."""
@@ -99,31 +100,13 @@ class ShardReader:
                 f"{self._path(shard)} holds the code {codes.max()}, outside the vocabulary of {manifest.vocabulary}: "
                 "the shard is damaged. Copy it again, or tokenize the data set again."
             )
-        return Samples(codes, ids, **self._condition(records, rows))
+        return Samples(codes, ids, **columns(manifest.condition, list(zip(records, rows, strict=True))))
 
     def labels(self) -> np.ndarray:
         """Class ids of the whole split: (N,) int64. Raises ValueError if there are none, or as `read` does."""
         if self.manifest.condition.kind != "class":
             raise ValueError(f"Shards with the condition {self.manifest.condition.kind!r} have no class labels.")
         return np.concatenate([self._record(i)["labels.npy"] for i in range(len(self._records))])
-
-    def _condition(self, records: list[dict[str, Any]], rows: list[int]) -> dict[str, Any]:
-        spec = self.manifest.condition
-        pairs = list(zip(records, rows, strict=True))
-        if spec.kind == "class":
-            return {"labels": np.array([record["labels.npy"][row] for record, row in pairs], dtype=np.int64)}
-        if spec.kind == "text":
-            return {"texts": [record["texts.json"][row] for record, row in pairs]}
-        assert spec.length is not None
-        assert spec.width is not None
-        features = np.zeros((len(rows), spec.length, spec.width), dtype=np.float32)  # (n, T, C)
-        mask = np.zeros((len(rows), spec.length), dtype=bool)  # (n, T)
-        for i, (record, row) in enumerate(pairs):
-            stop = int(record["stops"][row])
-            length = int(record["lengths.npy"][row])
-            features[i, spec.length - length :] = record["features.npy"][stop - length : stop]
-            mask[i, spec.length - length :] = True
-        return {"features": features, "mask": mask}
 
     def _record(self, block: int) -> dict[str, Any]:
         """The members of a record, as views of the mapped file, checked against the manifest."""
@@ -132,7 +115,8 @@ class ShardReader:
             if len(self._parsed) >= KNOWN_RECORDS:
                 del self._parsed[next(iter(self._parsed))]
             shard, record = self._records[block]
-            found = self._parsed[block] = read_record(self.manifest, self._map(shard), record, self._path(shard))
+            members = cut_members(self._map(shard), record)
+            found = self._parsed[block] = read_record(self.manifest, members, self._path(shard), record.samples)
         return found
 
     def _path(self, shard: Shard) -> str:
@@ -160,28 +144,43 @@ def map_shard(path: str, size: int) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read_record(manifest: Manifest, data: mmap.mmap, record: Record, path: str) -> dict[str, Any]:
+def cut_members(data: mmap.mmap, record: Record) -> dict[str, memoryview]:
+    """The members of a record, without copying them."""
+    whole = memoryview(data)
+    return {name: whole[at : at + size] for name, (at, size) in record.members.items()}
+
+
+def read_record(
+    manifest: Manifest, members: Mapping[str, bytes | memoryview], path: str, samples: int | None = None
+) -> dict[str, Any]:
     """The members of a record: numpy views, or a list of str for texts; "stops" are the ends of ragged texts.
+
+    Args:
+        manifest: of the shards.
+        members: name -> content; others than the manifest implies are left out.
+        path: of the tar, for errors.
+        samples: of the record; None = as many as it has ids.
 
     Raises:
         ValueError: a member is missing, damaged, or has not the shape and type the manifest implies.
     """
-    m, spec = record.samples, manifest.condition
+    spec = manifest.condition
     found: dict[str, Any] = {}
     for name in ("codes.npy", "ids.npy", *spec.members):
-        if name not in record.members:
-            raise ValueError(f"The manifest of {manifest.name!r} lists a record of {path} without {name}.")
-        offset, size = record.members[name]
-        if name == "texts.json":
-            found[name] = _texts(data[offset : offset + size], m, path)
-        else:
-            found[name] = _array(data, offset, size, f"{name} at byte {offset} of {path}")
+        if name not in members:
+            raise ValueError(f"A record of {path} has no {name}, which {manifest.name!r} must have.")
+        found[name] = (
+            _texts(members[name], path) if name == "texts.json" else _array(members[name], f"{name} of {path}")
+        )
+    m = len(found["ids.npy"]) if samples is None else samples
     expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
         "codes.npy": ((m, manifest.crops, *manifest.grid), (code_dtype(manifest.vocabulary).name,)),
         "ids.npy": ((m,), ("int64",)),
         "labels.npy": ((m,), ("int64",)),
         "lengths.npy": ((m,), ("int64",)),
     }
+    if len(found.get("texts.json", range(m))) != m:
+        raise ValueError(f"texts.json in {path} does not hold {m} captions. Tokenize the data set again.")
     if spec.kind == "text-features":
         found["stops"] = np.cumsum(found["lengths.npy"])  # (m,)
         assert spec.width is not None
@@ -196,9 +195,27 @@ def read_record(manifest: Manifest, data: mmap.mmap, record: Record, path: str) 
     return found
 
 
-def _array(data: mmap.mmap, offset: int, size: int, what: str) -> np.ndarray:
-    """A .npy file at `offset` of a mapped shard, as a read-only view."""
-    head = io.BytesIO(data[offset : offset + min(size, 4096)])
+def columns(spec: ConditionSpec, pairs: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
+    """The conditions of some samples, each (members of its record, row), as fields of `Samples`."""
+    if spec.kind == "class":
+        return {"labels": np.array([record["labels.npy"][row] for record, row in pairs], dtype=np.int64)}
+    if spec.kind == "text":
+        return {"texts": [record["texts.json"][row] for record, row in pairs]}
+    assert spec.length is not None
+    assert spec.width is not None
+    features = np.zeros((len(pairs), spec.length, spec.width), dtype=np.float32)  # (n, T, C)
+    mask = np.zeros((len(pairs), spec.length), dtype=bool)  # (n, T)
+    for i, (record, row) in enumerate(pairs):
+        stop = int(record["stops"][row])
+        length = int(record["lengths.npy"][row])
+        features[i, spec.length - length :] = record["features.npy"][stop - length : stop]
+        mask[i, spec.length - length :] = True
+    return {"features": features, "mask": mask}
+
+
+def _array(data: bytes | memoryview, what: str) -> np.ndarray:
+    """A .npy file as a read-only view of `data`."""
+    head = io.BytesIO(data[:4096])
     try:
         if np.lib.format.read_magic(head) != (1, 0):
             raise ValueError("not .npy version 1.0")
@@ -206,18 +223,20 @@ def _array(data: mmap.mmap, offset: int, size: int, what: str) -> np.ndarray:
         if fortran or dtype.hasobject:
             raise ValueError("not a plain C-ordered array")
         count = int(np.prod(shape, dtype=np.int64))
-        if head.tell() + count * dtype.itemsize != size:
-            raise ValueError(f"{size} bytes do not hold an array of shape {shape} and type {dtype}")
-        return np.frombuffer(data, dtype, count, offset + head.tell()).reshape(shape)
+        if head.tell() + count * dtype.itemsize != len(data):
+            raise ValueError(f"{len(data)} bytes do not hold an array of shape {shape} and type {dtype}")
+        return np.frombuffer(data, dtype, count, head.tell()).reshape(shape)
     except BROKEN as error:
-        raise ValueError(f"Damaged {what}: {error}. Copy the shard again, or tokenize the data set again.") from error
+        raise ValueError(
+            f"Damaged {what}: {reason(error)}. Copy the shard again, or tokenize the data set again."
+        ) from error
 
 
-def _texts(raw: bytes, m: int, path: str) -> list[str]:
+def _texts(raw: bytes | memoryview, path: str) -> list[str]:
     try:
-        texts = json.loads(raw)
+        texts = json.loads(bytes(raw))
     except ValueError as error:
         raise ValueError(f"Damaged texts.json in {path}: {error}. Copy the shard again.") from error
-    if not isinstance(texts, list) or len(texts) != m:
-        raise ValueError(f"texts.json in {path} does not hold {m} captions. Tokenize the data set again.")
+    if not isinstance(texts, list):
+        raise ValueError(f"texts.json in {path} is no list of captions. Tokenize the data set again.")
     return texts

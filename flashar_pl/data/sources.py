@@ -162,7 +162,7 @@ class TarSource(Source):
                 given = members.get(label, (0, -1))
                 number = -1
                 if label == "cls" and given[1] >= 0:
-                    number = _class_id(self._files.read(tar, *given), ids, num_classes, f"{path}: {key}.cls")
+                    number = class_id(self._files.read(tar, *given), ids, num_classes, f"{path}: {key}.cls")
                 columns.extend((tar, *sample, *given, number))
                 names.append(key)
         self._files.close()
@@ -250,6 +250,46 @@ class CaptionList(Source):
         return hashlib.sha256((self._captions.digest() + self._paths.digest()).encode()).hexdigest()[:16]
 
 
+def class_images(images: str, classes: str | None, num_classes: int | None, usual: int | None = None) -> Source:
+    """An image folder if `images` is a folder with sub-folders, else tars of jpg + cls.
+
+    Args:
+        images: the folder, or tars as `find_tars` takes them.
+        classes: file of class names.
+        num_classes: of tars with class ids, as typed; None = `usual`.
+        usual: see there.
+
+    Raises:
+        ValueError: both tars and folders, or options that do not go with what is there.
+    """
+    names = read_classes(classes)
+    folder = Path(images)
+    if folder.is_dir():
+        has_tars, has_folders = any(folder.glob("*.tar")), any(entry.is_dir() for entry in folder.iterdir())
+        if has_tars and has_folders:
+            raise ValueError(
+                f"{images} holds both tars and folders; give the tars as a pattern such as {images}/*.tar."
+            )
+        if not has_tars:
+            if num_classes is not None:
+                raise ValueError(
+                    "--num-classes is for tars; the classes of a folder are its sub-folders, or --classes."
+                )
+            return ImageFolder(images, names)
+    if names is not None and num_classes is not None:
+        raise ValueError("give --classes or --num-classes, not both.")
+    return TarSource(images, IMAGE_MEMBERS, "cls", names, num_classes or usual)
+
+
+def captioned_images(data: str, images: str | None = None, *keys: str | None) -> Source:
+    """A .json or .jsonl list of captions and paths, else tars of jpg + txt. keys: as `CaptionList` takes them."""
+    if Path(data).suffix in (".json", ".jsonl"):
+        return CaptionList(data, images, *keys)
+    if images or any(keys):
+        raise ValueError("--caption-key, --image-key and --images are for .json and .jsonl lists; leave them out.")
+    return TarSource(data, IMAGE_MEMBERS, "txt")
+
+
 def read_file(path: str) -> bytes:
     """The bytes of a file. Raises `Unreadable`."""
     try:
@@ -288,7 +328,7 @@ def read_classes(path: str | None) -> list[str] | None:
     return names
 
 
-def _class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int | None, where: str) -> int:
+def class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int | None, where: str) -> int:
     text = raw.decode("utf-8", "replace").strip()
     assert num_classes is not None
     if ids is not None:

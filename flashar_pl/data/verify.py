@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashar_pl.data.manifest import Manifest, Shard
-from flashar_pl.data.reader import map_shard, read_record
-from flashar_pl.data.writer import file_sha256
+from flashar_pl.data.reader import cut_members, map_shard, read_record
+from flashar_pl.files import digest
 
 SHOWN = 20
 """Problems listed in an error."""
@@ -70,7 +70,7 @@ def verify(location: str | os.PathLike[str], deep: bool = True, cache: str | Non
 
 def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> list[np.ndarray]:
     """The ids of the shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
-    found = file_sha256(path)
+    found = digest(path)
     if found != shard.sha256:
         raise ValueError(f"The shard {path} has the SHA-256 {found}, the manifest says {shard.sha256}.")
     inside = Counter(_tar_members(path))
@@ -79,7 +79,7 @@ def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndar
         raise ValueError(f"The members of the tar {path} are not those the manifest lists.")
     data, ids = map_shard(path, shard.bytes), []
     for record in shard.records:
-        members = read_record(manifest, data, record, path)
+        members = read_record(manifest, cut_members(data, record), path, record.samples)
         codes = members["codes.npy"]
         if codes.max() >= manifest.vocabulary:
             raise ValueError(f"{path} holds the code {codes.max()}; the vocabulary is {manifest.vocabulary}.")

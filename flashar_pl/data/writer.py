@@ -14,7 +14,6 @@ Shapes: n samples, K crops of an image, H x W grid, T_i length of a text, C feat
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -30,6 +29,7 @@ import numpy as np
 import webdataset
 
 from flashar_pl.data.manifest import SPLITS, ConditionSpec, Manifest, Record, Shard, code_dtype
+from flashar_pl.files import digest
 
 
 class ShardWriter:
@@ -246,13 +246,7 @@ class _Tar:
                 key, _, member = info.name.partition(".")
                 members[int(key.rpartition("-")[2])][member] = (info.offset_data, info.size)
         records = tuple(Record(n, found) for n, found in zip(self.counts, members, strict=True))
-        return Shard(self.path.name, sum(self.counts), self.path.stat().st_size, file_sha256(self.path), records)
-
-
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return Shard(self.path.name, sum(self.counts), self.path.stat().st_size, digest(self.path), records)
 
 
 def _integers(what: str, values: Any, n: int, below: int | None) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.files import read_arrays
+from flashar_pl.files import read_arrays, read_tensors
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def scaled_grid(name: str, size: int) -> tuple[int, int]:
     if name not in ASPECT_RATIOS:
         known = ", ".join(ASPECT_RATIOS)
         raise ValueError(f"aspect ratio is {name!r}; expected one of {known}, or HEIGHTxWIDTH in codes such as 24x42.")
-    from flashar_pl.data.images import grid_of_ratio
+    from flashar_pl.grid import grid_of_ratio
 
     if size < CODE:
         raise ValueError(f"image size is {size} pixels; expected {CODE} or more.")
@@ -274,7 +274,6 @@ def read_text_features(path: str) -> TextFeatures:
         ValueError: no such file, another format, or no array "features".
     """
     import torch
-    from safetensors.torch import load_file
 
     from flashar_pl.backbones.condition import TextFeatures
 
@@ -286,7 +285,7 @@ def read_text_features(path: str) -> TextFeatures:
     elif file.suffix == ".npz":
         arrays = {name: torch.from_numpy(content) for name, content in read_arrays(file).items()}
     elif file.suffix == ".safetensors":
-        arrays = load_file(file)
+        arrays = read_tensors(file)
     else:
         raise ValueError(f"text features at {file}: expected a .npy, .npz or .safetensors file.")
     unknown = arrays.keys() - {"features", "mask"}

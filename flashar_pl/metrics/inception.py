@@ -9,7 +9,6 @@ Shape legend: B batch, D = 2048 pooled features, S = 17 * 17 * 7 = 2023 spatial 
 import hashlib
 import importlib
 import importlib.machinery
-import pickle
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.files import read_tensors
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -57,7 +57,7 @@ def load_fidelity_module() -> ModuleType:
 
 
 def read_weights(path: Path | str) -> dict[str, Tensor]:
-    """State dict of the weight file, read with weights_only=True. ValueError says which file and where to get it."""
+    """State dict of the weight file. ValueError says which file and where to get it."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(
@@ -65,12 +65,9 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
             "nothing is downloaded for you"
         )
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is not a readable weight file ({WEIGHTS_FILE} is expected): {error}") from error
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"{file} holds no state dict of tensors; {WEIGHTS_FILE} is expected")
-    return state
+        return read_tensors(file)
+    except ValueError as error:
+        raise ValueError(f"{error} ({WEIGHTS_FILE} is expected)") from error
 
 
 def build_network(state: dict[str, Tensor]) -> nn.Module:

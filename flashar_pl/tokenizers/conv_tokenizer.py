@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashar_pl.numerics import strict_float32
+from flashar_pl.renames import Rename, StateDict, build_filled
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.convnet import Decoder, Encoder, NetSpec
 
@@ -150,45 +151,15 @@ def best_codes(rows: Tensor, table: Tensor) -> Tensor:
     return torch.cat([(part @ columns).argmax(dim=1) for part in rows.split(chunk)])
 
 
-def load_strict(
-    build: Callable[[], T], state: Mapping[str, Tensor], official: Callable[[str], str], what: str, hint: str = ""
-) -> T:
+def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], official: Callable[[str], str], what: str) -> T:
     """`build()` with the weights of `state`, copied to float32. `official` maps our names to those in `state`.
 
-    Raises ValueError naming every tensor that is missing, left over or of another shape.
+    Raises ValueError naming the tensors that are missing, left over or of another shape.
     """
     with torch.device("meta"):
-        model = build()
-    wanted = {official(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-    _compare({name: shape for name, (_, shape) in wanted.items()}, state, what, hint)
-    weights = {own: state[name].detach().to(torch.float32, copy=True) for name, (own, _) in wanted.items()}
-    model.load_state_dict(weights, strict=True, assign=True)
+        renames = [Rename(name, (official(name),)) for name in build().state_dict()]
+    model = build_filled(build, StateDict(state, what, wrappers=()), renames, dtype=torch.float32)
     return model.requires_grad_(False)
-
-
-def _compare(wanted: Mapping[str, torch.Size], state: Mapping[str, Tensor], what: str, hint: str) -> None:
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor) or not value.is_floating_point()]
-    if odd:
-        raise ValueError(f"this is not {what}: {_some(odd)} hold no floating-point tensor. {hint}".rstrip())
-    problems = []
-    if missing := [name for name in wanted if name not in state]:
-        problems.append(f"missing: {_some(missing)}")
-    if unexpected := [name for name in state if name not in wanted]:
-        problems.append(f"not expected: {_some(unexpected)}")
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
-        for name, shape in wanted.items()
-        if name in state and state[name].shape != shape
-    ]
-    if shapes:
-        problems.append(f"other shape: {_some(shapes)}")
-    if problems:
-        raise ValueError(f"this is not {what}. {'; '.join(problems)}. {hint}".rstrip())
-
-
-def _some(names: list[str], limit: int = 6) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
 
 
 def codebook_shape(state: Mapping[str, Tensor], what: str) -> tuple[int, int]:

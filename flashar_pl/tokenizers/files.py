@@ -1,17 +1,12 @@
-"""Reads published tokenizer files: weights (safetensors or torch) and settings (JSON or YAML). Nothing is executed."""
+"""Published tokenizer files: where they are, and their settings (JSON or YAML)."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:
@@ -25,24 +20,6 @@ def require_file(path: str | Path | None, what: str, advice: str) -> Path:
     return file
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a torch file, which may hold them under "model" or "state_dict".
-
-    Torch files are read with weights_only=True, so no code in them runs. Raises ValueError for anything else.
-    """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} is no torch file of plain tensors ({reason}). If you trust it, load it once yourself and store "
-            "its state dict with torch.save({'model': state_dict}, FILE)."
-        ) from error
-    return unwrap(content, str(path))
-
-
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
     """A ValueError of what is inside names the file that it is about."""
@@ -50,27 +27,6 @@ def naming(file: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
-
-
-def unwrap(content: Any, source: str = "the state dict") -> dict[str, Tensor]:
-    """A state dict given bare, or under "model" (LlamaGen) or "state_dict" (Lightning)."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{source} holds {type(content).__name__}, expected a non-empty mapping of names to tensors.")
-    return dict(content)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    import safetensors
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}). Was the download complete?") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:

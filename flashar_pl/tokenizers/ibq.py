@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashar_pl.files import read_tensors
+from flashar_pl.renames import official_state_dict
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec
-from flashar_pl.tokenizers.files import naming, read_settings, read_state_dict, require_file, unwrap
+from flashar_pl.tokenizers.files import naming, read_settings, require_file
 
 ADVICE = (
     "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "
@@ -66,15 +68,14 @@ class IBQ(ConvTokenizer):
         The codebook's size is read from its tensor. Raises ValueError where settings and tensors disagree, and for
         any tensor that is missing, left over or of another shape.
         """
-        state = unwrap(state_dict)
+        state = official_state_dict(state_dict)
         spec = read_ibq_settings(ddconfig, *codebook_shape(state, "an Emu3.5 IBQ state dict"))
         levels = len(spec.encoder.widths)
         return load_strict(
             lambda: cls(spec, decode_dtype=decode_dtype, weights=weights),
             state,
             lambda name: official_name(name, levels),
-            "an Emu3.5 IBQ state dict with the sizes of its settings",
-            f"Settings: {spec}.",
+            f"the Emu3.5 IBQ state dict (settings: {spec})",
         )
 
     @classmethod
@@ -91,7 +92,7 @@ class IBQ(ConvTokenizer):
         config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
         with naming(file):
             model = cls.from_official(
-                read_state_dict(file), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
+                read_tensors(file, mmap=True), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
             )
         model.settings = None if settings is None else str(settings)
         return model

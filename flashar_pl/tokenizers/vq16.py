@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashar_pl.files import read_tensors
+from flashar_pl.renames import official_state_dict
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, read_spec
-from flashar_pl.tokenizers.files import naming, read_state_dict, require_file, unwrap
+from flashar_pl.tokenizers.files import naming, require_file
 
 USED = "quantize.codebook_used"
 WHAT = "a LlamaGen VQ state dict"
@@ -61,7 +63,7 @@ class VQ16(ConvTokenizer):
         The buffer "quantize.codebook_used" may be present or not. Raises ValueError for any tensor that is missing,
         left over or of another shape.
         """
-        state = unwrap(state_dict)
+        state = official_state_dict(state_dict)
         used = state.get(USED)
         encoder, decoder = read_spec(state, "encoder"), read_spec(state, "decoder")
         spec = TokenizerSpec(encoder, decoder, *codebook_shape(state, WHAT))
@@ -72,14 +74,14 @@ class VQ16(ConvTokenizer):
                 model.quantize.register_buffer("codebook_used", torch.empty(used.shape))
             return model
 
-        return load_strict(build, state, lambda name: name, WHAT)
+        return load_strict(build, state, lambda name: name, "the LlamaGen VQ state dict")
 
     @classmethod
     def from_file(cls, weights: str | Path | None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
         """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
         file = require_file(weights, "VQ weights file", ADVICE)
         with naming(file):
-            model = cls.from_official(read_state_dict(file), decode_dtype=decode_dtype, weights=str(weights))
+            model = cls.from_official(read_tensors(file, mmap=True), decode_dtype=decode_dtype, weights=str(weights))
         for other, spec in VQ_PRESETS.items():
             if model.spec == spec and other != kind:
                 raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")

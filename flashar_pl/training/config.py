@@ -10,7 +10,7 @@ from typing import Any, Literal
 from flashar_pl.backbones import emu35, llamagen
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
-from flashar_pl.checkpoints.directories import backbone_config
+from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.training.stages import Schedule

@@ -1,7 +1,7 @@
 """Which data module a configuration asks for, and that part of it without the wrapping.
 
     data: {shards: ..., batch_size: ...}                           CodesDataModule
-    data: {class_path: ImageTarsDataModule, init_args: {...}}      one of ours by its name, any other by its full path
+    data: {class_path: ImageNetDataModule, init_args: {...}}      one of ours by its name, any other by its full path
 
 A parser is built for the class that was found, so keys, values and errors are the same in both forms.
 """
@@ -19,7 +19,8 @@ from flashar_pl.training.cli_words import YAML, read_yaml
 
 SHORT_NAMES = {
     "CodesDataModule": "flashar_pl.data.datamodules.CodesDataModule",
-    "ImageTarsDataModule": "flashar_pl.data.datamodules_images.ImageTarsDataModule",
+    "ImageNetDataModule": "flashar_pl.data.datamodules.ImageNetDataModule",
+    "TextImageDataModule": "flashar_pl.data.datamodules.TextImageDataModule",
 }
 CLASS_WORD, INIT_WORD = "--data.class_path", "--data.init_args."
 

@@ -9,9 +9,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from torch.distributed.tensor import DTensor
 
 from flashar_pl.checkpoints.description import build_model
-from flashar_pl.checkpoints.directories import is_official_directory
+from flashar_pl.checkpoints.initialise import InitReport, initialise
+from flashar_pl.checkpoints.official import is_official_directory
 from flashar_pl.checkpoints.sharded import is_sharded
-from flashar_pl.checkpoints.weights import InitReport, initialise
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig, adapt
 from flashar_pl.training.lightning_private import ddp_options

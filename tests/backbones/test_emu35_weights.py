@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashar_pl.backbones import Emu35
-from flashar_pl.checkpoints.sources import SafetensorsDirectory
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "emu35"
 CONFIG = {**json.loads((GOLDEN / "emu_tiny.json").read_text())["config"], "eoi_token_id": 127, "eol_token_id": 120}

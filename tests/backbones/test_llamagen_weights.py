@@ -74,7 +74,7 @@ def test_missing_unknown_and_misshapen_keys_are_named() -> None:
         LlamaGen.from_official(without, n_head=4)
     with pytest.raises(ValueError, match=r"no missing keys; 1 unknown keys \(head.bias\)"):
         LlamaGen.from_official({**state, "head.bias": state["norm.weight"]}, n_head=4)
-    with pytest.raises(ValueError, match=r"head.weight has shape \(128, 63\).*\(128, 64\)"):
+    with pytest.raises(ValueError, match=r"output.weight has shape \(128, 63\).*\(128, 64\)"):
         LlamaGen.from_official({**state, "output.weight": state["output.weight"][:, :-1]}, n_head=4)
     with pytest.raises(ValueError, match=r"missing keys \(tok_embeddings.weight"):
         LlamaGen.from_official({"weight": torch.zeros(2)}, n_head=4)

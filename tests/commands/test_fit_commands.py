@@ -278,7 +278,7 @@ def test_foreign_damaged_and_incomplete_checkpoints(refused, runs):
     torch.save({"model": tiny_backbone().to_official()}, "official.pt")
     assert "--model.init_from official.pt" in refused("fit", "--config", "raster.yaml", "--ckpt_path", "official.pt")
     Path("text.ckpt").write_text("hello")
-    assert "text.ckpt is not a checkpoint" in refused("validate", "--ckpt_path", "text.ckpt")
+    assert "text.ckpt is not a torch file" in refused("validate", "--ckpt_path", "text.ckpt")
     content = torch.load(LAST, weights_only=True)
     name = "net.backbone.norm.weight"
     del content["state_dict"][name]

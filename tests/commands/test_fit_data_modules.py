@@ -22,13 +22,14 @@ from flashar_pl.commands.plot import read_scalars
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
-TARS = "flashar_pl.data.datamodules_images.ImageTarsDataModule"
+TARS = "flashar_pl.data.datamodules.ImageNetDataModule"
 RUN = {
     "model": {"backbone": {"options": {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 64,
                                        "num_classes": 3}}},
     "data": {
-        "class_path": "ImageTarsDataModule",
-        "init_args": {"tars": "tars", "shards": "shards", "epoch_samples": 8, "batch_size": 4, "num_workers": 0},
+        "class_path": "ImageNetDataModule",
+        "init_args": {"images": "tars", "shards": "shards", "reading": "streamed", "epoch_samples": 8, "batch_size": 4,
+                      "num_workers": 0},
     },
     "trainer": {
         "default_root_dir": "run",
@@ -74,7 +75,7 @@ def test_tars_of_images_from_a_yaml_and_back_from_the_checkpoint(run, work, monk
     assert run("fit", "--config", "run.yaml", "--data.init_args.seed", 3)[0] == 0
     stored = read_config(LAST)["data"]
     assert stored["class_path"] == TARS
-    assert (stored["init_args"]["seed"], stored["init_args"]["tars"]) == (3, "tars")
+    assert (stored["init_args"]["seed"], stored["init_args"]["images"]) == (3, "tars")
     assert yaml.safe_load(Path("run/config.yaml").read_text())["data"] == stored
 
     said: list[str] = []
@@ -92,15 +93,15 @@ def test_tars_of_images_from_a_yaml_and_back_from_the_checkpoint(run, work, monk
 
 def test_wrong_data_modules_and_keys_are_named(refused, work):
     base = ("fit", "--config", "run.yaml")
-    message = refused(*base, "--data.tar", "x")
-    assert "no configuration key 'data.tar'; closest: data.tars" in message
+    message = refused(*base, "--data.image", "x")
+    assert "no configuration key 'data.image'; closest: data.images" in message
     assert "data.epoch_samples is 'many'; expected int" in refused(*base, "--data.init_args.epoch_samples", "many")
     assert "looked for none/manifest.json" in refused(*base, "--data.shards", "none")
-    assert "none.tar" in refused(*base, "--data.tars", "none.tar")
+    assert "none.tar" in refused(*base, "--data.images", "none.tar")
     for path in ("ImageTars", "json.JSONDecoder", "no.such.Module"):
         message = refused(*base, "--data.class_path", path)
         assert f"data.class_path is '{path}'" in message
-        assert "expected one of CodesDataModule, ImageTarsDataModule" in message
+        assert "expected one of CodesDataModule, ImageNetDataModule" in message
     mixed = {**RUN, "data": RUN["data"] | {"seed": 1}}
     Path("mixed.yaml").write_text(yaml.safe_dump(mixed), encoding="utf-8")
     assert "data has seed beside class_path" in refused("fit", "--config", "mixed.yaml")

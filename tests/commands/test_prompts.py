@@ -283,7 +283,7 @@ def test_convert_to_our_format_and_back_is_bit_exact(run, refused, work, files, 
 
 
 def test_official_directories_are_cut_into_files(work, files) -> None:
-    from flashar_pl.checkpoints.directories import write_directory
+    from flashar_pl.checkpoints.official import write_directory
 
     tensors = load_file(files / "base" / "model.safetensors")
     write_directory("cut", tensors, files / "base", shard_bytes=100_000)

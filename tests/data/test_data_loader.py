@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
 import pickle
 import time
 from pathlib import Path
@@ -13,7 +15,8 @@ import torch
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones.condition import Batch, TextFeatures
-from flashar_pl.data.loader import EvaluationBatches, EvaluationLoader, Loader, TrainingBatches, TrainingLoader
+from flashar_pl.data.batches import EvaluationBatches, TrainingBatches
+from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.order import EvaluationOrder, TrainingOrder
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
 
@@ -23,17 +26,6 @@ BATCH = 12
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Manifest:
     return write_classes(tmp_path_factory.mktemp("data") / "toy", crops=3)
-
-
-@pytest.fixture(autouse=True)
-def close_loaders(monkeypatch):
-    """Stop the workers of every loader a test made."""
-    made: list[Loader] = []
-    init = Loader.__init__
-    monkeypatch.setattr(Loader, "__init__", lambda self, *args: (made.append(self), init(self, *args))[1])
-    yield
-    for loader in made:
-        loader.close()
 
 
 def training(manifest: Manifest, rank: int = 0, ranks: int = 1, seed: int = 0, **kwargs) -> TrainingBatches:
@@ -232,15 +224,17 @@ def test_text_conditions(tmp_path: Path) -> None:
     assert batch.condition.features.dtype == torch.float32
 
 
-def test_close_stops_the_workers_at_once(toy: Manifest) -> None:
+def test_a_pass_that_is_left_stops_its_workers_at_once(toy: Manifest) -> None:
     """Guards against workers that hold up the end of a run for five seconds each."""
     loader = TrainingLoader(training(toy), num_workers=2)
-    next(iter(loader))
-    workers = loader._iterator._workers
-    assert all(worker.is_alive() for worker in workers)
+    there = set(multiprocessing.active_children())
+    batches = iter(loader)
+    next(batches)
+    workers = set(multiprocessing.active_children()) - there
+    assert len(workers) == 2
     start = time.monotonic()
-    loader.close()
-    assert time.monotonic() - start < 3
+    del batches
+    gc.collect()
     assert not any(worker.is_alive() for worker in workers)
-    loader.close()
-    assert len(list(loader)) == 7, "a closed loader starts again where it stands"
+    assert time.monotonic() - start < 4
+    assert len(list(loader)) == 7, "the loader starts again where it stands"

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashar_pl.backbones.condition import Batch
+from flashar_pl.data.batches import Cut, evaluation_batches, training_batches
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.data.grids import evaluation_batches, load_grids, training_batches
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
+from flashar_pl.data.manifest import load_grids
 from flashar_pl.data.order import GridOrder, TrainingOrder
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 
@@ -46,7 +47,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def training(place: Path, rank: int = 0, ranks: int = 1, seed: int = 0):
-    return training_batches(load_grids(str(place)), BATCH, seed, 3, rank, ranks, lambda manifest: None)
+    return training_batches(load_grids(str(place)), BATCH, seed, 3, Cut(rank, ranks))
 
 
 def rows(batch: Batch) -> list[tuple[tuple[int, ...], int]]:
@@ -109,8 +110,6 @@ def test_resume_on_other_ranks_and_workers_is_exact(place) -> None:
         states = [loader.state_dict() for loader in loaders]
         assert all(s == states[0] for s in states)
         state = json.loads(json.dumps(states[0]))
-        for loader in loaders:
-            loader.close()
     assert seen == expected[:23]
 
 
@@ -128,7 +127,7 @@ def test_evaluation_shows_each_sample_once_grid_after_grid(place, limit, count) 
     manifests = load_grids(str(place))
     per_rank = []
     for rank in range(2):
-        batches = evaluation_batches(manifests, "validation", 4, limit, rank, 2, lambda manifest: None)
+        batches = evaluation_batches(manifests, "validation", 4, limit, Cut(rank, 2))
         per_rank.append(list(EvaluationLoader(batches)))
     seen = []
     for parts in zip(*per_rank, strict=True):

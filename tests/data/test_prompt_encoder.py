@@ -51,7 +51,6 @@ def test_the_prefix_is_the_template_and_the_header_of_the_shards_grid(assets, sh
     data.setup("fit")
     loader = data.train_dataloader()
     batch = next(iter(loader))
-    loader.close()
     text = PromptEncoder(assets, GRID).text
     for ids, sample in zip(batch.condition, batch.index.tolist()):
         expected = TEMPLATE.format(f"train {'x' * sample}") + "<|image start|>2*3<|image token|>"
@@ -82,7 +81,6 @@ def test_captions_of_several_grids_have_the_header_of_their_batch(assets, tmp_pa
     text = PromptEncoder(assets, GRID).text
     for loader in (data.train_dataloader(), data.val_dataloader()):
         batches = list(loader)
-        loader.close()
         assert {tuple(batch.codes.shape[1:]) for batch in batches} == set(grids)
         for batch in batches:
             height, width = batch.codes.shape[1:]

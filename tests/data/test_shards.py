@@ -13,6 +13,7 @@ import webdataset
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, check_matches, code_dtype, verify
+from flashar_pl.files import digest
 
 
 @pytest.fixture
@@ -326,11 +327,9 @@ def test_verify_finds_one_flipped_bit(toy: Manifest) -> None:
 
 def forge(manifest: Manifest) -> None:
     """Make the manifest agree with changed bytes, as a faulty writer would."""
-    from flashar_pl.data.writer import file_sha256
-
     path = Path(manifest.root) / "manifest.json"
     data = json.loads(path.read_text())
-    data["splits"]["train"][0]["sha256"] = file_sha256(Path(manifest.root) / "train-000000.tar")
+    data["splits"]["train"][0]["sha256"] = digest(Path(manifest.root) / "train-000000.tar")
     path.write_text(json.dumps(data))
 
 

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from flashar_pl.backbones import Emu35
-from flashar_pl.checkpoints.directories import read_directory, stream_weights
 from flashar_pl.checkpoints.emu35 import backbone_renames
-from flashar_pl.checkpoints.sources import SafetensorsDirectory
+from flashar_pl.checkpoints.initialise import stream_weights
+from flashar_pl.checkpoints.official import read_directory
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.models import FlashAR
 
 CONFIG = {

@@ -14,8 +14,9 @@ from tiny import emu, emu_flashar
 from torch import Tensor
 
 from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
-from flashar_pl.checkpoints.directories import is_official_directory, read_directory, stream_weights
-from flashar_pl.checkpoints.weights import initialise, load_model, save_model
+from flashar_pl.checkpoints.initialise import initialise, stream_weights
+from flashar_pl.checkpoints.official import is_official_directory, read_directory
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.sampling import guide

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from tiny import llamagen_golden
 
 from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
+from flashar_pl.checkpoints.initialise import initialise
+from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX
-from flashar_pl.checkpoints.weights import initialise, load_model, official_weights, save_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.base import GridModel
 
@@ -150,7 +152,7 @@ class Evil:
 def test_pickles_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Evil()}, "evil.pt")
-    with pytest.raises(ValueError, match=r"not a checkpoint that can be read safely: .*Unsupported global") as caught:
+    with pytest.raises(ValueError, match=r"not a torch file that can be read safely: .*Unsupported global") as caught:
         load_model("evil.pt")
     assert "weights_only" not in str(caught.value)  # torch's advice is to read it unsafely
     assert not Path("evil-was-here").exists()

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
 from flashar_pl.checkpoints.description import Description, build_model
-from flashar_pl.checkpoints.weights import initialise, load_model, official_weights, save_model
+from flashar_pl.checkpoints.initialise import initialise
+from flashar_pl.checkpoints.official import official_weights
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
 from flashar_pl.models.released import Compatibility, ReleasedFlashAR, without_prefix

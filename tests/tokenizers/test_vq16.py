@@ -1,7 +1,5 @@
 """The LlamaGen VQ tokenizer: parity with the official code, sizes read from tensors, strict loading, precision."""
 
-import argparse
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,17 +101,17 @@ def test_published_sizes(name, count, f):
 
 def test_strict_loading_names_the_tensors(vq_golden):
     state, _ = vq_golden
-    with pytest.raises(ValueError, match=r"missing: decoder\.mid\.1\.k\.bias"):
+    with pytest.raises(ValueError, match=r"1 missing keys \(decoder\.mid\.1\.k\.bias"):
         VQ16.from_official({n: v for n, v in state.items() if n != "decoder.mid.1.k.bias"})
-    with pytest.raises(ValueError, match=r"not expected: loss\.w"):
+    with pytest.raises(ValueError, match=r"unknown keys \(loss\.w"):
         VQ16.from_official({**state, "loss.w": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"quant_conv\.weight \(4, 32, 1, 1\) instead of \(8, 32, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"quant_conv\.weight has shape \(4, 32, 1, 1\)"):
         VQ16.from_official({**state, "quant_conv.weight": torch.zeros(4, 32, 1, 1)})
     with pytest.raises(ValueError, match=r"'encoder\.conv_in\.weight' is missing|'encoder\.conv_blocks.*is missing"):
         VQ16.from_official({"tok_embeddings.weight": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match=r"no matrix 'quantize\.embedding\.weight'"):
         VQ16.from_official({n: v for n, v in state.items() if n != "quantize.embedding.weight"})
-    with pytest.raises(ValueError, match="non-empty mapping"):
+    with pytest.raises(ValueError, match="is missing"):
         VQ16.from_official({})
 
 
@@ -137,14 +135,14 @@ def test_file_containers(tmp_path, container):
 def test_files_that_are_no_weights(tmp_path):
     """A pickle with other classes is refused, not executed; a damaged file gives the reason."""
     pickled, broken, folder = tmp_path / "args.pt", tmp_path / "broken.pt", tmp_path / "folder"
-    torch.save({"model": small_vq().to_official(), "args": argparse.Namespace(lr=1)}, pickled)
-    with pytest.raises(ValueError, match="no torch file of plain tensors"):
+    torch.save({"model": small_vq().to_official(), "args": torch.nn.Linear(1, 1)}, pickled)
+    with pytest.raises(ValueError, match="read safely"):
         VQ16.from_file(pickled)
     broken.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ValueError, match=r"broken\.pt is no torch file"):
+    with pytest.raises(ValueError, match=r"broken\.pt is not a torch file"):
         VQ16.from_file(broken)
     (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 4)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         VQ16.from_file(tmp_path / "broken.safetensors")
     folder.mkdir()
     with pytest.raises(ValueError, match="is a directory, not a VQ weights file"):

@@ -12,7 +12,7 @@ import pytest
 
 from flashar_pl.backbones import Emu35Config
 from flashar_pl.checkpoints.description import build_on_meta
-from flashar_pl.checkpoints.weights import initialise
+from flashar_pl.checkpoints.initialise import initialise
 from flashar_pl.training.checks import check_guidance
 from flashar_pl.training.config import (
     BackboneConfig,

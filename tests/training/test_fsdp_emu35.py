@@ -16,8 +16,9 @@ from training_toys import make_trainer
 
 from flashar_pl.checkpoints.sharded import SafeReader, read_meta
 from flashar_pl.checkpoints.weights import load_model
-from flashar_pl.commands.convert import convert
+from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.data.datamodules import CodesDataModule
+from flashar_pl.options import ModelOptions
 from flashar_pl.training.config import BackboneConfig, FlashARConfig
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.sharded.strategy import ShardedStrategy
@@ -60,7 +61,7 @@ def test_checkpoint_keeps_its_dtypes(said: str, folder: Path) -> None:
 def test_converts_to_a_model(said: str, folder: Path) -> None:
     """Consolidated export of both weights; each is the joined shards."""
     checkpoint = "runs/emu35_tiny/checkpoints/step=20.ckpt"
-    convert(str(folder / checkpoint), out=str(folder / "model"))
+    convert(ModelOptions(str(folder / checkpoint)), ConvertOptions(str(folder / "model")))
     converted = load_model(folder / "model").model.state_dict()
     for name, value in load_model(folder / checkpoint, "ema").model.state_dict().items():
         assert torch.equal(converted[name], value), name

@@ -17,9 +17,10 @@ from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY
 from flashar_pl.checkpoints.sharded import SafeReader
 from flashar_pl.checkpoints.weights import load_model, save_model
-from flashar_pl.commands.convert import convert
+from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.decoding import generate
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters
+from flashar_pl.options import ModelOptions
 from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
@@ -165,10 +166,14 @@ def test_checkpoint_is_a_plain_model(whole, monkeypatch) -> None:
     )
 
 
+def raw_of(path: Path) -> ModelOptions:
+    return ModelOptions(str(path), weights="raw")
+
+
 def test_exports(whole, raster: str, toy_shards: str, tmp_path: Path) -> None:
     """`convert` writes a merged model that trains on as any other, and official names."""
     root, module, _ = whole
-    out = convert(str(root / f"step={STEPS}.ckpt"), weights="raw", out=str(tmp_path / "merged"))
+    out = convert(raw_of(root / f"step={STEPS}.ckpt"), ConvertOptions(str(tmp_path / "merged")))
     again = load_model(out).model
     assert again.state_dict().keys() == build_model(module.net.config()).state_dict().keys()
     started(str(out), LORA)
@@ -176,7 +181,7 @@ def test_exports(whole, raster: str, toy_shards: str, tmp_path: Path) -> None:
     nar = fit(tmp_path, toy_shards, make(raster, flashar=average), max_steps=4)
     nar.trainer.save_checkpoint(tmp_path / "nar.ckpt")
     merged = load_model(tmp_path / "nar.ckpt", "raw").model
-    official = convert(str(tmp_path / "nar.ckpt"), weights="raw", to="official", out=str(tmp_path / "official.pt"))
+    official = convert(raw_of(tmp_path / "nar.ckpt"), ConvertOptions(str(tmp_path / "official.pt"), "official"))
     names = clean_official(torch.load(official, weights_only=True)["model"])
     assert "layers.0.attention.wqkv.weight" in names
     assert not [name for name in names if "lora" in name or "base_layer" in name]

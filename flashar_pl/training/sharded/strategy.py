@@ -25,10 +25,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
 from flashar_pl.checkpoints.description import build_model, build_on_meta
-from flashar_pl.checkpoints.directories import is_official_directory
+from flashar_pl.checkpoints.initialise import InitReport, initialise
+from flashar_pl.checkpoints.official import is_official_directory
 from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_meta
-from flashar_pl.checkpoints.weights import InitReport, initialise
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.training.new_parts import new_parts

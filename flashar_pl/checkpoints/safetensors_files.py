@@ -1,4 +1,4 @@
-"""Safetensors files and directories of them with an index, read row by row.
+"""Safetensors files and directories of them with an index, read row by row and written in shards.
 
 Files are read with plain reads, not memory maps: mapped pages would count as used memory.
 """
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from flashar_pl.files import read_json, write_json
 from flashar_pl.renames import TensorSource, unwrapped
 
 INDEX = "model.safetensors.index.json"
@@ -52,8 +54,10 @@ class SafetensorsDirectory(TensorSource):
         directory = Path(directory)
         self.name = str(directory)
         if (directory / INDEX).exists():
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            weight_map = read_json(directory / INDEX).get("weight_map", {})
             files = sorted(set(weight_map.values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"{directory / INDEX} names {outside[0]}; expected files of this directory.")
         elif (directory / SINGLE).exists():
             weight_map, files = None, [SINGLE]
         else:
@@ -96,14 +100,48 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError(f"{path} is not a safetensors file, or is cut off.")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        text = file.read(length)
     entries = {}
-    for key, value in header.items():
-        if value["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {key} has dtype {value['dtype']}; expected one of {', '.join(DTYPES)}.")
-        begin, end = value["data_offsets"]
-        if 8 + length + end > size:
-            raise ValueError(f"{path} ends before {key} does; the download is incomplete.")
-        entries[key] = _Stored(path, 8 + length + begin, tuple(value["shape"]), DTYPES[value["dtype"]])
+    try:
+        for key, value in json.loads(text).items():
+            if key == "__metadata__":
+                continue
+            if value["dtype"] not in DTYPES:
+                raise ValueError(f"{key} has dtype {value['dtype']}; expected one of {', '.join(DTYPES)}")
+            shape, dtype, (begin, end) = tuple(value["shape"]), DTYPES[value["dtype"]], value["data_offsets"]
+            if 8 + length + end > size or end - begin != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"it ends before {key} does; the download is incomplete")
+            entries[key] = _Stored(path, 8 + length + begin, shape, dtype)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors file that can be read: {error}.") from error
     return entries
+
+
+def write_shards(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 5_000_000_000) -> None:
+    """Write a state dict into a directory that exists.
+
+    More than `shard_bytes` are cut into files of at most that size (single tensors may be larger), with an index.
+    """
+    shards = _cut(tensors, shard_bytes)
+    if len(shards) == 1:
+        names = [SINGLE]
+    else:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name, shard in zip(names, shards, strict=True):
+        save_file({key: tensors[key].contiguous() for key in shard}, directory / name, metadata={"format": "pt"})
+
+
+def _cut(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:
+    """Names in order, cut where a file would pass `limit` bytes."""
+    shards: list[list[str]] = []
+    room = 0
+    for key, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(key)
+        room -= tensor.nbytes
+    return shards

@@ -1,0 +1,174 @@
+"""What a training run starts from: weights of any file, copied or streamed into the run's own model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashar_pl.backbones.emu35 import Emu35
+from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
+from flashar_pl.checkpoints.emu35 import backbone_renames, is_table, read_config
+from flashar_pl.checkpoints.official import backbone_config, is_official_directory
+from flashar_pl.checkpoints.released import MODEL_TYPE, fill_released
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
+from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.lora import added_parameters, without_adapters
+from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.options import Weights
+from flashar_pl.renames import fill
+
+NOT_ARCHITECTURE = {
+    "dropout",
+    "unconditional_prompt",
+    "token_dropout",
+    "attn_dropout",
+    "resid_dropout",
+    "ffn_dropout",
+    "condition_dropout",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "backbone",
+}
+"""Fields that may differ between a file and the run that starts from it."""
+
+
+@dataclass
+class InitReport:
+    """What became of a model's tensors when a run started from a file."""
+
+    source: str
+    loaded: int
+    """Parameters taken from the file."""
+    cloned: int
+    """Parameters of the vertical branch copied from the backbone."""
+    new: int
+    """Parameters with fresh values."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source}: {self.loaded:,} parameters loaded, {self.cloned:,} cloned into the vertical branch, "
+            f"{self.new:,} new"
+        )
+
+
+def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") -> InitReport:
+    """Start `model` from a file: official, raster or FlashAR weights.
+
+    A raster file fills the backbone, and a FlashAR model clones its vertical branch from it. A FlashAR file fills
+    everything. Values are copied into the model's own dtypes. The matrices that LoRA adds keep theirs.
+
+    Raises:
+        ValueError: the file's architecture is not the model's; the message names the fields that differ.
+    """
+    with without_adapters(model):
+        report = _initialise(model, path, weights)
+    report.new += added_parameters(model)
+    return report
+
+
+def _initialise(model: GridModel, path: str | Path, weights: Weights) -> InitReport:
+    if is_official_directory(path):
+        return _initialise_from_directory(model, path)
+    heads = model.backbone.config.n_head if isinstance(model.backbone, LlamaGen) else None
+    loaded = load_model(path, weights, n_head=heads)
+    source = loaded.model
+    check_same("backbone", source.config()["backbone"], model.config()["backbone"], path)
+    if isinstance(source, FlashAR) and isinstance(model, RasterAR):
+        raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
+    total = sum(p.numel() for p in model.parameters())
+    if isinstance(source, FlashAR):
+        check_same("model", source.config(), model.config(), path)
+        model.load_state_dict(source.state_dict())
+        return InitReport(f"{path} ({loaded.source})", total, 0, 0)
+    with torch.no_grad():
+        expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
+        model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
+        model.backbone.head.weight.copy_(source.backbone.head.weight)
+    taken = sum(p.numel() for p in source.parameters())
+    if not isinstance(model, FlashAR):
+        return InitReport(f"{path} ({loaded.source})", taken, 0, total - taken)
+    model.init_vertical_from_backbone()
+    roles = model.roles()
+    cloned = sum(p.numel() for name, p in model.named_parameters() if roles[name] in ("vertical", "vertical_head"))
+    return InitReport(f"{path} ({loaded.source})", taken, cloned, total - taken - cloned)
+
+
+def _initialise_from_directory(model: GridModel, path: str | Path) -> InitReport:
+    """`initialise` from an official Emu3.5 directory, read into the model itself."""
+    own = model.config()["backbone"]
+    check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
+    cloned, new = stream_weights(model, path)
+    total = sum(p.numel() for p in model.parameters())
+    return InitReport(f"{path} (official directory)", total - cloned - new, cloned, new)
+
+
+def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> tuple[int, int]:
+    """Copy an official directory into `model`, tensor by tensor, each rank its own rows only.
+
+    The model may be on the meta device (it gets memory on `device`) and sharded by FSDP2. From the base model a
+    FlashAR model takes its backbone and horizontal head, clones its vertical branch from them, and on the meta device
+    gets a new gate. Returns the numbers of parameters that were cloned, and that the directory does not hold.
+
+    Raises:
+        ValueError: names or shapes do not fit, or the authors' FlashAR checkpoint is given to another kind of model.
+    """
+    if not isinstance(model.backbone, Emu35):
+        raise ValueError(f"{directory} holds an Emu3.5 model; this run has a {model.backbone.kind} backbone.")
+    source = SafetensorsDirectory(directory)
+    if read_config(directory).get("model_type") == MODEL_TYPE:
+        if not isinstance(model, ReleasedFlashAR):
+            raise ValueError(
+                f"{directory} holds a FlashAR checkpoint with its authors' conventions, which this model does not "
+                "have; load it with FlashAR.from_released, or start from the base model."
+            )
+        fill_released(model, directory, device)
+        return 0, 0
+    flashar = isinstance(model, FlashAR)
+    head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
+    renames = backbone_renames(model.backbone.config, "backbone.", head)
+    without_values = any(parameter.is_meta for parameter in model.parameters())
+    fill(model, source, renames, device, filter(is_table, source.keys()))
+    if not isinstance(model, FlashAR):
+        return 0, 0
+    if without_values and model.dual_head.gate is not None:
+        model.dual_head.gate.reset_parameters()
+    model.init_vertical_from_backbone()
+    sizes = [(model.role(name), parameter.numel()) for name, parameter in model.named_parameters()]
+    cloned = sum(size for role, size in sizes if role in ("vertical", "vertical_head"))
+    return cloned, sum(size for role, size in sizes if role == "gate")
+
+
+def check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path) -> None:
+    """ValueError naming the fields in which the config `found` at `path` differs from the `expected` one.
+
+    what: which config, for the message, such as "backbone".
+    """
+    found, expected = _resolved(found), _resolved(expected)
+    different = [
+        f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
+        for key in sorted(found.keys() | expected.keys())
+        if key not in NOT_ARCHITECTURE and found.get(key) != expected.get(key)
+    ]
+    if different:
+        raise ValueError(f"{path} holds another {what}: {'; '.join(different)}.")
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with defaults and derived sizes filled in, so that equal models compare equal."""
+    if config.get("kind") != LlamaGen.kind:
+        return config
+    values = LlamaGenConfig(**{key: value for key, value in config.items() if key != "kind"})
+    unused = ("caption_dim", "caption_positions") if values.condition == "class" else ("num_classes",)
+    resolved = {
+        **config,
+        **asdict(values),
+        "ffn_dim": values.feed_forward_dim,
+        "n_kv_head": values.n_kv_head or values.n_head,
+    }
+    return {key: value for key, value in resolved.items() if key not in unused}

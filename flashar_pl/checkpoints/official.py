@@ -1,0 +1,177 @@
+"""Official weights of every kind: which kind a file or directory is, read into a model, and written.
+
+Files hold LlamaGen, NAR or LlamaGen-FlashAR weights; directories (config.json and safetensors files) hold Emu3.5 or
+its authors' FlashAR, and are read tensor by tensor into memory of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flashar_pl.backbones.emu35 import Emu35, Heads
+from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
+from flashar_pl.checkpoints import emu35
+from flashar_pl.checkpoints.emu35 import found_head_dim, parse_config, read_config
+from flashar_pl.checkpoints.llamagen import clean_official
+from flashar_pl.checkpoints.nar import is_nar, read_nar
+from flashar_pl.checkpoints.released import MODEL_TYPE, read_released
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, write_shards
+from flashar_pl.files import new_directory, replacing
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.released import ReleasedFlashAR
+
+FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
+"""Endings of official files."""
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_official_model(
+    state_dict: Mapping[str, Tensor],
+    n_head: int | None,
+    *,
+    rope_base: float = 10000.0,
+    norm_eps: float = 1e-5,
+    arguments: argparse.Namespace | None = None,
+) -> GridModel:
+    """RasterAR from LlamaGen weights, FlashAR from NAR and LlamaGen-FlashAR weights.
+
+    n_head None = that of the published size. arguments: of the training script, where the file holds them.
+    """
+    cleaned = clean_official(state_dict)
+    n_head = n_head or _published_heads(cleaned)
+    if is_nar(cleaned):
+        return read_nar(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps, arguments=arguments)
+    return RasterAR(LlamaGen.from_official(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps))
+
+
+def _published_heads(state_dict: dict[str, Tensor]) -> int:
+    embedding = state_dict.get("tok_embeddings.weight")
+    if embedding is None:
+        raise ValueError("not a LlamaGen checkpoint: tok_embeddings.weight is missing.")
+    heads = {config.dim: config.n_head for config in PRESETS.values()}
+    if embedding.shape[1] not in heads:
+        raise ValueError(
+            f"width {embedding.shape[1]} is no published size, and weights do not tell the number of heads; "
+            "give it: --n-head."
+        )
+    return heads[embedding.shape[1]]
+
+
+def official_weights(model: GridModel, source: str | Path | None = None) -> dict[str, Tensor]:
+    """The official state dict of a raster, NAR-shaped or released model.
+
+    source: directory that an Emu3.5 model with visual heads came from, for the text rows of its heads.
+    """
+    if isinstance(model, ReleasedFlashAR):
+        return model.to_released(source)
+    if isinstance(model, FlashAR):
+        return model.to_nar()
+    if isinstance(model.backbone, Emu35):
+        return model.backbone.to_official(source)
+    assert isinstance(model.backbone, LlamaGen)
+    return model.backbone.to_official()
+
+
+# --- directories ---------------------------------------------------------------------------------------------------
+
+
+def is_official_directory(path: str | Path) -> bool:
+    """Whether `path` is a directory whose config.json is in the Hugging Face style, with a model_type."""
+    config = Path(path) / "config.json"
+    return config.exists() and "model_type" in read_config(path)
+
+
+def read_directory(
+    directory: str | Path,
+    heads: Heads = "visual",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> GridModel:
+    """RasterAR from the base model, FlashAR from the authors' checkpoint, read tensor by tensor into `device`.
+
+    dtype None = the checkpoint's.
+    """
+    if read_config(directory)["model_type"] == MODEL_TYPE:
+        return read_released(directory, heads, device, dtype)
+    return RasterAR(emu35.read_directory(directory, heads, device, dtype))
+
+
+def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
+    """`Backbone.config_dict()` of the model in `directory`; no weights are read."""
+    values, source = read_config(directory), SafetensorsDirectory(directory)
+    prefix = "backbone." if values.get("model_type") == MODEL_TYPE else "model."
+    return {"kind": Emu35.kind, **parse_config(values, heads, found_head_dim(source, prefix)).to_dict()}
+
+
+def check_original(model: GridModel, original: str | Path) -> None:
+    """ValueError unless `original` is an official directory of the same layout and sizes as `model`."""
+    if not is_official_directory(original):
+        raise ValueError(f"{original} is no official Emu3.5 directory; expected config.json and safetensors files.")
+    released = read_config(original)["model_type"] == MODEL_TYPE
+    if released != isinstance(model, ReleasedFlashAR):
+        kinds = {True: "FlashAR authors' checkpoint", False: "base model"}
+        raise ValueError(
+            f"{original} is the {kinds[released]}, the model to write has the layout of the {kinds[not released]}."
+        )
+    assert isinstance(model.backbone, Emu35)
+    own, other = model.backbone.config.to_dict(), backbone_config(original, model.backbone.config.heads)
+    sizes = ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "visual_token_offset")
+    different = [f"{name} {other[name]} (the model: {own[name]})" for name in sizes if other[name] != own[name]]
+    if different:
+        raise ValueError(f"{original} has other sizes: {'; '.join(different)}.")
+
+
+def write_official(target: Path, model: GridModel, path: str | Path, original: str | Path | None) -> Path:
+    """Write official weights: a file, or the directory of a family that is published as directories; what was written.
+
+    path: what the model was read from. original: official directory that gives config.json and the text rows of heads
+    that the model does not hold; None = `path`, if it is one.
+    """
+    if not isinstance(model.backbone, Emu35):
+        if original is not None:
+            raise ValueError("--original is for models that are published as directories; leave it out.")
+        tensors = official_weights(model)
+        target = target if target.suffix in FILE_SUFFIXES else target / "model.pt"
+        with replacing(target) as part:
+            if target.suffix == ".safetensors":
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+            else:
+                torch.save({"model": tensors}, part)
+        return target
+    if target.suffix in FILE_SUFFIXES:
+        raise ValueError(f"official Emu3.5 weights are a directory, such as --out {target.with_suffix('')}.")
+    if original is None and is_official_directory(path):
+        original = path
+    if type(model) is FlashAR:
+        model.to_nar()  # says why there is no official format for it
+    if original is None:
+        raise ValueError(
+            f"{path} holds what decoding needs; add --original DIR, the official directory the model came from, for "
+            "config.json and the text rows of the heads."
+        )
+    check_original(model, original)
+    write_directory(target, official_weights(model, original), original)
+    return target
+
+
+def write_directory(
+    directory: str | Path, tensors: dict[str, Tensor], original: str | Path, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write an official state dict as a directory with the config.json of `original`; it appears whole or not at all.
+
+    shard_bytes: largest size of a file, see `write_shards`.
+    """
+    with new_directory(directory, "checkpoint") as part:
+        write_shards(part, tensors, shard_bytes)
+        shutil.copyfile(Path(original) / "config.json", part / "config.json")

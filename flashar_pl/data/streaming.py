@@ -1,0 +1,237 @@
+"""The streamed way of reading: webdataset's own pipeline over any tars that it can open.
+
+    tars -> split by device and worker -> samples -> shuffle buffer -> rows -> batches -> with_epoch on the loader
+
+Every device makes the same number of batches, which distributed training needs. Against the exact way of reading this
+gives up: an order that does not depend on the number of devices and workers; resuming at the next sample (a resumed
+run continues with a fresh order, so a sample may be seen twice or not at all in a pass); every sample once in an epoch
+(which is a number of samples here); and a damaged tar ends at the damage, with a warning at best.
+
+Shapes: n samples of a record, b samples of a device's part of a global batch, K crops, H x W grid.
+"""
+
+from __future__ import annotations
+
+import random
+import shlex
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import get_worker_info
+
+from flashar_pl.backbones.condition import Batch
+from flashar_pl.data.batches import TextEncoder, to_batch
+from flashar_pl.data.locations import is_remote
+from flashar_pl.data.manifest import Manifest
+from flashar_pl.data.order import stream
+from flashar_pl.data.reader import Samples, columns, read_record
+from flashar_pl.data.tars import find_tars
+
+Rows = Callable[[Iterator[dict[str, Any]], random.Random], Iterator[Any]]
+"""webdataset's samples and a reader's random numbers -> rows of a batch."""
+
+
+def _fsspec(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> Any:
+    return fsspec.open(url, mode, **options).open()
+
+
+for _scheme in fsspec.available_protocols():  # webdataset's own openers (pipe, http, gs, hf, ...) stay
+    webdataset.gopen_schemes.setdefault(_scheme, _fsspec)
+
+
+def tar_urls(location: str) -> list[str]:
+    """Tars as webdataset opens them: URLs and `pipe:` commands with {000..127} written out, or local files.
+
+    Raises ValueError if there are none.
+    """
+    if is_remote(location):
+        import braceexpand
+
+        return list(braceexpand.braceexpand(location))
+    return [str(path) for path in find_tars(location)]
+
+
+def shard_urls(manifest: Manifest) -> list[str]:
+    """The tars of a training split as webdataset opens them."""
+    names = [shard.path for shard in manifest.shards("train")]
+    if manifest.root.startswith("pipe:"):
+        return [manifest.root.replace("{path}", shlex.quote(name)) for name in names]
+    return [f"{manifest.root.rstrip('/')}/{name}" for name in names]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Where streamed batches come from, and how they are mixed."""
+
+    urls: list[str]
+    rows: Rows
+    collate: Callable[[list[Any]], Any]
+    batch_size: int
+    """Global."""
+    seed: int
+    shuffle: int
+    """Samples of the buffer from which a reader draws."""
+    resampled: bool
+    """Each reader draws tars with replacement; False: pass after pass over all tars, dealt out to the readers."""
+    shuffle_rows: bool = False
+    """Shuffle rows instead of records: where a record holds many samples."""
+    rank: int = 0
+    ranks: int = 1
+
+    def check(self, num_workers: int) -> None:
+        """Raises ValueError where a reader would have no tar."""
+        readers = self.ranks * max(1, num_workers)
+        if not self.resampled and readers > len(self.urls):
+            raise ValueError(
+                f"{self.ranks} devices with {num_workers} workers each are {readers} readers, but there are "
+                f"{len(self.urls)} tars. Use fewer workers, write more tars, or set resampled to true."
+            )
+
+    def pipeline(self, turn: int) -> webdataset.DataPipeline:
+        """Endless batches of this device, another order for every `turn`; run by each worker for itself."""
+        key = stream(self.seed, 7, turn)
+        reader = partial(_reader, self.rank)
+        watch = _Watch(len(self.urls))
+        if self.resampled:
+            tars: Any = webdataset.ResampledShards(self.urls, seed=key, worker_seed=reader, deterministic=True)
+        else:
+            tars = webdataset.DataPipeline(
+                webdataset.SimpleShardList(self.urls),
+                webdataset.detshuffle(len(self.urls), len(self.urls), seed=key),
+                _split_by_node(self.rank, self.ranks),
+                webdataset.split_by_worker,
+            ).repeat()
+        mix = webdataset.shuffle(self.shuffle, initial=max(1, self.shuffle // 4), seed=key)
+        rows = partial(_run, self.rows, key, reader)
+        return webdataset.DataPipeline(
+            tars,
+            watch.tars,
+            webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
+            watch.samples,
+            *((rows, mix) if self.shuffle_rows else (mix, rows)),
+            webdataset.batched(self.batch_size // self.ranks, collation_fn=self.collate, partial=False),
+        )
+
+
+def _split_by_node(rank: int, ranks: int) -> Any:
+    """webdataset's splitter, unless several devices work on the same samples (tensor parallel)."""
+    group = torch.distributed.is_initialized() and torch.distributed.get_world_size() == ranks
+    return webdataset.split_by_node if group else partial(_every, rank, ranks)
+
+
+def _every(rank: int, ranks: int, tars: Iterator[Any]) -> Iterator[Any]:
+    return islice(tars, rank, None, ranks)
+
+
+def _reader(rank: int) -> int:
+    """Another number for each worker of each device."""
+    info = get_worker_info()
+    return rank * 65536 + (0 if info is None else info.id)
+
+
+def _run(rows: Rows, key: int, reader: Callable[[], int], samples: Iterator[dict[str, Any]]) -> Iterator[Any]:
+    return rows(samples, random.Random(stream(key, reader())))
+
+
+class _Watch:
+    """Ends a pipeline none of whose tars gives a sample; it would go on forever."""
+
+    def __init__(self, tars: int) -> None:
+        self._most, self._fruitless = 2 * tars, 0
+
+    def tars(self, source: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Counts tars on their way to the opener."""
+        for tar in source:
+            self._fruitless += 1
+            if self._fruitless > self._most + 1:
+                raise ValueError(f"None of the tars gives a sample, such as {tar['url']}; see the warnings.")
+            yield tar
+
+    def samples(self, source: Iterator[Any]) -> Iterator[Any]:
+        """Counts nothing once there is a sample."""
+        for sample in source:
+            self._fruitless = 0
+            yield sample
+
+
+class StreamedLoader:
+    """Epochs of a fixed number of streamed batches. Its state is a number of passes: it does not resume exactly.
+
+    It is no torch `DataLoader`, so a Trainer does not replace its sampler: the tars are cut over ranks already.
+    """
+
+    def __init__(self, source: Stream, num_workers: int, batches: int, reshuffle: bool = True) -> None:
+        self.source, self.num_workers, self._n, self._reshuffle = source, num_workers, batches, reshuffle
+        self.turn, self.position = -1, 0
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[Any]:
+        self.turn, self.position = self.turn + 1, 0
+        pipeline = self.source.pipeline(self.turn if self._reshuffle else 0)
+        loader = webdataset.WebLoader(
+            pipeline, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
+        ).with_epoch(self._n)
+        for batch in loader:
+            self.position += 1
+            yield batch
+        if self.position < self._n:
+            raise ValueError(f"The tars gave {self.position} batches, too few for this device; set resampled to true.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the pass, and how far it is; between passes, that of the next one."""
+        within = 0 < self.position < self._n
+        epoch, position = (self.turn, self.position) if within else (self.turn + 1, 0)
+        return {"reading": "streamed", "epoch": epoch, "position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Begin a pass that no earlier part of the run has begun. Warns where it breaks one off."""
+        self.turn = state["epoch"] - (state["position"] == 0)
+        if state["position"] > 0 and self.source.rank == 0:
+            warnings.warn(
+                f"Streamed reading does not resume at the sample: pass {state['epoch']} was left at batch "
+                f"{state['position']} of {self._n}, and the run goes on with a fresh order. Reading: exact does.",
+                stacklevel=2,
+            )
+
+
+CodeRow = tuple[dict[str, Any], int, int]
+"""Members of a record, row in it, crop."""
+
+
+@dataclass(frozen=True)
+class CodeRows:
+    """Records of code shards -> rows."""
+
+    manifest: Manifest
+
+    def __call__(self, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[CodeRow]:
+        for sample in samples:
+            record = read_record(self.manifest, sample, f"{sample['__url__']}: {sample['__key__']}")
+            if record["codes.npy"].max() >= self.manifest.vocabulary:
+                raise ValueError(f"{sample['__url__']} holds codes outside the vocabulary: it is damaged.")
+            for row in range(len(record["ids.npy"])):
+                yield record, row, rng.randrange(self.manifest.crops)
+
+
+@dataclass(frozen=True)
+class CollateCodes:
+    """Rows of `CodeRows` -> a `Batch`."""
+
+    manifest: Manifest
+    text_encoder: TextEncoder | None
+
+    def __call__(self, rows: list[CodeRow]) -> Batch:
+        codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (b, H, W)
+        pairs = [(record, row) for record, row, _ in rows]
+        ids = np.array([record["ids.npy"][row] for record, row in pairs])
+        return to_batch(Samples(codes, ids, **columns(self.manifest.condition, pairs)), text_encoder=self.text_encoder)
