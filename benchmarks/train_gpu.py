@@ -25,17 +25,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
-from flashar_pl.backbones import Emu35, LlamaGen
-from flashar_pl.backbones.condition import Condition
-from flashar_pl.backbones.emu35 import Emu35Config
-from flashar_pl.backbones.llamagen import LlamaGenConfig, preset
+from flashar_pl.backbones import build_backbone
 from flashar_pl.benchmarking.measure import Timing, clock, clock_name
 from flashar_pl.console import versions
 from flashar_pl.devices import peak_memory
 from flashar_pl.files import write_json
 from flashar_pl.models import FlashAR
 from flashar_pl.planner.advice import GPUS
-from flashar_pl.planner.sizes import ModelSizes, default_branch_layer
+from flashar_pl.planner.sizes import ModelSizes, model_sizes
 from flashar_pl.planner.training import CONTEXT_BYTES, STAGE1, TrainingSetup, step_flops, training_memory
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.sharded.units import allocate, local, recompute_blocks, shard
@@ -45,7 +42,7 @@ from flashar_pl.training.sharded.units import allocate, local, recompute_blocks,
 class Job:
     """A model and its batch."""
 
-    backbone: LlamaGenConfig | Emu35Config
+    backbone: dict[str, Any]
     grid: tuple[int, int]
     samples: int
     moments: Literal["fp32", "bf16"]
@@ -54,8 +51,7 @@ class Job:
     @property
     def sizes(self) -> ModelSizes:
         """FlashAR on the backbone, branched where the recipes branch."""
-        m, n = default_branch_layer(self.backbone), self.backbone.n_layer
-        return ModelSizes(self.backbone, True, m, n - m, True, "horizontal")
+        return model_sizes({"backbone": self.backbone})
 
     @property
     def setup(self) -> TrainingSetup:
@@ -63,18 +59,23 @@ class Job:
         return TrainingSetup(self.grid, gpus=1, samples=self.samples, moments=self.moments, prefix=self.prefix)
 
 
-def emu(dim: int, n_layer: int, heads: tuple[int, int], head_dim: int, ffn_dim: int, vocab: int, codes: int) -> Any:
+def emu(
+    dim: int, n_layer: int, heads: tuple[int, int], head_dim: int, ffn_dim: int, vocab: int, codes: int
+) -> dict[str, Any]:
     """An Emu3.5 of another size, heads over visual codes only."""
-    return Emu35Config(
-        dim=dim, n_layer=n_layer, n_head=heads[0], n_kv_head=heads[1], head_dim=head_dim, ffn_dim=ffn_dim,
-        vocab_size=vocab, rope_base=1e6, norm_eps=1e-6, visual_token_offset=vocab - codes, heads="visual",
-    )  # fmt: skip
+    return {
+        "kind": "emu35", "dim": dim, "n_layer": n_layer, "n_head": heads[0], "n_kv_head": heads[1],
+        "head_dim": head_dim, "ffn_dim": ffn_dim, "vocab_size": vocab, "rope_base": 1e6, "norm_eps": 1e-6,
+        "visual_token_offset": vocab - codes, "heads": "visual",
+    }  # fmt: skip
 
 
 JOBS = {
-    "llamagen-3b": Job(preset("llamagen-3b"), (24, 24), 16, "fp32"),
+    "llamagen-3b": Job({"preset": "llamagen-3b"}, (24, 24), 16, "fp32"),
     "emu35-7b": Job(emu(4096, 32, (32, 8), 128, 11008, 282926, 131072), (32, 32), 4, "bf16", prefix=50),
-    "tiny-llamagen": Job(LlamaGenConfig(dim=32, n_layer=3, n_head=4, vocab_size=300), (4, 4), 2, "fp32"),
+    "tiny-llamagen": Job(
+        {"kind": "llamagen", "dim": 32, "n_layer": 3, "n_head": 4, "vocab_size": 300}, (4, 4), 2, "fp32"
+    ),
     "tiny-emu35": Job(emu(32, 5, (4, 2), 8, 64, 260, 200), (4, 4), 2, "bf16", prefix=5),
 }
 """emu35-7b: 7.4 billion parameters in the backbone, Emu3.5's vocabulary."""
@@ -87,7 +88,7 @@ class Bench:
         self.job, self.device = job, device
         sizes = job.sizes
         with torch.device("meta"):
-            made = LlamaGen(job.backbone) if isinstance(job.backbone, LlamaGenConfig) else Emu35(job.backbone)
+            made = build_backbone(job.backbone)
             self.model = FlashAR(made, sizes.branch_layer, sizes.vertical_layers).float()
         recompute_blocks(self.model)
         shard(self.model, init_device_mesh(device.type, (1,)), "bf16")
@@ -99,14 +100,8 @@ class Bench:
         self.model.train()
         self.plan = self.model.default_plan(*job.grid)
         self.codes = torch.randint(0, sizes.vocabulary, (job.samples, *job.grid)).to(device)
-        self.condition = self._condition()
+        self.condition = replace(sizes.conditioning, positions=job.prefix).example(job.samples).to(device)
         self.optimiser = adamw(self.model, 2e-5, state=job.moments)
-
-    def _condition(self) -> Condition:
-        if isinstance(self.job.backbone, Emu35Config):
-            ids = torch.randint(0, self.job.backbone.visual_token_offset or 1, (self.job.prefix,))
-            return [ids.to(self.device)] * self.job.samples
-        return (torch.arange(self.job.samples) % self.job.backbone.num_classes).to(self.device)
 
     def freeze(self, stage: int) -> None:
         """What a stage does not train has neither gradients nor moments."""

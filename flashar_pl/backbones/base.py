@@ -6,19 +6,35 @@ V codes, K = P + S.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from flashar_pl.backbones.condition import KINDS, Condition, Conditioning, Given, Prefix, as_condition, kind_of
+from flashar_pl.backbones.condition import (
+    KINDS,
+    ClassIds,
+    Condition,
+    Conditioning,
+    Given,
+    Prefix,
+    as_condition,
+    kind_of,
+)
+from flashar_pl.files import closest
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.layers.transformer import Mask, run_blocks
+from flashar_pl.layers.transformer import Block, BlockConfig, Mask, run_blocks
 from flashar_pl.numerics import wide
+
+NUMBERS: dict[str, Any] = {"int": int, "float": int | float, "<class 'int'>": int, "<class 'float'>": int | float}
+"""Annotations of options whose values are checked before arithmetic is done with them."""
 
 
 class Backbone(nn.Module, ABC):
@@ -28,8 +44,24 @@ class Backbone(nn.Module, ABC):
     is a plain attribute once a FlashAR model owns it (`release_head`); it is used the same way before and after.
     """
 
-    kind: str
+    kind: ClassVar[str]
     """Name under which `build_backbone` finds this class."""
+    config_type: ClassVar[type | None] = None
+    """Dataclass of all options, the constructor's only argument; None = the constructor takes the options."""
+    published: ClassVar[Mapping[str, Any]] = {}
+    """Published sizes by name, each a `config_type`."""
+    published_cfg_scale: ClassVar[float | None] = None
+    """Guidance that the published weights need to draw well; None = they do without."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options of a tiny one, with which a machine is checked."""
+    usual_grid: ClassVar[tuple[int, int]] = (16, 16)
+    """(H, W) where nothing else is known."""
+    many_grids: ClassVar[bool] = False
+    """Whether the published weights were trained on images of many shapes."""
+    usual_clones: ClassVar[int] = 1
+    """Layers that the vertical branch clones where nothing else is said (the paper: the last one)."""
+    config: Any
+    """A `config_type`, where there is one."""
     dim: int
     """Width D."""
     n_layer: int
@@ -40,15 +72,67 @@ class Backbone(nn.Module, ABC):
     """Row of the head that scores code 0; more than 0 if the head also scores text tokens."""
     conditioning: Conditioning
     """What kind of condition it takes, and of which sizes."""
-    row_ends: bool
+    row_ends: bool = False
     """Whether the raster plan of this backbone has forced row-end tokens."""
+    block: BlockConfig
+    """Sizes of one block."""
     blocks: nn.ModuleList
     norm: nn.Module
     head: nn.Linear
 
-    @abstractmethod
+    # --- options ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """A backbone with new weights. ValueError for options that `check_options` refuses, or of wrong values."""
+        cls.check_options(options)
+        return cls(**options) if cls.config_type is None else cls(cls.config_type(**options))
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """A published size with random weights, some options changed."""
+        return cls.from_options(**cls.preset(name, **overrides))
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> dict[str, Any]:
+        """Options of a published size, some of them changed. ValueError for an unknown name or option."""
+        if name not in cls.published:
+            raise ValueError(f"no preset {name!r}; {closest(name, cls.published)}")
+        options = {**plain(asdict(cls.published[name])), **overrides}
+        cls.check_options(options)
+        return options
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """ValueError for an option that is unknown, missing, or no number where one is expected."""
+        known = {
+            name: each
+            for name, each in inspect.signature(cls.config_type or cls).parameters.items()
+            if each.kind is each.POSITIONAL_OR_KEYWORD or each.kind is each.KEYWORD_ONLY
+        }
+        for name, value in options.items():
+            if name not in known:
+                raise ValueError(f"a {cls.kind} backbone has no option {name!r}; {closest(name, known)}")
+            expected = NUMBERS.get(str(known[name].annotation))
+            if expected is not None and (isinstance(value, bool) or not isinstance(value, expected)):
+                kind = "a whole number" if expected is int else "a number"
+                raise ValueError(f"{name} is {value!r}; expected {kind}.")
+        missing = [name for name, each in known.items() if each.default is each.empty and name not in options]
+        if missing:
+            example = f", or for example the preset {next(iter(cls.published))}" if cls.published else ""
+            raise ValueError(f"a {cls.kind} backbone needs {', '.join(missing)}{example}.")
+
+    @classmethod
+    def training_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options that a training run changes unless it says otherwise."""
+        return {}
+
     def config_dict(self) -> dict[str, Any]:
-        """Plain types from which `build_backbone` makes an equal backbone."""
+        """Plain types from which `build_backbone` makes an equal backbone: its kind and all options."""
+        assert self.config_type is not None, "a backbone without a config_type has its own config_dict"
+        return {"kind": self.kind, **plain(asdict(self.config))}
+
+    # --- layers -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def embed(self, codes: Tensor) -> Tensor:
@@ -66,13 +150,38 @@ class Backbone(nn.Module, ABC):
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         """The rotation of every position, (1 or R, P + S, E / 2, 2) float32."""
 
-    @abstractmethod
     def make_block(self) -> nn.Module:
-        """A new block of this backbone's sizes, for branches."""
+        """A new block of this backbone's sizes, for itself and for branches."""
+        block = Block(self.block)
+        block.apply(initialise)
+        return block
 
-    @abstractmethod
     def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
         """What a KV cache must hold, with `extra_layers` for branches."""
+        return CacheSpec(self.n_layer + extra_layers, self.block.n_kv_head, self.block.head_dim)
+
+    # --- conditions -------------------------------------------------------------------------------------------------
+
+    @property
+    def null_prompt(self) -> tuple[int, ...] | None:
+        """Token ids of the prompt that guidance leads away from; None = not known, or no prompts."""
+        return None
+
+    @property
+    def knows_null(self) -> bool:
+        """Whether guidance works without an unconditional condition from the caller."""
+        return self.conditioning.kind != "prompt" or self.null_prompt is not None
+
+    def notes(self, condition: Condition, guided: bool) -> list[str]:
+        """What a user who asks for these samples may not have meant."""
+        found = []
+        if self.published_cfg_scale is not None and not guided:
+            scale = f"{self.published_cfg_scale:g}"
+            found.append(f"drawn without guidance; {self.kind} models are published with --cfg-scale {scale}.")
+        null = self.conditioning.size
+        if isinstance(condition, ClassIds) and bool((condition.ids == null).any()):
+            found.append(f"class {null} means no class, what guidance leads away from; classes are 0 to {null - 1}.")
+        return found
 
     def check_condition(self, given: Given, batch: int | None = None) -> Condition:
         """What a caller gave, as a condition of this backbone.
@@ -92,6 +201,8 @@ class Backbone(nn.Module, ABC):
         """The conditions of 2B rows: the given ones, then the unconditional ones (None = the model's own)."""
         own = as_condition(condition)
         return Condition.cat([own, self.null_condition(own) if unconditional is None else as_condition(unconditional)])
+
+    # --- sequences --------------------------------------------------------------------------------------------------
 
     def input_dropout(self, x: Tensor) -> Tensor:
         """Dropout on the embedded sequence (R, L, D); none by default."""
@@ -190,3 +301,16 @@ def check_codes(codes: Tensor, vocabulary: int) -> None:
         low, high = int(codes.min()), int(codes.max())
         if low < 0 or high >= vocabulary:
             raise ValueError(f"codes range from {low} to {high}; expected 0 to {vocabulary - 1} (the vocabulary).")
+
+
+def initialise(module: nn.Module) -> None:
+    """N(0, 0.02) for linear and embedding weights."""
+    if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+        nn.init.normal_(module.weight, std=0.02)
+
+
+def plain(value: Any) -> Any:
+    """A value without tuples, as it comes back from JSON."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -26,6 +26,8 @@ class Conditioning:
     """Class: number of classes, whose id is the null class. Text: width C of the features. Prompt: number of tokens."""
     positions: int = 1
     """Prefix positions: 1 for a class, the most that captions have, or those of a usual prompt."""
+    first_visual: int | None = None
+    """Prompt: token id of code 0, in which the prompt's tokenizer must agree."""
 
     def example(self, n: int) -> Condition:
         """A condition of n samples, for measurements: one class after the other, random features or tokens."""

@@ -5,8 +5,8 @@ Shapes: B samples, R rows, P prefix, S slots, D width, E head width, T token ids
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.base import Backbone, initialise
 from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
 from flashar_pl.doors import door
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
-from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
-from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
+from flashar_pl.layers.transformer import BlockConfig, RMSNorm
 from flashar_pl.numerics import wide
 
 Heads = Literal["full", "visual"]
@@ -81,11 +80,6 @@ class Emu35Config:
         if self.condition_dropout and self.unconditional_prompt is None:
             raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain types, from which the constructor makes an equal object."""
-        prompt = self.unconditional_prompt
-        return {**asdict(self), "unconditional_prompt": None if prompt is None else list(prompt)}
-
     @property
     def n_codes(self) -> int:
         """Number of visual codes V; 0 if their place in the vocabulary is unknown."""
@@ -99,7 +93,7 @@ class Emu35Config:
     @property
     def conditioning(self) -> Conditioning:
         """What the model is conditioned on."""
-        return Conditioning("prompt", self.vocab_size, USUAL_PROMPT)
+        return Conditioning("prompt", self.vocab_size, USUAL_PROMPT, self.visual_token_offset)
 
     @property
     def block(self) -> BlockConfig:
@@ -119,6 +113,8 @@ class Emu35Config:
         )
 
 
+CAPTION_DROPOUT = 0.1
+"""Share of the captions that training replaces by the unconditional prompt, so that guidance keeps working."""
 USUAL_PROMPT = 50
 """Tokens, the image prefix included."""
 NO_TEXT = (151849, 2610, 525, 264, 10950, 17847, 13, 13872, 25, 220, 35560, 3846, 2821, 25, 220, 151746)
@@ -143,16 +139,11 @@ PRESETS: dict[str, Emu35Config] = {
 """Published sizes, for measurements with random weights. A checkpoint is read with its own config.json."""
 
 
-def preset(name: str, **overrides: Any) -> Emu35Config:
-    """The published size `name` with some fields changed."""
-    if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; expected one of {', '.join(PRESETS)}.")
-    known = [f.name for f in fields(Emu35Config)]
-    for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"an Emu3.5 model has no option {key!r}; closest: {', '.join(near)}.")
-    return Emu35Config(**{**asdict(PRESETS[name]), **overrides})
+EXAMPLE = {
+    "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
+    "visual_token_offset": 1024, "eol_token_id": 1001, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
+}  # fmt: skip
+"""A tiny size, with which a machine is checked."""
 
 
 class Emu35(Backbone):
@@ -167,24 +158,31 @@ class Emu35(Backbone):
     """
 
     kind = "emu35"
+    config_type, published = Emu35Config, PRESETS
+    example = EXAMPLE
+    published_cfg_scale = 5.0
+    usual_grid, many_grids = (32, 32), True  # 512 x 512 pixels, at which the released FlashAR weights were trained
+    usual_clones = 4  # as the released FlashAR weights
     row_ends = True
+    config: Emu35Config
 
     def __init__(self, config: Emu35Config) -> None:
         super().__init__()
         self.config = config
         self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.n_codes
         self.first_code = config.visual_token_offset or 0 if config.heads == "full" else 0
-        self.conditioning = config.conditioning
+        self.conditioning, self.block = config.conditioning, config.block
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(Block(config.block) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.head_rows, bias=False)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Emu35:
-        """A published size with random weights; `overrides` are fields of `Emu35Config`."""
-        return cls(preset(name, **overrides))
+    def training_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Heads of the visual codes alone, and a tenth of the captions dropped where their substitute is known."""
+        known = options.get("unconditional_prompt") is not None
+        return {"heads": "visual", "condition_dropout": CAPTION_DROPOUT if known else 0.0}
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], config: dict[str, Any], heads: Heads = "full") -> Emu35:
@@ -207,16 +205,9 @@ class Emu35(Backbone):
         """
         return door("flashar_pl.checkpoints.emu35:write_official")(self, source)
 
-    def config_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **self.config.to_dict()}
-
-    def make_block(self) -> nn.Module:
-        block = Block(self.config.block)
-        block.apply(_initialise)
-        return block
-
-    def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
-        return CacheSpec(self.n_layer + extra_layers, self.config.n_kv_head, self.config.head_dim)
+    @property
+    def null_prompt(self) -> tuple[int, ...] | None:
+        return self.config.unconditional_prompt
 
     def embed(self, codes: Tensor) -> Tensor:
         offset = self.config.visual_token_offset
@@ -290,9 +281,3 @@ class Emu35(Backbone):
         x = self.layers(self.input_dropout(prefix.x), rope, self.attention_mask(plan, prefix, 0))
         x = self.norm(x)
         return [wide(self.head(row[len(prefix) - len(own) :])) for row, own in zip(x, ids)]
-
-
-def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for linear and embedding weights."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

@@ -5,21 +5,19 @@ Shapes: R rows, P prefix (1 class token or T text positions), S slots, D width, 
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.base import Backbone, initialise
 from flashar_pl.backbones.condition import ClassIds, Condition, Conditioning, Given, Prefix, TextFeatures, as_condition
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
-from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.layers.rope import Rope, angles_2d, rotations
-from flashar_pl.layers.transformer import Block, BlockConfig, RMSNorm
+from flashar_pl.layers.transformer import BlockConfig, RMSNorm
 
 TEXT_POSITIONS = 120
 """Caption positions of the published text-conditional models."""
@@ -123,19 +121,6 @@ PRESETS: dict[str, LlamaGenConfig] = {
 """Published sizes (LlamaGen, Tab. 1); parameter counts for 16,384 codes and 1,000 classes."""
 
 
-def preset(name: str, **overrides: Any) -> LlamaGenConfig:
-    """The published size `name` with some fields changed."""
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ValueError(f"no preset {name!r}; closest: {', '.join(near)}.")
-    known = [f.name for f in fields(LlamaGenConfig)]
-    for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
-            raise ValueError(f"a LlamaGen model has no option {key!r}; closest: {', '.join(near)}.")
-    return LlamaGenConfig(**{**asdict(PRESETS[name]), **overrides})
-
-
 class ClassEmbedding(nn.Module):
     """One prefix token per class id; the last row is the null class."""
 
@@ -162,17 +147,26 @@ class CaptionEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))  # (R, T, D)
 
 
+EXAMPLE = {
+    "dim": 64, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 256, "num_classes": 10,
+    "resid_dropout": 0.0, "ffn_dropout": 0.0, "token_dropout": 0.0, "condition_dropout": 0.0,
+}  # fmt: skip
+"""A tiny size, with which a machine is checked."""
+
+
 class LlamaGen(Backbone):
     """A LlamaGen model; see `LlamaGenConfig`. Condition: class ids (B,) int64, or `TextFeatures`."""
 
     kind = "llamagen"
-    row_ends = False
+    config_type, published = LlamaGenConfig, PRESETS
+    example = EXAMPLE
+    config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
         self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.vocab_size
-        self.conditioning = config.conditioning
+        self.conditioning, self.block = config.conditioning, config.block
         self.condition_embedding: ClassEmbedding | CaptionEmbedding
         if config.condition == "class":
             self.condition_embedding = ClassEmbedding(config.num_classes, config.dim)
@@ -182,13 +176,8 @@ class LlamaGen(Backbone):
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.zeros_(self.head.weight)  # uniform logits at step 0: loss = ln V
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> LlamaGen:
-        """A published size with random weights; `overrides` are fields of `LlamaGenConfig`."""
-        return cls(preset(name, **overrides))
 
     @classmethod
     def from_official(
@@ -204,18 +193,6 @@ class LlamaGen(Backbone):
     def to_official(self) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`."""
         return door("flashar_pl.checkpoints.llamagen:write_official")(self)
-
-    def config_dict(self) -> dict[str, Any]:
-        return {"kind": self.kind, **asdict(self.config)}
-
-    def make_block(self) -> nn.Module:
-        block = Block(self.config.block)
-        block.apply(_initialise)
-        return block
-
-    def cache_spec(self, extra_layers: int = 0) -> CacheSpec:
-        block = self.config.block
-        return CacheSpec(self.n_layer + extra_layers, block.n_kv_head, block.head_dim)
 
     def embed(self, codes: Tensor) -> Tensor:
         return self.code_embedding(codes)
@@ -256,13 +233,6 @@ class LlamaGen(Backbone):
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         """2-D positions (row, column) per slot; the prefix rows of the table are zero, as in LlamaGen."""
-        device = prefix.x.device
-        head_dim = self.config.block.head_dim
+        device, head_dim = prefix.x.device, self.block.head_dim
         angles = angles_2d(plan.on("row", device), plan.on("column", device), head_dim, self.config.rope_base)
         return torch.cat([angles.new_zeros(len(prefix), head_dim // 2, 2), rotations(angles)])[None]
-
-
-def _initialise(module: nn.Module) -> None:
-    """N(0, 0.02) for linear and embedding weights (LlamaGen)."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

@@ -5,6 +5,7 @@ Shapes: B images, H x W grid, P prefix, C text feature width.
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,13 +33,11 @@ def synthetic_model(sizes: ModelSizes, device: torch.device, dtype: torch.dtype)
     """A model of these sizes with random weights, made on the device and in the dtype it is used in."""
     import torch
 
-    from flashar_pl.backbones import Emu35, LlamaGen
-    from flashar_pl.backbones.llamagen import LlamaGenConfig
+    from flashar_pl.backbones import build_backbone
     from flashar_pl.models import FlashAR, RasterAR
 
     with torch.device("meta"):
-        config = sizes.backbone
-        backbone = LlamaGen(config) if isinstance(config, LlamaGenConfig) else Emu35(config)
+        backbone = build_backbone(json.loads(sizes.backbone))
         if sizes.flashar:
             fusion: Any = "gate" if sizes.gated else "average"
             model: GridModel = FlashAR(backbone, sizes.branch_layer, sizes.vertical_layers, fusion, sizes.corner)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flashar_pl.backbones.base import plain
 from flashar_pl.backbones.emu35 import Emu35, Heads
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.checkpoints import emu35
@@ -111,7 +113,7 @@ def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
     """`Backbone.config_dict()` of the model in `directory`; no weights are read."""
     values, source = read_config(directory), SafetensorsDirectory(directory)
     prefix = "backbone." if values.get("model_type") == MODEL_TYPE else "model."
-    return {"kind": Emu35.kind, **parse_config(values, heads, found_head_dim(source, prefix)).to_dict()}
+    return {"kind": Emu35.kind, **plain(asdict(parse_config(values, heads, found_head_dim(source, prefix))))}
 
 
 def check_original(model: GridModel, original: str | Path) -> None:
@@ -125,7 +127,7 @@ def check_original(model: GridModel, original: str | Path) -> None:
             f"{original} is the {kinds[released]}, the model to write has the layout of the {kinds[not released]}."
         )
     assert isinstance(model.backbone, Emu35)
-    own, other = model.backbone.config.to_dict(), backbone_config(original, model.backbone.config.heads)
+    own, other = model.backbone.config_dict(), backbone_config(original, model.backbone.config.heads)
     sizes = ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "visual_token_offset")
     different = [f"{name} {other[name]} (the model: {own[name]})" for name in sizes if other[name] != own[name]]
     if different:

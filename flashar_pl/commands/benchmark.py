@@ -100,7 +100,7 @@ def benchmark(
             check_plan(source.model, name, shape)
     else:
         config = {"kind": "flashar", "backbone": {"preset": preset}, "branch_layer": branch_layer}
-        shape = parse_grid(grid) or ((32, 32) if str(preset).startswith("emu35") else (16, 16))
+        shape = parse_grid(grid) or model_sizes(config).usual_grid
     sizes, guided = model_sizes(config), cfg_scale != 1
     alone = {"plain"} if place.type == "cpu" else {"plain", "auto"}  # see `choose_format`
     copies = (source is None) + any(weights not in alone for _, weights in variants)

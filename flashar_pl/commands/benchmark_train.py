@@ -104,13 +104,13 @@ def benchmark_train(
 def _model(preset: str, layers: int | None, device: torch.device) -> GridModel:
     import torch
 
-    from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
+    from flashar_pl.backbones import build_backbone
     from flashar_pl.models import FlashAR
 
-    if preset in PRESETS and PRESETS[preset].condition != "class":
-        raise ValueError(f"{preset} is conditioned on text; expected a class-conditional size such as llamagen-b.")
     torch.manual_seed(0)
-    backbone = LlamaGen.from_preset(preset, **({} if layers is None else {"n_layer": layers}))
+    backbone = build_backbone({"preset": preset} if layers is None else {"preset": preset, "n_layer": layers})
+    if backbone.conditioning.kind != "class":
+        raise ValueError(f"{preset} is conditioned on text; expected a class-conditional size.")
     torch.nn.init.normal_(backbone.head.weight, std=0.02)
     return FlashAR(backbone, backbone.n_layer - 1).to(device).train()
 

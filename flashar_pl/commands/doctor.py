@@ -33,22 +33,10 @@ PACKAGES = {
     "scikit-learn": "the demo: pip install 'flashar-pl[demo]'",
     "torchao": "int8, fp8, 8-bit moments: pip install 'flashar-pl[large]'",
     "peft": "LoRA: pip install 'flashar-pl[lora]'",
-    "tiktoken": "Emu3.5 prompts: pip install 'flashar-pl[emu]'",
+    "tiktoken": "prompts of tokens: pip install 'flashar-pl[emu]'",
     "transformers": "captions, GenEval: pip install 'flashar-pl[emu]'",
 }  # fmt: skip
 """Distributions, and what for."""
-TINY: dict[str, dict[str, Any]] = {
-    "tiny LlamaGen": {
-        "kind": "llamagen", "dim": 64, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 256,
-        "num_classes": 10, "resid_dropout": 0.0, "ffn_dropout": 0.0, "token_dropout": 0.0, "condition_dropout": 0.0,
-    },
-    "tiny Emu3.5": {
-        "kind": "emu35", "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96,
-        "vocab_size": 1300, "visual_token_offset": 1024, "eol_token_id": 1001, "norm_eps": 1e-6, "rope_base": 1e6,
-        "heads": "visual",
-    },
-}  # fmt: skip
-"""Backbones with all that differs between families: masks of padded prompts, grouped heads, both kinds of RoPE."""
 FAILURES = (ValueError, RuntimeError)
 """What a check may end with: settings that do not go together, and kernels, compilers and memory that fail."""
 LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.005}
@@ -213,6 +201,7 @@ def _subjects(
     checkpoint: str | None, preset: str | None, grid: str | None, place: torch.device, dtypes: list[Dtype]
 ) -> Iterator[Subject]:
     """What is to be checked."""
+    from flashar_pl.backbones import examples
     from flashar_pl.benchmarking.rows import synthetic_model
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner import model_sizes
@@ -233,11 +222,14 @@ def _subjects(
         guided = not getattr(getattr(source.model, "compatibility", None), "pair_padding", False)
         yield Subject(Path(checkpoint).name, model_sizes(config), load, shape, False, guided)
         return
-    configs = {preset: {"preset": preset}} if preset is not None else TINY
+    configs = (
+        {preset: {"preset": preset}}
+        if preset is not None
+        else {f"tiny {kind}": config for kind, config in examples().items()}
+    )
     for name, backbone in configs.items():
         sizes = model_sizes({"kind": "flashar", "backbone": backbone})
-        large = (32, 32) if sizes.row_ends else (16, 16)
-        shape = parse_grid(grid) or (large if preset is not None else (6, 5))
+        shape = parse_grid(grid) or (sizes.usual_grid if preset is not None else (6, 5))
 
         def make(dtype: Dtype, sizes: ModelSizes = sizes) -> GridModel:
             return _lively(synthetic_model(sizes, place, dtype_from_name(dtype)))

@@ -124,27 +124,17 @@ def generate(
 
 def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tuple[int, int]) -> None:
     """What the user may not have meant, on standard error."""
-    from flashar_pl.backbones import ClassIds, LlamaGen
-    from flashar_pl.decoding.prompts import is_emu
-
-    backbone, condition = source.model.backbone, wanted.condition
-    trained = source.description.grid
-    if trained is not None and tuple(trained) != grid and not is_emu(source):
+    backbone, trained = source.model.backbone, source.description.grid
+    notes = []
+    if trained is not None and tuple(trained) != grid and not backbone.many_grids:
         sizes = f"{grid[0]}x{grid[1]} codes; the model was trained on {trained[0]}x{trained[1]}"
-        print(f"note: drawn on {sizes} and knows no other.", file=sys.stderr)
+        notes.append(f"drawn on {sizes} and knows no other.")
     if settings.cfg_interval is not None and not settings.guided:
-        print("note: --cfg-interval does nothing without guidance; give --cfg-scale.", file=sys.stderr)
+        notes.append("--cfg-interval does nothing without guidance; give --cfg-scale.")
     if wanted.prompts is not None and not all(text.strip() for text in wanted.prompts):
-        print("note: a prompt is empty; its images are drawn without a description.", file=sys.stderr)
-    if is_emu(source) and not settings.guided:
-        print("note: drawn without guidance; Emu3.5 is published with --cfg-scale 5.", file=sys.stderr)
-    if isinstance(backbone, LlamaGen) and isinstance(condition, ClassIds):
-        null = backbone.config.num_classes
-        if bool((condition.ids == null).any()):
-            print(
-                f"note: class {null} means no class, what guidance leads away from; classes are 0 to {null - 1}.",
-                file=sys.stderr,
-            )
+        notes.append("a prompt is empty; its images are drawn without a description.")
+    for note in notes + backbone.notes(wanted.condition, settings.guided):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[dict[str, Any]]:

@@ -170,8 +170,7 @@ def preset_run(options: RunOptions, gpus: int) -> Run:
 
     config: dict[str, Any] = {"kind": "flashar", "backbone": {"preset": options.preset}}
     sizes = model_sizes(config if options.branch_layer is None else {**config, "branch_layer": options.branch_layer})
-    grid, note = _family_grid(sizes)
-    return Run(sizes, TrainingSetup(grid=grid, gpus=gpus), [note])
+    return Run(sizes, TrainingSetup(grid=sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
 
 
 def read_run(path: str, gpus: int) -> Run:
@@ -263,14 +262,12 @@ def _grid(sizes: ModelSizes, shards: Any, notes: list[str]) -> tuple[int, int]:
         side = int(found[1]) // 16
         notes.append(f"grid {side}x{side} guessed from the name {shards} ({found[1]} pixels, 16 per code)")
         return side, side
-    grid, note = _family_grid(sizes)
-    notes.append(note)
-    return grid
+    notes.append(_assumed(sizes.usual_grid))
+    return sizes.usual_grid
 
 
-def _family_grid(sizes: ModelSizes) -> tuple[tuple[int, int], str]:
-    side = 32 if sizes.row_ends else 16
-    return (side, side), f"grid {side}x{side} assumed; give --grid for another one"
+def _assumed(grid: tuple[int, int]) -> str:
+    return f"grid {grid[0]}x{grid[1]} assumed; give --grid for another one"
 
 
 def _steps(trainer: dict[str, Any], data: dict[str, Any], batch: int, notes: list[str]) -> int:

@@ -123,15 +123,9 @@ def check_data(
     model: GridModel, manifest: Manifest, grid: tuple[int, int] | None = None, tokenizer: dict[str, Any] | None = None
 ) -> None:
     """ValueError unless `model` can be scored on these shards; grid and tokenizer None = not known, not compared."""
-    from flashar_pl.backbones.llamagen import LlamaGen
     from flashar_pl.data.manifest import check_matches
 
-    backbone = model.backbone
-    classes = width = None
-    if isinstance(backbone, LlamaGen):
-        text = backbone.config.condition == "text"
-        classes, width = (None, backbone.config.caption_dim) if text else (backbone.config.num_classes, None)
-    check_matches(manifest, backbone.vocabulary, num_classes=classes, grid=grid, text_width=width)
+    check_matches(manifest, model.backbone.vocabulary, model.backbone.conditioning, grid)
     if tokenizer is not None and tokenizer.get("kind") != manifest.tokenizer.get("kind"):
         raise ValueError(
             f"the checkpoint was trained on codes of the tokenizer {tokenizer.get('kind')!r}, the shards of "
@@ -140,24 +134,23 @@ def check_data(
 
 
 def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> PromptEncoder | None:
-    """What turns captions into prefixes of an Emu3.5 model, cut as in its training; None for another model.
+    """What turns captions into whole prompts, cut as in training; None for a model that takes none.
 
     Raises:
         ValueError: captions without assets, assets that are not the model's, or assets that have no use.
     """
-    from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.decoding.prompts import find_assets
     from flashar_pl.tokenizers.text import MAX_PROMPT
 
-    backbone = source.model.backbone
-    if not isinstance(backbone, Emu35):
+    takes = source.model.backbone.conditioning
+    if takes.kind != "prompt":
         if assets is not None:
-            raise ValueError("--assets is for Emu3.5 models; leave it out.")
+            raise ValueError("--assets is for models that take whole prompts; leave it out.")
         return None
     longest = source.description.training.get("max_prompt", MAX_PROMPT)
     encoder = PromptEncoder(find_assets(source, assets), manifest.grid, longest)
-    encoder.text.check_vocabulary(backbone.config.visual_token_offset)
+    encoder.text.check_vocabulary(takes.first_visual)
     return encoder
 
 

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
-from flashar_pl.backbones.condition import Batch
+from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, evaluation_batches, training_batches
 from flashar_pl.data.loader import EvaluationLoader, PlacedBatches, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
@@ -114,21 +114,12 @@ class CodesDataModule(LightningDataModule):
         """The manifest of the shards; of several grids, that of the one with most training samples."""
         return self.manifests[0]
 
-    def check_model(
-        self,
-        vocabulary: int,
-        num_classes: int | None = None,
-        text_width: int | None = None,
-        visual_token_offset: int | None = None,
-    ) -> None:
-        """Raises ValueError unless a model can train on these shards; see `check_matches`.
-
-        visual_token_offset: of an Emu3.5 model; the assets in `prompts` must have the same.
-        """
-        check_matches(self.manifest, vocabulary, num_classes, text_width=text_width)
+    def check_model(self, vocabulary: int, takes: Conditioning) -> None:
+        """Raises ValueError unless a model can train on these shards, and the assets in `prompts` are its own."""
+        check_matches(self.manifest, vocabulary, takes)
         encoder = self._encoder(self.manifest)
         if isinstance(encoder, PromptEncoder):
-            encoder.text.check_vocabulary(visual_token_offset)
+            encoder.text.check_vocabulary(takes.first_visual)
 
     def _encoder(self, manifest: Manifest) -> Callable | None:
         """What turns captions of images of the manifest's grid into token ids; None for shards without captions."""

@@ -14,7 +14,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from flashar_pl.files import write_text
 FORMAT = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
+if TYPE_CHECKING:
+    from flashar_pl.backbones.condition import Conditioning
+
 KINDS = ("class", "text", "text-features")
 CONDITION_MEMBERS = {
     "class": ("labels.npy",),
@@ -268,18 +271,16 @@ def load_grids(location: str) -> list[Manifest]:
 def check_matches(
     manifest: Manifest,
     vocabulary: int,
-    num_classes: int | None = None,
+    takes: Conditioning,
     grid: tuple[int, int] | None = None,
-    text_width: int | None = None,
 ) -> None:
     """Check that a model can train on, or be scored on, these shards.
 
     Args:
         manifest: of the shards.
         vocabulary: number of codes V the model scores.
-        num_classes: of a class-conditional model; None for a text-conditional one.
+        takes: what it is conditioned on.
         grid: (H, W) the run is set up for; None = any, a model has no grid of its own.
-        text_width: width C of the text features the model takes; None if it takes none.
 
     Raises:
         ValueError: the first mismatch: what the shards have and what the model expects.
@@ -291,7 +292,9 @@ def check_matches(
             f"{where} hold codes of a vocabulary of {manifest.vocabulary}, the model has {vocabulary}. "
             f"Set the model's vocabulary to {manifest.vocabulary}, or tokenize with the model's tokenizer."
         )
-    expected = "class" if num_classes is not None else "text-features" if text_width is not None else "text"
+    expected = {"class": "class", "text": "text-features", "prompt": "text"}[takes.kind]
+    num_classes = takes.size if takes.kind == "class" else None
+    text_width = takes.size if takes.kind == "text" else None
     if kind != expected:
         raise ValueError(f"{where} have the condition {kind!r}, the model expects {expected!r}.")
     if num_classes != manifest.condition.num_classes:

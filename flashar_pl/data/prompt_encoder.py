@@ -1,4 +1,4 @@
-"""Captions of shards as what an Emu3.5 model is conditioned on."""
+"""Captions of shards as what a model that takes prompts is conditioned on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashar_pl.tokenizers.text import MAX_PROMPT, Emu35Text
+from flashar_pl.tokenizers import PromptTokenizer
+from flashar_pl.tokenizers.text import MAX_PROMPT
 
 UNLIMITED = 2**31
 
@@ -26,7 +27,7 @@ class PromptEncoder:
 
         Raises ValueError where a file is missing or damaged, tiktoken is not installed, or the limit leaves no room.
         """
-        self.text = Emu35Text.from_directory(assets)
+        self.text = PromptTokenizer.from_directory(assets)
         self.header = self.text.image_prefix(*grid)
         self.max_length = max_length
         self.truncated = 0

@@ -18,20 +18,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashar_pl.backbones.condition import Condition, Prompts, TextFeatures
-    from flashar_pl.backbones.emu35 import Emu35
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.models import GridModel
-    from flashar_pl.tokenizers import Emu35Text
+    from flashar_pl.tokenizers import PromptTokenizer
 
 ASPECT_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "2:1", "1:2", "21:9")
 """Names of image shapes, width : height."""
 PUBLISHED = {"16:9": (47, 85), "9:16": (85, 47), "21:9": (41, 97)}
-"""Code grids (H, W) that Emu3.5 is published with at the area of 1024 x 1024 pixels, where the area would allow a row
-more. The other published ones follow from the area."""
+"""Code grids (H, W) of published prompts at the area of 1024 x 1024 pixels, where the area would allow a row more. The
+other published ones follow from the area."""
 FULL_SIZE, CODE = 1024, 16
 """Pixels."""
-EMU_SIZE = 512
-"""Side in pixels at which the released FlashAR checkpoint was trained."""
+USUAL_SIZE = 512
+"""Side in pixels of the square whose area a named aspect ratio has where no size is given."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,6 @@ class Wanted:
 # --- grids -----------------------------------------------------------------------------------------------------------
 
 
-def is_emu(source: Source) -> bool:
-    """Whether a checkpoint is an Emu3.5 model."""
-    from flashar_pl.backbones.emu35 import Emu35
-
-    return isinstance(source.model.backbone, Emu35)
-
-
 def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     """The grid (H, W) of the images: an aspect ratio at an area, or what the checkpoint (or --grid) says.
 
@@ -72,16 +64,17 @@ def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     if aspect_ratio is None:
         if image_size is not None:
             return scaled_grid("1:1", image_size)
-        return scaled_grid("1:1", EMU_SIZE) if is_emu(source) and source.grid is None else source.need_grid()
+        backbone = source.model.backbone
+        return backbone.usual_grid if backbone.many_grids and source.grid is None else source.need_grid()
     if ":" not in aspect_ratio:
         if image_size is not None:
             raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
         if "x" not in aspect_ratio.lower():
-            return scaled_grid(aspect_ratio, EMU_SIZE)  # says which names there are
+            return scaled_grid(aspect_ratio, USUAL_SIZE)  # says which names there are
         grid = parse_grid(aspect_ratio)
         assert grid is not None
         return grid
-    return scaled_grid(aspect_ratio, EMU_SIZE if image_size is None else image_size)
+    return scaled_grid(aspect_ratio, USUAL_SIZE if image_size is None else image_size)
 
 
 def scaled_grid(name: str, size: int) -> tuple[int, int]:
@@ -169,10 +162,9 @@ def from_classes_or_features(
     import torch
 
     from flashar_pl.backbones.condition import ClassIds
-    from flashar_pl.backbones.emu35 import Emu35
 
-    if isinstance(model.backbone, Emu35):
-        raise ValueError("this is an Emu3.5 model; give --prompt.")
+    if model.backbone.conditioning.kind == "prompt":
+        raise ValueError("this model takes prompts; give --prompt.")
     if classes is not None:
         return ClassIds(torch.tensor(parse_classes(classes))), None
     assert text_features is not None
@@ -183,39 +175,35 @@ def from_prompts(
     source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
 ) -> tuple[Condition, Condition | None]:
     """One sample for each prompt, and what guidance leads away from (None = the model's own)."""
-    from flashar_pl.backbones import Emu35, LlamaGen
-
-    backbone = source.model.backbone
-    if isinstance(backbone, Emu35):
-        if text.text_encoder is not None:
-            raise ValueError("--text-encoder is for LlamaGen; an Emu3.5 model needs --assets.")
-        return emu_prompts(source, backbone, grid, prompts, guided, text)
-    assert isinstance(backbone, LlamaGen)
-    if backbone.config.condition != "text":
+    kind = source.model.backbone.conditioning.kind
+    if kind == "class":
         raise ValueError("this model is class-conditional; give --classes.")
+    if kind == "prompt":
+        if text.text_encoder is not None:
+            raise ValueError("--text-encoder is for models of text features; this one takes prompts: give --assets.")
+        return whole_prompts(source, grid, prompts, guided, text)
     if text.text_encoder is None or text.assets is not None:
         raise ValueError(
-            "prompts of LlamaGen need --text-encoder DIR, the T5 it was trained with; --assets is Emu3.5's."
+            "this model takes text features: give --text-encoder DIR, the T5 it was trained with, and no --assets."
         )
     device = next(source.model.parameters()).device
     features = t5_features(text.text_encoder, prompts, device)
     if text.negative_prompt is None:
         return features, None
-    negative = t5_features(text.text_encoder, [text.negative_prompt], device)
-    return features, negative.pad(len(prompts))
+    return features, t5_features(text.text_encoder, [text.negative_prompt], device).pad(len(prompts))
 
 
-def emu_prompts(
-    source: Source, backbone: Emu35, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
+def whole_prompts(
+    source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
 ) -> tuple[Prompts, Prompts | None]:
     """Whole prefixes; what guidance leads away from is the negative prompt, else `null_prompt`."""
     import torch
 
     from flashar_pl.backbones.condition import Prompts
-    from flashar_pl.tokenizers import Emu35Text
+    from flashar_pl.tokenizers import PromptTokenizer
 
-    tokens = Emu35Text.from_directory(find_assets(source, text.assets))
-    tokens.check_vocabulary(backbone.config.visual_token_offset)
+    tokens = PromptTokenizer.from_directory(find_assets(source, text.assets))
+    tokens.check_vocabulary(source.model.backbone.conditioning.first_visual)
     condition = Prompts(tokens.conditions(prompts, grid))
     if not guided:
         return condition, None
@@ -224,43 +212,33 @@ def emu_prompts(
     return condition, Prompts([torch.cat([start, tokens.image_prefix(*grid)])]).pad(len(prompts))
 
 
-def null_prompt(model: GridModel, tokens: Emu35Text) -> Tensor:
-    """Unconditional prompt (T,) of an Emu3.5 model: the one it was trained with, where it says so; the template around
-    an empty text for the FlashAR authors' checkpoints, which were; otherwise the official one."""
+def null_prompt(model: GridModel, tokens: PromptTokenizer) -> Tensor:
+    """Unconditional prompt (T,): the one that the model was trained with, where it says so, else the tokenizer's."""
     import torch
 
-    from flashar_pl.backbones.emu35 import Emu35
-    from flashar_pl.models.released import ReleasedFlashAR
-
-    assert isinstance(model.backbone, Emu35)
-    own = model.backbone.config.unconditional_prompt
-    if own is not None:
-        return torch.tensor(own)
-    return tokens.unconditional("released" if isinstance(model, ReleasedFlashAR) else "official")
+    own = model.backbone.null_prompt
+    return tokens.unconditional(model.null_style) if own is None else torch.tensor(own)
 
 
-def find_assets(source: Source, assets: str | None) -> Path:
-    """The directory with emu3.tiktoken: the one given, else the checkpoint's own, else the one it was trained with.
+def find_assets(source: Source, assets: str | None) -> str:
+    """The directory with the prompts' tokenizer: the one given, else the checkpoint's own, else that of its training.
 
     Raises:
-        ValueError: none of them has the file.
+        ValueError: none of them has its files.
     """
-    from flashar_pl.tokenizers.text import RANK_FILE
+    from flashar_pl.tokenizers import find_prompt_tokenizer
+    from flashar_pl.tokenizers.text import ADVICE, RANK_FILE
 
     trained = source.description.training.get("prompts")
     places = [assets] if assets is not None else [source.path, *([] if trained is None else [trained])]
     for place in places:
-        folder = Path(place).expanduser()
-        if (folder / RANK_FILE).is_file():
-            return folder
-    raise ValueError(
-        f"no {RANK_FILE} in {' or '.join(places)}; add --assets DIR, the directory of BAAI/Emu3.5-Image or another one "
-        f"with its {RANK_FILE} and emu3_vision_tokens.txt."
-    )
+        if find_prompt_tokenizer(place) is not None:
+            return place
+    raise ValueError(f"no {RANK_FILE} in {' or '.join(places)}; add --assets DIR. {ADVICE}")
 
 
 def t5_features(directory: str, captions: list[str], device: torch.device) -> TextFeatures:
-    """Features of a T5 encoder for LlamaGen."""
+    """Features of a T5 encoder."""
     from flashar_pl.backbones.condition import TextFeatures
     from flashar_pl.tokenizers.t5 import encode_captions
 

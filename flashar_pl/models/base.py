@@ -53,6 +53,8 @@ class GridModel(nn.Module, ABC):
     dual_head: DualHead
     plan_name: str
     """Name of the plan the model was made for."""
+    null_style: Literal["official", "released"] = "official"
+    """Which prompt without a text it was trained with, where its backbone does not say it."""
 
     @abstractmethod
     def states(

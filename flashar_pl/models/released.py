@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Prefix
-from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
@@ -77,7 +76,8 @@ class ReleasedFlashAR(FlashAR):
     from `compatibility`; they stand in the config for readers.
     """
 
-    backbone: Emu35  # type: ignore[assignment]
+    backbone: Any
+    null_style = "released"
 
     def __init__(
         self,
@@ -88,8 +88,8 @@ class ReleasedFlashAR(FlashAR):
         fusion: Fusion = "gate",
         corner: Corner | None = None,
     ) -> None:
-        if not isinstance(backbone, Emu35):
-            raise ValueError(f"a released FlashAR checkpoint has an Emu3.5 backbone; got {type(backbone).__name__}.")
+        if not hasattr(backbone, "rope_at"):
+            raise ValueError(f"a {backbone.kind} backbone has no one-dimensional positions; expected one with rope_at.")
         super().__init__(backbone, branch_layer, vertical_layers)
         values = compatibility if isinstance(compatibility, dict) else asdict(compatibility)
         self.compatibility = Compatibility(**values)

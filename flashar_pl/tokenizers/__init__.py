@@ -1,18 +1,31 @@
-"""Image tokenizers (images <-> codes) and the Emu3.5 text tokenizer."""
+"""Image tokenizers (images <-> codes), and the tokenizer of prompts."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
-from flashar_pl.tokenizers.text import Emu35Text
+from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.tokenizers.vq16 import VQ16
 
-__all__ = ["IBQ", "VQ16", "Emu35Text", "PixelTokenizer", "Tokenizer", "build_tokenizer"]
+__all__ = [
+    "IBQ",
+    "VQ16",
+    "Emu35Text",
+    "PixelTokenizer",
+    "PromptTokenizer",
+    "Tokenizer",
+    "build_tokenizer",
+    "find_prompt_tokenizer",
+]
+
+PromptTokenizer = Emu35Text
+"""Turns prompts and grids into token ids: the one there is, whatever backbone takes them."""
 
 
 def _vq16(weights: str | None = None, **options: Any) -> VQ16:
@@ -63,3 +76,9 @@ def _closest(word: str, choices: Any) -> str:
     close = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.4)
     known = ", ".join(choices)
     return f"did you mean {close[0]!r}? Known: {known}" if close else f"known: {known}"
+
+
+def find_prompt_tokenizer(directory: str | Path) -> PromptTokenizer | None:
+    """The tokenizer of prompts whose files lie in a directory; None where none does."""
+    folder = Path(directory).expanduser()
+    return PromptTokenizer.from_directory(folder) if (folder / RANK_FILE).is_file() else None

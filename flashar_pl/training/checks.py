@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.backbones.emu35 import Emu35Config
-from flashar_pl.backbones.llamagen import LlamaGenConfig
+from flashar_pl.backbones import Backbone
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.tokenizers.text import RANK_FILE
 from flashar_pl.training.config import ValidationConfig
 
 PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
@@ -74,27 +74,18 @@ def check_trainer(trainer: Any, clip: float) -> None:
         )
 
 
-def check_guidance(config: LlamaGenConfig | Emu35Config, validation: ValidationConfig) -> None:
-    """ValueError if a validation would draw guided samples of an Emu3.5 model that has no unconditional prompt."""
+def check_guidance(backbone: Backbone, validation: ValidationConfig) -> None:
+    """ValueError if a validation would draw guided samples of a model that does not know its unconditional prompt."""
     draws, cfg_scale = validation.samples or validation.grid_images, validation.cfg_scale
-    if draws and cfg_scale != 1 and isinstance(config, Emu35Config) and config.unconditional_prompt is None:
+    if draws and cfg_scale != 1 and not backbone.knows_null:
         raise ValueError(
             f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "
-            "model.backbone.options.unconditional_prompt, or a model.backbone.directory with emu3.tiktoken."
+            f"model.backbone.options.unconditional_prompt, or a model.backbone.directory with {RANK_FILE}."
         )
 
 
-def check_data(datamodule: Any, config: LlamaGenConfig | Emu35Config) -> None:
+def check_data(datamodule: Any, backbone: Backbone) -> None:
     """ValueError if the shards do not fit the model. A data module without `check_model` is not checked."""
     check = getattr(datamodule, "check_model", None)
-    if check is None:
-        return
-    if isinstance(config, Emu35Config):
-        check(vocabulary=config.n_codes, visual_token_offset=config.visual_token_offset)
-        return
-    of_class = config.condition == "class"
-    check(
-        vocabulary=config.vocab_size,
-        num_classes=config.num_classes if of_class else None,
-        text_width=None if of_class else config.caption_dim,
-    )
+    if check is not None:
+        check(backbone.vocabulary, backbone.conditioning)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from flashar_pl.backbones import emu35, llamagen
-from flashar_pl.backbones.emu35 import Emu35, Emu35Config
-from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
+from flashar_pl.backbones import Backbone, complete, describe_backbone, presets, register_backbone
+from flashar_pl.backbones.registry import DEFAULT, FAMILIES
 from flashar_pl.checkpoints.official import backbone_config
+from flashar_pl.files import closest
 from flashar_pl.models.lora import LoraConfig
-from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
+from flashar_pl.tokenizers import find_prompt_tokenizer
 from flashar_pl.training.stages import Schedule
 
 State = Literal["fp32", "bf16", "8bit"]
@@ -22,10 +20,6 @@ STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 LORA_FACTOR = 5.0
 """LoRA's learning rate relative to the base: 1e-4 at 2e-5. Low-rank updates start at 0 and need larger steps than the
 weights themselves (docs/training.md has what other values do on the demo)."""
-NUMBERS: dict[str, Any] = {"int": int, "float": int | float}
-"""Types of a backbone's fields whose options are checked before arithmetic is done with them."""
-CAPTION_DROPOUT = 0.1
-"""Share of Emu3.5's captions that training replaces by the unconditional prompt, so that guidance keeps working."""
 
 
 @dataclass(frozen=True)
@@ -35,83 +29,58 @@ class BackboneConfig:
     preset: str | None = None
     """Published size, such as llamagen-b or emu35-34b; None = options give every size."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of LlamaGenConfig or Emu35Config that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
+    """Options of the backbone that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
     directory: str | None = None
-    """Directory with released Emu3.5 weights whose config.json gives the sizes, in place of a preset."""
-    kind: Literal["llamagen", "emu35"] | None = None
-    """Family of a model without preset and directory; None = llamagen."""
+    """Directory with released weights whose config.json gives the sizes, in place of a preset."""
+    kind: str | None = None
+    """Family of a model without preset and directory; None = llamagen. A class_path names a backbone of your own."""
 
-    def resolve(self) -> LlamaGenConfig | Emu35Config:
-        """The full configuration. An Emu3.5 model has visual heads only unless options say heads: full, and where its
-        unconditional prompt is known, a tenth of the captions is dropped unless options say condition_dropout.
+    @classmethod
+    def of(cls, backbone: BackboneConfig | Backbone) -> BackboneConfig:
+        """The configuration of a backbone; the kind of one that a YAML names by class_path is registered."""
+        if isinstance(backbone, BackboneConfig):
+            return backbone
+        register_backbone(type(backbone))
+        options = backbone.config_dict()
+        return cls(kind=options.pop("kind"), options=options)
+
+    def resolve(self) -> dict[str, Any]:
+        """The full configuration, what `build_backbone` takes, with the backbone's own defaults for training.
 
         Raises:
-            ValueError: an unknown preset or option (the closest names are offered), a missing size, more than one of
-                preset and directory, or a family that they contradict.
+            ValueError: an unknown preset or option (the closest names are offered), a missing option, more than one of
+                preset and directory, or a kind that they contradict.
         """
-        family = self._family()
-        known = {f.name: f.default is MISSING for f in fields(family)}
-        for key in self.options:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=3, cutoff=0.3) or known
-                raise ValueError(f"model.backbone.options has no {key!r}; closest: {', '.join(near)}.")
-            expected = NUMBERS.get(str(next(f.type for f in fields(family) if f.name == key)))
-            value = self.options[key]
-            if expected is not None and (isinstance(value, bool) or not isinstance(value, expected)):
-                kind = "a whole number" if expected is int else "a number"
-                raise ValueError(f"model.backbone.options.{key} is {value!r}; expected {kind}.")
-        if self.preset is not None and family is LlamaGenConfig:
-            return llamagen.preset(self.preset, **self.options)
-        if self.preset is not None:
-            return _for_training(emu35.preset(self.preset), self.options)
-        if self.directory is not None:
-            return _for_training(_released(self.directory), self.options)
-        missing = [name for name, needed in known.items() if needed and name not in self.options]
-        if missing:
-            raise ValueError(
-                f"model.backbone has neither a preset nor {', '.join(missing)} in options; "
-                f"expected for example preset: {'llamagen-b' if family is LlamaGenConfig else 'emu35-34b'}."
-            )
-        config = family(**self.options)
-        return _for_training(config, self.options) if isinstance(config, Emu35Config) else config
-
-    def _family(self) -> type[LlamaGenConfig] | type[Emu35Config]:
-        """What `preset`, `directory` or `kind` says, if they agree."""
         if self.preset is not None and self.directory is not None:
             raise ValueError(
                 f"model.backbone has preset {self.preset!r} and directory {self.directory!r}; expected one of them."
             )
-        found: str | None = Emu35.kind if self.directory is not None else None
+        if self.preset is not None and self.preset not in presets():
+            raise ValueError(f"model.backbone has no preset {self.preset!r}; {closest(self.preset, presets())}")
+        base: dict[str, Any] = {"kind": self.kind or DEFAULT}
         if self.preset is not None:
-            known = [*llamagen.PRESETS, *emu35.PRESETS]
-            if self.preset not in known:
-                near = difflib.get_close_matches(self.preset, known, n=3, cutoff=0.3) or known
-                raise ValueError(f"model.backbone has no preset {self.preset!r}; closest: {', '.join(near)}.")
-            found = Emu35.kind if self.preset in emu35.PRESETS else LlamaGen.kind
-        if self.kind is not None and found not in (None, self.kind):
+            base = complete({"preset": self.preset})
+        elif self.directory is not None:
+            base = _released(self.directory)
+        if self.kind not in (None, base["kind"]):
             raise ValueError(
-                f"model.backbone.kind is {self.kind!r}, but {self.preset or self.directory} is an {found} model; "
-                "leave kind out."
+                f"model.backbone.kind is {self.kind!r}, but {self.preset or self.directory} is of kind "
+                f"{base['kind']}; leave kind out."
             )
-        if (found or self.kind or LlamaGen.kind) == LlamaGen.kind:
-            return LlamaGenConfig
-        return Emu35Config
+        base |= self.options
+        try:
+            usual = FAMILIES[complete(base)["kind"]].training_options(base)
+        except ValueError as error:
+            raise ValueError(f"model.backbone: {error}") from error
+        return describe_backbone(base | usual | self.options).config_dict()
 
 
-def _for_training(config: Emu35Config, options: dict[str, Any]) -> Emu35Config:
-    """`config` with what training does by default, and `options`, which win."""
-    prompt = options.get("unconditional_prompt", config.unconditional_prompt)
-    defaults = {"heads": "visual", "condition_dropout": 0.0 if prompt is None else CAPTION_DROPOUT}
-    return replace(config, **{**defaults, **options})
-
-
-def _released(directory: str) -> Emu35Config:
+def _released(directory: str) -> dict[str, Any]:
     """Configuration of a directory of released weights; with the unconditional prompt if its tokens are there."""
-    values = backbone_config(directory, "visual")
-    del values["kind"]
-    if (Path(directory) / RANK_FILE).is_file():
-        values["unconditional_prompt"] = Emu35Text.from_directory(directory).unconditional("official").tolist()
-    return Emu35Config(**values)
+    config = backbone_config(directory, "visual")
+    if (tokens := find_prompt_tokenizer(directory)) is not None:
+        config["unconditional_prompt"] = tokens.unconditional("official").tolist()
+    return config
 
 
 @dataclass(frozen=True)
@@ -229,14 +198,13 @@ class ValidationConfig:
 
 def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
     """The argument of `flashar_pl.checkpoints.description.build_model`."""
-    config = backbone.resolve()
-    kind = LlamaGen.kind if isinstance(config, LlamaGenConfig) else Emu35.kind
-    described = {"kind": kind, **_without_tuples(asdict(config))}
+    described = backbone.resolve()
     if flashar is None:
         return {"kind": "raster", "backbone": described}
-    if not 0 <= flashar.branch_layer <= config.n_layer:
+    n_layer = describe_backbone(described).n_layer
+    if not 0 <= flashar.branch_layer <= n_layer:
         raise ValueError(
-            f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {config.n_layer} (the number of layers)."
+            f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {n_layer} (the number of layers)."
         )
     return {"kind": "flashar", "backbone": described, **{f.name: getattr(flashar, f.name) for f in fields(flashar)}}
 
@@ -260,7 +228,7 @@ TYPES: dict[str, Any] = {
 def plain_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments as dictionaries, lists, numbers and text: what a checkpoint or a YAML can hold."""
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in arguments.items()}  # type: ignore[arg-type]
-    return {name: _without_tuples(value) for name, value in plain.items()}
+    return {name: plain_values(value) for name, value in plain.items()}
 
 
 def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +240,7 @@ def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_tuples(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_tuples(item) for key, item in value.items()}
-    return [_without_tuples(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain_values(item) for key, item in value.items()}
+    return [plain_values(item) for item in value] if isinstance(value, list | tuple) else value

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from flashar_pl.backbones.condition import Batch
+from flashar_pl.backbones import Backbone, Batch, describe_backbone
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, RunCheckpoint
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
@@ -55,7 +55,7 @@ class FlashARModule(LightningModule):
     """Trains a raster model, or post-trains FlashAR from one.
 
     Args:
-        backbone: the raster model.
+        backbone: the raster model; or {class_path: mine.Backbone, init_args: ...}, a backbone of your own.
         flashar: vertical branch and fusion, such as {branch_layer: 11}; null = raster pre-training.
         lora: freezes the backbone and trains low-rank updates of it, such as {rank: 64}; null = the backbone trains.
         init_from: official file, checkpoint or converted model to start from; null = random weights. The vertical
@@ -69,7 +69,7 @@ class FlashARModule(LightningModule):
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneConfig | Backbone,
         flashar: FlashARConfig | None = None,
         lora: LoraConfig | None = None,
         init_from: str | None = None,
@@ -80,6 +80,7 @@ class FlashARModule(LightningModule):
         validation: ValidationConfig = VALIDATION,
     ) -> None:
         super().__init__()
+        backbone = BackboneConfig.of(backbone)
         self.model_config = model_config(backbone, flashar)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
         check_model(lora, flashar, init_from, aux_weight)
@@ -159,8 +160,9 @@ class FlashARModule(LightningModule):
         if stage == "fit":
             check_trainer(self.trainer, self.optimiser.clip)
             self.total_steps = None  # a module may be fitted again, from the start
-        check_guidance(self.backbone.resolve(), self.validation)
-        check_data(self.trainer.datamodule, self.backbone.resolve())  # type: ignore[attr-defined]
+        backbone = describe_backbone(self.model_config["backbone"])
+        check_guidance(backbone, self.validation)
+        check_data(self.trainer.datamodule, backbone)  # type: ignore[attr-defined]
 
     # --- first weights: where a checkpoint is restored, that was before, or with shards after on_fit_start ------------
 

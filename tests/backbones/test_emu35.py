@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from flashar_pl.backbones import Emu35, Emu35Config, build_backbone
-from flashar_pl.backbones.emu35 import preset
 from flashar_pl.decoding import generate
 from flashar_pl.grid import ROW_END, diagonal_plan, raster_plan
 from flashar_pl.sampling import guide, probabilities
@@ -241,9 +240,9 @@ def test_preset_has_the_published_number_of_parameters():
     assert sum(p.numel() for p in full.parameters()) == 34_103_460_864
     assert full.vocabulary == visual.vocabulary == visual.head.out_features == 131_072
     with pytest.raises(ValueError, match="emu35-34b"):
-        preset("emu35")
+        Emu35.preset("emu35")
     with pytest.raises(ValueError, match="dropout"):
-        preset("emu35-34b", droput=0.1)
+        Emu35.preset("emu35-34b", droput=0.1)
 
 
 def test_config_round_trip():

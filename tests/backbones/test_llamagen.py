@@ -10,7 +10,7 @@ import torch
 from tiny import CLOSE, llamagen_golden
 
 from flashar_pl.backbones import Batch, LlamaGen, LlamaGenConfig, TextFeatures
-from flashar_pl.backbones.llamagen import PRESETS, preset
+from flashar_pl.backbones.llamagen import PRESETS
 from flashar_pl.grid import raster_plan
 from flashar_pl.models import RasterAR
 
@@ -119,11 +119,13 @@ def test_feed_forward_width() -> None:
 
 
 def test_presets_take_overrides_and_name_the_nearest() -> None:
-    assert preset("llamagen-b", vocab_size=17).vocab_size == 17
-    with pytest.raises(ValueError, match=r"no preset 'llamagen-xxxl'; closest: .*llamagen-xxl"):
-        preset("llamagen-xxxl")
-    with pytest.raises(ValueError, match=r"no option 'vocabulary_size'; closest: .*vocab_size"):
-        preset("llamagen-b", vocabulary_size=17)
+    assert LlamaGen.preset("llamagen-b", vocab_size=17)["vocab_size"] == 17
+    with pytest.raises(ValueError, match=r"no preset 'llamagen-xxxl'; did you mean .*llamagen-xxl"):
+        LlamaGen.preset("llamagen-xxxl")
+    with pytest.raises(ValueError, match=r"no option 'vocabulary_size'; did you mean .*vocab_size"):
+        LlamaGen.preset("llamagen-b", vocabulary_size=17)
+    with pytest.raises(ValueError, match=r"n_layer is 2.0; expected a whole number"):
+        LlamaGen.preset("llamagen-b", n_layer=2.0)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class Grey(Tokenizer):
 @pytest.fixture
 def base(work, monkeypatch) -> list[object]:
     """A command line that draws 2 images for each of 3 prompts, in batches of 4."""
-    monkeypatch.setattr("flashar_pl.tokenizers.Emu35Text", Text)
+    monkeypatch.setattr("flashar_pl.tokenizers.PromptTokenizer", Text)
     monkeypatch.setattr("flashar_pl.tokenizers.build_tokenizer", lambda config: Grey())
     Path("assets").mkdir()
     Path("assets/emu3.tiktoken").touch()

@@ -18,6 +18,7 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
+from flashar_pl.backbones import Prompts
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import load_model, save_model
@@ -177,7 +178,7 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
     assert "give --prompt" in refused(*emu, "--classes", "3")
     assert "add --assets DIR" in refused(*emu, *prompt)
     assets = ["--assets", files / "base"]
-    assert "--text-encoder is for LlamaGen" in refused(*emu, *prompt, *assets, "--text-encoder", "t5")
+    assert "--text-encoder is for models of text features" in refused(*emu, *prompt, *assets, "--text-encoder", "t5")
     assert "directory of BAAI/Emu3.5-VisionTokenizer" in refused(*emu, *prompt, *assets)
     assert "give one of them" in refused(*emu, *prompt, "--grid", "4x4", "--aspect-ratio", "1:1")
     assert "expected one of 1:1, 4:3" in refused(*emu, *prompt, "--aspect-ratio", "5:4")
@@ -235,7 +236,7 @@ def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
     rooms = []
     monkeypatch.setattr(module.Room, "choose", lambda room, *_, **__: rooms.append(room.prefix) or 1)
     source = open_checkpoint(ModelOptions(str(files / "flashar")), DeviceOptions("cpu"))
-    wanted = Wanted([torch.arange(65)], [torch.arange(9)], ["a"], None)
+    wanted = Wanted(Prompts([torch.arange(65)]), Prompts([torch.arange(9)]), ["a"], None)
     for bucket in (1, 64):
         module.fitting_batch(source, wanted, (2, 2), "diagonal", SamplingSettings(2.0), 1, bucket)
     assert rooms == [65, 128]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from flashar_pl.backbones import Conditioning
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
@@ -112,9 +113,9 @@ def test_wrong_settings(assets, shards) -> None:
     with pytest.raises(ValueError, match=r"emu3\.tiktoken"):
         CodesDataModule(shards, prompts="nowhere").setup("fit")
     data = CodesDataModule(shards, prompts=str(assets))
-    data.check_model(emu_files.CODES, visual_token_offset=emu_files.OFFSET)
+    data.check_model(emu_files.CODES, Conditioning("prompt", 600, first_visual=emu_files.OFFSET))
     with pytest.raises(ValueError, match=re.escape(f"from token id {emu_files.OFFSET} on, the model from 7")):
-        data.check_model(emu_files.CODES, visual_token_offset=7)
+        data.check_model(emu_files.CODES, Conditioning("prompt", 600, first_visual=7))
 
 
 def test_a_yaml_names_weights_and_assets_and_trains(tmp_path, shards, monkeypatch, capsys) -> None:

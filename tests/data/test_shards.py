@@ -12,6 +12,7 @@ import pytest
 import webdataset
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
+from flashar_pl.backbones import Conditioning
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, check_matches, code_dtype, verify
 from flashar_pl.files import digest
 
@@ -363,18 +364,19 @@ def test_shards_may_be_moved(toy: Manifest, tmp_path: Path) -> None:
 
 
 def test_check_matches(toy: Manifest, tmp_path: Path) -> None:
-    check_matches(toy, VOCABULARY, 5, GRID)
-    check_matches(toy, VOCABULARY, 5)
+    takes = Conditioning("class", 5)
+    check_matches(toy, VOCABULARY, takes, GRID)
+    check_matches(toy, VOCABULARY, takes)
     for args, message in [
-        ((16384, 5, GRID), "vocabulary of 300, the model has 16384"),
-        ((VOCABULARY, 1000, GRID), "5 classes, the model has 1000"),
-        ((VOCABULARY, 5, (4, 4)), "grid of 3 x 4 codes, the run is set up for 4 x 4"),
-        ((VOCABULARY, None, GRID), "condition 'class', the model expects 'text'"),
-        ((VOCABULARY, None, GRID, 2048), "condition 'class', the model expects 'text-features'"),
+        ((16384, takes, GRID), "vocabulary of 300, the model has 16384"),
+        ((VOCABULARY, Conditioning("class", 1000), GRID), "5 classes, the model has 1000"),
+        ((VOCABULARY, takes, (4, 4)), "grid of 3 x 4 codes, the run is set up for 4 x 4"),
+        ((VOCABULARY, Conditioning("prompt", 60), GRID), "condition 'class', the model expects 'text'"),
+        ((VOCABULARY, Conditioning("text", 2048), GRID), "condition 'class', the model expects 'text-features'"),
     ]:
         with pytest.raises(ValueError, match=message):
             check_matches(toy, *args)
     features = Manifest("x", {}, GRID, 9, ConditionSpec("text-features", length=3, width=8), 1, {})
-    check_matches(features, 9, text_width=8)
+    check_matches(features, 9, Conditioning("text", 8))
     with pytest.raises(ValueError, match="width 8, the model takes 16"):
-        check_matches(features, 9, text_width=16)
+        check_matches(features, 9, Conditioning("text", 16))

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashar_pl import backbones
-from flashar_pl.backbones import build_backbone, register_backbone
+from flashar_pl.backbones import LlamaGen, build_backbone, register_backbone, registry
 from flashar_pl.checkpoints.weights import load_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
@@ -18,7 +17,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbones, "_BUILDERS", dict(backbones._BUILDERS))
+    monkeypatch.setattr(registry, "FAMILIES", dict(registry.FAMILIES))
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,15 +31,18 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         logits = [each.double()(names["codes"], names["classes"]).fused for each in (model, again)]
     torch.testing.assert_close(*logits)
-    backbones._BUILDERS.pop("mine")
+    registry.FAMILIES.pop("mine")
     with pytest.raises(ValueError, match=r"backbone kind is 'mine'.*register_backbone"):
         load_model("mine")
 
 
 def test_a_kind_has_one_meaning() -> None:
-    register_backbone("mine", backbones.LlamaGen)
-    register_backbone("mine", backbones.LlamaGen)
+    class Other(LlamaGen):
+        kind = "other"
+
+    assert register_backbone(register_backbone(Other)) is Other
+    Other.kind = "llamagen"
     with pytest.raises(ValueError, match="'llamagen' is taken"):
-        register_backbone("llamagen", backbones.LlamaGen)
+        register_backbone(Other)
     with pytest.raises(ValueError, match="expected one of llamagen, emu35"):
         build_backbone({"kind": "gpt"})

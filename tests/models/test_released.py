@@ -268,7 +268,7 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no file .*config\.json"):
         FlashAR.from_released(tmp_path)
     llamagen = LlamaGen(LlamaGenConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, num_classes=2))
-    with pytest.raises(ValueError, match=r"has an Emu3\.5 backbone"):
+    with pytest.raises(ValueError, match=r"llamagen backbone has no one-dimensional positions"):
         ReleasedFlashAR(llamagen, 0, 1, Compatibility())
 
 

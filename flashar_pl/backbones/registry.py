@@ -1,0 +1,94 @@
+"""Backbones by their kind: the families of this package, and those of a user.
+
+A configuration names a kind, never what to import. An import path comes from the user alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.emu35 import Emu35
+from flashar_pl.backbones.llamagen import LlamaGen
+from flashar_pl.files import closest
+
+FAMILIES: dict[str, type[Backbone]] = {LlamaGen.kind: LlamaGen, Emu35.kind: Emu35}
+DEFAULT = LlamaGen.kind
+"""Of a configuration that names neither a kind nor a preset."""
+
+
+def register_backbone(backbone: type[Backbone]) -> type[Backbone]:
+    """Let this process read configurations and checkpoints of another backbone, by its `kind`.
+
+    Raises:
+        ValueError: another class has this kind.
+    """
+    if FAMILIES.setdefault(backbone.kind, backbone) is not backbone:
+        raise ValueError(f"backbone kind {backbone.kind!r} is taken; expected another name than {', '.join(FAMILIES)}.")
+    return backbone
+
+
+def import_backbone(path: str) -> type[Backbone]:
+    """The backbone at an import path such as mine.models.Backbone, registered.
+
+    Raises:
+        ValueError: no such module or name, or no concrete backbone.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"backbone class {path!r} cannot be imported: {error}. Expected MODULE.CLASS, its folder on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Backbone)) or found.__abstractmethods__:
+        raise ValueError(f"{path} is no backbone; expected a concrete subclass of flashar_pl.backbones.Backbone.")
+    return register_backbone(found)
+
+
+def presets() -> dict[str, type[Backbone]]:
+    """The families of all published sizes, by their names."""
+    return {name: family for family in FAMILIES.values() for name in family.published}
+
+
+def examples() -> dict[str, dict[str, Any]]:
+    """Configurations of tiny backbones, one of each family that has one."""
+    return {kind: {"kind": kind, **family.example} for kind, family in FAMILIES.items() if family.example}
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration {"kind": KIND, ...} from one that may name a published size, {"preset": NAME, ...}.
+
+    Raises:
+        ValueError: an unknown kind, preset or option; a missing option.
+    """
+    options = dict(config)
+    kind, name = options.pop("kind", None), options.pop("preset", None)
+    if name is not None:
+        if name not in presets():
+            raise ValueError(f"no preset {name!r}; {closest(name, presets())}")
+        family = presets()[name]
+        return {"kind": family.kind, **family.preset(name, **options)}
+    kind = DEFAULT if kind is None else kind
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"backbone kind is {kind!r}; expected one of {', '.join(FAMILIES)}, or one of your own, named by "
+            "--backbone-class or flashar_pl.backbones.register_backbone."
+        )
+    FAMILIES[kind].check_options(options)
+    return {"kind": kind, **options}
+
+
+def build_backbone(config: dict[str, Any]) -> Backbone:
+    """The backbone that a configuration describes, with new weights. Raises ValueError as `complete` does."""
+    options = complete(config)
+    return FAMILIES[options.pop("kind")].from_options(**options)
+
+
+def describe_backbone(config: dict[str, Any]) -> Backbone:
+    """The same without memory for weights: it answers for itself."""
+    with torch.device("meta"):
+        return build_backbone(config)
