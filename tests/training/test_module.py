@@ -219,7 +219,7 @@ def wrong_module(**overrides) -> None:
         ({"backbone": BackboneConfig(preset="llamagen-b", options={"tokendropout": 0.1})}, "token_dropout"),
         ({"backbone": BackboneConfig(options={**OPTIONS, "n_heads": 2})}, "n_head"),
         ({"backbone": BackboneConfig(options={"dim": 8})}, "n_layer"),
-        ({"backbone": BackboneConfig(preset="emu35-34")}, "closest: emu35-34b"),
+        ({"backbone": BackboneConfig(preset="emu35-34")}, "did you mean emu35-34b"),
         ({"flashar": FlashARConfig(branch_layer=3)}, "0 to 2"),
         ({"schedule": ScheduleConfig(stage1_share=2)}, "0 to 1"),
         ({"ema_decay": 1.0}, "ema_decay"),
