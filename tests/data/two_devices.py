@@ -1,13 +1,9 @@
-"""Run by test_two_devices.py: train on the given number of devices, write each device's samples, maybe resume.
-
-python two_devices.py SHARDS OUT DEVICES MAX_STEPS [CHECKPOINT]
-"""
+"""The fit of test_two_devices.py: each device notes the samples it sees."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -33,27 +29,22 @@ class Probe(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def main(shards: str, out: str, devices: str, max_steps: str, checkpoint: str | None = None) -> None:
+def fit(shards: str, out: Path, devices: int, max_steps: int, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Samples of every training batch and of validation, on this device; saves OUT/step-N.ckpt."""
     module, data = Probe(), CodesDataModule(shards, batch_size=12, window=4, num_workers=1)
     trainer = Trainer(
         accelerator="cpu",
-        devices=int(devices),
-        strategy="ddp" if devices != "1" else "auto",
-        max_steps=int(max_steps),
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        max_steps=max_steps,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
-        val_check_interval=int(max_steps) if checkpoint is None else 1000,
+        val_check_interval=max_steps if checkpoint is None else 1000,
     )
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    path = Path(out)
-    trainer.save_checkpoint(path / f"step-{trainer.global_step}.ckpt")
-    record = {"seen": module.seen, "validated": module.validated}
-    (path / f"rank-{trainer.global_rank}.json").write_text(json.dumps(record))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    trainer.save_checkpoint(out / f"step-{trainer.global_step}.ckpt")
+    return {"seen": module.seen, "validated": module.validated}

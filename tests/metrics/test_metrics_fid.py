@@ -1,13 +1,10 @@
 """The streaming Fréchet distance: moments, reference, extractor, dtype, refusals, and two ranks."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from metrics_two_ranks import measured, measured_by_rank
+from pair import Pair
 
 from flashar_pl.metrics.distribution import frechet_distance
 from flashar_pl.metrics.fid import FrechetDistance
@@ -96,15 +93,9 @@ def test_singular_covariances_are_warned_about():
         filled(gaussian(40, 1), gaussian(5, 2)).compute()
 
 
-def test_two_ranks_equal_one(tmp_path):
-    """Odd counts, uneven ranks, a short last batch, a rank without rows: see metrics_two_ranks.py."""
-    script = Path(__file__).with_name("metrics_two_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "store")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("all equal") == 2
+def test_two_ranks_equal_one(pair: Pair) -> None:
+    """Odd counts, uneven ranks, a short last batch, a rank without rows."""
+    expected = measured()
+    assert set(expected[0]) == {"fid", "sfid", "is", "precision", "recall", "f1", "kid"}
+    for found in pair(measured_by_rank):
+        assert found == [pytest.approx(each, rel=1e-9) for each in expected]

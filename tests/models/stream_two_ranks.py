@@ -1,20 +1,14 @@
-"""Helper of test_emu35_flashar: writes a random sharded checkpoint, or streams it into a model sharded over two ranks.
-
-`python stream_two_ranks.py write DIR`, then `python stream_two_ranks.py read DIR`, which starts two processes and
-leaves rank-0.json and rank-1.json.
-"""
+"""What test_emu35_flashar.py asks of two ranks: a random sharded checkpoint, streamed into a model that they share."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
@@ -76,9 +70,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def read(rank: int, directory: Path) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
-    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+def read(directory: Path) -> dict[str, Any]:
+    """Whether this rank got its rows, and sizes in bytes."""
+    rank = dist.get_rank()
     mesh = dist.init_device_mesh("cpu", (2,))
     with torch.device("meta"):
         model = FlashAR(backbone_on_meta(), 7)
@@ -99,7 +93,7 @@ def read(rank: int, directory: Path) -> None:
         torch.equal(parts[name], value.chunk(2)[rank]) if parts[name].numel() else rank == 1
         for name, value in whole.items()
     )
-    found = {
+    return {
         "equal": equal,
         "meta": sum(p.is_meta for p in model.parameters()),
         "shard": sum(p.numel() * p.itemsize for p in parts.values()),
@@ -108,13 +102,3 @@ def read(rank: int, directory: Path) -> None:
         "largest": max(sizes),
         "file": sum(sizes),
     }
-    (directory / f"rank-{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[1] == "write":
-        write(Path(sys.argv[2]))
-    else:
-        mp.spawn(read, args=(Path(sys.argv[2]),), nprocs=2)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from pair import Pair
+from stream_two_ranks import read, write
 from tiny import emu, emu_flashar
 from torch import Tensor
 
@@ -188,13 +188,10 @@ def test_meta_model_is_filled_completely(official):
 
 
 @pytest.mark.slow
-def test_two_ranks_stream_their_own_rows(tmp_path):
+def test_two_ranks_stream_their_own_rows(pair: Pair, tmp_path: Path) -> None:
     """Sharded over two processes: values and peak memory (own shard + the largest tensor + 50 MB)."""
-    script = Path(__file__).with_name("stream_two_ranks.py")
-    subprocess.run([sys.executable, str(script), "write", str(tmp_path)], check=True, timeout=120)
-    subprocess.run([sys.executable, str(script), "read", str(tmp_path)], check=True, timeout=240)
-    for rank in range(2):
-        found = json.loads((tmp_path / f"rank-{rank}.json").read_text())
+    write(tmp_path)
+    for found in pair(read, tmp_path):
         assert found["equal"]
         assert found["meta"] == 0
         assert found["file"] > 400e6

@@ -10,14 +10,9 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from pair import clean_environment
+
 RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_tiny.yaml"
-LEFT = ("PL_", "MASTER_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK")
-"""Variables by which a new process would take itself for one of several; Lightning leaves them behind."""
-
-
-def clean_environment() -> dict[str, str]:
-    """This environment without what Lightning and process groups leave in it."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(LEFT)} | {"OMP_NUM_THREADS": "1"}
 
 
 def flashar(folder: Path, *words: object) -> str:
@@ -40,7 +35,13 @@ def launch(script: Path, *words: object, devices: int) -> None:
     """Run a script on `devices` ranks that start together, as under a cluster's launcher. Lightning's own starts the
     other ranks only when the first one has imported everything, which takes as long as the tests' training.
     """
-    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    job = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": free_port(),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(devices),
+    }
     with ExitStack() as stack:
         started = []
         for rank in range(devices):

@@ -1,7 +1,4 @@
-"""Run by test_fsdp.py in real processes: python sharded_ranks.py JSON
-
-The JSON is a list of fits (`run` takes one). All run in one launch; the first process writes a record of each.
-"""
+"""Fits on one or several ranks, described by plain values, for the tests of sharded training."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from flashar_pl.models.lora import LoraConfig
 from flashar_pl.training.preemption import StopOnSignal
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 
-torch.set_num_threads(1)
 CLIP = 0.05
 """Small enough to bite in every step."""
 
@@ -70,6 +66,7 @@ class Dtypes(Callback):
 
     def __init__(self) -> None:
         self.seen: dict[str, set[str]] = {}
+        self.compute = dual_head.dual_nll
 
     def note(self, what: str, *tensors: torch.Tensor) -> None:
         self.seen.setdefault(what, set()).update(str(tensor.dtype) for tensor in tensors)
@@ -82,12 +79,11 @@ class Dtypes(Callback):
         }.items():  # fmt: skip
             module.register_forward_pre_hook(lambda module, _, what=what: self.note(what, *module.parameters()))
         net.backbone.blocks[0].register_forward_hook(lambda module, _, out: self.note("activation", out))
-        compute = dual_head.dual_nll
 
         def dual_nll(h, v, gate, weight_h, weight_v, *labels):
             self.note("heads", weight_h, weight_v)
             self.note("gate value", gate)
-            return compute(h, v, gate, weight_h, weight_v, *labels)
+            return self.compute(h, v, gate, weight_h, weight_v, *labels)
 
         dual_head.dual_nll = dual_nll
 
@@ -99,6 +95,7 @@ class Dtypes(Callback):
                 self.note("gradient", parameter.grad)
 
     def on_train_end(self, trainer, pl_module) -> None:
+        dual_head.dual_nll = self.compute
         self.note("moment", *(v for state in trainer.optimizers[0].state.values() for v in state.values()))
 
 
@@ -141,20 +138,22 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def go(jobs: list[dict[str, Any]], devices: int) -> None:
-    """Run fits in new processes: this file on `devices` ranks."""
-    launch(Path(__file__), json.dumps([{**job, "devices": devices} for job in jobs]), devices=devices)
-
-
-def main(text: str) -> None:
-    for job in json.loads(text):
+def run_all(jobs: list[dict[str, Any]], devices: int = 2) -> None:
+    """The fits one after the other, on the ranks of this process's group; the first one writes a record of each."""
+    for job in jobs:
         try:
-            record = run(job)
+            record = run({**job, "devices": devices})
         except SystemExit as end:
             record = {"code": end.code}
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             torch.save(record, Path(job["root"]) / f"{job['name']}.pt")
 
 
+def go(jobs: list[dict[str, Any]], devices: int) -> None:
+    """The same on `devices` ranks of their own: this file as a script."""
+    launch(Path(__file__), json.dumps(jobs), devices, devices=devices)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    run_all(json.loads(sys.argv[1]), int(sys.argv[2]))

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 from emu_tiny_data import write
-from processes import clean_environment, free_port
+from pair import clean_environment
+from processes import free_port
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "experiments" / "cluster"

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from sharded_ranks import go, run
+from pair import Pair
+from sharded_ranks import go, run, run_all
 from training_toys import FlashARConfig, make_data, make_module, make_trainer
 
 from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta
@@ -50,7 +51,7 @@ GRADIENTS = {"gradients": True}
 
 
 @pytest.fixture(scope="module")
-def both(job):
+def both(pair: Pair, job):
     """(single process, two sharded ranks, two DDP ranks, two ranks in bfloat16 with recomputed blocks)."""
     alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING, **GRADIENTS})
     jobs = [
@@ -66,7 +67,7 @@ def both(job):
         {**job, "name": "ddp", "strategy": "ddp", **GRADIENTS},
         {**job, "name": "bf16", "strategy": "sharded", "options": {"recompute": True}, "dtypes": True, "max_steps": 4},
     ]
-    go(jobs, devices=2)
+    pair(run_all, jobs)
     return alone, *map(record, jobs)
 
 
@@ -222,13 +223,13 @@ def test_wrong_settings_are_refused(both, job, toy_shards: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_two_to_one_to_two(both, job, tmp_path: Path) -> None:
+def test_two_to_one_to_two(pair: Pair, both, job, tmp_path: Path) -> None:
     """Shards of two ranks read by one, and its shards by two again: the same losses as without interruption."""
     root = str(tmp_path)
     middle = {**job, "name": "one", "root": root, "devices": 1, "strategy": "sharded", "options": FP32, "save": 1}
     run({**middle, "ckpt": f"{job['root']}/step=2.ckpt", "validation": SAMPLING})
     last = {**job, "name": "two", "root": root, "strategy": "sharded", "options": FP32, "ckpt": f"{root}/step=5.ckpt"}
-    go([last], devices=2)
+    pair(run_all, [last])
     close(record(last), both[0], after=5)
 
 
@@ -248,11 +249,11 @@ def test_hybrid_sharding(both, job, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_offload_and_recomputation(both, job, tmp_path: Path) -> None:
+def test_offload_and_recomputation(pair: Pair, both, job, tmp_path: Path) -> None:
     """Neither changes a number."""
     options = {**FP32, "offload": True, "recompute": True}
     here = {**job, "name": "off", "root": str(tmp_path), "strategy": "sharded", "options": options, "save": 2}
     again = {**here, "name": "again", "ckpt": f"{tmp_path}/step=2.ckpt", "save": 0}
-    go([here, again], devices=2)
+    pair(run_all, [here, again])
     close(record(here), both[0])
     close(record(again), both[0], after=2)

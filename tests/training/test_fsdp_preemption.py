@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from sharded_ranks import Ask, go, run
+from pair import Pair
+from sharded_ranks import Ask, run, run_all
 from training_toys import OPTIONS, make_data, make_module, make_trainer
 
 from flashar_pl.checkpoints.sharded import read_meta
@@ -52,9 +53,9 @@ def test_the_command_ends_with_the_code_that_the_cluster_script_looks_for(toy_sh
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_ranks_stops_both(toy_shards: str, tmp_path: Path) -> None:
+def test_a_signal_to_one_of_two_ranks_stops_both(pair: Pair, toy_shards: str, tmp_path: Path) -> None:
     job = {"root": str(tmp_path), "shards": toy_shards, "strategy": "sharded", "options": {"compute": "fp32"}}
-    go([{**job, "name": "stopped", "signal": 1}], devices=2)
+    pair(run_all, [{**job, "name": "stopped", "signal": 1}])
     alone = run({**job, "name": "alone", "devices": 1})
     again = run({**job, "name": "again", "devices": 1, "ckpt": f"{tmp_path}/checkpoints/stopped.ckpt"})
     assert torch.load(tmp_path / "stopped.pt", weights_only=True)["code"] == 75

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_ranks import go, run
+from pair import Pair
+from sharded_ranks import go, run, run_all
 from training_toys import CLASSES, GRID, LEVELS, make_module
 
 from flashar_pl.checkpoints.description import Description
@@ -58,7 +59,7 @@ def job(tmp_path_factory, toy_shards: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def both(job):
+def both(pair: Pair, job):
     """(float32 in one process, two sharded ranks with bfloat16 base, the same in bfloat16 with recomputed blocks, the
     same offloaded, as two copies, two DDP ranks).
     """
@@ -71,7 +72,7 @@ def both(job):
         {**half, "name": "copies", "options": {**FP32, "replicas": 2}},
         {**job, "name": "ddp", "strategy": "ddp"},
     ]
-    go(jobs, devices=2)
+    pair(run_all, jobs)
     return alone, *map(record, jobs)
 
 

@@ -6,21 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import launch
+from pair import Pair
 from training_toys import fit
-from two_ranks import VALIDATING, module
+from two_ranks import VALIDATING, module, train
 
 from flashar_pl.training.strategies import allow_frozen_parameters
 
-SCRIPT = Path(__file__).with_name("two_ranks.py")
-
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory, toy_shards: str, toy_classifier: str):
+def both(pair: Pair, tmp_path_factory, toy_shards: str, toy_classifier: str):
     """(directory, records of the two ranks, the same run in this process)."""
     out = tmp_path_factory.mktemp("two")
-    launch(SCRIPT, toy_shards, toy_classifier, out, devices=2)
-    records = [torch.load(out / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    records = pair(train, toy_shards, toy_classifier, str(out))
     alone = fit(
         tmp_path_factory.mktemp("one"), toy_shards, module(toy_classifier), data={"validation_batch_size": 4},
         **VALIDATING,

@@ -1,18 +1,13 @@
-"""Run by test_two_ranks.py in real processes: python two_ranks.py SHARDS CLASSIFIER OUT [CHECKPOINT]
-
-Trains across the stage switch on two gloo ranks, validates with an odd number of images and samples, and writes each
-rank's weights and results.
-"""
+"""The fit of test_two_ranks.py: across the stage switch, validated with an odd number of images and samples."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from training_toys import ValidationConfig, fit, make_module
 
-torch.set_num_threads(1)
 VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 5, "check_val_every_n_epoch": None}
 
 
@@ -22,18 +17,12 @@ def module(classifier: str, **overrides):
     return make_module(dropout=False, ema_decay=0.5, validation=config, **overrides)
 
 
-def main(shards: str, classifier: str, out: str, checkpoint: str | None = None) -> None:
-    path = Path(out)
+def train(shards: str, classifier: str, out: str) -> dict[str, Any]:
+    """This rank's weights and results."""
     trained = fit(
-        path, shards, module(classifier), devices=2, ckpt_path=Path(checkpoint) if checkpoint else None,
-        data={"validation_batch_size": 4}, **VALIDATING,
+        Path(out), shards, module(classifier), devices=2, data={"validation_batch_size": 4}, **VALIDATING,
     )  # fmt: skip
     trainer = trained.trainer
     results = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    record = {"weights": trained.state_dict(), "results": results, "drawn": torch.rand(4)}
-    trainer.save_checkpoint(path / "end.ckpt")
-    torch.save(record, path / f"rank-{trainer.global_rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    trainer.save_checkpoint(Path(out) / "end.ckpt")
+    return {"weights": trained.state_dict(), "results": results, "drawn": torch.rand(4)}
