@@ -49,8 +49,8 @@ def write(directory: Path) -> None:
     backbone = backbone_on_meta()
     shapes = {}
     for rename in backbone_renames(backbone.config):
-        columns = backbone.get_parameter(rename.ours).shape[1:]
-        shapes.update({key: (rows, *columns) for key, rows in rename.pieces})
+        n, *columns = backbone.get_parameter(rename.ours).shape
+        shapes.update({key: (rows, *columns) for key, rows in rename.split(n)})
     names = sorted(shapes)
     weight_map = {key: f"model-{1 + 4 * i // len(names):05d}-of-00004.safetensors" for i, key in enumerate(names)}
     for file in sorted(set(weight_map.values())):
