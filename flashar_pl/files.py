@@ -89,7 +89,7 @@ def new_directory(path: str | Path, what: str) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a file, complete or not at all."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
     return Path(path)
 
 

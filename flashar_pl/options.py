@@ -91,11 +91,17 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class DeviceOptions:
-    """What computes"""
+class PlaceOptions:
+    """Where it is computed"""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class DeviceOptions(PlaceOptions):
+    """What computes"""
+
     dtype: Dtype | None = None
     """Of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for directories of
     released weights that of the files."""
@@ -139,6 +145,49 @@ class RankOptions:
     num_nodes: int = 1
     """Machines that run this same command, told apart by MASTER_ADDR, MASTER_PORT and NODE_RANK, on one shared file
     system. Under torchrun or SLURM it is known."""
+
+
+@dataclass(frozen=True)
+class CodecOptions(PlaceOptions):
+    """Tokenizer"""
+
+    tokenizer: str | None = None
+    """vq16, vq8 or ibq, or KIND:FILE. Default: vq16, for captioned images ibq."""
+    weights: str | None = None
+    """Weights file, or directory, of the tokenizer."""
+    batch_size: int | None = None
+    """Images of one pass through the tokenizer, each crop counted. Default: 32, for captioned images 8."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more.")
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Shards"""
+
+    out: str
+    """Directory of the shards, made if needed; a run with the same --out adds another split."""
+    split: Literal["train", "validation", "test"] = "train"
+    """Which split to write."""
+    workers: int = 4
+    """Processes that read and decode, for each device."""
+    max_bad_share: float = 0.01
+    """Abort if a larger share of the images cannot be read."""
+    block: int = 100
+    """Images of a record, the unit training shuffles."""
+    shard_images: int = 2000
+    """Images of a shard (one for each grid); a killed run loses at most the shard each device was at."""
+    keep_order: bool = False
+    """Keep the order of the images, if they are shuffled already."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("block", 1), ("shard_images", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,29 @@
-"""`flashar tokenize`: data sets as shards of codes."""
+"""`flashar tokenize`: data sets as shards of codes, and their check."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.data.jobs import (
+    CaptionedOptions,
+    ClassImageOptions,
+    NpyOptions,
+    captioned_job,
+    imagenet_job,
+    npy_job,
+)
+from flashar_pl.files import require_new
+from flashar_pl.options import CodecOptions, PlaceOptions, RankOptions, ShardOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flashar_pl.data.manifest import Manifest
 
 
-def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
+def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Manifest:
     """Write the embedded digits as WebDataset shards of codes, with their manifest.
 
     scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 17 grey levels used directly as codes, 10 classes: 1,400
@@ -25,3 +43,149 @@ def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
     print(f"{manifest.name}: {counts} images, {manifest.grid[0]} x {manifest.grid[1]} codes of {manifest.vocabulary}")
     print(f"wrote {out}/manifest.json and its shards")
     return manifest
+
+
+def tokenize_imagenet(
+    images: ClassImageOptions,
+    shards: ShardOptions,
+    codec: CodecOptions = CodecOptions(),
+    ranks: RankOptions = RankOptions(),
+) -> dict[str, Any] | None:
+    """Turn an image folder or WebDataset tars (jpg + cls) into shards of codes, with their manifest.
+
+    Every device makes its share of the shards; the result does not depend on how many there are. A killed run
+    continues where it stopped when the same command is given again, on other devices too.
+
+    Example:
+        flashar tokenize imagenet --images imagenet/train --out data/imagenet_256 --weights vq_ds16_c2i.pt --ten-crop
+        flashar tokenize imagenet --images "tars/train-*.tar" --image-size 384 --devices 8 --out data/imagenet_384
+          --weights vq_ds16_c2i.pt --ten-crop --crop-range 1.1
+    """
+    return _tokenise(partial(imagenet_job, images, codec, shards), shards, codec, ranks)
+
+
+def tokenize_npy(
+    codes: NpyOptions,
+    shards: ShardOptions,
+    codec: CodecOptions = CodecOptions(),
+    ranks: RankOptions = RankOptions(),
+) -> dict[str, Any] | None:
+    """Turn the .npy code files of LlamaGen's extract_codes_c2i.py into shards.
+
+    One file for each image, i.npy with int64 codes (1, crops, codes), and one for each label. The tokenizer and its
+    weights are noted in the manifest; generation and checks decode with them. Restarts and works on several devices as
+    `flashar tokenize imagenet` does.
+
+    Example:
+        flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet_256
+          --weights vq_ds16_c2i.pt
+    """
+    return _tokenise(partial(npy_job, codes, codec, shards), shards, codec, ranks)
+
+
+def tokenize_text_image(
+    images: CaptionedOptions,
+    shards: ShardOptions,
+    codec: CodecOptions = CodecOptions(),
+    ranks: RankOptions = RankOptions(),
+) -> dict[str, Any] | None:
+    """Turn images with captions into shards of codes, one data set for each grid: OUT/32x32, OUT/27x36, ...
+
+    Reads a JSON list or JSONL of captions and image paths (ShareGPT-4o-Image: input_prompt, output_image), WebDataset
+    tars of jpg + txt, or tars of ready codes, pt + txt, as the authors' Emu3.5 FlashAR training makes them. An image
+    goes to the grid nearest to its aspect ratio: its largest centred part of that ratio, resized bicubically. Items
+    of a list that edit an input image are left out. Restarts and works on several devices as `flashar tokenize
+    imagenet` does.
+
+    Example:
+        flashar tokenize text-image --data text_to_image.json --out data/sharegpt --weights Emu3.5-VisionTokenizer
+        flashar tokenize text-image --data "laion/{00000..00127}.tar" --out data/laion --weights DIR --image-size 256
+    """
+    report = _tokenise(partial(captioned_job, images, codec, shards), shards, codec, ranks)
+    if report is not None:
+        from flashar_pl.data.check import caption_report
+        from flashar_pl.data.shards import Manifest, ShardReader
+
+        for grid in report["grids"]:
+            lines = caption_report(ShardReader(Manifest.load(Path(shards.out) / grid), shards.split))["lines"]
+            print("\n  ".join([f"{grid}:", *lines]))
+    return report
+
+
+def _tokenise(
+    build: Callable[..., Any], shards: ShardOptions, codec: CodecOptions, ranks: RankOptions
+) -> dict[str, Any] | None:
+    """Run a job on every rank; the first one prints what came out."""
+    from flashar_pl.data.tokenise import tokenise
+    from flashar_pl.ranks import run_on_ranks
+
+    report = run_on_ranks(partial(tokenise, build), ranks, codec.device)
+    if report is None:
+        return None
+    grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
+    print(f"{shards.split}: {report['written']:,} of {report['samples']:,} images are in the shards ({grids})")
+    for reason, count in report["left_out"].items():
+        print(f"left out: {count:,} ({reason})")
+    if report["unreadable"]:
+        print(f"unreadable: {report['unreadable']:,}, listed in {shards.out}/bad_images.{shards.split}.txt")
+    print(f"shards at {shards.out}; check them with: flashar tokenize check {shards.out} --out check.png")
+    return report
+
+
+def tokenize_check(
+    shards: str,
+    /,
+    place: PlaceOptions = PlaceOptions(),
+    *,
+    decode: int | None = None,
+    out: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Check shards against their manifest; exit code 2 and a list of what is wrong if anything is.
+
+    Reads every byte: hashes, members, shapes, code and label ranges, ids unique within a split. Prints a summary of
+    labels or captions and of the codes in use. With --out, draws random samples decoded to pixels: the surest test
+    of a tokenizer that does not belong to the codes.
+
+    Example:
+        flashar tokenize check data/imagenet256 --decode 32 --out check.png
+
+    Args:
+        shards: directory of the shards, or one with a sub-directory for each grid.
+        decode: samples to draw; 16 if only --out is given.
+        out: PNG of the drawn samples; with several grids, their names are added to it.
+        weights: weights file of the tokenizer, if it is not where the manifest says.
+        seed: of the draw.
+    """
+    from flashar_pl.data import check
+    from flashar_pl.data.shards import Manifest, verify
+    from flashar_pl.data.tokenise import manifests
+
+    if decode is not None and out is None:
+        raise ValueError("--decode draws samples into a PNG; add --out check.png.")
+    if decode is not None and decode < 1:
+        raise ValueError(f"decode is {decode}; expected 1 or more samples.")
+    if out is not None:
+        require_new(out, "picture")
+    root = Path(shards)
+    found = [path.parent for path in manifests(root)] if root.is_dir() else []
+    result: dict[str, Any] = {}
+    folders: list[Any] = [*found] or [shards]  # none found: a URL, or `load` says what it looked for
+    for folder in folders:
+        manifest = Manifest.load(folder)
+        tokenizer = None
+        if out is not None or weights is not None:
+            tokenizer = check.find_tokenizer(manifest, weights, place.device)
+            check.check_weights(root, tokenizer)
+        verified = verify(folder)
+        facts = {"samples": verified.samples, "shards": verified.shards, "bytes": verified.bytes}
+        facts |= {split: check.split_facts(manifest, split, verified) for split in verified.samples}
+        check.show(manifest, facts)
+        if out is not None:
+            assert tokenizer is not None
+            name = Path(out) if len(found) < 2 else Path(out).with_stem(f"{Path(out).stem}-{Path(folder).name}")
+            facts["picture"] = check.draw(manifest, tokenizer, decode or 16, name, seed)
+        result[Path(folder).name] = facts
+    print("everything is as the manifest says")
+    return result

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,12 +15,6 @@ from torch import Tensor
 from flashar_pl.data.images import ten_crop, with_mirror
 from flashar_pl.tokenizers import Tokenizer
 
-Crops = Literal["ten", "mirror", "none"]
-CROPS: dict[str, int] = {"ten": 10, "mirror": 2, "none": 1}
-"""Crops made of each image, K."""
-CENTRE_OF_TEN = 4
-"""Number of the centre crop in `ten_crop`'s order; torchvision and LlamaGen have the same."""
-
 
 @dataclass
 class ImageEncoder:
@@ -29,9 +22,9 @@ class ImageEncoder:
 
     tokenizer: Tokenizer
     device: torch.device
-    crops: Crops
+    crops: int
+    """K: ten crops of side `size`; the image and its mirror image (2); the image (1)."""
     size: int | None = None
-    """"ten": side s of a crop."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(images).to(self.device)
@@ -46,10 +39,10 @@ class ImageEncoder:
         return codes.unflatten(0, views.shape[:2]).cpu().numpy()
 
     def _views(self, pixels: Tensor) -> Tensor:
-        if self.crops == "ten":
+        if self.crops == 10:
             assert self.size is not None
             return ten_crop(pixels, self.size)
-        return with_mirror(pixels) if self.crops == "mirror" else pixels[:, None]
+        return with_mirror(pixels) if self.crops == 2 else pixels[:, None]
 
 
 def codes_as_they_are(codes: np.ndarray) -> np.ndarray:

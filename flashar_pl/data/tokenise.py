@@ -1,25 +1,29 @@
-"""A restartable job that turns the samples of a source into code shards, in any number of processes.
+"""A restartable job that turns the samples of a source into code shards, on any number of devices.
 
 The samples are shuffled once by a fixed permutation and cut into *parts*; a part becomes one tar (one for each grid).
-Part u belongs to process u mod R, and which samples meet in a pass of the tokenizer depends on the part alone, so
-the result does not depend on R. A part is written under a temporary name and renamed when it is finished: a killed
-job loses the part it was at, and the next start does that one again. While it runs, the output directory holds
+Every rank makes its share of the parts, and which samples meet in a pass of the tokenizer depends on the part alone, so
+the result does not depend on the number of ranks. A part appears when it is finished: a killed job loses the parts it
+was at, and the next start does those again. While it runs, the output directory holds
 
     .SPLIT/job.json                       settings; a restart with others is refused
     .SPLIT/000017/16x16/manifest.json     a finished part (its tar beside it), for each grid
     .SPLIT/000017/part.json               number of samples, and the unreadable ones
 
-The process that finds every part finished moves the tars out and writes manifest.json, then
-tokenize-SPLIT.json (the report) and bad_images.SPLIT.txt, then removes .SPLIT.
+When every rank is done, the first one moves the tars out and writes manifest.json, then bad_images.SPLIT.txt and
+tokenize-SPLIT.json (the report), then removes .SPLIT. That may be repeated from any point.
 
 Shapes: n samples of one pass, K crops of an image, H x W grid.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +31,22 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from flashar_pl.console import progress_bar
 from flashar_pl.data.images import Unreadable
-from flashar_pl.data.manifest import SPLITS
+from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
 from flashar_pl.data.order import permutation, stream
-from flashar_pl.data.parts import (
-    check_share,
-    commit_part,
-    finish,
-    finished_parts,
-    new_part,
-    read_part,
-    report_path,
-    retry_bad,
-    start,
-    without_path,
-)
 from flashar_pl.data.sources import Source
 from flashar_pl.data.writer import ShardWriter
+from flashar_pl.files import new_directory, read_json, write_json, write_text
+from flashar_pl.options import ShardOptions
+from flashar_pl.ranks import Rank
 
 READ = 8
 """Samples a worker process sends at once."""
+NAMED = 5
+"""Unreadable samples named in an error."""
+TYPED = {"part": "--shard-images"}
+"""How settings are typed whose names in the files are others."""
 
 
 @dataclass
@@ -64,129 +64,201 @@ class Item:
 class Job:
     """What to tokenise, how, and where to."""
 
+    shards: ShardOptions
     source: Source
     prepare: Callable[[bytes], np.ndarray]
     """Bytes of a sample -> array whose last two axes tell its grid; runs in worker processes."""
     encode: Callable[[np.ndarray], np.ndarray]
     """Equal-sized arrays (n, ...) -> codes (n, K, H, W)."""
-    out: Path
     name: str
     """Of the data set."""
-    split: str
     tokenizer: dict[str, Any]
     vocabulary: int
-    crops: int
-    """K."""
     batch: int
     """n, at most."""
     settings: dict[str, Any]
     """What else decides the result; a restart must have the same."""
+    crops: int = 1
+    """K."""
     grid: tuple[int, int] | None = None
     """(H, W) of every sample; None = grids differ, and each gets a data set of its own in OUT/HxW."""
     evaluation_crop: int = 0
     """Which crop evaluation takes."""
-    block: int = 100
-    part: int = 2000
-    """Samples of a part."""
-    shuffle: bool = True
-    workers: int = 4
-    max_bad_share: float = 0.01
-    rank: int = 0
-    ranks: int = 1
-    progress: Callable[[int, int], Callable[[int], Any]] = lambda total, done: lambda n: None
-    """Called once with this process's number of samples and how many of them are done; what it returns is called
-    with the number of samples of every pass."""
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}; expected one of {', '.join(SPLITS)}.")
-        for name in ("batch", "block", "part"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}; expected 0 or more.")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")
-        if not 0 <= self.rank < self.ranks:
-            raise ValueError(f"RANK={self.rank}, WORLD_SIZE={self.ranks}; expected 0 <= RANK < WORLD_SIZE.")
         self.order = np.arange(len(self.source))
-        if self.shuffle:
+        if not self.shards.keep_order:
             self.order = permutation(stream(0, 4), len(self.source))
-
-    @property
-    def work(self) -> Path:
-        """The directory of finished parts."""
-        return self.out / f".{self.split}"
-
-    @property
-    def parts(self) -> int:
-        """Number of parts of all processes."""
-        return -(-len(self.source) // self.part)
+        self.out, self.split = Path(self.shards.out), self.shards.split
+        self.work = self.out / f".{self.split}"
+        self.report = self.out / f"tokenize-{self.split}.json"
+        self.parts = -(-len(self.source) // self.shards.shard_images)
 
     def samples(self, part: int) -> np.ndarray:
         """Numbers of the samples of a part."""
-        return self.order[part * self.part : (part + 1) * self.part]
+        size = self.shards.shard_images
+        return self.order[part * size : (part + 1) * size]
 
     def identity(self) -> dict[str, Any]:
-        """What a restart must agree on."""
-        return {
+        """What a restart must agree on, as JSON gives it back."""
+        values = {
             "name": self.name,
             "source": self.source.fingerprint(),
             "samples": len(self.source),
             "tokenizer": without_path(self.tokenizer),
             "crops": self.crops,
-            "block": self.block,
-            "part": self.part,
-            "shuffle": self.shuffle,
+            "block": self.shards.block,
+            "part": self.shards.shard_images,
+            "shuffle": not self.shards.keep_order,
             **self.settings,
         }
+        return json.loads(json.dumps(values))
 
 
-def run(job: Job) -> dict[str, Any] | None:
-    """Tokenise this process's parts, starting where an earlier run stopped.
+def tokenise(build: Callable[[torch.device], Job], rank: Rank) -> dict[str, Any] | None:
+    """Tokenise this rank's parts, starting where an earlier run stopped. Returns the report on the first rank.
 
-    Returns:
-        The report once all parts of all processes are finished; None while other processes are still at work.
+    Args:
+        build: the job on this rank's device; the same on every rank.
+        rank: this process's place.
 
     Raises:
         ValueError: an earlier run had other settings; the shards at `out` do not go with these; more unreadable
             samples than allowed; a label or code out of range.
     """
-    try:
-        report = start(job)
-        if report is not None:
-            return report
-        _run_parts(job)
-    except FileNotFoundError:
-        if not report_path(job).exists():  # else another process found nothing left to do, merged and cleaned up
-            raise
-    return finish(job)
+    job = build(rank.device)
+    report = rank.first(partial(_begin, job))
+    if report is None:
+        _run_parts(job, rank, rank.first(partial(_finished, job)))
+        rank.barrier()
+        report = rank.first(partial(_merge, job))
+    return report if rank.rank == 0 else None
 
 
-def _run_parts(job: Job) -> None:
-    """Tokenise what is left of this process's parts."""
-    mine = range(job.rank, job.parts, job.ranks)
-    retry_bad(job, mine)
-    finished = finished_parts(job)
+# --- before ----------------------------------------------------------------------------------------------------------
+
+
+def manifests(out: Path) -> list[Path]:
+    """The manifests of a directory made by a job: its own, or one in each sub-folder."""
+    own = out / FILE_NAME
+    return [own] if own.is_file() else sub_manifests(out)
+
+
+def _begin(job: Job) -> dict[str, Any] | None:
+    """Make the working directory, or find the one of an earlier run. Returns the report if all is done already.
+
+    Raises:
+        ValueError: `out` holds something else, or an earlier run of this split had other settings.
+    """
+    if job.report.exists():
+        report = read_json(job.report)
+        _compare(job, report["settings"], "is complete, but was made")
+        shutil.rmtree(job.work, ignore_errors=True)
+        return report
+    found = manifests(job.out)
+    unfinished = any((job.out / f".{split}").is_dir() for split in SPLITS)
+    if job.out.exists() and not found and not unfinished and any(job.out.iterdir()):
+        raise ValueError(f"{job.out} exists and holds no shards; nothing was written. Choose another --out.")
+    for path in found:
+        _check_addition(job, Manifest.load(path), job.work.is_dir())
+    _check_weights(job)
+    job.work.mkdir(parents=True, exist_ok=True)
+    settings = job.work / "job.json"
+    if not settings.exists():
+        write_json(settings, job.identity())
+    _compare(job, read_json(settings), "was begun")
+    return None
+
+
+def _compare(job: Job, then: dict[str, Any], how: str) -> None:
+    """Raises ValueError unless an earlier run had the same settings."""
+    for name, value in job.identity().items():
+        if name not in then or then[name] != value:
+            raise ValueError(
+                f"The {job.split} split at {job.out} {how} with {TYPED.get(name, name)} = "
+                f"{then.get(name)!r}; this command has {value!r}. Use the old settings, or choose another --out."
+            )
+
+
+def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
+    """Raises ValueError unless this job's split can join the shards that are there."""
+    if job.split in present.splits and not overwrite:
+        raise ValueError(
+            f"{present.root} has a {job.split} split already; nothing was written. Remove it, or choose another --out "
+            "or --split."
+        )
+    grid = present.grid if job.grid is None else job.grid
+    own = replace(
+        present, tokenizer=job.tokenizer, vocabulary=job.vocabulary, crops=job.crops, grid=grid,
+        condition=job.source.condition, evaluation_crop=0,
+    )  # fmt: skip
+    there = present.shared | {"grid": present.grid}
+    for name, value in (own.shared | {"grid": grid}).items():
+        if there[name] != value:
+            raise ValueError(
+                f"{present.root} has {name} {there[name]}, this job makes {value}; both splits must agree. "
+                "Choose another --out, or the same settings."
+            )
+
+
+def _check_weights(job: Job) -> None:
+    """Raises ValueError if another split at `out` was made with other weights."""
+    own = job.settings.get("weights_hash")
+    for split in SPLITS:
+        path = job.out / f"tokenize-{split}.json"
+        other = read_json(path)["settings"].get("weights_hash") if path.exists() else None
+        if own is not None and other is not None and own != other:
+            raise ValueError(
+                f"The {split} split at {job.out} was made with other weights of the tokenizer than this command has. "
+                "Use the same file, or choose another --out."
+            )
+
+
+def _finished(job: Job) -> dict[int, int]:
+    """Finished parts, and how many unreadable samples each has. One listing: network file systems answer it freshly.
+
+    A part of which an unreadable sample can be read now is forgotten: a disk may have been away.
+    """
+    found = {}
+    for part in sorted(int(name) for name in os.listdir(job.work) if name.isdigit()):
+        bad = _bad_samples(job, part)
+        if any(_read_item(job.source, job.prepare, entry["id"]).array is not None for entry in bad):
+            shutil.rmtree(job.work / f"{part:06d}")
+        else:
+            found[part] = len(bad)
+    return found
+
+
+def _bad_samples(job: Job, part: int) -> list[dict[str, Any]]:
+    return read_json(job.work / f"{part:06d}" / "part.json")["bad"]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _run_parts(job: Job, rank: Rank, finished: dict[int, int]) -> None:
+    """Tokenise what is left of this rank's parts."""
+    mine = rank.share(job.parts)
     left = [part for part in mine if part not in finished]
-    bad = sum(len(read_part(job, part)["bad"]) for part in finished.intersection(mine))
-    total, open_samples = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
-    advance = job.progress(total, total - open_samples)
+    bad = sum(finished.values())
+    total, todo = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
     items = _items(job, left)
-    for part in left:
-        if report_path(job).exists():
-            return
-        bad += _write_part(job, part, items, advance, bad)
+    if rank.rank > 0:
+        for part in left:
+            bad += _write_part(job, part, items, lambda n: None, bad)
+        return
+    with progress_bar(total, "images" if rank.world == 1 else f"images of rank 1 of {rank.world}", total - todo) as bar:
+        for part in left:
+            bad += _write_part(job, part, items, bar, bad)
 
 
 def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[int], Any], bad_before: int) -> int:
     """Tokenise one part. Returns the number of unreadable samples in it."""
-    place = new_part(job, part)
     writers: dict[tuple[int, int], ShardWriter] = {}
     waiting: dict[tuple[int, ...], list[Item]] = {}
     bad: list[dict[str, Any]] = []
 
-    def flush(shape: tuple[int, ...]) -> None:
+    def flush(shape: tuple[int, ...], place: Path) -> None:
         group = waiting.pop(shape)
         codes = job.encode(np.stack([item.array for item in group if item.array is not None]))  # (n, K, H, W)
         grid = (int(codes.shape[-2]), int(codes.shape[-1]))
@@ -197,24 +269,25 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
         writers[grid].write(job.split, codes, ids=[item.index for item in group], **condition)
         advance(len(group))
 
-    for number in job.samples(part).tolist():
-        item = next(items)
-        assert item.index == number, (item.index, number)
-        if item.array is None:
-            bad.append({"id": number, "where": job.source.where(number), "reason": item.problem})
-            check_share(job, bad_before + len(bad), bad)
-            advance(1)
-            continue
-        _check_label(job, item)
-        shape = item.array.shape[-2:]
-        waiting.setdefault(shape, []).append(item)
-        if len(waiting[shape]) == job.batch:
-            flush(shape)
-    for shape in sorted(waiting):
-        flush(shape)
-    for writer in writers.values():
-        writer.close()
-    commit_part(job, part, place, bad)
+    with new_directory(job.work / f"{part:06d}", "part") as place:
+        for number in job.samples(part).tolist():
+            item = next(items)
+            assert item.index == number, (item.index, number)
+            if item.array is None:
+                bad.append({"id": number, "where": job.source.where(number), "reason": item.problem})
+                _check_share(job, bad_before + len(bad), bad)
+                advance(1)
+                continue
+            _check_label(job, item)
+            shape = item.array.shape[-2:]
+            waiting.setdefault(shape, []).append(item)
+            if len(waiting[shape]) == job.batch:
+                flush(shape, place)
+        for shape in sorted(waiting):
+            flush(shape, place)
+        for writer in writers.values():
+            writer.close()
+        write_json(place / "part.json", {"samples": len(job.samples(part)), "bad": bad})
     return len(bad)
 
 
@@ -227,11 +300,22 @@ def _writer(job: Job, place: Path, grid: tuple[int, int], part: int) -> ShardWri
         vocabulary=job.vocabulary,
         condition=job.source.condition,
         crops=job.crops,
-        block=job.block,
-        shard_blocks=-(-job.part // job.block),
+        block=job.shards.block,
+        shard_blocks=-(-job.shards.shard_images // job.shards.block),
         first_shard=part,
         evaluation_crop=job.evaluation_crop,
     )
+
+
+def _check_share(job: Job, bad: int, examples: list[dict[str, Any]]) -> None:
+    """Raises ValueError if `bad` unreadable samples are more than the job allows."""
+    if bad > job.shards.max_bad_share * len(job.source):
+        listed = "\n".join(f"  {entry['where']}: {entry['reason']}" for entry in examples[:NAMED])
+        raise ValueError(
+            f"{bad} of {len(job.source)} samples cannot be read, more than the share of {job.shards.max_bad_share} "
+            f"that --max-bad-share allows. Repair them or raise it, and run the same command again: it continues.\n"
+            f"{listed}"
+        )
 
 
 def _check_label(job: Job, item: Item) -> None:
@@ -245,7 +329,8 @@ def _check_label(job: Job, item: Item) -> None:
 
 def _items(job: Job, parts: list[int]) -> Iterator[Item]:
     """The samples of some parts, in order, read by worker processes."""
-    groups = [group.tolist() for part in parts for group in _cut(job.samples(part))]
+    numbers = [job.samples(part) for part in parts]
+    groups = [group.tolist() for part in numbers for group in np.split(part, range(READ, len(part), READ))]
     if not groups:
         return
     with warnings.catch_warnings():
@@ -254,17 +339,13 @@ def _items(job: Job, parts: list[int]) -> Iterator[Item]:
             _Reading(job.source, job.prepare),
             sampler=groups,
             batch_size=None,
-            num_workers=job.workers,
+            num_workers=job.shards.workers,
             collate_fn=_as_is,
             generator=torch.Generator(),
         )
         read = iter(loader)
     for group in read:
         yield from group
-
-
-def _cut(numbers: np.ndarray) -> list[np.ndarray]:
-    return np.split(numbers, range(READ, len(numbers), READ))
 
 
 @dataclass
@@ -275,10 +356,10 @@ class _Reading(Dataset):
     prepare: Callable[[bytes], np.ndarray]
 
     def __getitem__(self, numbers: list[int]) -> list[Item]:
-        return [read_item(self.source, self.prepare, number) for number in numbers]
+        return [_read_item(self.source, self.prepare, number) for number in numbers]
 
 
-def read_item(source: Source, prepare: Callable[[bytes], np.ndarray], number: int) -> Item:
+def _read_item(source: Source, prepare: Callable[[bytes], np.ndarray], number: int) -> Item:
     """One sample, or the reason why it cannot be read."""
     try:
         data, condition = source.read(number)
@@ -289,3 +370,60 @@ def read_item(source: Source, prepare: Callable[[bytes], np.ndarray], number: in
 
 def _as_is(items: list[Item]) -> list[Item]:
     return items
+
+
+# --- after -----------------------------------------------------------------------------------------------------------
+
+
+def _merge(job: Job) -> dict[str, Any]:
+    """Put the finished parts together; returns the report. Raises ValueError where no sample could be read."""
+    bad = [entry for part in range(job.parts) for entry in _bad_samples(job, part)]
+    _check_share(job, len(bad), bad)
+    pieces: dict[str, list[Manifest]] = {}
+    for part in range(job.parts):
+        for path in sub_manifests(job.work / f"{part:06d}"):
+            pieces.setdefault(path.parent.name, []).append(Manifest.load(path))
+    written = sum(manifest.samples(job.split) for group in pieces.values() for manifest in group)
+    assert written + len(bad) == len(job.source), (written, len(bad), len(job.source))
+    if not written:
+        raise ValueError(f"None of the {len(job.source)} samples can be read, so there is nothing to put at {job.out}.")
+    assert job.grid is None or len(pieces) == 1, list(pieces)
+    grids = {}
+    for name, group in sorted(pieces.items()):
+        manifest = _merge_grid(job, job.out / name if job.grid is None else job.out, group)
+        grids[name] = manifest.samples(job.split)
+    bad.sort(key=lambda entry: entry["id"])
+    if bad:
+        lines = "".join(f"{entry['id']}\t{entry['where']}\t{entry['reason']}\n" for entry in bad)
+        write_text(job.out / f"bad_images.{job.split}.txt", lines)
+    report = {
+        "split": job.split,
+        "samples": len(job.source),
+        "written": written,
+        "unreadable": len(bad),
+        "left_out": job.source.skipped,
+        "grids": grids,
+        "settings": job.identity(),
+    }
+    write_json(job.report, report)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return report
+
+
+def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> Manifest:
+    """Move the tars of one grid to `target` and write its manifest, keeping other splits that are there."""
+    target.mkdir(parents=True, exist_ok=True)
+    shards = tuple(shard for manifest in group for shard in manifest.shards(job.split))
+    for manifest in group:
+        for shard in manifest.shards(job.split):
+            source, goal = Path(manifest.root) / shard.path, target / shard.path
+            if source.exists() or not goal.exists():  # else moved already, by a killed run
+                source.replace(goal)
+    splits: dict[str, tuple[Shard, ...]] = {job.split: shards}
+    if (target / FILE_NAME).exists():
+        present = Manifest.load(target)
+        _check_addition(job, present, overwrite=True)
+        splits = present.splits | splits
+    splits = {split: splits[split] for split in SPLITS if split in splits}
+    replace(group[0], splits=splits, evaluation_crop=job.evaluation_crop).save(target)
+    return Manifest.load(target)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from tiny_images import make_images, vq_state
 
 from flashar_pl.data.images import centre_crop, ten_crop
 from flashar_pl.data.shards import Manifest, ShardReader, verify
+from flashar_pl.ranks import Rank
 from flashar_pl.tokenizers import VQ16
 
 CLASSES, EACH = 3, 9  # as make_images has them
@@ -97,38 +98,46 @@ def test_image_and_mirror_without_ten_crop(tmp_path, tokenize, images):
     np.testing.assert_array_equal(codes[13], model.encode(torch.stack([pixels, pixels.flip(-1)])).numpy())
 
 
-def test_the_number_of_processes_does_not_matter(tmp_path, tokenize, monkeypatch):
-    """One after the other, in any order: only the last to finish writes the manifest."""
+def test_two_devices(tmp_path, tokenize, images, vq):
+    """Two ranks started by Fabric, through the command line: the shards of one, and one report."""
     tokenize(tmp_path / "one")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank in (2, 0, 3, 1):
-        assert not (tmp_path / "four" / "manifest.json").exists()
-        monkeypatch.setenv("RANK", str(rank))
-        code, out, _ = tokenize(tmp_path / "four")
-        assert code == 0
-        assert ("the last process writes the manifest" in out) == (rank != 1)
-    assert Manifest.load(tmp_path / "one").splits == Manifest.load(tmp_path / "four").splits
-    verify(tmp_path / "four")
+    words = ("--images", images, "--out", tmp_path / "two", "--weights", vq, "--devices", 2, "--device", "cpu")
+    command = [sys.executable, "-m", "flashar_pl.cli", "tokenize", "imagenet", *words, *SMALL]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("27 of 27 images are in the shards") == 1
+    assert Manifest.load(tmp_path / "one").splits == Manifest.load(tmp_path / "two").splits
+    assert not list((tmp_path / "two").glob(".*"))
 
 
-def test_two_processes_at_once(tmp_path, tokenize, monkeypatch):
-    """Guards the races: both start, merge and clean up at the same time. 3 parts of 9 for 2 processes."""
-    tokenize(tmp_path / "one", "--shard-images", 9)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_one_after_the_other(tmp_path, tokenize, images, vq, ranks, monkeypatch):
+    """Guards the division of parts: every order of ranks, a restart with another number, and only one merge."""
+    from flashar_pl.data.jobs import ClassImageOptions, imagenet_job
+    from flashar_pl.data.tokenise import tokenise
+    from flashar_pl.options import CodecOptions, ShardOptions
 
-    def work(rank: int) -> None:
-        os.environ["RANK"] = str(rank)
-        sys.exit(tokenize(tmp_path / "two", "--shard-images", 9)[0])
+    class Alone(Rank):
+        """A rank whose fellows come later: they left nothing to wait for."""
 
-    running = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(60)
-    assert [process.exitcode for process in running] == [0, 0]
-    for a, b in zip(contents(tmp_path / "one"), contents(tmp_path / "two"), strict=True):
-        np.testing.assert_array_equal(a, b)
-    verify(tmp_path / "two")
+        def barrier(self) -> None:
+            raise ValueError("the others are not here")
+
+        def first(self, build):
+            return build()
+
+    tokenize(tmp_path / "one")
+    build = partial(
+        imagenet_job, ClassImageOptions(str(images), 16), CodecOptions(weights=vq),
+        ShardOptions(str(tmp_path / "many"), workers=0, block=3, shard_images=5),
+    )  # fmt: skip
+    for rank in reversed(range(1, ranks)):
+        with pytest.raises(ValueError, match="not here"):
+            tokenise(build, Alone(rank, ranks))
+    report = tokenise(build, Rank())
+    assert report is not None
+    assert report["written"] == 27
+    assert Manifest.load(tmp_path / "one").splits == Manifest.load(tmp_path / "many").splits
 
 
 def test_a_killed_run_continues(tmp_path, tokenize, vq):
@@ -139,7 +148,6 @@ def test_a_killed_run_continues(tmp_path, tokenize, vq):
     command = ["tokenize", "imagenet", "--images", source, "--out", out, "--weights", vq, *SMALL, *words]
     running = subprocess.Popen(
         [sys.executable, "-m", "flashar_pl.cli", *map(str, command)],
-        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
         start_new_session=True,
     )
     deadline = time.monotonic() + 60
@@ -187,17 +195,16 @@ def test_finished_parts_are_not_done_again(tmp_path, tokenize, monkeypatch):
 
 def test_a_kill_between_moving_tars_and_the_report(tmp_path, tokenize, monkeypatch):
     """Guards the merge: it may be repeated from any point."""
-    from flashar_pl.data import parts
+    from flashar_pl.data import tokenise
 
-    original = Manifest.save
-    for target, name in [(Manifest, "save"), (parts, "_replace")]:
+    for target, name in [(Manifest, "save"), (tokenise, "write_json")]:
         out = tmp_path / name
         calls = []
+        kept = getattr(target, name)
 
-        def dying(*args, _name=name, _calls=calls):
-            report = _name == "_replace" and Path(args[0]).name != "tokenize-train.json"
-            if report or (_name == "save" and "partial" in str(args[1])):
-                return original(*args) if _name == "save" else Path(args[0]).write_text(args[1])
+        def dying(*args, _name=name, _calls=calls, _kept=kept):
+            if "part" in str(args[1 if _name == "save" else 0]) or "job.json" in str(args[0]):
+                return _kept(*args)
             _calls.append(args)
             raise KeyboardInterrupt
 
@@ -208,32 +215,6 @@ def test_a_kill_between_moving_tars_and_the_report(tmp_path, tokenize, monkeypat
         assert tokenize(out)[0] == 0
         verify(out)
         assert not list(out.glob(".*"))
-
-
-@pytest.mark.parametrize("place", ["_check_output", "retry_bad", "read_json", "manifests", "_merge_grid"])
-def test_another_process_merges_in_between(tmp_path, tokenize, monkeypatch, place):
-    """Guards the race of several processes that restart with nothing left to do: one finishes and cleans up, and
-    another finds its files gone at any point."""
-    from flashar_pl.data import parts, tokenise
-
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "finish", lambda job: None)
-        tokenize(tmp_path / "s", "--shard-images", 14)
-    assert not (tmp_path / "s" / "manifest.json").exists()
-    original = getattr(parts, place)
-    module = tokenise if hasattr(tokenise, place) else parts
-
-    def late(*args):
-        monkeypatch.setattr(module, place, original)
-        assert tokenize(tmp_path / "s", "--shard-images", 14)[0] == 0
-        return original(*args)
-
-    monkeypatch.setattr(module, place, late)
-    code, out, _ = tokenize(tmp_path / "s", "--shard-images", 14)
-    assert code == 0
-    assert "27 of 27 images are in the shards" in out
-    verify(tmp_path / "s")
-    assert not list((tmp_path / "s").glob(".*"))
 
 
 def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, tokenize, refused, images, vq):

@@ -1,89 +1,77 @@
-"""`flashar tokenize check`: are these shards what their manifest says, and do the codes decode to pictures?"""
+"""What shards hold: codes in use, labels, captions, and a picture of decoded samples."""
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from flashar_pl.data.manifest import Manifest
-    from flashar_pl.data.shards import Verification
-    from flashar_pl.tokenizers import Tokenizer
+import numpy as np
+import torch
+
+from flashar_pl.data.encode import weights_hash
+from flashar_pl.data.manifest import Manifest
+from flashar_pl.data.order import EvaluationOrder, permutation, stream
+from flashar_pl.data.reader import ShardReader
+from flashar_pl.data.verify import Verification
+from flashar_pl.devices import find_device
+from flashar_pl.files import read_json
+from flashar_pl.pictures import save_png, tile
+from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 STATISTICS = 2000
-"""Samples of each split whose codes and captions are looked at for the summary."""
+"""Samples of each split whose codes are looked at for the summary."""
 COLUMNS = 8
+READ = 10_000
+"""Captions read at once."""
+EDGES = (0, 1, 50, 100, 200, 400, 800, 1600)
+"""Lower edges of the length histogram, in characters."""
 
 
-def tokenize_check(
-    shards: str,
-    /,
-    *,
-    decode: int | None = None,
-    out: str | None = None,
-    weights: str | None = None,
-    device: str = "auto",
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Check shards against their manifest; exit code 2 and a list of what is wrong if anything is.
+def caption_report(reader: ShardReader) -> dict[str, Any]:
+    """Counts over every caption of a split, and the same as lines of text under "lines".
 
-    Reads every byte: hashes, members, shapes, code and label ranges, ids unique within a split. Prints a summary of
-    labels or captions and of the codes in use. With --out, draws random samples decoded to pixels: the surest test
-    of a tokenizer that does not belong to the codes.
-
-    Example:
-        flashar tokenize check data/imagenet256 --decode 32 --out check.png
-
-    Args:
-        shards: directory of the shards, or one with a sub-directory for each grid.
-        decode: samples to draw; 16 if only --out is given.
-        out: PNG of the drawn samples; with several grids, their names are added to it.
-        weights: weights file of the tokenizer, if it is not where the manifest says.
-        device: auto, cpu, cuda or cuda:N; where the samples are decoded.
-        seed: of the draw.
+    "empty" captions train like no caption; many samples with one caption ("repeated": samples whose caption some
+    earlier sample has) often mean that a column was mixed up.
     """
-    from flashar_pl.data.parts import manifests
-    from flashar_pl.data.shards import Manifest, verify
+    seen: Counter[str] = Counter()
+    lengths = np.zeros(len(reader), dtype=np.int64)
+    for begin in range(0, len(reader), READ):
+        index = np.arange(begin, min(begin + READ, len(reader)))
+        texts = reader.read(index).texts
+        assert texts is not None
+        seen.update(text.strip() for text in texts)
+        lengths[index] = [len(text.strip()) for text in texts]
+    filled = Counter({text: count for text, count in seen.items() if text})
+    repeated = sum(filled.values()) - len(filled)
+    most, times = filled.most_common(1)[0] if filled else ("", 0)
+    histogram = np.histogram(lengths, bins=[*EDGES, np.inf])[0].tolist()
+    names = [f"{low}-{high - 1}" for low, high in itertools.pairwise(EDGES)] + [f"{EDGES[-1]} or more"]
+    names[0] = "0"
+    quarters = [int(value) for value in np.quantile(lengths, [0.0, 0.5, 1.0])]
+    lines = [
+        f"captions: {seen['']:,} empty, {repeated:,} repeated; {quarters[0]} to {quarters[2]} characters, "
+        f"median {quarters[1]}",
+        "characters: " + ", ".join(f"{name}: {count:,}" for name, count in zip(names, histogram, strict=True)),
+    ]
+    if times > 1:
+        lines.append(f"most frequent, {times:,} times: {most[:80]!r}")
+    return {
+        "empty": seen[""],
+        "repeated": repeated,
+        "most_frequent": [most, times],
+        "histogram": dict(zip(names, histogram, strict=True)),
+        "lines": lines,
+    }
 
-    if decode is not None and out is None:
-        raise ValueError("--decode draws samples into a PNG; add --out check.png.")
-    if decode is not None and decode < 1:
-        raise ValueError(f"decode is {decode}; expected 1 or more samples.")
-    if out is not None and Path(out).exists():
-        raise ValueError(f"{out} exists; choose another --out or remove it.")
-    root = Path(shards)
-    found = [path.parent for path in manifests(root)] if root.is_dir() else []
-    result: dict[str, Any] = {}
-    folders: list[Any] = [*found] or [shards]  # none found: a URL, or `load` says what it looked for
-    for folder in folders:
-        manifest = Manifest.load(folder)
-        tokenizer = find_tokenizer(manifest, weights, device, needed=out is not None)
-        if tokenizer is not None:
-            check_weights(root, tokenizer)
-        verified = verify(folder)
-        facts = {"samples": verified.samples, "shards": verified.shards, "bytes": verified.bytes}
-        facts |= {split: split_facts(manifest, split, verified) for split in verified.samples}
-        show(manifest, facts)
-        if out is not None:
-            assert tokenizer is not None
-            name = "" if len(found) < 2 else f"{manifest.grid[0]}x{manifest.grid[1]}"
-            facts["picture"] = draw(manifest, tokenizer, decode or 16, picture_path(out, name), seed)
-        result[Path(folder).name] = facts
-    print("everything is as the manifest says")
-    return result
 
-
-def find_tokenizer(manifest: Manifest, weights: str | None, device: str, needed: bool) -> Tokenizer | None:
-    """The tokenizer of the shards, on a device, checked against the manifest; None where it is not needed.
+def find_tokenizer(manifest: Manifest, weights: str | None, device: str) -> Tokenizer:
+    """The tokenizer of the shards, on a device, checked against the manifest.
 
     Raises:
         ValueError: its weights are not there, or it has another number of codes.
     """
-    if not needed and weights is None:
-        return None
-    from flashar_pl.devices import find_device
-    from flashar_pl.tokenizers import build_tokenizer
-
     config = manifest.tokenizer if weights is None else manifest.tokenizer | {"weights": weights}
     if config.get("weights", "") is None or ("weights" in config and not Path(str(config["weights"])).exists()):
         raise ValueError(f"The tokenizer's weights {config['weights']} are not there; add --weights FILE.")
@@ -98,9 +86,6 @@ def find_tokenizer(manifest: Manifest, weights: str | None, device: str, needed:
 
 def check_weights(out: Path, tokenizer: Tokenizer) -> None:
     """Raises ValueError if the shards were made with other weights than the tokenizer has, where that was noted."""
-    from flashar_pl.data.encode import weights_hash
-    from flashar_pl.data.parts import read_json
-
     for report in sorted(out.glob("tokenize-*.json")):
         noted = read_json(report)["settings"].get("weights_hash")
         if noted is not None and noted != weights_hash(tokenizer):
@@ -111,12 +96,6 @@ def check_weights(out: Path, tokenizer: Tokenizer) -> None:
 
 def split_facts(manifest: Manifest, split: str, verified: Verification) -> dict[str, Any]:
     """Labels or captions of a split, and the codes in use among some of its samples."""
-    import numpy as np
-
-    from flashar_pl.data.captions import caption_report
-    from flashar_pl.data.order import EvaluationOrder
-    from flashar_pl.data.reader import ShardReader
-
     reader = ShardReader(manifest, split)
     index = EvaluationOrder(len(reader), 1, STATISTICS).index
     samples = reader.read(index)
@@ -168,13 +147,6 @@ def show(manifest: Manifest, facts: dict[str, Any]) -> None:
 
 def draw(manifest: Manifest, tokenizer: Tokenizer, number: int, path: Path, seed: int) -> str:
     """Random samples and crops as one PNG; prints which ones, row by row. Returns the path."""
-    import numpy as np
-    import torch
-
-    from flashar_pl.data.order import permutation, stream
-    from flashar_pl.data.reader import ShardReader
-    from flashar_pl.pictures import save_png, tile
-
     split = next(iter(manifest.splits))
     reader = ShardReader(manifest, split)
     index = np.sort(permutation(stream(seed, 5), len(reader))[:number])
@@ -198,9 +170,3 @@ def _condition(samples: Any, i: int) -> str:
     if samples.labels is not None:
         return str(samples.labels[i])
     return samples.texts[i][:40] if samples.texts is not None else "features"
-
-
-def picture_path(out: str, name: str) -> Path:
-    """`out`, with the name of a grid before its ending."""
-    path = Path(out)
-    return path.with_name(f"{path.stem}-{name}{path.suffix}") if name else path

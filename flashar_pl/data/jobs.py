@@ -1,0 +1,239 @@
+"""The jobs behind `flashar tokenize`: what is given, as a `Job` on a device.
+
+Every `--help` imports this file: neither torch nor numpy at module level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.options import CodecOptions, ShardOptions, parse_grid, parse_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from flashar_pl.data.tokenise import Job
+    from flashar_pl.tokenizers import Tokenizer
+
+IMAGENET_CLASSES = 1000
+EMU35_CODES = 131072
+CENTRE_OF_TEN = 4
+"""Number of the centre crop in `ten_crop`'s order; torchvision and LlamaGen have the same."""
+
+
+@dataclass(frozen=True)
+class ClassImageOptions:
+    """Images"""
+
+    images: str
+    """Folder with one sub-folder of images a class, or tars (jpg + cls): a folder of them, a tar, or a pattern."""
+    image_size: int = 256
+    """Side of a tokenised crop in pixels."""
+    ten_crop: bool = False
+    """Store ten crops of each image (four corners, centre, and the same of its mirror image); without it, the centre
+    crop and its mirror image. Evaluation takes the centre crop."""
+    crop_range: float | None = None
+    """With --ten-crop, the image's shorter side before cropping, in crop sides. Default: 1.1."""
+    classes: str | None = None
+    """File of class names, one a line, in the order of their ids. Default: the folders sorted by name, or the ids in
+    the tars."""
+    num_classes: int | None = None
+    """For tars of class ids, their number. Default: 1000."""
+
+    def __post_init__(self) -> None:
+        if self.crop_range is not None and not self.ten_crop:
+            raise ValueError("--crop-range has a meaning only with --ten-crop; add it, or leave --crop-range out.")
+        if self.crop_range is not None and self.crop_range < 1:
+            raise ValueError(f"crop_range is {self.crop_range}; expected 1 or more.")
+
+    def side(self, downsample: int) -> int:
+        """The side an image is resized to before it is cropped. Raises ValueError unless it is made of whole codes."""
+        if self.image_size < 1 or self.image_size % downsample:
+            raise ValueError(
+                f"image_size is {self.image_size}; expected a multiple of {downsample} (pixels of a code)."
+            )
+        # As in LlamaGen, the product is truncated: 256 x 1.1 gives 281.
+        return int(self.image_size * (self.crop_range or 1.1)) if self.ten_crop else self.image_size
+
+
+@dataclass(frozen=True)
+class CaptionedOptions:
+    """Captioned images"""
+
+    data: str
+    """.json list, .jsonl file, or tars: a folder of them, a tar, or a pattern."""
+    images: str | None = None
+    """Folder that the paths of a list start from. Default: that of the list."""
+    image_size: int | None = None
+    """Side in pixels of a square image; other ratios have about as many codes, never more. Default: 512."""
+    buckets: str | None = None
+    """Grids to sort images into, such as 32x32,27x36,36x27 (HEIGHTxWIDTH in codes); one grid crops every image to it.
+    Default: nine, from 1:2 to 2:1."""
+    caption_key: str | None = None
+    """Field of a list that holds the caption, if it is none of input_prompt, caption, prompt, text."""
+    image_key: str | None = None
+    """Field of a list that holds the image's path, if it is none of output_image, image, image_path, file_name."""
+    vocabulary: int | None = None
+    """For tars of codes without weights, number of codes. Default: 131072."""
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.buckets is not None:
+            raise ValueError("give --image-size or --buckets, not both: grids say the size already.")
+
+
+@dataclass(frozen=True)
+class NpyOptions:
+    """Codes"""
+
+    codes: str
+    """Folder of the code files."""
+    labels: str
+    """Folder of the label files."""
+    vocabulary: int = 16384
+    """Number of codes of the tokenizer that made them."""
+    grid: str | None = None
+    """HEIGHTxWIDTH. Default: a square."""
+    num_classes: int = IMAGENET_CLASSES
+    """Number of classes."""
+
+
+def imagenet_job(images: ClassImageOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
+    """Class-conditional images through a tokenizer."""
+    from flashar_pl.data.encode import ImageEncoder, weights_hash
+    from flashar_pl.data.images import SquareCrop
+    from flashar_pl.data.sources import class_images
+    from flashar_pl.data.tokenise import Job
+
+    model = open_tokenizer(codec, "vq16", device)
+    side = images.side(model.downsample)
+    crops = 10 if images.ten_crop else 2
+    cells = images.image_size // model.downsample
+    return Job(
+        shards,
+        class_images(images.images, images.classes, images.num_classes, IMAGENET_CLASSES),
+        SquareCrop(side),
+        ImageEncoder(model, device, crops, images.image_size),
+        name="imagenet",
+        tokenizer=model.config(),
+        vocabulary=model.vocabulary,
+        batch=max(1, (codec.batch_size or 32) // crops),
+        settings={"image_size": images.image_size, "resized_to": side, "weights_hash": weights_hash(model)},
+        crops=crops,
+        grid=(cells, cells),
+        evaluation_crop=CENTRE_OF_TEN if images.ten_crop else 0,
+    )
+
+
+def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
+    """LlamaGen's files of codes as they are; the weights, if given, must have as many codes."""
+    from flashar_pl.data.code_files import NpyCodes, NpyFolders
+    from flashar_pl.data.encode import codes_as_they_are
+    from flashar_pl.data.tokenise import Job
+
+    source = NpyFolders(files.codes, files.labels, files.num_classes)
+    crops, grid = source.layout(parse_grid(files.grid))
+    config = tokenizer_config(codec, "vq16")
+    if codec.weights is not None:  # the file is given: its facts win over what was typed
+        model = open_tokenizer(codec, "vq16", device)
+        config = model.config()
+        if model.vocabulary != files.vocabulary:
+            raise ValueError(
+                f"vocabulary is {files.vocabulary}, but {codec.weights} has {model.vocabulary} codes; they must agree."
+            )
+    return Job(
+        shards,
+        source,
+        NpyCodes(crops, grid, files.vocabulary),
+        codes_as_they_are,
+        name="imagenet",
+        tokenizer=config,
+        vocabulary=files.vocabulary,
+        batch=shards.block,
+        settings={"folders": [files.codes, files.labels]},
+        crops=crops,
+        grid=grid,
+        evaluation_crop=CENTRE_OF_TEN if crops == 10 else 0,
+    )
+
+
+def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
+    """Images with captions through a tokenizer, or tars of ready codes with captions."""
+    from flashar_pl.data.sources import TarSource, captioned_images
+    from flashar_pl.data.tokenise import Job
+
+    if Path(images.data).suffix not in (".json", ".jsonl") and _holds_codes(images.data):
+        if images.image_size or images.buckets:
+            raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
+        source: Any = TarSource(images.data, ("pt",), "txt")
+        way = _codes_as_they_are(images, codec, device)
+    else:
+        if images.vocabulary is not None:
+            raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
+        source = captioned_images(images.data, images.images, images.caption_key, images.image_key)
+        way = _through_tokenizer(images, codec, device)
+    return Job(shards, source, name=Path(shards.out).name, batch=codec.batch_size or 8, **way)
+
+
+def _through_tokenizer(images: CaptionedOptions, codec: CodecOptions, device: torch.device) -> dict[str, Any]:
+    from flashar_pl.data.encode import ImageEncoder, weights_hash
+    from flashar_pl.data.images import BucketCrop, default_grids
+
+    chosen = [] if images.buckets is None else [parse_grid(text) for text in images.buckets.split(",")]
+    model = open_tokenizer(codec, "ibq", device)
+    grids = tuple(grid for grid in chosen if grid) or default_grids(images.image_size or 512, model.downsample)
+    return {
+        "prepare": BucketCrop(grids, model.downsample),
+        "encode": ImageEncoder(model, device, 1),
+        "tokenizer": model.config(),
+        "vocabulary": model.vocabulary,
+        "settings": {"weights_hash": weights_hash(model), "grids": grids},
+    }
+
+
+def _codes_as_they_are(images: CaptionedOptions, codec: CodecOptions, device: torch.device) -> dict[str, Any]:
+    from flashar_pl.data.code_files import PtCodes
+    from flashar_pl.data.encode import codes_as_they_are
+
+    if codec.weights is None:
+        config, codes = tokenizer_config(codec, "ibq"), images.vocabulary or EMU35_CODES
+    elif images.vocabulary is not None:
+        raise ValueError("give --weights or --vocabulary, not both: the weights say how many codes there are.")
+    else:
+        model = open_tokenizer(codec, "ibq", device)
+        config, codes = model.config(), model.vocabulary
+    return {
+        "prepare": PtCodes(codes),
+        "encode": codes_as_they_are,
+        "tokenizer": config,
+        "vocabulary": codes,
+        "settings": {"vocabulary": codes},
+    }
+
+
+def _holds_codes(location: str) -> bool:
+    """Whether the first record of some tars has a .pt member. Raises ValueError as `find_tars` does."""
+    from flashar_pl.data.tars import find_tars, tar_records
+
+    _, members = next(tar_records(find_tars(location)[0]), ("", {}))
+    return "pt" in members
+
+
+def tokenizer_config(codec: CodecOptions, usual: str) -> dict[str, Any]:
+    """The argument of `build_tokenizer`; `usual` is the kind unless another is typed."""
+    typed = codec.tokenizer or usual
+    if codec.weights is not None:
+        return {"kind": typed, "weights": codec.weights}
+    if ":" not in typed:
+        return {"kind": typed}
+    config = parse_tokenizer(typed)
+    assert config is not None
+    return config
+
+
+def open_tokenizer(codec: CodecOptions, usual: str, device: torch.device) -> Tokenizer:
+    """The tokenizer on a device. Raises ValueError."""
+    from flashar_pl.tokenizers import build_tokenizer
+
+    return build_tokenizer(tokenizer_config(codec, usual)).to(device)
