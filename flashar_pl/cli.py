@@ -44,7 +44,6 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
     "evaluate geneval": Command("evaluate_geneval:evaluate_geneval", "GenEval of Emu3.5 checkpoints: images and score"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
-    "score formats": Command("score_formats:score_formats", "what packed, int8 and fp8 weights change"),
     "serve": Command("serve:serve", "draw images over HTTP, with a page that compares both decoding orders"),
     "doctor": Command("doctor:doctor", "what this machine has, and whether decoding computes right on it"),
     "probe": Command("probe:probe", "which layers a vertical head would use, to choose the branch layer"),
@@ -52,9 +51,8 @@ COMMANDS: dict[str, Command] = {
     "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),
     "plan": Command("plan:plan", "memory, time and decoding floor of a training run, by arithmetic"),
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
-    "plot": Command("plot:plot", "draw convergence curves from TensorBoard event files"),
+    "plot": Command("plot:plot", "convergence curves of training runs, and a table of their results and settings"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),
-    "report run": Command("report_run:report_run", "loss curves, stages, checks and samples of training runs"),
 }
 
 HELP = """\

@@ -1,4 +1,4 @@
-"""`flashar plot`: convergence curves from TensorBoard event files."""
+"""`flashar plot`: convergence curves from TensorBoard event files, and runs side by side in a table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import require_new
+from flashar_pl.console import table
+from flashar_pl.files import replacing, require_new
 
 Curve = tuple[list[int], list[float]]
 """Steps and values."""
@@ -32,6 +33,13 @@ PANELS = (
     Panel("Mean gate (weight of the horizontal head)", "g", ("val/gate_mean",)),
     Panel("Learning rate", "rate", ("lr/",)),
 )
+RESULTS = ("val/nll", "val/fid", "val/accuracy", "val/gate_mean")
+COMPARED = (
+    *("seed_everything", "model.", "data.", "trainer.max_steps", "trainer.max_epochs", "trainer.precision"),
+    *("trainer.accumulate_grad_batches", "trainer.strategy."),
+)
+NOT_COMPARED = ("model.validation.samples", "model.validation.features", "model.validation.grid_images")
+"""Beginnings of the settings that make a result, and of those among them that only look at it."""
 STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
@@ -39,7 +47,9 @@ def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
     """Draw convergence curves of one or more runs: one panel per quantity, one colour per run.
 
     Quantities: training loss, held-out NLL, FID, class accuracy of samples, mean gate, learning rate of each role.
-    Every logged point is drawn. Quantities that no run has are left out.
+    Every logged point is drawn. Quantities that no run has are left out. Prints a table of the runs: their steps, their
+    newest results, and the settings in which they differ. Reads event files and config.yaml only, so a run may still
+    be going.
 
     Example:
         flashar plot runs/demo/raster runs/demo/flashar --out convergence.png
@@ -53,21 +63,50 @@ def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
     target = require_new(out, "plot")
     if target.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out is {out}; expected a name ending in .png, .pdf or .svg.")
-    curves = {name: read_scalars(path) for name, path in find_runs(list(runs)).items()}
-    part = target.with_name(f".{os.getpid()}.{target.name}")
-    panels = draw_curves(curves, part, width)
+    places = find_runs(list(runs))
+    curves = {name: read_scalars(path) for name, path in places.items()}
+    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
     if not panels:
         raise ValueError(f"the event files of {', '.join(runs)} hold none of the known quantities, such as train/loss.")
-    part.replace(target)
-    print(f"{panels} panels of {len(curves)} runs: {target}")
+    with replacing(target) as part:
+        draw_curves(curves, panels, part, target.suffix[1:].lower(), width)
+    print(side_by_side(curves, {name: read_settings(path / "config.yaml") for name, path in places.items()}))
+    print(f"{len(panels)} panels of {len(curves)} runs: {target}")
     return target
 
 
-def draw_curves(curves: dict[str, dict[str, Curve]], path: Path, width: float = 13.0) -> int:
-    """Draw every panel that a run has a quantity for: run -> tag -> curve. Returns their number; with none, no file."""
-    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
-    if not panels:
-        return 0
+def side_by_side(curves: dict[str, dict[str, Curve]], settings: dict[str, dict[str, Any]]) -> str:
+    """A row for each run: its steps, the newest value of each result, and what differs in its settings."""
+    keys = sorted(set().union(*settings.values()))
+    keys = [key for key in keys if key.startswith(COMPARED) and not key.startswith(NOT_COMPARED)]
+    keys = [key for key in keys if len({str(found.get(key)) for found in settings.values()}) > 1]
+    results = [tag for tag in RESULTS if any(tag in found for found in curves.values())]
+    rows = []
+    for name, found in curves.items():
+        steps = found.get("train/loss", ([], []))[0]
+        newest = [f"{found[tag][1][-1]:.4g}" if tag in found else "-" for tag in results]
+        own = [str(settings[name].get(key, "-")) for key in keys]
+        rows.append([name, f"{steps[-1] + 1:,}" if steps else "-", *newest, *own])
+    short = [key.removeprefix("model.").removeprefix("trainer.") for key in keys]
+    return table(["run", "steps", *results, *short], rows)
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """config.yaml of a run with dotted keys, without empty values; {} where there is none."""
+    import yaml
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return found
+
+    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return {key: value for key, value in flat(values or {}).items() if value is not None}
+
+
+def draw_curves(curves: dict[str, dict[str, Curve]], panels: list[Panel], path: Path, kind: str, width: float) -> None:
+    """Draw the panels of run -> tag -> curve as a file of a kind such as png."""
     pyplot = require_pyplot()
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -81,10 +120,8 @@ def draw_curves(curves: dict[str, dict[str, Curve]], path: Path, width: float = 
     columns = max(1, int(10 * width / (max(len(name) for name in curves) + 6)))
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(curves)), fontsize=9)
     figure.set_figheight(figure.get_figheight() + 0.2 * (1 + -(-len(curves) // columns)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format=kind)
     pyplot.close(figure)
-    return len(panels)
 
 
 def require_pyplot() -> Any:

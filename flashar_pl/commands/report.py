@@ -10,21 +10,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.checkpoints.opening import Source, count_parameters, open_checkpoint
 from flashar_pl.commands.plot import require_pyplot
-from flashar_pl.commands.score import check_data, held_out, image_nll, summary
-from flashar_pl.console import Missed, progress_bar, versions
-from flashar_pl.evaluate.quality import Judge, mean_gate, sample_quality, time_per_image
-from flashar_pl.files import new_directory, require_new, write_json
-from flashar_pl.options import DeviceOptions, ModelOptions, Weights, parse_classes
+from flashar_pl.console import Missed, progress_bar, table, versions
+from flashar_pl.files import new_directory, require_new, write_json, write_text
+from flashar_pl.options import DeviceOptions, ModelOptions, SamplingSettings, parse_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import Judge
     from flashar_pl.models import GridModel
 
 PICTURE_CFG, PICTURE_COLUMNS = 1.5, 8
+TOGETHER = 100
+"""Images sampled in a batch."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Comparison"""
+
+    raster: str
+    """Checkpoint of the raster model."""
+    flashar: str
+    """Checkpoint of the FlashAR model that was post-trained from it."""
+    data: str
+    """Directory of class-conditional shards with their manifest.json; the test split is scored."""
+    classifier: str
+    """Directory of the classifier behind FID and accuracy (`flashar classifier` makes it)."""
+    out: str
+    """Directory to make; it must not exist."""
+    scratch: str | None = None
+    """Checkpoint of a FlashAR model trained from random weights with the same budget."""
+    samples: int = 1000
+    """Images sampled for FID and accuracy, for each row and seed."""
+    seeds: str = "0"
+    """Sample seeds, such as 0 or 0,1; FID and accuracy are means over them, with half their range."""
+    timed_images: int = 30
+    """Images decoded one by one for the time per image, after a warm-up."""
+    threads: int = 1
+    """CPU threads; models this small are fastest on one."""
+    check: bool = False
+    """Exit with 1 where a bound of the digits demo is missed."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 or min(self.timed_images, self.threads) < 1:
+            raise ValueError(
+                f"samples is {self.samples}, timed_images {self.timed_images}, threads {self.threads}; expected at "
+                "least 2, 1, 1."
+            )
 
 
 @dataclass
@@ -39,76 +74,39 @@ class Row:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-CPU = DeviceOptions("cpu")
-
-
-def report(
-    *,
-    raster: str,
-    flashar: str,
-    data: str,
-    classifier: str,
-    out: str,
-    scratch: str | None = None,
-    samples: int = 1000,
-    seeds: str | list[int] = "0",
-    timed_images: int = 30,
-    batch_size: int = 100,
-    threads: int = 1,
-    weights: Weights = "auto",
-    check: bool = False,
-) -> dict[str, Any]:
+def report(asked: ReportOptions) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
     Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
     (mean weight of the horizontal head). The training-free row is the raster checkpoint decoded diagonally with an
-    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. For the curves of any training
-    run, text-conditional ones included, see `flashar report run`.
+    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. For the curves of training runs
+    see `flashar plot`, for models of photographs `flashar evaluate`.
 
     Example:
         flashar report --raster runs/demo/raster/checkpoints/last.ckpt --data data/digits --out runs/demo/report
             --flashar runs/demo/flashar/checkpoints/last.ckpt --classifier runs/demo/classifier
-
-    Args:
-        raster: checkpoint of the raster model.
-        flashar: checkpoint of the FlashAR model that was post-trained from it.
-        data: directory of class-conditional shards with their manifest.json; the test split is scored.
-        classifier: directory of the classifier behind FID and accuracy (`flashar classifier` makes it).
-        out: directory to make; it must not exist.
-        scratch: checkpoint of a FlashAR model trained from random weights with the same budget.
-        samples: images sampled for FID and accuracy, for each row and seed.
-        seeds: sample seeds, such as 0 or 0,1; FID and accuracy are means over them, with half their range.
-        timed_images: images decoded one by one for the time per image, after a warm-up.
-        batch_size: images sampled together.
-        threads: CPU threads; models this small are fastest on one.
-        weights: which weights of the checkpoints: averaged ones where present (auto), raw, or ema.
-        check: exit with 1 where a bound of the digits demo is missed.
     """
     import torch
 
     from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import Judge, mean_gate
     from flashar_pl.metrics.features import ClassifierFeatures
 
-    target = require_new(out, "report")
+    target = require_new(asked.out, "report")
     require_pyplot()
-    seed_list = parse_classes(seeds)
-    if samples < 2 or min(timed_images, batch_size, threads) < 1:
-        raise ValueError(
-            f"samples is {samples}, timed_images {timed_images}, batch_size {batch_size}, threads {threads}; "
-            "expected at least 2, 1, 1, 1."
-        )
-    torch.set_num_threads(threads)
-    manifest = Manifest.load(data)
-    judge = Judge.build(ClassifierFeatures.load(classifier), manifest)
-    rows = _rows(manifest, raster, flashar, scratch, weights)
-    measure(rows, manifest, judge, samples, seed_list, timed_images, batch_size)
+    seeds = parse_classes(asked.seeds)
+    torch.set_num_threads(asked.threads)
+    manifest = Manifest.load(asked.data)
+    judge = Judge.build(ClassifierFeatures.load(asked.classifier), manifest)
+    rows = _rows(asked, manifest)
+    measure(rows, manifest, judge, asked, seeds)
     bounds = check_bounds({row.key: row.results for row in rows})
     values = {
         "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
         "bounds": bounds,
-        "settings": {"samples": samples, "seeds": seed_list, "cfg_scale": 1.0, "picture_cfg_scale": PICTURE_CFG},
-        "data": {"path": data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
-        "threads": threads,
+        "settings": {"samples": asked.samples, "seeds": seeds, "cfg_scale": 1.0, "picture_cfg_scale": PICTURE_CFG},
+        "data": {"path": asked.data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
+        "threads": asked.threads,
         "versions": versions(),
     }
     with new_directory(target, "report") as folder:
@@ -117,88 +115,65 @@ def report(
         values["gate_map"] = gate.tolist()
         draw_gate(gate, folder / "gate.png")
         text = markdown(rows, values)
-        (folder / "report.md").write_text(text, encoding="utf-8")
+        write_text(folder / "report.md", text)
         write_json(folder / "report.json", values)
     print(text)
     print(f"wrote {target}/: report.md, report.json, samples.png, gate.png")
     missed = [bound["text"] for bound in bounds if not bound["met"]]
-    if check and missed:
+    if asked.check and missed:
         raise Missed(f"bounds missed: {'; '.join(missed)}. All numbers: {target}/report.json")
     return values
 
 
-def _rows(manifest: Manifest, raster: str, flashar: str, scratch: str | None, weights: Weights) -> list[Row]:
+def _rows(asked: ReportOptions, manifest: Manifest) -> list[Row]:
     """The rows, each model checked against the data."""
+    from flashar_pl.checkpoints.opening import open_checkpoint
+    from flashar_pl.commands.score import check_data
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.raster import RasterAR
 
-    sources = {
-        "raster": open_checkpoint(ModelOptions(raster, weights), CPU),
-        "flashar": open_checkpoint(ModelOptions(flashar, weights), CPU),
-    }
-    if scratch is not None:
-        sources["scratch"] = open_checkpoint(ModelOptions(scratch, weights), CPU)
-    for key, source in sources.items():
+    def row(key: str, name: str, checkpoint: str, branch_layer: int | None = None) -> Row:
+        source = open_checkpoint(ModelOptions(checkpoint, branch_layer=branch_layer), DeviceOptions("cpu"))
         expected = RasterAR if key == "raster" else FlashAR
         if not isinstance(source.model, expected):
             kind = source.model.config()["kind"]
             raise ValueError(f"--{key} {source.path} is a {kind} model; expected {expected.__name__}.")
         check_data(source.model, manifest, source.grid, source.tokenizer)
-    adapted = sources["flashar"].model
-    assert isinstance(adapted, FlashAR)
-    free = open_checkpoint(ModelOptions(raster, weights, branch_layer=adapted.branch_layer), CPU)
+        return Row(key, name, source.model, source.model.plan_name, source.path)
 
-    def row(key: str, name: str, source: Source, plan: str) -> Row:
-        return Row(key, name, source.model, plan, source.path)
-
-    rows = [
-        row("raster", "raster", sources["raster"], "raster"),
-        row("flashar", "FlashAR", sources["flashar"], "diagonal"),
-        row("training_free", "training-free diagonal", free, "diagonal"),
-    ]
-    if scratch is not None:
-        rows.append(row("scratch", "FlashAR from scratch, same budget", sources["scratch"], "diagonal"))
+    rows = [row("raster", "raster", asked.raster), row("flashar", "FlashAR", asked.flashar)]
+    branch = rows[1].model.config()["branch_layer"]
+    rows.append(row("training_free", "training-free diagonal", asked.raster, branch))
+    if asked.scratch is not None:
+        rows.append(row("scratch", "FlashAR from scratch, same budget", asked.scratch))
     return rows
 
 
-def measure(
-    rows: list[Row],
-    manifest: Manifest,
-    judge: Judge,
-    samples: int,
-    seeds: list[int],
-    timed_images: int,
-    batch_size: int,
-) -> None:
+def measure(rows: list[Row], manifest: Manifest, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
     """Fill in every row's results."""
-    from flashar_pl.sampling import SamplingSettings
+    import torch
+
+    from flashar_pl.checkpoints.opening import count_parameters
+    from flashar_pl.commands.score import held_out, image_nll, summary
+    from flashar_pl.evaluate.quality import sample_quality, time_per_image
 
     grid = manifest.grid
-    with progress_bar(len(rows) * samples * len(seeds), "samples") as advance:
+    with progress_bar(len(rows) * asked.samples * len(seeds), "samples") as advance:
         for row in rows:
             quality = sample_quality(
-                row.model,
-                row.plan,
-                grid,
-                judge,
-                samples=samples,
-                seeds=seeds,
-                batch_size=batch_size,
-                settings=SamplingSettings(),
-                advance=advance,
-            )
-            nll = summary(
-                image_nll(row.model, held_out(manifest, "test", 256, None, None, "cpu"), row.plan), grid[0] * grid[1]
-            )
+                row.model, row.plan, grid, judge, samples=asked.samples, seeds=seeds, batch_size=TOGETHER,
+                settings=SamplingSettings(), advance=advance,
+            )  # fmt: skip
+            batches = held_out(manifest, "test", 256, None, None, torch.device("cpu"))
             row.results = {
                 "parameters": count_parameters(row.model),
                 "steps": row.model.make_plan(row.plan, *grid).n_steps,
-                **nll,
+                **summary(image_nll(row.model, batches, row.plan), grid[0] * grid[1]),
                 "fid": statistics.mean(quality["fid"]),
                 "accuracy": statistics.mean(quality["accuracy"]),
                 "per_seed": quality,
             }
-    times = time_per_image([(row.model, row.plan) for row in rows], grid, timed_images)
+    times = time_per_image([(row.model, row.plan) for row in rows], grid, asked.timed_images)
     for row, measured in zip(rows, times, strict=True):
         row.results["ms_per_image"] = measured
         row.results["speed_up"] = times[0]["median"] / measured["median"]
@@ -241,23 +216,16 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
     """The table with its notes."""
     seeds, threads = values["settings"]["seeds"], values["threads"]
     head = ["", "decoding steps", "test NLL, nats/image", "FID", "class accuracy", "ms/image (batch 1)", "speed-up"]
-    lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
+    lines = []
     for row in rows:
-        found = row.results
-        ms = found["ms_per_image"]
-        lines.append(
-            _line(
-                [
-                    row.name,
-                    str(found["steps"]),
-                    f"{found['nll_nats_per_image']:.2f} ± {found['standard_error']:.2f}",
-                    _with_spread(found["per_seed"]["fid"], 1),
-                    _with_spread(found["per_seed"]["accuracy"], 3),
-                    f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
-                    f"{found['speed_up']:.2f}x",
-                ]
-            )
-        )
+        found, ms = row.results, row.results["ms_per_image"]
+        lines.append([
+            row.name, str(found["steps"]),
+            f"{found['nll_nats_per_image']:.2f} ± {found['standard_error']:.2f}",
+            _with_spread(found["per_seed"]["fid"], 1), _with_spread(found["per_seed"]["accuracy"], 3),
+            f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
+            f"{found['speed_up']:.2f}x",
+        ])  # fmt: skip
     spread = "half the range over the sample seeds" if len(seeds) > 1 else "one sample seed, so without spread"
     notes = [
         f"- NLL: {rows[0].results['images']} test images, mean ± standard error, under each row's own factorisation.",
@@ -269,11 +237,9 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (mean weight of the horizontal head).",
     ]
     bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
-    return "\n".join(["# Raster and diagonal decoding", "", *lines, "", *notes, "", "Bounds:", "", *bounds, ""])
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return "\n".join(
+        ["# Raster and diagonal decoding", "", table(head, lines), "", *notes, "", "Bounds:", "", *bounds, ""]
+    )
 
 
 def _with_spread(values: list[float], digits: int) -> str:
@@ -291,7 +257,6 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.pictures import tile
-    from flashar_pl.sampling import SamplingSettings
 
     classes = min(manifest.condition.num_classes or 1, 10)
     labels = torch.arange(classes).repeat_interleave(PICTURE_COLUMNS)

@@ -110,15 +110,13 @@ def time_per_image(models: list[tuple[GridModel, str]], grid: tuple[int, int], i
     The models take turns image by image, so that other load on the machine hits all alike. The first `WARM_UP` images
     of each are not counted. Returns median, lower and upper quartile.
     """
-    import torch
-
     from flashar_pl.decoding import Engine
 
     engines = [(Engine(model), plan) for model, plan in models]
     times: list[list[float]] = [[] for _ in engines]
     for turn in range(WARM_UP + images):
-        condition = torch.tensor([turn % 10])
         for i, (engine, plan) in enumerate(engines):
+            condition = engine.model.backbone.conditioning.example(10).rows([turn % 10])  # ten classes in turn
             started = time.perf_counter()
             engine.generate(condition, grid, plan, seeds=turn).cpu()
             if turn >= WARM_UP:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_toys import tiny_backbone
 from PIL import Image
 
 from flashar_pl.commands import demo as demo_module
 from flashar_pl.commands.plot import find_runs, read_scalars
 from flashar_pl.commands.report import check_bounds
 from flashar_pl.console import Missed
+from flashar_pl.evaluate.quality import time_per_image
+from flashar_pl.models import RasterAR
 
 # --- classifier ----------------------------------------------------------------------------------------------------
 
@@ -73,6 +76,20 @@ def test_plot_draws_a_panel_per_quantity(run, work):
     assert height > 500
 
 
+def test_plot_shows_runs_side_by_side(run, work):
+    """What differs between ablations is in one table, what does not differ or only looks at a run is not."""
+    for name, fusion, looks in (("a", "gate", 8), ("b", "average", 9)):
+        write_events(Path("runs") / name, 8, train__loss=2.0, val__nll=70.0)
+        model = f"model: {{flashar: {{fusion: {fusion}, branch_layer: 3}}, validation: {{samples: {looks}}}}}"
+        Path("runs", name, "config.yaml").write_text(f"{model}\ntrainer: {{default_root_dir: runs/{name}}}\n")
+    write_events(Path("runs/c"), 3, train__loss=2.0)
+    code, out, err = run("plot", "runs")
+    assert code == 0, err
+    lines = [line.split() for line in out.replace("|", " ").splitlines()]
+    assert lines[0] == ["run", "steps", "val/nll", "flashar.branch_layer", "flashar.fusion"]
+    assert lines[2:5] == [["a", "8", "77", "3", "gate"], ["b", "8", "77", "3", "average"], ["c", "3", "-", "-", "-"]]
+
+
 def test_plot_bad_input(refused, work, monkeypatch):
     write_events(Path("empty"), other=1.0)
     Path("there.png").write_text("mine")
@@ -90,7 +107,7 @@ def test_plot_bad_input(refused, work, monkeypatch):
 
 def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, classifier, shards, work):
     words = ("--raster", raster_model, "--flashar", flashar_model, "--scratch", flashar_model, "--data", shards)
-    more = ("--classifier", classifier, "--samples", 40, "--seeds", "0,1", "--timed-images", 2, "--batch-size", 16)
+    more = ("--classifier", classifier, "--samples", 40, "--seeds", "0,1", "--timed-images", 2)
     code, out, err = run("report", *words, *more, "--out", "report", "--check")
     assert code == 1, err  # untrained models: the numbers are there, the bounds are missed
     assert "bounds missed: raster NLL" in err
@@ -114,6 +131,12 @@ def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, c
     assert text in out
     assert "latency" in text
     assert "MISSED: raster NLL" in text
+
+
+def test_any_number_of_classes_is_timed():
+    """Guards a model of fewer than ten classes, whose eleventh one does not exist."""
+    models = [(RasterAR(tiny_backbone(num_classes=classes)), "raster") for classes in (1, 3, 12)]
+    assert all(found["median"] > 0 for found in time_per_image(models, (1, 2), 9))
 
 
 def test_report_never_overwrites(refused, work):
