@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flashar_pl.commands.plot import read_scalars
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.tokenizers import build_tokenizer
 
@@ -46,7 +47,7 @@ def documented() -> dict[str, list[list[str]]]:
     for line in lines:
         words = shlex.split(line)
         if words[0] == "flashar":
-            verb = " ".join(words[1:3]) if words[1] in ("tokenize", "report") else words[1]
+            verb = " ".join(words[1:3]) if words[1] == "tokenize" else words[1]
             found.setdefault(verb, []).append(words[1:])
     return found
 
@@ -102,9 +103,8 @@ def exact(words: list[str]) -> list[str]:
     return [*words, *(part for key, value in EXACT.items() for part in (f"--{key}", str(value)))]
 
 
-def curve(report: Path, run: str, tag: str) -> dict[int, float]:
-    points = json.loads((report / "report.json").read_text())["curves"][run][tag]
-    return dict(zip(points["step"], points["value"], strict=True))
+def curve(run: Path, tag: str) -> dict[int, float]:
+    return dict(zip(*read_scalars(run)[tag], strict=True))
 
 
 def check_shards(place: Path, words: dict[str, list[list[str]]]) -> None:
@@ -147,7 +147,7 @@ def check_pictures(folder: Path, tokenizer: Path) -> None:
 
 def test_from_own_images_to_a_post_trained_model(place: Path) -> None:
     words = documented()
-    assert list(words) == ["tokenize text-image", "tokenize check", "fit", "convert", "generate", "report run"]
+    assert list(words) == ["tokenize text-image", "tokenize check", "fit", "convert", "generate", "plot"]
     check_shards(place, words)
     start, again = words["fit"]
 
@@ -173,23 +173,19 @@ def test_from_own_images_to_a_post_trained_model(place: Path) -> None:
     flashar(place, direct)
     assert np.array_equal(np.load(place / "direct/codes.npy"), np.load(place / "pictures/codes.npy"))
 
-    assert "samples.png" in flashar(place, *words["report run"])
-    flashar(place, ["report", "run", "runs/whole", "--out", "whole"])
+    assert "own        20" in flashar(place, *words["plot"]).replace("|", " ")
+    assert (place / "curves.png").stat().st_size > 10_000
     check_curves(place)
 
 
 def check_curves(place: Path) -> None:
     """The killed and continued run equals the one that was neither, in every point; none is missing."""
     for tag in ("train/loss", "train/horizontal", "val/nll", "train/stage", "lr/backbone"):
-        found, wanted = curve(place / "report", "own", tag), curve(place / "whole", "whole", tag)
+        found, wanted = curve(place / "runs/own", tag), curve(place / "runs/whole", tag)
         assert list(found) == list(wanted), tag
         assert list(found.values()) == pytest.approx(list(wanted.values()), abs=1e-4, rel=1e-5), tag
-    losses = curve(place / "report", "own", "train/loss")
+    losses = curve(place / "runs/own", "train/loss")
     assert list(losses) == list(range(20))
     assert losses[19] < losses[0] - 1
-    stages = curve(place / "report", "own", "train/stage")
+    stages = curve(place / "runs/own", "train/stage")
     assert [step for step in stages if stages[step] == 2] == list(range(4, 20))
-    text = (place / "report/report.md").read_text()
-    assert "20 steps logged, in 2 fits (runs/own); stage 2 after 4 steps" in text
-    assert f"| 20 | {losses[19]:.4f} |" in text
-    assert (place / "report/curves.png").stat().st_size > 10_000
