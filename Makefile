@@ -8,7 +8,7 @@ SIDE := $(VENV)/share/flashar_pl/torch_fidelity
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup constraints test test-slow lint demo demo-full clean
+.PHONY: help setup constraints test test-slow mutants lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,6 +35,9 @@ test: setup  ## the test suite: at most 4 minutes on 2 cores, no network, weight
 
 test-slow: setup  ## the tests marked slow
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15 minutes); ARGS="--seed 1" for others
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 lint: setup  ## ruff, import directions, types
 	$(BIN)/ruff check .

@@ -63,6 +63,12 @@ def _kept(row: torch.Tensor, **settings: float) -> list[int]:
     return filter_logits(row, **settings).isfinite().nonzero().flatten().tolist()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.2, 1), (0.25, 2), (0.3, 2), (0.5, 3), (0.75, 4), (0.8, 4)])
+def test_top_p_at_an_exact_tie(top_p: float, kept: int) -> None:
+    """Four codes of exactly a quarter each: one before which the sum is p itself stays, as in the official filter."""
+    assert _kept(torch.tensor([1.0, 1.0, -torch.inf, 1.0, 1.0]), top_p=top_p) == [0, 1, 3, 4][:kept]
+
+
 def test_filters_leave_their_input_alone() -> None:
     logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
