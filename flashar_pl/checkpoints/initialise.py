@@ -15,7 +15,7 @@ from flashar_pl.checkpoints.official import backbone_config, is_official_directo
 from flashar_pl.checkpoints.released import MODEL_TYPE, fill_released
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.checkpoints.weights import load_model
-from flashar_pl.models.base import GridModel
+from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import added_parameters, without_adapters
 from flashar_pl.models.raster import RasterAR
@@ -73,47 +73,43 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
 
 
 def _initialise(model: GridModel, path: str | Path, weights: Weights) -> InitReport:
+    own = model.config()["backbone"]
     if is_official_directory(path):
-        return _initialise_from_directory(model, path)
-    heads = model.backbone.config.n_head if isinstance(model.backbone, LlamaGen) else None
-    loaded = load_model(path, weights, n_head=heads)
+        check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
+        return _report(model, f"{path} (official directory)", whole=stream_weights(model, path))
+    loaded = load_model(path, weights, n_head=own["n_head"] if own["kind"] == LlamaGen.kind else None)
     source = loaded.model
-    check_same("backbone", source.config()["backbone"], model.config()["backbone"], path)
-    if isinstance(source, FlashAR) and isinstance(model, RasterAR):
+    check_same("backbone", source.config()["backbone"], own, path)
+    whole = isinstance(source, FlashAR)
+    if whole and isinstance(model, RasterAR):
         raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
-    total = sum(p.numel() for p in model.parameters())
-    if isinstance(source, FlashAR):
+    if whole:
         check_same("model", source.config(), model.config(), path)
         model.load_state_dict(source.state_dict())
-        return InitReport(f"{path} ({loaded.source})", total, 0, 0)
-    with torch.no_grad():
+    else:
         expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
         model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
-        model.backbone.head.weight.copy_(source.backbone.head.weight)
-    taken = sum(p.numel() for p in source.parameters())
-    if not isinstance(model, FlashAR):
-        return InitReport(f"{path} ({loaded.source})", taken, 0, total - taken)
-    model.init_vertical_from_backbone()
-    roles = model.roles()
-    cloned = sum(p.numel() for name, p in model.named_parameters() if roles[name] in ("vertical", "vertical_head"))
-    return InitReport(f"{path} ({loaded.source})", taken, cloned, total - taken - cloned)
+        model.backbone.head.load_state_dict(source.backbone.head.state_dict())
+        if isinstance(model, FlashAR):
+            model.init_vertical_from_backbone()
+    return _report(model, f"{path} ({loaded.source})", whole)
 
 
-def _initialise_from_directory(model: GridModel, path: str | Path) -> InitReport:
-    """`initialise` from an official Emu3.5 directory, read into the model itself."""
-    own = model.config()["backbone"]
-    check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
-    cloned, new = stream_weights(model, path)
-    total = sum(p.numel() for p in model.parameters())
-    return InitReport(f"{path} (official directory)", total - cloned - new, cloned, new)
+def _report(model: GridModel, source: str, whole: bool) -> InitReport:
+    """whole: the file held all parameters; otherwise backbone and horizontal head, from which the branch was cloned."""
+    sizes = dict.fromkeys(ROLES, 0)
+    for name, parameter in model.named_parameters():
+        sizes[model.role(name)] += parameter.numel()
+    cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
+    return InitReport(source, sum(sizes.values()) - cloned - new, cloned, new)
 
 
-def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> tuple[int, int]:
+def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> bool:
     """Copy an official directory into `model`, tensor by tensor, each rank its own rows only.
 
     The model may be on the meta device (it gets memory on `device`) and sharded by FSDP2. From the base model a
     FlashAR model takes its backbone and horizontal head, clones its vertical branch from them, and on the meta device
-    gets a new gate. Returns the numbers of parameters that were cloned, and that the directory does not hold.
+    gets a new gate. Returns whether the directory held every parameter.
 
     Raises:
         ValueError: names or shapes do not fit, or the authors' FlashAR checkpoint is given to another kind of model.
@@ -128,20 +124,17 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
                 "have; load it with FlashAR.from_released, or start from the base model."
             )
         fill_released(model, directory, device)
-        return 0, 0
+        return True
     flashar = isinstance(model, FlashAR)
     head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
     renames = backbone_renames(model.backbone.config, "backbone.", head)
     without_values = any(parameter.is_meta for parameter in model.parameters())
     fill(model, source, renames, device, filter(is_table, source.keys()))
-    if not isinstance(model, FlashAR):
-        return 0, 0
-    if without_values and model.dual_head.gate is not None:
-        model.dual_head.gate.reset_parameters()
-    model.init_vertical_from_backbone()
-    sizes = [(model.role(name), parameter.numel()) for name, parameter in model.named_parameters()]
-    cloned = sum(size for role, size in sizes if role in ("vertical", "vertical_head"))
-    return cloned, sum(size for role, size in sizes if role == "gate")
+    if isinstance(model, FlashAR):
+        if without_values and model.dual_head.gate is not None:
+            model.dual_head.gate.reset_parameters()
+        model.init_vertical_from_backbone()
+    return not flashar
 
 
 def check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path) -> None:

@@ -62,8 +62,8 @@ def read_nar(
     state_dict: Mapping[str, Tensor],
     n_head: int,
     *,
-    rope_base: float,
-    norm_eps: float,
+    rope_base: float = 10000.0,
+    norm_eps: float = 1e-5,
     arguments: argparse.Namespace | None = None,
 ) -> FlashAR:
     """See `FlashAR.from_nar`. arguments: see `branch_of`."""

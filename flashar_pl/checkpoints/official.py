@@ -39,12 +39,7 @@ FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
 def read_official_model(
-    state_dict: Mapping[str, Tensor],
-    n_head: int | None,
-    *,
-    rope_base: float = 10000.0,
-    norm_eps: float = 1e-5,
-    arguments: argparse.Namespace | None = None,
+    state_dict: Mapping[str, Tensor], n_head: int | None, arguments: argparse.Namespace | None = None
 ) -> GridModel:
     """RasterAR from LlamaGen weights, FlashAR from NAR and LlamaGen-FlashAR weights.
 
@@ -53,8 +48,8 @@ def read_official_model(
     cleaned = clean_official(state_dict)
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
-        return read_nar(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps, arguments=arguments)
-    return RasterAR(LlamaGen.from_official(cleaned, n_head, rope_base=rope_base, norm_eps=norm_eps))
+        return read_nar(cleaned, n_head, arguments=arguments)
+    return RasterAR(LlamaGen.from_official(cleaned, n_head))
 
 
 def _published_heads(state_dict: dict[str, Tensor]) -> int:

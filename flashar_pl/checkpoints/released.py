@@ -86,14 +86,19 @@ def ignored(source: TensorSource) -> list[str]:
 def fill_released(model: ReleasedFlashAR, directory: str | Path, device: torch.device | str = "cpu") -> None:
     """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
     source = SafetensorsDirectory(directory)
-    fill(model, source, renames(model.backbone.config, model.vertical_layers), device, ignored(source))
+    fill(model, source, renames(_config(model), model.vertical_layers), device, ignored(source))
 
 
 def write_released(model: ReleasedFlashAR, source: str | Path | None = None) -> dict[str, Tensor]:
     """See `ReleasedFlashAR.to_released`."""
-    config = model.backbone.config
+    config = _config(model)
     official = split_rows(model.state_dict(), renames(config, model.vertical_layers))
     if config.heads == "visual":
         for key in ("horizontal_head.weight", "vertical_head.weight"):
             official[key] = with_text_rows(official[key], config, source, key)
     return official
+
+
+def _config(model: ReleasedFlashAR) -> Emu35Config:
+    assert isinstance(model.backbone, Emu35)
+    return model.backbone.config

@@ -79,7 +79,7 @@ def load_model(
         return Loaded(model, run.description, f"{'sharded ' * run.sharded}checkpoint ({kind} weights)")
     if weights == "ema":
         raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
-    model = read_official_model(official_state_dict(content), n_head, arguments=content.get("args"))
+    model = read_official_model(official_state_dict(content), n_head, content.get("args"))
     return Loaded(model, Description(model=model.config()), "official file")
 
 

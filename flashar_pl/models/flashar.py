@@ -5,6 +5,7 @@ Shapes: R rows, L positions, D width.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ class FlashAR(GridModel):
         like = head.weight
         with torch.device("meta"):
             blocks = [backbone.make_block() for _ in range(self.vertical_layers)]
-            self.vertical = VerticalBranch(blocks, _same_norm(backbone.norm))
+            self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=False)
         with torch.device(like.device):
             gate = FusionGate(backbone.dim).to(like.dtype) if fusion == "gate" else None
@@ -169,11 +170,3 @@ class FlashAR(GridModel):
     def to_nar(self) -> dict[str, Tensor]:
         """The official NAR state dict, inverse of `from_nar`."""
         return door("flashar_pl.checkpoints.nar:write_nar")(self)
-
-
-def _same_norm(norm: nn.Module) -> nn.Module:
-    """A norm of the same kind and size."""
-    from flashar_pl.layers.transformer import RMSNorm
-
-    assert isinstance(norm, RMSNorm)
-    return RMSNorm(norm.weight.shape[0], norm.eps)

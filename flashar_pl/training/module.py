@@ -235,7 +235,13 @@ class FlashARModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu", **overrides: Any
+        cls,
+        checkpoint_path: str | Path,
+        map_location: torch.device | str | None = None,
+        hparams_file: None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **overrides: Any,
     ) -> Self:
         """The module that wrote a checkpoint, a file or a sharded directory, with its raw and averaged weights.
 
@@ -244,12 +250,17 @@ class FlashARModule(LightningModule):
 
         Args:
             checkpoint_path: written by a fit.
-            map_location: device of the weights.
+            map_location: device of the weights; None = the CPU.
+            hparams_file: Lightning's; a checkpoint holds its own settings.
+            strict: whether the names of the weights must be the model's.
+            weights_only: Lightning's; a checkpoint is always read so.
             overrides: constructor arguments in place of the stored ones, such as validation.
 
         Raises:
             ValueError: no such checkpoint, another program's, or weights that do not fit the overrides.
         """
+        if hparams_file is not None or weights_only is False:
+            raise ValueError("a checkpoint holds its settings and no code; leave out hparams_file and weights_only.")
         stored = RunCheckpoint(checkpoint_path)
         settings = typed_settings(stored.description.training["settings"])
         if settings["backbone"].directory is not None:  # may be gone, or another one
@@ -261,9 +272,10 @@ class FlashARModule(LightningModule):
         module._has_weights = True
         names = stored.names()
         try:
-            module.load_state_dict(stored.tensors({name: name for name in names}), assign=True)
+            module.load_state_dict(stored.tensors({name: name for name in names}), strict is not False, assign=True)
         except RuntimeError as error:
-            raise ValueError(f"{checkpoint_path} does not fit {', '.join(overrides)}: {error}") from error
+            what = ", ".join(overrides) or "its own settings"
+            raise ValueError(f"{checkpoint_path} does not fit {what}: {error}") from error
         if module.ema is not None and not any(name.startswith(EMA_PREFIX) for name in names):
             module.ema = average_of(module.net, None)
-        return module.to(map_location)
+        return module.to(map_location or "cpu")

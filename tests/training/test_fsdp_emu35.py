@@ -65,6 +65,8 @@ def test_converts_to_a_model(said: str, folder: Path) -> None:
     converted = load_model(folder / "model").model.state_dict()
     for name, value in load_model(folder / checkpoint, "ema").model.state_dict().items():
         assert torch.equal(converted[name], value), name
+    module = FlashARModule.load_from_checkpoint(folder / checkpoint)
+    assert all(torch.equal(module.ema.state_dict()[name], value) for name, value in converted.items())
 
 
 def first_steps(folder: Path, strategy: Any) -> tuple[list[float], torch.Tensor]:
