@@ -38,12 +38,10 @@ def run(verb: str, argv: list[str]) -> int:
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from flashar_pl.data.datamodules import CodesDataModule
     from flashar_pl.training.lightning_cli import ExperimentCLI
-    from flashar_pl.training.module import FlashARModule
 
     try:
-        ExperimentCLI(FlashARModule, CodesDataModule, [verb, *argv])
+        ExperimentCLI(verb, argv).run()
     except MisconfigurationException as error:
         if "No supported gpu backend" in str(error):
             raise ValueError(

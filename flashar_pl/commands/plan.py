@@ -181,10 +181,11 @@ def read_run(path: str, gpus: int) -> Run:
     """
     import yaml
 
-    from flashar_pl.data.datamodules import CodesDataModule
     from flashar_pl.planner import model_sizes
     from flashar_pl.planner.training import TrainingSetup
-    from flashar_pl.training.config_check import built_module, parsed_config
+    from flashar_pl.training.config import typed_settings
+    from flashar_pl.training.lightning_cli import parsed_config
+    from flashar_pl.training.module import FlashARModule
 
     file = Path(path)
     if not file.is_file():
@@ -198,9 +199,9 @@ def read_run(path: str, gpus: int) -> Run:
     given = values.get("data") or {}
     given = (given.get("init_args") or {}) if isinstance(given, dict) and "class_path" in given else given
     lacks_shards = isinstance(given, dict) and "shards" not in given  # a fit needs them, a plan does not
-    values = parsed_config(["--config", path, *(["--data.shards", ""] if lacks_shards else [])], CodesDataModule)
+    values = parsed_config(["--config", path, *(["--data.shards", ""] if lacks_shards else [])])
     model, data, trainer = values["model"], values["data"], values["trainer"]
-    module = built_module(model)
+    module = FlashARModule(**typed_settings(model))
     sizes = model_sizes(module.model_config)
     notes: list[str] = []
     grid = _grid(sizes, data.get("shards"), notes)

@@ -10,8 +10,6 @@ import argparse
 import logging
 import os
 import shutil
-import tempfile
-import typing
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,38 +20,36 @@ import yaml
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
+from flashar_pl.files import write_text
 from flashar_pl.training.checks import check_initial_file
-from flashar_pl.training.cli_words import check_sections, checkpoint_of, configs_first, explain, nested_keys
-from flashar_pl.training.data_choice import choose_data, with_class
 from flashar_pl.training.logger import RunLogger
+from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
-    DEFAULT_ROOT,
     check_run_directory,
     check_same_data,
     check_same_model,
     differences,
-    plain,
     read_config,
-    run_directory,
 )
 from flashar_pl.training.strategies import check_checkpoint_kind
+from flashar_pl.training.words import Words, check_keys, explain
 
-NOISE = (
-    "litlogger",
-    "litmodels",
-    "available: ",
-    "does not have many workers",
-    "LeafSpec",
-    "Seed set to",
-    "`weights_only` was not set",
-    "exists and is not empty",
-)
+DATA: dict[str, type[LightningDataModule]] = {
+    kind.__name__: kind for kind in (CodesDataModule, ImageNetDataModule, TextImageDataModule)
+}
+"""Data modules that a YAML may call by their short names; the first one is meant where it names none."""
+DEFAULT_ROOT = "runs/run"
+"""Run directory where none is given."""
+NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")
+"""Advertisements and hardware lines of Lightning that are not shown."""
+KNOWN_WARNINGS = ("does not have many workers", "LeafSpec", "exists and is not empty")
 VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
@@ -75,34 +71,40 @@ VERBS = {
 class KeepConfig(SaveConfigCallback):
     """Writes config.yaml into the run directory of a fit, and the same text into every checkpoint."""
 
-    def __init__(
-        self, *args: Any, data_class: type[LightningDataModule], default_data_class: type, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.data_class, self.default_data_class = data_class, default_data_class
+    def __init__(self, parser: LightningArgumentParser, config: Any, **_: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or self.already_saved:
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
             return
-        directory = trainer.log_dir  # every rank asks: it is broadcast
-        if trainer.is_global_zero and directory is not None:
-            path = Path(directory) / self.config_filename
-            text = self.text()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and path.read_text(encoding="utf-8") != text:
-                path.rename(free_name(path))  # a continued run keeps the configuration it had before
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        self.already_saved = True
+        path, text = Path(trainer.default_root_dir) / self.config_filename, self.text()
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            path.rename(free_name(path))  # a continued run keeps the configuration it had before
+        write_text(path, text)
 
     def text(self) -> str:
         """The effective configuration as YAML, without the options of one call."""
-        values = plain(self.parser.dump(self.config, skip_none=False, format="yaml"))
-        return yaml.safe_dump(with_class(values, self.data_class, self.default_data_class), sort_keys=False)
+        return yaml.safe_dump(plain(self.parser, self.config), sort_keys=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.text()
+
+
+def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
+    """A parsed configuration as nested plain values, without the options of one call and what follows from others."""
+    values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
+    values = {key: value for key, value in values.items() if key not in ("config", "ckpt_path")}
+    if values["data"]["class_path"] == _path(next(iter(DATA.values()))):
+        values["data"] = values["data"]["init_args"]
+    logger, root = values["trainer"]["logger"], values["trainer"]["default_root_dir"]
+    for entry in logger if isinstance(logger, list) else [logger]:
+        if isinstance(entry, dict) and entry.get("init_args", {}).get("save_dir") == root:
+            del entry["init_args"]["save_dir"]
+    return values
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def free_name(path: Path) -> Path:
@@ -116,108 +118,100 @@ def free_name(path: Path) -> Path:
 
 
 class ExperimentCLI(LightningCLI):
-    """LightningCLI for one module class; see the module's docstring.
+    """LightningCLI for one verb on `FlashARModule`: parses, checks and builds; `run` does the rest.
 
     Args:
-        model_class: the LightningModule.
-        data_class: the LightningDataModule where the configuration names no other.
-        argv: verb and options. `--config` files come first whatever their place, so that options win over them.
+        verb: fit, validate, test or predict.
+        argv: options. `--config` files come first whatever their place, so that options win over them.
+        parse_only: stop after parsing: nothing is built, and names of files are not looked up.
 
     Raises:
         ValueError: an unknown key (the closest ones are named), a wrong value, a run directory that is in use, missing
             shards, a checkpoint without configuration or of another model.
     """
 
-    def __init__(
-        self, model_class: type[LightningModule], data_class: type[LightningDataModule], argv: list[str]
-    ) -> None:
-        self._verb, words = argv[0], argv[1:]
-        self._resumed: dict[str, Any] | None = None
-        check_sections(words)
-        self._checkpoint = checkpoint_of(words)
+    def __init__(self, verb: str, argv: list[str], parse_only: bool = False) -> None:
+        self.verb, self.parse_only = verb, parse_only
+        words = Words.read(argv)
+        self.checkpoint, self.stored = words.checkpoint(), {}
+        if self.checkpoint is not None:
+            self.stored = read_config(self.checkpoint)
+            words = words.before(self.stored)
+        check_keys(words, FlashARModule, DATA)
+        self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))
         _quiet()
-        wants_help = any(word in ("--help", "-h") or word.endswith(".help") for word in words)
-        set_parsing_settings(docstring_parse_attribute_docstrings=wants_help)  # text under a field is its help; slow
-        options = {"exit_on_error": False, "allow_abbrev": False}
-        with tempfile.TemporaryDirectory() as folder:
-            if self._checkpoint is not None:
-                self._resumed = read_config(self._checkpoint)
-                stored = Path(folder) / "checkpoint.yaml"
-                stored.write_text(yaml.safe_dump(self._resumed), encoding="utf-8")
-                words = ["--config", str(stored), *words]
-            self._default_data = data_class
-            self._data, words = choose_data(configs_first(words), data_class, Path(folder))
-            super().__init__(
-                model_class,
-                self._data,
-                save_config_callback=KeepConfig,
-                save_config_kwargs={"data_class": self._data, "default_data_class": self._default_data},
-                trainer_defaults={"default_root_dir": DEFAULT_ROOT, "enable_model_summary": False},
-                seed_everything_default=0,
-                parser_kwargs={**options, "formatter_class": _RunHelp, self._verb: options | _help(self._verb)},
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-                args=[self._verb, *words],
-            )
+        set_parsing_settings(docstring_parse_attribute_docstrings=words.wants_help)  # text under a field; slow
+        super().__init__(
+            FlashARModule,
+            LightningDataModule,
+            subclass_mode_data=True,
+            save_config_callback=KeepConfig if verb == "fit" else None,
+            trainer_defaults={"default_root_dir": DEFAULT_ROOT, "enable_model_summary": False},
+            seed_everything_default=0,
+            parser_kwargs={
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "formatter_class": _RunHelp,
+                "usage": f"flashar {verb} [--config FILE.yaml ...] [--ckpt_path PATH] [--key value ...]",
+                "description": VERBS[verb],
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            run=False,
+            args=self.words.parsed(),
+        )
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The verb of this call only: a parser for each of the four would take four times as long to build."""
-        return {self._verb: LightningCLI.subcommands()[self._verb]}
-
-    # --- parsing ----------------------------------------------------------------------------------------------------
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to continue or measure.")
+        parser.set_defaults({"data": {"class_path": _path(next(iter(DATA.values())))}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise ValueError(explain(str(error), self.known_keys())) from error
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's hyper-parameters win over YAML and command line."""
-
-    def known_keys(self) -> list[str]:
-        """Every configuration key of the verb, fields of optional parts included."""
-        keys = {action.dest for action in self._subcommand_parsers[self._verb]._actions}
-        for group, owner in (("model", self._model_class), ("data", self._datamodule_class)):
-            keys |= nested_keys(group, typing.get_type_hints(owner.__init__))
-        return sorted(key for key in keys if key not in ("help", "print_config"))
-
-    def instantiate_classes(self) -> None:
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            raise ValueError(explain(str(error), [])) from error
+            raise ValueError(explain(str(error))) from error
+        self.values = plain(parser, self.config)
+        if self.parse_only:
+            self.config["seed_everything"] = False
 
     # --- before anything long ---------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self._verb]
-        root = run_directory(config.trainer)
+        if self.parse_only:
+            return
+        root = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT)
         self._new_directory: Path | None = None
-        if self._verb == "fit" and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
-            check_run_directory(root, self._checkpoint)
+        if self.verb == "fit" and not self.config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+            check_run_directory(root, self.checkpoint)
             self._new_directory = None if root.exists() else root
-        if self._resumed is not None:
-            self._print_differences(self._resumed)
+        if self.checkpoint is not None:
+            lines = differences(self.stored, self.values)
+            rank_zero_info(
+                f"Configuration of {self.checkpoint}" + (", with these changes:" if lines else ", unchanged.")
+            )
+            for line in lines:
+                rank_zero_info(f"  {line}")
 
-    def _print_differences(self, stored: dict[str, Any]) -> None:
-        parser = self._subcommand_parsers[self._verb]
-        now = plain(parser.dump(self.config[self._verb], skip_none=False, format="yaml"))
-        lines = differences(stored, with_class(now, self._data, self._default_data))
-        rank_zero_info(f"Configuration of {self._checkpoint}" + (", with these changes:" if lines else ", unchanged."))
-        for line in lines:
-            rank_zero_info(f"  {line}")
+    def instantiate_classes(self) -> None:
+        if self.parse_only:
+            return
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise ValueError(explain(str(error))) from error
 
     def after_instantiate_classes(self) -> None:
+        if self.parse_only:
+            return
         manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
-        if self._checkpoint is not None:
-            check_same_model(self._checkpoint, self.model.model_config, self.model.lora)
-            check_checkpoint_kind(self._checkpoint, self.trainer.strategy)
+        if self.checkpoint is not None:
+            check_same_model(self.checkpoint, self.model.model_config, self.model.lora)
+            check_checkpoint_kind(self.checkpoint, self.trainer.strategy)
             if manifest is not None:
-                check_same_data(self._checkpoint, manifest.name, manifest.grid)
+                check_same_data(self.checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
-        elif self._verb != "fit":
+        elif self.verb != "fit":
             rank_zero_info("Neither --ckpt_path nor model.init_from is given: the model has random weights.")
         features = self.model.validation.features
         if features is not None and not Path(features).expanduser().exists():
@@ -227,25 +221,35 @@ class ExperimentCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Event files go straight into the run directory; only a fit writes any."""
-        config = self._get(self.config_init, "trainer")
-        if config.get("logger") in (None, True):
-            root = config["default_root_dir"]
-            logger = RunLogger(root, name="", version="", default_hp_metric=False)
-            kwargs["logger"] = logger if self._verb == "fit" else False
-        callbacks = config.get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        bar = config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks)
-        if bar and self._verb == "fit":
-            kwargs["callbacks"] = [*callbacks, RunProgress()]
-        return super().instantiate_trainer(**kwargs)
+        """Event files and checkpoints go into the run directory; only a fit writes any."""
+        config = self.config_init.trainer
+        if self.verb != "fit":
+            return super().instantiate_trainer(**({"logger": False} if config.logger in (None, True) else {}), **kwargs)
+        root = config.default_root_dir
+        if config.logger in (None, True):
+            kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False)
+        callbacks = config.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RunProgress())
+        savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        if not savers and config.enable_checkpointing is not False:
+            savers = [ModelCheckpoint()]
+            callbacks += savers
+        for saver in savers:
+            saver.dirpath = saver.dirpath or os.path.join(root, "checkpoints")
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _run_subcommand(self, subcommand: str) -> None:
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Fit, validate, test or predict. SystemExit with its code for a run that was asked to stop."""
+        arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": self.checkpoint}
         try:
-            super()._run_subcommand(subcommand)
+            getattr(self if self.verb == "predict" else self.trainer, self.verb)(**arguments, weights_only=True)
         except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
             if self.trainer.interrupted and end.code == 1:
-                if self._verb == "fit":
+                if self.verb == "fit":
                     rank_zero_info(_where_to_continue(self.trainer))
                 raise KeyboardInterrupt from None
             raise
@@ -269,6 +273,15 @@ class ExperimentCLI(LightningCLI):
         print(f"{len(joined['nll'])} images, mean {joined['nll'].mean():.4f} nats per image: {path}")
 
 
+def parsed_config(argv: list[str]) -> dict[str, Any]:
+    """What `flashar fit ARGV` would run: nested plain values, defaults included. Nothing is built.
+
+    Raises:
+        ValueError: an unknown key at any depth (the closest ones are named), or a value of the wrong type.
+    """
+    return ExperimentCLI("fit", argv, parse_only=True).values
+
+
 def _where_to_continue(trainer: Trainer) -> str:
     """What an interrupted run has kept."""
     folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
@@ -280,14 +293,6 @@ def _where_to_continue(trainer: Trainer) -> str:
     return f"Interrupted at step {trainer.global_step}. Continue with: flashar fit --ckpt_path {newest}"
 
 
-def _help(verb: str) -> dict[str, Any]:
-    """Parser arguments for a readable head of the help text."""
-    return {
-        "usage": f"flashar {verb} [--config FILE.yaml ...] [--ckpt_path PATH] [--key value ...]",
-        "description": VERBS[verb],
-    }
-
-
 class _RunHelp(DefaultHelpFormatter):
     """The description keeps its lines."""
 
@@ -295,17 +300,18 @@ class _RunHelp(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-class _Filter(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return not any(part in text for part in NOISE)
+def _wanted(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(part in text for part in NOISE)
 
 
 def _quiet() -> None:
     """Hide Lightning's advertisements and hardware lines; its own messages and real warnings stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if not any(isinstance(f, _Filter) for f in handler.filters):
-                handler.addFilter(_Filter())
-    for text in NOISE:
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+    ):
+        logging.getLogger(name).addFilter(_wanted)
+    for text in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{text}.*")

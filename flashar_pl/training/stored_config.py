@@ -15,10 +15,6 @@ from flashar_pl.models.lora import LoraConfig
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
-NOT_STORED = ("config", "ckpt_path", "weights_only", "verbose", "return_predictions")
-"""Options of one call, not of the experiment."""
-DEFAULT_ROOT = "runs/run"
-"""Run directory where none is given."""
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -27,12 +23,8 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is no checkpoint of ours.
     """
-    return plain(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"))
-
-
-def plain(text: str) -> dict[str, Any]:
-    """YAML text as a dict, without the options of one call."""
-    return {key: value for key, value in yaml.safe_load(text).items() if key not in NOT_STORED}
+    stored = yaml.safe_load(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"))
+    return {key: value for key, value in stored.items() if key not in ("config", "ckpt_path")}
 
 
 def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:
@@ -90,16 +82,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def run_directory(trainer: Any) -> Path:
-    """Where a fit with this `trainer` configuration writes: its root, or the place its own logger names."""
-    arguments = getattr(trainer.logger, "init_args", None)
-    if arguments is not None and arguments.get("save_dir") is not None:
-        version = arguments.get("version")
-        parts = [arguments.get("name"), version if isinstance(version, str) else None]
-        return Path(arguments["save_dir"], *[part for part in parts if part])
-    return Path(trainer.default_root_dir or DEFAULT_ROOT)
 
 
 def check_run_directory(directory: Path, checkpoint: str | None) -> None:

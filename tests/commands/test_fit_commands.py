@@ -17,8 +17,8 @@ import yaml
 from command_toys import tiny_backbone
 
 from flashar_pl.data.shards import Manifest, ShardWriter
-from flashar_pl.training.cli_words import checkpoint_of, configs_first, explain
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
+from flashar_pl.training.words import Words, explain
 
 TINY = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 17, "num_classes": 10}
 SAVE = {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False}
@@ -173,7 +173,7 @@ def test_configuration_of_a_sharded_checkpoint_is_found(tmp_path):
     text = yaml.safe_dump({"trainer": {"max_steps": 3}, "ckpt_path": "x"})
     torch.save({"flashar": {"format": 1, "model": {}}, CONFIG_KEY: text}, folder / "meta.pt")
     assert read_config(str(folder)) == {"trainer": {"max_steps": 3}}
-    assert checkpoint_of(["--ckpt_path", str(folder)]) == str(folder)
+    assert Words.read(["--ckpt_path", str(folder)]).checkpoint() == str(folder)
     (folder / "meta.pt").unlink()
     with pytest.raises(ValueError, match=r"no file .*meta\.pt"):
         read_config(str(folder))
@@ -339,20 +339,23 @@ def damage(directory: str, split: str) -> None:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def test_files_come_before_options_in_their_own_order():
+def test_files_come_before_options_in_their_own_order(work):
+    for name in ("x", "y", "z"):
+        Path(f"{name}.yaml").write_text(f"{name}: 1\n")
     words = ["--a", "1", "--config", "x.yaml", "--b=2", "--config=y.yaml", "-c", "z.yaml"]
-    assert configs_first(words) == ["--config", "x.yaml", "--config=y.yaml", "-c", "z.yaml", "--a", "1", "--b=2"]
+    files = ["--config", "x.yaml", "--config", "y.yaml", "--config", "z.yaml"]
+    assert Words.read(words).parsed() == [*files, "--a", "1", "--b", "2"]
 
 
 def test_a_checkpoint_named_in_a_yaml_is_found(work):
     Path("last.ckpt").touch()
     Path("run.yaml").write_text("ckpt_path: last.ckpt\n")
-    assert checkpoint_of(["--config", "run.yaml"]) == "last.ckpt"
-    assert checkpoint_of(["--config=run.yaml", "--ckpt_path=null"]) is None
+    assert Words.read(["--config", "run.yaml"]).checkpoint() == "last.ckpt"
+    assert Words.read(["--config=run.yaml", "--ckpt_path=null"]).checkpoint() is None
 
 
 def test_messages_without_a_known_pattern_stay_readable():
-    assert explain("a\n  b", []) == "a b"
+    assert explain("a\n  b") == "a b"
 
 
 # --- true processes --------------------------------------------------------------------------------------------------

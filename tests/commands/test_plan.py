@@ -188,7 +188,7 @@ trainer:
         ("max_steps: 10", "max_steps: many", "trainer.max_steps is 'many'; expected int"),
         ("branch_layer: 11", "branch_layer: top", "branch_layer"),
         ("preset: llamagen-b", "preset: llamagen-b, options: {dim: wide}", "dim is 'wide'; expected a whole"),
-        ("flashar:", "optimiser: 3, flashar:", "model.optimiser is 3 in run.yaml; expected keys with values"),
+        ("flashar:", "optimiser: 3, flashar:", "model.optimiser is 3; expected keys with values"),
         ("flashar:", "optimiser: {lr: -1}, flashar:", "lr is -1"),
         ("flashar:", "aux_weight: -1, flashar:", "aux_weight is -1"),
         (
