@@ -44,7 +44,9 @@ from flashar_pl.training.words import Words, check_keys, explain
 DATA: dict[str, type[LightningDataModule]] = {
     kind.__name__: kind for kind in (CodesDataModule, ImageNetDataModule, TextImageDataModule)
 }
-"""Data modules that a YAML may call by their short names; the first one is meant where it names none."""
+"""Data modules that a YAML may call by their short names."""
+DEFAULT_DATA = "CodesDataModule"
+"""What is meant where a YAML names none."""
 DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
 NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")
@@ -94,17 +96,14 @@ def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """A parsed configuration as nested plain values, without the options of one call and what follows from others."""
     values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
     values = {key: value for key, value in values.items() if key not in ("config", "ckpt_path")}
-    if values["data"]["class_path"] == _path(next(iter(DATA.values()))):
+    data = values["data"]["class_path"]  # the shortest path that leads to it
+    if data.startswith("flashar_pl.") and data.endswith(f".{DEFAULT_DATA}"):
         values["data"] = values["data"]["init_args"]
     logger, root = values["trainer"]["logger"], values["trainer"]["default_root_dir"]
     for entry in logger if isinstance(logger, list) else [logger]:
         if isinstance(entry, dict) and entry.get("init_args", {}).get("save_dir") == root:
             del entry["init_args"]["save_dir"]
     return values
-
-
-def _path(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def free_name(path: Path) -> Path:
@@ -163,7 +162,7 @@ class ExperimentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to continue or measure.")
-        parser.set_defaults({"data": {"class_path": _path(next(iter(DATA.values())))}})
+        parser.set_defaults({"data": {"class_path": f"flashar_pl.data.datamodules.{DEFAULT_DATA}"}})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:

@@ -231,13 +231,14 @@ def explain(message: str) -> str:
     own = re.search(r"Errors: - (\w+\.\w+ is .+?)\. - Expected a ", text)
     if own:  # an optional part of the model refuses its values in our words
         return f"model.{own[1]}."
+    text = text[text.rindex("Parser key") :] if path else text  # what is innermost says most
     value = re.search(r"Expected an? ((?:(?!Expected ).)+?)\. Got value: (\S+)", text)
     if value:
         return f"{key} is {value[2]!r}; expected {_names(value[1])}."
     inside = re.search(r"Problem with given class_path '([\w.]+)': (.+?)\.?(?: - Expected | Given value|$)", text)
     if inside:  # such as a package that a logger needs
         return f"{inside[1]}: {inside[2]}."
-    union = re.search(r"Subtypes: \[(.+?)\] Errors: - (.*) Given value type: .* Given value: (.+)$", text)
+    union = re.search(r"Subtypes: \[(.+?)\] Errors: - (.*?) Given value type: .*? Given value: (.+?)(?: - |$)", text)
     if union is None:
         return text
     whys = [why for why in union[2].split(" - ") if not why.startswith(("Expected a <class", "Expected a path"))]

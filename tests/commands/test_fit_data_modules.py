@@ -22,7 +22,7 @@ from flashar_pl.commands.plot import read_scalars
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
-TARS = "flashar_pl.data.datamodules.ImageNetDataModule"
+TARS = "flashar_pl.data.ImageNetDataModule"
 RUN = {
     "model": {"backbone": {"options": {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 64,
                                        "num_classes": 3}}},
@@ -95,7 +95,10 @@ def test_wrong_data_modules_and_keys_are_named(refused, work):
     base = ("fit", "--config", "run.yaml")
     message = refused(*base, "--data.image", "x")
     assert "no configuration key 'data.image'; closest: data.images" in message
-    assert "data.epoch_samples is 'many'; expected int" in refused(*base, "--data.init_args.epoch_samples", "many")
+    message = refused(*base, "--data.init_args.epoch_samples", "many")
+    assert "data.epoch_samples is 'many'; expected int or null" in message
+        *base, "--data.init_args.epoch_samples", "many"
+    )
     assert "looked for none/manifest.json" in refused(*base, "--data.shards", "none")
     assert "none.tar" in refused(*base, "--data.images", "none.tar")
     for path in ("ImageTars", "json.JSONDecoder", "no.such.Module"):
