@@ -97,8 +97,6 @@ def test_wrong_data_modules_and_keys_are_named(refused, work):
     assert "no configuration key 'data.image'; closest: data.images" in message
     message = refused(*base, "--data.init_args.epoch_samples", "many")
     assert "data.epoch_samples is 'many'; expected int or null" in message
-        *base, "--data.init_args.epoch_samples", "many"
-    )
     assert "looked for none/manifest.json" in refused(*base, "--data.shards", "none")
     assert "none.tar" in refused(*base, "--data.images", "none.tar")
     for path in ("ImageTars", "json.JSONDecoder", "no.such.Module"):
