@@ -34,7 +34,7 @@ COMMANDS: dict[str, Command] = {
     "tokenize imagenet": Command("tokenize:tokenize_imagenet", "image folders or tars as shards of codes"),
     "tokenize text-image": Command("tokenize:tokenize_text_image", "captioned images as shards of codes"),
     "tokenize check": Command("tokenize:tokenize_check", "verify shards and draw decoded samples"),
-    "tokenize npy": Command("tokenize:tokenize_npy", "LlamaGen's .npy code files as shards of codes"),
+    "tokenize npy": Command("tokenize:tokenize_npy", ".npy code files and labels as shards of codes"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
     "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
     "validate": Command("fit:validate", "losses, likelihood and FID on the validation split", trains=True),
@@ -42,7 +42,9 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
     "generate": Command("generate:generate", "sample images from a checkpoint"),
     "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
-    "evaluate geneval": Command("evaluate_geneval:evaluate_geneval", "GenEval of Emu3.5 checkpoints: images and score"),
+    "evaluate geneval": Command(
+        "evaluate_geneval:evaluate_geneval", "GenEval of text-to-image checkpoints: images and score"
+    ),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "serve": Command("serve:serve", "draw images over HTTP, with a page that compares both decoding orders"),
     "doctor": Command("doctor:doctor", "what this machine has, and whether decoding computes right on it"),

@@ -50,6 +50,8 @@ class Backbone(nn.Module, ABC):
     """Dataclass of all options, the constructor's only argument; None = the constructor takes the options."""
     published: ClassVar[Mapping[str, Any]] = {}
     """Published sizes by name, each a `config_type`."""
+    homes: ClassVar[Mapping[str, str]] = {}
+    """Where files of published weights are: the address by a pattern of file names."""
     published_cfg_scale: ClassVar[float | None] = None
     """Guidance that the published weights need to draw well; None = they do without."""
     example: ClassVar[Mapping[str, Any]] = {}

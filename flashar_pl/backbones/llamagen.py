@@ -147,6 +147,7 @@ class CaptionEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))  # (R, T, D)
 
 
+HOMES = {r"c2i_(B|L|XL|XXL|3B)_(256|384)\.pt": "https://huggingface.co/FoundationVision/LlamaGen"}
 EXAMPLE = {
     "dim": 64, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 256, "num_classes": 10,
     "resid_dropout": 0.0, "ffn_dropout": 0.0, "token_dropout": 0.0, "condition_dropout": 0.0,
@@ -159,7 +160,7 @@ class LlamaGen(Backbone):
 
     kind = "llamagen"
     config_type, published = LlamaGenConfig, PRESETS
-    example = EXAMPLE
+    example, homes = EXAMPLE, HOMES
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:

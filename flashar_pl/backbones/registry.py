@@ -6,6 +6,7 @@ A configuration names a kind, never what to import. An import path comes from th
 from __future__ import annotations
 
 import importlib
+import re
 from typing import Any
 
 import torch
@@ -52,6 +53,12 @@ def import_backbone(path: str) -> type[Backbone]:
 def presets() -> dict[str, type[Backbone]]:
     """The families of all published sizes, by their names."""
     return {name: family for family in FAMILIES.values() for name in family.published}
+
+
+def home_of(name: str) -> str | None:
+    """Where published weights of this file name are; None = not known."""
+    pairs = [pair for family in FAMILIES.values() for pair in family.homes.items()]
+    return next((home for pattern, home in pairs if re.fullmatch(pattern, name)), None)
 
 
 def examples() -> dict[str, dict[str, Any]]:

@@ -154,7 +154,7 @@ def _check(
     from flashar_pl.grid import PLANS
 
     if (preset is None) == (checkpoint is None):
-        raise ValueError("give either --preset llamagen-l (random weights) or --checkpoint PATH.")
+        raise ValueError("give either --preset NAME (random weights) or --checkpoint PATH.")
     if repeats < 1 or (threads is not None and threads < 1):
         raise ValueError(f"repeats is {repeats}, threads {threads}; expected 1 or more.")
     if png and out is None:

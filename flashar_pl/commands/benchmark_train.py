@@ -27,7 +27,7 @@ LOSSES = ("chunked", "plain")
 
 def benchmark_train(
     *,
-    preset: str = "llamagen-b",
+    preset: str | None = None,
     layers: int | None = None,
     lora: int | None = None,
     batch_size: int = 4,
@@ -48,7 +48,7 @@ def benchmark_train(
         flashar benchmark train --preset llamagen-b --batch-size 4
 
     Args:
-        preset: published LlamaGen size with random weights.
+        preset: published size with random weights. Default: the smallest of the first family.
         layers: use only so many layers.
         lora: freeze the backbone and train low-rank updates of this rank; its weights are kept in dtype. Needs peft.
         batch_size: samples of a step.
@@ -62,6 +62,7 @@ def benchmark_train(
     command = dict(locals())
     import torch
 
+    from flashar_pl.backbones import presets
     from flashar_pl.benchmarking.measure import clock_name
     from flashar_pl.benchmarking.rows import device_name
     from flashar_pl.models.lora import LoraConfig, adapt, frozen_names
@@ -70,6 +71,7 @@ def benchmark_train(
         raise ValueError(f"batch_size is {batch_size}, repeats {repeats}, threads {threads}; expected 1 or more.")
     if layers is not None and layers < 1:
         raise ValueError(f"layers is {layers}; expected 1 or more.")
+    preset = command["preset"] = next(iter(presets())) if preset is None else preset
     adapted = None if lora is None else LoraConfig(rank=lora, base=dtype)
     if out is not None:
         require_new(out, "benchmark")

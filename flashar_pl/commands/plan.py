@@ -55,7 +55,7 @@ class RunOptions(ArchitectureOptions):
 
     def __post_init__(self) -> None:
         if (self.config is None) == (self.preset is None):
-            raise ValueError("give either --config experiments/NAME.yaml or --preset llamagen-l.")
+            raise ValueError("give either --config experiments/NAME.yaml or --preset NAME.")
         if self.prefix is not None and self.prefix < 0:
             raise ValueError(f"prefix is {self.prefix}; expected 0 or more positions.")
 
@@ -189,7 +189,7 @@ def read_run(path: str, gpus: int) -> Run:
 
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"no configuration {file}; expected a YAML such as experiments/llamagen_l_256.yaml.")
+        raise ValueError(f"no configuration {file}; expected a YAML such as those of experiments/.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -28,7 +28,7 @@ from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
 from flashar_pl.data.streaming import CodeRows, CollateCodes, Stream, StreamedLoader, shard_urls, tar_urls
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
-from flashar_pl.tokenizers.text import MAX_PROMPT
+from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
 
 Reading = Literal["exact", "streamed"]
 BLOCK = 100
@@ -129,8 +129,8 @@ class CodesDataModule(LightningDataModule):
             self.text_encoder = PromptEncoder(self.prompts, manifest.grid, self.max_prompt)
         if self.text_encoder is None:
             raise ValueError(
-                f"The shards of {manifest.name!r} hold captions: give text_encoder, or for Emu3.5 prompts: the "
-                "directory with emu3.tiktoken, to turn them into ids."
+                f"The shards of {manifest.name!r} hold captions: give text_encoder, or prompts: the "
+                f"directory with {RANK_FILE}, to turn them into ids."
             )
         if isinstance(self.text_encoder, PromptEncoder):
             return self.text_encoder.for_grid(manifest.grid)

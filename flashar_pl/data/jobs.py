@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashar_pl.tokenizers import Tokenizer
 
 IMAGENET_CLASSES = 1000
-EMU35_CODES = 131072
+PUBLISHED_CODES = 131072
 CENTRE_OF_TEN = 4
 """Number of the centre crop in `ten_crop`'s order; torchvision and LlamaGen have the same."""
 
@@ -197,7 +197,7 @@ def _codes_as_they_are(images: CaptionedOptions, codec: CodecOptions, device: to
     from flashar_pl.data.encode import codes_as_they_are
 
     if codec.weights is None:
-        config, codes = tokenizer_config(codec, "ibq"), images.vocabulary or EMU35_CODES
+        config, codes = tokenizer_config(codec, "ibq"), images.vocabulary or PUBLISHED_CODES
     elif images.vocabulary is not None:
         raise ValueError("give --weights or --vocabulary, not both: the weights say how many codes there are.")
     else:

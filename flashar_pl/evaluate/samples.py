@@ -20,8 +20,8 @@ from flashar_pl.metrics.features import load_extractor
 from flashar_pl.models import GridModel
 from flashar_pl.tokenizers import Tokenizer
 
-LLAMAGEN_SIDE, EVALUATION_SIDE = 384, 256
-"""LlamaGen measures its 384-pixel models at 256 pixels."""
+HIGH_SIDE, EVALUATION_SIDE = 384, 256
+"""Numbers of published models that draw 384 pixels are measured at 256 (LlamaGen)."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def image_size(tokenizer: Tokenizer, grid: tuple[int, int], resize: int | None) 
         ValueError: images that cannot be resized.
     """
     decoded = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
-    if resize is None and decoded == (LLAMAGEN_SIDE, LLAMAGEN_SIDE):
+    if resize is None and decoded == (HIGH_SIDE, HIGH_SIDE):
         resize = EVALUATION_SIDE
     if resize is None or decoded == (resize, resize):
         return None, decoded

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.backbones import Backbone
+from flashar_pl.backbones import Backbone, home_of
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.tokenizers.text import RANK_FILE
 from flashar_pl.training.config import ValidationConfig
-
-PUBLISHED = re.compile(r"^c2i_(B|L|XL|XXL|3B)_(256|384)\.pt$")
-"""Names of LlamaGen's published class-conditional weights."""
-PUBLISHED_HOME = "https://huggingface.co/FoundationVision/LlamaGen"
 
 
 def check_initial_file(path: str | Path) -> None:
@@ -22,8 +17,8 @@ def check_initial_file(path: str | Path) -> None:
     given = Path(path).expanduser()
     if given.exists():
         return
-    if PUBLISHED.match(given.name):
-        how = f"Download {given.name} from {PUBLISHED_HOME} to {given.parent}/."
+    if (home := home_of(given.name)) is not None:
+        how = f"Download {given.name} from {home} to {given.parent}/."
     else:
         how = (
             "A raster checkpoint is made by a raster run, the demo's by: "
