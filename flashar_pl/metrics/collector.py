@@ -122,16 +122,19 @@ class DistributionMetrics(nn.Module):
 
     def __init__(self, extractor: nn.Module, names: Sequence[str], sync: bool = True) -> None:
         super().__init__()
-        columns = {"pool": extractor.num_features}
+        columns: dict[str, Any] = {"pool": extractor.num_features}
         if isinstance(extractor, FeatureExtractor):
             columns |= {"spatial": extractor.num_spatial, "logits": extractor.num_classes}
         self.names = [name for name in NAMES if name in names]
         self.measures = [measure for measure in MEASURES if set(measure.names) & set(names)]
+        self.moments, self.rows = nn.ModuleDict(), nn.ModuleDict()
         for measure in self.measures:
-            assert columns.get(measure.of), f"{type(extractor).__name__} has no features for {measure.names}"
-        moments = {m.of: FrechetDistance(columns[m.of], sync_on_compute=sync) for m in self.measures if not m.function}
-        rows = {m.of: SampleRows(columns[m.of], sync_on_compute=sync) for m in self.measures if m.function}
-        self.moments, self.rows = nn.ModuleDict(moments), nn.ModuleDict(rows)
+            name = measure.of
+            assert columns.get(name), f"{type(extractor).__name__} has no features for {measure.names}"
+            if measure.function is None:
+                self.moments[name] = FrechetDistance(columns[name], sync_on_compute=sync)
+            elif name not in self.rows:
+                self.rows[name] = SampleRows(columns[name], sync_on_compute=sync)
         self._reference: ReferenceStatistics | None = None
 
     @property
@@ -218,7 +221,8 @@ def choose_metrics(
     unknown = sorted(set(names or ()) - set(NAMES))
     if unknown or (names is not None and not names):
         raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(NAMES)}.")
-    wanted, left_out = NAMES if names is None else [name for name in NAMES if name in names], {}
+    wanted = [name for name in NAMES if names is None or name in names]
+    left_out: dict[str, str] = {}
     for measure in MEASURES:
         asked = [name for name in measure.names if name in wanted]
         problem = _problem(measure, extractor, reference, n)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -29,6 +28,7 @@ from flashar_pl.files import write_text
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
@@ -258,18 +258,14 @@ class ExperimentCLI(LightningCLI):
             raise
 
     def predict(self, **arguments: Any) -> None:
-        """Write the likelihood of every test image, one .npz per rank with "index" (N,) and "nll" (N,) in nats."""
-        parts: list[Any] = self.trainer.predict(**arguments) or []
-        keep = [part["valid"].cpu() for part in parts]  # (B,) each
-        joined = {
-            name: torch.cat([part[name].cpu()[k] for part, k in zip(parts, keep, strict=True)]).numpy()
-            for name in ("index", "nll")
-        }
-        root = Path(self.trainer.default_root_dir)
-        root.mkdir(parents=True, exist_ok=True)
-        path = free_name(root / f"predictions_rank{self.trainer.global_rank}.npz")
-        np.savez(path, index=joined["index"], nll=joined["nll"])
-        print(f"{len(joined['nll'])} images, mean {joined['nll'].mean():.4f} nats per image: {path}")
+        """Write predictions.npz: of every test image its "index" (N,), ascending, and "nll" (N,) in nats."""
+        found = join_predictions(self.trainer, self.trainer.predict(**arguments) or [])  # type: ignore[arg-type]
+        if self.trainer.is_global_zero:
+            root = Path(self.trainer.default_root_dir)
+            root.mkdir(parents=True, exist_ok=True)
+            path = free_name(root / "predictions.npz")
+            np.savez(path, index=found["index"], nll=found["nll"])
+            print(f"{len(found['nll'])} images, mean {found['nll'].mean():.4f} nats per image: {path}")
 
 
 def parsed_config(argv: list[str]) -> dict[str, Any]:

@@ -157,13 +157,13 @@ def test_test_and_predict_need_the_path_only(run, runs):
     nll = float(re.search(r"test/nll\s*│\s*([\d.]+)", out)[1])
     code, out, err = run("predict", "--ckpt_path", LAST)
     assert code == 0, err
-    with np.load("runs/raster/predictions_rank0.npz") as found:
-        assert sorted(found["index"]) == list(range(297))
+    with np.load("runs/raster/predictions.npz") as found:
+        assert found["index"].tolist() == list(range(297))
         assert found["nll"].mean() == pytest.approx(nll, abs=2e-3)
     assert f"{nll:.1f}"[:4] in out
-    before = Path("runs/raster/predictions_rank0.npz").stat().st_mtime_ns
+    before = Path("runs/raster/predictions.npz").stat().st_mtime_ns
     assert run("predict", "--ckpt_path", LAST)[0] == 0
-    assert Path("runs/raster/predictions_rank0.npz").stat().st_mtime_ns == before
+    assert Path("runs/raster/predictions.npz").stat().st_mtime_ns == before
 
 
 def test_configuration_of_a_sharded_checkpoint_is_found(tmp_path):

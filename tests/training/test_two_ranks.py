@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from pair import Pair
-from training_toys import fit
+from training_toys import fit, make_data
 from two_ranks import VALIDATING, module, train
 
 from flashar_pl.training.strategies import allow_frozen_parameters
@@ -49,6 +49,16 @@ def test_validation_does_not_depend_on_the_ranks(both) -> None:
         wanted = float(alone.trainer.callback_metrics[name])
         assert records[0]["results"][name] == records[1]["results"][name], name
         assert records[0]["results"][name] == pytest.approx(wanted, rel=2e-3, abs=1e-4), name
+
+
+def test_predictions_count_every_image_once(both, toy_shards: str) -> None:
+    """7 images over two ranks: the padding of a rank's last batch must not be counted."""
+    _, records, alone = both
+    [part, *rest] = alone.trainer.predict(alone, datamodule=make_data(toy_shards, validation_batch_size=8))
+    assert not rest
+    for record in records:
+        assert record["index"].tolist() == list(range(7))
+        torch.testing.assert_close(record["nll"], part["nll"][part["valid"]], atol=1e-4, rtol=2e-3)
 
 
 def test_ranks_draw_different_numbers(both) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from training_toys import ValidationConfig, fit, make_module
+from training_toys import ValidationConfig, fit, make_data, make_module
+
+from flashar_pl.training.predictions import join_predictions
 
 VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 5, "check_val_every_n_epoch": None}
 
@@ -25,4 +27,6 @@ def train(shards: str, classifier: str, out: str) -> dict[str, Any]:
     trainer = trained.trainer
     results = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.save_checkpoint(Path(out) / "end.ckpt")
-    return {"weights": trained.state_dict(), "results": results, "drawn": torch.rand(4)}
+    record = {"weights": trained.state_dict(), "results": results, "drawn": torch.rand(4)}
+    parts = trainer.predict(trained, datamodule=make_data(shards, validation_batch_size=4))
+    return record | {name: torch.from_numpy(values) for name, values in join_predictions(trainer, parts).items()}
