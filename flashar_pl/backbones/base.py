@@ -213,8 +213,8 @@ class Backbone(nn.Module, ABC):
     def release_head(self) -> nn.Linear:
         """Hand the head over to another module: it stays usable here, but its parameters are registered there."""
         head = self.head
-        if "head" in self._modules:
-            del self._modules["head"]
+        if "head" in dict(self.named_children()):
+            del self.head
             object.__setattr__(self, "head", head)
         return head
 

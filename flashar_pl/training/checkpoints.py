@@ -59,10 +59,13 @@ class LastCheckpoint(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._start or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a finished run was started again
-        for path in [path for callback in trainer.checkpoint_callbacks for path in _last_paths(trainer, callback)]:
-            held = trainer.is_global_zero and path.exists() and stored_step(path) == trainer.global_step
-            if not trainer.strategy.broadcast(held):
-                trainer.save_checkpoint(path)
+        for callback in trainer.checkpoint_callbacks:
+            for kept, path in _last_paths(trainer, callback):
+                held = trainer.is_global_zero and any(
+                    Path(at).exists() and stored_step(Path(at)) == trainer.global_step for at in (kept, path) if at
+                )
+                if not trainer.strategy.broadcast(held):
+                    trainer.save_checkpoint(path)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn where gradients of some batches are accumulated: a checkpoint has none."""
@@ -74,14 +77,18 @@ class LastCheckpoint(Callback):
             )
 
 
-def _last_paths(trainer: Trainer, callback: Any) -> list[Path]:
-    """Where a callback would keep the present state if this were one of its steps."""
+def _last_paths(trainer: Trainer, callback: Any) -> list[tuple[str, str]]:
+    """(what it has saved last, where it would keep the present state if this were one of its steps)."""
     if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
         return []
-    values = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
-    own = callback.monitor is None and callback.save_top_k != 0
-    paths = [callback.format_checkpoint_name({**trainer.callback_metrics, **values})] if own else []
-    return [Path(path) for path in (*paths, callback.last_model_path if callback.save_last is True else "") if path]
+    paths = []
+    if callback.monitor is None and callback.save_top_k != 0:
+        values = {"epoch": torch.tensor(trainer.current_epoch), "step": torch.tensor(trainer.global_step)}
+        name = callback.format_checkpoint_name({**trainer.callback_metrics, **values})
+        paths.append((callback.best_model_path, name))
+    if callback.save_last is True and callback.last_model_path:
+        paths.append(("", callback.last_model_path))
+    return paths
 
 
 def stored_step(path: Path) -> int:
