@@ -47,18 +47,15 @@ class TensorSource(ABC):
 
 
 class StateDict(TensorSource):
-    """A state dict in memory. Names lose the prefixes `wrappers`. ValueError for what is no floating-point tensor."""
+    """A state dict in memory. Names lose the prefixes `wrappers`. ValueError for what is no tensor."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], name: str = "the state dict", wrappers: tuple[str, ...] = WRAPPERS
     ) -> None:
         self.name = name
         self.tensors = {unwrapped(key, wrappers): value for key, value in tensors.items()}
-        odd = [
-            key for key, value in self.tensors.items() if not torch.is_tensor(value) or not value.is_floating_point()
-        ]
-        if odd:
-            raise ValueError(f"{name} is not the expected checkpoint: {_some('entries without numbers', odd)}.")
+        if odd := sorted(key for key, value in self.tensors.items() if not torch.is_tensor(value)):
+            raise ValueError(f"{name} is not the expected checkpoint: {_some('entries that are no tensors', odd)}.")
 
     def keys(self) -> Iterable[str]:
         return self.tensors
@@ -123,11 +120,11 @@ def build_filled(
     """
     with torch.device("meta"):
         module = build()
-    tensors, found = _tensors(module), set(source.keys())
+    tensors = _tensors(module)
+    _check(source, renames, tensors, set(ignored := list(ignored)))
     for rename in renames:
-        if rename.pieces[0] in found:
-            tensor = tensors[rename.ours]
-            tensor.data = tensor.data.to(dtype or source.dtype(rename.pieces[0]))
+        tensor = tensors[rename.ours]
+        tensor.data = tensor.data.to(dtype or source.dtype(rename.pieces[0]))
     fill(module, source, renames, device, ignored)
     return module.eval()
 
@@ -149,17 +146,13 @@ def fill(
         ValueError: `source` has other names, apart from those in `ignored`, or a tensor of another shape.
     """
     tensors = _tensors(module)
-    pieces = {rename.ours: rename.split(tensors[rename.ours].shape[0]) for rename in renames}
-    wanted = {
-        key: (n + rename.skip, *tensors[rename.ours].shape[1:]) for rename in renames for key, n in pieces[rename.ours]
-    }
-    _check(source, wanted, set(ignored))
+    _check(source, renames, tensors, set(ignored))
     if any(tensor.is_meta for tensor in tensors.values()):
         tensors = _tensors(module.to_empty(device=device))
     for rename in renames:
         local, offset = _own_rows(tensors[rename.ours])
         place = 0  # row of the whole tensor at which the next piece starts
-        for key, n in pieces[rename.ours]:
+        for key, n in rename.split(tensors[rename.ours].shape[0]):
             begin, end = max(offset, place), min(offset + len(local), place + n)
             if begin < end:
                 rows = source.rows(key, rename.skip + begin - place, rename.skip + end - place)
@@ -182,16 +175,19 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _check(source: TensorSource, wanted: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
+def _check(source: TensorSource, renames: Sequence[Rename], tensors: dict[str, Tensor], ignored: set[str]) -> None:
+    shapes = {rename: tensors[rename.ours].shape for rename in renames}
+    wanted = {key: (n + r.skip, *shape[1:]) for r, shape in shapes.items() for key, n in r.split(shape[0])}
     found = set(source.keys())
+    real = {key for key in found & wanted.keys() if source.dtype(key).is_floating_point}
     missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys() - ignored)
-    shapes = [
-        f"{key} has shape {source.shape(key)}; this model expects {shape}"
+    odd = [
+        f"{key} has shape {source.shape(key)}{'' if key in real else ' of integers'}; this model expects {shape}"
         for key, shape in wanted.items()
-        if key in found and source.shape(key) != shape
+        if key in found and (source.shape(key) != shape or key not in real)
     ]
-    if missing or unknown or shapes:
-        problems = [_some("missing keys", missing), _some("unknown keys", unknown), *shapes[:4]]
+    if missing or unknown or odd:
+        problems = [_some("missing keys", missing), _some("unknown keys", unknown), *odd[:4]]
         raise ValueError(f"{source.name} is not the expected checkpoint: {'; '.join(problems)}.")
 
 

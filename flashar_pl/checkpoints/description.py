@@ -14,6 +14,8 @@ from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
 
 FORMAT = 1
+FIELDS = {"raster": set(), "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"}}
+"""Kinds of models, and what describes them besides their backbone."""
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Description:
         """Inverse of `to_dict`."""
         if values.get("format") != FORMAT:
             raise ValueError(f"the checkpoint has format {values.get('format')!r}; this version reads {FORMAT}.")
+        if not isinstance(values.get("model"), dict):
+            raise ValueError("the checkpoint does not describe its model.")
         grid = values.get("grid")
         return cls(
             model=values["model"],
@@ -53,15 +57,17 @@ class Description:
 def build_model(config: dict[str, Any]) -> GridModel:
     """The model that `GridModel.config()` describes, with new weights."""
     values = dict(config)
-    kind = values.pop("kind", None)
-    backbone = build_backbone(values.pop("backbone"))
+    kind, described = values.pop("kind", None), values.pop("backbone", {})
+    unknown = values.keys() - FIELDS.get(kind, set())
+    if kind not in FIELDS or unknown or (kind == "flashar" and "branch_layer" not in values):
+        raise ValueError(
+            f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", or "flashar" with '
+            f"branch_layer and some of {', '.join(sorted(FIELDS['flashar']))}."
+        )
+    backbone = build_backbone(described)
     if kind == "raster":
         return RasterAR(backbone)
-    if kind == "flashar" and "compatibility" in values:
-        return ReleasedFlashAR(backbone, **values)
-    if kind == "flashar":
-        return FlashAR(backbone, **values)
-    raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
+    return (ReleasedFlashAR if "compatibility" in values else FlashAR)(backbone, **values)
 
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:

@@ -41,7 +41,7 @@ class RunCheckpoint:
 
     def names(self) -> list[str]:
         """Names of the weights, raw and averaged."""
-        names = SafeReader(self.path).names() if self.sharded else self.content["state_dict"]
+        names = SafeReader(self.path).names() if self.sharded else self.content.get("state_dict", {})
         return [name for name in names if name.startswith((NET_PREFIX, EMA_PREFIX))]
 
     def tensors(self, names: dict[str, str]) -> dict[str, Tensor]:
