@@ -8,7 +8,12 @@ SIDE := $(VENV)/share/flashar_pl/torch_fidelity
 UV := UV_FIND_LINKS="$$PIP_FIND_LINKS" $(BIN)/uv pip install --quiet --python $(BIN)/python
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup constraints test test-slow mutants lint demo demo-full clean
+# A file's tests run in one of two processes. A GPU is one: there, JOBS=0.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
+
+.PHONY: help setup constraints test test-slow test-rounding mutants lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -30,11 +35,14 @@ constraints: setup  ## write what is installed to constraints.txt, for a set-up 
 	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+.*//') > .constraints
 	mv .constraints constraints.txt
 
-test: setup  ## the test suite: at most 4 minutes on 2 cores, no network, weights or GPU
-	$(BIN)/python -m pytest
+test: setup  ## the test suite: at most 150 s on 2 cores, no network, weights or GPU
+	$(PYTEST)
 
 test-slow: setup  ## the tests marked slow
-	$(BIN)/python -m pytest -m 'slow and not gpu'
+	$(PYTEST) -m 'slow and not gpu'
+
+test-rounding: setup  ## the numerical tests as on other processors: fewest instructions, products that round another way
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -p tests.other_blas $(addprefix tests/,$(NUMERICAL))
 
 mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15 minutes); ARGS="--seed 1" for others
 	$(BIN)/python tests/mutants.py $(ARGS)
