@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flashar_pl.files import closest
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
@@ -28,23 +29,11 @@ PromptTokenizer = Emu35Text
 """Turns prompts and grids into token ids: the one there is, whatever backbone takes them."""
 
 
-def _vq16(weights: str | None = None, **options: Any) -> VQ16:
-    return VQ16.from_file(weights, kind="vq16", **options)
-
-
-def _vq8(weights: str | None = None, **options: Any) -> VQ16:
-    return VQ16.from_file(weights, kind="vq8", **options)
-
-
-def _ibq(weights: str | None = None, **options: Any) -> IBQ:
-    return IBQ.from_files(weights, **options)
-
-
 KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...], tuple[str, ...]]] = {
     "pixels": (PixelTokenizer, ("levels",), ("levels",)),
-    "vq16": (_vq16, ("weights", "decode_dtype"), ()),
-    "vq8": (_vq8, ("weights", "decode_dtype"), ()),
-    "ibq": (_ibq, ("weights", "settings", "decode_dtype"), ()),
+    "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype"), ()),
+    "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype"), ()),
+    "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype"), ()),
 }
 """Kind -> (constructor, keys a config may have, keys it must have)."""
 
@@ -60,22 +49,16 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(f"tokenizer config {dict(config)} has no 'kind'; expected one of {', '.join(KINDS)}.")
     kind = str(config["kind"])
     if kind not in KINDS:
-        raise ValueError(f"tokenizer kind {kind!r} is unknown; {_closest(kind, KINDS)}.")
+        raise ValueError(f"tokenizer kind {kind!r} is unknown; {closest(kind, KINDS)}")
     build, allowed, required = KINDS[kind]
     options = {key: value for key, value in config.items() if key != "kind"}
     for key in options:
         if key not in allowed:
-            raise ValueError(f"tokenizer {kind!r} has no setting {key!r}; {_closest(key, allowed)}.")
+            raise ValueError(f"tokenizer {kind!r} has no setting {key!r}; {closest(key, allowed)}")
     for key in required:
         if key not in options:
             raise ValueError(f"tokenizer {kind!r} needs the setting {key!r}; got {dict(config)}.")
     return build(**options)
-
-
-def _closest(word: str, choices: Any) -> str:
-    close = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.4)
-    known = ", ".join(choices)
-    return f"did you mean {close[0]!r}? Known: {known}" if close else f"known: {known}"
 
 
 def find_prompt_tokenizer(directory: str | Path) -> PromptTokenizer | None:

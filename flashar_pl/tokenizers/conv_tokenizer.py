@@ -39,13 +39,6 @@ class TokenizerSpec:
     dim: int
     """D."""
 
-    def __post_init__(self) -> None:
-        if self.encoder.downsample != self.decoder.downsample:
-            raise ValueError(
-                f"the encoder halves the image to 1/{self.encoder.downsample} of its side, the decoder doubles it "
-                f"{self.decoder.downsample} times; both must agree."
-            )
-
 
 class Codebook(nn.Module):
     """The table of code vectors; `codebook_used` is a training counter that some published files carry along."""

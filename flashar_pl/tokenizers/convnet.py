@@ -33,11 +33,10 @@ class NetSpec:
     """Channels Z between the network and the 1x1 convolution beside the quantiser."""
 
     def __post_init__(self) -> None:
-        if len(self.widths) != len(self.attention) or not self.widths or self.blocks < 1:
-            raise ValueError(f"{self}: expected at least one level, one attention flag for each, and one block.")
+        assert len(self.widths) == len(self.attention), "one flag for each level"
         uneven = [c for c in (self.stem, *self.widths) if c % GROUPS]
-        if uneven:
-            raise ValueError(f"channel counts {uneven} are not multiples of the {GROUPS} groups of the normalisation.")
+        if uneven or not self.widths or self.blocks < 1:
+            raise ValueError(f"{self}: expected levels with a block each, of multiples of {GROUPS} channels.")
 
     @property
     def downsample(self) -> int:
@@ -179,15 +178,12 @@ def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
     Raises ValueError where a tensor that carries a size is missing; every other tensor is checked by the strict load.
     """
 
-    def shape(name: str, dims: int) -> torch.Size:
+    def shape(name: str) -> torch.Size:
         tensor = state.get(f"{side}.{name}")
-        if tensor is None or tensor.ndim != dims:
+        if tensor is None or tensor.ndim != 4:
             got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
             first = ", ".join(sorted(state)[:3]) or "nothing"
-            raise ValueError(
-                f"'{side}.{name}' is {got}; expected a LlamaGen VQ state dict (this one holds {len(state)} tensors: "
-                f"{first}, ...)."
-            )
+            raise ValueError(f"'{side}.{name}' is {got}; expected a LlamaGen VQ state dict; this holds {first}, ...")
         return tensor.shape
 
     def count(pattern: str) -> int:
@@ -197,11 +193,9 @@ def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
         return n
 
     levels = count("conv_blocks.{}.res.0.conv1.weight")
-    if levels == 0:
-        shape("conv_blocks.0.res.0.conv1.weight", 4)
-    widths = [shape(f"conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
+    widths = [shape(f"conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(max(levels, 1))]
     attention = [f"{side}.conv_blocks.{i}.attn.0.q.weight" in state for i in range(levels)]
-    conv_in, conv_out = shape("conv_in.weight", 4), shape("conv_out.weight", 4)
+    conv_in, conv_out = shape("conv_in.weight"), shape("conv_out.weight")
     encoder = side == "encoder"
     if not encoder:  # stored from the latents up to full resolution
         widths, attention = widths[::-1], attention[::-1]

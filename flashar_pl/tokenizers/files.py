@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from flashar_pl.files import read_json
 
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:
@@ -31,19 +32,14 @@ def naming(file: Path) -> Iterator[None]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a .json, .yaml or .yml file."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            import yaml
+    if path.suffix == ".json":
+        return read_json(path)
+    import yaml
 
-            try:
-                content = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(str(error)) from error
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix.lstrip('.') or 'YAML'}: {error}") from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected a mapping of settings.")
     return content

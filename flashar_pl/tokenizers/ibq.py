@@ -80,7 +80,7 @@ class IBQ(ConvTokenizer):
 
     @classmethod
     def from_files(
-        cls, weights: str | Path | None, *, settings: str | Path | None = None, decode_dtype: str = "float32"
+        cls, weights: str | Path | None = None, *, settings: str | Path | None = None, decode_dtype: str = "float32"
     ) -> IBQ:
         """Loads either published format from its directory or its weights file.
 

@@ -197,7 +197,7 @@ class Emu35Text:
             )
         body = ids[head : -len(tail)]
         kept = body[:room]
-        while kept and not _whole(b"".join(self._bytes(token) for token in kept)):
+        while self.decode(kept).endswith("\ufffd"):  # cut inside a character
             kept.pop()
         lost = self.decode(body[len(kept) :])
         warnings.warn(
@@ -206,15 +206,6 @@ class Emu35Text:
             stacklevel=3,
         )
         return [*ids[:head], *kept, *tail]
-
-
-def _whole(data: bytes) -> bool:
-    """Does `data` end between two UTF-8 characters?"""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _short(text: str, limit: int = 60) -> str:

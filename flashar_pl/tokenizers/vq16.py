@@ -77,7 +77,7 @@ class VQ16(ConvTokenizer):
         return load_strict(build, state, lambda name: name, "the LlamaGen VQ state dict")
 
     @classmethod
-    def from_file(cls, weights: str | Path | None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
+    def from_file(cls, weights: str | Path | None = None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
         """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
         file = require_file(weights, "VQ weights file", ADVICE)
         with naming(file):

@@ -37,7 +37,6 @@ def test_states_are_those_of_the_layers() -> None:
         (tiny.emu, raster_plan(3, 4, row_end=True)),
         (tiny.emu, diagonal_plan(3, 4)),
     ],
-    ids=str,
 )
 def test_the_loss_is_that_of_the_code_below(make: Any, plan: Any) -> None:
     """Guards slots of another order: the state at (p, q) predicts the code at (p + 1, q)."""

@@ -67,7 +67,7 @@ def test_weights_gradients_and_moments_of_a_real_step(backbone, stage):
     assert host_bytes(sizes, offloaded) == weights + 12 * trained
 
 
-@pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=6), LoraConfig(rank=6, targets=("wo",))], ids=str)
+@pytest.mark.parametrize("lora", [LORA, LoraConfig(rank=6), LoraConfig(rank=6, targets=("wo",))])
 @BACKBONES
 def test_activations_of_one_block(backbone, lora):
     """As FSDP2 gathers it in bfloat16: autograd's own count, with all projections adapted and with some."""

@@ -204,4 +204,9 @@ def test_logits_that_cannot_be_drawn_from_are_found(value: float) -> None:
     flags = torch.stack([torch.tensor(False), unusable(logits)])
     with pytest.raises(ValueError, match=r"step 1 are NaN or infinite in float16; .* bf16"):
         check_usable(flags, torch.float16)
+    for dtype, advice in ((torch.float32, "the weights are broken"), (torch.bfloat16, "try --dtype fp32")):
+        with pytest.raises(ValueError, match=advice):
+            check_usable(flags, dtype)
     check_usable(flags[:1], torch.float16)
+    codes = choose(logits, torch.full((2, 3), 0.9, dtype=torch.float64), SamplingSettings(top_k=3))
+    assert int(codes.max()) < 7, "a legal code all the same: an index beyond the table would end the process on a GPU"

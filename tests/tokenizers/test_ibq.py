@@ -148,7 +148,7 @@ def test_settings_file_elsewhere(tmp_path):
     with pytest.raises(ValueError, match=r"has neither model\.safetensors nor model\.ckpt"):
         IBQ.from_files(tmp_path)
     (tmp_path / "mine.yaml").write_text("a: [1")
-    with pytest.raises(ValueError, match=r"mine\.yaml cannot be read as yaml"):
+    with pytest.raises(ValueError, match=r"mine\.yaml is not YAML"):
         build_tokenizer(config)
     (tmp_path / "mine.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="expected a mapping of settings"):

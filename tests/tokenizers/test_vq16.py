@@ -270,12 +270,8 @@ def test_bfloat16_decoding(vq_golden):
 
 
 def test_bad_specs():
-    with pytest.raises(ValueError, match=r"\[48\] are not multiples of the 32 groups"):
+    with pytest.raises(ValueError, match="multiples of 32 channels"):
         small_spec(widths=(32, 48))
-    with pytest.raises(ValueError, match="both must agree"):
-        TokenizerSpec(small_spec().encoder, small_spec(widths=(32, 64)).decoder, 8, 8)
-    with pytest.raises(ValueError, match="at least one level"):
-        NetSpec(32, (), 1, (), 8)
 
 
 @pytest.mark.gpu
