@@ -155,7 +155,9 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
     for name, hint in typing.get_type_hints(model.__init__).items():  # type: ignore[misc]
         kinds = [kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)]
         known |= {f"model.{name}.{field.name}" for kind in kinds for field in fields(kind)} or {f"model.{name}"}
-        groups |= {f"model.{name}"} if kinds else set()
+        if kinds:
+            groups |= {f"model.{name}"}
+            known |= {f"model.{name}.class_path", f"model.{name}.init_args"}  # a backbone of one's own
     for owner in _data_classes(words, data):
         names = {name for kind in owner.__mro__ if kind is not object for name in _arguments(kind)}
         known |= {f"data.{prefix}{name}" for name in names for prefix in ("", "init_args.")}

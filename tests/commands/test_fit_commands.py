@@ -222,7 +222,7 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     shutil.copy(trained / "raster.yaml", "run.yaml")
     base = ("fit", "--config", "run.yaml")
     assert "llamagen-b" in refused(*base, "--model.backbone.preset", "llamagen-c")
-    assert "closest: dim" in refused(*base, "--model.backbone.options.dimm", 8)
+    assert "did you mean dim" in refused(*base, "--model.backbone.options.dimm", 8)
     assert "model.optimiser.lr is 'fast'; expected float" in refused(*base, "--model.optimiser.lr", "fast")
     lora = ("--model.init_from", "run.yaml", "--model.flashar.branch_layer", 1)
     message = refused(*base, *lora, "--model.lora.rank", 0)
