@@ -9,16 +9,20 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor
 
-    from flashar_pl.data.shards import Manifest
-    from flashar_pl.metrics.features import ClassifierFeatures
-    from flashar_pl.models import GridModel
-    from flashar_pl.sampling import SamplingSettings
-    from flashar_pl.tokenizers import Tokenizer
+from flashar_pl.data.shards import Manifest, ShardReader
+from flashar_pl.decoding import Engine
+from flashar_pl.decoding.samples import SampleSet, draw_codes
+from flashar_pl.metrics.features import ClassifierFeatures, extract_features
+from flashar_pl.metrics.fid import FrechetDistance
+from flashar_pl.models import GridModel
+from flashar_pl.options import SamplingSettings
+from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 SEED_STRIDE = 1_000_000
 """Sample i of sample seed s is drawn from s * SEED_STRIDE + i, so that seeds share no sample."""
@@ -38,20 +42,12 @@ class Judge:
     @classmethod
     def build(cls, classifier: ClassifierFeatures, manifest: Manifest) -> Judge:
         """With all images of every split as the real side."""
-        import torch
-
-        from flashar_pl.metrics.features import extract_features
-        from flashar_pl.tokenizers import build_tokenizer
-
         splits = [split for split in manifest.splits if manifest.samples(split)]
         real = [extract_features(classifier, split_images(manifest, split)[0]).pool for split in splits]
         return cls(classifier, build_tokenizer(manifest.tokenizer), torch.cat(real))
 
     def judge(self, codes: Tensor, labels: Tensor) -> tuple[float, float]:
         """FID and class accuracy of codes (n, H, W) that were sampled for labels (n,)."""
-        from flashar_pl.metrics.features import extract_features
-        from flashar_pl.metrics.fid import FrechetDistance
-
         features = extract_features(self.classifier, self.tokenizer.decode(codes))
         assert features.logits is not None
         distance = FrechetDistance(self.classifier.num_features)
@@ -62,12 +58,6 @@ class Judge:
 
 def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
     """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, evaluation crops."""
-    import numpy as np
-    import torch
-
-    from flashar_pl.data.shards import ShardReader
-    from flashar_pl.tokenizers import build_tokenizer
-
     reader = ShardReader(manifest, split)
     samples = reader.read(np.arange(len(reader)))
     images = build_tokenizer(manifest.tokenizer).decode(torch.from_numpy(samples.codes))
@@ -87,18 +77,12 @@ def sample_quality(
     advance: Callable[[int], Any],
 ) -> dict[str, list[float]]:
     """ "fid" and "accuracy" for each sample seed; sample i has class i modulo the number of classes."""
-    import torch
-
-    from flashar_pl.decoding import Engine
-    from flashar_pl.decoding.samples import SampleSet, draw_codes
-
     engine = Engine(model)
-    labels = torch.arange(samples) % judge.classifier.num_classes  # type: ignore[operator]
+    labels = torch.arange(samples) % judge.classifier.num_classes
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
     for seed in seeds:
         numbered = SampleSet.of(labels, grid, plan, settings, batch_size, seed * SEED_STRIDE)
-        codes = draw_codes(engine, numbered, advance)
-        fid, accuracy = judge.judge(codes, labels)
+        fid, accuracy = judge.judge(draw_codes(engine, numbered, advance), labels)
         results["fid"].append(fid)
         results["accuracy"].append(accuracy)
     return results
@@ -110,31 +94,24 @@ def time_per_image(models: list[tuple[GridModel, str]], grid: tuple[int, int], i
     The models take turns image by image, so that other load on the machine hits all alike. The first `WARM_UP` images
     of each are not counted. Returns median, lower and upper quartile.
     """
-    from flashar_pl.decoding import Engine
-
     engines = [(Engine(model), plan) for model, plan in models]
     times: list[list[float]] = [[] for _ in engines]
     for turn in range(WARM_UP + images):
-        for i, (engine, plan) in enumerate(engines):
+        for (engine, plan), counted in zip(engines, times):
             condition = engine.model.backbone.conditioning.example(10).rows([turn % 10])  # ten classes in turn
             started = time.perf_counter()
             engine.generate(condition, grid, plan, seeds=turn).cpu()
-            if turn >= WARM_UP:
-                times[i].append(1000 * (time.perf_counter() - started))
+            counted.append(1000 * (time.perf_counter() - started))
     results = []
-    for measured in times:
-        low, middle, high = statistics.quantiles(measured, n=4) if len(measured) > 1 else measured * 3
+    for counted in times:
+        kept = counted[WARM_UP:]
+        low, middle, high = statistics.quantiles(kept, n=4) if len(kept) > 1 else kept * 3
         results.append({"median": middle, "lower_quartile": low, "upper_quartile": high})
     return results
 
 
 def mean_gate(model: GridModel, manifest: Manifest, split: str, batch_size: int = 256) -> Tensor:
     """Mean weight of the horizontal head (H, W) over the images of a split, under the diagonal plan."""
-    import numpy as np
-    import torch
-
-    from flashar_pl.data.shards import ShardReader
-
     reader = ShardReader(manifest, split)
     plan = model.make_plan("diagonal", *manifest.grid)
     total = torch.zeros(manifest.grid, dtype=torch.float64)  # (H, W)

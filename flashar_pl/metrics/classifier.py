@@ -5,8 +5,6 @@ Shapes: n images or B of a batch, h x w pixels, D features, C classes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashar_pl.files import read_json, read_tensors, replacing, write_json
-from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
 KIND = "classifier"
@@ -87,11 +85,7 @@ class ClassifierFeatures(FeatureExtractor):
 
     def fingerprint(self) -> str:
         """Hash of the weights."""
-        digest = hashlib.sha256(json.dumps(self.config(), sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().float().numpy().tobytes())
-        return "classifier-" + digest.hexdigest()[:16]
+        return f"classifier-{state_digest(self.state_dict())}"
 
     def save(self, directory: str | Path) -> Path:
         """Write classifier.safetensors and classifier.json to a directory, made if missing; nothing is overwritten."""

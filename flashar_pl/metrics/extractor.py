@@ -8,6 +8,8 @@ Shapes: B batch, h x w image, D pooled features, S spatial features, C classes.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +61,15 @@ def check_images(images: Tensor) -> Tensor:
             f"images are {got}; expected uint8 (B, 3, h, w): tokenizer.decode gives such, decode_float does not."
         )
     return images
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that change with names or values of weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def device_of(extractor: nn.Module) -> torch.device:

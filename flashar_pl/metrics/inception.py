@@ -3,33 +3,32 @@
 torch-fidelity's package imports torchvision, which a CPU build of torch cannot load. Its Inception file needs only
 torch, so that file alone is imported, inside an empty shell of the package.
 
-Shape legend: B batch, D = 2048 pooled features, S = 17 * 17 * 7 = 2023 spatial features, C = 1008 classes.
+Shapes: B images, D = 2048 pooled features, S = 17 * 17 * 7 = 2023 spatial features, C = 1008 classes.
 """
 
-import hashlib
+from __future__ import annotations
+
 import importlib
 import importlib.machinery
 import sys
 from pathlib import Path
 from types import ModuleType
 
-import torch
 from torch import Tensor, nn
 
 from flashar_pl.files import read_tensors
-from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, state_digest
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
-SPATIAL_CHANNELS = 7  # the ADM evaluator keeps the first 7 of 192 channels
-_PACKAGE = "torch_fidelity"
-_SUBMODULE = f"{_PACKAGE}.feature_extractor_inceptionv3"
-_OUTPUTS = ["2048", "logits_unbiased"]
+SPATIAL_CHANNELS = 7
+"""The ADM evaluator keeps the first 7 of 192 channels."""
+PACKAGE = "torch_fidelity"
 
 
 def side_directory() -> Path:
     """Where `make setup` puts torch-fidelity: beside the environment, outside sys.path."""
-    return Path(sys.prefix) / "share" / "flashar_pl" / _PACKAGE
+    return Path(sys.prefix) / "share" / "flashar_pl" / PACKAGE
 
 
 def load_fidelity_module() -> ModuleType:
@@ -38,36 +37,36 @@ def load_fidelity_module() -> ModuleType:
     Raises:
         ValueError: torch-fidelity is neither on sys.path nor in the side directory.
     """
-    spec = importlib.machinery.PathFinder.find_spec(_PACKAGE, [*sys.path, str(side_directory())])
+    spec = importlib.machinery.PathFinder.find_spec(PACKAGE, [*sys.path, str(side_directory())])
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"torch-fidelity 0.4.0 was not found on sys.path or in {side_directory()}. "
             f"Type: pip install --no-deps --target {side_directory()} torch-fidelity==0.4.0"
         )
-    shell = ModuleType(_PACKAGE)
+    shell = ModuleType(PACKAGE)
     shell.__path__ = list(spec.submodule_search_locations)
-    saved = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == _PACKAGE}
-    sys.modules[_PACKAGE] = shell
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == PACKAGE}
+    sys.modules[PACKAGE] = shell
     try:
-        return importlib.import_module(_SUBMODULE)
+        return importlib.import_module(f"{PACKAGE}.feature_extractor_inceptionv3")
     finally:
-        for name in [name for name in sys.modules if name.split(".")[0] == _PACKAGE]:
+        for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
             del sys.modules[name]
-        sys.modules.update(saved)
+        sys.modules.update(before)
 
 
-def read_weights(path: Path | str) -> dict[str, Tensor]:
+def read_weights(path: str | Path) -> dict[str, Tensor]:
     """State dict of the weight file. ValueError says which file and where to get it."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(
             f"no Inception weights at {file}. Download {WEIGHTS_FILE} (96 MB) from {WEIGHTS_URL} and give its path; "
-            "nothing is downloaded for you"
+            "nothing is downloaded for you."
         )
     try:
         return read_tensors(file)
     except ValueError as error:
-        raise ValueError(f"{error} ({WEIGHTS_FILE} is expected)") from error
+        raise ValueError(f"{error} Expected {WEIGHTS_FILE}.") from error
 
 
 def build_network(state: dict[str, Tensor]) -> nn.Module:
@@ -80,9 +79,9 @@ def build_network(state: dict[str, Tensor]) -> nn.Module:
     module = load_fidelity_module()
     module.load_state_dict_from_url = lambda url, progress=False: state  # type: ignore[attr-defined]
     try:
-        return module.FeatureExtractorInceptionV3("inception-v3-compat", _OUTPUTS)
+        return module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     except RuntimeError as error:
-        raise ValueError(f"these are not the weights of {WEIGHTS_FILE}: {str(error)[:400]}") from error
+        raise ValueError(f"these are not the weights of {WEIGHTS_FILE}: {str(error)[:400]}.") from error
 
 
 class InceptionFeatures(FeatureExtractor):
@@ -106,11 +105,11 @@ class InceptionFeatures(FeatureExtractor):
     num_spatial = 17 * 17 * SPATIAL_CHANNELS
     num_classes = 1008
 
-    def __init__(self, weights_path: Path | str) -> None:
+    def __init__(self, weights_path: str | Path) -> None:
         super().__init__()
         state = read_weights(weights_path)
         self.network = build_network(state)
-        self._fingerprint = "inception-2015-" + _hash_of(state)
+        self._fingerprint = "inception-2015-" + state_digest(state)
         self._tap: Tensor | None = None
         tap = self.network.get_submodule("Mixed_6d.branch1x1")
         tap.register_forward_hook(lambda module, inputs, output: setattr(self, "_tap", output))
@@ -126,11 +125,3 @@ class InceptionFeatures(FeatureExtractor):
     def fingerprint(self) -> str:
         """Hash of the weights."""
         return self._fingerprint
-
-
-def _hash_of(state: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
