@@ -7,7 +7,9 @@ file says. It is read here with a list of the few classes an index needs, and mu
 from __future__ import annotations
 
 import pickle
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,34 @@ def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name: tensors[other] for name, other in names.items()}
+
+
+def write_sharded(
+    path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], first: bool, barrier: Callable[[], object]
+) -> None:
+    """Write a checkpoint, every process its shards, under a temporary name; the old one goes when the new one is whole.
+
+    rest: everything but tensors. first: whether this is the first process. barrier: waits for all of them.
+    """
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if first:
+        _remove(part)
+        part.mkdir(parents=True)
+    barrier()
+    dcp.save(tensors, checkpoint_id=part)
+    if first:
+        torch.save(rest, part / META)
+        _remove(old)
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+        _remove(old)
+    barrier()
+
+
+def _remove(path: Path) -> None:
+    """Delete a directory or a file, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

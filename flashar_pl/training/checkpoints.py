@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from flashar_pl.checkpoints.sharded import META
+from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import replacing
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 
@@ -62,7 +62,9 @@ class LastCheckpoint(Callback):
         for callback in trainer.checkpoint_callbacks:
             for kept, path in _last_paths(trainer, callback):
                 held = trainer.is_global_zero and any(
-                    Path(at).exists() and stored_step(Path(at)) == trainer.global_step for at in (kept, path) if at
+                    Path(at).exists() and RunCheckpoint(at).content["global_step"] == trainer.global_step
+                    for at in (kept, path)
+                    if at
                 )
                 if not trainer.strategy.broadcast(held):
                     trainer.save_checkpoint(path)
@@ -89,9 +91,3 @@ def _last_paths(trainer: Trainer, callback: Any) -> list[tuple[str, str]]:
     if callback.save_last is True and callback.last_model_path:
         paths.append(("", callback.last_model_path))
     return paths
-
-
-def stored_step(path: Path) -> int:
-    """The optimiser step of a checkpoint, a file or a directory of shards."""
-    file = path / META if path.is_dir() else path
-    return int(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["global_step"])

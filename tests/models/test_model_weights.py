@@ -166,6 +166,19 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": {"kind": "os.system"}}, "backbone kind is 'os.system'"),
+        ({"kind": "flashar"}, "expected .* with branch_layer"),
+        ({"run": "os.system"}, "'raster' with run"),
+    ],
+)
+def test_a_description_says_what_to_build_and_nothing_else(change: dict, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model({**MODELS["raster"]().config(), **change})
+
+
 def test_weights_that_do_not_fit_their_description_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", MODELS["raster"]())
     config = json.loads((path / "config.json").read_text())

@@ -174,7 +174,7 @@ def test_half_written_checkpoint_keeps_the_old_one(both, job, toy_shards: str, t
         (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("flashar_pl.training.sharded.strategy.dcp.save", crash)
+    monkeypatch.setattr("flashar_pl.checkpoints.sharded.dcp.save", crash)
     with pytest.raises(OSError):
         trainer.save_checkpoint(path)
     monkeypatch.undo()

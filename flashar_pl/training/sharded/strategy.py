@@ -9,7 +9,6 @@ the time: deciding by `requires_grad` loses moments, or fails, when a run contin
 
 from __future__ import annotations
 
-import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from flashar_pl.checkpoints.description import build_model, build_on_meta
 from flashar_pl.checkpoints.initialise import InitReport, initialise
 from flashar_pl.checkpoints.official import is_official_directory
 from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
-from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_meta
+from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta, write_sharded
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.training.new_parts import new_parts
@@ -173,26 +172,11 @@ class ShardedStrategy(ModelParallelStrategy):
         return dict(self.lightning_module.named_parameters())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a directory under a temporary name, then rename it: the old one goes when the new one is whole."""
-        path = Path(self.broadcast(filepath))
-        part = path.with_name(f".{path.name}.part")
-        if self.is_global_zero:
-            _remove(part)
-            part.mkdir(parents=True)
-        self.barrier()
+        """Write a directory of shards; the old one goes when the new one is whole."""
         tensors = checkpoint.pop("state_dict")
         for states in checkpoint.pop("optimizer_states", []):
             tensors |= {OPTIMISER + name: value for name, value in states.items()}
-        dcp.save(tensors, checkpoint_id=part)
-        if self.is_global_zero:
-            torch.save(checkpoint, part / META)
-            old = path.with_name(f".{path.name}.old")
-            _remove(old)
-            if path.exists():
-                path.rename(old)
-            part.rename(path)
-            _remove(old)
-        self.barrier()
+        write_sharded(Path(self.broadcast(filepath)), tensors, checkpoint, self.is_global_zero, self.barrier)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read weights and moments into the shards; returns everything else. Always without running code from it."""
@@ -242,11 +226,3 @@ class ShardedStrategy(ModelParallelStrategy):
 def _whole_model(like: GridModel, path: str | None) -> tuple[GridModel, InitReport | None]:
     model = adapt(build_model(like.config()).float(), adaptation(like))
     return model, None if path is None else initialise(model, path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a directory or a file, if there is one."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
