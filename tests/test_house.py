@@ -48,6 +48,19 @@ def test_no_modules_import_one_another() -> None:
     assert circles({name: imports(name) for name in MODULES}) == []
 
 
+def test_weights_are_read_and_written_in_one_room() -> None:
+    """Others may write what they alone read: Lightning's file of a run, the classifier of FID, parts of features."""
+    calls = {"load_file", "save_file", "safe_open", "torch.load", "torch.save", "dcp.load", "dcp.save"}
+    found = set()
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
+                found.add(name)
+    rooms = {name for name in found if not name.startswith("flashar_pl.checkpoints.")}
+    own = {"training.checkpoints", "metrics.classifier", "evaluate.parts"}
+    assert rooms == {"flashar_pl.files", *(f"flashar_pl.{name}" for name in own)}
+
+
 def test_every_option_group_is_declared_once() -> None:
     """Two declarations of one option drift apart: another default here, another help text there."""
     shared = {

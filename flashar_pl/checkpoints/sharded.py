@@ -85,6 +85,10 @@ class SafeReader(dcp.FileSystemReader):
         """Names of all tensors."""
         return list(self.read_metadata().state_dict_metadata)
 
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Read into tensors that exist, each process its own shards. All processes call it, or a single one."""
+        dcp.load(tensors, storage_reader=self, no_dist=not torch.distributed.is_initialized())
+
 
 def read_meta(path: str | Path) -> dict[str, Any]:
     """Everything but tensors of a sharded checkpoint."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -201,7 +200,7 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer in self.optimizers:
             self._make_states(optimizer, [name for name in stored if name.startswith(OPTIMISER)])
             state |= {OPTIMISER + name: value for name, value in self.optimizer_state(optimizer).items()}
-        dcp.load(state, storage_reader=reader)
+        reader.load(state)
         everything = self.lightning_module_state_dict()
         for name in new:
             everything[name].copy_(everything[NET_PREFIX + name.removeprefix(EMA_PREFIX)])
