@@ -20,10 +20,8 @@ from flashar_pl.options import CodecOptions, PlaceOptions, RankOptions, ShardOpt
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from flashar_pl.data.manifest import Manifest
 
-
-def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Manifest:
+def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
     """Write the embedded digits as WebDataset shards of codes, with their manifest.
 
     scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, 17 grey levels used directly as codes, 10 classes: 1,400

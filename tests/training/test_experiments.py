@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.training.config import TYPES
+from flashar_pl.training.data_choice import choose_data
 from flashar_pl.training.module import FlashARModule
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -21,12 +22,11 @@ LLAMAGEN = {"b": 110_888_448, "l": 342_910_976, "xl": 774_699_520, "xxl": 1_410_
 """Published parameter counts."""
 
 
-def parse(path: Path) -> LightningCLI:
+def parse(path: Path, folder: Path) -> LightningCLI:
     """The configuration as `flashar fit` reads it, on hardware that every machine has."""
+    data, words = choose_data(["--config", str(path)], CodesDataModule, folder)
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false"]
-    return LightningCLI(
-        FlashARModule, CodesDataModule, run=False, auto_configure_optimizers=False, args=["--config", str(path), *here]
-    )
+    return LightningCLI(FlashARModule, data, run=False, auto_configure_optimizers=False, args=[*words, *here])
 
 
 def test_the_promised_files_are_there() -> None:
@@ -35,9 +35,9 @@ def test_the_promised_files_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_instantiates(path: Path) -> None:
+def test_instantiates(path: Path, tmp_path: Path) -> None:
     """On the meta device: no memory for weights, whatever the size."""
-    cli = parse(path)
+    cli = parse(path, tmp_path)
     with torch.device("meta"):
         cli.model.configure_model()
     net = cli.model.net
