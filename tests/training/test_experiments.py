@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from flashar_pl.training.data_choice import choose_data
 from lightning.pytorch.cli import LightningCLI
 
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.training.config import TYPES
-from flashar_pl.training.data_choice import choose_data
 from flashar_pl.training.module import FlashARModule
 
 FOLDER = Path(__file__).parents[2] / "experiments"
