@@ -34,9 +34,12 @@ class progress_bar:
         self._began = self._last = time.monotonic()
 
     def __enter__(self) -> Callable[[int], Any]:
-        return self._advance
+        return self.advance
 
-    def _advance(self, n: int) -> None:
+    def advance(self, n: int, **shown: Any) -> None:
+        """n more are done; numbers to show beside the bar, read only where there is one."""
+        if shown and not self._bar.disable:
+            self._bar.set_postfix({name: f"{float(value):.4g}" for name, value in shown.items()}, refresh=False)
         self._bar.update(n)
         self._done += n
         now = time.monotonic()
@@ -51,6 +54,10 @@ class progress_bar:
             )
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
         self._bar.close()
 
 

@@ -10,6 +10,7 @@ from flashar_pl.backbones.registry import DEFAULT, FAMILIES
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.files import closest
 from flashar_pl.models.lora import LoraConfig
+from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import find_prompt_tokenizer
 from flashar_pl.training.stages import Schedule
 
@@ -151,7 +152,7 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(SamplingSettings):
     """What a validation does besides the likelihood of held-out images."""
 
     samples: int = 0
@@ -162,14 +163,6 @@ class ValidationConfig:
     """Images shown in the sample grid of every validation; 0 = no grid."""
     plan: Literal["raster", "diagonal"] | None = None
     """Decoding order of samples and likelihood; None = the model's own."""
-    cfg_scale: float = 1.0
-    """Classifier-free guidance of the samples; 1 = none."""
-    temperature: float = 1.0
-    """Softmax temperature of the samples."""
-    top_k: int = 0
-    """Draw from the k most likely codes; 0 = all."""
-    top_p: float = 1.0
-    """Draw from the most likely codes with this much probability; 1 = all."""
     seed: int = 0
     """Sample i is drawn with seed + i, in every validation."""
     features: str | None = None
@@ -180,6 +173,7 @@ class ValidationConfig:
     """Compute FID and Inception Score in every such validation of a fit."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.samples < 0 or self.grid_images < 0 or self.sample_batch < 1 or self.fid_every < 1:
             raise ValueError(
                 f"validation.samples is {self.samples}, grid_images {self.grid_images}, sample_batch "
@@ -192,8 +186,11 @@ class ValidationConfig:
             )
         if self.features is not None and not self.samples:
             raise ValueError(f"validation.features is {self.features!r}, but samples is 0; expected 2 or more.")
-        if self.cfg_scale < 0:
-            raise ValueError(f"validation.cfg_scale is {self.cfg_scale}; expected 0 or more.")
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """How the samples are drawn."""
+        return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(SamplingSettings)})
 
 
 def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import adaptation, merge
-from flashar_pl.sampling import SamplingSettings
 from flashar_pl.training.config import ValidationConfig
 
 LOSSES = ("loss", "fused", "horizontal", "vertical")
@@ -147,17 +146,5 @@ def sample_set(
     settings: ValidationConfig, n: int, plan: DecodePlan, condition_of: Callable[[list[int]], Condition]
 ) -> SampleSet:
     """The n samples of a validation."""
-    return SampleSet(
-        condition_of,
-        n,
-        (plan.height, plan.width),
-        plan.name,
-        SamplingSettings(
-            cfg_scale=settings.cfg_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-        ),
-        batch_size=min(settings.sample_batch, n),
-        seed=settings.seed,
-    )
+    grid, batch = (plan.height, plan.width), min(settings.sample_batch, n)
+    return SampleSet(condition_of, n, grid, plan.name, settings.sampling, batch, settings.seed)
