@@ -137,22 +137,8 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
 
 
 def check_plan(model: GridModel, plan: str | None, grid: tuple[int, int]) -> str:
-    """The plan's name (None = the model's own), if this model can run it.
-
-    Raises:
-        ValueError: a raster model cannot run the diagonal plan without a branch layer.
-    """
-    from flashar_pl.models.raster import RasterAR
-
-    name = plan or model.plan_name
-    if name == "diagonal" and isinstance(model, RasterAR):
-        layers = model.backbone.n_layer
-        raise ValueError(
-            f"this is a raster model without a vertical head. Add --branch-layer m (0 to {layers}; {layers - 1} is "
-            "usual) for training-free diagonal decoding, or use --plan raster."
-        )
-    model.make_plan(name, *grid)
-    return name
+    """The plan's name (None = the model's own). ValueError if this model cannot run it."""
+    return model.make_plan(plan or model.plan_name, *grid).name
 
 
 def check_top_k(model: GridModel, top_k: int) -> None:

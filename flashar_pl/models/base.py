@@ -123,8 +123,9 @@ class GridModel(nn.Module, ABC):
         """ValueError if the model cannot run `plan`."""
         if plan.has_vertical and self.dual_head.vertical is None:
             raise ValueError(
-                f"the {plan.name} plan needs a vertical head, and this is a raster model; wrap it first: "
-                "FlashAR(backbone, branch_layer=m)."
+                f"the {plan.name} plan needs a vertical head, and this is a raster model. For training-free decoding "
+                f"wrap it first: FlashAR(backbone, branch_layer=m), on the command line --branch-layer m (0 to "
+                f"{self.backbone.n_layer}), or take the raster plan."
             )
 
     def _plan_of(self, codes: Tensor, plan: DecodePlan | None) -> DecodePlan:
