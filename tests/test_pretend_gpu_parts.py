@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 from pretend_gpu import PretendGPU
@@ -12,9 +9,7 @@ from torch import Tensor
 
 from flashar_pl.metrics import collector
 from flashar_pl.metrics.classifier import ClassifierFeatures
-from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.extractor import extract_features
-from flashar_pl.metrics.fid import FrechetDistance
 from flashar_pl.metrics.reference import reference_from_batches
 from flashar_pl.tokenizers import IBQ, VQ16, Tokenizer
 from flashar_pl.tokenizers.conv_tokenizer import TokenizerSpec
@@ -53,16 +48,12 @@ def test_a_tokenizer(kind: str) -> None:
 
 
 def results(device: str) -> dict[str, float]:
-    """All metrics of two batches of samples, the second with one row that only fills it up."""
+    """All metrics of a batch of samples."""
     torch.manual_seed(1)
-    names = [name for name in collector.NAMES if name != "sfid"]
     extractor = ClassifierFeatures((8, 8), 3, 4).requires_grad_(False).eval().to(device)
-    metrics = DistributionMetrics(extractor, names).to(device)
-    metrics.set_reference(reference_from_batches(extractor, images(9, 8).split(4)))
-    first, second = (extract_features(extractor, images(n, 8, n // 3).to(device)) for n in (6, 3))
-    metrics.update(first, torch.arange(6), None)
-    metrics.update(second, torch.arange(6, 9).to(device), torch.tensor([1, 1, 0]).bool().to(device))
-    return metrics.compute()
+    real = reference_from_batches(extractor, images(9, 8).split(4))
+    names = [name for name in collector.NAMES if name != "sfid"]
+    return collector.measure(names, extract_features(extractor, images(8, 8, 1).to(device)), real)
 
 
 def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,21 +64,3 @@ def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
         found = results("cuda")
     assert found.keys() == expected.keys() >= {"fid", "is", "precision", "kid"}
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
-
-def test_real_rows_and_moments() -> None:
-    """What validation does: real images are counted on the device, and moments that were read come from the CPU."""
-    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
-    mu, sigma = rows[:20].double().mean(0).numpy(), np.cov(rows[:20].double().numpy().T)
-    answers: list[Any] = []
-    for device in ("cpu", "cuda"):
-        with PretendGPU():
-            for reference in (True, False):
-                distance = FrechetDistance(5).to(device)
-                if reference:
-                    distance.set_reference(mu, sigma, 20)
-                else:
-                    distance.update(rows[:20].to(device), real=True)
-                distance.update(rows[20:].to(device), real=False, valid=torch.ones(20).bool().to(device))
-                answers.append(float(distance.compute()))
-    assert answers == pytest.approx([answers[0]] * 4, rel=1e-6)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from flashar_pl.planner.sizes import ModelSizes
 
 PACKAGES = {
-    "lightning": "training", "webdataset": "shards", "torchmetrics": "FID", "tensorboard": "curves",
+    "lightning": "training", "webdataset": "shards", "tensorboard": "curves",
     "matplotlib": "plots and the demo: pip install 'flashar-pl[demo]'",
     "scikit-learn": "the demo: pip install 'flashar-pl[demo]'",
     "torchao": "int8, fp8, 8-bit moments: pip install 'flashar-pl[large]'",

@@ -97,10 +97,11 @@ class PartFolder:
         """index (b,), codes (b, H, W) int32, pool (b, D), and where stored spatial (b, S), logits (b, C), images."""
         return load_file(self.file(batch))
 
-    def features(self, batch: int) -> tuple[Features, Tensor]:
-        """Features of the b samples of a batch, and their numbers (b,)."""
-        part = self.read(batch)
-        return Features(part["pool"], part.get("spatial"), part.get("logits")), part["index"]
+    def features(self, batches: int, device: torch.device) -> Features:
+        """Features of all samples in order, whoever drew them."""
+        parts = [self.read(batch) for batch in range(batches)]
+        names = [name for name in ("pool", "spatial", "logits") if name in parts[0]]
+        return Features(**{name: torch.cat([part[name] for part in parts]).to(device) for name in names})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and drop the parts: the evaluation is finished."""

@@ -18,8 +18,9 @@ from torch import Tensor
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.samples import SampleSet, draw_codes
+from flashar_pl.metrics.collector import measure
 from flashar_pl.metrics.features import ClassifierFeatures, extract_features
-from flashar_pl.metrics.fid import FrechetDistance
+from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_batches
 from flashar_pl.models import GridModel
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
@@ -32,28 +33,26 @@ WARM_UP = 3
 
 @dataclass
 class Judge:
-    """What samples are judged by: a classifier and the features of real images."""
+    """What samples are judged by: a classifier and real images."""
 
     classifier: ClassifierFeatures
     tokenizer: Tokenizer
-    real: Tensor
-    """(m, D) features of real images."""
+    real: ReferenceStatistics
+    """Features of real images."""
 
     @classmethod
     def build(cls, classifier: ClassifierFeatures, manifest: Manifest) -> Judge:
         """With all images of every split as the real side."""
         splits = [split for split in manifest.splits if manifest.samples(split)]
-        real = [extract_features(classifier, split_images(manifest, split)[0]).pool for split in splits]
-        return cls(classifier, build_tokenizer(manifest.tokenizer), torch.cat(real))
+        images = (split_images(manifest, split)[0] for split in splits)
+        return cls(classifier, build_tokenizer(manifest.tokenizer), reference_from_batches(classifier, images))
 
     def judge(self, codes: Tensor, labels: Tensor) -> tuple[float, float]:
         """FID and class accuracy of codes (n, H, W) that were sampled for labels (n,)."""
         features = extract_features(self.classifier, self.tokenizer.decode(codes))
         assert features.logits is not None
-        distance = FrechetDistance(self.classifier.num_features)
-        distance.update(self.real, real=True)
-        distance.update(features.pool, real=False)
-        return float(distance.compute()), float((features.logits.argmax(1) == labels).double().mean())
+        found = measure(["fid"], features, self.real)
+        return found["fid"], float((features.logits.argmax(1) == labels).double().mean())
 
 
 def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
@@ -78,7 +77,7 @@ def sample_quality(
 ) -> dict[str, list[float]]:
     """ "fid" and "accuracy" for each sample seed; sample i has class i modulo the number of classes."""
     engine = Engine(model)
-    labels = torch.arange(samples) % judge.classifier.num_classes
+    labels = torch.arange(samples) % int(judge.classifier.num_classes or 1)
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
     for seed in seeds:
         numbered = SampleSet.of(labels, grid, plan, settings, batch_size, seed * SEED_STRIDE)

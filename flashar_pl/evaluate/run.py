@@ -21,7 +21,7 @@ from flashar_pl.evaluate.parts import PartFolder
 from flashar_pl.evaluate.reference import Reference, load_reference_images
 from flashar_pl.evaluate.results import draw_grid, write_codes, write_npz
 from flashar_pl.evaluate.samples import Bench
-from flashar_pl.metrics.collector import DistributionMetrics, choose_metrics
+from flashar_pl.metrics.collector import choose_metrics, measure
 from flashar_pl.metrics.extractor import device_of
 from flashar_pl.options import as_settings
 from flashar_pl.ranks import Rank
@@ -126,15 +126,6 @@ def sample_identity(asked: Evaluation, bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure(bench: Bench, judge: Judge, folder: PartFolder) -> dict[str, float]:
-    """Metrics of all parts, added in the order of batches, so that not even rounding depends on who drew them."""
-    metrics = DistributionMetrics(bench.extractor, judge.names, sync=False).to(device_of(bench.extractor))
-    metrics.set_reference(judge.reference.statistics)
-    for batch in range(bench.samples.batches):
-        metrics.update(*folder.features(batch))
-    return metrics.compute()
-
-
 def finish(
     asked: Evaluation, bench: Bench, judge: Judge, folder: PartFolder, identity: dict[str, Any], run: dict[str, Any]
 ) -> dict[str, Any]:
@@ -147,7 +138,7 @@ def finish(
             "directory. Give the same command again to draw them."
         )
     print(f"computing {', '.join(judge.names)}", file=sys.stderr)
-    metrics = measure(bench, judge, folder)
+    metrics = measure(judge.names, folder.features(batches, device_of(bench.extractor)), judge.reference.statistics)
     codes = write_codes(folder, batches, bench.tokenizer.vocabulary)
     if asked.options.save_npz:
         write_npz(folder, batches, bench.samples.n, out / "samples.npz")

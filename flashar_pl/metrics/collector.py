@@ -1,29 +1,27 @@
-"""All metrics of a set of samples from one pass over their features: a table of what each one looks at.
+"""All metrics of a set of samples: a table of what each looks at, and which of them are possible.
 
-Shapes: B rows of a batch, n samples over all ranks, D pooled features, S spatial features, C classes.
+Shapes: n samples, D pooled features, S spatial features, C classes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
+from torch import Tensor
 
 from flashar_pl.metrics.distribution import (
     ADM_SPLIT_SIZE,
     f1_score,
+    frechet_distance_from_moments,
     inception_score,
     kernel_distance,
     precision_recall,
 )
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
-from flashar_pl.metrics.fid import FrechetDistance
-from flashar_pl.metrics.reference import ReferenceStatistics
+from flashar_pl.metrics.reference import Moments, ReferenceStatistics
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,12 @@ class Measure:
     names: tuple[str, ...]
     of: Literal["pool", "spatial", "logits"]
     """The features they look at."""
-    function: Callable[[Tensor, Tensor], tuple[float, ...]] | None = None
-    """From rows of samples and of the reference, one value for each name; None = the Fréchet distance of moments."""
+    against: Literal["moments", "rows", "nothing"]
+    """The part of the reference they are compared with."""
+    function: Callable[[Tensor, ReferenceStatistics], tuple[float, ...]]
+    """From rows of samples and the reference, one value for each name."""
     rows: int = 1
-    """Fewest samples, and reference rows where it `compares`."""
-    compares: bool = True
-    """False: the reference is not looked at."""
+    """Fewest samples, and reference rows."""
 
 
 def measures(
@@ -46,156 +44,54 @@ def measures(
 ) -> tuple[Measure, ...]:
     """The table. k: neighbours of precision and recall; split_size: rows per part of the Inception Score."""
 
-    def score(samples: Tensor, reference: Tensor) -> tuple[float]:
-        return (inception_score(samples, split_size=split_size, kind="logits"),)
+    def score(rows: Tensor, real: ReferenceStatistics) -> tuple[float]:
+        return (inception_score(rows, split_size=split_size, kind="logits"),)
 
-    def coverage(samples: Tensor, reference: Tensor) -> tuple[float, float, float]:
-        precision, recall = precision_recall(samples, reference, k)
+    def coverage(rows: Tensor, real: ReferenceStatistics) -> tuple[float, float, float]:
+        precision, recall = precision_recall(rows, real.features, k)  # type: ignore[arg-type]
         return precision, recall, f1_score(precision, recall)
 
-    def kernel(samples: Tensor, reference: Tensor) -> tuple[float]:
-        return (kernel_distance(samples, reference, kid_subsets, kid_subset),)
+    def kernel(rows: Tensor, real: ReferenceStatistics) -> tuple[float]:
+        return (kernel_distance(rows, real.features, kid_subsets, kid_subset),)  # type: ignore[arg-type]
 
     return (
-        Measure(("fid",), "pool"),
-        Measure(("sfid",), "spatial"),
-        Measure(("is",), "logits", score, compares=False),
-        Measure(("precision", "recall", "f1"), "pool", coverage, rows=k + 1),
-        Measure(("kid",), "pool", kernel, rows=kid_subset),
+        Measure(("fid",), "pool", "moments", lambda rows, real: _frechet(rows, real.mu, real.sigma, real.n)),
+        Measure(("sfid",), "spatial", "moments", lambda rows, real: _frechet(rows, real.mu_s, real.sigma_s, real.n)),
+        Measure(("is",), "logits", "nothing", score),
+        Measure(("precision", "recall", "f1"), "pool", "rows", coverage, rows=k + 1),
+        Measure(("kid",), "pool", "rows", kernel, rows=kid_subset),
     )
+
+
+def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> tuple[float]:
+    mean, covariance, count = Moments.of(rows).statistics()
+    few = count if n is None else min(count, n)
+    if few <= rows.shape[1]:
+        warnings.warn(
+            f"{few} rows for {rows.shape[1]} features: the covariance is singular and the distance biased upwards; "
+            "compare only results of equal sample counts",
+            stacklevel=3,
+        )
+    return (frechet_distance_from_moments(mean, covariance, mu, sigma),)
 
 
 MEASURES = measures()
 NAMES = tuple(name for measure in MEASURES for name in measure.names)
 
 
-class SampleRows(Metric):
-    """Rows kept with their global sample index; after compute() equal and in the same order on every rank."""
+def measure(names: Sequence[str], samples: Features, reference: ReferenceStatistics) -> dict[str, float]:
+    """Metrics of n samples, whose feature rows are in the order of their numbers. `choose_metrics` says which can be.
 
-    full_state_update = False
-    index: list[Tensor] | Tensor
-    rows: list[Tensor] | Tensor
-
-    def __init__(self, columns: int, **kwargs: Any) -> None:
-        super().__init__(compute_with_cache=False, **kwargs)
-        self.columns = columns
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-
-    def update(self, rows: Tensor, index: Tensor) -> None:
-        """Add rows (B, columns) and their indices (B,) int64."""
-        assert isinstance(self.index, list)
-        assert isinstance(self.rows, list)
-        self.index.append(index.to(self.device, torch.int64))
-        self.rows.append(rows.detach().float().to(self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """A rank without samples takes part with tensors of the other ranks' dtype and number of dimensions."""
-        if isinstance(self.rows, list) and not self.rows:
-            self.update(torch.zeros(0, self.columns), torch.zeros(0, dtype=torch.int64))
-        super().sync(*args, **kwargs)
-
-    def compute(self) -> Tensor:
-        """Rows (n, columns) in ascending index. Raises ValueError where there are none, or an index occurs twice."""
-        if isinstance(self.rows, list) and not self.rows:
-            raise ValueError("no samples were added; expected update(...) before compute().")
-        index, rows = dim_zero_cat(self.index), dim_zero_cat(self.rows)
-        ordered, order = index.sort()
-        if bool((ordered[1:] == ordered[:-1]).any()):
-            raise ValueError("a sample index occurs twice; count every sample once, mark padding as not valid.")
-        return rows[order]
-
-
-class DistributionMetrics(nn.Module):
-    """FID, sFID, Inception Score, precision, recall, F1 and KID of generated images from one pass.
-
-    FID and sFID keep moments only. The others keep rows in float32 (2048 + 1008 columns: 12 KB per sample), ordered by
-    sample index, so that the result does not depend on the number of ranks.
-
-    Args:
-        extractor: what makes the features; asked for their numbers only.
-        names: which of `NAMES` to compute; see `choose_metrics` for those that are possible.
-        sync: compute() joins what all ranks were given; False = one rank has everything.
-
-    Use: set_reference(...), update(features, index) per batch, compute() -> dict of floats, reset().
+    Raises:
+        ValueError: too few samples, or reference rows, for a metric.
     """
-
-    def __init__(self, extractor: nn.Module, names: Sequence[str], sync: bool = True) -> None:
-        super().__init__()
-        columns: dict[str, Any] = {"pool": extractor.num_features}
-        if isinstance(extractor, FeatureExtractor):
-            columns |= {"spatial": extractor.num_spatial, "logits": extractor.num_classes}
-        self.names = [name for name in NAMES if name in names]
-        self.measures = [measure for measure in MEASURES if set(measure.names) & set(names)]
-        self.moments, self.rows = nn.ModuleDict(), nn.ModuleDict()
-        for measure in self.measures:
-            name = measure.of
-            assert columns.get(name), f"{type(extractor).__name__} has no features for {measure.names}"
-            if measure.function is None:
-                self.moments[name] = FrechetDistance(columns[name], sync_on_compute=sync)
-            elif name not in self.rows:
-                self.rows[name] = SampleRows(columns[name], sync_on_compute=sync)
-        self._reference: ReferenceStatistics | None = None
-
-    @property
-    def fid(self) -> FrechetDistance:
-        """The distance of pooled features, which also counts real rows that are given to it."""
-        distance = self.moments["pool"]
-        assert isinstance(distance, FrechetDistance)
-        return distance
-
-    @property
-    def device(self) -> torch.device:
-        """Where the sums and rows are."""
-        metric = next(iter((*self.moments.values(), *self.rows.values())))
-        assert isinstance(metric, Metric)
-        return metric.device
-
-    def set_reference(self, reference: ReferenceStatistics) -> None:
-        """Compare with these real images. ValueError for moments of other features."""
-        moments = {"pool": (reference.mu, reference.sigma), "spatial": (reference.mu_s, reference.sigma_s)}
-        for name, distance in self.moments.items():
-            distance.set_reference(*moments[name], reference.n)  # type: ignore[operator]
-        self._reference = reference
-
-    def update(self, features: Features, index: Tensor, valid: Tensor | None = None) -> None:
-        """Add features of B generated images.
-
-        Args:
-            index: (B,) global sample numbers, each once over all ranks.
-            valid: (B,) bool, False for rows that only pad; None counts all.
-        """
-        keep = torch.ones(len(index), dtype=torch.bool) if valid is None else valid.cpu()
-        assert len(features.pool) == len(index) == len(keep)
-        for name, distance in self.moments.items():
-            rows = getattr(features, name)
-            distance.update(rows[keep.to(rows.device)], real=False)  # type: ignore[operator]
-        for name, store in self.rows.items():
-            rows = getattr(features, name)
-            store.update(rows[keep.to(rows.device)], index.cpu()[keep])  # type: ignore[operator]
-
-    def compute(self) -> dict[str, float]:
-        """Results by name, equal on all ranks; every rank must call it.
-
-        Raises:
-            ValueError: too few samples for a metric, or an index that occurs twice.
-        """
-        results: dict[str, float] = {}
-        kept = None if self._reference is None else self._reference.features
-        reference = torch.empty(0) if kept is None else torch.from_numpy(kept)
-        rows = {name: store.compute() for name, store in self.rows.items()}  # type: ignore[operator]
-        for measure in self.measures:
-            if measure.function is None:
-                values: tuple[float, ...] = (float(self.moments[measure.of].compute()),)  # type: ignore[operator]
-            else:
-                values = measure.function(rows[measure.of], reference)
-            results |= dict(zip(measure.names, values))
-        return {name: results[name] + 0.0 for name in self.names}  # -0.0 + 0.0 is 0.0
-
-    def reset(self) -> None:
-        """Forget the samples; the reference stays."""
-        for metric in (*self.moments.values(), *self.rows.values()):
-            metric.reset()  # type: ignore[operator]
+    results: dict[str, float] = {}
+    for each in MEASURES:
+        if set(each.names) & set(names):
+            rows = getattr(samples, each.of)
+            assert rows is not None, f"no {each.of} features for {each.names}"
+            results |= dict(zip(each.names, each.function(rows, reference)))
+    return {name: results[name] + 0.0 for name in NAMES if name in names}  # -0.0 + 0.0 is 0.0
 
 
 # --- what is possible ------------------------------------------------------------------------------------------------
@@ -228,7 +124,7 @@ def choose_metrics(
         problem = _problem(measure, extractor, reference, n)
         if asked and problem:
             left_out |= dict.fromkeys(asked, problem)
-        elif asked and measure.function is None:
+        elif asked and measure.against == "moments":
             columns = extractor.num_features if measure.of == "pool" else extractor.num_spatial
             _check_counts(measure.names[0], int(columns or 0), reference, n, min_samples)
     if names is not None and left_out:
@@ -245,7 +141,7 @@ def _problem(measure: Measure, extractor: FeatureExtractor, reference: Reference
         return "the reference has no spatial moments (mu_s, sigma_s)"
     if measure.of == "logits" and not extractor.num_classes:
         return "the extractor has no class logits"
-    if measure.function is None or not measure.compares:
+    if measure.against != "rows":
         return None
     if reference.features is None:
         return "the reference has neither images nor feature rows"

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from flashar_pl.files import read_arrays, replacing
 from flashar_pl.metrics.distribution import check_moments
 from flashar_pl.metrics.extractor import FeatureExtractor, extract_features
-from flashar_pl.metrics.fid import FrechetDistance
 
 KEEP_FEATURES = 10_000
 """Rows kept for precision, recall and KID, as many as the ADM reference batches hold."""
@@ -52,6 +51,37 @@ class ReferenceStatistics:
         return Path(path)
 
 
+class Moments:
+    """Sums over feature rows in float64: mean and covariance, however many batches or ranks the rows come from."""
+
+    def __init__(self, columns: int) -> None:
+        self.products = torch.zeros(columns + 1, columns + 1, dtype=torch.float64)
+        """(D + 1, D + 1): sum of the outer products of (1, row). Those of several ranks may be added."""
+
+    @classmethod
+    def of(cls, rows: Tensor) -> Moments:
+        """Of rows (n, D)."""
+        moments = cls(rows.shape[1])
+        for part in rows.split(4096):
+            moments.add(part)
+        return moments
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows (B, D). Raises ValueError for values that are not finite."""
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError("features hold NaN or infinity; expected finite values.")
+        wide = torch.nn.functional.pad(rows.double(), (1, 0), value=1.0)  # (B, D + 1)
+        self.products = self.products.to(rows.device) + wide.T @ wide
+
+    def statistics(self) -> tuple[Tensor, Tensor, int]:
+        """Mean (D,), unbiased covariance (D, D) in float64, and n. Raises ValueError for fewer than 2 rows."""
+        count = int(self.products[0, 0])
+        if count < 2:
+            raise ValueError(f"{count} images are too few for a Fréchet distance; expected 2 or more.")
+        mean = self.products[0, 1:] / count
+        return mean, (self.products[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1), count
+
+
 def reference_from_batches(
     extractor: nn.Module, batches: Iterable[Tensor], *, keep_features: int = KEEP_FEATURES
 ) -> ReferenceStatistics:
@@ -60,22 +90,22 @@ def reference_from_batches(
     Raises:
         ValueError: fewer than 2 images in all, or images that are not uint8.
     """
-    pool = FrechetDistance(int(extractor.num_features), sync_on_compute=False)  # type: ignore[arg-type]
-    columns = extractor.num_spatial if isinstance(extractor, FeatureExtractor) else None
-    spatial = FrechetDistance(columns, sync_on_compute=False) if columns else None
-    kept, room = [torch.empty(0, pool.columns)], keep_features
+    columns = int(extractor.num_features)  # type: ignore[arg-type]
+    second = extractor.num_spatial if isinstance(extractor, FeatureExtractor) else None
+    pool, spatial = Moments(columns), Moments(second or 0)
+    kept, room = [torch.empty(0, columns)], keep_features
     for images in batches:
         features = extract_features(extractor, images)
         rows = features.pool.cpu()
-        pool.update(rows, real=True)
-        if spatial is not None and features.spatial is not None:
-            spatial.update(features.spatial.cpu(), real=True)
+        pool.add(rows)
+        if features.spatial is not None:
+            spatial.add(features.spatial.cpu())
         kept.append(rows[:room].float())
         room -= len(kept[-1])
-    mean, covariance, count = pool.moments(real=True)
-    second = (None, None) if spatial is None else [moment.numpy() for moment in spatial.moments(real=True)[:2]]
+    mean, covariance, count = (np.asarray(value) for value in pool.statistics())
+    others = [np.asarray(value) for value in spatial.statistics()[:2]] if second else [None, None]
     stored = torch.cat(kept).numpy() if keep_features else None
-    return ReferenceStatistics(mean.numpy(), covariance.numpy(), count, second[0], second[1], stored)
+    return ReferenceStatistics(mean, covariance, int(count), others[0], others[1], stored)
 
 
 def load_reference(path: str | Path, extractor: nn.Module | None = None, batch_size: int = 64) -> ReferenceStatistics:

@@ -15,9 +15,9 @@ from torch import Tensor
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.decoding.samples import Drawn, draw
 from flashar_pl.grid import DecodePlan
-from flashar_pl.metrics.collector import DistributionMetrics
-from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
-from flashar_pl.metrics.reference import load_reference
+from flashar_pl.metrics.collector import measure
+from flashar_pl.metrics.features import FeatureExtractor, Features, extract_features, load_extractor
+from flashar_pl.metrics.reference import Moments, ReferenceStatistics, load_reference
 from flashar_pl.pictures import tile
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.config import ValidationConfig
@@ -41,12 +41,13 @@ class DrawnSamples(SplitCallback):
         """Validations of the fit so far."""
         self.extractor: FeatureExtractor | None = None
         self.tokenizer: Tokenizer | None = None
-        self.metrics: dict[str, DistributionMetrics] = {}
-        """One for each split: its real images are seen once."""
+        self.references: dict[str, ReferenceStatistics] = {}
+        """Of each split, once its real images were seen."""
+        self.real: Moments | None = None
+        """Of the real images of a split, while they are seen."""
         self.conditions: SampleConditions
         self.plan: DecodePlan | None = None
         """Of the split's first grid."""
-        self._counts_real = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations}
@@ -68,13 +69,14 @@ class DrawnSamples(SplitCallback):
         self.tokenizer = build_tokenizer(manifest.tokenizer)
         if config.features is not None:
             self.extractor = load_extractor(config.features)
-            self.metrics = {split: _new_metrics(self.extractor, config.reference) for split in ("val", "test")}
+            if config.reference is not None:
+                self.references = dict.fromkeys(("val", "test"), load_reference(config.reference, self.extractor))
 
     def begin(self, trainer: Trainer, module: Trained, split: str) -> None:
         self.plan = None
         self.conditions = SampleConditions(module.net, max(self.config.samples, self.config.grid_images))
-        metrics = self.metrics.get(split)
-        self._counts_real = metrics is not None and not metrics.fid.has_reference and not trainer.sanity_checking
+        seen = self.extractor is None or split in self.references or trainer.sanity_checking
+        self.real = None if seen else Moments(self.extractor.num_features)  # type: ignore[union-attr]
 
     def add(self, module: Trained, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)
@@ -82,64 +84,63 @@ class DrawnSamples(SplitCallback):
         if (plan.height, plan.width) != (self.plan.height, self.plan.width):
             return  # samples are drawn, and compared with real images, on the split's first grid
         self.conditions.collect(batch.condition, batch.index, batch.valid)
-        if self._counts_real:
+        if self.real is not None:
             assert self.tokenizer is not None
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
-            self.metrics[split].to(rows.device).fid.update(rows, real=True, valid=batch.valid)
+            self.real.add(rows if batch.valid is None else rows[batch.valid])
 
     def finish(self, trainer: Trainer, module: Trained, split: str) -> dict[str, float]:
         """Generate; show the grid; return fid, is and accuracy where they are due."""
         config, fitting = self.config, trainer.state.fn == TrainerFn.FITTING
         self.validations += fitting and split == "val"
         measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
+        if self.real is not None:
+            counted = self.real.products.to(trainer.strategy.root_device)
+            self.real.products = sum_over_ranks(trainer, counted)
+            mean, covariance, count = self.real.statistics()
+            self.references[split] = ReferenceStatistics(mean.cpu().numpy(), covariance.cpu().numpy(), count)
         n = max(measured, config.grid_images)
         if n == 0:
             return {}
         assert self.plan is not None
         assert self.tokenizer is not None
         device = trainer.strategy.root_device
-        metrics = self.metrics[split].to(device) if measured else None
-        if metrics is not None:
-            metrics.reset()  # generated rows only: real ones stay
-        hits = torch.zeros(2, dtype=torch.float64, device=device)  # right, judged
+        extractor = None if self.extractor is None or not measured else self.extractor.to(device)
+        classes = None if extractor is None else extractor.num_classes
         size = [side * self.tokenizer.downsample for side in (self.plan.height, self.plan.width)]
-        sheet = torch.zeros(config.grid_images, 3, *size, dtype=torch.int32, device=device)  # this rank's part
+        # this rank's part of what all draw together; the sum over ranks has every row once
+        sheet = torch.zeros(config.grid_images, 3, *size, dtype=torch.int32, device=device)
+        pool = torch.zeros(measured, 0 if extractor is None else extractor.num_features, device=device)
+        logits = torch.zeros(measured, classes or 0, device=device)
         samples = sample_set(config, n, self.plan, self.conditions.join())
         batches = samples.batches_of_rank(trainer.global_rank, trainer.world_size)
-        extractor = None if metrics is None or self.extractor is None else self.extractor.to(device)
         model = for_sampling(module.evaluated, str(trainer.precision))
         for drawn in draw(model, self.tokenizer.to(device), samples, batches, extractor):
-            if metrics is not None:
-                hits += self._measure(metrics, drawn, drawn.index < measured)
-            shown = drawn.index < config.grid_images
-            sheet[drawn.index[shown]] = drawn.images[shown.to(sheet.device)].to(torch.int32)
+            for whole, rows in (sheet, drawn.images), *_rows(drawn, pool, logits):
+                inside = drawn.index < len(whole)
+                whole[drawn.index[inside].to(device)] = rows[inside.to(device)].to(whole.dtype)
         if config.grid_images:
             images = sum_over_ranks(trainer, sheet).to(torch.uint8).cpu()
             self.show(trainer, f"{split}/samples", "samples", tile(images))
-        if metrics is None:
+        if extractor is None:
             return {}
-        right, judged = sum_over_ranks(trainer, hits).tolist()
-        return metrics.compute() | ({"accuracy": right / judged} if judged else {})
-
-    def _measure(self, metrics: DistributionMetrics, drawn: Drawn, judged: Tensor) -> Tensor:
-        """Add the judged (b,) bool samples to the metrics; returns (right, judged) class predictions."""
-        assert drawn.features is not None
-        metrics.update(drawn.features, drawn.index, valid=judged)
-        logits, classes = drawn.features.logits, self.conditions.classes
-        hits = torch.zeros(2, dtype=torch.float64, device=drawn.images.device)
-        if logits is not None and classes is not None and logits.shape[1] == classes:
-            right = logits.argmax(1).cpu() == drawn.index % classes
-            hits += torch.stack([right[judged].sum(), judged.sum()]).to(hits)
-        return hits
+        pool, logits = sum_over_ranks(trainer, pool), sum_over_ranks(trainer, logits)
+        names = ["fid", "is"] if classes else ["fid"]
+        scores = measure(names, Features(pool, None, logits), self.references[split])
+        if classes and classes == self.conditions.classes:
+            wanted = torch.arange(measured, device=device) % classes
+            scores["accuracy"] = float((logits.argmax(1) == wanted).double().mean())
+        return scores
 
 
-def _new_metrics(extractor: FeatureExtractor, reference: str | None) -> DistributionMetrics:
-    metrics = DistributionMetrics(extractor, names=["fid", "is"] if extractor.num_classes else ["fid"])
-    if reference is not None:
-        metrics.set_reference(load_reference(reference, extractor))
-    return metrics
+def _rows(drawn: Drawn, pool: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Where the features of a batch belong, and the features."""
+    features = drawn.features
+    if features is None:
+        return []
+    return [(pool, features.pool), *([] if features.logits is None else [(logits, features.logits)])]
 
 
 def _check_monitors(trainer: Trainer, fid_every: int) -> None:

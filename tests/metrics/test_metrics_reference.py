@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from flashar_pl.metrics import collector
-from flashar_pl.metrics.collector import DistributionMetrics
 from flashar_pl.metrics.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.metrics.reference import (
+    Moments,
     load_reference,
     reference_from_batches,
 )
@@ -94,18 +94,10 @@ def test_unreadable_references_say_why(tmp_path):
         reference_from_batches(Pixels(), images(1, 0).split(16))
 
 
-def test_one_pass_equals_the_pure_functions(monkeypatch):
+def test_the_table_equals_the_pure_functions(monkeypatch):
     monkeypatch.setattr(collector, "MEASURES", collector.measures(split_size=20, kid_subsets=3, kid_subset=30))
     real, samples = images(60, 1), images(50, 2)
-    metrics = DistributionMetrics(Pixels(), collector.NAMES)
-    metrics.set_reference(reference_from_batches(Pixels(), real.split(16)))
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    for part in order.split(8):  # any order of arrival, and padding
-        padded = torch.cat([part, part[:1]])
-        valid = torch.ones(len(padded), dtype=torch.bool)
-        valid[-1] = False
-        metrics.update(extract_features(Pixels(), samples[padded]), padded, valid)
-    results = metrics.compute()
+    reference = reference_from_batches(Pixels(), real.split(16))
     a, b = extract_features(Pixels(), samples), extract_features(Pixels(), real)
     precision, recall = precision_recall(a.pool, b.pool)
     expected = {
@@ -117,21 +109,26 @@ def test_one_pass_equals_the_pure_functions(monkeypatch):
         "f1": 2 * precision * recall / (precision + recall),
         "kid": kernel_distance(a.pool, b.pool, 3, 30),
     }
-    assert results == pytest.approx(expected, rel=1e-9)
-    metrics.reset()
-    metrics.update(a, torch.arange(50))
-    assert metrics.compute() == pytest.approx(expected, rel=1e-9)
+    assert collector.measure(collector.NAMES, a, reference) == pytest.approx(expected, rel=1e-9)
+    assert list(collector.measure(["recall", "is"], a, reference)) == ["is", "recall"]
+    assert str(collector.measure(["fid"], b, reference)) == "{'fid': 0.0}"
 
 
-def test_a_sample_is_counted_once():
-    metrics = DistributionMetrics(Pixels(), ["is"])
-    for index in ([0, 1], [1, 2]):
-        metrics.update(Pixels().extract(images(2, 3)), torch.tensor(index))
-    with pytest.raises(ValueError, match="occurs twice"):
-        metrics.compute()
+def test_moments_of_ranks_add_up():
+    rows = torch.randn(40, 6, dtype=torch.float64) * 2 + 100
+    parts = [Moments.of(rows[:7]), Moments.of(rows[7:]), Moments(6)]
+    parts[0].products += parts[1].products + parts[2].products
+    mean, covariance, count = parts[0].statistics()
+    assert count == 40
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(covariance, rows.T.cov(), rtol=1e-8)
+    with pytest.raises(ValueError, match="0 images are too few"):
+        parts[2].statistics()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        Moments.of(rows / 0)
 
 
-def test_negative_zero_is_zero(monkeypatch):
-    metrics = DistributionMetrics(Pixels(), ["fid"])
-    monkeypatch.setattr(metrics.fid, "compute", lambda: torch.tensor(-0.0))
-    assert str(metrics.compute()) == "{'fid': 0.0}"
+def test_singular_covariances_are_warned_about():
+    few = extract_features(Pixels(), images(5, 2))
+    with pytest.warns(UserWarning, match="5 rows for 6 features"):
+        collector.measure(["fid"], few, reference_from_batches(Pixels(), [images(40, 1)]))
