@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope, apply_rope
@@ -148,6 +149,8 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
+        self.recompute = False
+        """Keep only the inputs for the backward pass, which runs the block again (activation checkpointing)."""
 
     def before(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (R, A, L, E), keys and values (R, G, L, E) of x (R, L, D)."""
@@ -163,6 +166,11 @@ class Block(nn.Module):
 
         With a cache, keys and values are appended to its `layer` and everything filled so far is visible.
         """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, rope, mask, cache, layer, use_reentrant=False)
+        return self._compute(x, rope, mask, cache, layer)
+
+    def _compute(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int) -> Tensor:
         q, k, v = self.before(x, rope)
         return self.after(x, self.attention.attend(q, k, v, mask, cache, layer))
 

@@ -26,6 +26,7 @@ from training_toys import (
 )
 
 from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.training.callbacks import TrainingLog
 from flashar_pl.training.config import plain_settings, typed_settings
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
@@ -154,6 +155,15 @@ def test_callbacks_run_before_checkpoints(tmp_path: Path, toy_shards: str) -> No
     kinds = [type(callback).__name__ for callback in trainer.callbacks]
     assert kinds.count("EmaUpdate") == kinds.count("StageSwitch") == kinds.count("HeldOutLosses") == 1
     assert kinds[-1] == "ModelCheckpoint"
+
+
+def test_a_callback_of_ones_own_takes_the_place_of_ours(tmp_path: Path, toy_shards: str) -> None:
+    class Quiet(TrainingLog):
+        pass
+
+    trainer = make_trainer(tmp_path, callbacks=[Quiet()], max_steps=1)
+    trainer.fit(make_module(), datamodule=make_data(toy_shards))
+    assert [type(callback) for callback in trainer.callbacks if isinstance(callback, TrainingLog)] == [Quiet]
 
 
 def test_starts_from_a_raster_checkpoint(tmp_path: Path, toy_shards: str, raster_checkpoint: Path, capsys) -> None:

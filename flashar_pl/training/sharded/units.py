@@ -23,8 +23,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
+from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import frozen_names
 
@@ -83,25 +83,14 @@ def blocks(model: GridModel) -> list[nn.Module]:
 
 
 def recompute_blocks(model: GridModel) -> None:
-    """Keep only the inputs of blocks for the backward pass, which runs each block again. Call it before `shard`."""
-    for block in blocks(model):
-        block.forward = _Recomputed(block.forward)
+    """Keep only the inputs of blocks for the backward pass, which runs each block again."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = True
 
 
 def _nothing() -> None:
     """A door that leads nowhere: entering it makes FSDP2 settle what it settles once."""
-
-
-class _Recomputed:
-    """A forward under activation checkpointing wherever there are gradients."""
-
-    def __init__(self, forward: Any) -> None:
-        self.forward = forward
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled():
-            return checkpoint(self.forward, *args, use_reentrant=False, **options)
-        return self.forward(*args, **options)
 
 
 def local(tensor: Tensor) -> Tensor:
