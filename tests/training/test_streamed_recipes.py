@@ -20,7 +20,7 @@ from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "vq" / "vq_tiny.npz"
-HERE = {"accelerator": "cpu", "devices": 2, "precision": "32-true", "max_steps": 6, "log_every_n_steps": 1}
+HERE = {"accelerator": "cpu", "devices": 2, "precision": "32-true", "max_steps": 6, "num_sanity_val_steps": 0}
 DATA = {"images": "tars/{0..3}.tar", "epoch_samples": 16, "batch_size": 4, "num_workers": 1, "shuffle": 8}
 
 
