@@ -54,6 +54,15 @@ def test_windows_hold_whole_blocks(order: TrainingOrder) -> None:
     assert open_at_once <= order.window
 
 
+@given(st.integers(0, 2**64), st.integers(0, 9))
+def test_the_order_of_blocks_changes_with_the_epoch(seed: int, epoch: int) -> None:
+    """Guards epochs that show the same windows one after the other, with only the samples inside shuffled anew."""
+    orders = [TrainingOrder(np.full(64, 3), 3, seed, window=1)._slice(e, 0, 192) // 3 for e in (epoch, epoch + 1)]
+    first, second = (list(dict.fromkeys(blocks.tolist())) for blocks in orders)
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < 16, "about one block keeps its place by chance"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data(), SIZES, st.integers(1, 4), st.integers(1, 5))
 def test_ranks_together_are_the_global_batch(data, sizes: list[int], ranks: int, window: int) -> None:
