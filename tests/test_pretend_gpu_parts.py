@@ -7,7 +7,7 @@ import torch
 from pretend_gpu import PretendGPU
 from torch import Tensor
 
-from flashar_pl.metrics import collector
+from flashar_pl.metrics import table
 from flashar_pl.metrics.classifier import ClassifierFeatures
 from flashar_pl.metrics.extractor import extract_features
 from flashar_pl.metrics.reference import reference_from_batches
@@ -52,13 +52,13 @@ def results(device: str) -> dict[str, float]:
     torch.manual_seed(1)
     extractor = ClassifierFeatures((8, 8), 3, 4).requires_grad_(False).eval().to(device)
     real = reference_from_batches(extractor, images(9, 8).split(4))
-    names = [name for name in collector.NAMES if name != "sfid"]
-    return collector.measure(names, extract_features(extractor, images(8, 8, 1).to(device)), real)
+    names = [name for name in table.NAMES if name != "sfid"]
+    return table.measure(names, extract_features(extractor, images(8, 8, 1).to(device)), real)
 
 
 def test_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     """FID, Inception Score, precision, recall and KID."""
-    monkeypatch.setattr(collector, "MEASURES", collector.measures(k=2, kid_subset=4, kid_subsets=2))
+    monkeypatch.setattr(table, "MEASURES", table.measures(k=2, kid_subset=4, kid_subsets=2))
     expected = results("cpu")
     with PretendGPU():
         found = results("cuda")

@@ -18,9 +18,9 @@ from torch import Tensor
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.samples import SampleSet, draw_codes
-from flashar_pl.metrics.collector import measure
 from flashar_pl.metrics.features import ClassifierFeatures, extract_features
 from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_batches
+from flashar_pl.metrics.table import measure
 from flashar_pl.models import GridModel
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer

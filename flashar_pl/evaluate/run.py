@@ -21,8 +21,8 @@ from flashar_pl.evaluate.parts import PartFolder
 from flashar_pl.evaluate.reference import Reference, load_reference_images
 from flashar_pl.evaluate.results import draw_grid, write_codes, write_npz
 from flashar_pl.evaluate.samples import Bench
-from flashar_pl.metrics.collector import choose_metrics, measure
 from flashar_pl.metrics.extractor import device_of
+from flashar_pl.metrics.table import choose_metrics, measure
 from flashar_pl.options import as_settings
 from flashar_pl.ranks import Rank
 

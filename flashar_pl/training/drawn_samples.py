@@ -15,9 +15,9 @@ from torch import Tensor
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.decoding.samples import Drawn, draw
 from flashar_pl.grid import DecodePlan
-from flashar_pl.metrics.collector import measure
 from flashar_pl.metrics.features import FeatureExtractor, Features, extract_features, load_extractor
 from flashar_pl.metrics.reference import Moments, ReferenceStatistics, load_reference
+from flashar_pl.metrics.table import measure
 from flashar_pl.pictures import tile
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.config import ValidationConfig

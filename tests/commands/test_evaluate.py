@@ -15,11 +15,11 @@ from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.evaluate.identity import path_digest
 from flashar_pl.evaluate.results import SHOWN_CLASSES, shown_classes
 from flashar_pl.evaluate.samples import sample_labels
-from flashar_pl.metrics import collector, distribution
-from flashar_pl.metrics.collector import choose_metrics
+from flashar_pl.metrics import distribution, table
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.metrics.features import load_extractor
 from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_batches
+from flashar_pl.metrics.table import choose_metrics
 from flashar_pl.models import RasterAR
 from flashar_pl.tokenizers import PixelTokenizer
 
@@ -223,7 +223,7 @@ def test_spatial_features_and_kid_from_parts(run, base, monkeypatch):
             return "pixels"
 
     monkeypatch.setattr("flashar_pl.evaluate.samples.load_extractor", lambda path: Pixels())
-    monkeypatch.setattr(collector, "MEASURES", collector.measures(kid_subset=50))
+    monkeypatch.setattr(table, "MEASURES", table.measures(kid_subset=50))
     assert run(*base, "--cache", "cache", "--save-npz", "--out", "eval")[0] == 0
     result = result_of("eval")
     assert list(result["metrics"]) == ["fid", "sfid", "is", "precision", "recall", "f1", "kid"]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluate_toys import on_two_ranks
 from PIL import Image
 from torch import Tensor
 
@@ -177,6 +178,30 @@ def test_scores_are_means_over_tasks_and_over_images(run, refused, base, monkeyp
     assert rows[5]["reason"] == "expected dog<3, found 3"
     assert set(rows[0]) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
     assert "would overwrite" in refused(*words)
+
+
+class Brightness:
+    """Stands for both networks: what is seen in an image depends on that image alone."""
+
+    def __init__(self, directory, device):
+        pass
+
+    def __call__(self, image, *asked):
+        bright = int(np.asarray(image).mean() > 100)
+        return ["red" if bright else "blue"] if asked else {"car": [Detection((0, 0, 4, 4), 0.95)] * bright}
+
+
+def test_two_ranks_draw_and_score_what_one_does(run, base, monkeypatch):
+    for name in ("Detector", "ColorClassifier"):
+        monkeypatch.setattr(f"flashar_pl.metrics.geneval_images.{name}", Brightness)
+    words = [str(word) for word in (*base, "--batch-size", 2, "--detector", _model("d"), "--clip", _model("c"))]
+    assert run(*words, "--out", "one")[0] == 0
+    assert on_two_ranks([*words, "--out", "two"]) == [0, 0]
+    one, two = pixels("one"), pixels("two")
+    assert len(one) == 6
+    assert all((one[name] == two[name]).all() for name in one)
+    assert Path("two/results.jsonl").read_text() == Path("one/results.jsonl").read_text()
+    assert sorted(p.name for p in Path("one").iterdir()) == sorted(p.name for p in Path("two").iterdir())
 
 
 def test_bad_input_is_refused(refused, base, work, raster_model):

@@ -2,19 +2,15 @@
 
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
-from evaluate_toys import evaluation, save_classifier
+from evaluate_toys import FORK, evaluation, on_two_ranks, save_classifier
 
 from flashar_pl import files
 from flashar_pl.cli import main
-
-FORK = multiprocessing.get_context("fork")  # torch is imported already; the test process runs one thread
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +34,6 @@ def result_of(out: Path) -> dict:
     result = json.loads((out / "evaluation.json").read_text())
     del result["run"]
     return result
-
-
-def on_two_ranks(words: list[str]) -> list[int | None]:
-    """Exit codes of a command on two forked processes, in the environment that torchrun gives them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-
-    def rank_main(rank: int) -> None:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "one"}
-        os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"})
-        os._exit(main(words))
-
-    processes = [FORK.Process(target=rank_main, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=100)
-    return [process.exitcode for process in processes]
 
 
 def test_two_ranks_give_the_same_file(words, expected, tmp_path):

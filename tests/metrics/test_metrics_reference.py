@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from flashar_pl.metrics import collector
+from flashar_pl.metrics import table
 from flashar_pl.metrics.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.metrics.reference import (
@@ -95,7 +95,7 @@ def test_unreadable_references_say_why(tmp_path):
 
 
 def test_the_table_equals_the_pure_functions(monkeypatch):
-    monkeypatch.setattr(collector, "MEASURES", collector.measures(split_size=20, kid_subsets=3, kid_subset=30))
+    monkeypatch.setattr(table, "MEASURES", table.measures(split_size=20, kid_subsets=3, kid_subset=30))
     real, samples = images(60, 1), images(50, 2)
     reference = reference_from_batches(Pixels(), real.split(16))
     a, b = extract_features(Pixels(), samples), extract_features(Pixels(), real)
@@ -109,9 +109,9 @@ def test_the_table_equals_the_pure_functions(monkeypatch):
         "f1": 2 * precision * recall / (precision + recall),
         "kid": kernel_distance(a.pool, b.pool, 3, 30),
     }
-    assert collector.measure(collector.NAMES, a, reference) == pytest.approx(expected, rel=1e-9)
-    assert list(collector.measure(["recall", "is"], a, reference)) == ["is", "recall"]
-    assert str(collector.measure(["fid"], b, reference)) == "{'fid': 0.0}"
+    assert table.measure(table.NAMES, a, reference) == pytest.approx(expected, rel=1e-9)
+    assert list(table.measure(["recall", "is"], a, reference)) == ["is", "recall"]
+    assert str(table.measure(["fid"], b, reference)) == "{'fid': 0.0}"
 
 
 def test_moments_of_ranks_add_up():
@@ -131,4 +131,4 @@ def test_moments_of_ranks_add_up():
 def test_singular_covariances_are_warned_about():
     few = extract_features(Pixels(), images(5, 2))
     with pytest.warns(UserWarning, match="5 rows for 6 features"):
-        collector.measure(["fid"], few, reference_from_batches(Pixels(), [images(40, 1)]))
+        table.measure(["fid"], few, reference_from_batches(Pixels(), [images(40, 1)]))
