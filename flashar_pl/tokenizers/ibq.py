@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +27,6 @@ ADVICE = (
 )
 PAIRS = (("model.safetensors", "config.json"), ("model.ckpt", "config.yaml"))
 """The two published formats: weights and settings."""
-
-PUBLISHED: dict[str, Any] = {
-    "codebook_size": 131072,
-    "embed_dim": 256,
-    "double_z": False,
-    "z_channels": 256,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 256,
-    "ch_mult": [1, 1, 2, 2, 4],
-    "num_res_blocks": 4,
-    "attn_resolutions": [16],
-    "dropout": 0.0,
-}
-"""The settings of the published tokenizer."""
 
 
 class IBQ(ConvTokenizer):
@@ -103,12 +88,8 @@ class IBQ(ConvTokenizer):
         return {official_name(name, levels): tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
-        return {
-            "kind": "ibq",
-            "weights": self.weights,
-            "settings": self.settings,
-            "decode_dtype": self.decode_dtype,
-        }
+        stored = {"weights": self.weights, "settings": self.settings, "decode_dtype": self.decode_dtype}
+        return {"kind": "ibq", **stored}
 
     def from_uint8(self, images: Tensor) -> Tensor:
         return images.float() / 127.5 - 1
@@ -131,8 +112,8 @@ def official_name(name: str, levels: int) -> str:
     return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)
 
 
-def read_ibq_settings(config: Mapping[str, Any], codes: int | None = None, dim: int | None = None) -> TokenizerSpec:
-    """Sizes from published settings; `codes` and `dim` come from the codebook's tensor and must agree with them.
+def read_ibq_settings(config: Mapping[str, Any], codes: int, dim: int) -> TokenizerSpec:
+    """Sizes from published settings; `codes` and `dim` are those of the codebook's tensor, and must agree with them.
 
     Level l stands at resolution / 2^l and has attention where that number is in attn_resolutions. The resolution is
     no image size: images may have any sides that are multiples of f.
@@ -144,25 +125,14 @@ def read_ibq_settings(config: Mapping[str, Any], codes: int | None = None, dim: 
     for key, fixed in (("in_channels", 3), ("out_ch", 3), ("double_z", False)):
         if net.get(key, fixed) != fixed:
             raise ValueError(f"the tokenizer's settings have {key} = {net[key]!r}; this reader knows only {fixed}.")
-    sizes = {"codes": codes, "dim": dim}
-    for key, name in (("codebook_size", "codes"), ("n_embed", "codes"), ("embed_dim", "dim")):
-        stated = outer.get(key)
-        if stated is None:
-            continue
-        if sizes[name] not in (None, stated):
-            raise ValueError(f"the settings say {key} = {stated}, but the codebook's tensor says {sizes[name]}.")
-        sizes[name] = stated
-    if sizes["codes"] is None or sizes["dim"] is None:
-        raise ValueError("the tokenizer's settings lack codebook_size (or n_embed) and embed_dim.")
+    for key, found in (("codebook_size", codes), ("n_embed", codes), ("embed_dim", dim)):
+        if outer.get(key, found) != found:
+            raise ValueError(f"the settings say {key} = {outer[key]}, but the codebook's tensor says {found}.")
     widths = tuple(int(net["ch"]) * int(multiplier) for multiplier in net["ch_mult"])
     attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in range(len(widths)))
     blocks, latent = int(net["num_res_blocks"]), int(net["z_channels"])
-    return TokenizerSpec(
-        encoder=NetSpec(int(net["ch"]), widths, blocks, attention, latent),
-        decoder=NetSpec(widths[-1], widths, blocks + 1, attention, latent),
-        codes=int(sizes["codes"]),
-        dim=int(sizes["dim"]),
-    )
+    encoder = NetSpec(int(net["ch"]), widths, blocks, attention, latent)
+    return TokenizerSpec(encoder, replace(encoder, stem=widths[-1], blocks=blocks + 1), codes, dim)
 
 
 def _find_ddconfig(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:

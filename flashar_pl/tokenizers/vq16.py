@@ -7,6 +7,7 @@ Source: Sun et al. 2024 (LlamaGen), section 2.1; the files vq_ds16_c2i.pt, vq_ds
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,8 @@ ADVICE = (
 
 
 def _preset(widths: tuple[int, ...]) -> TokenizerSpec:
-    attention = (False,) * (len(widths) - 1) + (True,)
-    return TokenizerSpec(
-        encoder=NetSpec(stem=128, widths=widths, blocks=2, attention=attention, latent=256),
-        decoder=NetSpec(stem=widths[-1], widths=widths, blocks=3, attention=attention, latent=256),
-        codes=16384,
-        dim=8,
-    )
+    encoder = NetSpec(128, widths, blocks=2, attention=(False,) * (len(widths) - 1) + (True,), latent=256)
+    return TokenizerSpec(encoder, replace(encoder, stem=widths[-1], blocks=3), codes=16384, dim=8)
 
 
 VQ_PRESETS: dict[str, TokenizerSpec] = {
