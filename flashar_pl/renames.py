@@ -116,15 +116,12 @@ def build_filled(
 ) -> T:
     """The module of `build` with the weights of `source`, copied to `device`, in evaluation mode. ValueError as `fill`.
 
-    dtype None = that of each tensor in the source.
+    dtype: of all its weights; None = that of the first tensor of the table in the source.
     """
     with torch.device("meta"):
         module = build()
-    tensors = _tensors(module)
-    _check(source, renames, tensors, set(ignored := list(ignored)))
-    for rename in renames:
-        tensor = tensors[rename.ours]
-        tensor.data = tensor.data.to(dtype or source.dtype(rename.pieces[0]))
+    _check(source, renames, _tensors(module), set(ignored := list(ignored)))
+    module.to(dtype or source.dtype(renames[0].pieces[0]))
     fill(module, source, renames, device, ignored)
     return module.eval()
 

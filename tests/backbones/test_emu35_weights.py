@@ -52,6 +52,8 @@ def test_directory_round_trip_is_bit_exact(state, tmp_path, sharded, dtype):
         model = Emu35.from_directory(directory, heads=heads)  # type: ignore[arg-type]
         assert same(model.to_official(source=directory), state)
     assert same(Emu35.from_official(state, CONFIG).to_official(), state)
+    mixed = {key: value.double() if "norm" in key else value for key, value in state.items()}
+    assert {p.dtype for p in Emu35.from_official(mixed, CONFIG).parameters()} == {dtype}  # or its products would fail
 
 
 def test_trained_visual_rows_join_the_text_rows_of_the_source(state, tmp_path):
