@@ -50,20 +50,30 @@ def import_backbone(path: str) -> type[Backbone]:
     return register_backbone(found)
 
 
+def family(kind: str) -> type[Backbone]:
+    """The class of a kind. Raises ValueError for one that this process does not know."""
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"backbone kind is {kind!r}; expected one of {', '.join(FAMILIES)}, or one of your own, named by "
+            "--backbone-class or flashar_pl.backbones.register_backbone."
+        )
+    return FAMILIES[kind]
+
+
 def presets() -> dict[str, type[Backbone]]:
     """The families of all published sizes, by their names."""
-    return {name: family for family in FAMILIES.values() for name in family.published}
+    return {name: each for each in FAMILIES.values() for name in each.published}
 
 
 def home_of(name: str) -> str | None:
     """Where published weights of this file name are; None = not known."""
-    pairs = [pair for family in FAMILIES.values() for pair in family.homes.items()]
+    pairs = [pair for each in FAMILIES.values() for pair in each.homes.items()]
     return next((home for pattern, home in pairs if re.fullmatch(pattern, name)), None)
 
 
 def examples() -> dict[str, dict[str, Any]]:
     """Configurations of tiny backbones, one of each family that has one."""
-    return {kind: {"kind": kind, **family.example} for kind, family in FAMILIES.items() if family.example}
+    return {kind: {"kind": kind, **each.example} for kind, each in FAMILIES.items() if each.example}
 
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,22 +87,17 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
     if name is not None:
         if name not in presets():
             raise ValueError(f"no preset {name!r}; {closest(name, presets())}")
-        family = presets()[name]
-        return {"kind": family.kind, **family.preset(name, **options)}
+        owner = presets()[name]
+        return {"kind": owner.kind, **owner.preset(name, **options)}
     kind = DEFAULT if kind is None else kind
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"backbone kind is {kind!r}; expected one of {', '.join(FAMILIES)}, or one of your own, named by "
-            "--backbone-class or flashar_pl.backbones.register_backbone."
-        )
-    FAMILIES[kind].check_options(options)
+    family(kind).check_options(options)
     return {"kind": kind, **options}
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
     """The backbone that a configuration describes, with new weights. Raises ValueError as `complete` does."""
     options = complete(config)
-    return FAMILIES[options.pop("kind")].from_options(**options)
+    return family(options.pop("kind")).from_options(**options)
 
 
 def describe_backbone(config: dict[str, Any]) -> Backbone:

@@ -99,6 +99,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
             for a checkpoint that says it. Every message names the file.
     """
+    from flashar_pl.backbones import import_backbone
     from flashar_pl.checkpoints.official import is_official_directory
     from flashar_pl.checkpoints.weights import load_model
     from flashar_pl.devices import find_device
@@ -106,6 +107,8 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.tokenizers.files import naming
 
+    if options.backbone_class is not None:
+        import_backbone(options.backbone_class)
     path = options.checkpoint
     stored = stored or (compute.dtype is None and is_official_directory(path))
     place, dtype = find_device(compute.device), None if stored else dtype_from_name(compute.dtype or "fp32")

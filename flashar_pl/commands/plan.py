@@ -54,8 +54,8 @@ class RunOptions(ArchitectureOptions):
     """Optimizer steps of the run. Default: the file's, or 50,000."""
 
     def __post_init__(self) -> None:
-        if (self.config is None) == (self.preset is None):
-            raise ValueError("give either --config experiments/NAME.yaml or --preset NAME.")
+        if (self.config is None) == (self.preset is None and self.backbone_class is None):
+            raise ValueError("give either --config experiments/NAME.yaml, or --preset NAME or --backbone-class PATH.")
         if self.prefix is not None and self.prefix < 0:
             raise ValueError(f"prefix is {self.prefix}; expected 0 or more positions.")
 
@@ -127,7 +127,7 @@ def plan(
     totals = {stage: training_memory(sizes, setup, stage) for stage in stages}
     peak, room = max(each.total for each in totals.values()), usable(memory)
     result: dict[str, Any] = {
-        "config": config or options.preset,
+        "config": config or options.preset or options.backbone_class,
         "setup": asdict(setup),
         "notes": run.notes,
         "parameters": sizes.parameters() | ({} if setup.lora is None else {"lora": added(sizes, setup.lora)}),
@@ -164,12 +164,15 @@ class Run:
 
 
 def preset_run(options: RunOptions, gpus: int) -> Run:
-    """A published size as FlashAR, at its usual branch layer unless told; one sample per GPU, sharded, checkpointed."""
+    """A published size, or a backbone of the user's with its default sizes, as FlashAR at its usual branch layer unless
+    told; one sample per GPU, sharded, checkpointed."""
+    from flashar_pl.backbones import import_backbone
     from flashar_pl.planner import model_sizes
     from flashar_pl.planner.training import TrainingSetup
 
-    config: dict[str, Any] = {"kind": "flashar", "backbone": {"preset": options.preset}}
-    sizes = model_sizes(config if options.branch_layer is None else {**config, "branch_layer": options.branch_layer})
+    own = None if options.backbone_class is None else import_backbone(options.backbone_class)
+    backbone = {"preset": options.preset} if own is None or options.preset is not None else {"kind": own.kind}
+    sizes = model_sizes({"kind": "flashar", "backbone": backbone, "branch_layer": options.branch_layer})
     return Run(sizes, TrainingSetup(grid=sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
 
 
@@ -183,7 +186,7 @@ def read_run(path: str, gpus: int) -> Run:
 
     from flashar_pl.planner import model_sizes
     from flashar_pl.planner.training import TrainingSetup
-    from flashar_pl.training.config import typed_settings
+    from flashar_pl.training.config import BackboneConfig, typed_settings
     from flashar_pl.training.lightning_cli import parsed_config
     from flashar_pl.training.module import FlashARModule
 
@@ -201,6 +204,8 @@ def read_run(path: str, gpus: int) -> Run:
     lacks_shards = isinstance(given, dict) and "shards" not in given  # a fit needs them, a plan does not
     values = parsed_config(["--config", path, *(["--data.shards", ""] if lacks_shards else [])])
     model, data, trainer = values["model"], values["data"], values["trainer"]
+    if "class_path" in model["backbone"]:
+        model["backbone"] = asdict(BackboneConfig.named(**model["backbone"]))
     module = FlashARModule(**typed_settings(model))
     sizes = model_sizes(module.model_config)
     notes: list[str] = []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from flashar_pl.backbones import Backbone, complete, describe_backbone, presets, register_backbone
-from flashar_pl.backbones.registry import DEFAULT, FAMILIES
+from flashar_pl.backbones import Backbone, complete, describe_backbone, import_backbone, presets, register_backbone
+from flashar_pl.backbones.registry import DEFAULT, family
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.files import closest
 from flashar_pl.models.lora import LoraConfig
@@ -45,6 +45,11 @@ class BackboneConfig:
         options = backbone.config_dict()
         return cls(kind=options.pop("kind"), options=options)
 
+    @classmethod
+    def named(cls, class_path: str, init_args: dict[str, Any] | None = None) -> BackboneConfig:
+        """The configuration of a backbone that the user names by its import path."""
+        return cls(kind=import_backbone(class_path).kind, options=init_args or {})
+
     def resolve(self) -> dict[str, Any]:
         """The full configuration, what `build_backbone` takes, with the backbone's own defaults for training.
 
@@ -70,9 +75,9 @@ class BackboneConfig:
             )
         base |= self.options
         try:
-            usual = FAMILIES[complete(base)["kind"]].training_options(base)
+            usual = family(complete(base)["kind"]).training_options(base)
         except ValueError as error:
-            raise ValueError(f"model.backbone: {error}") from error
+            raise ValueError(f"model.backbone.options: {error}") from error
         return describe_backbone(base | usual | self.options).config_dict()
 
 

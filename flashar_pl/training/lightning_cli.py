@@ -32,6 +32,7 @@ from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
+    check_imports,
     check_run_directory,
     check_same_data,
     check_same_model,
@@ -135,6 +136,7 @@ class ExperimentCLI(LightningCLI):
         self.checkpoint, self.stored = words.checkpoint(), {}
         if self.checkpoint is not None:
             self.stored = read_config(self.checkpoint)
+            check_imports(self.checkpoint, self.stored, words.typed())
             words = words.before(self.stored)
         check_keys(words, FlashARModule, DATA)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))

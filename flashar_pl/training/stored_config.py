@@ -5,6 +5,7 @@ A checkpoint is a file, or a directory of shards with a meta.pt beside them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import yaml
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.models.lora import LoraConfig
 
+OURS = ("flashar_pl", "lightning", "torch")
+"""Packages whose classes the configuration of a checkpoint may name."""
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
 
@@ -25,6 +28,31 @@ def read_config(path: str) -> dict[str, Any]:
     """
     stored = yaml.safe_load(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"))
     return {key: value for key, value in stored.items() if key not in ("config", "ckpt_path")}
+
+
+def check_imports(path: str, stored: dict[str, Any], given: Iterable[Any]) -> None:
+    """ValueError if the configuration of a checkpoint names a class of another package that the user did not `give`.
+
+    What a checkpoint says is never imported; the user's own YAML may name the same class.
+    """
+    typed = set(_class_paths(list(given)))
+    strange = [name for name in _class_paths(stored) if name.split(".")[0] not in OURS and name not in typed]
+    if strange:
+        raise ValueError(
+            f"{path} was made with {strange[0]}, and a checkpoint never says what to import; give the run's YAML too: "
+            "--config FILE."
+        )
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Every class_path in nested values."""
+    if isinstance(value, dict):
+        if isinstance(value.get("class_path"), str):
+            yield value["class_path"]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _class_paths(item)
 
 
 def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:

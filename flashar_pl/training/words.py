@@ -16,7 +16,11 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningDataModule, Trainer, loggers
 
+from flashar_pl.backbones import Backbone
+
 CONFIG = ("--config", "-c")
+OPTIONS = "flashar_pl.training.config."
+"""Where dataclasses of options are; a class_path of the user's is elsewhere."""
 OTHER_KEYS = {"seed_everything", "ckpt_path"}
 
 
@@ -80,6 +84,13 @@ class Words:
         for option, text in self.options:
             if option.rpartition(".")[2] not in ("help", "-h", "print_config"):
                 yield option.rstrip("+"), text
+
+    def typed(self) -> Iterator[Any]:
+        """Contents of files and values of options, those of a class_path as {"class_path": value}."""
+        yield from (content for _, content in self.files)
+        for key, text in self.options:
+            value = None if text is None else yaml.safe_load(text)
+            yield {"class_path": value} if key.endswith("class_path") else value
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue, None = there is none. ValueError if it does not exist."""
@@ -153,11 +164,12 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
     known = OTHER_KEYS | {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
     groups = {"model", "data", "trainer"}
     for name, hint in typing.get_type_hints(model.__init__).items():  # type: ignore[misc]
-        kinds = [kind for kind in (hint, *typing.get_args(hint)) if is_dataclass(kind)]
+        options = (hint, *typing.get_args(hint))
+        kinds = [kind for kind in options if is_dataclass(kind)]
         known |= {f"model.{name}.{field.name}" for kind in kinds for field in fields(kind)} or {f"model.{name}"}
-        if kinds:
-            groups |= {f"model.{name}"}
-            known |= {f"model.{name}.class_path", f"model.{name}.init_args"}  # a backbone of one's own
+        if any(isinstance(kind, type) and issubclass(kind, Backbone) for kind in options):
+            known |= {f"model.{name}.class_path", f"model.{name}.init_args"}
+        groups |= {f"model.{name}"} if kinds else set()
     for owner in _data_classes(words, data):
         names = {name for kind in owner.__mro__ if kind is not object for name in _arguments(kind)}
         known |= {f"data.{prefix}{name}" for name in names for prefix in ("", "init_args.")}
@@ -219,10 +231,12 @@ def nearest(word: str, known: list[str]) -> list[str]:
 
 def explain(message: str) -> str:
     """jsonargparse's message about a value on one line. It nests what each type of a union had against it."""
-    text = " ".join(message.split())
+    text = " ".join(_one_type(message).split())
     path = re.findall(r'Parser key "([\w.]+)"', text)
     path = [name for i, name in enumerate(path) if not any(later.startswith(f"{name}.") for later in path[i + 1 :])]
-    inner = ".init_args." if "given class_path" in text and path and path[0].startswith("trainer") else "."
+    classes = ("trainer", "model.backbone")  # keys whose values may be classes
+    named = re.search(rf"given class_path '(?!{re.escape(OPTIONS)})", text)
+    inner = ".init_args." if named and path and path[0].startswith(classes) else "."
     key = inner.join(path)
     option = re.search(r"class_path '([\w.]+)': Option '([^']+)' is not accepted", text)
     if option:
@@ -245,6 +259,17 @@ def explain(message: str) -> str:
         return text
     whys = [why for why in union[2].split(" - ") if not why.startswith(("Expected a <class", "Expected a path"))]
     return f"{key} is {union[3]!r}; {whys[0] if whys else f'expected {_names(union[1])}'}."
+
+
+def _one_type(message: str) -> str:
+    """The message without what a dataclass had against a class_path, or a class against a dataclass's fields."""
+    if not message.startswith('Parser key "model.backbone"'):
+        return message
+    head, *reasons = re.split(r"^    - ", message, flags=re.MULTILINE)
+    other = [why for why in reasons if re.search(rf"(class_path|Import path) '?(?!'|{re.escape(OPTIONS)})", why)]
+    named = [why for why in other if "Subclasses are disabled" not in why]
+    fitting = named or [why for why in reasons if "instantiatable" not in why]
+    return message if len(reasons) < 2 else head + "".join(f"    - {why}" for why in fitting[-1:])
 
 
 def _names(kinds: str) -> str:
