@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import nn
 
@@ -20,6 +20,7 @@ from flashar_pl.models.lora import adaptation, frozen_names
 from flashar_pl.training.protocol import trained
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
+from flashar_pl.training.steps import StepCallback
 
 
 def average_of(net: GridModel, strategy: Strategy | None) -> GridModel:
@@ -77,25 +78,16 @@ def _complete(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             state.setdefault(f"{prefix}{EMA_PREFIX}{name}", weight)
 
 
-class EmaUpdate(Callback):
+class EmaUpdate(StepCallback):
     """Moves the averaged weights towards the trained ones after every optimiser step."""
 
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay is {decay}; expected 0 <= ema_decay < 1, such as 0.999.")
         self.decay = decay
-        self._seen = -1
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen = trainer.global_step
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._seen:  # gradients were only accumulated
-            return
-        self._seen = trainer.global_step
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = trained(pl_module)
         assert module.ema is not None
         frozen, weights = frozen_names(module.net), dict(module.net.named_parameters())

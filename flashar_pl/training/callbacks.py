@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
+from flashar_pl.training.steps import StepCallback
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
 
@@ -148,26 +149,24 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-class TrainingLog(Callback):
+class TrainingLog(StepCallback):
     """Logs the losses, the learning rate of every role, the stage, and the speed."""
 
     def __init__(self) -> None:
-        self._tokens = 0
-        self._since = 0.0
-        self._seen = -1
+        self._tokens, self._since = 0, 0.0
         self._losses: list[Tensor] = []
         """Of the batches of the step in progress, where it is logged."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen, self._losses = trainer.global_step, []
+        super().on_train_start(trainer, pl_module)
+        self._losses = []
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()  # validation and what was done before it are not training time
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        every = _log_interval(trainer)
-        if every and (trainer.global_step + 1) % every == 0:  # this step's metrics reach the logger
+        if _logs(trainer, trainer.global_step + 1):
             rates = {f"lr/{group['role']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups}
             stage = trained(pl_module).built_schedule.stage(trainer.global_step)
             pl_module.log_dict({**rates, "train/stage": float(stage)}, batch_size=1)
@@ -177,16 +176,14 @@ class TrainingLog(Callback):
     ) -> None:
         assert isinstance(batch, Batch)
         self._tokens += batch.codes.numel() * trainer.world_size
-        done = trainer.global_step != self._seen  # else gradients were only accumulated
-        every = _log_interval(trainer)
-        if every and (trainer.global_step if done else trainer.global_step + 1) % every == 0:
+        if _logs(trainer, self.step + 1):
             self._losses.append(outputs[LOGGED])
-        if not done:
-            return
-        self._seen = trainer.global_step
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._losses:
             self._log_losses(pl_module)
-        if trainer.global_step % max(1, every) == 0:
+        if _logs(trainer, trainer.global_step):
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("train/tokens_per_second", speed, batch_size=1)
             self._restart()
@@ -202,6 +199,7 @@ class TrainingLog(Callback):
         self._tokens, self._since = 0, time.perf_counter()
 
 
-def _log_interval(trainer: Trainer) -> int:
-    """Optimiser steps between two entries of the logger; 0 = never."""
-    return trainer.log_every_n_steps  # type: ignore[attr-defined]
+def _logs(trainer: Trainer, step: int) -> bool:
+    """Whether metrics of optimiser step `step`, counted from 1, reach the logger."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and step % every == 0

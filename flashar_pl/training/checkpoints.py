@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import replacing
 from flashar_pl.training.sharded.strategy import ShardedStrategy
+from flashar_pl.training.steps import StepCallback
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -31,16 +32,12 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(StepCallback):
     """Lets every ModelCheckpoint that monitors nothing hold the last step when training ends.
 
     25 epochs of ImageNet in batches of 512 are 62,550 steps: saved every 1000, the file called last would hold step
     62,000. Best checkpoints by a monitored value are left alone.
     """
-
-    def __init__(self) -> None:
-        self._start = self._step = 0
-        self._within_step = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy = trainer.strategy
@@ -49,12 +46,8 @@ class LastCheckpoint(Callback):
             strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._within_step, self._step = trainer.global_step == self._step, trainer.global_step
+        super().on_train_start(trainer, pl_module)
+        self._start = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._start or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -71,7 +64,7 @@ class LastCheckpoint(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn where gradients of some batches are accumulated: a checkpoint has none."""
-        if self._within_step:
+        if self.within_step:
             rank_zero_warn(
                 f"A checkpoint is saved in the middle of step {trainer.global_step + 1}, between the batches of "
                 f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: a run that continues from it "

@@ -6,14 +6,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from flashar_pl.training.steps import StepCallback
 
 UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
 
 
-class StopOnSignal(Callback):
+class StopOnSignal(StepCallback):
     """After a signal, save `checkpoints/stopped.ckpt` at the end of the step and end the process with exit code 75.
 
     A signal may reach the devices at different moments, or only one of them; saving at once would leave them in
@@ -30,21 +32,15 @@ class StopOnSignal(Callback):
         self.names = tuple(names)
         self.asked = False
         self._before: dict[str, Any] = {}
-        self._step = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._before = {name: signal.signal(signal.Signals[name], self._note) for name in self.names}
 
     def _note(self, *_: Any) -> None:
         self.asked = True
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:  # gradients were only accumulated
-            return
-        self._step = trainer.global_step
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"

@@ -21,7 +21,26 @@ CHUNK = 2**25
 """Elements worked on at once: five float32 temporaries of them are 0.7 GB."""
 
 
-class CompactAdamW(torch.optim.Optimizer):
+class ByParameter(torch.optim.Optimizer):
+    """An optimiser that updates one parameter after another, by `_update`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class CompactAdamW(ByParameter):
     """As torch.optim.AdamW on float32 parameters, sharded or not; `exp_avg` and `exp_avg_sq` are bfloat16.
 
     Rounding draws from the default random generator of the device.
@@ -36,18 +55,6 @@ class CompactAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of any optimiser, which would widen the moments to the dtype of their parameters."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashar_pl.layers.torch_private import recompile_limit
 from flashar_pl.models.quiet import quiet_torchao
+from flashar_pl.training.sharded.compact_adamw import ByParameter
 from flashar_pl.training.sharded.units import local
 
 
@@ -34,19 +35,10 @@ def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
         from torchao.optim import AdamW8bit
         from torchao.optim.adam import single_param_adam
 
-    class QuantisedAdamW(AdamW8bit):
-        @torch.no_grad()
+    class QuantisedAdamW(ByParameter, AdamW8bit):
         def step(self, closure: Callable[[], Any] | None = None) -> Any:
-            loss = None
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
             with recompile_limit(sys.maxsize):
-                for group in self.param_groups:
-                    for parameter in group["params"]:
-                        if parameter.grad is not None:
-                            self._update(parameter, group)
-            return loss
+                return super().step(closure)
 
         def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
             state = self.state[parameter]
@@ -64,4 +56,4 @@ def quantised_adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float,
                     group["weight_decay"], group["eps"], self.is_adamw, False,
                 )  # fmt: skip
 
-    return QuantisedAdamW(groups, lr=lr, betas=betas)
+    return QuantisedAdamW(groups, lr=lr, betas=betas)  # type: ignore[call-arg]
