@@ -13,11 +13,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
-from flashar_pl.decoding.samples import Drawn, draw
+from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import DecodePlan
-from flashar_pl.metrics.features import FeatureExtractor, Features, extract_features, load_extractor
-from flashar_pl.metrics.reference import Moments, ReferenceStatistics, load_reference
-from flashar_pl.metrics.table import measure
+from flashar_pl.metrics.distribution import ADM_SPLIT_SIZE, inception_score
+from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
+from flashar_pl.metrics.fid import RowFID
+from flashar_pl.metrics.reference import load_reference
 from flashar_pl.pictures import tile
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.config import ValidationConfig
@@ -41,10 +42,9 @@ class DrawnSamples(SplitCallback):
         """Validations of the fit so far."""
         self.extractor: FeatureExtractor | None = None
         self.tokenizer: Tokenizer | None = None
-        self.references: dict[str, ReferenceStatistics] = {}
-        """Of each split, once its real images were seen."""
-        self.real: Moments | None = None
-        """Of the real images of a split, while they are seen."""
+        self.fid: dict[str, RowFID] = {}
+        """One for each split: its real images are seen once."""
+        self.sees_real = False
         self.conditions: SampleConditions
         self.plan: DecodePlan | None = None
         """Of the split's first grid."""
@@ -67,16 +67,20 @@ class DrawnSamples(SplitCallback):
                 "validation.samples and grid_images need a data module with a manifest, whose tokenizer decodes them."
             )
         self.tokenizer = build_tokenizer(manifest.tokenizer)
-        if config.features is not None:
+        if config.features is not None and config.samples:
+            if config.samples < 2:
+                raise ValueError("validation.samples is 1; expected 0, or 2 or more for a Fréchet distance.")
             self.extractor = load_extractor(config.features)
+            self.fid = {split: RowFID(self.extractor.num_features) for split in ("val", "test")}
             if config.reference is not None:
-                self.references = dict.fromkeys(("val", "test"), load_reference(config.reference, self.extractor))
+                reference = load_reference(config.reference, self.extractor)
+                for metric in self.fid.values():
+                    metric.set_reference(reference, trainer.global_rank)
 
     def begin(self, trainer: Trainer, module: Trained, split: str) -> None:
         self.plan = None
         self.conditions = SampleConditions(module.net, max(self.config.samples, self.config.grid_images))
-        seen = self.extractor is None or split in self.references or trainer.sanity_checking
-        self.real = None if seen else Moments(self.extractor.num_features)  # type: ignore[union-attr]
+        self.sees_real = bool(self.fid) and not self.fid[split].has_real and not trainer.sanity_checking
 
     def add(self, module: Trained, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)
@@ -84,23 +88,18 @@ class DrawnSamples(SplitCallback):
         if (plan.height, plan.width) != (self.plan.height, self.plan.width):
             return  # samples are drawn, and compared with real images, on the split's first grid
         self.conditions.collect(batch.condition, batch.index, batch.valid)
-        if self.real is not None:
+        if self.sees_real:
             assert self.tokenizer is not None
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
-            self.real.add(rows if batch.valid is None else rows[batch.valid])
+            self.fid[split].to(rows.device).update(rows if batch.valid is None else rows[batch.valid], real=True)
 
     def finish(self, trainer: Trainer, module: Trained, split: str) -> dict[str, float]:
         """Generate; show the grid; return fid, is and accuracy where they are due."""
         config, fitting = self.config, trainer.state.fn == TrainerFn.FITTING
         self.validations += fitting and split == "val"
         measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
-        if self.real is not None:
-            counted = self.real.products.to(trainer.strategy.root_device)
-            self.real.products = sum_over_ranks(trainer, counted)
-            mean, covariance, count = self.real.statistics()
-            self.references[split] = ReferenceStatistics(mean.cpu().numpy(), covariance.cpu().numpy(), count)
         n = max(measured, config.grid_images)
         if n == 0:
             return {}
@@ -109,38 +108,37 @@ class DrawnSamples(SplitCallback):
         device = trainer.strategy.root_device
         extractor = None if self.extractor is None or not measured else self.extractor.to(device)
         classes = None if extractor is None else extractor.num_classes
+        fid = self.fid[split].to(device) if extractor is not None else None
+        if fid is not None:
+            fid.reset()  # generated rows only: real ones stay
         size = [side * self.tokenizer.downsample for side in (self.plan.height, self.plan.width)]
         # this rank's part of what all draw together; the sum over ranks has every row once
         sheet = torch.zeros(config.grid_images, 3, *size, dtype=torch.int32, device=device)
-        pool = torch.zeros(measured, 0 if extractor is None else extractor.num_features, device=device)
         logits = torch.zeros(measured, classes or 0, device=device)
         samples = sample_set(config, n, self.plan, self.conditions.join())
         batches = samples.batches_of_rank(trainer.global_rank, trainer.world_size)
         model = for_sampling(module.evaluated, str(trainer.precision))
         for drawn in draw(model, self.tokenizer.to(device), samples, batches, extractor):
-            for whole, rows in (sheet, drawn.images), *_rows(drawn, pool, logits):
+            parts = [(sheet, drawn.images)]
+            if fid is not None and drawn.features is not None:
+                fid.update(drawn.features.pool[drawn.index < measured], real=False)
+                parts += [] if drawn.features.logits is None else [(logits, drawn.features.logits)]
+            for whole, rows in parts:
                 inside = drawn.index < len(whole)
                 whole[drawn.index[inside].to(device)] = rows[inside.to(device)].to(whole.dtype)
         if config.grid_images:
             images = sum_over_ranks(trainer, sheet).to(torch.uint8).cpu()
             self.show(trainer, f"{split}/samples", "samples", tile(images))
-        if extractor is None:
+        if fid is None:
             return {}
-        pool, logits = sum_over_ranks(trainer, pool), sum_over_ranks(trainer, logits)
-        names = ["fid", "is"] if classes else ["fid"]
-        scores = measure(names, Features(pool, None, logits), self.references[split])
+        logits = sum_over_ranks(trainer, logits)
+        scores = {"fid": float(fid.compute())}
+        if classes:
+            scores["is"] = inception_score(logits, split_size=ADM_SPLIT_SIZE, kind="logits")
         if classes and classes == self.conditions.classes:
             wanted = torch.arange(measured, device=device) % classes
             scores["accuracy"] = float((logits.argmax(1) == wanted).double().mean())
         return scores
-
-
-def _rows(drawn: Drawn, pool: Tensor, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Where the features of a batch belong, and the features."""
-    features = drawn.features
-    if features is None:
-        return []
-    return [(pool, features.pool), *([] if features.logits is None else [(logits, features.logits)])]
 
 
 def _check_monitors(trainer: Trainer, fid_every: int) -> None:
