@@ -150,17 +150,6 @@ class CodesDataModule(LightningDataModule):
 
     def _exact(self, cut: Cut) -> PlacedBatches:
         """Training batches in our order."""
-        training = [m for m in self.manifests if m.samples("train")] or [self.manifest]
-        blocks, readers = sum(len(m.block_sizes("train")) for m in training), cut.ranks * max(1, self.num_workers)
-        if readers > blocks:
-            smaller = max(1, sum(m.samples("train") for m in training) // readers)
-            fewer = f"Set num_workers to at most {blocks // cut.ranks}, or write" if blocks >= cut.ranks else "Write"
-            there = "1 block" if blocks == 1 else f"{blocks} blocks"
-            raise ValueError(
-                f"{cut.ranks} devices with {self.num_workers} workers each are {readers} readers, but the training "
-                f"split at {self.location} has {there}. {fewer} the shards again with smaller blocks "
-                f"(flashar tokenize ... --block {smaller})."
-            )
         batches = training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
         for manifest in self.manifests if len(self.manifests) > 1 else ():
             if 0 < manifest.samples("train") < self.batch_size:

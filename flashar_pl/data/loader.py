@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from flashar_pl.data.batches import EvaluationBatches, GridEvaluation
-from flashar_pl.data.order import GridOrder, TrainingOrder, check_cut
+from flashar_pl.data.batches import EvaluationBatches, GridEvaluation, GridTraining, TrainingBatches
+from flashar_pl.data.order import check_cut
+from flashar_pl.data.pixels import ImageBatches
 
-
-class PlacedBatches(Protocol):
-    """(epoch, g) -> this rank's part of global training batch g: `TrainingBatches`, `GridTraining`, `ImageBatches`."""
-
-    ranks: int
-
-    @property
-    def order(self) -> TrainingOrder | GridOrder: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, item: tuple[int, int]) -> Any: ...
-
-    def identity(self) -> dict[str, Any]: ...
+PlacedBatches = TrainingBatches | GridTraining | ImageBatches
+"""(epoch, g) -> this rank's part of global training batch g, with its `order`, `ranks` and `identity()`."""
 
 
 class Cursor:

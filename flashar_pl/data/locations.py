@@ -11,7 +11,6 @@ against its hash there, and read from the copy.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shlex
 import subprocess
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+
+from flashar_pl.files import digest, replacing
 
 CHUNK = 1 << 20
 
@@ -58,19 +59,14 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
-        partial = target.with_suffix(".partial")
-        digest = hashlib.sha256()
-        with open(partial, "wb") as file:
-            for chunk in _chunks(location, path):
-                digest.update(chunk)
-                file.write(chunk)
-        if digest.hexdigest() != sha256:
-            partial.unlink()
-            raise ValueError(
-                f"{path} from {location} has the SHA-256 {digest.hexdigest()}, the manifest says {sha256}: "
-                "it is damaged or was replaced there."
-            )
-        partial.rename(target)
+        with replacing(target) as part:
+            with part.open("wb") as file:
+                file.writelines(_chunks(location, path))
+            if (found := digest(part)) != sha256:
+                raise ValueError(
+                    f"{path} from {location} has the SHA-256 {found}, the manifest says {sha256}: "
+                    "it is damaged or was replaced there."
+                )
     return target
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,10 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from flashar_pl.console import progress_bar
-from flashar_pl.data.images import Unreadable
+from flashar_pl.data.items import Item, read_item, read_items
 from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
@@ -41,23 +39,10 @@ from flashar_pl.files import new_directory, read_json, write_json, write_text
 from flashar_pl.options import ShardOptions
 from flashar_pl.ranks import Rank
 
-READ = 8
-"""Samples a worker process sends at once."""
 NAMED = 5
 """Unreadable samples named in an error."""
 TYPED = {"part": "--shard-images"}
 """How settings are typed whose names in the files are others."""
-
-
-@dataclass
-class Item:
-    """One sample as a worker sends it."""
-
-    index: int
-    array: np.ndarray | None
-    """What `Job.prepare` made of it; None if it is unreadable."""
-    condition: int | str
-    problem: str = ""
 
 
 @dataclass
@@ -222,7 +207,7 @@ def _finished(job: Job) -> dict[int, int]:
     found = {}
     for part in sorted(int(name) for name in os.listdir(job.work) if name.isdigit()):
         bad = _bad_samples(job, part)
-        if any(_read_item(job.source, job.prepare, entry["id"]).array is not None for entry in bad):
+        if any(read_item(job.source, job.prepare, entry["id"]).array is not None for entry in bad):
             shutil.rmtree(job.work / f"{part:06d}")
         else:
             found[part] = len(bad)
@@ -242,7 +227,7 @@ def _run_parts(job: Job, rank: Rank, finished: dict[int, int]) -> None:
     left = [part for part in mine if part not in finished]
     bad = sum(finished.values())
     total, todo = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
-    items = _items(job, left)
+    items = read_items(job.source, job.prepare, [job.samples(part) for part in left], job.shards.workers)
     if rank.rank > 0:
         for part in left:
             bad += _write_part(job, part, items, lambda n: None, bad)
@@ -325,51 +310,6 @@ def _check_label(job: Job, item: Item) -> None:
             f"{job.source.where(item.index)} has the label {item.condition}; expected 0 .. {classes - 1}. "
             "Set the number of classes."
         )
-
-
-def _items(job: Job, parts: list[int]) -> Iterator[Item]:
-    """The samples of some parts, in order, read by worker processes."""
-    numbers = [job.samples(part) for part in parts]
-    groups = [group.tolist() for part in numbers for group in np.split(part, range(READ, len(part), READ))]
-    if not groups:
-        return
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*worker processes in total")  # as --workers says
-        loader = DataLoader(
-            _Reading(job.source, job.prepare),
-            sampler=groups,
-            batch_size=None,
-            num_workers=job.shards.workers,
-            collate_fn=_as_is,
-            generator=torch.Generator(),
-        )
-        read = iter(loader)
-    for group in read:
-        yield from group
-
-
-@dataclass
-class _Reading(Dataset):
-    """[numbers of samples] -> [Item], in a worker process."""
-
-    source: Source
-    prepare: Callable[[bytes], np.ndarray]
-
-    def __getitem__(self, numbers: list[int]) -> list[Item]:
-        return [_read_item(self.source, self.prepare, number) for number in numbers]
-
-
-def _read_item(source: Source, prepare: Callable[[bytes], np.ndarray], number: int) -> Item:
-    """One sample, or the reason why it cannot be read."""
-    try:
-        data, condition = source.read(number)
-        return Item(number, prepare(data), condition)
-    except Unreadable as error:
-        return Item(number, None, -1, str(error))
-
-
-def _as_is(items: list[Item]) -> list[Item]:
-    return items
 
 
 # --- after -----------------------------------------------------------------------------------------------------------

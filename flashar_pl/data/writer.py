@@ -29,7 +29,7 @@ import numpy as np
 import webdataset
 
 from flashar_pl.data.manifest import SPLITS, ConditionSpec, Manifest, Record, Shard, code_dtype
-from flashar_pl.files import digest
+from flashar_pl.files import digest, new_directory
 
 
 class ShardWriter:
@@ -69,11 +69,9 @@ class ShardWriter:
         first_shard: int = 0,
         evaluation_crop: int = 0,
     ) -> None:
-        if block < 1 or shard_blocks < 1:
-            raise ValueError(f"block={block}, shard_blocks={shard_blocks}; expected integers >= 1.")
+        assert block >= 1
+        assert shard_blocks >= 1
         self.out = Path(out)
-        if self.out.exists():
-            raise ValueError(f"{self.out} exists; nothing was written. Remove it, or choose another --out.")
         # The manifest checks the sizes before anything is written; its splits are filled in by `close`.
         self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {}, evaluation_crop)
         self._dtype = code_dtype(vocabulary)
@@ -81,8 +79,8 @@ class ShardWriter:
         self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         self._open: dict[str, _Tar] = {}
         self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.partial = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
-        self.partial.mkdir(parents=True)
+        self._directory = new_directory(self.out, "shards")
+        self.partial = self._directory.__enter__()
 
     def write(
         self,
@@ -108,12 +106,11 @@ class ShardWriter:
             ValueError: a split of another name, a wrong shape or type, a code outside the vocabulary, a label out
                 of range, or a condition of another kind. Nothing of the call is written then.
         """
-        if split not in SPLITS:
-            raise ValueError(f"Split {split!r}; expected one of {', '.join(SPLITS)}.")
+        assert split in SPLITS, split
         codes = self._checked_codes(np.asarray(codes))  # (n, K, H, W)
         n = len(codes)
         columns: dict[str, Any] = {"codes": codes, "ids": _integers("ids", ids, n, None)}
-        columns |= self._checked_condition(n, labels, texts, features)
+        columns |= self._checked_condition(n, labels=labels, texts=texts, features=features)
         self._pending[split].extend({key: column[i] for key, column in columns.items()} for i in range(n))
         while len(self._pending[split]) >= self._block:
             self._write_record(split, self._pending[split][: self._block])
@@ -132,9 +129,7 @@ class ShardWriter:
             self.abort()
             raise ValueError(f"No sample was written, so there is nothing to put at {self.out}.")
         replace(self.manifest, splits=splits).save(self.partial)
-        if self.out.exists():
-            raise ValueError(f"{self.out} has appeared meanwhile; the finished shards are left at {self.partial}.")
-        self.partial.rename(self.out)
+        self._directory.__exit__(None, None, None)
         self.manifest = Manifest.load(self.out)
         return self.manifest
 
@@ -172,32 +167,27 @@ class ShardWriter:
             )
         return codes.astype(self._dtype)
 
-    def _checked_condition(self, n: int, labels: Any, texts: Any, features: Any) -> dict[str, Any]:
+    def _checked_condition(self, n: int, **columns: Any) -> dict[str, Any]:
         spec = self.manifest.condition
-        given = {"labels": labels, "texts": texts, "features": features}
+        given = {key: column for key, column in columns.items() if column is not None}
         wanted = {"class": "labels", "text": "texts", "text-features": "features"}[spec.kind]
-        if [key for key, value in given.items() if value is not None] != [wanted]:
-            raise ValueError(
-                f"Condition kind {spec.kind!r} takes {wanted}= and nothing else; "
-                f"given: {', '.join(k for k, v in given.items() if v is not None) or 'none'}."
-            )
+        if list(given) != [wanted] or len(given[wanted]) != n:
+            found = ", ".join(f"{len(column)} {key}" for key, column in given.items()) or "none"
+            raise ValueError(f"Condition kind {spec.kind!r} takes {n} {wanted} and nothing else; given: {found}.")
         if spec.kind == "class":
-            return {"labels": _integers("labels", labels, n, spec.num_classes)}
-        if len(given[wanted]) != n:
-            raise ValueError(f"{len(given[wanted])} {wanted} for {n} samples.")
+            return {"labels": _integers("labels", given[wanted], n, spec.num_classes)}
         if spec.kind == "text":
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError("texts must all be of type str.")
-            return {"texts": list(texts)}
+            assert all(isinstance(text, str) for text in given[wanted])
+            return {"texts": list(given[wanted])}
         assert spec.length is not None
-        rows = [np.asarray(row) for row in features]
+        rows = [np.asarray(row) for row in given[wanted]]
         for row in rows:
-            if row.ndim != 2 or row.shape[1] != spec.width or not 1 <= len(row) <= spec.length:
+            fits = row.ndim == 2 and row.shape[1] == spec.width and 1 <= len(row) <= spec.length
+            if not fits or row.dtype not in (np.float16, np.float32):
                 raise ValueError(
-                    f"Text features of shape {row.shape}; expected (1 .. {spec.length}, {spec.width}) for each sample."
+                    f"Text features of shape {row.shape} and type {row.dtype}; expected float16 or float32 of shape "
+                    f"(1 .. {spec.length}, {spec.width}) for each sample."
                 )
-            if row.dtype not in (np.float16, np.float32):
-                raise ValueError(f"Text features of type {row.dtype}; expected float16 or float32.")
         return {"features": rows}
 
     def _write_record(self, split: str, samples: list[dict[str, Any]]) -> None:

@@ -292,14 +292,6 @@ def test_foreign_damaged_and_incomplete_checkpoints(refused, runs):
     assert "was not written by `flashar fit`" in refused("validate", "--ckpt_path", "lightning.ckpt")
 
 
-def test_more_readers_than_blocks(refused, trained, work):
-    words = ("--trainer.default_root_dir", "runs/new", "--data.num_workers", 29)
-    message = refused("fit", "--config", trained / "raster.yaml", *words)
-    assert "29 readers" in message
-    assert "has 28 blocks" in message
-    assert not Path("runs/new").exists()
-
-
 def test_data_that_does_not_fit(refused, run, runs, shards):
     """Codes outside the vocabulary, another grid, another vocabulary."""
     new = ("--trainer.default_root_dir", "runs/new")

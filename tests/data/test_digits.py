@@ -29,7 +29,7 @@ def test_digits_shards(tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.labels, labels[got.ids])
         ids += got.ids.tolist()
     assert sorted(ids) == list(range(1797))
-    with pytest.raises(ValueError, match="exists; nothing was written"):
+    with pytest.raises(ValueError, match="exists; the shards would overwrite it"):
         tokenize_digits(tmp_path / "digits")
 
 

@@ -144,12 +144,11 @@ CODES = sample_codes(np.arange(2))
         ({"codes": CODES.astype(float)}, "float64"),
         ({"labels": [0, 5]}, "labels range over 0 .. 5; expected 0 .. 4"),
         ({"labels": [0, -1]}, "labels range over -1"),
-        ({"labels": [0, 1, 2]}, r"labels have shape \(3,\)"),
-        ({"labels": None}, "takes labels= and nothing else; given: none"),
-        ({"texts": ["a", "b"]}, "given: labels, texts"),
+        ({"labels": [0, 1, 2]}, "takes 2 labels and nothing else; given: 3 labels"),
+        ({"labels": None}, "takes 2 labels and nothing else; given: none"),
+        ({"texts": ["a", "b"]}, "given: 2 labels, 2 texts"),
         ({"ids": [1]}, r"ids have shape \(1,\)"),
         ({"ids": [-1, 0]}, "ids range over -1"),
-        ({"split": "dev"}, "Split 'dev'; expected one of train, validation, test"),
     ],
 )
 def test_bad_samples_are_refused_when_written(tmp_path: Path, kwargs: dict, message: str) -> None:
@@ -162,13 +161,12 @@ def test_bad_samples_are_refused_when_written(tmp_path: Path, kwargs: dict, mess
 @pytest.mark.parametrize(
     ("condition", "kwargs", "message"),
     [
-        (ConditionSpec("text"), {"texts": ["a"]}, "1 texts for 2 samples"),
-        (ConditionSpec("text"), {"texts": ["a", 3]}, "type str"),
+        (ConditionSpec("text"), {"texts": ["a"]}, "takes 2 texts and nothing else; given: 1 texts"),
         (ConditionSpec("text-features", length=2, width=3), {"features": [np.ones((1, 3))] * 2}, "float64"),
         (
             ConditionSpec("text-features", length=2, width=3),
             {"features": [np.ones((3, 3), np.float32)] * 2},
-            r"shape \(3, 3\); expected \(1 .. 2, 3\)",
+            r"shape \(3, 3\) .* of shape \(1 .. 2, 3\)",
         ),
     ],
 )
@@ -185,7 +183,6 @@ def test_bad_texts_are_refused_when_written(tmp_path: Path, condition, kwargs: d
         (lambda: ConditionSpec("text", num_classes=3), "has no meaning"),
         (lambda: Manifest("x", {}, (0, 4), 3, CLASS, 1, {}), "grid height is 0"),
         (lambda: Manifest("x", {}, (4, 4), 0, CLASS, 1, {}), "vocabulary is 0"),
-        (lambda: writer_for(Path("nowhere"), CLASS, shard_blocks=0), "shard_blocks=0"),
     ],
 )
 def test_bad_descriptions(make, message: str) -> None:
@@ -196,16 +193,16 @@ def test_bad_descriptions(make, message: str) -> None:
 def test_writer_never_overwrites(tmp_path: Path) -> None:
     write_classes(tmp_path / "t")
     before = (tmp_path / "t" / "manifest.json").read_bytes()
-    with pytest.raises(ValueError, match="exists; nothing was written"):
+    with pytest.raises(ValueError, match="exists; the shards would overwrite it"):
         write_classes(tmp_path / "t")
     assert (tmp_path / "t" / "manifest.json").read_bytes() == before
 
     writer = writer_for(tmp_path / "u", CLASS)
     writer.write("train", CODES, ids=[0, 1], labels=[0, 1])
     (tmp_path / "u").mkdir()
-    with pytest.raises(ValueError, match="appeared meanwhile; the finished shards are left at"):
+    with pytest.raises(ValueError, match="exists; the shards would overwrite it"):
         writer.close()
-    assert (writer.partial / "manifest.json").exists()
+    assert list((tmp_path / "u").iterdir()) == []
 
 
 def test_an_interrupted_or_empty_writer_leaves_nothing(tmp_path: Path) -> None:
