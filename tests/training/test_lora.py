@@ -139,7 +139,9 @@ def test_the_frozen_part_is_not_averaged(whole, raster: str, toy_shards: str, tm
         frozen = frozen_names(module.net)
         assert not any(f"ema.{name}" in names for name in frozen)
         assert all(f"ema.{name}" in names for name in module.net.state_dict().keys() - frozen)
-    for each in (module, cut, continued):
+    read = [FlashARModule.load_from_checkpoint(each) for each in (path, root / f"step={STEPS}.ckpt")]
+    assert all(torch.equal(value, read[1].state_dict()[name]) for name, value in module.state_dict().items())
+    for each in (module, cut, continued, *read):
         weights = dict(each.net.named_parameters())
         for name, average in each.ema.named_parameters():
             same = local(average).data_ptr() == local(weights[name]).data_ptr()
