@@ -7,11 +7,11 @@ FLASHAR=${FLASHAR:-.venv/bin/flashar}
 OUT=${OUT:-benchmarks/results}
 for dtype in fp32 bf16; do
   "$FLASHAR" benchmark --preset llamagen-b --batch-sizes 1 --cfg-scale 2.0 --device cpu --threads 1 \
-    --weight-format plain,packed --dtype "$dtype" --out "$OUT/decode_llamagen_b_${dtype}_cpu"
+    --weight-formats plain,packed --dtype "$dtype" --out "$OUT/decode_llamagen_b_${dtype}_cpu"
 done
 for batch in 4 16; do
-  "$FLASHAR" benchmark train --preset llamagen-b --batch-size $batch --device cpu --repeats 3 \
+  "$FLASHAR" benchmark train --preset llamagen-b --batch-size $batch --device cpu --dtype bf16 --repeats 3 \
     --out "$OUT/train_llamagen_b_${batch}_cpu.json"
 done
-"$FLASHAR" benchmark train --preset llamagen-l --batch-size 4 --device cpu --repeats 1 \
+"$FLASHAR" benchmark train --preset llamagen-l --batch-size 4 --device cpu --dtype bf16 --repeats 1 \
   --out "$OUT/train_llamagen_l_4_cpu.json"

@@ -38,30 +38,30 @@ bench() { # name preset options
 
 tests() { # every way of decoding against the plain model; what only a GPU can check: graphs, waits, memory
   [[ -e $OUT/doctor_gpu.json ]] && echo "$OUT/doctor_gpu.json is there and kept" ||
-    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runner $RUNNERS --weight-format $FORMATS \
+    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $RUNNERS --weight-formats $FORMATS \
       --out "$OUT/doctor_gpu.json" || failed+=(doctor)
   [[ -n ${DRY:-} ]] && return
   "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
 }
 latency() { # L, one image: all runners, then the formats of weights
-  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runner $RUNNERS --vq
-  bench decode_llamagen_l_formats_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runner $GRAPHS \
-    --weight-format $FORMATS --skip-plain
+  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS
+  bench decode_llamagen_l_formats_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $GRAPHS \
+    --weight-formats $FORMATS --skip-plain
 }
 throughput() { # L, many images
   local sizes=8,64,256,512,auto
   [[ -n ${DRY:-} ]] && sizes=2,3
-  bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runner $FAST --skip-plain
+  bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
 }
 large() { # XXL
   local sizes=1,64
   [[ -n ${DRY:-} ]] && sizes=1
-  bench decode_llamagen_xxl_gpu llamagen-xxl --batch-sizes $sizes --cfg-scale 2.0 --runner $FAST --skip-plain
+  bench decode_llamagen_xxl_gpu llamagen-xxl --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
 }
 emu() { # 34B, 32 x 32 codes: guided, with the official empty prompt's length beside a caption's
-  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runner $GRAPHS --skip-plain
+  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runners $GRAPHS --skip-plain
   bench decode_emu35_34b_runners_gpu emu35-34b --plans diagonal --batch-sizes 1 --cfg-scale 5.0 \
-    --runner ${FAST#graphs,} --skip-plain
+    --runners ${FAST#graphs,} --skip-plain
 }
 profile() { # where a step's time goes
   local preset=llamagen-l

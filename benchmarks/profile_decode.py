@@ -16,15 +16,13 @@ from datetime import date
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flashar_pl.benchmarking.measure import synchronise
-from flashar_pl.benchmarking.rows import device_name, synthetic_condition, synthetic_model
-from flashar_pl.benchmarking.table import markdown
+from flashar_pl.benchmarking.subjects import Subject, device_name
+from flashar_pl.console import table
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import choose_format
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.numerics import dtype_from_name
-from flashar_pl.options import EngineOptions, parse_grid
-from flashar_pl.planner import model_sizes
+from flashar_pl.options import EngineOptions, PresetOptions
 
 KINDS = (
     ("attention", ("attention", "sdpa", "flash", "fmha")),
@@ -69,16 +67,15 @@ def main() -> None:
     parser.add_argument("--weight-format", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    device, grid = torch.device(arguments.device), parse_grid(arguments.grid)
-    sizes = model_sizes({"backbone": {"preset": arguments.preset}})
-    model = synthetic_model(sizes, device, dtype_from_name(arguments.dtype))
+    device = torch.device(arguments.device)
+    subject = Subject.of(PresetOptions(arguments.preset, grid=arguments.grid), device)
+    model = subject.model(device, dtype_from_name(arguments.dtype))
     form = EngineOptions(runner="eager", weight_format=arguments.weight_format)
     engine = Engine(prepare(model, choose_format(model, form, arguments.plan)), "eager")
-    condition, unconditional = synthetic_condition(sizes, arguments.batch_size, True)
+    condition, unconditional = subject.condition(arguments.batch_size, True)
 
     def decode() -> None:
-        engine.generate(condition, grid, arguments.plan, 2.0, seeds=0, unconditional=unconditional)
-        synchronise(device)
+        engine.generate(condition, subject.grid, arguments.plan, 2.0, seeds=0, unconditional=unconditional).cpu()
 
     decode()
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
@@ -96,7 +93,7 @@ def main() -> None:
         for name, time in sorted(shares.items(), key=lambda x: -x[1])
     ]
     print(f"{date.today()}, {device_name(device)}, torch {torch.__version__}; {' '.join(sys.argv)}\n")
-    print(markdown(("kind", "ms", "share"), lines))
+    print(table(("kind", "ms", "share"), lines))
     print(f"\n{calls} operations")
 
 

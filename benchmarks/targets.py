@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.benchmarking.table import markdown
+from flashar_pl.console import table
 
 EXACT = ("plain", "packed")
 """Formats of weights that change no value."""
@@ -118,7 +118,7 @@ def _engine(row: dict[str, Any]) -> str:
 
 def target_table(results: Path) -> str:
     """The table of all targets."""
-    return markdown(("target", "bound", "found", "verdict", "with"), [*cpu_lines(results), *gpu_lines(results)])
+    return table(("target", "bound", "found", "verdict", "with"), [*cpu_lines(results), *gpu_lines(results)])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Plan = Literal["raster", "diagonal"]
 Weights = Literal["auto", "raw", "ema"]
@@ -46,6 +46,16 @@ class ModelOptions(ArchitectureOptions):
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
     pixels:LEVELS, or a JSON object."""
+
+
+@dataclass(frozen=True)
+class PresetOptions(ArchitectureOptions):
+    """Model"""
+
+    preset: str | None = None
+    """Published size with random weights, such as llamagen-l or emu35-34b; a wrong name lists them all."""
+    checkpoint: str | None = None
+    """A checkpoint of any kind instead of a preset."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +109,18 @@ class PlaceOptions:
 
 
 @dataclass(frozen=True)
-class DeviceOptions(PlaceOptions):
+class ComputeOptions(PlaceOptions):
     """What computes"""
 
     dtype: Dtype | None = None
     """Of weights and activations; softmax and sampling stay in float32 and float64. Default: fp32, for directories of
     released weights that of the files."""
+
+
+@dataclass(frozen=True)
+class DeviceOptions(ComputeOptions):
+    """What computes"""
+
     batch_size: int | Literal["auto"] | None = None
     """Images computed together; a last partial batch is padded. auto is the largest that fits, up to 64 on a CPU and
     1024 on a GPU. Default: 16 for drawing, or fewer where fewer fit (evaluate 32, GenEval 4); 64 for scoring, where
@@ -133,6 +149,29 @@ class EngineOptions(PlanOptions):
     weight_format: WeightFormat = "auto"
     """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
+
+
+@dataclass(frozen=True)
+class WayOptions:
+    """Ways of decoding"""
+
+    runners: str = "auto"
+    """As --runner elsewhere: eager, compiled, graphs or compiled-graphs, here several separated by commas."""
+    weight_formats: str = "auto"
+    """As --weight-format elsewhere: plain, packed, int8 or fp8, here several separated by commas."""
+
+    def each(self) -> list[tuple[Runner, WeightFormat]]:
+        """Every combination. Raises ValueError for an unknown name."""
+        found = []
+        for name, text, known in (
+            ("runner", self.runners, Runner),
+            ("weight_format", self.weight_formats, WeightFormat),
+        ):
+            words = list(dict.fromkeys(word.strip() for word in text.split(",")))
+            if unknown := [word for word in words if word not in get_args(known)]:
+                raise ValueError(f"{name} is {unknown[0]!r}; expected some of {', '.join(get_args(known))}.")
+            found.append(words)
+        return [(runner, weights) for weights in found[1] for runner in found[0]]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -45,16 +46,8 @@ class Timing:
 
 def spread(values: list[float]) -> float:
     """Interquartile range; 0 for a single value."""
-    if len(values) < 2:
-        return 0.0
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
     return high - low
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def clock(call: Callable[[], Any], device: torch.device, into: Timing) -> Any:
@@ -63,8 +56,8 @@ def clock(call: Callable[[], Any], device: torch.device, into: Timing) -> Any:
     On a GPU, wall time is that between two events on its stream: the waits around them are not counted, which matter
     where a call takes a tenth of a millisecond.
     """
-    synchronise(device)
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream, cpu = torch.cuda.current_stream(device), time.process_time()
         began.record(stream)
@@ -109,10 +102,6 @@ class Speed:
         """The faster of copying and reading: decoding mostly reads."""
         return max(self.copy, self.read)
 
-    def facts(self) -> dict[str, float]:
-        """Plain values."""
-        return {**asdict(self), "bandwidth": self.bandwidth}
-
 
 def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype: torch.dtype) -> Speed:
     """Measured rates. The buffers are as large as the weights of one forward, so that caches help both alike."""
@@ -129,12 +118,12 @@ def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype:
     return Speed(copy, read, matrix)
 
 
-def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Shortest time of a few runs after one that does not count, on the clock of `clock_name`."""
+def best(call: Callable[[], Any], device: torch.device, repeats: int = 7, clocked: str | None = None) -> float:
+    """Shortest time of a few runs after one that does not count, on a clock, by default that of `clock_name`."""
     timing = Timing()
     for _ in range(repeats + 1):
         clock(call, device, timing)
-    return min(getattr(timing, clock_name(device))[1:])
+    return min(getattr(timing, clocked or clock_name(device))[1:])
 
 
 # --- the GEMMs of a job alone -------------------------------------------------------------------------------------
@@ -184,22 +173,16 @@ class GemmWalk:
         condition = getattr(model.backbone, "condition_embedding", None)
         self.condition = [] if condition is None else projections(condition)
         head = model.dual_head
-        self.heads = [
-            Projection.of(linear, head.first_code) for linear in (head.horizontal, head.vertical) if linear is not None
-        ]
-        self.gate: Projection | None = None
-        if head.gate is not None:
-            weight = head.gate.hidden.weight.float()  # as the gate itself does
-            self.gate = Projection(weight.shape[1], weight.shape[0], weight.dtype, _product(weight))
+        linears = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
+        self.heads = [Projection.of(linear, head.first_code) for linear in linears]
+        gate = None if head.gate is None else head.gate.hidden.weight.float()  # as the gate itself does
+        self.gate = gate if gate is None else Projection(gate.shape[1], gate.shape[0], gate.dtype, _product(gate))
         self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def kinds(self) -> dict[Forward, int]:
         """Forwards that differ in their GEMMs, and how often each occurs."""
-        counts: dict[tuple[Any, ...], int] = {}
-        first: dict[tuple[Any, ...], Forward] = {}
-        for forward in self.job.forwards:
-            counts[forward.gemms] = counts.get(forward.gemms, 0) + 1
-            first.setdefault(forward.gemms, forward)
+        counts = Counter(forward.gemms for forward in self.job.forwards)
+        first = {forward.gemms: forward for forward in reversed(self.job.forwards)}
         return {first[gemms]: count for gemms, count in counts.items()}
 
     def calls(self, forward: Forward) -> list[tuple[Tensor, Projection]]:
@@ -226,7 +209,7 @@ class GemmWalk:
         return self.inputs[key]
 
     @torch.no_grad()
-    def measure(self, samples: int = 3, advance: Callable[[int], Any] | None = None) -> Timing:
+    def measure(self, samples: int = 3) -> Timing:
         """Time of all GEMMs of the job, `samples` times: the sum over kinds of count times one measured walk.
 
         A kind that makes up more than a tenth of the job is walked ten times for each sample.
@@ -242,8 +225,6 @@ class GemmWalk:
                     clock(walk, self.device, timing)
                 total.wall[i] += count * statistics.median(timing.wall)
                 total.cpu[i] += count * statistics.median(timing.cpu)
-            if advance is not None:
-                advance(count)
         return total
 
     @torch.no_grad()

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.condition import Given, Prefix
+from flashar_pl.backbones.condition import Condition, Given, as_condition
 from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
-from flashar_pl.models.base import GridModel, States
+from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
 from flashar_pl.sampling import SamplingSettings, choose, guide
 
@@ -37,24 +37,22 @@ class GrowingCache(KVCache):
 
 
 class _Pass:
-    """One pass over the samples: conditional, or unconditional."""
+    """One pass over the samples, conditional or unconditional."""
 
-    def __init__(self, model: GridModel, prefix: Prefix, plan: DecodePlan) -> None:
-        self.model, self.prefix, self.plan = model, prefix, plan
-        self.rope = model.rope(plan, prefix)
-        self.cache = GrowingCache(model.cache_spec())
+    def __init__(self, model: GridModel, condition: Condition, plan: DecodePlan) -> None:
+        self.model, self.plan, self.prefix = model, plan, model.backbone.prefix(condition)
+        self.rope, self.cache = model.rope(plan, self.prefix), GrowingCache(model.cache_spec())
+        mask = model.backbone.sequence_mask(plan, self.prefix, 0)
+        self.states = model.prefill(self.prefix.x, self.rope[:, : len(self.prefix)], mask, self.cache, vertical=False)
 
-    def start(self) -> States:
-        length = len(self.prefix)
-        mask = self.model.backbone.sequence_mask(self.plan, self.prefix, 0)
-        return self.model.prefill(self.prefix.x, self.rope[:, :length], mask, self.cache, vertical=False)
-
-    def feed(self, codes: Tensor, slots: slice) -> States:
+    def feed(self, codes: Tensor, slots: slice) -> None:
+        """Codes (B, n), row ends included."""
         begin, end = len(self.prefix) + slots.start, len(self.prefix) + slots.stop
         mask = self.model.backbone.sequence_mask(self.plan, self.prefix, slots.stop)[:, :, begin:end]
-        return self.model.step(codes, self.rope[:, begin:end], mask, self.cache, vertical=False)
+        self.states = self.model.step(codes, self.rope[:, begin:end], mask, self.cache, vertical=False)
 
 
+@torch.no_grad()
 def generate_plain(
     model: GridModel,
     condition: Given,
@@ -63,35 +61,23 @@ def generate_plain(
     seeds: int | list[int] | Tensor | None = None,
     unconditional: Given | None = None,
 ) -> Tensor:
-    """Codes (B, H, W) int64 in raster order. Arguments as in `generate`.
-
-    Raises:
-        ValueError: a condition of the wrong kind; cfg_interval is set, which this baseline does not know.
-    """
-    if settings.cfg_interval is not None:
-        raise ValueError("the plain baseline guides every step; expected cfg_interval None.")
-    plan = model.make_plan("raster", *grid)
-    device = next(model.parameters()).device
-    wanted = model.backbone.check_condition(condition).to(device)
-    batch = len(wanted)
-    if unconditional is not None:
-        unconditional = model.backbone.check_condition(unconditional, batch).to(device)
-    noise = uniforms(sample_seeds(seeds, batch), plan.n_cells).to(device)  # (B, N)
-    with torch.no_grad(), decode_mode(model):
-        conditions = [wanted]
-        if settings.guided:
-            both = model.backbone.with_unconditional(wanted, unconditional)
-            conditions = [both.rows(slice(0, batch)), both.rows(slice(batch, None))]
-        passes = [_Pass(model, model.backbone.prefix(part), plan) for part in conditions]
-        states = [each.start() for each in passes]
+    """Codes (B, H, W) int64 in raster order. Arguments as in `generate`; every step is guided."""
+    assert settings.cfg_interval is None, "the plain baseline guides every step"
+    plan, conditions = model.make_plan("raster", *grid), [model.backbone.check_condition(condition).to(model.device)]
+    batch = len(conditions[0])
+    noise = uniforms(sample_seeds(seeds, batch), plan.n_cells).to(model.device)  # (B, N)
+    if settings.guided:
+        nulls = None if unconditional is None else as_condition(unconditional).to(model.device)
+        conditions.append(model.backbone.with_unconditional(conditions[0], nulls).rows(slice(batch, None)))
+    with decode_mode(model):
+        passes = [_Pass(model, part, plan) for part in conditions]
         drawn = []
-        for t in range(plan.n_steps):
-            logits = [model.step_logits(state, plan, t) for state in states]  # (B, 1, V)
+        for t, slots in enumerate(plan.slots_of_step):
+            logits = [model.step_logits(each.states, plan, t) for each in passes]  # (B, 1, V)
             mixed = guide(logits[0], logits[1], settings.cfg_scale) if settings.guided else logits[0]
             drawn.append(choose(mixed, noise[:, t : t + 1], settings))  # (B, 1)
             if t + 1 < plan.n_steps:
-                slots = plan.slots_of_step[t]
-                row_ends = slots.stop - slots.start - 1
-                fed = torch.nn.functional.pad(drawn[-1], (0, row_ends), value=ROW_END)
-                states = [each.feed(fed, slots) for each in passes]
+                fed = torch.nn.functional.pad(drawn[-1], (0, slots.stop - slots.start - 1), value=ROW_END)
+                for each in passes:
+                    each.feed(fed, slots)
     return torch.cat(drawn, dim=1).view(batch, *grid)

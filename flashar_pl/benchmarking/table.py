@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from flashar_pl import console
 from flashar_pl.decoding.build import EXACT
 
 PLAIN = "plain raster"
@@ -22,17 +22,12 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     strong_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
     plain_at = {row["batch"]: row for row in rows if row["plan"] == PLAIN}
-    for row in rows:
-        if row["plan"] in ("raster", PLAIN):
-            continue
+    for row in (row for row in rows if row["plan"] not in ("raster", PLAIN)):
         strong, slow = strong_at.get(_engine(row)) or _exact(row, rows), plain_at.get(row["batch"])
         reference = strong or slow
         found.append(
-            {
-                "plan": row["plan"],
-                "runner": row["runner"],
-                "weight_format": row["weight_format"],
-                "batch": row["batch"],
+            {name: row[name] for name in ("plan", "runner", "weight_format", "batch")}
+            | {
                 "over_raster": strong and strong["seconds"] / row["seconds"],
                 "over_plain_raster": slow and slow["seconds"] / row["seconds"],
                 "steps": reference and reference["steps"] / row["steps"],
@@ -52,8 +47,7 @@ def _exact(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | 
     same = [
         other
         for other in rows
-        if other["plan"] == "raster"
-        and (other["runner"], other["batch"]) == (row["runner"], row["batch"])
+        if (other["plan"], other["runner"], other["batch"]) == ("raster", row["runner"], row["batch"])
         and {other["weight_format"], row["weight_format"]} <= set(EXACT)
     ]
     return min(same, key=lambda other: other["seconds"], default=None)
@@ -61,33 +55,15 @@ def _exact(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
-        row["plan"],
-        row["runner"],
-        row["weight_format"],
-        str(row["batch"]),
-        f"{row['ms_per_image']:.2f}",
-        f"{row['spread_s'] / row['seconds']:.1%}",
-        f"{row['images_per_s']:.2f}",
-        f"{row['ms_per_step']:.2f}",
-        str(row["steps"]),
+        *(row["plan"], row["runner"], row["weight_format"], str(row["batch"])),
+        *(f"{row['ms_per_image']:.2f}", f"{row['spread_s'] / row['seconds']:.1%}", f"{row['images_per_s']:.2f}"),
+        *(f"{row['ms_per_step']:.2f}", str(row["steps"])),
         f"{row['peak_bytes'] / 2**20:.0f}" if row["peak_bytes"] else "unknown",
-        f"{1e3 * row['bandwidth_floor_s']:.2f}",
-        f"{1e3 * row['flop_floor_s']:.2f}",
-        f"{row['share_of_floor']:.0%}",
+        *(f"{1e3 * row['bandwidth_floor_s']:.2f}", f"{1e3 * row['flop_floor_s']:.2f}", f"{row['share_of_floor']:.0%}"),
         "-" if row["gemm_s"] is None else f"{1e3 * row['gemm_s']:.2f}",
         "-" if row["over_gemm"] is None else f"{row['over_gemm']:.2f}",
         str(row["time"]["repeats"]),
     ]
-
-
-def markdown(header: tuple[str, ...], lines: list[list[str]]) -> str:
-    """An aligned Markdown table."""
-    widths = [max(len(line[i]) for line in [list(header), *lines]) for i in range(len(header))]
-
-    def text(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([text(list(header)), text(["-" * width for width in widths]), *map(text, lines)])
 
 
 def _ratio(value: float | None) -> str:
@@ -101,18 +77,16 @@ def table(result: dict[str, Any]) -> str:
     parts = [
         f"{result['device']}{threads}; {result['command']['dtype']}, grid {result['grid'][0]}x{result['grid'][1]}, "
         f"guidance {result['command']['cfg_scale']}; medians of {clock}; floors and GEMM-only per batch.",
-        markdown(COLUMNS, [_cells(row) for row in result["rows"]]),
+        console.table(COLUMNS, [_cells(row) for row in result["rows"]]),
     ]
     if result["speedups"]:
         header = ("plan", "runner", "weights", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
+        keys = ("over_raster", "over_plain_raster", "steps", "gemm_only")
         lines = [
-            [each["plan"], each["runner"], each["weight_format"], str(each["batch"])]
-            + [_ratio(each[key]) for key in ("over_raster", "over_plain_raster", "steps", "gemm_only")]
+            [each["plan"], each["runner"], each["weight_format"], str(each["batch"]), *(_ratio(each[k]) for k in keys)]
             for each in result["speedups"]
         ]
-        parts.append("Speed-up:\n\n" + markdown(header, lines))
-    for row in result["vq"]:
-        parts.append(f"VQ-16 decoding, batch {row['batch']}, {row['dtype']}: {row['ms_per_image']:.1f} ms/image.")
+        parts.append("Speed-up:\n\n" + console.table(header, lines))
     once = [f"{row['plan']} at batch {row['batch']}" for row in result["rows"] if row["time"]["repeats"] == 1]
     if once:
         parts.append(f"Measured once only: {'; '.join(once)}.")
@@ -122,36 +96,3 @@ def table(result: dict[str, Any]) -> str:
         causes.setdefault(cause, []).append(f"{row['plan']} at batch {row['batch']}")
     parts += [f"FAILED: {', '.join(rows)} {cause}" for cause, rows in causes.items()]
     return "\n\n".join(parts) + "\n"
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Show the report."""
-    print(table(result))
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Milliseconds per image, and share of the floor, against the batch size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5))
-    kinds = [(row["plan"], row["runner"], row["weight_format"]) for row in result["rows"]]
-    for kind in dict.fromkeys(kinds):
-        rows = [row for row, each in zip(result["rows"], kinds, strict=True) if each == kind]
-        rows.sort(key=lambda row: row["batch"])
-        batches = [row["batch"] for row in rows]
-        left.plot(batches, [row["ms_per_image"] for row in rows], marker="o", label=", ".join(kind))
-        right.plot(batches, [row["share_of_floor"] for row in rows], marker="o", label=", ".join(kind))
-    for axes, label in ((left, "ms per image"), (right, "floor / time")):
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("batch size")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-    left.set_yscale("log")
-    right.set_ylim(0, 1)
-    left.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)

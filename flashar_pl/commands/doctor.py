@@ -10,22 +10,20 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.benchmarking.table import markdown
-from flashar_pl.checkpoints.opening import open_checkpoint
-from flashar_pl.console import Missed, first_line, progress_bar, versions
-from flashar_pl.decoding.build import parse_variants
-from flashar_pl.devices import find_device
+from flashar_pl.console import Missed, first_line, progress_bar, table, versions
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, Runner, WeightFormat, parse_grid
+from flashar_pl.options import ComputeOptions, Dtype, PresetOptions, Runner, WayOptions, WeightFormat
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
+    from flashar_pl.backbones.condition import Condition
+    from flashar_pl.benchmarking.subjects import Subject
+    from flashar_pl.decoding import Engine
     from flashar_pl.models import GridModel
-    from flashar_pl.planner.sizes import ModelSizes
 
 PACKAGES = {
     "lightning": "training", "webdataset": "shards", "tensorboard": "curves",
@@ -35,10 +33,13 @@ PACKAGES = {
     "peft": "LoRA: pip install 'flashar-pl[lora]'",
     "tiktoken": "prompts of tokens: pip install 'flashar-pl[emu]'",
     "transformers": "captions, GenEval: pip install 'flashar-pl[emu]'",
+    "uvicorn": "flashar serve: pip install 'flashar-pl[serve]'",
 }  # fmt: skip
 """Distributions, and what for."""
 FAILURES = (ValueError, RuntimeError)
 """What a check may end with: settings that do not go together, and kernels, compilers and memory that fail."""
+SAMPLES = 2
+"""Images of a check."""
 LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.005}
 """Largest `flashar_pl.decoding.parity.misplacement` of a cell."""
 LOSS_LIMITS = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
@@ -50,11 +51,11 @@ class Check:
     """One thing that was computed in two ways."""
 
     model: str
-    dtype: str
+    dtype: Dtype
     what: str
-    difference: float | None
-    """None = it could not run; `remark` says why."""
     limit: float
+    difference: float | None = None
+    """None = it could not run; `remark` says why."""
     remark: str = ""
 
     @property
@@ -63,83 +64,50 @@ class Check:
         return self.difference is not None and self.difference <= self.limit
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model that is checked."""
-
-    name: str
-    sizes: ModelSizes
-    make: Callable[[Dtype], GridModel]
-    grid: tuple[int, int]
-    trains: bool
-    """Whether the training loss is checked as well."""
-    guided: bool = True
-    """Whether decoding is checked with guidance."""
-
-
 def doctor(
+    model: PresetOptions = PresetOptions(),
+    ways: WayOptions = WayOptions(),
+    compute: ComputeOptions = ComputeOptions(),
     *,
-    checkpoint: str | None = None,
-    preset: str | None = None,
-    device: str = "auto",
-    dtypes: str = "fp32,bf16",
-    runner: str = "auto",
-    weight_format: str = "auto",
-    grid: str | None = None,
-    samples: int = 2,
     out: str | None = None,
 ) -> dict[str, Any]:
     """Say what this machine has, and check that every way of decoding computes the same as the plain model on it.
 
     Codes are drawn with the cache, and the whole model is computed once more from them without it: the random number
     of every cell must lie in the interval that its code has in the CDF found there. "difference" is the largest
-    distance. Two tiny models with random weights stand for both families, and their training loss and its gradients
-    are compared with a plain implementation. A checkpoint or a preset is checked instead if given; all its logits are
-    in memory then. Exit code 1 if a check fails.
+    distance. Tiny models with random weights stand for all families, and their training loss and its gradients are
+    compared with a plain implementation. A checkpoint or a preset is checked instead if given; all its logits are in
+    memory then. Packed, int8 and fp8 weights are also compared with plain ones on the codes that were drawn: the nats
+    per image that they change, and how often the likeliest code stays the same. Without --dtype both float32 and
+    bfloat16 are checked, without --runners eager and, on a GPU, graphs. Exit code 1 if a check fails.
 
     Example:
-        flashar doctor --device cuda --runner eager,graphs,compiled
+        flashar doctor --device cuda --runners eager,graphs,compiled
+        flashar doctor --checkpoint runs/demo/flashar/checkpoints/last.ckpt --weight-formats plain,packed,int8,fp8
 
     Args:
-        checkpoint: a checkpoint of any kind, whose decoding is checked.
-        preset: published size with random weights: llamagen-b, -l, -xl, -xxl, -3b, -xl-t2i, or emu35-34b.
-        device: auto, cpu, cuda or cuda:N.
-        dtypes: fp32, bf16, fp16, separated by commas.
-        runner: eager, compiled, graphs, compiled-graphs, separated by commas; auto is eager, and graphs on a GPU.
-        weight_format: plain, packed, int8, fp8, separated by commas; auto is plain, and packed on a CPU that has it.
-        grid: code grid HEIGHTxWIDTH. Default: the checkpoint's own; of a preset 16x16 (emu35 32x32).
-        samples: images decoded at once.
         out: also write the result to this new JSON file.
     """
-    from flashar_pl.numerics import dtype_from_name
+    from flashar_pl.devices import find_device
 
-    place = find_device(device)
-    if checkpoint is not None and preset is not None:
-        raise ValueError(f"checkpoint is {checkpoint!r} and preset {preset!r}; expected one of them, or neither.")
-    if grid is not None and checkpoint is None and preset is None:
-        raise ValueError(f"grid is {grid}, and the tiny models have their own; give a checkpoint or a preset.")
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; expected 1 or more.")
+    place, given = find_device(compute.device), (model.preset, model.checkpoint) != (None, None)
+    if model != PresetOptions() and not given:
+        raise ValueError("the tiny models have a grid and a branch of their own; give a checkpoint or a preset.")
     if out is not None:
         require_new(out, "result")
-    names: list[Any] = list(dict.fromkeys(word.strip() for word in dtypes.split(",")))
-    for name in names:
-        dtype_from_name(name)
-    variants = {name: _variants(runner, weight_format, place, name) for name in names}
+    dtypes: list[Dtype] = ["fp32", "bf16"] if compute.dtype is None else [compute.dtype]
+    variants = {dtype: variants_of(ways, place, dtype) for dtype in dtypes}
     machine = facts(place)
-    print(markdown(("", "found"), [[key, value] for key, value in machine.items()]) + "\n", flush=True)
+    print(table(("", "found"), [[key, value] for key, value in machine.items()]) + "\n", flush=True)
+    names = [str(model.checkpoint or model.preset)] if given else tiny_names()
     checks: list[Check] = []
-    subjects = list(_subjects(checkpoint, preset, grid, place, names))
-    with progress_bar(len(subjects) * sum(len(each) + 1 for each in variants.values()), "checks") as advance:
-        for subject in subjects:
-            for name in names:
-                checks += list(_check(subject, name, variants[name], samples, place, advance))
-    print(table(checks))
-    result = {
-        "machine": machine,
-        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
-        "versions": versions(),
-    }
+    with progress_bar(len(names) * sum(len(each) + 1 for each in variants.values()), "checks") as advance:
+        for name in names:
+            for dtype in dtypes:
+                checks += list(check(name, model if given else None, place, dtype, variants[dtype], advance))
+    print(described(checks))
+    found = [{**asdict(each), "passed": each.passed} for each in checks]
+    result = {"machine": machine, "checks": found, "versions": versions()}
     if out is not None:
         write_json(out, result)
     failed = [f"{check.model}, {check.dtype}: {check.what}" for check in checks if not check.passed]
@@ -153,15 +121,11 @@ def facts(place: torch.device) -> dict[str, str]:
     """What there is: the device, and packages with their versions or what their absence costs."""
     import torch
 
-    from flashar_pl.benchmarking.rows import device_name
+    from flashar_pl.benchmarking.subjects import device_name
     from flashar_pl.layers.packed import unsupported
     from flashar_pl.metrics.inception import side_directory
 
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": f"{place}: {device_name(place)}",
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__, "device": device_name(place)}
     if place.type == "cuda":
         properties = torch.cuda.get_device_properties(place)
         found["GPU memory"] = f"{properties.total_memory / 1e9:.1f} GB, {torch.cuda.device_count()} device(s)"
@@ -181,75 +145,48 @@ def facts(place: torch.device) -> dict[str, str]:
     return found
 
 
-def table(checks: list[Check]) -> str:
-    """The checks in Markdown."""
-    lines = [
-        [
-            check.model,
-            check.dtype,
-            check.what,
-            "-" if check.difference is None else f"{check.difference:.1e}",
-            f"{check.limit:g}",
-            "passed" if check.passed else f"FAILED {check.remark}".rstrip(),
-        ]
-        for check in checks
-    ]
-    return markdown(("model", "dtype", "check", "difference", "limit", ""), lines)
+def described(checks: list[Check]) -> str:
+    """The checks as a table."""
+    lines = []
+    for each in checks:
+        difference = "-" if each.difference is None else f"{each.difference:.1e}"
+        verdict = " ".join(filter(None, ("passed" if each.passed else "FAILED", each.remark)))
+        lines.append([each.model, each.dtype, each.what, difference, f"{each.limit:g}", verdict])
+    return table(("model", "dtype", "check", "difference", "limit", ""), lines)
 
 
-def _subjects(
-    checkpoint: str | None, preset: str | None, grid: str | None, place: torch.device, dtypes: list[Dtype]
-) -> Iterator[Subject]:
-    """What is to be checked."""
-    from flashar_pl.backbones import examples
-    from flashar_pl.benchmarking.rows import synthetic_model
-    from flashar_pl.numerics import dtype_from_name
-    from flashar_pl.planner import model_sizes
-
-    if checkpoint is not None:
-        source = open_checkpoint(ModelOptions(checkpoint, grid=grid), DeviceOptions(str(place), dtypes[0]))
-        loaded = {dtypes[0]: source.model}
-
-        def load(dtype: Dtype) -> GridModel:
-            model = loaded.pop(dtype, None)  # held no longer than it is checked
-            return (
-                open_checkpoint(ModelOptions(checkpoint, grid=grid), DeviceOptions(str(place), dtype)).model
-                if model is None
-                else model
-            )
-
-        config, shape = source.model.config(), source.need_grid()
-        guided = not getattr(getattr(source.model, "compatibility", None), "pair_padding", False)
-        yield Subject(Path(checkpoint).name, model_sizes(config), load, shape, False, guided)
-        return
-    configs = (
-        {preset: {"preset": preset}}
-        if preset is not None
-        else {f"tiny {kind}": config for kind, config in examples().items()}
-    )
-    for name, backbone in configs.items():
-        sizes = model_sizes({"kind": "flashar", "backbone": backbone})
-        shape = parse_grid(grid) or (sizes.usual_grid if preset is not None else (6, 5))
-
-        def make(dtype: Dtype, sizes: ModelSizes = sizes) -> GridModel:
-            return _lively(synthetic_model(sizes, place, dtype_from_name(dtype)))
-
-        yield Subject(str(name), sizes, make, shape, preset is None)
-
-
-def _variants(runner: str, weight_format: str, place: torch.device, dtype: Dtype) -> list[tuple[Runner, WeightFormat]]:
-    """What is checked in one dtype. "auto" formats leave out what this machine or a runner does not have."""
+def variants_of(ways: WayOptions, place: torch.device, dtype: Dtype) -> list[tuple[Runner, WeightFormat]]:
+    """What is checked in one dtype; "auto" formats leave out what this machine or a runner does not have."""
     from flashar_pl.layers.packed import unsupported
     from flashar_pl.numerics import dtype_from_name
 
-    cuda, auto = place.type == "cuda", weight_format == "auto"
-    runners = ("eager,graphs" if cuda else "eager") if runner == "auto" else runner
-    found = parse_variants(runners, ("plain" if cuda else "plain,packed") if auto else weight_format)
+    cuda, auto = place.type == "cuda", ways.weight_formats == "auto"
+    runners = ("eager,graphs" if cuda else "eager") if ways.runners == "auto" else ways.runners
+    formats = ("plain" if cuda else "plain,packed") if auto else ways.weight_formats
     packs = unsupported(dtype_from_name(dtype)) is None
+    found = WayOptions(runners, formats).each()
     return [(r, form) for r, form in found if not auto or form == "plain" or (packs and "compiled" not in r)]
 
 
-def _lively(model: GridModel) -> GridModel:
+def tiny_names() -> list[str]:
+    """The families that have a tiny model."""
+    from flashar_pl.backbones.registry import examples
+
+    return list(examples())
+
+
+def subject_of(name: str, model: PresetOptions | None, place: torch.device, dtype: Dtype) -> Subject:
+    """The checkpoint or preset, or the tiny model of a family, on a grid that is no square."""
+    from flashar_pl.backbones.registry import examples
+    from flashar_pl.benchmarking.subjects import Subject
+    from flashar_pl.planner import model_sizes
+
+    if model is not None:
+        return Subject.of(model, place, dtype)
+    return Subject(model_sizes({"kind": "flashar", "backbone": examples()[name]}), (6, 5))
+
+
+def lively(model: GridModel) -> GridModel:
     """The model with weights so large that every position matters: a wrong cache must change what is drawn."""
     import torch
 
@@ -260,74 +197,91 @@ def _lively(model: GridModel) -> GridModel:
     return model
 
 
-def _check(
-    subject: Subject,
+def check(
+    name: str,
+    asked: PresetOptions | None,
+    place: torch.device,
     dtype: Dtype,
     variants: list[tuple[Runner, WeightFormat]],
-    samples: int,
-    place: torch.device,
     advance: Callable[[int], Any],
 ) -> Iterator[Check]:
     """All checks of one model in one dtype."""
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
+    from flashar_pl.numerics import dtype_from_name
+
+    def tried(what: str, limit: float, measure: Callable[[], tuple[float, str]]) -> Check:
+        try:
+            return Check(name, dtype, what, limit, *measure())
+        except FAILURES as error:
+            return Check(name, dtype, what, limit, None, first_line(error))
 
     try:
-        model = subject.make(dtype)
+        subject = subject_of(name, asked, place, dtype)
+        plain = subject.loaded or lively(subject.model(place, dtype_from_name(dtype)))
     except FAILURES as error:
-        yield Check(subject.name, dtype, "loading", None, LIMITS[dtype], first_line(error))
+        yield Check(name, dtype, "loading", LIMITS[dtype], None, first_line(error))
         return
-    plans = ("diagonal", "raster") if model.dual_head.vertical is not None else ("raster",)
+    plans = ("diagonal", "raster") if plain.dual_head.vertical is not None else ("raster",)
+    scales = (1.0,) if getattr(getattr(plain, "compatibility", None), "pair_padding", False) else (1.0, 2.0)
     for runner, weights in variants:
         what = f"{runner}, {weights} weights"
         try:
-            engine = Engine(prepare(model, weights), runner)
+            engine = Engine(prepare(plain, weights), runner)
         except FAILURES as error:
-            yield Check(subject.name, dtype, what, None, LIMITS[dtype], first_line(error))
-            advance(1)
-            continue
-        for plan in plans:
-            for scale in (1.0, 2.0) if subject.guided else (1.0,):
+            yield Check(name, dtype, what, LIMITS[dtype], None, first_line(error))
+        else:
+            for plan, scale in ((plan, scale) for plan in plans for scale in scales):
                 label = f"{plan}, {'guided, ' if scale != 1 else ''}{what}"
-                try:
-                    worst = _worst(engine, subject, plan, scale, samples)
-                    yield Check(subject.name, dtype, label, worst, LIMITS[dtype])
-                except FAILURES as error:
-                    yield Check(subject.name, dtype, label, None, LIMITS[dtype], first_line(error))
+                yield tried(label, LIMITS[dtype], lambda p=plan, s=scale: decoded(engine, subject, p, s, plain))  # type: ignore[misc] # noqa: B023
         advance(1)
-    if subject.trains:
-        difference, remark = None, ""
-        try:
-            difference = _loss_difference(subject, dtype, samples, place)
-        except FAILURES as error:
-            remark = first_line(error)
-        yield Check(subject.name, dtype, "training loss and gradients", difference, LOSS_LIMITS[dtype], remark)
+    if asked is None:
+        label = "training loss and gradients"
+        yield tried(label, LOSS_LIMITS[dtype], lambda: (loss_difference(subject, dtype, place), ""))
     advance(1)
 
 
-def _worst(engine: Any, subject: Subject, plan: str, scale: float, samples: int) -> float:
-    from flashar_pl.benchmarking.rows import synthetic_condition
+def decoded(engine: Engine, subject: Subject, plan: str, scale: float, plain: GridModel) -> tuple[float, str]:
+    """The largest misplacement of images that are drawn now; and what other weights than the plain ones change."""
     from flashar_pl.decoding.parity import misplacement
 
-    condition, unconditional = synthetic_condition(subject.sizes, samples, scale != 1)
+    condition, nulls = subject.condition(SAMPLES, scale != 1)
     if isinstance(condition, list):  # prompts of several lengths: padded rows
         condition = type(condition)(row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition))
-    codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=unconditional)
-    return float(misplacement(engine.model, codes, condition, plan, scale, 0, unconditional).max())
+    codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=nulls)
+    worst = float(misplacement(engine.model, codes, condition, plan, scale, 0, nulls).max())
+    return worst, changed(
+        engine.model, plain, codes, condition, plan
+    ) if scale == 1 and engine.model is not plain else ""
 
 
-def _loss_difference(subject: Subject, dtype: Dtype, samples: int, place: torch.device) -> float:
+def changed(model: GridModel, plain: GridModel, codes: Tensor, condition: Condition, plan: str) -> str:
+    """What two forms of the weights make of the same codes (B, H, W), teacher-forced."""
+    import torch
+
+    from flashar_pl.decoding.engine import decode_mode
+
+    logs = []
+    for each in (model, plain):
+        with torch.no_grad(), decode_mode(each):
+            order = each.make_plan(plan, *codes.shape[1:])
+            logs.append(each(codes, condition.to(each.device), order).fused.log_softmax(-1))  # (B, H, W, V)
+    nats = [-log.gather(-1, codes[..., None]).double().sum() / len(codes) for log in logs]
+    same = (logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean()
+    return f"{float(nats[0] - nats[1]):+.3f} nats an image, likeliest code the same in {float(same):.1%}"
+
+
+def loss_difference(subject: Subject, dtype: Dtype, place: torch.device) -> float:
     """The loss and all its gradients against the plain loss, from float32 weights under autocast as in training."""
     import torch
 
     from flashar_pl.benchmarking.plain_loss import plain_loss
-    from flashar_pl.benchmarking.rows import synthetic_condition
     from flashar_pl.numerics import dtype_from_name
 
-    model = subject.make("fp32").requires_grad_(True)
+    model = lively(subject.model(place, torch.float32)).requires_grad_(True)
     plan = model.default_plan(*subject.grid)
-    condition = synthetic_condition(subject.sizes, samples, False)[0].to(place)
-    codes = torch.randint(0, model.backbone.vocabulary, (samples, *subject.grid), device=place)
+    condition = subject.condition(SAMPLES, False)[0].to(place)
+    codes = torch.randint(0, model.backbone.vocabulary, (SAMPLES, *subject.grid), device=place)
     found = []
     for loss in (lambda: model.loss(codes, condition, plan)["loss"], lambda: plain_loss(model, codes, condition, plan)):
         model.zero_grad()

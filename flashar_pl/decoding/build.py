@@ -5,9 +5,9 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
-from flashar_pl.options import EngineOptions, Runner, WeightFormat
+from flashar_pl.options import EngineOptions, WeightFormat
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.opening import Source
@@ -53,16 +53,3 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return "packed" if 2 * size < available_memory(model.device) else "plain"
-
-
-def parse_variants(runners: str, weight_formats: str) -> list[tuple[Runner, WeightFormat]]:
-    """Every combination of runners and formats of weights, each a list separated by commas. Raises ValueError."""
-    found = []
-    for name, text, known in (("runner", runners, Runner), ("weight_format", weight_formats, WeightFormat)):
-        words = list(dict.fromkeys(word.strip() for word in text.split(",")))
-        for word in words:
-            if word not in get_args(known):
-                expected = ", ".join(get_args(known))
-                raise ValueError(f"{name} is {word!r}; expected one of {expected}, or several separated by commas.")
-        found.append(words)
-    return [(runner, weights) for weights in found[1] for runner in found[0]]  # type: ignore[misc]

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tensor_peak import TensorPeak
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
-from flashar_pl.benchmarking.memory import TensorPeak
 from flashar_pl.models import FlashAR, dual_head
 
 VOCABULARY, BATCH, SIDE = 16384, 3, 16

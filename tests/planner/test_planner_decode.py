@@ -204,9 +204,3 @@ def test_plain_raster_of_unequal_prompts_and_row_ends(monkeypatch):
     plain = generate_plain(model, prompts, (3, 4), settings, seeds=0, unconditional=empty)
     assert torch.equal(plain, ours)
     assert [len(given[0]) for given in moved[-2:]] == [4, 2]
-
-
-def test_plain_raster_refuses_an_interval():
-    model = build({"kind": "raster", "backbone": TINY}, "cpu")
-    with pytest.raises(ValueError, match="guides every step"):
-        generate_plain(model, classes(1), (2, 2), SamplingSettings(cfg_scale=2.0, cfg_interval=1))

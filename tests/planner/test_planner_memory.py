@@ -1,8 +1,7 @@
 """The meter of tensor bytes: a blind one would pass every test of memory."""
 
 import torch
-
-from flashar_pl.benchmarking.memory import TensorPeak
+from tensor_peak import TensorPeak
 
 
 def test_the_meter_counts():

@@ -1,0 +1,86 @@
+"""What is measured or checked: a checkpoint, or random weights of a published size.
+
+Shapes: B images, H x W grid.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashar_pl.backbones import Prompts, build_backbone, import_backbone
+from flashar_pl.backbones.condition import Condition
+from flashar_pl.checkpoints.opening import open_checkpoint
+from flashar_pl.models import FlashAR, GridModel, RasterAR
+from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, PresetOptions, parse_grid
+from flashar_pl.planner.sizes import ModelSizes, model_sizes
+
+
+@dataclass
+class Subject:
+    """A model, and the grid that it draws."""
+
+    sizes: ModelSizes
+    grid: tuple[int, int]
+    loaded: GridModel | None = None
+    """Of a checkpoint, in inference; None = random weights, still to be made."""
+
+    @classmethod
+    def of(
+        cls, options: PresetOptions, device: torch.device, dtype: Dtype = "fp32", layers: int | None = None
+    ) -> Subject:
+        """What the options name; layers: of a preset, None = all. Raises ValueError unless they name one model."""
+        if (options.preset is None) == (options.checkpoint is None):
+            raise ValueError("give either --preset llamagen-l (random weights) or --checkpoint PATH.")
+        branch, own = options.branch_layer, options.backbone_class
+        if options.checkpoint is not None:
+            asked = ModelOptions(options.checkpoint, branch_layer=branch, grid=options.grid, backbone_class=own)
+            source = open_checkpoint(asked, DeviceOptions(str(device), dtype))
+            return cls(model_sizes(source.model.config()), source.need_grid(), source.model)
+        if own is not None:
+            import_backbone(own)
+        backbone = {"preset": options.preset, **({} if layers is None else {"n_layer": layers})}
+        sizes = model_sizes({"kind": "flashar", "backbone": backbone, "branch_layer": branch})
+        return cls(sizes, parse_grid(options.grid) or sizes.usual_grid)
+
+    def model(self, device: torch.device, dtype: torch.dtype) -> GridModel:
+        """The checkpoint's, or one with random weights, made on the device and in the dtype it is used in."""
+        if self.loaded is not None:
+            return self.loaded
+        model = self.build().to(dtype).to_empty(device=device)
+        with torch.no_grad():
+            for parameter in (*model.parameters(), *model.buffers()):
+                parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        return model.eval().requires_grad_(False)
+
+    def build(self) -> GridModel:
+        """The model without memory for weights."""
+        sizes = self.sizes
+        with torch.device("meta"):
+            backbone = build_backbone(json.loads(sizes.backbone))
+            if not sizes.flashar:
+                return RasterAR(backbone)
+            fusion: Any = "gate" if sizes.gated else "average"
+            return FlashAR(backbone, sizes.branch_layer, sizes.vertical_layers, fusion, sizes.corner)
+
+    def condition(self, batch: int, guided: bool) -> tuple[Condition, Condition | None]:
+        """Conditions of `batch` images, and what guidance needs besides."""
+        condition = self.sizes.conditioning.example(batch)
+        if guided and isinstance(condition, Prompts):
+            return condition, Prompts(row[:16] for row in condition)  # published empty prompts are this short
+        return condition, None
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or platform.machine())
