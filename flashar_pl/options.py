@@ -163,13 +163,10 @@ class WayOptions:
     def each(self) -> list[tuple[Runner, WeightFormat]]:
         """Every combination. Raises ValueError for an unknown name."""
         found = []
-        for name, text, known in (
-            ("runner", self.runners, Runner),
-            ("weight_format", self.weight_formats, WeightFormat),
-        ):
-            words = list(dict.fromkeys(word.strip() for word in text.split(",")))
+        for name, known in (("runners", Runner), ("weight_formats", WeightFormat)):
+            words = list(dict.fromkeys(word.strip() for word in getattr(self, name).split(",")))
             if unknown := [word for word in words if word not in get_args(known)]:
-                raise ValueError(f"{name} is {unknown[0]!r}; expected some of {', '.join(get_args(known))}.")
+                raise ValueError(f"{name} has {unknown[0]!r}; expected some of {', '.join(get_args(known))}.")
             found.append(words)
         return [(runner, weights) for weights in found[1] for runner in found[0]]  # type: ignore[misc]
 

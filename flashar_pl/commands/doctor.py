@@ -77,8 +77,8 @@ def doctor(
     of every cell must lie in the interval that its code has in the CDF found there. "difference" is the largest
     distance. Tiny models with random weights stand for all families, and their training loss and its gradients are
     compared with a plain implementation. A checkpoint or a preset is checked instead if given; all its logits are in
-    memory then. Packed, int8 and fp8 weights are also compared with plain ones on the codes that were drawn: the nats
-    per image that they change, and how often the likeliest code stays the same. Without --dtype both float32 and
+    memory then. Packed, int8 and fp8 weights are also compared with plain ones on the codes that were drawn: their KL
+    divergence in nats per image, and how often the likeliest code is the same. Without --dtype both float32 and
     bfloat16 are checked, without --runners eager and, on a GPU, graphs. Exit code 1 if a check fails.
 
     Example:
@@ -216,8 +216,8 @@ def check(
         except FAILURES as error:
             return Check(name, dtype, what, limit, None, first_line(error))
 
+    subject = subject_of(name, asked, place, dtype)
     try:
-        subject = subject_of(name, asked, place, dtype)
         plain = subject.loaded or lively(subject.model(place, dtype_from_name(dtype)))
     except FAILURES as error:
         yield Check(name, dtype, "loading", LIMITS[dtype], None, first_line(error))
@@ -250,13 +250,12 @@ def decoded(engine: Engine, subject: Subject, plan: str, scale: float, plain: Gr
         condition = type(condition)(row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition))
     codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=nulls)
     worst = float(misplacement(engine.model, codes, condition, plan, scale, 0, nulls).max())
-    return worst, changed(
-        engine.model, plain, codes, condition, plan
-    ) if scale == 1 and engine.model is not plain else ""
+    same = engine.model is plain or scale != 1
+    return worst, "" if same else changed(engine.model, plain, codes, condition, plan)
 
 
 def changed(model: GridModel, plain: GridModel, codes: Tensor, condition: Condition, plan: str) -> str:
-    """What two forms of the weights make of the same codes (B, H, W), teacher-forced."""
+    """KL divergence from the plain weights, and agreement with them, on codes (B, H, W), teacher-forced."""
     import torch
 
     from flashar_pl.decoding.engine import decode_mode
@@ -266,9 +265,9 @@ def changed(model: GridModel, plain: GridModel, codes: Tensor, condition: Condit
         with torch.no_grad(), decode_mode(each):
             order = each.make_plan(plan, *codes.shape[1:])
             logs.append(each(codes, condition.to(each.device), order).fused.log_softmax(-1))  # (B, H, W, V)
-    nats = [-log.gather(-1, codes[..., None]).double().sum() / len(codes) for log in logs]
+    lost = (logs[1].exp() * (logs[1] - logs[0])).sum(-1).double().sum() / len(codes)
     same = (logs[0].argmax(-1) == logs[1].argmax(-1)).double().mean()
-    return f"{float(nats[0] - nats[1]):+.3f} nats an image, likeliest code the same in {float(same):.1%}"
+    return f"{float(lost):.2g} nats an image from plain, likeliest code the same in {float(same):.1%}"
 
 
 def loss_difference(subject: Subject, dtype: Dtype, place: torch.device) -> float:

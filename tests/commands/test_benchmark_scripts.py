@@ -70,9 +70,9 @@ def test_cpu_targets(targets, tmp_path):
     assert [line[3] for line in lines] == ["met", "MISSED by 11%", "MISSED by 12%"]
 
 
-def run_script(*words: str, **environment: str) -> subprocess.CompletedProcess:
+def run_script(*words: str, script: str = "gpu.sh", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", str(SCRIPTS / "gpu.sh"), *words], env={**os.environ, "PYTHON": sys.executable, **environment},
+        ["bash", str(SCRIPTS / script), *words], env={**os.environ, "PYTHON": sys.executable, **environment},
         cwd=SCRIPTS.parent, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -93,3 +93,12 @@ def test_every_command_of_the_gpu_script_runs(tmp_path):
     assert "not measured" in done.stdout
     again = run_script("large", DRY="1", DRY_OUT=str(tmp_path))
     assert "is there and kept" in again.stdout
+
+
+@pytest.mark.slow
+def test_every_command_of_the_training_script_runs(tmp_path):
+    done = run_script(script="train_gpu.sh", DRY="1", DRY_OUT=str(tmp_path), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "train_llamagen_b_gpu.json", "train_llamagen_l_gpu.json", "attention_gpu.json",
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,42 @@ from flashar_pl.console import Missed
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.parity import misplacement
 from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.packed import unsupported
+from flashar_pl.options import ComputeOptions, PresetOptions, WayOptions
+
+FP32, PLAIN, ALL = ComputeOptions(dtype="fp32"), WayOptions(weight_formats="plain"), PresetOptions()
 
 
 @pytest.fixture
 def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TINY", {"tiny Emu3.5": module.TINY["tiny Emu3.5"]})
+    monkeypatch.setattr(module, "tiny_names", lambda: ["emu35"])
 
 
 def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = doctor(dtypes="fp32,bf16", out=str(tmp_path / "doctor.json"))
-    assert len(result["checks"]) == 2 * 2 * (2 * 2 * 2 + 1)
+    result = doctor(out=str(tmp_path / "doctor.json"))
+    ways = 2 if unsupported(torch.bfloat16) is None else 1
+    assert len(result["checks"]) == 2 * (2 * 2 * 2 + 1) + 2 * (ways * 2 * 2 + 1)
     assert all(check["passed"] for check in result["checks"])
     assert json.loads((tmp_path / "doctor.json").read_text()) == result
     printed = capsys.readouterr().out
-    assert "All 36 checks passed on cpu." in printed
-    assert f"| torch                   | {torch.__version__}" in printed
+    assert f"All {len(result['checks'])} checks passed on cpu." in printed
+    assert re.search(rf"\| torch +\| +{re.escape(torch.__version__)} \|", printed)
+
+
+def test_what_rounded_weights_change_is_said(flashar_model: str) -> None:
+    """Guards a comparison of the plain weights with themselves, and one of codes under another condition."""
+    pytest.importorskip("torchao")
+    ways = WayOptions(weight_formats="plain,int8")
+    checks = doctor(PresetOptions(checkpoint=flashar_model), ways, FP32)["checks"]
+    told = {check["what"]: check["remark"] for check in checks}
+    assert {what for what, remark in told.items() if remark} == {
+        f"{plan}, eager, int8 weights" for plan in ("diagonal", "raster")
+    }
+    for remark in filter(None, told.values()):
+        found = re.fullmatch(r"([\d.e-]+) nats an image from plain, likeliest code the same in ([\d.]+)%", remark)
+        assert found is not None
+        assert 1e-3 < float(found[1]) < 5
+        assert 90 < float(found[2]) <= 100
 
 
 def wrong_guidance(a: Any, b: Any, scale: float) -> Any:
@@ -51,12 +73,12 @@ def wrong_cache(self: KVCache, layer: int, keys: Any, values: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "fault", "found"),
     [
-        ("flashar_pl.decoding.loop.guide", wrong_guidance, "2 of 5 checks failed: tiny Emu3.5, fp32: diagonal, guided"),
+        ("flashar_pl.decoding.loop.guide", wrong_guidance, "2 of 5 checks failed: emu35, fp32: diagonal, guided"),
         ("flashar_pl.layers.kv_cache.KVCache.append", wrong_cache, "4 of 5 checks failed"),
         (
             "flashar_pl.benchmarking.plain_loss.AUX_WEIGHT",
             0.06,
-            "1 of 5 checks failed: tiny Emu3.5, fp32: training",
+            "1 of 5 checks failed: emu35, fp32: training",
         ),
     ],
 )
@@ -64,13 +86,12 @@ def test_faults_are_found(one_model: None, monkeypatch: pytest.MonkeyPatch, wher
     """A check that cannot fail would prove nothing."""
     monkeypatch.setattr(where, fault)
     with pytest.raises(Missed, match=found):
-        doctor(dtypes="fp32", weight_format="plain")
+        doctor(ALL, PLAIN, FP32)
 
 
 def test_what_cannot_run_is_said(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(["doctor", "--dtypes", "fp32", "--runner", "graphs", "--weight-format", "plain", "--device", "cpu"]) == 1
-    )
+    words = ["--dtype", "fp32", "--runners", "graphs", "--weight-formats", "plain", "--device", "cpu"]
+    assert main(["doctor", *words]) == 1
     printed = capsys.readouterr()
     assert "FAILED runner is graphs, and the model is on cpu" in printed.out
     assert "1 of 2 checks failed" in printed.err
@@ -78,28 +99,29 @@ def test_what_cannot_run_is_said(one_model: None, capsys: pytest.CaptureFixture[
 
 def test_auto_checks_what_the_machine_and_the_runner_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed weights that cannot be are no failure of the machine."""
-    cpu = torch.device("cpu")
-    assert module._variants("eager,compiled", "auto", cpu, "fp32") == [
+    cpu, ways = torch.device("cpu"), WayOptions
+    assert module.variants_of(ways("eager,compiled"), cpu, "fp32") == [
         ("eager", "plain"), ("compiled", "plain"), ("eager", "packed"),
     ]  # fmt: skip
-    assert ("compiled", "packed") in module._variants("compiled", "packed", cpu, "fp32"), "asked for: it fails, aloud"
+    asked = module.variants_of(ways("compiled", "packed"), cpu, "fp32")
+    assert ("compiled", "packed") in asked, "asked for: it fails, aloud"
     monkeypatch.setattr("flashar_pl.layers.packed.unsupported", lambda dtype: "no instructions")
-    assert module._variants("auto", "auto", cpu, "bf16") == [("eager", "plain")]
+    assert module.variants_of(ways(), cpu, "bf16") == [("eager", "plain")]
 
 
 def test_a_released_checkpoint_is_read_once_for_each_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards the authors' conventions, random prompts beyond a small vocabulary, and loading in vain."""
-    read: list[str] = []
+    read: list[Any] = []
 
-    def counted(path: str, **options: Any) -> Any:
-        read.append(options["dtype"])
-        return open_checkpoint(path, **options)
+    def counted(options: Any, compute: Any) -> Any:
+        read.append(compute.dtype)
+        return open_checkpoint(options, compute)
 
-    monkeypatch.setattr(module, "open_checkpoint", counted)
+    monkeypatch.setattr("flashar_pl.benchmarking.subjects.open_checkpoint", counted)
     folder = emu_files.write_released(tmp_path / "released")
-    result = doctor(checkpoint=str(folder), grid="3x4", weight_format="plain")
+    result = doctor(PresetOptions(checkpoint=str(folder), grid="3x4"), PLAIN)
     assert [check["what"] for check in result["checks"]] == 2 * [
         f"{p}, eager, plain weights" for p in ("diagonal", "raster")
     ]
@@ -110,25 +132,24 @@ def test_weights_that_do_not_fit_are_a_failed_check(one_model: None, monkeypatch
     def full(*arguments: Any) -> Any:
         raise torch.OutOfMemoryError("no memory is left\nand more")
 
-    monkeypatch.setattr("flashar_pl.benchmarking.rows.synthetic_model", full)
-    with pytest.raises(Missed, match=r"1 of 1 checks failed: tiny Emu3\.5, fp32: loading"):
-        doctor(dtypes="fp32")
+    monkeypatch.setattr("flashar_pl.benchmarking.subjects.Subject.model", full)
+    with pytest.raises(Missed, match=r"1 of 1 checks failed: emu35, fp32: loading"):
+        doctor(ALL, WayOptions(), FP32)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("words", "message"),
     [
-        ({"checkpoint": "a.ckpt", "preset": "llamagen-b"}, "expected one of them"),
-        ({"grid": "4x4"}, "the tiny models have their own"),
-        ({"samples": 0}, "samples is 0"),
-        ({"dtypes": "fp64"}, "dtype is 'fp64'"),
-        ({"runner": "fast"}, "runner is 'fast'"),
-        ({"checkpoint": "nowhere.ckpt"}, "no checkpoint nowhere.ckpt"),
+        (["--checkpoint", "a.ckpt", "--preset", "llamagen-b"], "give either --preset"),
+        (["--grid", "4x4"], "the tiny models have a grid"),
+        (["--dtype", "fp64"], "--dtype is 'fp64'"),
+        (["--runners", "fast"], "runners has 'fast'"),
+        (["--checkpoint", "nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
     ],
 )
-def test_wrong_input(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        doctor(**options)
+def test_wrong_input(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--dtype", "fp32", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])

@@ -65,7 +65,7 @@ def test_benchmark(run, flashar_model, work):
     """Every runner that needs no compiler, the GEMMs as graphs, and the plain decoder."""
     with PretendGPU(visible=True):
         code, _, err = run(
-            *("benchmark", "--checkpoint", flashar_model, "--runner", "eager,graphs", "--batch-sizes", "1"),
+            *("benchmark", "--checkpoint", flashar_model, "--runners", "eager,graphs", "--batch-sizes", "1"),
             *("--grid", "2x2", "--repeats", 1, "--out", "bench"),
         )
     assert code == 0, err
@@ -79,7 +79,7 @@ def test_benchmark(run, flashar_model, work):
 def test_doctor(run):
     """Every check of both tiny models, plain and as graphs."""
     with PretendGPU(visible=True):
-        code, out, err = run("doctor", "--dtypes", "fp32")
+        code, out, err = run("doctor", "--dtype", "fp32")
     assert code == 0, err
     assert "All 18 checks passed on cuda." in out
 
@@ -91,8 +91,8 @@ def broken(*_: object) -> None:
 def test_doctor_survives_what_fails(run, monkeypatch):
     """On a GPU that has no kernel for something, the other checks must still be read."""
     monkeypatch.setattr("flashar_pl.decoding.loop.guide", broken)
-    monkeypatch.setattr("flashar_pl.commands.doctor._loss_difference", broken)
-    code, out, _ = run("doctor", "--dtypes", "fp32", "--device", "cpu", "--weight-format", "plain")
+    monkeypatch.setattr("flashar_pl.commands.doctor.loss_difference", broken)
+    code, out, _ = run("doctor", "--dtype", "fp32", "--device", "cpu", "--weight-formats", "plain")
     assert code == 1
     assert out.count("passed") == 4
     assert out.count("FAILED no kernel image is available |") == 6

@@ -1,9 +1,7 @@
-"""`benchmarks/train_gpu.py` and `attention.py`, tried on a CPU: they must be right before a GPU is rented."""
+"""`benchmarks/attention.py`, tried on a CPU: it must be right before a GPU is rented."""
 
 import importlib.util
 import json
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,37 +18,6 @@ def load(name):
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("job", ["tiny-llamagen", "tiny-emu35"])
-def test_a_large_training_step(job, tmp_path):
-    """A process of its own, because it makes a process group; the last line is the result."""
-    words = [job, "--repeats", "1", "--device", "cpu", "--out", str(tmp_path / "out.json")]
-    done = subprocess.run([sys.executable, BENCHMARKS / "train_gpu.py", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads((tmp_path / "out.json").read_text())
-    first, second = result["rows"]
-    for row in (first, second):
-        for part, counted in row["counted"].items():
-            assert counted == pytest.approx(row["planned"][part], rel=0.01), part
-        assert all(share > 0 for share in row["shares"].values())  # times of one repeat: no upper bound holds
-        assert set(row["shares"]) == {"attention", "cross_entropy", "optimizer"}
-        assert row["flops"] < row["flops_with_recomputation"]
-        assert row["peak_bytes"] == max(row["peak_compute_bytes"], row["peak_optimizer_bytes"])
-    assert first["counted"]["moments"] < second["counted"]["moments"], "stage 1 makes no moments of frozen weights"
-
-
-def test_the_jobs_of_the_gpu_script_fit_it():
-    """The two sizes that the issue names, on one GPU of 141 GB."""
-    script, words = load("train_gpu"), (BENCHMARKS / "train_gpu.sh").read_text()
-    for name in re.search(r'JOBS="([^"]*)"', words)[1].split():
-        job = script.JOBS[name]
-        planned = max(script.training_memory(job.sizes, job.setup, stage).total for stage in (1, 2))
-        assert 40e9 < planned < 0.94 * 141e9, name
-        parts = job.sizes.parameters()
-        assert 3e9 < parts["backbone"] + parts["horizontal_head"] < 7.6e9
 
 
 def test_forms_of_attention(capsys):
