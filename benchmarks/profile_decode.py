@@ -16,11 +16,12 @@ from datetime import date
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flashar_pl.benchmarking.subjects import Subject, device_name
+from flashar_pl.benchmarking.subjects import Subject
 from flashar_pl.console import table
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import choose_format
 from flashar_pl.decoding.prepare import prepare
+from flashar_pl.devices import device_name
 from flashar_pl.numerics import dtype_from_name
 from flashar_pl.options import EngineOptions, PresetOptions
 

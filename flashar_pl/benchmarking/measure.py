@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -78,6 +79,17 @@ def clock_name(device: torch.device) -> Literal["wall", "cpu"]:
     return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
+@contextmanager
+def cpu_threads(device: torch.device, threads: int) -> Iterator[None]:
+    """Runs the block with so many CPU threads; on a GPU nothing changes."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads if device.type == "cpu" else before)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def repeats_for(seconds: float, wanted: int) -> int:
     """How often to measure something that takes `seconds`: as wanted, 3 above 5 s, once above 20 s."""
     return wanted if seconds <= 5 else min(wanted, 3) if seconds <= 20 else 1
@@ -118,12 +130,12 @@ def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype:
     return Speed(copy, read, matrix)
 
 
-def best(call: Callable[[], Any], device: torch.device, repeats: int = 7, clocked: str | None = None) -> float:
-    """Shortest time of a few runs after one that does not count, on a clock, by default that of `clock_name`."""
+def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
+    """Shortest time of a few runs after one that does not count, on the clock of `clock_name`."""
     timing = Timing()
     for _ in range(repeats + 1):
         clock(call, device, timing)
-    return min(getattr(timing, clocked or clock_name(device))[1:])
+    return min(getattr(timing, clock_name(device))[1:])
 
 
 # --- the GEMMs of a job alone -------------------------------------------------------------------------------------
@@ -200,13 +212,10 @@ class GemmWalk:
                 pairs.append((gemm.rows, self.gate))
         planned = sum(gemm.rows * gemm.linear.parameters * gemm.count for gemm in forward.gemms)
         assert sum(count * each.n_in * each.n_out for count, each in pairs) == planned
-        return [(self._input(count, each), each) for count, each in pairs]
-
-    def _input(self, rows: int, projection: Projection) -> Tensor:
-        key = (rows, projection.n_in, projection.dtype)
-        if key not in self.inputs:
-            self.inputs[key] = torch.randn(rows, projection.n_in, dtype=projection.dtype, device=self.device)
-        return self.inputs[key]
+        for count, each in pairs:
+            if (key := (count, each.n_in, each.dtype)) not in self.inputs:
+                self.inputs[key] = torch.randn(count, each.n_in, dtype=each.dtype, device=self.device)
+        return [(self.inputs[count, each.n_in, each.dtype], each) for count, each in pairs]
 
     @torch.no_grad()
     def measure(self, samples: int = 3) -> Timing:

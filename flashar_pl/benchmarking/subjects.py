@@ -6,9 +6,7 @@ Shapes: B images, H x W grid.
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,13 +72,3 @@ class Subject:
         if guided and isinstance(condition, Prompts):
             return condition, Prompts(row[:16] for row in condition)  # published empty prompts are this short
         return condition, None
-
-
-def device_name(device: torch.device) -> str:
-    """The name of the GPU or of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())

@@ -6,18 +6,12 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 import datetime
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flashar_pl.console import versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, WayOptions, as_settings
-
-if TYPE_CHECKING:
-    from flashar_pl.benchmarking.rows import Job
 
 
 @dataclass(frozen=True)
@@ -30,15 +24,15 @@ class MeasureOptions:
     """Images decoded together, separated by commas; auto is the largest that fits, up to 64 (CPU) or 1024 (GPU)."""
     repeats: int = 10
     """Measurements of each row; at most 3 where one takes more than 5 s, 1 above 20 s."""
-    threads: int | None = None
-    """CPU threads. Default: 1 or all cores, whichever runs one step faster."""
+    threads: int = 1
+    """CPU threads."""
     skip_plain: bool = False
     """Leave out the plain raster decoder, the slowest row."""
     out: str | None = None
     """Directory to make for results.json and table.md."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or (self.threads is not None and self.threads < 1):
+        if min(self.repeats, self.threads) < 1:
             raise ValueError(f"repeats is {self.repeats}, threads {self.threads}; expected 1 or more.")
 
     def plan_names(self) -> list[str]:
@@ -69,12 +63,12 @@ def benchmark(
     Example:
         flashar benchmark --preset llamagen-b --cfg-scale 2 --batch-sizes 1,8 --threads 1 --out benchmark/
     """
-    from flashar_pl.benchmarking.measure import clock_name
+    from flashar_pl.benchmarking.measure import clock_name, cpu_threads
     from flashar_pl.benchmarking.rows import Job, measure_all
-    from flashar_pl.benchmarking.subjects import Subject, device_name
+    from flashar_pl.benchmarking.subjects import Subject
     from flashar_pl.benchmarking.table import speedups, table
     from flashar_pl.checkpoints.opening import check_plan
-    from flashar_pl.devices import find_device
+    from flashar_pl.devices import device_name, find_device
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner.room import Room
 
@@ -93,13 +87,13 @@ def benchmark(
     room = Room(subject.sizes, tuple(names), subject.grid, device, dtype, sampling.guided, None, copies)
     batches = room.choose_all(measured.batch_sizes)
     job = Job(subject, subject.model(device, dtype), sampling, device, dtype, repeats)
-    with thread_count(job, names[0], batches[0], measured.threads) as count:
+    with cpu_threads(device, measured.threads):
         rows, failed = measure_all(job, variants, names, batches, measured.skip_plain)
         result: dict[str, Any] = {
             "date": datetime.date.today().isoformat(),
             "command": as_settings(model, measured, sampling, ways, compute) | {"dtype": kind},
             "device": device_name(device),
-            "threads": count if device.type == "cpu" else None,
+            "threads": measured.threads if device.type == "cpu" else None,
             "clock": clock_name(device),
             "model": {"config": job.model.config(), "parameters": subject.sizes.parameters()},
             "grid": list(subject.grid),
@@ -116,29 +110,3 @@ def benchmark(
             write_text(folder / "table.md", text)
         print(f"wrote {measured.out}")
     return result
-
-
-@contextmanager
-def thread_count(job: Job, plan: str, batch: int, threads: int | None) -> Iterator[int]:
-    """Runs the block with the wanted number of CPU threads, or with that of 1 and all cores which is faster on the
-    matrix products of one step; printed. On a GPU nothing changes."""
-    import torch
-
-    from flashar_pl.benchmarking.measure import GemmWalk, best
-
-    before = torch.get_num_threads()
-    try:
-        if job.device.type == "cpu" and threads is None:
-            planned = job.planned(plan, batch)
-            walk, seconds = GemmWalk(job.model, planned).runner(planned.forwards[len(planned.forwards) // 2]), {}
-            for count in sorted({1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1}):
-                torch.set_num_threads(count)
-                seconds[count] = best(walk, job.device, 5, "wall")
-            threads = min(seconds, key=lambda count: seconds[count])
-            tried = ", ".join(f"{count}: {1e3 * value:.1f} ms" for count, value in seconds.items())
-            print(f"threads: {threads} (matrix products of one step with {tried})")
-        if job.device.type == "cpu" and threads is not None:
-            torch.set_num_threads(threads)
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)

@@ -41,7 +41,7 @@ class StepOptions:
     """Also write the numbers to this new JSON file."""
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads, self.layers or 1) < 1:
+        if min(self.repeats, self.threads, 1 if self.layers is None else self.layers) < 1:
             given = f"repeats is {self.repeats}, threads {self.threads}, layers {self.layers}"
             raise ValueError(f"{given}; expected 1 or more.")
 
@@ -58,11 +58,9 @@ def benchmark_train(
     Example:
         flashar benchmark train --preset llamagen-b --batch-size 4 --dtype bf16
     """
-    import torch
-
-    from flashar_pl.benchmarking.measure import clock_name
-    from flashar_pl.benchmarking.subjects import Subject, device_name
-    from flashar_pl.devices import find_device
+    from flashar_pl.benchmarking.measure import clock_name, cpu_threads
+    from flashar_pl.benchmarking.subjects import Subject
+    from flashar_pl.devices import device_name, find_device
 
     if step.out is not None:
         require_new(step.out, "benchmark")
@@ -73,10 +71,7 @@ def benchmark_train(
     subject = Subject.of(model, device, layers=step.layers)
     if not subject.sizes.flashar:
         raise ValueError("a raster model has no second stage; give --branch-layer, or a FlashAR checkpoint.")
-    before = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(step.threads)
+    with cpu_threads(device, step.threads):
         steps = make_steps(subject, batch, step, device, dtype)
         rows = [row for stage in (1, 2) for row in steps.stage(stage, step.repeats)]
         result: dict[str, Any] = {
@@ -91,8 +86,6 @@ def benchmark_train(
             "rows": rows,
             "versions": versions(),
         }
-    finally:
-        torch.set_num_threads(before)
     print(report(result))
     if step.out is not None:
         write_json(step.out, result)

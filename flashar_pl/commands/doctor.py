@@ -121,7 +121,7 @@ def facts(place: torch.device) -> dict[str, str]:
     """What there is: the device, and packages with their versions or what their absence costs."""
     import torch
 
-    from flashar_pl.benchmarking.subjects import device_name
+    from flashar_pl.devices import device_name
     from flashar_pl.layers.packed import unsupported
     from flashar_pl.metrics.inception import side_directory
 
