@@ -61,8 +61,7 @@ def test_a_run_directory_in_place_of_its_checkpoint(refused, work):
 
 
 def test_benchmark_and_plan_refuse_what_they_cannot_measure(refused, work):
-    words = ("benchmark", "train", "--preset", "llamagen-xl-t2i", "--layers", 1)
-    assert "llamagen-xl-t2i is conditioned on text" in refused(*words)
+    assert "layers 0; expected 1 or more" in refused("benchmark", "train", "--preset", "llamagen-b", "--layers", 0)
     assert "prefix is -1" in refused("plan", "--preset", "llamagen-b", "--prefix", -1)
 
 
