@@ -76,7 +76,7 @@ class _Elsewhere(ValueError):
 
 
 def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto") -> T:
-    """Call `work(rank)` on every rank; returns what rank 0's call returned.
+    """Call `work(rank)` on every rank; returns what the call of this machine's first rank returned.
 
     Under torchrun or SLURM the ranks are the processes they started, and each of them returns from here. Otherwise
     `options.devices` processes are started on this machine (`work` must then be picklable: a module's function, or a
@@ -127,7 +127,10 @@ def _launch(work: Callable[[Rank], T], kind: str, devices: int, nodes: int) -> T
         timeout=PATIENCE,
         start_method="popen" if external else "spawn",
     )
-    fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy)
+    try:
+        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy)
+    except RuntimeError as error:  # SLURM's variables say something that Lightning does not take
+        raise ValueError(str(error)) from error
     try:
         value, error = fabric.launch(partial(_of_rank, work))
     except torch.multiprocessing.ProcessExitedException as ended:
