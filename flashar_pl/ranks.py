@@ -132,7 +132,7 @@ def _launch(work: Callable[[Rank], T], kind: str, devices: int, nodes: int) -> T
     except RuntimeError as error:  # SLURM's variables say something that Lightning does not take
         raise ValueError(str(error)) from error
     try:
-        value, error = fabric.launch(partial(_of_rank, work))
+        value, wrong = fabric.launch(partial(_of_rank, work))
     except torch.multiprocessing.ProcessExitedException as ended:
         raise ChildProcessError(
             f"{ended}: killed from outside, perhaps for want of memory. What is finished stays; run the same command "
@@ -141,8 +141,8 @@ def _launch(work: Callable[[Rank], T], kind: str, devices: int, nodes: int) -> T
     finally:
         if own_port and not external:
             os.environ.pop("MASTER_PORT", None)  # the next launch shall choose its own
-    if error is not None:
-        raise ValueError(error)
+    if wrong is not None:
+        raise ValueError(wrong)
     return value
 
 
