@@ -95,7 +95,7 @@ def generate(
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
     size = fitting_batch(source, wanted, grid, plan, sampling, engine.batch_size, drawing.prefix_bucket)
-    samples = SampleSet.of(wanted.condition, grid, plan, sampling, size, draw.seed, wanted.unconditional)
+    samples = SampleSet(wanted.condition, grid, plan, sampling, size, draw.seed, wanted.unconditional)
     with peak_memory(drawing.device) as peak:
         started = time.perf_counter()
         codes = draw_codes(drawing, samples)  # (N, H, W)

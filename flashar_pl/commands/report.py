@@ -254,6 +254,7 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     """The rows' sample grids side by side, one line of images per class, equal seeds."""
     import torch
 
+    from flashar_pl.backbones import ClassIds
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.pictures import tile
@@ -264,7 +265,9 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     pyplot = require_pyplot()
     figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 6.2), squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
-        codes = draw_codes(Engine(row.model), SampleSet.of(labels, manifest.grid, row.plan, settings, len(labels)))
+        codes = draw_codes(
+            Engine(row.model), SampleSet(ClassIds(labels), manifest.grid, row.plan, settings, len(labels))
+        )
         sheet = tile(judge.tokenizer.decode(codes), PICTURE_COLUMNS)  # (3, h, w)
         axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashar_pl.backbones.condition import Condition, Given, as_condition
+from flashar_pl.backbones.condition import Condition, as_condition
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.loop import Progress
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
@@ -30,41 +30,31 @@ from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 class SampleSet:
     """Which samples to draw, and how."""
 
-    condition_of: Callable[[list[int]], Given]
-    """From sample numbers to their conditions. Numbers of n and above, which fill up the last batch, occur too."""
-    n: int
-    """Samples 0 .. n - 1."""
+    condition: Condition
+    """Of m entries; the constructor takes bare class ids or a bare list of prompts, too."""
     grid: tuple[int, int]
     """(H, W)."""
     plan: str
     """Name of the decoding plan."""
     sampling: SamplingSettings
     batch_size: int
-    """Samples drawn together, B; a last partial batch is filled up and the surplus dropped."""
+    """Samples drawn together, B; a last partial batch is filled up with the last sample and the surplus dropped."""
     seed: int = 0
     """Sample i uses seed + i."""
-    unconditional_of: Callable[[list[int]], Given] | None = None
-    """From sample numbers to what guidance leads away from; None = the model's own null condition."""
+    unconditional: Condition | None = None
+    """What guidance leads away from, of m entries; None = the model's own null condition."""
+    every: int = 1
+    """Sample i has entry (i // every) % m."""
+    n: int = 0
+    """Samples 0 .. n - 1; 0 = m * every."""
 
-    @classmethod
-    def of(
-        cls,
-        condition: Given,
-        grid: tuple[int, int],
-        plan: str,
-        sampling: SamplingSettings,
-        batch_size: int,
-        seed: int = 0,
-        unconditional: Given | None = None,
-    ) -> Self:
-        """One sample for each entry of a condition. The last one fills up the last batch."""
-        n = len(condition)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "condition", as_condition(self.condition))
+        object.__setattr__(self, "n", self.n or len(self.condition) * self.every)
 
-        def entries(of: Given) -> Callable[[list[int]], Condition]:
-            return lambda numbers: as_condition(of).rows([min(i, n - 1) for i in numbers])
-
-        nulls = None if unconditional is None else entries(unconditional)
-        return cls(entries(condition), n, grid, plan, sampling, batch_size, seed, nulls)
+    def entries(self, of: Condition, batch: int) -> Condition:
+        """The conditions of a batch, from those of all entries."""
+        return of.rows([min(i, self.n - 1) // self.every % len(of) for i in self.numbers(batch)])
 
     @property
     def batches(self) -> int:
@@ -107,13 +97,13 @@ def draw_batch(
     engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[Progress], object] | None = None
 ) -> Tensor:
     """Codes (B, H, W) int64 of one batch, those that only fill it up included. on_step: see `Engine.generate`."""
-    numbers = samples.numbers(batch)
+    nulls = samples.unconditional
     return engine.generate(
-        samples.condition_of(numbers),
+        samples.entries(samples.condition, batch),
         samples.grid,
         samples.plan,
-        seeds=[samples.seed + i for i in numbers],
-        unconditional=None if samples.unconditional_of is None else samples.unconditional_of(numbers),
+        seeds=[samples.seed + i for i in samples.numbers(batch)],
+        unconditional=None if nulls is None else samples.entries(nulls, batch),
         on_step=on_step,
         **asdict(samples.sampling),
     )
@@ -164,15 +154,10 @@ def draw(
         images = decode_images(tokenizer, codes, side)  # (B, 3, h, w)
         found = None if extractor is None else extract_features(extractor, images)
         keep = len(numbers)
-        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], _first(found, keep))
-
-
-def _first(features: Features | None, n: int) -> Features | None:
-    """The first n rows."""
-    if features is None:
-        return None
-    spatial, logits = features.spatial, features.logits
-    return Features(features.pool[:n], None if spatial is None else spatial[:n], None if logits is None else logits[:n])
+        found = None if found is None else found.first(keep)
+        yield Drawn(
+            batch, torch.tensor(numbers), codes[:keep], images[:keep], None if found is None else found.first(keep)
+        )
 
 
 @torch.no_grad()

@@ -108,21 +108,16 @@ def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> Sample
     check_top_k(source.model, asked.sampling.top_k)
     grid = choose_grid(source, ShapeOptions())
     wanted = ask(source, grid, 1, asked.sampling.guided, Subject(prompt=prompts), asked.text)
-    every, unconditional = asked.options.num_images, wanted.unconditional
-    n = len(prompts) * every
-
-    def prompts_of(numbers: list[int]) -> list[int]:
-        return [min(i, n - 1) // every for i in numbers]
-
+    every = asked.options.num_images
     return SampleSet(
-        condition_of=lambda numbers: wanted.condition.rows(prompts_of(numbers)),
-        n=n,
+        wanted.condition,
         grid=grid,
         plan=check_plan(source.model, asked.engine.plan, grid),
         sampling=asked.sampling,
-        batch_size=batch_size(asked.engine, GENEVAL_BATCH_SIZE, n),
+        batch_size=batch_size(asked.engine, GENEVAL_BATCH_SIZE, len(prompts) * every),
         seed=asked.options.seed,
-        unconditional_of=None if unconditional is None else lambda numbers: unconditional.rows(prompts_of(numbers)),
+        unconditional=wanted.unconditional,
+        every=every,
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashar_pl.backbones import ClassIds
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.samples import SampleSet, draw_codes
@@ -80,7 +81,7 @@ def sample_quality(
     labels = torch.arange(samples) % int(judge.classifier.num_classes or 1)
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
     for seed in seeds:
-        numbered = SampleSet.of(labels, grid, plan, settings, batch_size, seed * SEED_STRIDE)
+        numbered = SampleSet(ClassIds(labels), grid, plan, settings, batch_size, seed * SEED_STRIDE)
         fid, accuracy = judge.judge(draw_codes(engine, numbered, advance), labels)
         results["fid"].append(fid)
         results["accuracy"].append(accuracy)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 
+from flashar_pl.backbones import ClassIds
 from flashar_pl.data.manifest import code_dtype
 from flashar_pl.decoding.samples import SampleSet, draw
 from flashar_pl.evaluate.parts import PartFolder
@@ -61,7 +62,7 @@ def draw_grid(bench: Bench, path: Path) -> list[int]:
     classes = shown_classes(bench.num_classes)
     own = bench.samples
     labels = torch.tensor(classes * ROWS)
-    samples = SampleSet.of(labels, own.grid, own.plan, own.sampling, own.batch_size, own.seed)
+    samples = SampleSet(ClassIds(labels), own.grid, own.plan, own.sampling, own.batch_size, own.seed)
     drawn = [batch.images.cpu() for batch in draw(bench.engine, bench.tokenizer, samples, side=bench.resize)]
     save_png(tile(torch.cat(drawn), len(classes)), path)
     return classes

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from flashar_pl.backbones import ClassIds
 from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import build_engine
@@ -57,7 +58,7 @@ class Bench:
         engine = build_engine(source, asked.engine, plan)
         labels = torch.tensor(sample_labels(options.labels, n, num_classes, options.seed))
         size_of_batch = batch_size(asked.engine, BATCH_SIZE, n)
-        samples = SampleSet.of(labels, grid, plan, asked.sampling, size_of_batch, options.seed)
+        samples = SampleSet(ClassIds(labels), grid, plan, asked.sampling, size_of_batch, options.seed)
         return cls(source, engine, decoder, extractor.to(device), samples, num_classes, resize, size)
 
 

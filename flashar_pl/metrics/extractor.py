@@ -29,6 +29,11 @@ class Features:
     logits: Tensor | None = None
     """(B, C) float."""
 
+    def first(self, n: int) -> Features:
+        """Those of the first n images."""
+        spatial, logits = (None if part is None else part[:n] for part in (self.spatial, self.logits))
+        return Features(self.pool[:n], spatial, logits)
+
 
 class FeatureExtractor(nn.Module):
     """Base of the extractors: `num_features` is D, `num_spatial` is S or None, `num_classes` is C or None."""

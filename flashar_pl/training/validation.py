@@ -109,18 +109,16 @@ class SampleConditions:
             if len(self._seen) < self.limit and (valid is None or bool(valid[row])):
                 self._seen[sample] = cpu.rows([row])
 
-    def join(self) -> Callable[[list[int]], Condition]:
-        """Collect from all ranks; returns the function from sample numbers to their conditions."""
+    def join(self) -> Condition:
+        """All classes, or what was collected on all ranks."""
         if self.classes is not None:
-            classes = self.classes
-            return lambda samples: ClassIds(torch.tensor(samples, dtype=torch.int64) % classes)
+            return ClassIds(torch.arange(self.classes))
         seen = dict(self._seen)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(parts, seen)
             seen = {sample: condition for part in parts for sample, condition in part.items()}
-        listed = [seen[sample] for sample in sorted(seen)[: self.limit]]
-        return lambda samples: Condition.cat([listed[i % len(listed)] for i in samples])
+        return Condition.cat([seen[sample] for sample in sorted(seen)[: self.limit]])
 
 
 @torch.no_grad()
@@ -142,9 +140,7 @@ def for_sampling(model: GridModel, precision: str) -> GridModel:
     return copy.requires_grad_(False).eval()
 
 
-def sample_set(
-    settings: ValidationConfig, n: int, plan: DecodePlan, condition_of: Callable[[list[int]], Condition]
-) -> SampleSet:
+def sample_set(settings: ValidationConfig, n: int, plan: DecodePlan, condition: Condition) -> SampleSet:
     """The n samples of a validation."""
     grid, batch = (plan.height, plan.width), min(settings.sample_batch, n)
-    return SampleSet(condition_of, n, grid, plan.name, settings.sampling, batch, settings.seed)
+    return SampleSet(condition, grid, plan.name, settings.sampling, batch, settings.seed, n=n)

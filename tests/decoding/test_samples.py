@@ -8,6 +8,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 
+from flashar_pl.backbones import ClassIds, Prompts
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.samples import SampleSet, decode_images, draw
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
@@ -30,11 +31,8 @@ class Counting(FeatureExtractor):
 
 
 def samples(n: int, batch_size: int, **overrides: object) -> SampleSet:
-    def condition_of(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers) % tiny.CLASSES
-
     settings = SamplingSettings(cfg_scale=1.5, top_k=9)
-    return SampleSet(condition_of, n, (3, 4), "diagonal", settings, batch_size, **overrides)
+    return SampleSet(ClassIds(torch.arange(tiny.CLASSES)), (3, 4), "diagonal", settings, batch_size, n=n, **overrides)
 
 
 def test_samples_are_those_of_plain_generation_and_every_batch_has_one_shape() -> None:
@@ -51,6 +49,15 @@ def test_samples_are_those_of_plain_generation_and_every_batch_has_one_shape() -
         assert torch.equal(part.features.pool, part.images.float().mean((2, 3)))
         assert part.features.logits is not None
         assert len(part.images) == len(part.features.logits) == len(part.index)
+
+
+def test_entries_of_several_samples_each_fill_up_the_last_batch() -> None:
+    """Two images of each of two prompts, in batches of three."""
+    prompts = Prompts([torch.tensor([5]), torch.tensor([6, 7])])
+    drawn = SampleSet(prompts, (2, 2), "raster", SamplingSettings(), 3, every=2)
+    assert (drawn.n, drawn.batches) == (4, 2)
+    rows = [drawn.entries(drawn.condition, batch) for batch in (0, 1)]
+    assert [[len(ids) for ids in part] for part in rows] == [[1, 1, 2], [2, 2, 2]]
 
 
 def test_ranks_share_the_batches_and_run_equally_many() -> None:
