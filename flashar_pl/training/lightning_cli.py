@@ -57,6 +57,7 @@ VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
     "  flashar fit --ckpt_path runs/demo/raster/checkpoints/last.ckpt    (continue a run that was stopped)\n"
+    "  flashar fit --data.help CodesDataModule    (shards, batch size; also ImageNetDataModule, TextImageDataModule)\n"
     "  flashar fit --model.flashar.help    (branch layer, fusion, corner; --model.lora.help: LoRA)\n\n"
     "Options win over files, files over the configuration of the checkpoint that is continued. A run keeps the\n"
     "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",

@@ -188,6 +188,7 @@ def test_help_of_a_training_verb_is_readable(run):
         run("fit", "--model.flashar.help")[1].split()
     )
     assert "Base learning rate" in out
+    assert "--data.batch_size BATCH_SIZE" in run("fit", "--data.help", "CodesDataModule")[1]
 
 
 # --- bad input: a clear error before any long work, nothing left behind -----------------------------------------------
