@@ -6,8 +6,6 @@ process, which has built a whole random model before, and shards, which hold non
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -16,20 +14,14 @@ from flashar_pl.models.dual_head import FusionGate
 from flashar_pl.models.lora import ADAPTER, adapted_layers
 
 
-def new_parts(model: GridModel) -> Iterator[tuple[nn.Module, nn.Module]]:
+def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
     """(part of `model`, a whole copy of it with its first values), on the CPU in float32. The generator that everything
     else draws from stays where it is."""
-    generator = torch.default_generator
-    state, seed = generator.get_state(), generator.initial_seed()
-    generator.manual_seed(seed)
-    try:
-        made: list[tuple[nn.Module, nn.Module]] = []
-        gate = getattr(model.dual_head, "gate", None)
-        if gate is not None:
-            made.append((gate, FusionGate(model.backbone.dim)))
+    gate = getattr(model.dual_head, "gate", None)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch.initial_seed())
+        made: list[tuple[nn.Module, nn.Module]] = [] if gate is None else [(gate, FusionGate(model.backbone.dim))]
         for _, _, layer in adapted_layers(model):
             a = layer.lora_A[ADAPTER]
             made.append((a, nn.Linear(a.in_features, a.out_features, bias=False)))
-    finally:
-        generator.set_state(state)
-    yield from made
+    return made

@@ -213,17 +213,18 @@ def _arguments(kind: type) -> list[str]:
 
 
 def nearest(word: str, known: list[str]) -> list[str]:
-    """Known keys that resemble `word`: first by their last part, beside it and deeper, then as a whole."""
+    """Known keys that resemble `word`: by their last part beside it and deeper, else as a whole."""
     group, _, last = word.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == group]
-    near = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in siblings], n=3, cutoff=0.5)
-    beside = [f"{group}.{name}" if group else name for name in near]
-    top = word.split(".")[0]
-    alike = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in known], n=3, cutoff=0.75)
-    deeper = [key for key in known if key.startswith(f"{top}.") and key.rpartition(".")[2] in alike]
-    if beside or deeper:
-        return list(dict.fromkeys(beside[:2] + deeper))[:3]
-    return difflib.get_close_matches(word, known, n=3, cutoff=0.4) or siblings[:8] or ["model", "data", "trainer"]
+    top = f"{word.split('.')[0]}."
+
+    def alike(keys: list[str], cutoff: float) -> list[str]:
+        ends = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in keys], n=3, cutoff=cutoff)
+        return [key for end in dict.fromkeys(ends) for key in keys if key.rpartition(".")[2] == end]
+
+    beside = [key for key in known if key.rpartition(".")[0] == group]
+    found = alike(beside, 0.5)[:2] + alike([key for key in known if key.startswith(top)], 0.75)
+    whole = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
+    return list(dict.fromkeys(found))[:3] or whole or beside[:8] or ["model", "data", "trainer"]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

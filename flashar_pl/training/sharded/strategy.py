@@ -212,13 +212,10 @@ class ShardedStrategy(ModelParallelStrategy):
         optimizer.state.clear()
         for name, parameter in self._parameters().items():
             parameter.grad = torch.zeros_like(parameter) if name in names else None
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            set_rate(group, 0.0)
+            set_rate(group, 0.0)  # the schedule sets it again when training starts
         if names:
             optimizer.step()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            set_rate(group, rate)
         optimizer.zero_grad(set_to_none=True)
 
 
