@@ -131,16 +131,13 @@ def train_classifier(
     AdamW with a one-cycle cosine learning rate; the caller's random state is untouched.
 
     Raises:
-        ValueError: images are not uint8 (n, 3, h, w), labels that do not fit, fewer than 2 classes.
+        ValueError: images are not uint8 (n, 3, h, w), or too small, or there are fewer than 2 classes.
     """
     images, labels = check_images(images).cpu(), torch.as_tensor(labels).cpu()
-    if tuple(labels.shape) != (len(images),) or labels.dtype != torch.int64 or len(images) < 2:
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}; expected one int64 for each of 2 or more images."
-        )
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(f"labels reach from {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}.")
+    assert labels.dtype == torch.int64
+    assert len(labels) == len(images) > 1
+    assert 0 <= int(labels.min()) <= int(labels.max()) < classes
     order = np.random.RandomState(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)

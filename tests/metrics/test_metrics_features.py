@@ -93,9 +93,6 @@ def test_classifier_round_trip(tmp_path):
     ("call", "message"),
     [
         (lambda i, y: train_classifier(i.float(), y), "expected uint8"),
-        (lambda i, y: train_classifier(i, y[:-1]), "expected one int64 for each"),
-        (lambda i, y: train_classifier(i, y - 1), "labels reach from -1"),
-        (lambda i, y: train_classifier(i, y, num_classes=3), "expected 0 to 2"),
         (lambda i, y: train_classifier(i[..., :3], y), "at least 4 x 4"),
         (lambda i, y: ClassifierFeatures((8, 8), 4).predict(i), r"expected \(8, 8\)"),
     ],
