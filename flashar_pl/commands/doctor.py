@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
 
 PACKAGES = {
-    "lightning": "training", "webdataset": "shards", "tensorboard": "curves",
+    "lightning": "training", "webdataset": "shards", "torchmetrics": "FID of a validation", "tensorboard": "curves",
     "matplotlib": "plots and the demo: pip install 'flashar-pl[demo]'",
     "scikit-learn": "the demo: pip install 'flashar-pl[demo]'",
     "torchao": "int8, fp8, 8-bit moments: pip install 'flashar-pl[large]'",
