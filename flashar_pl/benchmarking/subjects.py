@@ -34,7 +34,7 @@ class Subject:
     ) -> Subject:
         """What the options name; layers: of a preset, None = all. Raises ValueError unless they name one model."""
         if (options.preset is None) == (options.checkpoint is None):
-            raise ValueError("give either --preset llamagen-l (random weights) or --checkpoint PATH.")
+            raise ValueError("give either --preset NAME (random weights; a wrong one lists them) or --checkpoint PATH.")
         branch, own = options.branch_layer, options.backbone_class
         if options.checkpoint is not None:
             asked = ModelOptions(options.checkpoint, branch_layer=branch, grid=options.grid, backbone_class=own)
