@@ -57,11 +57,9 @@ def serve(
         service = Service(model, sampling, shape, text, engine, server.most_requests)
         for _ in range(2):  # the first one compiles, records graphs or fills caches
             seconds = service.draw(service.job({service.by: service.example}))["seconds"]
-        place = f"{service.plan} plan, {service.engine.runner} on {service.engine.device}"
-        address = f"http://{server.host}:{listener.getsockname()[1]}"
-        print(f"ready: {address} ({1e3 * seconds:.0f} ms an image, {place}; Ctrl-C ends)", flush=True)
+        where, ms = f"http://{server.host}:{listener.getsockname()[1]}", f"{1e3 * seconds:.0f} ms an image"
+        print(f"ready: {where} ({ms}, {service.engine.runner} on {service.engine.device}; Ctrl-C ends)", flush=True)
         app = build_app(service, [server.host, *server.allowed_hosts.split(",")])
         with suppress(KeyboardInterrupt):
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-            uvicorn.Server(config).run(sockets=[listener])
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listener])
         service.thread.shutdown(cancel_futures=True)

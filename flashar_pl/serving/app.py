@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -33,8 +32,6 @@ from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, Sh
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
 
-Told = asyncio.Queue[Any]
-"""Of what `Service.draw` tells, or its error; None is the end."""
 MOST_BYTES, LARGEST = 2**14, 2**63
 """Of a request; and of a number in it, which JSON allows any length."""
 FIELDS: dict[str, type] = {
@@ -75,16 +72,12 @@ class Service:
         asked = (self.source, fullest.wanted, self.grid, self.plan, fullest.sampling)
         self.most_images = fitting_batch(*asked, engine.batch_size, self.engine.prefix_bucket)
         self.thread, self.counts = ThreadPoolExecutor(1, "flashar-drawing"), Counter[str]()
-        self.jobs, self.most_jobs = 0, most_jobs  # waiting or drawn
-
-    def facts(self) -> dict[str, Any]:
-        """For the page and for clients."""
-        model = self.source.model
-        plans = ("diagonal", "raster") if model.dual_head.vertical is not None else ("raster",)
-        return {
+        self.jobs, self.most_jobs, network = 0, most_jobs, self.source.model  # jobs wait or are drawn
+        plans = ("diagonal", "raster") if network.dual_head.vertical is not None else ("raster",)
+        self.facts = {
             "checkpoint": self.source.path, "grid": self.grid, "asked_by": self.by, "example": self.example,
-            "plans": {name: model.make_plan(name, *self.grid).n_steps for name in plans}, "jobs": self.jobs,
-            "defaults": {"plan": self.plan, **asdict(self.sampling)}, "most_images": self.most_images,
+            "plans": {name: network.make_plan(name, *self.grid).n_steps for name in plans},
+            "defaults": {"plan": self.plan, **asdict(sampling)}, "most_images": self.most_images,
         }  # fmt: skip
 
     def job(self, body: Any) -> Job:
@@ -139,25 +132,45 @@ class Service:
         codes = self.engine.generate(condition.pad(size), self.grid, job.plan, on_step=on_step, **settings)
         return news(codes, steps)
 
-    def start(self, job: Job) -> Told:
-        """Have a job drawn. Raises HTTPException where too many wait."""
+    def start(self, request: Request, job: Job) -> AsyncIterator[dict[str, Any]]:
+        """Have a job drawn: what `draw` tells, or its error, until the client leaves. HTTPException: too many wait."""
         if self.jobs >= self.most_jobs:
             self.counts["refused"] += 1
             raise HTTPException(429, f"{self.jobs} requests wait already.", {"Retry-After": str(self.jobs)})
-        loop, told = asyncio.get_running_loop(), Told()
+        told, tell = asyncio.Queue[Any](), asyncio.get_running_loop().call_soon_threadsafe
+        self.jobs += 1
 
         def end(drawn: asyncio.Future[dict[str, Any]]) -> None:
-            error = drawn.exception()
+            error, self.jobs = drawn.exception(), self.jobs - 1
             how = "cancelled" if isinstance(error, ConnectionAbortedError) else "failed" if error else "drawn"
             self.counts.update({how: 1, "images": len(job.seeds) if how == "drawn" else 0})
-            self.jobs -= 1
             told.put_nowait({"error": {"message": str(error), "type": "server_error"}} if error else drawn.result())
             told.put_nowait(None)
 
-        self.jobs += 1
-        tell = partial(loop.call_soon_threadsafe, told.put_nowait)  # type: ignore[arg-type]
-        loop.run_in_executor(self.thread, self.draw, job, tell).add_done_callback(end)
-        return told
+        async def follow() -> AsyncIterator[dict[str, Any]]:
+            try:
+                while not await request.is_disconnected():
+                    with suppress(TimeoutError):
+                        if (news := await asyncio.wait_for(told.get(), 0.2)) is None:
+                            return
+                        yield news
+            finally:
+                job.left = True
+
+        drawing = asyncio.get_running_loop().run_in_executor(
+            self.thread, self.draw, job, lambda news: tell(told.put_nowait, news)
+        )
+        drawing.add_done_callback(end)
+        return follow()
+
+
+async def events(job: Job, told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Server-sent events of each image: image_generation.partial_image and image_generation.completed; or error."""
+    async for news in told:
+        kind = "error" if "error" in news else "completed" if news["step"] == news["steps"] else "partial_image"
+        for i, image in enumerate(news.pop("data", [""])):
+            event = {"type": f"image_generation.{kind}", "index": i, "seed": job.seeds[i], "b64_json": image, **news}
+            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
 
 
 def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
@@ -169,7 +182,7 @@ def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
             if len(content := content + chunk) > MOST_BYTES:
                 raise HTTPException(413, f"the request is longer than {MOST_BYTES} bytes.")
         job = await asyncio.to_thread(service.job, json.loads(content))
-        told = follow(request, job, service.start(job))
+        told = service.start(request, job)
         if job.partial_images:
             return StreamingResponse(events(job, told), media_type="text/event-stream")
         async for news in told:
@@ -189,31 +202,9 @@ def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
 
     page = resources.files("flashar_pl.serving").joinpath("page.html").read_text("utf-8")
     routes = [
-        Route("/", lambda _: HTMLResponse(page)),
-        Route("/health", lambda _: JSONResponse({"status": "ok", **service.facts()})),
-        Route("/metrics", metrics),
+        Route("/", lambda _: HTMLResponse(page)), Route("/metrics", metrics),
+        Route("/health", lambda _: JSONResponse({"status": "ok", "jobs": service.jobs, **service.facts})),
         Route("/v1/images/generations", generations, methods=["POST"]),
-    ]
+    ]  # fmt: skip
     refused = dict.fromkeys((HTTPException, ValueError, RecursionError), refuse)
     return TrustedHostMiddleware(Starlette(routes=routes, exception_handlers=refused), hosts, www_redirect=False)
-
-
-async def follow(request: Request, job: Job, told: Told) -> AsyncIterator[dict[str, Any]]:
-    """What is told of a job until it ends or the client leaves."""
-    try:
-        while not await request.is_disconnected():
-            with suppress(TimeoutError):
-                if (news := await asyncio.wait_for(told.get(), 0.2)) is None:
-                    return
-                yield news
-    finally:
-        job.left = True
-
-
-async def events(job: Job, told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Server-sent events of each image: image_generation.partial_image and image_generation.completed; or error."""
-    async for news in told:
-        kind = "error" if "error" in news else "completed" if news["step"] == news["steps"] else "partial_image"
-        for i, image in enumerate(news.pop("data", [""])):
-            event = {"type": f"image_generation.{kind}", "index": i, "seed": job.seeds[i], "b64_json": image, **news}
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
