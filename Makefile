@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 # A file's tests run in one of two processes. A GPU is one: there, JOBS=0.
 JOBS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
 
 .PHONY: help setup constraints test test-slow test-rounding mutants lint demo demo-full clean
