@@ -53,6 +53,7 @@ print(run_on_ranks(partial(record, sys.argv[1], None), RankOptions(), device="cp
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun(tmp_path: Path) -> None:
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
