@@ -162,6 +162,12 @@ class Backbone(nn.Module, ABC):
         """What a KV cache must hold, with `extra_layers` for branches."""
         return CacheSpec(self.n_layer + extra_layers, self.block.n_kv_head, self.block.head_dim)
 
+    def condition_linears(self) -> dict[str, nn.Linear]:
+        """Projections outside of blocks and head, by name: those that embed the condition."""
+        inner = {id(module) for module in (*self.blocks.modules(), self.head)}
+        found = [(name, m) for name, m in self.named_modules() if isinstance(m, nn.Linear) and id(m) not in inner]
+        return dict(found)
+
     # --- conditions -------------------------------------------------------------------------------------------------
 
     @property

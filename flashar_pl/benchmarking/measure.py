@@ -182,8 +182,7 @@ class GemmWalk:
         if job.plan.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
         self.blocks = [each for block in blocks for each in projections(block)]
-        condition = getattr(model.backbone, "condition_embedding", None)
-        self.condition = [] if condition is None else projections(condition)
+        self.condition = [Projection.of(linear) for linear in model.backbone.condition_linears().values()]
         head = model.dual_head
         linears = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
         self.heads = [Projection.of(linear, head.first_code) for linear in linears]

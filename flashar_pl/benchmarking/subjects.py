@@ -33,16 +33,18 @@ class Subject:
         cls, options: PresetOptions, device: torch.device, dtype: Dtype = "fp32", layers: int | None = None
     ) -> Subject:
         """What the options name; layers: of a preset, None = all. Raises ValueError unless they name one model."""
-        if (options.preset is None) == (options.checkpoint is None):
-            raise ValueError("give either --preset NAME (random weights; a wrong one lists them) or --checkpoint PATH.")
         branch, own = options.branch_layer, options.backbone_class
+        given = (options.checkpoint, options.preset)
+        if None not in given or (*given, own) == (None, None, None):
+            raise ValueError("give either --preset NAME (random weights; a wrong one lists them) or --checkpoint PATH.")
         if options.checkpoint is not None:
             asked = ModelOptions(options.checkpoint, branch_layer=branch, grid=options.grid, backbone_class=own)
             source = open_checkpoint(asked, DeviceOptions(str(device), dtype))
             return cls(model_sizes(source.model.config()), source.need_grid(), source.model)
-        if own is not None:
-            import_backbone(own)
         backbone = {"preset": options.preset, **({} if layers is None else {"n_layer": layers})}
+        if own is not None:
+            kind = import_backbone(own).kind
+            backbone = {"kind": kind} if options.preset is None else backbone
         sizes = model_sizes({"kind": "flashar", "backbone": backbone, "branch_layer": branch})
         return cls(sizes, parse_grid(options.grid) or sizes.usual_grid)
 

@@ -155,9 +155,7 @@ def draw(
         found = None if extractor is None else extract_features(extractor, images)
         keep = len(numbers)
         found = None if found is None else found.first(keep)
-        yield Drawn(
-            batch, torch.tensor(numbers), codes[:keep], images[:keep], None if found is None else found.first(keep)
-        )
+        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], found)
 
 
 @torch.no_grad()

@@ -83,9 +83,7 @@ def count(module: nn.Module) -> int:
 @lru_cache(maxsize=32)
 def _backbone_sizes(config: str) -> BackboneSizes:
     backbone = describe_backbone(json.loads(config))
-    block, head = backbone.blocks[0], backbone.head
-    inner = {id(module) for module in (*backbone.blocks.modules(), head)}
-    outer = [(name, m) for name, m in backbone.named_modules() if isinstance(m, nn.Linear) and id(m) not in inner]
+    block, head, outer = backbone.blocks[0], backbone.head, backbone.condition_linears()
     return BackboneSizes(
         backbone=json.dumps(backbone.config_dict()),
         block=backbone.block,
@@ -96,7 +94,7 @@ def _backbone_sizes(config: str) -> BackboneSizes:
         conditioning=backbone.conditioning,
         usual_grid=backbone.usual_grid,
         usual_clones=backbone.usual_clones,
-        condition_linears=tuple(Linear(name, m.in_features, m.out_features) for name, m in outer),
+        condition_linears=tuple(Linear(name, m.in_features, m.out_features) for name, m in outer.items()),
         block_parameters=count(block),
         norm_parameters=count(backbone.norm),
         embedding_parameters=count(backbone) - count(backbone.blocks) - count(backbone.norm) - count(head),

@@ -100,6 +100,10 @@ def test_a_backbone_of_ones_own(run, refused, forget, work, shards, monkeypatch)
     )
     forget()
     assert run("plan", *OWN, "--gpus", 1)[0] == 0
+    forget()
+    for model in (["--checkpoint", last], []):
+        code, out, err = run("benchmark", *OWN, *model, "--repeats", 1, "--grid", "3x3", "--plans", "diagonal")
+        assert code == 0, err
 
 
 @pytest.mark.parametrize(
