@@ -181,7 +181,7 @@ class ExperimentCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.parse_only:
             return
-        root = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT)
+        root = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT).expanduser()
         self._new_directory: Path | None = None
         if self.verb == "fit" and not self.config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
             check_run_directory(root, self.checkpoint)
@@ -227,7 +227,7 @@ class ExperimentCLI(LightningCLI):
         config = self.config_init.trainer
         if self.verb != "fit":
             return super().instantiate_trainer(**({"logger": False} if config.logger in (None, True) else {}), **kwargs)
-        root = config.default_root_dir
+        root = os.path.expanduser(config.default_root_dir)  # as the Trainer does
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False)
         callbacks = config.callbacks or []

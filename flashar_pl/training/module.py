@@ -46,6 +46,7 @@ from flashar_pl.training.description import describe
 from flashar_pl.training.drawn_samples import DrawnSamples
 from flashar_pl.training.evaluation import HeldOutLosses
 from flashar_pl.training.optim import adamw, staged_rates
+from flashar_pl.training.preemption import StopOnSignal
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import check_cut, first_weights, new_model
 from flashar_pl.training.validation import LOSSES
@@ -110,7 +111,7 @@ class FlashARModule(LightningModule):
         ]
         if added:
             rank_zero_info(f"Callbacks of every run: {', '.join(type(callback).__name__ for callback in added)}.")
-        return added
+        return [*added, *(other for other in present if isinstance(other, StopOnSignal))]  # it saves what those did
 
     @property
     def _strategy(self) -> Strategy | None:

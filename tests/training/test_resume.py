@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import STEPS, OptimiserConfig, fit, make_module
 
 from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.training.preemption import StopOnSignal
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
 
@@ -137,6 +138,23 @@ def test_a_checkpoint_between_accumulated_batches_warns(toy_shards: str, tmp_pat
     options = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "enable_checkpointing": True, "max_steps": 3}
     with pytest.warns(UserWarning, match="in the middle of step 2"):
         fit(tmp_path, toy_shards, make_module(), callbacks=[save], val_check_interval=3, **options)
+
+
+def test_a_run_that_is_asked_to_stop_saves_the_whole_step(whole, toy_shards: str, tmp_path: Path) -> None:
+    """Callbacks of a YAML come before the module's: the averages of the step were not in the file."""
+    stop = StopOnSignal()
+
+    class Ask(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            stop.asked = trainer.global_step == 2
+
+    with pytest.raises(SystemExit):
+        fit(tmp_path, toy_shards, make_module(ema_decay=0.9), callbacks=[stop, Ask()])
+    stopped, kept = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (tmp_path / "checkpoints" / "stopped.ckpt", whole[0] / "step=3.ckpt")
+    )
+    assert all(torch.equal(value, kept[name]) for name, value in stopped.items())
 
 
 @pytest.mark.parametrize("sharded", [False, True])
