@@ -62,9 +62,7 @@ def test_the_null_caption_keeps_the_mask(text: tuple[LlamaGen, dict[str, torch.T
     torch.testing.assert_close(logits[3:].view(3, 64, -1), arrays["out/logits_uncond"], **CLOSE)
 
 
-def test_samples_that_are_not_valid_count_nothing(
-    text: tuple[LlamaGen, dict[str, torch.Tensor], TextFeatures],
-) -> None:
+def test_samples_that_are_not_valid_count_nothing(text: tuple[LlamaGen, dict[str, torch.Tensor], TextFeatures]) -> None:
     model, arrays, condition = text
     assert 0 < arrays["in/valid"].sum() < 3
     losses = RasterAR(model).loss(grid_of(arrays["in/token_ids"]), condition, valid=arrays["in/valid"].bool())
@@ -79,8 +77,7 @@ def test_padded_caption_positions_do_not_matter() -> None:
     assert condition.mask is not None
     changed = condition.features + 7.0 * (~condition.mask)[..., None]
     torch.testing.assert_close(
-        model.raster_logits(codes, TextFeatures(changed, condition.mask)),
-        model.raster_logits(codes, condition),
+        model.raster_logits(codes, TextFeatures(changed, condition.mask)), model.raster_logits(codes, condition)
     )
     full = tiny.captions([5, 5, 5])
     torch.testing.assert_close(

@@ -13,7 +13,6 @@ from PIL import Image
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.evaluate.identity import path_digest
-from flashar_pl.evaluate.results import SHOWN_CLASSES, shown_classes
 from flashar_pl.evaluate.samples import sample_labels
 from flashar_pl.metrics import distribution, table
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
@@ -165,12 +164,6 @@ def test_balanced_labels_alternate_and_random_labels_are_uniform():
     assert len(set(drawn.tolist())) > 1
     assert sample_labels("random", 50, 10, 4) == sample_labels("random", 50, 10, 4)
     assert sample_labels("random", 50, 10, 4) != sample_labels("random", 50, 10, 5)
-
-
-def test_the_customary_classes_are_shown_for_imagenet_only():
-    assert shown_classes(1000) == list(SHOWN_CLASSES) == [207, 360, 387, 974, 88, 979, 417, 279]
-    assert shown_classes(10) == list(range(8))
-    assert shown_classes(3) == [0, 1, 2]
 
 
 class Spatial(FeatureExtractor):

@@ -18,7 +18,7 @@ from command_toys import tiny_backbone
 
 from flashar_pl.data.shards import Manifest, ShardWriter
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
-from flashar_pl.training.words import Words, explain
+from flashar_pl.training.words import Words
 
 TINY = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 17, "num_classes": 10}
 SAVE = {"filename": "last", "every_n_train_steps": 2, "enable_version_counter": False}
@@ -332,23 +332,11 @@ def damage(directory: str, split: str) -> None:
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
-def test_files_come_before_options_in_their_own_order(work):
-    for name in ("x", "y", "z"):
-        Path(f"{name}.yaml").write_text(f"{name}: 1\n")
-    words = ["--a", "1", "--config", "x.yaml", "--b=2", "--config=y.yaml", "-c", "z.yaml"]
-    files = ["--config", "x.yaml", "--config", "y.yaml", "--config", "z.yaml"]
-    assert Words.read(words).parsed() == [*files, "--a", "1", "--b", "2"]
-
-
 def test_a_checkpoint_named_in_a_yaml_is_found(work):
     Path("last.ckpt").touch()
     Path("run.yaml").write_text("ckpt_path: last.ckpt\n")
     assert Words.read(["--config", "run.yaml"]).checkpoint() == "last.ckpt"
     assert Words.read(["--config=run.yaml", "--ckpt_path=null"]).checkpoint() is None
-
-
-def test_messages_without_a_known_pattern_stay_readable():
-    assert explain("a\n  b") == "a b"
 
 
 # --- true processes --------------------------------------------------------------------------------------------------

@@ -127,13 +127,6 @@ def test_generate_refuses_a_batch_that_cannot_fit(run, refused, flashar_model, w
     assert "not even one image fits" in refused("generate", *words[:-1], "more")
 
 
-def test_generate_with_runners(refused, run, flashar_model, work):
-    words = ("--checkpoint", flashar_model, "--classes", "3", "--num-images", 1, "--codes-only", "--device", "cpu")
-    assert "CUDA graphs need a CUDA device" in refused("generate", *words, "--runner", "graphs", "--out", "samples")
-    assert not list(work.iterdir())
-    assert "expected one of" in refused("generate", *words, "--runner", "fast", "--out", "samples")
-
-
 def test_the_null_class_is_no_secret(run, flashar_model, work):
     """Guards against samples without a class where a class was meant: ids of other tools start at 1."""
     words = ("--checkpoint", flashar_model, "--num-images", 1, "--codes-only")
@@ -141,22 +134,6 @@ def test_the_null_class_is_no_secret(run, flashar_model, work):
     assert code == 0
     assert "note: class 10 means no class" in err
     assert "note" not in run("generate", *words, "--classes", "9", "--out", "nine")[2]
-
-
-def test_generate_is_a_function_too(flashar_model, work):
-    from flashar_pl.commands.generate import GenerateOptions, generate
-
-    path = generate(
-        GenerateOptions(out="out", classes=[2], num_images=1, codes_only=True),
-        ModelOptions(flashar_model),
-        engine=EngineOptions("cpu", plan="raster"),
-    )
-    assert sorted(p.name for p in path.iterdir()) == ["codes.npy", "settings.json"]
-
-
-def test_generate_bfloat16(run, flashar_model, work):
-    words = ("--classes", "1", "--num-images", 2, "--dtype", "bf16", "--out", "samples")
-    assert run("generate", "--checkpoint", flashar_model, *words)[0] == 0
 
 
 def test_generate_from_official_weights_needs_grid_and_tokenizer(run, refused, work):
@@ -193,24 +170,17 @@ def test_generate_from_text_features(run, refused, work, suffix):
     assert "text-conditional" in refused(*base, "--classes", "3", "--out", "more")
 
 
-def test_a_batch_size_is_a_number_or_auto(run, refused):
-    """Help and error named auto only."""
-    message = refused("generate", "--checkpoint", "x", "--out", "y", "--batch-size", "many")
-    assert "--batch-size is 'many'; expected auto or a whole number." in message
-    assert "--batch-size {auto,N}" in run("generate", "--help")[1]
-
-
 def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, flashar_model, work):
     base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
     assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
     assert "expected ids such as 3,7" in refused(*base, "--classes", "three")
-    assert "expected ids such as 3,7" in refused(*base, "--classes", "7-3")
     assert "--classes" in refused(*base)
     assert "cfg_scale is -0.5; expected 0 or more" in refused(*base, "--classes", "3", "--cfg-scale", -0.5)
-    assert "top_p" in refused(*base, "--classes", "3", "--top-p", 1.5)
     assert "expected one of raster, diagonal" in refused(*base, "--classes", "3", "--plan", "zigzag")
     assert "num_images is 0" in refused(*base, "--classes", "3", "--num-images", 0)
-    assert "device" in refused(*base, "--classes", "3", "--device", "gpu")
+    assert "expected one of" in refused(*base, "--classes", "3", "--runner", "fast")
+    graphs = ("--classes", "3", "--device", "cpu", "--runner", "graphs")
+    assert "CUDA graphs need a CUDA device" in refused(*base, *graphs)
     raster = ("generate", "--checkpoint", raster_model, "--out", "samples", "--classes", "3")
     assert "--branch-layer" in refused(*raster, "--plan", "diagonal")
     assert "no checkpoint nothing.ckpt" in refused(

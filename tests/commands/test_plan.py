@@ -141,12 +141,7 @@ def test_changes_are_combined_where_one_is_not_enough():
         (["--config", "list.yaml"], "has no model.backbone"),
         (["--config", "broken.yaml"], "is not YAML"),
         (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
-        (["--config", "rate.yaml"], "no configuration key 'model.optimiser.sate'; closest: model.optimiser.state"),
-        (["--config", "data.yaml"], "no configuration key 'data.batchsize'; closest: data.batch_size"),
-        (["--config", "batch.yaml"], "data.batch_size is 'eight'"),
         (["--config", "lora.yaml"], "model.init_from is null"),
-        (["--config", "rank.yaml"], "no configuration key 'model.lora.rnk'; closest: model.lora.rank"),
-        (["--config", "odd.yaml", "--gpus", "0"], "gpus is 0"),
         (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory -5; expected 1 or more GPUs with more than 0 GB"),
         (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is not a multiple of 3"),
         (["--preset", "llamagen-b", "--mfu", "40"], "mfu is 40"),
@@ -161,11 +156,7 @@ def test_wrong_input_is_refused(words, message, refused, work):
     (work / "odd.yaml").write_text("model: {backbone: {preset: llamagen-b}}\ndata: {batch_size: 64}\n")
     (work / "wrong.yaml").write_text("model: {backbone: {size: 3}}\n")
     base = "model: {backbone: {preset: llamagen-b}"
-    (work / "rate.yaml").write_text(f"{base}, optimiser: {{sate: bf16}}}}\n")
-    (work / "data.yaml").write_text(f"{base}}}\ndata: {{batchsize: 8}}\n")
-    (work / "batch.yaml").write_text(f"{base}}}\ndata: {{batch_size: eight}}\n")
     (work / "lora.yaml").write_text(f"{base}, flashar: {{branch_layer: 11}}, lora: {{rank: 4}}}}\n")
-    (work / "rank.yaml").write_text(f"{base}, flashar: {{branch_layer: 11}}, lora: {{rnk: 4}}}}\n")
     assert message in refused("plan", *words)
 
 
@@ -182,22 +173,17 @@ trainer:
     [
         ("compute: bf16", "recomput: true", "'trainer.strategy.init_args.recomput'; closest: recompute"),
         ("compute: bf16", "compute: fp16", "trainer.strategy.init_args.compute is 'fp16'; expected bf16 or fp32"),
-        ("compute: bf16", "replicas: x", "trainer.strategy.init_args.replicas is 'x'; expected int"),
         ("ShardedStrategy", "ShardedStrategi", "has no attribute 'ShardedStrategi'"),
         ("max_steps", "max_step", "no configuration key 'trainer.max_step'; closest: trainer.max_steps"),
-        ("max_steps: 10", "max_steps: many", "trainer.max_steps is 'many'; expected int"),
         ("branch_layer: 11", "branch_layer: top", "branch_layer"),
         ("preset: llamagen-b", "preset: llamagen-b, options: {dim: wide}", "dim is 'wide'; expected a whole"),
         ("flashar:", "optimiser: 3, flashar:", "model.optimiser is 3; expected keys with values"),
-        ("flashar:", "optimiser: {lr: -1}, flashar:", "lr is -1"),
         ("flashar:", "aux_weight: -1, flashar:", "aux_weight is -1"),
         (
             "branch_layer: 11",
             "branch_layer: 11, fusion: mean",
             "model.flashar.fusion is 'mean'; expected gate or average",
         ),
-        ("trainer:", "trainr:", "no configuration key 'trainr"),
-        ("trainer:", "data: 3\ntrainer:", "data"),
     ],
 )
 def test_a_file_is_checked_as_a_fit_checks_it(old, new, message, refused, work):

@@ -139,12 +139,6 @@ def test_any_number_of_classes_is_timed():
     assert all(found["median"] > 0 for found in time_per_image(models, (1, 2), 9))
 
 
-def test_report_never_overwrites(refused, work):
-    Path("report").mkdir()
-    words = ("--raster", "a", "--flashar", "b", "--data", "c", "--classifier", "d")
-    assert "report exists" in refused("report", *words, "--out", "report")
-
-
 def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model, classifier, shards, work):
     base = ("report", "--data", shards, "--classifier", classifier, "--out", "report")
     swapped = refused(*base, "--raster", flashar_model, "--flashar", raster_model)
@@ -291,10 +285,6 @@ def test_demo_reports_a_failed_stage_and_a_missed_bound(run, refused, staged, mo
         demo_module.demo(out="runs/second", data="data/digits")
 
 
-def test_demo_outside_a_checkout(refused, work):
-    assert "experiments/demo_raster.yaml" in refused("demo")
-
-
 def test_the_demo_yamls_name_the_places_the_demo_expects():
     """Guards the one fact told twice: a default run needs no overrides."""
     import yaml
@@ -309,3 +299,7 @@ def test_the_demo_yamls_name_the_places_the_demo_expects():
         assert callback["filename"] == "last"
         if stage.directory.name == "flashar":
             assert config["model"]["init_from"] == f"{demo_module.OUT}/raster/{demo_module.LAST}"
+
+
+def test_demo_outside_a_checkout(refused, work):
+    assert "experiments/demo_raster.yaml" in refused("demo")

@@ -24,9 +24,8 @@ from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding.prompts import ASPECT_RATIOS, scaled_grid
 from flashar_pl.models import FlashAR
-from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions, ShapeOptions
+from flashar_pl.options import DeviceOptions, ModelOptions
 from flashar_pl.tokenizers import Emu35Text
-from flashar_pl.tokenizers.t5 import left_pad
 
 PROMPTS = ("a fox", "two red chairs in the snow")
 
@@ -78,33 +77,6 @@ def test_from_released_directories_to_pictures(run, work, files, kind) -> None:
     )
     assert {Image.open(f"out/{image['file']}").size for image in record["images"]} == {(80, 48)}
     assert Image.open("out/grid.png").size == (2 * 160 + 2, 2 * 96 + 2), "enlarged to at least 64 pixels"
-
-
-def test_progress_counts_decoding_steps(work, files, monkeypatch) -> None:
-    """One batch of a 34-billion model takes minutes: a bar that moves per batch would say nothing."""
-    from flashar_pl.commands import generate as module
-
-    totals, ticks = [], []
-
-    class Bar:
-        def __init__(self, total: int, unit: str) -> None:
-            totals.append((total, unit))
-
-        def __enter__(self):
-            return ticks.append
-
-        def __exit__(self, *exception: object) -> None:
-            pass
-
-    monkeypatch.setattr(module, "progress_bar", Bar)
-    module.generate(
-        module.GenerateOptions(prompt=["a fox"], num_images=3, codes_only=True, out="out"),
-        ModelOptions(str(files / "base")),
-        shape=ShapeOptions("3x4"),
-        engine=EngineOptions(batch_size=2),
-    )
-    assert totals == [(2 * 12, "steps")]
-    assert ticks == [1] * 24
 
 
 def test_assets_lie_in_the_directory_and_prompts_in_a_file(run, refused, work, files) -> None:
@@ -217,16 +189,6 @@ def test_pictures_have_the_grids_that_training_images_are_sorted_into() -> None:
     assert {scaled_grid(name, 512) for name in ASPECT_RATIOS if name != "21:9"} == set(default_grids(512, 16))
 
 
-def test_emu_without_an_aspect_ratio_draws_512_pixels(work, files, monkeypatch) -> None:
-    from flashar_pl.commands import generate as module
-
-    seen = []
-    monkeypatch.setattr(module, "draw_codes", lambda _, samples: seen.append(samples.grid) or torch.zeros(1, 1))
-    draw = module.GenerateOptions(prompt=["a fox"], num_images=1, codes_only=True, out="out")
-    module.generate(draw, ModelOptions(str(files / "base")))
-    assert seen == [(32, 32)]
-
-
 def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
     """With graphs prompts are padded to a multiple of 64; a batch that fits without need not fit."""
     from flashar_pl.decoding.prompts import Wanted
@@ -310,13 +272,6 @@ def test_emu_directories_are_opened_in_their_own_precision(tmp_path, files, give
     }
 
 
-def test_half_precision_survives_conversion(run, work) -> None:
-    """Read in float32, a bfloat16 file would double in size and no longer be the same bit for bit."""
-    torch.save({"model": {k: v.bfloat16() for k, v in tiny.backbone().to_official().items()}}, "half.pt")
-    assert run("convert", "half.pt", "--n-head", 2, "--out", "ours")[0] == 0
-    assert {value.dtype for value in load_file("ours/model.safetensors").values()} == {torch.bfloat16}
-
-
 def test_a_trained_emu_flashar_has_no_official_format(refused, work, files) -> None:
     model = FlashAR(load_model(files / "base").model.backbone, 2, 1, "average", "fused")
     with pytest.raises(ValueError, match="emu35 backbone has no official format"):
@@ -327,14 +282,6 @@ def test_a_trained_emu_flashar_has_no_official_format(refused, work, files) -> N
 
 
 # --- T5 --------------------------------------------------------------------------------------------------------------
-
-
-def test_captions_are_moved_to_the_end() -> None:
-    features = torch.arange(1.0, 9).view(2, 4, 1)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]).bool()
-    moved, kept = left_pad(features, mask)
-    assert moved[..., 0].tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]]
-    assert kept.tolist() == [[False, False, True, True], [True] * 4]
 
 
 def test_llamagen_prompts_without_transformers(refused, work, monkeypatch) -> None:
@@ -378,3 +325,10 @@ def test_llamagen_prompts_through_a_t5(run, refused, work) -> None:
     Path("empty").mkdir()
     base[base.index("t5")] = "empty"
     assert "expected the directory of a T5 encoder" in refused(*base, "--out", "more")
+
+
+def test_half_precision_survives_conversion(run, work) -> None:
+    """Read in float32, a bfloat16 file would double in size and no longer be the same bit for bit."""
+    torch.save({"model": {k: v.bfloat16() for k, v in tiny.backbone().to_official().items()}}, "half.pt")
+    assert run("convert", "half.pt", "--n-head", 2, "--out", "ours")[0] == 0
+    assert {value.dtype for value in load_file("ours/model.safetensors").values()} == {torch.bfloat16}

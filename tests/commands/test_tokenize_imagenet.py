@@ -146,10 +146,7 @@ def test_a_killed_run_continues(tmp_path, tokenize, vq):
     out = tmp_path / "killed"
     words = ("--ten-crop", "--workers", "1", "--shard-images", "7")
     command = ["tokenize", "imagenet", "--images", source, "--out", out, "--weights", vq, *SMALL, *words]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "flashar_pl.cli", *map(str, command)],
-        start_new_session=True,
-    )
+    running = subprocess.Popen([sys.executable, "-m", "flashar_pl.cli", *map(str, command)], start_new_session=True)
     deadline = time.monotonic() + 60
     while len(list(out.glob(".train/0*"))) < 3:
         assert running.poll() is None
@@ -230,10 +227,7 @@ def test_unreadable_images_are_skipped_counted_and_listed(tmp_path, tokenize, re
     assert code == 0
     assert "25 of 27 images are in the shards" in out
     lines = (tmp_path / "s" / "bad_images.train.txt").read_text().splitlines()
-    assert [line.split("\t")[:2] for line in lines] == [
-        ["12", f"{source}/n1/3.JPEG"],
-        ["18", f"{source}/n2/0.JPEG"],
-    ]
+    assert [line.split("\t")[:2] for line in lines] == [["12", f"{source}/n1/3.JPEG"], ["18", f"{source}/n2/0.JPEG"]]
     report = json.loads((tmp_path / "s" / "tokenize-train.json").read_text())
     assert (report["samples"], report["written"], report["unreadable"]) == (27, 25, 2)
     ids, labels, _ = contents(tmp_path / "s")

@@ -130,22 +130,6 @@ def test_trainer_protocol(toy: Manifest) -> None:
     assert not hasattr(loader, "sampler"), "the Trainer would set its own epoch"
 
 
-def test_an_epoch_cut_short_is_followed_by_the_next(toy: Manifest) -> None:
-    """Guards limit_train_batches: training that stands at 0 must not get the rest of the old epoch."""
-    reference = TrainingLoader(training(toy))
-    expected = [epoch_rows(reference) for _ in range(2)]
-    done = 0
-    loader = TrainingLoader(training(toy), processed=lambda: done)
-    iterator = iter(loader)
-    assert [rows(next(iterator)) for _ in range(3)] == expected[0][:3]
-    assert epoch_rows(loader) == expected[1]
-
-
-def test_without_reshuffling_every_epoch_is_the_same(toy: Manifest) -> None:
-    loader = TrainingLoader(training(toy, reshuffle=False))
-    assert epoch_rows(loader) == epoch_rows(loader)
-
-
 def test_resuming_another_order_in_mid_epoch_is_an_error(toy: Manifest) -> None:
     loader = TrainingLoader(training(toy))
     next(iter(loader))
@@ -197,13 +181,6 @@ def test_evaluation_takes_the_crop_of_the_manifest(tmp_path: Path) -> None:
     file.write_text(json.dumps(text | {"evaluation_crop": 3}))
     with pytest.raises(ValueError, match=r"evaluation_crop is 3; expected 0 \.\. 2"):
         Manifest.load(tmp_path / "toy")
-
-
-def test_uneven_cut_is_an_error(toy: Manifest) -> None:
-    with pytest.raises(ValueError, match=r"batch_size=12 is the global batch .* over 5 devices"):
-        TrainingLoader(training(toy, 0, 5))
-    with pytest.raises(ValueError, match="over 3 devices"):
-        EvaluationLoader(EvaluationBatches(ShardReader(toy, "test"), EvaluationOrder(31, 8), 0, 3))
 
 
 def test_text_conditions(tmp_path: Path) -> None:

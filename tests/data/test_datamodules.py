@@ -104,26 +104,12 @@ def test_resume_through_a_checkpoint_is_exact(toy, whole, tmp_path, stop: int, w
     assert torch.equal(rest.layer.weight, whole.layer.weight), "bit for bit, dropout included"
 
 
-def test_resume_from_the_end_of_an_epoch(toy, whole, tmp_path) -> None:
-    """The usual checkpoint, written by on_train_epoch_end."""
-    fit(toy, tmp_path, ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True), max_epochs=1)
-    rest = fit(toy, tmp_path, ckpt=tmp_path / "end.ckpt")
-    assert rest.seen == whole.seen[8:]
-
-
 def test_resume_after_a_run_that_stopped_within_an_epoch(toy, whole, tmp_path) -> None:
     """A checkpoint saved after fit: the Trainer counts the unfinished epoch as finished, the data must not."""
     part = fit(toy, tmp_path, max_steps=11, max_epochs=-1)
     part.trainer.save_checkpoint(tmp_path / "after.ckpt")
     rest = fit(toy, tmp_path, ckpt=tmp_path / "after.ckpt", max_steps=24, max_epochs=-1)
     assert [seen[1:] for seen in rest.seen] == [seen[1:] for seen in whole.seen[11:]]
-
-
-def test_resume_from_the_end_of_an_epoch_cut_short(toy, whole, tmp_path) -> None:
-    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
-    fit(toy, tmp_path, saver, max_epochs=1, limit_train_batches=5)
-    rest = fit(toy, tmp_path, ckpt=tmp_path / "end.ckpt", limit_train_batches=5)
-    assert rest.seen == whole.seen[8:13] + whole.seen[16:21]
 
 
 def test_reloaded_loaders_and_a_second_fit(toy, whole, tmp_path) -> None:
@@ -185,17 +171,6 @@ def attached(toy: Manifest, ranks: int, rank: int = 0, **kwargs) -> CodesDataMod
     return data
 
 
-def test_each_device_gets_its_part(toy) -> None:
-    alone = CodesDataModule(toy.root, batch_size=12)
-    whole = [batch.index.tolist() for batch in alone.train_dataloader()]
-    parts = []
-    for rank in range(2):
-        data = attached(toy, 2, rank, batch_size=12)
-        data.setup("fit")
-        parts.append([batch.index.tolist() for batch in data.train_dataloader()])
-    assert [a + b for a, b in zip(*parts, strict=True)] == whole
-
-
 @pytest.mark.parametrize(
     ("kwargs", "ranks", "message"),
     [
@@ -234,17 +209,15 @@ def test_captions_need_an_encoder(tmp_path) -> None:
     assert [int(ids) - ord("a") for ids in batch.condition] == batch.index.tolist()
 
 
-def test_the_trainer_leaves_the_sampler_alone(toy, tmp_path) -> None:
-    """Guards against a distributed sampler that would cut the data a second time."""
-    data = CodesDataModule(toy.root)
-    connector = trainer_for(tmp_path)._data_connector
-    for loader in (data.train_dataloader(), data.val_dataloader()):
-        assert connector._prepare_dataloader(loader, shuffle=True, mode="predict") is loader
+def test_resume_from_the_end_of_an_epoch(toy, whole, tmp_path) -> None:
+    """The usual checkpoint, written by on_train_epoch_end."""
+    fit(toy, tmp_path, ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True), max_epochs=1)
+    rest = fit(toy, tmp_path, ckpt=tmp_path / "end.ckpt")
+    assert rest.seen == whole.seen[8:]
 
 
-def test_other_batches_move_the_usual_way(toy) -> None:
-    data = CodesDataModule(toy.root)
-    batch = next(iter(data.val_dataloader()))
-    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
-    assert moved.codes.device.type == moved.condition.device.type == moved.valid.device.type == "meta"
-    assert data.transfer_batch_to_device({"x": torch.ones(1)}, torch.device("meta"), 0)["x"].is_meta
+def test_resume_from_the_end_of_an_epoch_cut_short(toy, whole, tmp_path) -> None:
+    saver = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    fit(toy, tmp_path, saver, max_epochs=1, limit_train_batches=5)
+    rest = fit(toy, tmp_path, ckpt=tmp_path / "end.ckpt", limit_train_batches=5)
+    assert rest.seen == whole.seen[8:13] + whole.seen[16:21]

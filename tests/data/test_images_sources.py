@@ -15,7 +15,7 @@ import torch
 from flashar_pl.data.code_files import NpyCodes, NpyFolders, PtCodes
 from flashar_pl.data.images import Unreadable
 from flashar_pl.data.sources import CaptionList, ImageFolder, Names, TarSource, read_classes
-from flashar_pl.data.tars import TarFiles, find_tars, tar_records
+from flashar_pl.data.tars import find_tars, tar_records
 
 
 def touch(root: Path, *names: str) -> None:
@@ -75,12 +75,6 @@ def test_the_fingerprint_sees_a_new_file(tmp_path):
     assert ImageFolder(str(tmp_path)).fingerprint() != before
 
 
-def test_names_survive_unusual_bytes():
-    names = ["a", "", "é/ü", b"\xff\xfe".decode("utf-8", "surrogateescape")]
-    packed = Names(names)
-    assert [packed[i] for i in range(len(packed))] == names
-
-
 def test_tars_of_images_and_class_ids(tmp_path):
     write_tar(tmp_path / "b.tar", {"z/3.jpg": b"three", "z/3.cls": b"4\n", "z/3.json": b"{}"})
     write_tar(tmp_path / "a.tar", {"1.JPEG": b"one", "1.cls": b"0", "2.cls": b"1", "4.png": b"four"})
@@ -138,16 +132,6 @@ def test_a_damaged_tar_is_refused_not_shortened(tmp_path, damage):
         )
     with pytest.raises(ValueError, match=r"a\.tar.*again"):
         list(tar_records(path))
-
-
-def test_open_tars_are_bounded(tmp_path, monkeypatch):
-    paths = [write_tar(tmp_path / f"{i}.tar", {"a.jpg": bytes([i])}) for i in range(4)]
-    monkeypatch.setattr(TarFiles, "OPEN", 2)
-    files = TarFiles(paths)
-    assert [files.read(i, 512, 1) for i in (0, 1, 2, 3, 0)] == [b"\0", b"\1", b"\2", b"\3", b"\0"]
-    assert len(files._open) == 2
-    with pytest.raises(OSError, match="ends within"):
-        files.read(0, 0, 10**6)
 
 
 def test_caption_lists(tmp_path):
@@ -244,3 +228,9 @@ def test_pt_members_hold_plain_codes_only(value, capsys):
     assert PtCodes(10)(buffer.getvalue()).tolist() == [[[1, 2, 9]]]
     with pytest.raises(Unreadable, match="vocabulary of 9"):
         PtCodes(9)(buffer.getvalue())
+
+
+def test_names_survive_unusual_bytes():
+    names = ["a", "", "é/ü", b"\xff\xfe".decode("utf-8", "surrogateescape")]
+    packed = Names(names)
+    assert [packed[i] for i in range(len(packed))] == names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,16 +41,6 @@ def test_any_samples_in_any_order(toy: Manifest) -> None:
     assert got.codes.dtype == got.labels.dtype == np.int64
     np.testing.assert_array_equal(reader.read(where[:3]).codes, sample_codes(where[:3], 2)[:, 0])
     np.testing.assert_array_equal(reader.labels(), np.arange(107) % 5)
-
-
-def test_open_files_and_remembered_records_are_bounded(toy: Manifest, monkeypatch) -> None:
-    monkeypatch.setattr("flashar_pl.data.reader.OPEN_SHARDS", 2)
-    monkeypatch.setattr("flashar_pl.data.reader.KNOWN_RECORDS", 3)
-    reader = ShardReader(toy, "train")
-    for i in [0, 40, 80, 106, 0, 50]:
-        assert reader.read(np.array([i])).ids.tolist() == [i]
-    assert len(reader._maps) == 2
-    assert len(reader._parsed) == 3
 
 
 def test_reader_travels_to_a_worker(toy: Manifest) -> None:
@@ -139,16 +128,12 @@ CODES = sample_codes(np.arange(2))
     ("kwargs", "message"),
     [
         ({"codes": CODES + VOCABULARY}, "vocabulary of 300 allows 0 .. 299"),
-        ({"codes": CODES - 50}, "codes range over -50"),
         ({"codes": CODES[..., :3]}, r"shape \(2, 1, 3, 3\)"),
         ({"codes": CODES.astype(float)}, "float64"),
         ({"labels": [0, 5]}, "labels range over 0 .. 5; expected 0 .. 4"),
-        ({"labels": [0, -1]}, "labels range over -1"),
-        ({"labels": [0, 1, 2]}, "takes 2 labels and nothing else; given: 3 labels"),
         ({"labels": None}, "takes 2 labels and nothing else; given: none"),
         ({"texts": ["a", "b"]}, "given: 2 labels, 2 texts"),
         ({"ids": [1]}, r"ids have shape \(1,\)"),
-        ({"ids": [-1, 0]}, "ids range over -1"),
     ],
 )
 def test_bad_samples_are_refused_when_written(tmp_path: Path, kwargs: dict, message: str) -> None:
@@ -180,9 +165,7 @@ def test_bad_texts_are_refused_when_written(tmp_path: Path, condition, kwargs: d
     [
         (lambda: ConditionSpec("klass"), "expected one of class, text, text-features"),
         (lambda: ConditionSpec("class"), "num_classes of condition kind 'class' is None"),
-        (lambda: ConditionSpec("text", num_classes=3), "has no meaning"),
         (lambda: Manifest("x", {}, (0, 4), 3, CLASS, 1, {}), "grid height is 0"),
-        (lambda: Manifest("x", {}, (4, 4), 0, CLASS, 1, {}), "vocabulary is 0"),
     ],
 )
 def test_bad_descriptions(make, message: str) -> None:
@@ -230,12 +213,10 @@ def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda d: d.update(format=2), "format 2; this version of flashar-pl reads format 1"),
-        (lambda d: d.pop("grid"), "lacks the field 'grid'"),
         (lambda d: d.update(vocabulary="many"), "vocabulary is 'many'"),
         (lambda d: d["condition"].update(colour=1), "wrong field: .*colour"),
         (lambda d: d["splits"]["train"][0].update(path="../x.tar"), "leaves the directory"),
         (lambda d: d["splits"]["train"][0].update(samples=3), "3 samples do not agree"),
-        (lambda d: d.update(splits=None), "wrong field"),
     ],
 )
 def test_damaged_manifest(toy: Manifest, change, message: str) -> None:
@@ -302,12 +283,6 @@ def test_missing_and_truncated_shards(toy: Manifest) -> None:
         verify(toy.root, deep=False)
 
 
-def test_missing_split(tmp_path: Path) -> None:
-    manifest = write_classes(tmp_path / "t", {"train": 12})
-    with pytest.raises(ValueError, match="no 'test' split; they have: train"):
-        ShardReader(manifest, "test")
-
-
 def test_verify_reports_what_it_checked(toy: Manifest) -> None:
     got = verify(toy.root)
     assert got.samples == {"train": 107, "validation": 23, "test": 31}
@@ -345,19 +320,6 @@ def test_verify_checks_contents_even_if_the_hash_agrees(toy: Manifest, member, a
     forge(toy)
     with pytest.raises(ValueError, match=message):
         verify(toy.root)
-
-
-def test_verify_lists_at_most_twenty_problems(tmp_path: Path) -> None:
-    manifest = write_classes(tmp_path / "t", {"train": 300}, shard_blocks=1)
-    for shard in manifest.shards("train"):
-        (Path(manifest.root) / shard.path).unlink()
-    with pytest.raises(ValueError, match="and 10 more"):
-        verify(manifest.root)
-
-
-def test_shards_may_be_moved(toy: Manifest, tmp_path: Path) -> None:
-    shutil.move(toy.root, tmp_path / "elsewhere")
-    assert verify(tmp_path / "elsewhere").samples == {split: toy.samples(split) for split in toy.splits}
 
 
 def test_check_matches(toy: Manifest, tmp_path: Path) -> None:

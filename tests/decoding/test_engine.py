@@ -71,13 +71,7 @@ def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
 
     def arguments(inputs: Inputs) -> tuple[Tensor, ...]:
         none = torch.zeros(0)
-        return (
-            inputs.x,
-            none if inputs.mask is None else inputs.mask,
-            inputs.lengths,
-            inputs.rope,
-            inputs.noise,
-        )
+        return (inputs.x, none if inputs.mask is None else inputs.mask, inputs.lengths, inputs.rope, inputs.noise)
 
     expected = run(*arguments(batches[1]))  # also fills the plan's tables
     trace = make_fx(run)(*arguments(batches[0]))

@@ -19,10 +19,7 @@ from flashar_pl.models.released import Compatibility, ReleasedFlashAR
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
 NULLS = {"unconditional": [torch.tensor([1, 2, 9])] * 2}
 KINDS = ("class", "text", "emu", "released")
-SETTINGS = (
-    {"greedy": True},
-    {"cfg_scale": 2.0, "cfg_interval": 1, "top_k": 9, "top_p": 0.9, "temperature": 0.8},
-)
+SETTINGS = ({"greedy": True}, {"cfg_scale": 2.0, "cfg_interval": 1, "top_k": 9, "top_p": 0.9, "temperature": 0.8})
 
 
 def make(kind: str) -> tuple[GridModel, list[Condition], dict[str, Any]]:

@@ -7,11 +7,7 @@ import torch
 from flashar_pl.metrics import table
 from flashar_pl.metrics.distribution import frechet_distance, inception_score, kernel_distance, precision_recall
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
-from flashar_pl.metrics.reference import (
-    Moments,
-    load_reference,
-    reference_from_batches,
-)
+from flashar_pl.metrics.reference import Moments, load_reference, reference_from_batches
 
 
 class Pixels(FeatureExtractor):

@@ -115,12 +115,6 @@ def test_branch_layer_comes_from_the_config(tmp_path):
         torch.testing.assert_close(losses[ours], IO[f"c1_4x4/extra_m1/{name}"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("start", [-1, None])
-def test_branch_layer_default(tmp_path, start):
-    """-1, or a config.json that does not say: the last vertical_layers layers."""
-    assert FlashAR.from_released(edited(tmp_path, vertical_start_layer=start)).branch_layer == 2
-
-
 def test_visual_heads_give_the_same_logits(model, visual):
     codes, prefix = inputs("c2_3x5")
     with torch.no_grad():
@@ -286,3 +280,9 @@ def test_names_of_earlier_versions_are_tolerated(tmp_path):
     save_file({**tensors, "vertical_head.bias": torch.ones(512)}, directory / "model.safetensors")
     with pytest.raises(ValueError, match=r"unknown keys \(vertical_head.bias\)"):
         FlashAR.from_released(directory)
+
+
+@pytest.mark.parametrize("start", [-1, None])
+def test_branch_layer_default(tmp_path, start):
+    """-1, or a config.json that does not say: the last vertical_layers layers."""
+    assert FlashAR.from_released(edited(tmp_path, vertical_start_layer=start)).branch_layer == 2

@@ -159,10 +159,8 @@ def test_largest_batch_is_the_last_that_fits():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"kind": "raster", "backbone": {"preset": "llamagen-m"}}, "no preset 'llamagen-m'"),
         ({"kind": "nar", "backbone": TINY}, "model kind is 'nar'"),
         ({"kind": "flashar", "backbone": TINY, "branch_layer": 4}, "branch_layer is 4; expected 0 to 3"),
-        ({"kind": "raster", "backbone": {"kind": "gpt"}}, "backbone kind is 'gpt'"),
         ({"kind": "raster", "backbone": {"kind": "llamagen", "width": 3}}, "no option 'width'"),
     ],
 )

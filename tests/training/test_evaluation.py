@@ -21,7 +21,7 @@ from flashar_pl.metrics.features import ClassifierFeatures
 from flashar_pl.models import RasterAR
 from flashar_pl.pictures import gate_picture, tile
 from flashar_pl.tokenizers import PixelTokenizer
-from flashar_pl.training.validation import LossSums, SampleConditions, binary_entropy, for_sampling, sample_set
+from flashar_pl.training.validation import LossSums, SampleConditions, for_sampling, sample_set
 
 ALL = {"limit_val_batches": 1.0, "limit_test_batches": 1.0}
 
@@ -161,29 +161,6 @@ def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
     assert torch.equal(runs[0], runs[2])
 
 
-def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
-    """Decoding in float32 would take twice as long on a GPU; the trained weights must not change."""
-    seen = []
-
-    def watched(model, *args):
-        seen.append({name: parameter.dtype for name, parameter in model.named_parameters()})
-        return draw(model, *args)
-
-    monkeypatch.setattr("flashar_pl.training.drawn_samples.draw", watched)
-    module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
-    pictures = []
-    for _ in range(2):
-        validate(tmp_path, toy_shards, module, precision="bf16-mixed")
-        [picture] = (tmp_path / "samples").iterdir()
-        pictures.append(picture.read_bytes())
-        module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
-    assert pictures[0] == pictures[1]
-    module.configure_model()
-    roles = module.net.roles()
-    wanted = {name: torch.float32 if role == "gate" else torch.bfloat16 for name, role in roles.items()}
-    assert seen == [wanted, wanted]
-
-
 @pytest.mark.parametrize("make", [tiny.flashar, lambda: RasterAR(tiny.backbone())])
 def test_the_copy_for_sampling(make) -> None:
     """It holds the rounded weights, once; any other precision samples from the model itself."""
@@ -225,10 +202,6 @@ def test_padding_counts_nothing() -> None:
         LossSums(plan, torch.device("cpu")).reduce(lambda values: values)
 
 
-def test_entropy_at_the_ends() -> None:
-    assert binary_entropy(torch.tensor([0.0, 1.0, 0.5])).tolist() == pytest.approx([0, 0, np.log(2)])
-
-
 def test_tiles_and_gate_colours() -> None:
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 80, 64)
     sheet = tile(images)  # 2 rows of 3, no enlargement
@@ -238,3 +211,26 @@ def test_tiles_and_gate_colours() -> None:
     picture = gate_picture(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
     corners = picture[:, [0, 0, -1], [0, -1, 0]].T.tolist()
     assert corners == [[255, 0, 0], [0, 0, 255], [255, 255, 255]]
+
+
+def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
+    """Decoding in float32 would take twice as long on a GPU; the trained weights must not change."""
+    seen = []
+
+    def watched(model, *args):
+        seen.append({name: parameter.dtype for name, parameter in model.named_parameters()})
+        return draw(model, *args)
+
+    monkeypatch.setattr("flashar_pl.training.drawn_samples.draw", watched)
+    module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
+    pictures = []
+    for _ in range(2):
+        validate(tmp_path, toy_shards, module, precision="bf16-mixed")
+        [picture] = (tmp_path / "samples").iterdir()
+        pictures.append(picture.read_bytes())
+        module = make_module(validation=ValidationConfig(grid_images=2, sample_batch=2))
+    assert pictures[0] == pictures[1]
+    module.configure_model()
+    roles = module.net.roles()
+    wanted = {name: torch.float32 if role == "gate" else torch.bfloat16 for name, role in roles.items()}
+    assert seen == [wanted, wanted]

@@ -21,9 +21,8 @@ from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.decoding import generate
 from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters
 from flashar_pl.options import ModelOptions
-from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, plain_settings, typed_settings
+from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig
 from flashar_pl.training.module import FlashARModule
-from flashar_pl.training.optim import adamw
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
 from flashar_pl.training.stored_config import check_same_model
@@ -250,18 +249,6 @@ def test_sharded_with_a_bfloat16_base(raster: str, toy_shards: str, tmp_path: Pa
     whole, cut, continued = runs
     assert cut == pytest.approx(whole, abs=5e-5)  # the rate of the updates is 0.05 here
     assert continued == pytest.approx({step: cut[step] for step in (3, 4, 5)}, abs=1e-5)
-
-
-def test_moments_may_be_bfloat16(raster: str) -> None:
-    net = started(raster, LoraConfig(rank=2, base="bf16")).net
-    optimiser = adamw(net, 1e-3, state="bf16")
-    grouped = sum(parameter.numel() for group in optimiser.param_groups for parameter in group["params"])
-    assert grouped == sum(p.numel() for p in net.parameters() if p.requires_grad)
-
-
-def test_settings_survive_a_checkpoint(raster: str) -> None:
-    module = make(raster)
-    assert typed_settings(plain_settings(typed_settings(module.settings())))["lora"] == LORA
 
 
 def test_continues_with_its_own_lora_only(whole) -> None:

@@ -13,13 +13,7 @@ from lightning.pytorch import Trainer, seed_everything
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.metrics.classifier import ClassifierFeatures
-from flashar_pl.training.config import (
-    BackboneConfig,
-    FlashARConfig,
-    OptimiserConfig,
-    ScheduleConfig,
-    ValidationConfig,
-)
+from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig, ScheduleConfig, ValidationConfig
 from flashar_pl.training.module import FlashARModule
 
 LEVELS, CLASSES, GRID = 8, 3, (4, 4)
