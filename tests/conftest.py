@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 from pair import Pair
+from tiny_images import vq_state
 
 torch.set_num_threads(1)
 
@@ -50,3 +51,11 @@ def pair() -> Iterator[Pair]:
     made = Pair()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def vq(tmp_path_factory) -> str:
+    """A file of tiny VQ weights."""
+    path = tmp_path_factory.mktemp("vq") / "vq.pt"
+    torch.save({"model": vq_state()}, path)
+    return str(path)

@@ -198,25 +198,21 @@ def test_help_of_a_training_verb_is_readable(run):
     ("key", "value", "closest"),
     [
         ("model.lrr", 3, "model.optimiser.lr"),
-        ("model.backbone.presett", "x", "model.backbone.preset"),
         ("model.flashar.branch_layr", 1, "model.flashar.branch_layer"),
-        ("model.validation.sample", 1, "model.validation.samples"),
         ("data.batchsize", 1, "data.batch_size"),
-        ("trainr.max_steps", 1, "trainer.max_steps"),
         ("trainer.max_step", 1, "trainer.max_steps"),
     ],
 )
-@pytest.mark.parametrize("where", ["yaml", "command line"])
-def test_unknown_configuration_keys_name_the_closest(refused, trained, work, key, value, closest, where):
+def test_unknown_configuration_keys_name_the_closest(refused, trained, work, key, value, closest):
     config = yaml.safe_load((trained / "raster.yaml").read_text())
-    if where == "yaml":
-        config = change(config, **{key.replace(".", "__"): value})
     Path("run.yaml").write_text(yaml.safe_dump(config))
-    words = [] if where == "yaml" else [f"--{key}", value]
-    message = refused("fit", "--config", "run.yaml", *words)
-    assert f"no configuration key '{key}'" in message
-    assert closest in message.split("closest:")[1]
-    assert [p.name for p in work.iterdir()] == ["run.yaml"]
+    wrong = change(config, **{key.replace(".", "__"): value})
+    Path("wrong.yaml").write_text(yaml.safe_dump(wrong))
+    for words in (["wrong.yaml"], ["run.yaml", f"--{key}", value]):
+        message = refused("fit", "--config", *words)
+        assert f"no configuration key '{key}'" in message
+        assert closest in message.split("closest:")[1]
+    assert sorted(p.name for p in work.iterdir()) == ["run.yaml", "wrong.yaml"]
 
 
 def test_unknown_preset_option_and_wrong_values(refused, trained, work):

@@ -81,11 +81,3 @@ def test_a_missing_package_is_one_line(refused, base, logger: str, package: str)
     assert f"lightning.pytorch.loggers.{logger}: " in message
     assert f"pip install -U '{package}" in message
     assert not Path("run").exists()
-
-
-def test_every_run_names_its_own_callbacks(run, base, caplog) -> None:
-    with caplog.at_level("INFO", logger="lightning.pytorch"):
-        assert run(*base, "--trainer.fast_dev_run", 1)[0] == 0
-    assert (
-        "Callbacks of every run: RandomState, StageSwitch, TrainingLog, HeldOutLosses, LastCheckpoint." in caplog.text
-    )

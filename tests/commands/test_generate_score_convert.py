@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from flashar_pl import decoding, devices
 from flashar_pl.checkpoints.weights import load_model
-from flashar_pl.commands import generate as generate_command
 from flashar_pl.commands.score import held_out, image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
@@ -68,28 +67,6 @@ def test_generate_equals_the_library_and_a_partial_batch_is_padded(run, flashar_
     expected = decoding.generate(model, torch.arange(5), (8, 8), "diagonal", seeds=9).numpy()
     assert (np.load("four/codes.npy") == expected).all()
     assert (np.load("seven/codes.npy") == expected).all()
-
-
-def test_the_decoder_of_images_finds_the_memory_of_the_engine_free(run, flashar_model, work, monkeypatch):
-    """A batch chosen to fill a GPU left no room for the pictures: they failed after all codes were drawn."""
-    engines, alive = [], []
-    from flashar_pl.decoding import build as building
-
-    build, write = building.build_engine, generate_command._write_images
-
-    def built(*arguments):
-        engine = build(*arguments)
-        engines.append(weakref.ref(engine))
-        return engine
-
-    def written(*arguments):
-        alive.append(engines[0]() is not None)
-        return write(*arguments)
-
-    monkeypatch.setattr(building, "build_engine", built)
-    monkeypatch.setattr(generate_command, "_write_images", written)
-    assert run("generate", "--checkpoint", flashar_model, "--classes", "1", "--out", "one")[0] == 0
-    assert alive == [False]
 
 
 def test_generate_reports_runner_batch_and_memory(run, flashar_model, work, monkeypatch):
@@ -319,7 +296,6 @@ def test_tokenize_digits(run, refused, work):
 def test_the_weights_are_held_in_one_format_only(flashar_model) -> None:
     """int8 is chosen where memory is short: the weights as they were must not stay beside the copy."""
     import gc
-    import weakref
 
     from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.decoding.build import build_engine

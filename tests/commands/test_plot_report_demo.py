@@ -6,15 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_toys import tiny_backbone
 from PIL import Image
 
 from flashar_pl.commands import demo as demo_module
 from flashar_pl.commands.plot import find_runs, read_scalars
 from flashar_pl.commands.report import check_bounds
 from flashar_pl.console import Missed
-from flashar_pl.evaluate.quality import time_per_image
-from flashar_pl.models import RasterAR
 
 # --- classifier ----------------------------------------------------------------------------------------------------
 
@@ -131,12 +128,6 @@ def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, c
     assert text in out
     assert "latency" in text
     assert "MISSED: raster NLL" in text
-
-
-def test_any_number_of_classes_is_timed():
-    """Guards a model of fewer than ten classes, whose eleventh one does not exist."""
-    models = [(RasterAR(tiny_backbone(num_classes=classes)), "raster") for classes in (1, 3, 12)]
-    assert all(found["median"] > 0 for found in time_per_image(models, (1, 2), 9))
 
 
 def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model, classifier, shards, work):

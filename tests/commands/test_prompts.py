@@ -18,7 +18,6 @@ pytest.importorskip("tiktoken")
 import emu_files
 
 from flashar_pl import decoding
-from flashar_pl.backbones import Prompts
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import load_model, save_model
@@ -93,19 +92,6 @@ def test_assets_lie_in_the_directory_and_prompts_in_a_file(run, refused, work, f
     Path("prompts.txt").write_text("\n")
     assert "has no prompts" in refused(*words, "empty")
     assert not Path("empty").exists()
-
-
-@pytest.mark.parametrize("kind", ["base", "flashar"])
-def test_an_image_does_not_depend_on_the_prompts_drawn_with_it(run, work, files, kind) -> None:
-    """Prefixes of different lengths stand in one batch, with guidance: padding must not move anybody's positions."""
-    texts = [*PROMPTS, "a very long prompt about nothing at all, in many words"]
-    base = ["generate", "--checkpoint", files / kind, "--assets", files / "base", "--aspect-ratio", "3x4", "--greedy"]
-    base += ["--codes-only", "--num-images", 1, "--cfg-scale", 3]
-    assert run(*base, *(word for text in texts for word in ("--prompt", text)), "--out", "together")[0] == 0
-    for i, text in enumerate(texts):
-        assert run(*base, "--prompt", text, "--out", f"alone{i}")[0] == 0
-        assert (drawn(f"alone{i}")[0] == drawn("together")[i]).all(), text
-    assert (drawn("alone0") != drawn("alone2")).any()
 
 
 def test_a_negative_prompt_replaces_the_unconditional_one(run, refused, work, files) -> None:
@@ -187,21 +173,6 @@ def test_pictures_have_the_grids_that_training_images_are_sorted_into() -> None:
     from flashar_pl.data.images import default_grids
 
     assert {scaled_grid(name, 512) for name in ASPECT_RATIOS if name != "21:9"} == set(default_grids(512, 16))
-
-
-def test_the_padding_of_prompts_is_planned_for(files, monkeypatch) -> None:
-    """With graphs prompts are padded to a multiple of 64; a batch that fits without need not fit."""
-    from flashar_pl.decoding.prompts import Wanted
-    from flashar_pl.planner import room as module
-    from flashar_pl.sampling import SamplingSettings
-
-    rooms = []
-    monkeypatch.setattr(module.Room, "choose", lambda room, *_, **__: rooms.append(room.prefix) or 1)
-    source = open_checkpoint(ModelOptions(str(files / "flashar")), DeviceOptions("cpu"))
-    wanted = Wanted(Prompts([torch.arange(65)]), Prompts([torch.arange(9)]), ["a"], None)
-    for bucket in (1, 64):
-        module.fitting_batch(source, wanted, (2, 2), "diagonal", SamplingSettings(2.0), 1, bucket)
-    assert rooms == [65, 128]
 
 
 # --- score and convert -----------------------------------------------------------------------------------------------

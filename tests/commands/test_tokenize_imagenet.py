@@ -28,13 +28,6 @@ SMALL = ("--image-size", 16, "--shard-images", 5, "--block", 3, "--workers", 0)
 
 
 @pytest.fixture(scope="module")
-def vq(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("vq") / "vq.pt"
-    torch.save({"model": vq_state()}, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     return make_images(tmp_path_factory.mktemp("images") / "train")
 

@@ -33,13 +33,6 @@ def caption(i: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def vq(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("vq") / "vq.pt"
-    torch.save({"model": vq_state()}, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def listed(tmp_path_factory) -> Path:
     """14 images in the layout of ShareGPT-4o-Image."""
     root = tmp_path_factory.mktemp("list")

@@ -1,11 +1,10 @@
 """The order of samples does not depend on ranks or workers, and loses or repeats nothing."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashar_pl.data.order import EvaluationOrder, TrainingOrder, hashes, permutation, stream
+from flashar_pl.data.order import EvaluationOrder, TrainingOrder, hashes, permutation
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=20)
 
@@ -133,23 +132,3 @@ def test_evaluation_counts_each_sample_once(n: int, per_rank: int, ranks: int, l
 def test_limited_evaluation_is_spread_over_the_split() -> None:
     """Guards against validating on the first classes only."""
     assert EvaluationOrder(100, 10, 4).index.tolist() == [0, 25, 50, 75]
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: TrainingOrder(np.array([3, 4]), 8, 0, 1), "7 samples, fewer than one batch of 8"),
-        (lambda: TrainingOrder(np.array([3]), 1, 0, 0), "window=0"),
-        (lambda: TrainingOrder(np.array([3]), 0, 0, 1), "batch_size=0"),
-        (lambda: TrainingOrder(np.array([9]), 3, 0, 1).batch(0, 0, 0, 2), "multiple of 2, such as 4"),
-        (lambda: EvaluationOrder(9, 3, 0), "limit of samples is 0"),
-    ],
-)
-def test_bad_sizes(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_stream_separates_its_parts() -> None:
-    keys = {stream(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
-    assert len(keys) == 125

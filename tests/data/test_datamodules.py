@@ -175,7 +175,6 @@ def attached(toy: Manifest, ranks: int, rank: int = 0, **kwargs) -> CodesDataMod
     ("kwargs", "ranks", "message"),
     [
         ({"batch_size": 13}, 2, "batch_size=13 is the global batch .* over 2 devices; use a multiple of 2, such as 14"),
-        ({"validation_batch_size": 5}, 2, "validation_batch_size=5"),
         ({"batch_size": 120}, 1, "107 samples, fewer than one batch of 120"),
         ({"window": 0}, 1, "window=0"),
     ],
@@ -183,16 +182,6 @@ def attached(toy: Manifest, ranks: int, rank: int = 0, **kwargs) -> CodesDataMod
 def test_bad_settings_stop_before_training(toy, kwargs: dict, ranks: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attached(toy, ranks, **kwargs).setup("fit")
-
-
-def test_bad_locations_and_conditions(toy, tmp_path) -> None:
-    with pytest.raises(ValueError, match="flashar tokenize digits --out"):
-        CodesDataModule(str(tmp_path / "none")).setup("fit")
-    with pytest.raises(ValueError, match="num_workers=-1"):
-        CodesDataModule(toy.root, num_workers=-1)
-    only = write_classes(tmp_path / "only", {"train": 20})
-    with pytest.raises(ValueError, match="no 'validation' split; they have: train"):
-        CodesDataModule(only.root).val_dataloader()
 
 
 def test_captions_need_an_encoder(tmp_path) -> None:

@@ -60,13 +60,6 @@ def test_datamodule_reads_remote_shards_from_the_cache(toy: Manifest, memory: st
     assert len(list(data.train_dataloader())) == 8, "a copy is not fetched again"
 
 
-def test_default_cache(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert locations.default_cache() == tmp_path / "flashar_pl"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert locations.default_cache() == Path.home() / ".cache" / "flashar_pl"
-
-
 def test_a_damaged_copy_is_not_kept(toy: Manifest, tmp_path: Path) -> None:
     location = f"pipe:head -c 3000 '{toy.root}'/{{path}}"
     shard = toy.shards("train")[0]

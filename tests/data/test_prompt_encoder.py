@@ -58,15 +58,6 @@ def test_the_prefix_is_the_template_and_the_header_of_the_shards_grid(assets, sh
         assert text.decode(ids) == expected
 
 
-def test_every_grid_has_a_header_of_its_own(assets) -> None:
-    """Guards training on several grids with the size digits of the first."""
-    encoder = PromptEncoder(assets, GRID)
-    wide = encoder.for_grid((4, 16))
-    assert wide("a cat").tolist() == PromptEncoder(assets, (4, 16))("a cat").tolist()
-    assert encoder("a cat").tolist() == PromptEncoder(assets, GRID)("a cat").tolist() != wide("a cat").tolist()
-    assert wide.text is encoder.text
-
-
 def test_captions_of_several_grids_have_the_header_of_their_batch(assets, tmp_path) -> None:
     """In training and validation."""
     grids = ((2, 3), (3, 2))

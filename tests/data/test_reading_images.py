@@ -15,6 +15,7 @@ import torch
 import webdataset
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
+from tiny_images import vq_state
 from toy_shards import sample_codes, write_classes
 
 from flashar_pl.data import CodesDataModule, ImageNetDataModule, TextImageDataModule
@@ -23,8 +24,6 @@ from flashar_pl.data.pixels import ImageBatch, ImageRows, Prepare
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.data.streaming import Stream
 from flashar_pl.tokenizers import VQ16
-
-GOLDEN = Path(__file__).parent.parent / "golden" / "vq" / "vq_tiny.npz"
 
 
 def jpeg(i: int) -> bytes:
@@ -44,16 +43,8 @@ def write_tars(root: Path, tars: int = 4, each: int = 5, bad: int | None = None)
     return str(root)
 
 
-@pytest.fixture(scope="module")
-def vq_file(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("vq") / "vq.pt"
-    with np.load(GOLDEN) as arrays:
-        torch.save({name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}, path)
-    return str(path)
-
-
-def write_shards(out: Path, vq_file: str, condition: ConditionSpec) -> str:
-    config = {"kind": "vq16", "weights": vq_file, "decode_dtype": "float32"}
+def write_shards(out: Path, vq: str, condition: ConditionSpec) -> str:
+    config = {"kind": "vq16", "weights": vq, "decode_dtype": "float32"}
     with ShardWriter(out, name="x", tokenizer=config, grid=(4, 4), vocabulary=64, condition=condition) as writer:
         given = {"labels": range(5)} if condition.kind == "class" else {"texts": list("abcde")}
         writer.write("validation", np.zeros((5, 4, 4), dtype=np.int64), ids=range(5), **given)
@@ -61,8 +52,8 @@ def write_shards(out: Path, vq_file: str, condition: ConditionSpec) -> str:
 
 
 @pytest.fixture
-def shards(tmp_path, vq_file) -> str:
-    return write_shards(tmp_path / "s", vq_file, ConditionSpec("class", num_classes=20))
+def shards(tmp_path, vq) -> str:
+    return write_shards(tmp_path / "s", vq, ConditionSpec("class", num_classes=20))
 
 
 class Probe(LightningModule):
@@ -107,8 +98,7 @@ def test_codes_are_those_of_a_crop_and_epochs_have_their_length(tmp_path, shards
     probe = fit(data)
     assert len(probe.seen) == 2 * 5
     assert probe.validated == 2 * 5
-    with np.load(GOLDEN) as arrays:
-        model = VQ16.from_official({n[3:]: torch.from_numpy(arrays[n]) for n in arrays.files if n.startswith("sd/")})
+    model = VQ16.from_official(vq_state())
     chosen = set()
     for codes, labels in probe.seen:
         assert codes.shape == (4, 4, 4)
@@ -185,9 +175,9 @@ def test_resampled_ranks_draw_other_tars(tmp_path):
 
 
 @pytest.mark.parametrize("reading", ["exact", "streamed"])
-def test_captions_become_prefixes(tmp_path, vq_file, reading):
+def test_captions_become_prefixes(tmp_path, vq, reading):
     root = write_tars(tmp_path / "tars", tars=1, each=4)
-    shards = write_shards(tmp_path / "text", vq_file, ConditionSpec("text"))
+    shards = write_shards(tmp_path / "text", vq, ConditionSpec("text"))
     data = TextImageDataModule(
         root, shards, reading=reading, epoch_samples=4, batch_size=2, num_workers=0,
         text_encoder=lambda text: torch.tensor([len(text), int(text[-1])]),

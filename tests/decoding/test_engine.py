@@ -260,15 +260,3 @@ def test_broken_weights_are_an_error_and_not_codes() -> None:
         model.backbone.blocks[1].feed_forward.w2.weight[0] = torch.nan  # type: ignore[index,union-attr]
     with pytest.raises(ValueError, match="logits of decoding step 0 are NaN or infinite in float32; the weights are"):
         generate(model, condition, (2, 3), seeds=0)
-
-
-def test_the_command_line_knows_every_runner_and_format() -> None:
-    """The commands list both without importing torch."""
-    from typing import get_args
-
-    from flashar_pl.decoding import build as decoder
-    from flashar_pl.decoding.engine import RUNNERS
-    from flashar_pl.decoding.prepare import WEIGHT_FORMATS
-
-    assert get_args(decoder.Runner) == RUNNERS
-    assert get_args(decoder.WeightFormat) == ("auto", *WEIGHT_FORMATS)

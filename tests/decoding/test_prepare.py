@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from flashar_pl.decoding import Engine, generate
-from flashar_pl.decoding.prepare import WEIGHT_FORMATS, model_bytes, prepare
-from flashar_pl.layers.packed import PackedLinear, unsupported
+from flashar_pl.decoding.prepare import model_bytes, prepare
+from flashar_pl.layers.packed import unsupported
 from flashar_pl.models import FlashAR
 from flashar_pl.models.base import GridModel
 
@@ -147,18 +147,6 @@ def test_sixteen_bits(name: str, plan: str) -> None:
             assert int(drawn.max()) < tiny.VOCABULARY
 
 
-def test_plain_is_the_model_itself() -> None:
-    """Guards memory: no copy where nothing changes."""
-    model = tiny.flashar()
-    assert prepare(model, "plain") is model
-
-
-def test_an_unknown_format_lists_the_known_ones() -> None:
-    """Guards the message."""
-    with pytest.raises(ValueError, match=", ".join(WEIGHT_FORMATS)):
-        prepare(tiny.flashar(), "int4")
-
-
 def test_packed_needs_a_processor() -> None:
     """Guards a GPU model against an obscure error inside oneDNN."""
     with pytest.raises(ValueError, match="use plain"):
@@ -177,12 +165,3 @@ def test_without_torchao_the_message_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[large\]'"):
         prepare(tiny.flashar(), "int8")
-
-
-@needs_packing
-def test_packed_memory_is_counted() -> None:
-    """Guards the report of bytes: packed weights are no parameters."""
-    model = tiny.flashar()
-    made = prepare(model, "packed")
-    assert any(isinstance(module, PackedLinear) for module in made.modules())
-    assert model_bytes(made) == model_bytes(model)

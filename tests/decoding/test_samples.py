@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from tiny_images import vq_state
 
 from flashar_pl.backbones import ClassIds, Prompts
 from flashar_pl.decoding import generate
@@ -68,9 +68,7 @@ def test_ranks_share_the_batches_and_run_equally_many() -> None:
 
 
 def tiny_vq() -> tuple[VQ16, torch.Tensor]:
-    with np.load(tiny.GOLDEN / "vq" / "vq_tiny.npz") as arrays:
-        state = {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}
-    tokenizer = VQ16.from_official(state)
+    tokenizer = VQ16.from_official(vq_state())
     side = 48 // tokenizer.downsample
     return tokenizer, torch.arange(2 * side * side).view(2, side, side) % tokenizer.vocabulary
 

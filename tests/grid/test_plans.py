@@ -127,14 +127,6 @@ def test_mask_by_definition(height: int, width: int, prefix: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), CORNERS)
-def test_raster_order_mask_is_a_permutation_of_the_plan_order_mask(height: int, width: int) -> None:
-    for plan in plans(height, width):
-        where = torch.argsort(plan.row * (width + 1) + plan.column)
-        image = plan.mask(2)[2:, 2:]
-        assert torch.equal(plan.mask(2, "raster")[2:, 2:], image[where][:, where])
-
-
-@pytest.mark.parametrize(("height", "width"), CORNERS)
 def test_every_source_is_known_before_it_is_used(height: int, width: int) -> None:
     """A source of a later step would be a cell predicted from the future."""
     for plan in plans(height, width):
@@ -167,11 +159,6 @@ def test_a_plan_does_not_follow_the_default_device() -> None:
     with torch.device("meta"):
         plan = diagonal_plan(13, 11)
         assert plan.order.device.type == plan.slot.device.type == plan.slot_mask.device.type == "cpu"
-
-
-def test_copies_on_a_device_are_made_once() -> None:
-    plan = diagonal_plan(3, 3)
-    assert plan.on("order", "cpu") is plan.on("order", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("grid", [(0, 3), (3, 0), (-1, 2)])

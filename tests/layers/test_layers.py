@@ -143,12 +143,6 @@ def test_layers_of_one_forward_append_at_the_same_place() -> None:
         cache.append(0, first[:2], first[:2])
 
 
-def test_cache_bytes() -> None:
-    spec = CacheSpec(n_layer=3, n_kv_head=2, head_dim=8)
-    cache = KVCache(spec, 4, 10, torch.bfloat16, "cpu")
-    assert spec.n_bytes(4, 10, torch.bfloat16) == cache.keys.nbytes + cache.values.nbytes
-
-
 def test_bad_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="n_head 4 is not a multiple of n_kv_head 3"):
         BlockConfig(**SIZES, n_kv_head=3)

@@ -108,16 +108,10 @@ def test_logits_and_probabilities_agree():
         (lambda: frechet_distance(np.full((3, 2), np.nan), np.zeros((3, 2))), "NaN or infinity in 3 of 3 rows"),
         (lambda: frechet_distance_from_moments(np.zeros(2), np.eye(3), np.zeros(2), np.eye(2)), "covariance"),
         (lambda: frechet_distance_from_moments(np.zeros(2), [[1, 1], [0, 1]], np.zeros(2), np.eye(2)), "symmetric"),
-        (lambda: frechet_distance_from_moments(np.zeros(2), np.eye(2), np.zeros(3), np.eye(3)), "2 and 3 entries"),
         (lambda: precision_recall(np.zeros((3, 2)), np.zeros((9, 2))), r"samples has 3 row\(s\).*at least 4"),
-        (lambda: precision_recall(np.zeros((9, 2)), np.zeros((9, 2)), k=0), "k is 0; expected 1"),
         (lambda: inception_score(np.zeros((3, 2)), 4), "expected 1 to 3, the number of rows"),
-        (lambda: inception_score(np.zeros((3, 2)), split_size=0), "split_size is 0; expected 1"),
         (lambda: inception_score(np.zeros((3, 2)), kind="probs"), "not probabilities"),
-        (lambda: inception_score(np.zeros((3, 2)), kind="x"), "kind is 'x'"),
         (lambda: kernel_distance(np.zeros((9, 2)), np.zeros((9, 2)), 1, 10), "expected 9 or less"),
-        (lambda: kernel_distance(np.zeros((9, 2)), np.zeros((9, 2)), 1, 5, kernel="x"), "'poly' or 'rbf'"),
-        (lambda: kernel_distance(np.zeros((9, 2)), np.zeros((9, 2)), 0, 5), "subsets is 0"),
     ],
 )
 def test_bad_input_names_what_is_wrong(call, message):

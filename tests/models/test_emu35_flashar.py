@@ -165,12 +165,6 @@ def test_a_raster_run_starts_from_the_base_model(official):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), base.state_dict().values()))
 
 
-def test_another_architecture_is_named(official):
-    other = RasterAR(emu())
-    with pytest.raises(ValueError, match=r"another backbone: .*dim 64 \(this run: 32\)"):
-        initialise(other, official)
-
-
 def test_meta_model_is_filled_completely(official):
     """No parameter stays without values: not the clone, not the gate."""
     config = FlashAR(read_directory(official).backbone, 2).config()

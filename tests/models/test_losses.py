@@ -120,13 +120,6 @@ def test_auxiliary_weight() -> None:
     assert [key for key, value in parts.items() if value.requires_grad] == ["loss"]
 
 
-def test_nll_is_the_sum_over_cells_whatever_is_valid() -> None:
-    model, codes, ids = tiny.flashar(), tiny.codes(3, 3, 4), tiny.classes(3)
-    nll = model.loss(codes, ids, valid=torch.tensor([True, False, False]))["nll"]
-    log_p = model(codes, ids).fused.log_softmax(-1).gather(-1, codes[..., None])
-    torch.testing.assert_close(nll, -log_p.flatten(1).sum(1), atol=1e-4, rtol=1e-5)
-
-
 @pytest.mark.parametrize("make", [tiny.flashar, lambda: RasterAR(tiny.backbone())])
 def test_bfloat16_autocast_is_close_to_float32(make: object) -> None:
     model: GridModel = make()  # type: ignore[operator]
@@ -214,14 +207,3 @@ def test_float16_errors_do_not_underflow() -> None:
     untouched = torch.ones(5000, dtype=torch.bool)
     untouched[labels] = False
     torch.testing.assert_close(gradient[untouched], expected[untouched], rtol=0.05, atol=1e-12)
-
-
-def test_chunk_size_follows_targets_and_vocabulary() -> None:
-    assert losses.chunk_size(10**6, 16384, "cpu") == 256
-    assert losses.chunk_size(100, 16384, "cpu") == 64, "not below the smallest"
-    assert losses.chunk_size(10, 16384, "cpu") == 10, "the planner counts chunks that exist"
-    assert losses.chunk_size(0, 16384, "cpu") == 1
-    assert losses.chunk_size(1600, 16384, "cpu") == 100
-    assert losses.chunk_size(10**6, 10**9, "cpu") == 1
-    assert losses.chunk_size(10**6, 16384, "cuda") == losses.chunk_size(10**6, 16384, "xpu") == 4096
-    assert losses.chunk_size(1024, 131072, "cuda") == 256

@@ -170,11 +170,6 @@ def test_wrong_setups_are_named(options, message):
         TrainingSetup(grid=(4, 4), **options)
 
 
-def test_mfu_is_a_share():
-    with pytest.raises(ValueError, match=r"mfu is 40"):
-        training_time(model_sizes({"backbone": {"preset": "llamagen-b"}}), TrainingSetup(grid=(4, 4)), 1e12, 40)
-
-
 @pytest.mark.slow
 def test_resident_memory_after_a_real_step():
     """Not a count of tensors but what the process holds: weights, gradients and moments, within 10 %."""

@@ -269,11 +269,6 @@ def test_bfloat16_decoding(vq_golden):
         VQ16.from_official(state, decode_dtype="float16")
 
 
-def test_bad_specs():
-    with pytest.raises(ValueError, match="multiples of 32 channels"):
-        small_spec(widths=(32, 48))
-
-
 @pytest.mark.gpu
 def test_gpu_gives_the_official_codes(vq_golden):
     state, io = vq_golden

@@ -14,7 +14,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import launch
 from torch.distributed.tensor import DTensor
-from training_toys import NO_DROPOUT, OPTIONS, BackboneConfig, OptimiserConfig, ValidationConfig, fit, make_module
+from training_toys import (
+    NO_DROPOUT,
+    OPTIONS,
+    BackboneConfig,
+    Losses,
+    OptimiserConfig,
+    ValidationConfig,
+    fit,
+    make_module,
+)
 
 from flashar_pl.models import dual_head
 from flashar_pl.models.lora import LoraConfig
@@ -23,16 +32,24 @@ from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 CLIP = 0.05
 """Small enough to bite in every step."""
+FP32 = {"compute": "fp32"}
+SAMPLING = {"grid_images": 3, "sample_batch": 2, "cfg_scale": 1.5}
+"""Three samples in batches of two: the second rank has nothing of its own to draw, and must take part."""
 
 
-class Losses(Callback):
-    """The loss of every step, over all ranks."""
+def record(job: dict[str, Any]) -> dict[str, Any]:
+    """What `run` has stored."""
+    return torch.load(Path(job["root"]) / f"{job['name']}.pt", weights_only=True)
 
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
+def close(found: dict[str, Any], wanted: dict[str, Any], after: int = 0, atol: float = 1e-5) -> None:
+    """Losses from step after + 1 on, and the weights at the end, averaged ones included; dtypes may differ."""
+    assert found["losses"].keys() == {step for step in wanted["losses"] if step > after}
+    for step, loss in found["losses"].items():
+        assert abs(loss - wanted["losses"][step]) <= 1e-5, step
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for name, value in wanted["weights"].items():
+        torch.testing.assert_close(found["weights"][name].to(value), value, atol=atol, rtol=1e-4, msg=name)
 
 
 class Gradients(Callback):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pair import Pair
-from sharded_ranks import go, run, run_all
+from sharded_ranks import FP32, SAMPLING, close, go, record, run, run_all
 from training_toys import FlashARConfig, make_data, make_module, make_trainer
 
 from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta
@@ -20,22 +20,6 @@ from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.strategies import check_checkpoint_kind
 
-FP32 = {"compute": "fp32"}
-
-
-def record(job: dict[str, Any]) -> dict[str, Any]:
-    return torch.load(Path(job["root"]) / f"{job['name']}.pt", weights_only=True)
-
-
-def close(found: dict[str, Any], wanted: dict[str, Any], after: int = 0, atol: float = 1e-5) -> None:
-    """Losses from step after + 1 on, and the weights at the end, averaged ones included."""
-    assert found["losses"].keys() == {step for step in wanted["losses"] if step > after}
-    for step, loss in found["losses"].items():
-        assert loss == pytest.approx(wanted["losses"][step], abs=atol), step
-    assert found["weights"].keys() == wanted["weights"].keys()
-    for name, value in wanted["weights"].items():
-        torch.testing.assert_close(found["weights"][name], value, atol=atol, rtol=1e-4, msg=name)
-
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, toy_shards: str) -> dict[str, Any]:
@@ -43,29 +27,15 @@ def job(tmp_path_factory, toy_shards: str) -> dict[str, Any]:
     return {"root": str(tmp_path_factory.mktemp("fsdp")), "shards": toy_shards, "ema": 0.5}
 
 
-SAMPLING = {"grid_images": 3, "sample_batch": 2, "cfg_scale": 1.5}
-"""Three samples in batches of two: the second rank has nothing of its own to draw, and must take part."""
-
-
-GRADIENTS = {"gradients": True}
-
-
 @pytest.fixture(scope="module")
 def both(pair: Pair, job):
     """(single process, two sharded ranks, two DDP ranks, two ranks in bfloat16 with recomputed blocks)."""
-    alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING, **GRADIENTS})
+    alone = run({**job, "name": "alone", "devices": 1, "strategy": "auto", "validation": SAMPLING, "gradients": True})
+    sharded = {**job, "strategy": "sharded"}
     jobs = [
-        {
-            **job,
-            "name": "sharded",
-            "strategy": "sharded",
-            "options": FP32,
-            "save": 1,
-            "validation": SAMPLING,
-            **GRADIENTS,
-        },
-        {**job, "name": "ddp", "strategy": "ddp", **GRADIENTS},
-        {**job, "name": "bf16", "strategy": "sharded", "options": {"recompute": True}, "dtypes": True, "max_steps": 4},
+        {**sharded, "name": "sharded", "options": FP32, "save": 1, "validation": SAMPLING, "gradients": True},
+        {**job, "name": "ddp", "strategy": "ddp", "gradients": True},
+        {**sharded, "name": "bf16", "options": {"recompute": True}, "dtypes": True, "max_steps": 4},
     ]
     pair(run_all, jobs)
     return alone, *map(record, jobs)

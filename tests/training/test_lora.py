@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training_toys import GRID, LEVELS, STEPS, fit, make_module
+from training_toys import GRID, LEVELS, STEPS, Losses, fit, make_module
 
 from flashar_pl.checkpoints.description import Description, build_model
 from flashar_pl.checkpoints.llamagen import clean_official
@@ -60,16 +59,6 @@ def started(raster: str, lora: LoraConfig | None, **overrides: Any) -> FlashARMo
 
 CODES = torch.arange(2 * 16).view(2, *GRID) * 5 % LEVELS
 CONDITION = torch.tensor([0, 2])
-
-
-class Losses(Callback):
-    """The loss of every step."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.seen[trainer.global_step] = float(outputs["loss"])
 
 
 @pytest.fixture(scope="module")

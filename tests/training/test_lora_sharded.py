@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_ranks
 import torch
 from pair import Pair
-from sharded_ranks import go, run, run_all
+from sharded_ranks import FP32, SAMPLING, go, record, run, run_all
 from training_toys import CLASSES, GRID, LEVELS, make_module
 
 from flashar_pl.checkpoints.description import Description
@@ -17,26 +19,9 @@ from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models.lora import ADDED
 
 pytestmark = pytest.mark.slow  # `test_lora.py` has one rank
-FP32 = {"compute": "fp32"}
 LORA = {"rank": 2, "alpha": 4.0}
-SAMPLING = {"grid_images": 3, "sample_batch": 2, "cfg_scale": 1.5}
-
-
-def record(job: dict[str, Any]) -> dict[str, Any]:
-    return torch.load(Path(job["root"]) / f"{job['name']}.pt", weights_only=True)
-
-
-def close(found: dict[str, Any], wanted: dict[str, Any], after: int = 0) -> None:
-    """Losses from step after + 1 on, and the weights at the end, averaged ones included; dtypes may differ.
-
-    AdamW divides the rounding errors of B's smallest gradients by themselves: up to 1.2e-5 in a weight was seen.
-    """
-    assert found["losses"].keys() == {step for step in wanted["losses"] if step > after}
-    for step, loss in found["losses"].items():
-        assert loss == pytest.approx(wanted["losses"][step], abs=1e-5), step
-    assert found["weights"].keys() == wanted["weights"].keys()
-    for name, value in wanted["weights"].items():
-        torch.testing.assert_close(found["weights"][name].float(), value, atol=5e-5, rtol=1e-4, msg=name)
+close = partial(sharded_ranks.close, atol=5e-5)
+"""AdamW divides the rounding errors of B's smallest gradients by themselves: up to 1.2e-5 in a weight was seen."""
 
 
 def is_frozen(name: str) -> bool:

@@ -209,6 +209,8 @@ def test_a_strategy_that_shares_nothing_is_refused() -> None:
     whole.configure_model()
     with pytest.raises(ValueError, match="this module has whole weights"):
         check_cut(whole.net, ShardedStrategy())
+    with pytest.raises(ValueError, match="find_unused_parameters=False"):
+        allow_frozen_parameters(DDPStrategy(find_unused_parameters=False))
     with pytest.raises(ValueError, match="static_graph=True"):
         allow_frozen_parameters(DDPStrategy(static_graph=True))
 

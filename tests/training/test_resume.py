@@ -11,22 +11,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training_toys import STEPS, OptimiserConfig, fit, make_module
+from training_toys import STEPS, Losses, OptimiserConfig, fit, make_module
 
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.training.preemption import StopOnSignal
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
-
-
-class Losses(Callback):
-    """The loss of every step."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.seen[trainer.global_step] = float(outputs["loss"])
 
 
 def optimiser_state(module) -> dict:

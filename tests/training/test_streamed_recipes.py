@@ -15,11 +15,11 @@ from emu_tiny_data import write as write_emu
 from pair import Pair
 from streamed_ranks import fit_all
 from test_experiments import FOLDER
+from tiny_images import vq_state
 
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "vq" / "vq_tiny.npz"
 HERE = {"accelerator": "cpu", "devices": 2, "precision": "32-true", "max_steps": 6, "num_sanity_val_steps": 0}
 DATA = {"images": "tars/{0..3}.tar", "epoch_samples": 16, "batch_size": 4, "num_workers": 1, "shuffle": 8}
 
@@ -38,9 +38,7 @@ def write_tars(root: Path) -> None:
 
 
 def write_class_shards(root: Path) -> None:
-    with np.load(GOLDEN) as arrays:
-        state = {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}
-    torch.save({"model": state}, root / "vq.pt")
+    torch.save({"model": vq_state()}, root / "vq.pt")
     tokenizer, condition = {"kind": "vq16", "weights": "vq.pt"}, ConditionSpec("class", num_classes=3)
     with ShardWriter(
         root / "classes", name="x", tokenizer=tokenizer, grid=(4, 4), vocabulary=64, condition=condition

@@ -10,8 +10,6 @@ from pair import Pair
 from training_toys import fit, make_data
 from two_ranks import VALIDATING, module, train
 
-from flashar_pl.training.strategies import allow_frozen_parameters
-
 
 @pytest.fixture(scope="module")
 def both(pair: Pair, tmp_path_factory, toy_shards: str, toy_classifier: str):
@@ -78,14 +76,3 @@ def test_checkpoint_of_two_ranks_continues_on_one(both, toy_shards: str, toy_cla
     for name, value in first["weights"].items():
         if name.startswith("net."):
             assert torch.equal(continued.state_dict()[name], value), name
-
-
-def test_ddp_without_search_for_unused_parameters_is_refused() -> None:
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-
-    strategy = DDPStrategy()
-    allow_frozen_parameters(strategy)
-    assert strategy._ddp_kwargs == {"find_unused_parameters": True}
-    allow_frozen_parameters(SingleDeviceStrategy())
-    with pytest.raises(ValueError, match="find_unused_parameters=False"):
-        allow_frozen_parameters(DDPStrategy(find_unused_parameters=False))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
@@ -25,6 +25,16 @@ NO_DROPOUT = {
 }  # fmt: skip
 STEPS = 10
 """Length of the test runs; stage 1 has 2 of them."""
+
+
+class Losses(Callback):
+    """The loss of every step, over all ranks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
 
 
 def write_digit_like(out: Path) -> str:
@@ -100,7 +110,7 @@ def fit(root: Path, shards: str, module: FlashARModule | None = None, ckpt_path:
 
 
 __all__ = [
-    "CLASSES", "GRID", "LEVELS", "NO_DROPOUT", "OPTIONS", "STEPS", "BackboneConfig", "FlashARConfig",
+    "CLASSES", "GRID", "LEVELS", "NO_DROPOUT", "OPTIONS", "STEPS", "BackboneConfig", "FlashARConfig", "Losses",
     "OptimiserConfig", "ScheduleConfig", "ValidationConfig", "fit", "make_data", "make_module", "make_trainer",
     "save_classifier", "write_digit_like",
 ]  # fmt: skip

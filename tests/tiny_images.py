@@ -1,4 +1,4 @@
-"""Small JPEGs and a tiny VQ tokenizer for the tests of `flashar tokenize`."""
+"""Small JPEGs and a tiny VQ tokenizer for tests."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ def make_images(root: Path, classes: int = 3, each: int = 9) -> Path:
 
 
 def vq_state() -> dict[str, torch.Tensor]:
-    with np.load(Path(__file__).parent.parent / "golden" / "vq" / "vq_tiny.npz") as arrays:
+    with np.load(Path(__file__).parent / "golden" / "vq" / "vq_tiny.npz") as arrays:
         return {name[3:]: torch.from_numpy(arrays[name]) for name in arrays.files if name.startswith("sd/")}
