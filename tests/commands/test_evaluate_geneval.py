@@ -221,7 +221,6 @@ def test_bad_input_is_refused(refused, base, work, raster_model):
     Path("broken.jsonl").write_text('{"tag": "colors"}\n')
     assert 'line 1: expected an object with "tag"' in refused(*changed("--prompts", "broken.jsonl"))
     assert "the tokenizer has 384 codes, the model 17" in refused(*changed("--checkpoint", raster_model))
-    assert "num_images is 0" in refused(*changed("--num-images", 0))
     assert not Path("images").exists()
     Path("images").mkdir()
     assert "exists and holds no settings.json" in refused(*base, "--out", "images")

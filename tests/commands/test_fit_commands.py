@@ -224,13 +224,8 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     lora = ("--model.init_from", "run.yaml", "--model.flashar.branch_layer", 1)
     message = refused(*base, *lora, "--model.lora.rank", 0)
     assert message.startswith("flashar: error: model.lora.rank is 0, alpha 0.0")
-    assert "Union" not in message
     assert "model.ema_decay is 'x'; expected float or null." in refused(*base, "--model.ema_decay", "x")
-    assert "'run.yaml' belongs to no option; a configuration is given as --config run.yaml" in refused(
-        "fit", "run.yaml"
-    )
     assert "model.flashar.fusion is 'sum'" in refused(*base, "--model.flashar.fusion", "sum")
-    assert "expected 0 to 2" in refused(*base, "--model.flashar.branch_layer", 7)
     assert "cfg_scale is -1.0; expected 0 or more" in refused(*base, "--model.validation.cfg_scale", -1)
     assert "no.yaml" in refused("fit", "--config", "no.yaml")
     assert "--config" in refused("fit")
@@ -284,9 +279,6 @@ def test_foreign_damaged_and_incomplete_checkpoints(refused, runs):
     assert "backbone.norm.weight" in refused(
         "generate", "--checkpoint", "incomplete.ckpt", "--classes", 1, "--out", "s"
     )
-    del content["flashar"]
-    torch.save(content, "lightning.ckpt")
-    assert "was not written by `flashar fit`" in refused("validate", "--ckpt_path", "lightning.ckpt")
 
 
 def test_data_that_does_not_fit(refused, run, runs, shards):

@@ -132,13 +132,11 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
     emu = ["generate", "--out", "out", "--checkpoint", files / "flashar"]
     prompt = ["--prompt", "a fox"]
     assert "give one of --prompt or --prompts, --classes" in refused(*emu)
-    assert "got --prompt or --prompts and --classes" in refused(*emu, *prompt, "--classes", "3")
     assert "give --prompt" in refused(*emu, "--classes", "3")
     assert "add --assets DIR" in refused(*emu, *prompt)
     assets = ["--assets", files / "base"]
     assert "--text-encoder is for models of text features" in refused(*emu, *prompt, *assets, "--text-encoder", "t5")
     assert "directory of BAAI/Emu3.5-VisionTokenizer" in refused(*emu, *prompt, *assets)
-    assert "give one of them" in refused(*emu, *prompt, "--grid", "4x4", "--aspect-ratio", "1:1")
     assert "expected one of 1:1, 4:3" in refused(*emu, *prompt, "--aspect-ratio", "5:4")
     assert "leave out --image-size" in refused(*emu, *prompt, "--aspect-ratio", "4x4", "--image-size", 64)
     assert "image size is 8 pixels" in refused(*emu, *prompt, "--image-size", 8)
@@ -150,7 +148,6 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
     assert "visual codes from token id 468 on" in refused(*emu, *prompt, "--assets", other)
     classes = ["generate", "--out", "out", "--checkpoint", flashar_model]
     assert "class-conditional; give --classes" in refused(*classes, *prompt)
-    assert "leave them out" in refused(*classes, "--classes", "3", "--negative-prompt", "dog")
     assert not Path("out").exists()
 
 

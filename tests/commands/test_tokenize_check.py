@@ -102,7 +102,7 @@ def test_other_weights_are_noticed(run, refused, made, tmp_path):
     assert run(*words, "--weights", tmp_path / "moved.pt")[0] == 0
 
 
-@pytest.mark.parametrize("damage", ["byte", "vocabulary"])
+@pytest.mark.parametrize("damage", ["byte", "vocabulary", "grid"])
 def test_damage_gives_exit_code_2(refused, made, tmp_path, damage):
     shards, _ = made
     tar, manifest = shards / "train-000000.tar", shards / "manifest.json"
@@ -112,7 +112,7 @@ def test_damage_gives_exit_code_2(refused, made, tmp_path, damage):
         raw[700] ^= 1
         tar.write_bytes(raw)
     else:
-        data["vocabulary"] = 20
+        data |= {"vocabulary": {"vocabulary": 20}, "grid": {"grid": [2, 8]}}[damage]
     manifest.write_text(json.dumps(data))
     assert str(shards) in refused("tokenize", "check", shards)
 

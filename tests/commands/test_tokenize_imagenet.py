@@ -242,14 +242,6 @@ def test_an_image_that_was_away_is_read_after_a_restart(tmp_path, tokenize, imag
     assert "27 of 27" in tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)[1]
 
 
-def test_nothing_readable(tmp_path, refused, images, vq):
-    source = tmp_path / "images" / "a"
-    source.mkdir(parents=True)
-    (source / "1.jpg").write_bytes(b"x")
-    words = ("tokenize", "imagenet", "--images", source.parent, "--out", tmp_path / "s", "--weights", vq, *SMALL)
-    assert "None of the 1 samples can be read" in refused(*words, "--max-bad-share", 1)
-
-
 def test_a_second_split_joins_the_first(tmp_path, tokenize, refused, images, vq):
     assert tokenize(tmp_path / "s")[0] == 0
     first = Manifest.load(tmp_path / "s").splits["train"]

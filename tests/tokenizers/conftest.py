@@ -11,14 +11,6 @@ from safetensors.torch import load_file
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def vq_golden():
     """(state dict, inputs and outputs) of the tiny VQ."""

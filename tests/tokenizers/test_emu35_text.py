@@ -179,8 +179,6 @@ def test_no_text_merges_with_the_template(text, ending):
 
 def test_damaged_asset_files(tmp_path, text):
     singles = [bytes([i]) for i in range(256)]
-    with pytest.raises(ValueError, match=r"nowhere does not exist; expected a rank file.*emu3\.tiktoken"):
-        Emu35Text("/nowhere")
     pointer = tmp_path / "pointer"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(ValueError, match=r"line 1.*git-lfs pointer"):
@@ -196,12 +194,6 @@ def test_damaged_asset_files(tmp_path, text):
     assert Emu35Text(good, listed).vocabulary == 256 + 208 + 4
     listed.write_text("<|image token|>\n<|image end|>\n")
     with pytest.raises(ValueError, match=r"lacks the special tokens <\|image start\|>"):
-        Emu35Text(good, listed)
-    listed.write_text("image token\n")
-    with pytest.raises(ValueError, match="no special token: 'image token'"):
-        Emu35Text(good, listed)
-    listed.write_text("<|image token|>\n<|image token|>\n")
-    with pytest.raises(ValueError, match="twice"):
         Emu35Text(good, listed)
 
 

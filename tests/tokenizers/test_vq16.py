@@ -109,10 +109,6 @@ def test_strict_loading_names_the_tensors(vq_golden):
         VQ16.from_official({**state, "quant_conv.weight": torch.zeros(4, 32, 1, 1)})
     with pytest.raises(ValueError, match=r"'encoder\.conv_in\.weight' is missing|'encoder\.conv_blocks.*is missing"):
         VQ16.from_official({"tok_embeddings.weight": torch.zeros(2, 2)})
-    with pytest.raises(ValueError, match=r"no matrix 'quantize\.embedding\.weight'"):
-        VQ16.from_official({n: v for n, v in state.items() if n != "quantize.embedding.weight"})
-    with pytest.raises(ValueError, match="is missing"):
-        VQ16.from_official({})
 
 
 @pytest.mark.parametrize("container", ["model", "state_dict", None, "safetensors"])
@@ -133,17 +129,11 @@ def test_file_containers(tmp_path, container):
 
 
 def test_files_that_are_no_weights(tmp_path):
-    """A pickle with other classes is refused, not executed; a damaged file gives the reason."""
-    pickled, broken, folder = tmp_path / "args.pt", tmp_path / "broken.pt", tmp_path / "folder"
+    """A pickle with other classes is refused, not executed."""
+    pickled, folder = tmp_path / "args.pt", tmp_path / "folder"
     torch.save({"model": small_vq().to_official(), "args": torch.nn.Linear(1, 1)}, pickled)
     with pytest.raises(ValueError, match="read safely"):
         VQ16.from_file(pickled)
-    broken.write_bytes(b"not a checkpoint at all")
-    with pytest.raises(ValueError, match=r"broken\.pt is not a torch file"):
-        VQ16.from_file(broken)
-    (tmp_path / "broken.safetensors").write_bytes(b"\x00" * 4)
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        VQ16.from_file(tmp_path / "broken.safetensors")
     folder.mkdir()
     with pytest.raises(ValueError, match="is a directory, not a VQ weights file"):
         VQ16.from_file(folder)
