@@ -10,7 +10,7 @@ import torch
 from test_planner_training import ONE_GPU, SMALL, SMALL_EMU, condition_for, kept_for_backward, make
 from torch.utils.flop_counter import FlopCounterMode
 
-from flashar_pl.commands.plan import plan
+from flashar_pl.commands.plan import HardwareOptions, RunOptions, plan
 from flashar_pl.grid import make_plan
 from flashar_pl.models.lora import LoraConfig, adapt, frozen_names
 from flashar_pl.planner import model_sizes
@@ -104,9 +104,9 @@ def test_flops_that_freezing_saves(stage):
 
 def test_the_recipe_fits_where_it_says(capsys):
     """One node of 80 GB and one H200, as the file is; and on the H200 with room when samples come one by one."""
-    node = plan(config=str(RECIPE), gpus=8, gpu_memory=80)
-    one = plan(config=str(RECIPE), gpus=1, gpu_memory=141)
-    roomy = plan(config=str(RECIPE), gpus=1, gpu_memory=141, samples=1)
+    node = plan(RunOptions(config=str(RECIPE)), HardwareOptions(gpus=8, gpu_memory=80))
+    one = plan(RunOptions(config=str(RECIPE)), HardwareOptions(gpus=1, gpu_memory=141))
+    roomy = plan(RunOptions(config=str(RECIPE), samples=1), HardwareOptions(gpus=1, gpu_memory=141))
     assert node["fits"]
     assert one["fits"]
     assert roomy["memory"]["stage2"]["total"] < 128e9
@@ -142,4 +142,4 @@ def test_unknown_lora_options_are_refused(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: {backbone: {preset: llamagen-b}, flashar: {branch_layer: 11}, lora: {range: 4}}\n")
     with pytest.raises(ValueError, match=r"no configuration key 'model\.lora\.range'; closest: model.lora.rank"):
-        plan(config=str(file))
+        plan(RunOptions(config=str(file)))
