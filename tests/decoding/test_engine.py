@@ -148,16 +148,6 @@ def test_prefix_buckets_change_no_code(batch: int, scale: float, plan: str) -> N
     assert torch.equal(Engine(model, "eager", prefix_bucket=16).generate(PROMPTS[:batch], **asked), expected)
 
 
-def test_prompts_of_one_bucket_share_buffers_and_of_two_do_not() -> None:
-    model, _, _ = make("emu")
-    kept = Engine(model, "eager", prefix_bucket=8)
-    memory = []
-    for ids in (torch.arange(5, 10), torch.arange(5, 12), torch.arange(5, 11), torch.arange(5, 14)):
-        kept.generate([ids], (2, 2), seeds=0)
-        memory += kept._kept.values()
-    assert memory[0] is memory[1] is memory[2] is not memory[3]
-
-
 def test_a_prefix_that_fills_its_bucket_gets_no_mask() -> None:
     """A mask costs the fast attention kernels."""
     model = tiny.emu()

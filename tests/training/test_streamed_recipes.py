@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,25 @@ import webdataset
 import yaml
 from emu_tiny_data import write as write_emu
 from pair import Pair
-from streamed_ranks import fit_all
 from test_experiments import FOLDER
 from tiny_images import vq_state
 
+from flashar_pl.cli import main
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.training.stored_config import read_config
 
 HERE = {"accelerator": "cpu", "devices": 2, "precision": "32-true", "max_steps": 6, "num_sanity_val_steps": 0}
 DATA = {"images": "tars/{0..3}.tar", "epoch_samples": 16, "batch_size": 4, "num_workers": 1, "shuffle": 8}
+
+
+def fit_all(place: str, runs: list[list[str]]) -> list[int]:
+    """The command line `flashar fit` for each list of words, in one directory; exit codes."""
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        return [main(["fit", *words]) for words in runs]
+    finally:
+        os.chdir(before)
 
 
 def write_tars(root: Path) -> None:
