@@ -1,7 +1,5 @@
 """One thread per process: tiny models run several times slower on more."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator

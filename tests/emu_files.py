@@ -1,7 +1,5 @@
 """Released Emu3.5 files in miniature: prompt assets, base model, the authors' FlashAR, image tokenizer."""
 
-from __future__ import annotations
-
 import base64
 import json
 import shutil

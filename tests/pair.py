@@ -8,8 +8,6 @@ their results in order of rank. Lightning finds the group and trains in it. An e
 its traceback, and the next call starts two new processes.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle

@@ -1,7 +1,5 @@
 """torch-fidelity's Inception network with random weights whose features neither die out nor explode."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

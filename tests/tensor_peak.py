@@ -1,7 +1,5 @@
 """Peak memory of a block of code, counted tensor by tensor. `devices.peak_memory` is what the system sees."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Any
 

@@ -3,8 +3,6 @@
 Documentation may name families: docstrings, and the texts under fields, which are the help of options.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

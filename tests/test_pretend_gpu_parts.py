@@ -1,7 +1,5 @@
 """Tokenizers and metrics on a pretended GPU: the results of the CPU, devices not mixed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pretend_gpu import PretendGPU

@@ -3,8 +3,6 @@
 A name is private if it begins with one underscore. What the package itself defines under such a name is its own.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import inspect

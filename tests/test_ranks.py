@@ -1,7 +1,5 @@
 """Work on several ranks: shares, meetings, and errors that end all of them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 Golden files hold official state dicts (`sd/`), inputs (`in/`) and the official implementation's outputs (`out/`).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

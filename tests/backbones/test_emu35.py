@@ -1,7 +1,5 @@
 """The Emu3.5 backbone against recorded outputs of the official code, and its conditions, positions and padding."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

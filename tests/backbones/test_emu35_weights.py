@@ -1,7 +1,5 @@
 """Emu3.5 checkpoints in and out: names, shapes, config.json, and files read row by row."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

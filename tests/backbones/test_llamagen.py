@@ -1,7 +1,5 @@
 """LlamaGen against the official implementation's outputs, its published sizes, conditions and dropouts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Official LlamaGen and NAR weights in and out: exact both ways, strict both ways."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """A callback for test_emu35_chain.py: a run that stands still, so that a test can kill it at a known step."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

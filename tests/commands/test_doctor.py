@@ -1,7 +1,5 @@
 """`flashar doctor`: it passes here, and it fails where decoding is wrong."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 The parts have tests of their own; this one guards what passes between them, and that the page can be followed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

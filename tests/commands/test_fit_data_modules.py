@@ -1,7 +1,5 @@
 """`flashar fit` with another data module than shards of codes: tars of images, tokenised during training."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Lightning's loggers and callbacks by their class, from YAML and command line."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

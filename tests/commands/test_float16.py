@@ -1,7 +1,5 @@
 """float16 on a CPU, from the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

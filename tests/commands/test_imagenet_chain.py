@@ -3,8 +3,6 @@
 The parts have tests of their own; this one guards what passes between them: files, paths, labels, grids and names.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

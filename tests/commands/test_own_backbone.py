@@ -1,7 +1,5 @@
 """A backbone that a YAML names by class_path, through every command; a checkpoint never says what to import."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path

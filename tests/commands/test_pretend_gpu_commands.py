@@ -1,7 +1,5 @@
 """Commands with --device cuda or auto on a pretended GPU: devices are not mixed, results are those of the CPU."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

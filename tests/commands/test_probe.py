@@ -1,7 +1,5 @@
 """`flashar probe`: it finds the layer that knows the code below, and leaves the model alone."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Prompts on the command line: generate, score and convert with released Emu3.5 files, and T5 captions for LlamaGen."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`flashar serve`: what it draws is what `generate` draws, in the order it is asked, and for those who still wait."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """`flashar tokenize check`: sound shards pass, every kind of damage gives exit code 2, pictures show the codes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

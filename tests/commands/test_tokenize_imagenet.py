@@ -1,7 +1,5 @@
 """`flashar tokenize imagenet` and `npy`: restarts, processes, damaged images, the codes themselves."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`flashar tokenize text-image`: lists and tars with captions, buckets of aspect ratio, the authors' code tars."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Loaders: real workers, exact places, no trace in the global random state."""
 
-from __future__ import annotations
-
 import gc
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """The DataModule inside a real Trainer: exact resume in mid-epoch, and errors before training."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """The embedded data set."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several grids as one data set: one grid in a batch, and the order, resume and ranks of a single grid."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

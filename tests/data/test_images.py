@@ -1,7 +1,5 @@
 """Pixels before the tokenizer: crops equal the published ones, buckets keep the ratio, broken files say so."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sources of raw samples: the order is torchvision's, tars are read whole or refused, lists say what is wrong."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

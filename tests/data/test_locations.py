@@ -1,7 +1,5 @@
 """Shards that are not local are copied, checked and then read like local ones."""
 
-from __future__ import annotations
-
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

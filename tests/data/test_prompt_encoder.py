@@ -1,7 +1,5 @@
 """Captions of shards become prefixes of an Emu3.5 model: the right header, truncation, and a run from a YAML."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

@@ -1,7 +1,5 @@
 """Images tokenised on the training device, exact and streamed, and streamed codes: right samples, equal batches."""
 
-from __future__ import annotations
-
 import io
 import random
 import warnings

@@ -1,7 +1,5 @@
 """Shards: what is written is read back, stays an ordinary WebDataset, and damage is noticed."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two real processes: the data is cut once, and a checkpoint continues on another number of devices."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Small shard sets for the data tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The engine: every runner gives the codes of the plain loop, buffers are reused, and prompts share buckets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

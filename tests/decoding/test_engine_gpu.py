@@ -1,7 +1,5 @@
 """CUDA graphs on a real device: the same codes as the eager loop, recorded once, and no synchronisation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

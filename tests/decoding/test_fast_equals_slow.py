@@ -5,8 +5,6 @@ the codes so far (zeros where nothing is decoded yet, which no prediction may se
 guides, and draws each cell by scanning its CDF.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Decoding against the official greedy samplers, and its contract: forwards, draws, seeds, errors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The decoding loop never waits for the device: no operation in it needs a value on the host."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

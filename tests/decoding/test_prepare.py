@@ -1,7 +1,5 @@
 """Copies of a model with weights in another form: equal codes, untouched originals, errors that say what to do."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Decoding on a pretended GPU: devices are not mixed, the loop waits for nothing, graphs replay other batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

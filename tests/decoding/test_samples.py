@@ -1,7 +1,5 @@
 """Sample sets: what in-training validation and `flashar evaluate` both draw from."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """Plans against their definitions, written as double loops over cells."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

@@ -1,7 +1,5 @@
 """Attention, RoPE, norm and cache against plain formulas."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

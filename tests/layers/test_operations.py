@@ -1,7 +1,5 @@
 """How many kernels a layer launches: at one image, a GPU spends most of a step on starting them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 from unittest.mock import patch

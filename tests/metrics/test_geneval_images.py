@@ -1,7 +1,5 @@
 """What GenEval sees: crops as the official script makes them, detections as mmdet makes them, CLIP's input."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

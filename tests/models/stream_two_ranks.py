@@ -1,7 +1,5 @@
 """What test_emu35_flashar.py asks of two ranks: a random sharded checkpoint, streamed into a model that they share."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

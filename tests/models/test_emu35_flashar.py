@@ -1,7 +1,5 @@
 """FlashAR on an Emu3.5 backbone with our own conventions, and weights streamed from official directories."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

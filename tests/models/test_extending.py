@@ -1,7 +1,5 @@
 """docs/extending.md, run as it is written: a backbone that this package has never seen."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

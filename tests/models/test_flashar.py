@@ -1,7 +1,5 @@
 """The dual-branch model: official outputs, what each branch and the gate see, and what no prediction may see."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """The authors' LlamaGen-FlashAR containers: {"model", "optimizer", "scheduler", "steps", "args"}."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -4,8 +4,6 @@ The loss's own share is the peak of a forward and backward pass minus that of th
 sum of the hidden states at the same sources.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The chunked loss against the plain one: materialised logits and F.cross_entropy, values and every gradient."""
 
-from __future__ import annotations
-
 import pytest
 import tiny
 import torch

@@ -1,7 +1,5 @@
 """Our own files, Lightning checkpoints, official containers, and what a run starts from."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Import of the authors' Emu3.5-FlashAR checkpoints against recorded outputs of their code."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

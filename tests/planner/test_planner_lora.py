@@ -1,7 +1,5 @@
 """The planner's arithmetic for a frozen backbone with LoRA, against real training steps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Filters, drawing and seeds against their definitions and the official filter."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

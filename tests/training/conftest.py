@@ -1,7 +1,5 @@
 """Data and a feature extractor, made once."""
 
-from __future__ import annotations
-
 import os
 from contextlib import chdir
 from pathlib import Path

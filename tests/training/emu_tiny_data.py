@@ -4,8 +4,6 @@ A tiny base model in the layout of the released one, its prompt assets, a tiny i
 With a second directory, images and lists of captions in it: train.json, held_out.json.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

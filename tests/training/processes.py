@@ -1,7 +1,5 @@
 """Scripts as several ranks of one job, for the tests of distributed training."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """Fits on one or several ranks, described by plain values, for the tests of sharded training."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

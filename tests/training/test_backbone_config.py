@@ -1,7 +1,5 @@
 """The `backbone` part of a YAML for Emu3.5: preset, sizes, or the directory of released weights."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,7 +1,5 @@
 """experiments/cluster: the scripts run, with a stand-in for Slurm that starts the tasks of a job on this machine."""
 
-from __future__ import annotations
-
 import os
 import stat
 import subprocess

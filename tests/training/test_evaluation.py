@@ -1,7 +1,5 @@
 """What a validation measures, against plain computations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every YAML in experiments/ parses, instantiates and builds the model its name says."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

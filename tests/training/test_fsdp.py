@@ -1,7 +1,5 @@
 """FSDP2 on gloo: two real processes against one, across the switch of stages, and checkpoints between them."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 from pathlib import Path

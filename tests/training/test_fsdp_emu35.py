@@ -1,7 +1,5 @@
 """experiments/emu35_tiny.yaml through the real command line: two processes, the switch of stages, samples, resume."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

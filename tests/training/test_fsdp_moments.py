@@ -1,7 +1,5 @@
 """Moments in fewer bytes: bfloat16 rounded at random, and torchao's 8 bits where it is installed."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A run that is asked to stop saves itself on all ranks, and continues as if it had never stopped."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

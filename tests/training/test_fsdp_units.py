@@ -1,7 +1,5 @@
 """Every kind of model, cut into units in this process: losses, gradients and samples as without."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

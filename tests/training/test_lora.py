@@ -1,7 +1,5 @@
 """LoRA: a frozen backbone with trained low-rank updates, from the first step to the exported model."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

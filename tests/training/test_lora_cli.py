@@ -1,7 +1,5 @@
 """LoRA through the command line: two processes, official weights streamed into shards, export, samples."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """LoRA on FSDP2: frozen bfloat16 weights among float32 ones in one unit, on two gloo processes against one."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The wiring of FlashARModule: precision, freezing, averages, initial weights, and what is refused before any step."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

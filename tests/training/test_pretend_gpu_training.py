@@ -1,7 +1,5 @@
 """Training on a pretended GPU: the numbers of the CPU, devices not mixed, no step that waits for the device."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An interrupted run equals one that was never interrupted, bit for bit, dropout included."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 from pathlib import Path

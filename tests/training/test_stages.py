@@ -1,7 +1,5 @@
 """The schedule as pure functions of the step, and the parameter groups it applies to."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """The streamed recipes of experiments/, through the command line, on two ranks, with tiny models and tiny tars."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two real gloo processes against one: weights across the stage switch, validation, and the checkpoint between them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny shards, modules and trainers for the training tests."""
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any
