@@ -204,6 +204,7 @@ def read_run(path: str, gpus: int) -> Run:
     lacks_shards = isinstance(given, dict) and "shards" not in given  # a fit needs them, a plan does not
     values = parsed_config(["--config", path, *(["--data.shards", ""] if lacks_shards else [])])
     model, data, trainer = values["model"], values["data"], values["trainer"]
+    data = data["init_args"] if "class_path" in data else data
     if "class_path" in model["backbone"]:
         model["backbone"] = asdict(BackboneConfig.named(**model["backbone"]))
     module = FlashARModule(**typed_settings(model))
