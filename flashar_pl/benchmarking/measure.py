@@ -168,8 +168,7 @@ def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 def projections(module: nn.Module) -> list[Projection]:
     """Every matrix product inside a module, in the order they run."""
-    found = [m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return [Projection.of(m) for m in found]
+    return [Projection.of(m) for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
 
 
 class GemmWalk:

@@ -24,7 +24,6 @@ from flashar_pl.devices import peak_memory
 from flashar_pl.models import GridModel
 from flashar_pl.options import EngineOptions, Runner, SamplingSettings, WeightFormat
 from flashar_pl.planner import decode_job
-from flashar_pl.planner.decode import DecodeJob
 
 GEMM_SAMPLES = 5
 """Measurements of the matrix products alone, spread between those of the whole job."""
@@ -45,9 +44,10 @@ class Job:
 
     def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
         """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.benchmarking.plain`."""
-        planned = self.planned(plan, batch)
+        sizes, grid = self.subject.sizes, self.subject.grid
+        planned = decode_job(sizes, plan, grid, batch, self.sampling.guided, self.dtype)
         if plan not in self.speeds:
-            self.speeds[plan] = device_speed(self.subject.sizes, planned, self.device, self.dtype)
+            self.speeds[plan] = device_speed(sizes, planned, self.device, self.dtype)
         speed, decode, name = self.speeds[plan], self._decoder(plan, batch, engine), clock_name(self.device)
         warm_up, timing, gemm = Timing(), Timing(), Timing()
         with peak_memory(self.device) as peak:
@@ -89,10 +89,6 @@ class Job:
             "gemm_s": gemm_s,
             "over_gemm": None if gemm_s is None else seconds / gemm_s,
         }
-
-    def planned(self, plan: str, batch: int) -> DecodeJob:
-        """Bytes and FLOPs of a row."""
-        return decode_job(self.subject.sizes, plan, self.subject.grid, batch, self.sampling.guided, self.dtype)
 
     def _decoder(self, plan: str, batch: int, engine: Engine | None) -> Callable[[], Any]:
         """A function that decodes `batch` images once."""

@@ -66,10 +66,6 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
-
-
 def table(result: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     threads = f", {result['threads']} thread(s)" if result["threads"] else ""
@@ -83,7 +79,13 @@ def table(result: dict[str, Any]) -> str:
         header = ("plan", "runner", "weights", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
         keys = ("over_raster", "over_plain_raster", "steps", "gemm_only")
         lines = [
-            [each["plan"], each["runner"], each["weight_format"], str(each["batch"]), *(_ratio(each[k]) for k in keys)]
+            [
+                each["plan"],
+                each["runner"],
+                each["weight_format"],
+                str(each["batch"]),
+                *("-" if each[k] is None else f"{each[k]:.2f}x" for k in keys),
+            ]
             for each in result["speedups"]
         ]
         parts.append("Speed-up:\n\n" + console.table(header, lines))

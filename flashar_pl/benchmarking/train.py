@@ -5,8 +5,8 @@ Shapes: B samples, H, W grid, S' slots that are fed, D width.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ class Steps:
     def __post_init__(self) -> None:
         self.device, self.frozen = self.codes.device, frozen_names(self.model)
         self.plan = self.model.default_plan(*self.codes.shape[1:])
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.mixed)
 
     def freeze(self, stage: int) -> None:
         """Only what trains in this stage has gradients and optimizer state."""
@@ -47,10 +48,6 @@ class Steps:
             parameter.requires_grad_(name not in self.frozen and (stage == 2 or roles[name] in STAGE1))
             parameter.grad = None
         self.optimiser.state.clear()
-
-    def autocast(self) -> Any:
-        """The dtype of the forward pass."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     def step(self, kind: str) -> None:
         """One optimizer step, its loss one of `LOSSES`."""

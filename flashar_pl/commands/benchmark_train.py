@@ -31,8 +31,6 @@ class StepOptions:
     """Use only so many layers of a preset."""
     lora: int | None = None
     """Freeze the backbone and train low-rank updates of this rank; its weights are kept in --dtype. Needs peft."""
-    moments: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """Optimizer state."""
     repeats: int = 5
     """Measured steps of each kind, after one that does not count."""
     threads: int = 1
@@ -107,7 +105,7 @@ def make_steps(
     model = adapt(model, None if step.lora is None else LoraConfig(rank=step.lora, base=dtype)).train()
     codes = torch.randint(0, subject.sizes.vocabulary, (batch, *subject.grid)).to(device)
     condition = subject.condition(batch, False)[0].to(device)
-    return Steps(model, adamw(model, 1e-5, state=step.moments), codes, condition, dtype != "fp32")
+    return Steps(model, adamw(model, 1e-5), codes, condition, dtype != "fp32")
 
 
 def report(result: dict[str, Any]) -> str:

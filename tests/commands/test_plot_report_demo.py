@@ -104,7 +104,7 @@ def test_plot_bad_input(refused, work, monkeypatch):
 
 def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, classifier, shards, work):
     words = ("--raster", raster_model, "--flashar", flashar_model, "--scratch", flashar_model, "--data", shards)
-    more = ("--classifier", classifier, "--samples", 40, "--seeds", "0,1", "--timed-images", 2)
+    more = ("--classifier", classifier, "--samples", 20, "--seeds", "0,1", "--timed-images", 1)
     code, out, err = run("report", *words, *more, "--out", "report", "--check")
     assert code == 1, err  # untrained models: the numbers are there, the bounds are missed
     assert "bounds missed: raster NLL" in err
