@@ -93,7 +93,9 @@ def check_usable(flags: Tensor, dtype: torch.dtype) -> None:
     if not len(bad):
         return
     name = str(dtype).removeprefix("torch.")
-    advice = "the weights are broken, or the condition is" if dtype == torch.float32 else "try --dtype fp32"
+    advice = (
+        "the weights are broken, or the condition is" if dtype in (torch.float32, torch.float64) else "try --dtype fp32"
+    )
     if dtype == torch.float16:
         advice = "float16 ends at 65504: try --dtype bf16 or fp32"
     raise ValueError(f"the logits of decoding step {int(bad[0])} are NaN or infinite in {name}; {advice}.")

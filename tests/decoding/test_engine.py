@@ -246,5 +246,5 @@ def test_broken_weights_are_an_error_and_not_codes() -> None:
     model, condition, _ = make("class")
     with torch.no_grad():
         model.backbone.blocks[1].feed_forward.w2.weight[0] = torch.nan  # type: ignore[index,union-attr]
-    with pytest.raises(ValueError, match="logits of decoding step 0 are NaN or infinite in float64"):
+    with pytest.raises(ValueError, match="logits of decoding step 0 are NaN or infinite in float64; the weights are"):
         generate(model, condition, (2, 3), seeds=0)

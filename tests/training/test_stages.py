@@ -105,3 +105,9 @@ def test_order_of_groups_is_fixed() -> None:
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         adamw(tiny.flashar().to(torch.bfloat16), 1e-4)
+
+
+def test_defaults_and_whether_anything_is_frozen() -> None:
+    assert Schedule(10).lr("gate", 0, 1.0) == 1.0, "no warm-up unless asked for"
+    frozen = {(share, factor): Schedule(10, share, factor).freezes for share in (0.0, 0.2) for factor in (0.0, 0.2)}
+    assert frozen == {(0.0, 0.0): True, (0.0, 0.2): False, (0.2, 0.0): True, (0.2, 0.2): True}
