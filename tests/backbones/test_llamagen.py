@@ -220,12 +220,8 @@ def test_codes_out_of_range_are_named() -> None:
     model = tiny.backbone()
     with pytest.raises(ValueError, match="codes range from 0 to 19; expected 0 to 18"):
         model.raster_logits(torch.tensor([[[0, 19]]]), tiny.classes(1))
-    with pytest.raises(ValueError, match="codes range from -1"):
-        model.raster_logits(torch.tensor([[[-1, 1]]]), tiny.classes(1))
     with pytest.raises(ValueError, match=r"expected \(B, H, W\) integers"):
         model.raster_logits(torch.zeros(2, 4, dtype=torch.int64), tiny.classes(2))
-    with pytest.raises(ValueError, match=r"dtype torch.float32"):
-        model.raster_logits(torch.zeros(1, 2, 2), tiny.classes(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])

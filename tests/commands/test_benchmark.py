@@ -215,17 +215,8 @@ def test_speedups_are_ratios_of_the_same_batch_and_engine():
         for runner, fast in (("eager", 1), ("graphs", 2))
         for plan, seconds, steps, gemm in [("raster", 6, 256, 4.0), ("diagonal", 2, 31, 1.0)]
     ]  # fmt: skip
-    rows += [
-        {
-            "plan": PLAIN,
-            "runner": "eager",
-            "weight_format": "plain",
-            "batch": batch,
-            "seconds": 18 * batch,
-            "steps": 256,
-        }
-        for batch in (1, 8)
-    ]
+    plain = {"plan": PLAIN, "runner": "eager", "weight_format": "plain", "steps": 256}
+    rows += [plain | {"batch": batch, "seconds": 18 * batch} for batch in (1, 8)]
     assert speedups(rows) == [
         {"plan": "diagonal", "runner": runner, "weight_format": "plain", "batch": batch, "over_raster": 3,
          "over_plain_raster": 9 * fast, "steps": 256 / 31, "gemm_only": 4}

@@ -169,11 +169,6 @@ def test_empty_grids_are_refused(grid: tuple[int, int]) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    plan = diagonal_plan(2, 2)
-    with pytest.raises(ValueError, match="prefix length is -1"):
-        plan.mask(-1)
-    with pytest.raises(ValueError, match="order is 'columns'"):
-        plan.mask(1, "columns")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"spiral.*diagonal, raster"):
         make_plan("spiral", 2, 2)
     with pytest.raises(ValueError, match="expected \\(H, W\\)"):

@@ -11,10 +11,10 @@ from stream_two_ranks import read, write
 from tiny import emu, emu_flashar
 from torch import Tensor
 
-from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
+from flashar_pl.checkpoints.description import build_model, build_on_meta
 from flashar_pl.checkpoints.initialise import initialise, stream_weights
 from flashar_pl.checkpoints.official import is_official_directory, read_directory
-from flashar_pl.checkpoints.weights import load_model, save_model
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.sampling import guide
@@ -113,16 +113,6 @@ def test_a_few_steps_of_training_on_a_non_square_grid(heads):
         optimiser.step()
         values.append(float(loss.detach()))
     assert values[-1] < 0.8 * values[0]
-
-
-def test_own_directory_round_trip(tmp_path):
-    model = emu_flashar(heads="visual", unconditional_prompt=(1, 2))
-    save_model(tmp_path / "ours", model, Description(model=model.config(), grid=(2, 5)))
-    again = load_model(tmp_path / "ours").model.eval()
-    assert again.backbone.config == model.backbone.config
-    codes = codes_of(3, 2, 5)
-    with torch.no_grad():
-        torch.testing.assert_close(again.double()(codes, PREFIXES).fused, model.double()(codes, PREFIXES).fused)
 
 
 # --- official directories -------------------------------------------------------------------------------------------

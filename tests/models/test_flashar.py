@@ -70,18 +70,6 @@ def test_raster_horizontal_logits_equal_the_backbones_own(m: int, k: int | None,
         assert (out.gate == 1).all()
 
 
-@pytest.mark.parametrize(("m", "k"), BRANCHES)
-def test_any_branch_any_grid(m: int, k: int | None) -> None:
-    model = tiny.flashar(m=m, k=k, n_layer=3)
-    assert model.vertical_layers == (3 - m if k is None else k)
-    assert model.cache_spec().n_layer == 3 + model.vertical_layers
-    for height, width in GRIDS:
-        out = model(tiny.codes(2, height, width), tiny.classes(2))
-        assert out.fused.shape == out.horizontal.shape == out.vertical.shape == (2, height, width, tiny.VOCABULARY)
-        assert out.gate.shape == (2, height, width)
-        assert out.fused.isfinite().all()
-
-
 @pytest.mark.parametrize(("m", "k", "first"), [(0, None, 0), (1, None, 1), (1, 1, 1), (2, 3, 0), (2, 2, 1), (3, 1, 2)])
 def test_vertical_layers_are_clones(m: int, k: int | None, first: int) -> None:
     """F_m..F_{m+k-1}, or the last k layers where that passes L; final norm and head with their weights."""

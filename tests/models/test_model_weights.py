@@ -131,10 +131,6 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(ValueError, match=name):
             load_model(tmp_path / name)
-    torch.save({"model": {"a": torch.zeros(100)}}, tmp_path / "cut.pt")
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-300])
-    with pytest.raises(ValueError, match=r"cut\.pt"):
-        load_model(tmp_path / "cut.pt")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match=r"tensor\.pt"):
         load_model(tmp_path / "tensor.pt")

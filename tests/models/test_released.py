@@ -18,7 +18,7 @@ from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
-from flashar_pl.models.released import Compatibility, ReleasedFlashAR, without_prefix
+from flashar_pl.models.released import Compatibility, ReleasedFlashAR
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flashar"
 CHECKPOINT = GOLDEN / "emu_flashar_tiny"
@@ -191,15 +191,6 @@ def test_setting_travels_with_the_model(visual, tmp_path):
         torch.testing.assert_close(again(codes, prefix).fused, visual(codes, prefix).fused, **TOLERANCE)
     assert again.config() == visual.config() == build_model(visual.config()).config()
     assert visual.config()["corner"] == "released"
-
-
-def test_prefix_is_hidden_from_the_image_only():
-    """Prefix rows keep their mask, slots lose the prefix; a cached step has slot rows only."""
-    mask = torch.ones(4, 4, dtype=torch.bool).tril()[None, None]
-    whole = without_prefix(mask, 2, 4, 4, torch.device("cpu"))[0, 0].int()
-    assert whole.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
-    step = without_prefix(None, 2, 1, 4, torch.device("cpu"))[0, 0].int()
-    assert step.tolist() == [[0, 0, 1, 1]]
 
 
 def test_roles_and_gradients():

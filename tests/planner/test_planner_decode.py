@@ -16,20 +16,9 @@ from flashar_pl.sampling import SamplingSettings
 TINY = {"kind": "llamagen", "dim": 16, "n_layer": 3, "n_head": 4, "vocab_size": 19, "num_classes": 5, "multiple_of": 8}
 TEXT = {**TINY, "condition": "text", "caption_dim": CAPTION_DIM, "n_kv_head": 2}
 EMU = {
-    "kind": "emu35",
-    "dim": 24,
-    "n_layer": 5,
-    "n_head": 4,
-    "n_kv_head": 2,
-    "head_dim": 8,
-    "ffn_dim": 40,
-    "vocab_size": 60,
-    "rope_base": 1e4,
-    "norm_eps": 1e-6,
-    "visual_token_offset": 41,
-    "eol_token_id": 2,
-    "boi_token_id": 3,
-}
+    "kind": "emu35", "dim": 24, "n_layer": 5, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "ffn_dim": 40,
+    "vocab_size": 60, "rope_base": 1e4, "norm_eps": 1e-6, "visual_token_offset": 41, "eol_token_id": 2, "boi_token_id": 3,
+}  # fmt: skip
 CONFIGS = [
     {"kind": "raster", "backbone": TINY},
     {"kind": "flashar", "backbone": TINY, "branch_layer": 1},
@@ -65,6 +54,12 @@ def test_parameters_by_role_equal_the_module(config):
     assert sizes.buffer_elements == sum(buffer.numel() for buffer in model.buffers())
 
 
+def planned_gemms(job):
+    """The same of a planned job."""
+    gemms = [gemm for forward in job.forwards for gemm in forward.gemms]
+    return sorted((gemm.rows, gemm.linear.n_in, gemm.linear.n_out) for gemm in gemms for _ in range(gemm.count))
+
+
 def recorded_gemms(model, condition, grid, plan, cfg_scale, unconditional=None):
     """(rows, n_in, n_out) of every F.linear call of one `generate`, sorted."""
     calls = []
@@ -91,13 +86,7 @@ def test_gemm_shapes_are_those_of_the_decoder(config, cfg_scale, plan):
     condition = captions([3, 5, 4]) if text else classes(3)
     grid = (3, 5)
     job = decode_job(sizes, plan, grid, 3, cfg_scale != 1, torch.float32, prefix=5 if text else 1)
-    planned = [
-        (gemm.rows, gemm.linear.n_in, gemm.linear.n_out)
-        for forward in job.forwards
-        for gemm in forward.gemms
-        for _ in range(gemm.count)
-    ]
-    assert sorted(planned) == recorded_gemms(model, condition, grid, plan, cfg_scale)
+    assert planned_gemms(job) == recorded_gemms(model, condition, grid, plan, cfg_scale)
 
 
 def test_gemm_shapes_of_emu_with_row_ends_and_text_rows():
@@ -107,13 +96,7 @@ def test_gemm_shapes_of_emu_with_row_ends_and_text_rows():
     prompts, empty = [torch.tensor([5, 6, 7, 3])] * 2, [torch.tensor([8, 9, 9, 3])] * 2
     for plan in ("raster", "diagonal"):
         job = decode_job(model_sizes(config), plan, (3, 4), 2, True, torch.float32, prefix=4)
-        planned = [
-            (gemm.rows, gemm.linear.n_in, gemm.linear.n_out)
-            for forward in job.forwards
-            for gemm in forward.gemms
-            for _ in range(gemm.count)
-        ]
-        assert sorted(planned) == recorded_gemms(model, prompts, (3, 4), plan, 2.0, empty)
+        assert planned_gemms(job) == recorded_gemms(model, prompts, (3, 4), plan, 2.0, empty)
 
 
 def test_published_floors():

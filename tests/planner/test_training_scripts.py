@@ -32,22 +32,6 @@ def test_forms_of_attention(capsys):
     assert all(row["both"]["seconds"] > 0 and row["forward"]["repeats"] == 1 for row in rows.values())
 
 
-def test_the_form_mask_is_what_the_package_runs(monkeypatch):
-    """Guards the comparison: grouped heads with a mask fall back to slow kernels unless they are rows of one head."""
-    script, seen = load("attention"), []
-    [shape] = script.TINY
-    real = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(q, *arguments, **options):
-        seen.append((q.shape[1], options.get("enable_gqa", False)))
-        return real(q, *arguments, **options)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    q, k, v = script.inputs(shape, torch.device("cpu"), torch.float32)
-    script.function("mask", shape, torch.device("cpu"), torch.float32)(q, k, v)
-    assert seen == [(shape.kv_heads, False)]
-
-
 def test_the_mask_of_flex_is_the_mask_of_the_plan():
     script = load("attention")
     [shape] = script.TINY

@@ -120,13 +120,6 @@ def test_image_prefix(text):
         text.image_prefix(0, 4)
 
 
-def test_conditions_are_whole_prefixes(text):
-    conditions = text.conditions(["a photo", "b"], (4, 6))
-    opening = text.image_prefix(4, 6)
-    assert [len(ids) for ids in conditions] == [len(text.prompt(p)) + len(opening) for p in ("a photo", "b")]
-    assert torch.equal(conditions[1], torch.cat([text.prompt("b"), opening]))
-
-
 def test_long_prompts_are_refused(text):
     n = len(text.prompt("word " * 20))
     assert torch.equal(text.prompt("word " * 20, max_length=n), text.prompt("word " * 20))
@@ -195,16 +188,6 @@ def test_damaged_asset_files(tmp_path, text):
     listed.write_text("<|image token|>\n<|image end|>\n")
     with pytest.raises(ValueError, match=r"lacks the special tokens <\|image start\|>"):
         Emu35Text(good, listed)
-
-
-def test_directory_of_released_files(tmp_path, text):
-    write_ranks(tmp_path / "emu3.tiktoken", [bytes([i]) for i in range(256)])
-    assert Emu35Text.from_directory(tmp_path).vocabulary == 256 + 211 + 131072
-    names = ("<|image token|>", "<|image start|>", "<|image end|>", "<|visual token 000000|>")
-    (tmp_path / "emu3_vision_tokens.txt").write_text("\n".join(names))
-    assert Emu35Text.from_directory(tmp_path).vocabulary == 256 + 208 + 4
-    with pytest.raises(ValueError, match=r"nowhere/emu3\.tiktoken does not exist"):
-        Emu35Text.from_directory("/nowhere")
 
 
 def test_without_tiktoken(monkeypatch):

@@ -15,17 +15,9 @@ PUBLISHED = {
     "attn_resolutions": [16], "dropout": 0.0,
 }  # fmt: skip
 SMALL = {
-    "ch": 32,
-    "ch_mult": [1, 2, 3],
-    "num_res_blocks": 1,
-    "attn_resolutions": [128],
-    "resolution": 256,
-    "z_channels": 16,
-    "in_channels": 3,
-    "out_ch": 3,
-    "double_z": False,
-    "dropout": 0.0,
-}
+    "ch": 32, "ch_mult": [1, 2, 3], "num_res_blocks": 1, "attn_resolutions": [128], "resolution": 256, "z_channels": 16,
+    "in_channels": 3, "out_ch": 3, "double_z": False, "dropout": 0.0,
+}  # fmt: skip
 
 
 def small_state(**changes):

@@ -50,18 +50,12 @@ def test_image_borders():
         tokenizer.encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="uint8; expected floating point"):
         tokenizer.encode_float(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="int64; expected uint8"):
-        tokenizer.encode(torch.zeros(1, 3, 16, 16, dtype=torch.int64))
 
 
 def test_code_borders():
     tokenizer = PixelTokenizer(17)
     with pytest.raises(ValueError, match=r"codes lie in 0 \.\. 17; this tokenizer has codes 0 \.\. 16"):
         tokenizer.decode(torch.tensor([[[0, 17]]]))
-    with pytest.raises(ValueError, match=r"-1 \.\. 3"):
-        tokenizer.decode(torch.tensor([[[-1, 3]]]))
     with pytest.raises(ValueError, match=r"expected \(B, H, W\) int64"):
         tokenizer.decode(torch.zeros(4, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="int32"):
-        tokenizer.decode(torch.zeros(1, 4, 4, dtype=torch.int32))
     assert tokenizer.decode(torch.zeros(0, 4, 4, dtype=torch.int64)).shape == (0, 3, 4, 4)

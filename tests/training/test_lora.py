@@ -16,9 +16,9 @@ from flashar_pl.checkpoints.sharded import SafeReader
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.decoding import generate
-from flashar_pl.models.lora import ADDED, LoraConfig, adapt, adapted_layers, frozen_names, merge, without_adapters
+from flashar_pl.models.lora import ADDED, LoraConfig, adapted_layers, frozen_names, merge, without_adapters
 from flashar_pl.options import ModelOptions
-from flashar_pl.training.config import BackboneConfig, FlashARConfig, OptimiserConfig
+from flashar_pl.training.config import FlashARConfig
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
@@ -260,14 +260,3 @@ def test_wrong_settings_are_named(raster: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[lora\]'"):
         started(raster, LORA)
-
-
-def test_adapts_on_the_meta_device() -> None:
-    """Large models are built without memory."""
-    module = FlashARModule(
-        BackboneConfig(preset="llamagen-b"), FlashARConfig(11), LoraConfig(), "x", OptimiserConfig(state="bf16")
-    )
-    with torch.device("meta"):
-        module.configure_model()
-        adapt(build_model(module.model_config), LORA)
-    assert {p.device.type for p in module.net.parameters()} == {"meta"}

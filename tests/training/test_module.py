@@ -186,17 +186,19 @@ def test_wrong_validation_settings_are_refused(values: dict, message: str) -> No
         ValidationConfig(**values)
 
 
-def test_sixteen_bit_weights_are_refused(tmp_path: Path, toy_shards: str) -> None:
-    with pytest.raises(ValueError, match="bf16-mixed"):
-        fit(tmp_path, toy_shards, precision="bf16-true")
-
-
-def test_the_trainers_own_clipping_is_refused(tmp_path: Path, toy_shards: str) -> None:
-    """It would be ignored, or be an error of the first step, when 34 B parameters have been read."""
-    with pytest.raises(ValueError, match=r"gradient_clip_val is 0.5.* clipped at model.optimiser.clip \(now 1.0\)"):
-        fit(tmp_path, toy_shards, gradient_clip_val=0.5)
-    with pytest.raises(ValueError, match="accumulate_grad_batches is 0; expected 1 or more"):
-        fit(tmp_path, toy_shards, accumulate_grad_batches=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "bf16-true"}, "bf16-mixed"),
+        ({"gradient_clip_val": 0.5}, r"gradient_clip_val is 0.5.* clipped at model.optimiser.clip \(now 1.0\)"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0; expected 1 or more"),
+        ({"max_steps": -1, "max_epochs": -1}, "max_steps"),
+    ],
+)
+def test_wrong_trainers_are_refused(tmp_path: Path, toy_shards: str, options: dict, message: str) -> None:
+    """The Trainer's own clipping would be an error of the first step, when 34 B parameters have been read."""
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, toy_shards, **options)
 
 
 def test_a_strategy_that_shares_nothing_is_refused() -> None:
@@ -218,11 +220,6 @@ def test_a_monitor_that_not_every_validation_has_is_refused(tmp_path: Path, toy_
     module = make_module(validation=ValidationConfig(samples=4, features=toy_classifier, fid_every=2))
     with pytest.raises(ValueError, match="fid_every is 2, but a callback monitors val/fid"):
         fit(tmp_path, toy_shards, module, enable_checkpointing=True, callbacks=[ModelCheckpoint(monitor="val/fid")])
-
-
-def test_a_run_without_end_is_refused(tmp_path: Path, toy_shards: str) -> None:
-    with pytest.raises(ValueError, match="max_steps"):
-        fit(tmp_path, toy_shards, max_steps=-1, max_epochs=-1)
 
 
 def test_a_checkpoint_is_a_module(tmp_path: Path, toy_shards: str) -> None:
