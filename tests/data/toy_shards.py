@@ -26,17 +26,10 @@ def write_classes(
 ) -> Manifest:
     """Class-conditional shards; sample i of a split has the id i and the label i % 5."""
     with ShardWriter(
-        out,
-        name="toy",
-        tokenizer={"kind": "none"},
-        grid=GRID,
-        vocabulary=VOCABULARY,
-        condition=ConditionSpec("class", num_classes=5),
-        crops=crops,
-        block=block,
-        shard_blocks=shard_blocks,
+        out, name="toy", tokenizer={"kind": "none"}, grid=GRID, vocabulary=VOCABULARY,
+        condition=ConditionSpec("class", num_classes=5), crops=crops, block=block, shard_blocks=shard_blocks,
         evaluation_crop=evaluation_crop,
-    ) as writer:
+    ) as writer:  # fmt: skip
         for split, n in (sizes or {"train": 107, "validation": 23, "test": 31}).items():
             ids = np.arange(n)
             writer.write(split, sample_codes(ids, crops), ids=ids, labels=ids % 5)

@@ -18,19 +18,11 @@ from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.models import FlashAR
 
 CONFIG = {
-    "model_type": "Emu3",
-    "hidden_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
+    "model_type": "Emu3", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "head_dim": 64,
     "intermediate_size": 3001,  # odd, so that pieces of a fused projection cross the border between the ranks
-    "vocab_size": 12001,
-    "rope_theta": 1e6,
-    "rms_norm_eps": 1e-6,
-    "eoi_token_id": 2000,
-    "eol_token_id": 1999,
-}
+    "vocab_size": 12001, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "eoi_token_id": 2000, "eol_token_id": 1999,
+}  # fmt: skip
 """105 million parameters, 422 MB in float32."""
 
 

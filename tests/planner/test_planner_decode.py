@@ -17,7 +17,8 @@ TINY = {"kind": "llamagen", "dim": 16, "n_layer": 3, "n_head": 4, "vocab_size": 
 TEXT = {**TINY, "condition": "text", "caption_dim": CAPTION_DIM, "n_kv_head": 2}
 EMU = {
     "kind": "emu35", "dim": 24, "n_layer": 5, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "ffn_dim": 40,
-    "vocab_size": 60, "rope_base": 1e4, "norm_eps": 1e-6, "visual_token_offset": 41, "eol_token_id": 2, "boi_token_id": 3,
+    "vocab_size": 60, "rope_base": 1e4, "norm_eps": 1e-6, "visual_token_offset": 41, "eol_token_id": 2,
+    "boi_token_id": 3,
 }  # fmt: skip
 CONFIGS = [
     {"kind": "raster", "backbone": TINY},

@@ -38,14 +38,9 @@ class Losses(Callback):
 def write_digit_like(out: Path) -> str:
     """48 training, 13 validation and 7 test samples; the class shifts the codes, so there is something to learn."""
     with ShardWriter(
-        out,
-        name="toy",
-        tokenizer={"kind": "pixels", "levels": LEVELS},
-        grid=GRID,
-        vocabulary=LEVELS,
-        condition=ConditionSpec("class", num_classes=CLASSES),
-        block=4,
-    ) as writer:
+        out, name="toy", tokenizer={"kind": "pixels", "levels": LEVELS}, grid=GRID, vocabulary=LEVELS,
+        condition=ConditionSpec("class", num_classes=CLASSES), block=4,
+    ) as writer:  # fmt: skip
         random = np.random.default_rng(0)
         for split, n in (("train", 48), ("validation", 13), ("test", 7)):
             labels = np.arange(n) % CLASSES
@@ -75,18 +70,10 @@ def make_module(flashar: bool | FlashARConfig = True, dropout: bool = True, **ov
 def make_trainer(root: Path, max_steps: int = STEPS, **overrides: Any) -> Trainer:
     """A silent single-process trainer without logger and checkpoints."""
     settings: dict[str, Any] = {
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_steps": max_steps,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 0,
-        "default_root_dir": str(root),
-        "use_distributed_sampler": False,
-    }
+        "accelerator": "cpu", "devices": 1, "max_steps": max_steps, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 0,
+        "default_root_dir": str(root), "use_distributed_sampler": False,
+    }  # fmt: skip
     warnings.filterwarnings("ignore", category=FutureWarning)
     return Trainer(**{**settings, **overrides})
 
