@@ -34,9 +34,10 @@ def fit(shards: str, out: Path, devices: int, max_steps: int, checkpoint: Path |
     """Samples of every training batch and of validation, on this device; saves OUT/step-N.ckpt."""
     module, data = Probe(), CodesDataModule(shards, batch_size=12, window=4, num_workers=1)
     trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=max_steps, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-        check_val_every_n_epoch=None, val_check_interval=max_steps if checkpoint is None else 1000,
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", max_steps=max_steps,
+        logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        num_sanity_val_steps=0, check_val_every_n_epoch=None,
+        val_check_interval=max_steps if checkpoint is None else 1000,
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     trainer.save_checkpoint(out / f"step-{trainer.global_step}.ckpt")
