@@ -60,7 +60,7 @@ class LastCheckpoint(StepCallback):
                     if at
                 )
                 if not trainer.strategy.broadcast(held):
-                    trainer.save_checkpoint(path)
+                    trainer.save_checkpoint(path, weights_only=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn where gradients of some batches are accumulated: a checkpoint has none."""

@@ -44,7 +44,7 @@ class StopOnSignal(StepCallback):
         if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
             return
         path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(f"Asked to stop at step {trainer.global_step}; continue with --ckpt_path {path}")
         raise SystemExit(UNFINISHED)
 

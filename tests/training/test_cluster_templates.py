@@ -86,7 +86,8 @@ def test_continues_from_the_newest_finished_checkpoint(tmp_path: Path) -> None:
         os.utime(folder, (10**9 - age, 10**9 - age))
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
     assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
-    assert " flashar fit --ckpt_path runs/x/checkpoints/last.ckpt --trainer" in (tmp_path / "said.txt").read_text()
+    words = " flashar fit --config runs/x/config.yaml --ckpt_path runs/x/checkpoints/last.ckpt --trainer"
+    assert words in (tmp_path / "said.txt").read_text()
 
 
 def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
@@ -130,6 +131,10 @@ def place(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
+HERE = Path(__file__).parents[:2]
+"""Where the callback of the next test and what it imports are."""
+
+
 @pytest.mark.slow
 def test_a_preempted_slurm_job_ends_as_asked_and_continues(place: Path) -> None:
     """Two tasks; one of them gets SIGUSR1 in the middle of a step. The first job saves, exits with 75 and is queued
@@ -145,7 +150,7 @@ def test_a_preempted_slurm_job_ends_as_asked_and_continues(place: Path) -> None:
     slurm = {
         "SLURM_JOB_ID": "23456", "SLURM_JOB_NAME": "tiny", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_CPUS_PER_TASK": "1",
-        "CONFIG": "tiny.yaml", "RUN": "runs/emu35_tiny", "PYTHONPATH": str(Path(__file__).parent),
+        "CONFIG": "tiny.yaml", "RUN": "runs/emu35_tiny", "PYTHONPATH": os.pathsep.join(map(str, HERE)),
     }  # fmt: skip
     assert run("emu35_34b.sbatch", place, **slurm) == 75, Path("log.txt").read_text()[-4000:]
     assert [path.name for path in Path("runs/emu35_tiny/checkpoints").iterdir()] == ["stopped.ckpt"]

@@ -115,6 +115,7 @@ def test_streamed_weights_are_those_of_the_directory(folder: Path) -> None:
 def test_continues_on_one_process_and_generates(said: str, folder: Path) -> None:
     """From two processes to one in the middle, then to a picture."""
     options = ["--trainer.devices", 1, "--trainer.default_root_dir", "runs/again"]
+    half_way = float(re.findall(r"step 10: val/nll ([\d.]+)", said)[-1])
     said = flashar(folder, "fit", "--ckpt_path", "runs/emu35_tiny/checkpoints/step=10.ckpt", *options)
     assert "Stage 2 at step 10 of 20" in said
     nll = float(re.findall(r"val/nll ([\d.]+)", said)[-1])
@@ -122,4 +123,4 @@ def test_continues_on_one_process_and_generates(said: str, folder: Path) -> None
     grid = f"{GRID[0]}x{GRID[1]}"
     flashar(folder, "generate", *words, "--prompt", "nothing", "--grid", grid, "--cfg-scale", 5)
     assert (folder / "pictures" / "codes.npy").exists()
-    assert nll < 120
+    assert nll < 0.8 * half_way
