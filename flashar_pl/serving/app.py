@@ -35,7 +35,7 @@ from flashar_pl.planner.room import fitting_batch
 MOST_BYTES, LARGEST = 2**14, 2**63
 """Of a request; and of a number in it, which JSON allows any length."""
 FIELDS: dict[str, type] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "plan", "model", "user"), str),  # clients send the last two, unused
+    **dict.fromkeys(("prompt", "negative_prompt", "plan", "response_format", "model", "user"), str),  # last two: unused
     **dict.fromkeys(("class", "n", "seed", "cfg_interval", "top_k", "partial_images"), int),
     **dict.fromkeys(("cfg_scale", "temperature", "top_p"), float), **dict.fromkeys(("greedy", "stream"), bool),
 }  # fmt: skip
@@ -94,6 +94,8 @@ class Service:
             raise ValueError(f"n is {n}, seed {seed}, partial_images {parts}; expected 1 to {most}, 0 up, 0 to 64.")
         if given.keys() & {"class", "prompt"} != {self.by}:
             raise ValueError(f'this model is asked by "{self.by}"; got {json.dumps(body)[:200]}.')
+        if given.get("response_format", "b64_json") != "b64_json":
+            raise ValueError(f'"response_format" is {given["response_format"]!r}; expected "b64_json".')
         plan = check_plan(self.source.model, given.get("plan", self.plan), self.grid)
         sampling = replace(self.sampling, **{key: given[key] for key in asdict(self.sampling) if key in given})
         check_top_k(self.source.model, sampling.top_k)

@@ -115,6 +115,7 @@ def test_streamed_images_grow(service: Service, client: TestClient, plan: str, s
         ({"class": "3"}, "expected int"),
         ({"class": 11}, "class ids range from 11"),
         ({"class": 1, "n": 5}, "expected 1 to 4"),
+        ({"class": 1, "response_format": "url"}, "b64_json"),
         ({"class": 1, "partial_images": 65}, "0 to 64"),
         ({"class": 1, "plan": "spiral"}, "plan is 'spiral'"),
         ({"class": 1, "top_k": 18}, "top_k is 18"),
