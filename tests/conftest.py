@@ -43,6 +43,14 @@ def _text(file: Path) -> str:
     return file.read_text()
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_left() -> Iterator[None]:
+    """Lightning keeps the seed of a run in the environment; strategies of later tests in this process would take it."""
+    yield
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture(scope="session")
 def pair() -> Iterator[Pair]:
     """Two processes that run functions as the two ranks of a job."""

@@ -109,6 +109,7 @@ def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch, error)
     assert [(row["plan"], row["cause"]) for row in result["failed"]] == [(PLAIN, str(error).split("\n")[0])]
 
 
+@pytest.mark.slow
 def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
     """Guards the ratio to GEMM-only: packed weights have other kernels, and other matrices, than plain ones."""
     pytest.importorskip("torchao")

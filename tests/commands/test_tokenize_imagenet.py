@@ -89,6 +89,7 @@ def test_image_and_mirror_without_ten_crop(tmp_path, tokenize, images):
     np.testing.assert_array_equal(codes[13], model.encode(torch.stack([pixels, pixels.flip(-1)])).numpy())
 
 
+@pytest.mark.slow
 def test_two_devices(tmp_path, tokenize, images, vq):
     """Two ranks started by Fabric, through the command line: the shards of one, and one report."""
     tokenize(tmp_path / "one")

@@ -183,6 +183,7 @@ def test_compiled_blocks_decode_the_same_and_the_model_is_left_as_it_was(monkeyp
     assert not any("before" in vars(block) or "after" in vars(block) for block in blocks)
 
 
+@pytest.mark.slow
 def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its own limit of forms, 8, torch runs a function eagerly: a benchmark called such rows compiled."""
     made: list[Any] = []

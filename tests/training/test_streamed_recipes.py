@@ -7,6 +7,7 @@ from typing import Any
 
 import emu_files
 import numpy as np
+import pytest
 import torch
 import webdataset
 import yaml
@@ -62,6 +63,7 @@ def tiny(root: Path, recipe: str, model: dict[str, Any], data: dict[str, Any], *
     return ["--config", str(FOLDER / f"{recipe}.yaml"), "--config", f"{recipe}.yaml"]
 
 
+@pytest.mark.slow
 def test_streamed_recipes_on_two_ranks(pair: Pair, tmp_path: Path) -> None:
     """Guards ranks with different numbers of batches, which would wait for one another for ever."""
     write_tars(tmp_path)
