@@ -30,6 +30,7 @@ def said(folder: Path) -> str:
     return flashar(folder, "fit", "--config", RECIPE)
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_on_two_processes(said: str, folder: Path) -> None:
     """Weights streamed from the official directory into shards, two stages, guided samples, checkpoints of shards."""
     assert "parameters loaded" in said
@@ -46,6 +47,7 @@ def test_the_recipe_runs_on_two_processes(said: str, folder: Path) -> None:
     assert losses[-1] < losses[0] - 10
 
 
+@pytest.mark.slow
 def test_checkpoint_keeps_its_dtypes(said: str, folder: Path) -> None:
     """float32 master weights and averages, moments in the bfloat16 that the recipe asks for."""
     checkpoint = folder / "runs/emu35_tiny/checkpoints/step=20.ckpt"
@@ -56,6 +58,7 @@ def test_checkpoint_keeps_its_dtypes(said: str, folder: Path) -> None:
     assert moments == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_converts_to_a_model(said: str, folder: Path) -> None:
     """Consolidated export of both weights; each is the joined shards."""
     checkpoint = "runs/emu35_tiny/checkpoints/step=20.ckpt"
