@@ -3,9 +3,8 @@
 A parameter whose type is a dataclass is a group of options: each field becomes one (`num_images` is typed
 `--num-images`), described by the text under it, and the function receives the object. Positional-only parameters become
 positional arguments (of a group: its fields without a default), other parameters options of their own, described
-under `Args:`. What has no default is required,
-booleans are switches, a union that contains `str` is read as text. The docstring of the function has a summary, an
-explanation, `Example:` and `Args:`.
+under `Args:`. What has no default is required, booleans are switches, a union that contains `str` is read as text. The
+docstring of the function has a summary, an explanation, `Example:` and `Args:`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ that are tokenised while training, and validate on shards of codes.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -297,8 +298,9 @@ class _ImagesDataModule(CodesDataModule):
         classes = self.manifest.condition.num_classes
         return Prepare(height, width, self.crop_range, classes, self._encoder(self.manifest))
 
+    @abstractmethod
     def _read_source(self) -> Source:
-        raise NotImplementedError
+        """The images, for reading by number."""
 
     def _class_ids(self) -> dict[str, int] | None:
         return None
