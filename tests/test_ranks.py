@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pair import Pair
 
 from flashar_pl.options import RankOptions
 from flashar_pl.ranks import Rank, run_on_ranks
@@ -35,10 +36,25 @@ def test_one_device_is_this_process_without_a_group() -> None:
     assert not dist.is_initialized()
 
 
-def test_spawned_ranks_share_the_work_and_an_error_of_any_ends_all(tmp_path: Path) -> None:
+def ended(out: str, wrong: int | None) -> int | str:
+    try:
+        return run_on_ranks(partial(record, out, wrong), RankOptions(2), device="cpu")
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_share_the_work_and_an_error_of_any_ends_all(pair: Pair, tmp_path: Path) -> None:
+    for name, wrong, expected in (("whole", None, [10, 11]), ("wrong", 1, ["rank 1 found wrong input"] * 2)):
+        out = tmp_path / name
+        out.mkdir()
+        assert pair(ended, str(out), wrong) == expected
+        assert {path.name: path.read_text() for path in out.iterdir()} == {f"part{i}": str(i % 2) for i in range(5)}
+
+
+@pytest.mark.slow
+def test_an_error_of_a_spawned_rank_ends_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^rank 1 found wrong input$"):
         run_on_ranks(partial(record, str(tmp_path), 1), RankOptions(2), device="cpu")
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {f"part{i}": str(i % 2) for i in range(5)}
 
 
 SCRIPT = """
@@ -48,7 +64,7 @@ from test_ranks import record
 from flashar_pl.ranks import run_on_ranks
 from flashar_pl.options import RankOptions
 number = run_on_ranks(partial(record, sys.argv[1], None), RankOptions(), device="cpu")
-sys.stdout.write(f"{number}\n")  # one write each: two ranks share the pipe
+sys.stdout.write(f"{number}\\n")  # one write each: two ranks share the pipe
 """
 
 

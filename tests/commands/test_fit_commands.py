@@ -351,6 +351,7 @@ def test_two_devices_from_the_command_line(runs):
     assert read_config("runs/two/checkpoints/last.ckpt")["trainer"]["devices"] == "2"
 
 
+@pytest.mark.slow
 def test_ctrl_c_exits_130_without_traceback(runs):
     """And names the newest checkpoint, wherever it is."""
     words = ("--trainer.default_root_dir", "runs/long", "--trainer.max_steps", 100000)

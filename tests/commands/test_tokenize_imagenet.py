@@ -132,6 +132,7 @@ def test_ranks_one_after_the_other(tmp_path, tokenize, images, vq, ranks, monkey
     assert Manifest.load(tmp_path / "one").splits == Manifest.load(tmp_path / "many").splits
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, tokenize, vq):
     """kill -9 in the middle, with a worker process: the result is that of a run that was never interrupted."""
     source = make_images(tmp_path / "images", each=30)
