@@ -27,13 +27,10 @@ WIDE = 7
 
 
 def write_assets(directory: Path) -> Path:
-    """emu3.tiktoken of single bytes, so that ids of ASCII text are its characters, and emu3_vision_tokens.txt."""
+    """emu3.tiktoken of single bytes, so that ids of ASCII text are its characters."""
     directory.mkdir(parents=True, exist_ok=True)
     ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256))
     (directory / "emu3.tiktoken").write_bytes(ranks)
-    names = ["<|image token|>", "<|image start|>", "<|image end|>"]
-    names += [f"<|visual token {code:06d}|>" for code in range(CODES)]
-    (directory / "emu3_vision_tokens.txt").write_text("".join(f"{name}\n" for name in names))
     return directory
 
 

@@ -23,7 +23,7 @@ class PromptEncoder:
     """
 
     def __init__(self, assets: str | Path, grid: tuple[int, int], max_length: int = MAX_PROMPT) -> None:
-        """assets: directory with emu3.tiktoken and, where it lies there too, emu3_vision_tokens.txt.
+        """assets: directory with emu3.tiktoken.
 
         Raises ValueError where a file is missing or damaged, tiktoken is not installed, or the limit leaves no room.
         """

@@ -28,14 +28,13 @@ __all__ = [
 PromptTokenizer = Emu35Text
 """Turns prompts and grids into token ids: the one there is, whatever backbone takes them."""
 
-
-KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...], tuple[str, ...]]] = {
-    "pixels": (PixelTokenizer, ("levels",), ("levels",)),
-    "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype"), ()),
-    "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype"), ()),
-    "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype"), ()),
+KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
+    "pixels": (PixelTokenizer, ("levels",)),
+    "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype")),
+    "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype")),
+    "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype")),
 }
-"""Kind -> (constructor, keys a config may have, keys it must have)."""
+"""Kind -> (constructor, keys a config may have)."""
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
@@ -50,14 +49,11 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     kind = str(config["kind"])
     if kind not in KINDS:
         raise ValueError(f"tokenizer kind {kind!r} is unknown; {closest(kind, KINDS)}")
-    build, allowed, required = KINDS[kind]
+    build, allowed = KINDS[kind]
     options = {key: value for key, value in config.items() if key != "kind"}
     for key in options:
         if key not in allowed:
             raise ValueError(f"tokenizer {kind!r} has no setting {key!r}; {closest(key, allowed)}")
-    for key in required:
-        if key not in options:
-            raise ValueError(f"tokenizer {kind!r} needs the setting {key!r}; got {dict(config)}.")
     return build(**options)
 
 

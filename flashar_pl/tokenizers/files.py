@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import read_json
-
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:
     """`path` as a Path, or a ValueError that says which file is wanted and where to get it."""
@@ -31,15 +29,13 @@ def naming(file: Path) -> Iterator[None]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a .json, .yaml or .yml file."""
-    if path.suffix == ".json":
-        return read_json(path)
+    """The mapping in a YAML or JSON file (JSON is YAML)."""
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise ValueError(f"{path} is not YAML or JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected a mapping of settings.")
     return content

@@ -22,7 +22,7 @@ class PixelTokenizer(Tokenizer):
 
     greys: Tensor
 
-    def __init__(self, levels: int) -> None:
+    def __init__(self, levels: int | None = None) -> None:
         """Raises ValueError unless 2 <= levels <= 256."""
         super().__init__()
         if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:

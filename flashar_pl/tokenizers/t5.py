@@ -22,7 +22,7 @@ def encode_captions(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 8,
 ) -> tuple[Tensor, Tensor]:
-    """Last hidden states (B, T, C) float32 and mask (B, T) bool of captions, left-padded to 120 positions, on the CPU.
+    """Last hidden states (B, T, C) float32 and mask (B, T) bool of captions, on the CPU; left padding is zero.
 
     directory: a T5 encoder and its tokenizer as published (LlamaGen: google/flan-t5-xl, C = 2048). Captions are
     stripped and lower-cased, as LlamaGen does; its removal of web addresses and mark-up is left out.
@@ -41,7 +41,7 @@ def encode_captions(
             "huggingface.co; nothing is downloaded for you."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
         encoder = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no T5 encoder with its tokenizer: {error}") from error
@@ -53,16 +53,6 @@ def encode_captions(
         mask = ids["attention_mask"]
         with torch.no_grad():
             states = encoder(input_ids=ids["input_ids"].to(device), attention_mask=mask.to(device)).last_hidden_state
-        parts.append(states.float().cpu())
         masks.append(mask.bool())
-    return left_pad(torch.cat(parts), torch.cat(masks))
-
-
-def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded features (B, T, C) and mask (B, T) with the padding moved to the front; padding becomes zero."""
-    positions = mask.shape[1]
-    shift = positions - mask.sum(1, keepdim=True)  # (B, 1)
-    source = (torch.arange(positions) - shift) % positions  # (B, T)
-    moved = features.gather(1, source[..., None].expand_as(features))
-    kept = torch.arange(positions) >= shift  # (B, T)
-    return moved * kept[..., None], kept
+        parts.append(states.float().cpu() * mask[..., None])
+    return torch.cat(parts), torch.cat(masks)

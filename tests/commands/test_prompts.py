@@ -141,8 +141,8 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
     assert "no prompts at nowhere.txt" in refused(*emu, "--prompts", "nowhere.txt")
     assert "the tokenizer has 17 codes, the model 256" in refused(*emu, *prompt, *assets, "--tokenizer", "pixels:17")
     other = emu_files.write_assets(work / "other")
-    lines = (other / "emu3_vision_tokens.txt").read_text().splitlines()
-    (other / "emu3_vision_tokens.txt").write_text("\n".join(["<|another|>", *lines]))
+    with (other / "emu3.tiktoken").open("a") as ranks:
+        ranks.write("YWI= 256\n")  # one word more: "ab"
     assert "visual codes from token id 468 on" in refused(*emu, *prompt, "--assets", other)
     classes = ["generate", "--out", "out", "--checkpoint", flashar_model]
     assert "class-conditional; give --classes" in refused(*classes, *prompt)

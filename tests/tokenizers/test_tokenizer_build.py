@@ -14,7 +14,7 @@ from flashar_pl.tokenizers import PixelTokenizer, build_tokenizer
     [
         ({"levels": 17}, ["no 'kind'", "pixels", "vq16", "ibq"]),
         ({"kind": "pixel", "levels": 17}, ["did you mean pixels?"]),
-        ({"kind": "pixels"}, ["needs the setting 'levels'"]),
+        ({"kind": "pixels"}, ["levels is None; expected a whole number"]),
         ({"kind": "vq16", "weigths": "x"}, ["did you mean weights?"]),
         ({"kind": "vq16"}, ["no VQ weights file", "vq_ds16_c2i.pt", "nothing is downloaded"]),
         ({"kind": "vq8", "weights": "/nowhere/vq.pt"}, ["/nowhere/vq.pt does not exist", "vq_ds8_c2i.pt"]),
