@@ -24,7 +24,7 @@ def classifier(*, data: str, out: str, epochs: int = 20, seed: int = 0) -> Path:
     """
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import split_images
-    from flashar_pl.metrics.features import train_classifier
+    from flashar_pl.metrics.classifier import train_classifier
 
     if epochs < 1:
         raise ValueError(f"epochs is {epochs}; expected 1 or more.")

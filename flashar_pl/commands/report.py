@@ -90,7 +90,7 @@ def report(asked: ReportOptions) -> dict[str, Any]:
 
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge, mean_gate
-    from flashar_pl.metrics.features import ClassifierFeatures
+    from flashar_pl.metrics.classifier import ClassifierFeatures
 
     target = require_new(asked.out, "report")
     require_pyplot()

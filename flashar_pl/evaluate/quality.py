@@ -19,7 +19,8 @@ from flashar_pl.backbones import ClassIds
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.samples import SampleSet, draw_codes
-from flashar_pl.metrics.features import ClassifierFeatures, extract_features
+from flashar_pl.metrics.classifier import ClassifierFeatures
+from flashar_pl.metrics.extractor import extract_features
 from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_batches
 from flashar_pl.metrics.table import measure
 from flashar_pl.models import GridModel

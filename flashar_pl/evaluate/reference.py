@@ -25,7 +25,7 @@ from flashar_pl.data.shards import Manifest
 from flashar_pl.evaluate.identity import tokenizer_identity
 from flashar_pl.files import BROKEN, digest, reason
 from flashar_pl.metrics.extractor import FeatureExtractor, device_of
-from flashar_pl.metrics.reference import IMAGES, ReferenceStatistics, load_reference, reference_from_batches
+from flashar_pl.metrics.reference import BATCH, IMAGES, ReferenceStatistics, load_reference, reference_from_batches
 from flashar_pl.options import parse_tokenizer
 from flashar_pl.tokenizers import build_tokenizer
 
@@ -34,7 +34,6 @@ FORMAT = 1
 """Of stored statistics."""
 ORDER_SEED = 0
 """Of the order in which images are read: the first 10,000 serve precision and recall and must not be a few classes."""
-BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ def _from_npz(file: Path, extractor: FeatureExtractor, cache: Path) -> Reference
     facts = {"kind": "npz", "path": str(file), "sha256": sha256, "arrays": {k: list(v) for k, v in arrays.items()}}
     if IMAGES in arrays and not {"mu", "sigma", "features"} <= arrays.keys():
         key = {"file": sha256}
-        statistics = cached_reference(cache, key, extractor, lambda: load_reference(file, extractor, BATCH))
+        statistics = cached_reference(cache, key, extractor, lambda: load_reference(file, extractor))
     else:
-        statistics = load_reference(file, extractor, BATCH)
+        statistics = load_reference(file, extractor)
     shape = arrays.get(IMAGES, ())
     return Reference(statistics, (shape[1], shape[2]) if len(shape) == 4 else None, facts)
 

@@ -8,8 +8,8 @@ Shapes: n samples, m reference rows, d feature columns, C classes, s splits or s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,39 +19,31 @@ Array: TypeAlias = Tensor | np.ndarray
 
 ADM_SPLIT_SIZE = 5000
 """Rows per part of the Inception Score in the ADM evaluator."""
-ROW_BLOCK, COLUMN_BLOCK = 1024, 8192
-"""One block of squared distances takes at most 64 MiB in float64."""
+ROW_BLOCK = 512
+"""Rows whose distances to all others are held at once."""
 ROUNDING = 1e-12
 """A Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0."""
 SAME_ROW = 1e-12
 """A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal."""
 
 
-def as_rows(values: Array, name: str = "values", minimum: int = 1) -> Tensor:
-    """Check one set of rows and return it as a tensor of shape (n, d) in its own floating dtype (integers: float64).
-
-    Raises:
-        ValueError: not two-dimensional, empty, not real numbers, fewer than `minimum` rows, or not finite.
-    """
+def _rows(values: Array, name: str, minimum: int = 1) -> Tensor:
+    """One set of rows (n, d) in its own floating dtype (integers: float64); ValueError where it is none."""
     if isinstance(values, np.ndarray) and (not values.flags.writeable or min(values.strides, default=0) < 0):
         values = values.copy("K")  # torch takes neither read-only arrays, such as memory maps, nor negative strides
     rows = torch.as_tensor(values).detach()
     if rows.ndim != 2 or rows.shape[1] == 0:
         raise ValueError(f"{name} is {tuple(rows.shape)}; expected (rows, columns).")
-    if rows.is_complex() or rows.dtype == torch.bool:
-        raise ValueError(f"{name} is {rows.dtype}; expected real numbers.")
     if len(rows) < minimum:
         raise ValueError(f"{name} has {len(rows)} row(s); expected at least {minimum} for this metric.")
-    if not rows.is_floating_point():
-        return rows.double()
-    if not bool(torch.isfinite(rows).all()):
-        bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
+    if bad:
         raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(rows)} rows; expected finite values.")
-    return rows
+    return rows if rows.is_floating_point() else rows.double()
 
 
 def _pair(samples: Array, reference: Array, minimum: int) -> tuple[Tensor, Tensor]:
-    x, y = as_rows(samples, "samples", minimum), as_rows(reference, "reference", minimum)
+    x, y = _rows(samples, "samples", minimum), _rows(reference, "reference", minimum)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"samples have {x.shape[1]} columns, reference has {y.shape[1]}; expected the same features.")
     return x, y.to(x.device)
@@ -65,15 +57,16 @@ def frechet_distance(samples: Array, reference: Array) -> float:
 
     FID on Inception pool features, sFID on spatial features (Heusel et al., 2017, Eq. 6). Covariances are unbiased and
     float64. The means are taken and subtracted in the dtype of the rows, as the ADM evaluator and torch-fidelity do:
-    for float32 rows with a large common offset this loses digits (3e-4 of the result in one reference vector); give
-    float64 rows for the exact value. Singular covariances (n <= d) need no special case; equal sets give exactly 0.
+    float32 rows with a large common offset lose digits (3e-4 of the result in one reference vector). Singular
+    covariances (n <= d) need no special case; equal sets give exactly 0.
 
     Raises:
         ValueError: fewer than 2 rows, different numbers of columns, or values that are not finite.
     """
     x, y = _pair(samples, reference, minimum=2)
     offset = _stored_mean(x) - _stored_mean(y)  # (d,)
-    return _frechet(float(offset.dot(offset)), *_factor_of_rows(x), *_factor_of_rows(y))
+    covariances = (rows.double().T.cov().reshape(x.shape[1], x.shape[1]) for rows in (x, y))
+    return _frechet(float(offset.dot(offset)), *covariances)
 
 
 def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: Array) -> float:
@@ -86,16 +79,13 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
     first, second = check_moments(mu, sigma, "first"), check_moments(mu2, sigma2, "second")
     if first[0].shape != second[0].shape:
         raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries; expected the same features.")
-    device = first[0].device
-    offset = float((first[0] - second[0].to(device)).square().sum())
-    covariances = (first[1], second[1].to(device))
-    factors = [(_factor_of_covariance(covariance), covariance.trace()) for covariance in covariances]
-    return _frechet(offset, *factors[0], *factors[1])
+    offset = (first[0] - second[0]).square().sum()
+    return _frechet(float(offset), first[1], second[1])
 
 
 def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Tensor, Tensor]:
-    """Return a mean (d,) and a covariance (d, d) as float64 tensors; ValueError where they cannot be such a pair."""
-    mean, covariance = torch.as_tensor(mu).detach().double(), torch.as_tensor(sigma).detach().double()
+    """A mean (d,) and a covariance (d, d) in float64 on the CPU; ValueError where they cannot be such a pair."""
+    mean, covariance = (torch.as_tensor(moments).detach().double().cpu() for moments in (mu, sigma))
     if mean.ndim != 1 or tuple(covariance.shape) != (len(mean), len(mean)):
         raise ValueError(
             f"{name} moments are {tuple(mean.shape)} and {tuple(covariance.shape)}; expected a mean (d,) and a "
@@ -115,28 +105,7 @@ def _stored_mean(rows: Tensor) -> np.ndarray:
     return kept.cpu().numpy().mean(axis=0)
 
 
-def _covariance(rows: Tensor) -> Tensor:
-    """Unbiased covariance (d, d) in float64, accumulated over blocks of centred rows."""
-    mean = sum((block.double().sum(dim=0) for block in rows.split(COLUMN_BLOCK)), start=rows.new_zeros(()).double())
-    mean = mean / len(rows)  # (d,)
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block in rows.split(COLUMN_BLOCK):
-        centred = block.double() - mean
-        total.addmm_(centred.T, centred)
-    return total / (len(rows) - 1)
-
-
-def _factor_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """F with F^T F = covariance and at most min(n, d) rows, and the covariance's trace."""
-    if len(rows) <= rows.shape[1]:
-        wide = rows.double()
-        factor = (wide - wide.mean(dim=0)) / (len(rows) - 1) ** 0.5  # (n, d)
-        return factor, factor.square().sum()
-    covariance = _covariance(rows)
-    return _factor_of_covariance(covariance), covariance.trace()
-
-
-def _factor_of_covariance(covariance: Tensor) -> Tensor:
+def _factor(covariance: Tensor) -> Tensor:
     """F (r, d) with F^T F = covariance, r the numerical rank."""
     values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
     if values[0] < -1e-4 * values.abs().max():
@@ -147,10 +116,10 @@ def _factor_of_covariance(covariance: Tensor) -> Tensor:
     return (vectors[:, kept] * values[kept].sqrt()).T
 
 
-def _frechet(offset: float, factor_x: Tensor, trace_x: Tensor, factor_y: Tensor, trace_y: Tensor) -> float:
+def _frechet(offset: float, covariance: Tensor, other: Tensor) -> float:
     # tr (S1 S2)^(1/2) = nuclear norm of F1 F2^T: real by construction, and exact to rounding for singular matrices.
-    root_trace = torch.linalg.svdvals(factor_x @ factor_y.T).sum()
-    spread = float(trace_x + trace_y)
+    root_trace = torch.linalg.svdvals(_factor(covariance) @ _factor(other).T).sum()
+    spread = float(covariance.trace() + other.trace())
     distance = offset + spread - 2 * float(root_trace)
     return distance if distance > ROUNDING * spread else 0.0
 
@@ -158,23 +127,15 @@ def _frechet(offset: float, factor_x: Tensor, trace_x: Tensor, factor_y: Tensor,
 # --- Inception Score --------------------------------------------------------------------------------------------------
 
 
-def inception_score(logits_or_probs: Array, splits: int | None = None, **options: Any) -> float:
-    """Inception Score: mean over parts of exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016).
-
-    Arguments and errors as in `inception_score_parts`.
-    """
-    return float(np.mean(inception_score_parts(logits_or_probs, splits, **options)))
-
-
-def inception_score_parts(
+def inception_score(
     logits_or_probs: Array,
     splits: int | None = None,
     *,
     split_size: int = ADM_SPLIT_SIZE,
     shuffle_seed: int | None = None,
     kind: str = "auto",
-) -> list[float]:
-    """The score of each part, in order.
+) -> float:
+    """Inception Score: mean over parts of exp(mean KL(p(y|x) || p(y))) (Salimans et al., 2016).
 
     Args:
         logits_or_probs: (n, C) logits (Inception: without bias) or class probabilities.
@@ -188,16 +149,25 @@ def inception_score_parts(
         ValueError: wrong shape, not finite, `splits` not in 1..n, `split_size` < 1, unknown kind, or "probs" whose rows
             are no probabilities.
     """
-    rows = as_rows(logits_or_probs, "logits_or_probs")
+    rows = _rows(logits_or_probs, "logits_or_probs")
     if kind not in ("auto", "logits", "probs"):
         raise ValueError(f"kind is {kind!r}; expected 'auto', 'logits' or 'probs'.")
-    is_probs = _are_probabilities(rows)
+    is_probs = kind != "logits" and _are_probabilities(rows)
     if kind == "probs" and not is_probs:
         raise ValueError("kind='probs', but the rows are not probabilities: negative entries or sums other than 1.")
+    if splits is not None and not 1 <= splits <= len(rows):
+        raise ValueError(f"splits is {splits}; expected 1 to {len(rows)}, the number of rows.")
+    if split_size < 1:
+        raise ValueError(f"split_size is {split_size}; expected 1 or more.")
     if shuffle_seed is not None:
         order = np.random.RandomState(shuffle_seed).permutation(len(rows))
         rows = rows[torch.as_tensor(order, device=rows.device)]
-    return [_part_score(part.double(), is_probs and kind != "logits") for part in _parts(rows, splits, split_size)]
+    if splits is None:
+        parts = rows.split(split_size)
+    else:
+        edges = [i * len(rows) // splits for i in range(splits + 1)]
+        parts = rows.split([b - a for a, b in pairwise(edges)])
+    return float(np.mean([_part_score(part.double(), is_probs) for part in parts]))
 
 
 def _are_probabilities(rows: Tensor) -> bool:
@@ -206,27 +176,9 @@ def _are_probabilities(rows: Tensor) -> bool:
     return bool((rows >= 0).all() and ((sums - 1).abs() <= tolerance).all())
 
 
-def _parts(rows: Tensor, splits: int | None, split_size: int) -> Iterator[Tensor]:
-    if splits is None:
-        if split_size < 1:
-            raise ValueError(f"split_size is {split_size}; expected 1 or more.")
-        yield from rows.split(split_size)
-        return
-    if not 1 <= splits <= len(rows):
-        raise ValueError(f"splits is {splits}; expected 1 to {len(rows)}, the number of rows.")
-    for i in range(splits):
-        yield rows[i * len(rows) // splits : (i + 1) * len(rows) // splits]
-
-
 def _part_score(part: Tensor, is_probs: bool) -> float:
-    if is_probs:
-        p = part  # (b, C)
-        own = torch.special.xlogy(p, p)  # 0 log 0 = 0
-    else:
-        log_p = part.log_softmax(dim=1)
-        p = log_p.exp()
-        own = p * log_p
-    divergence = (own - torch.special.xlogy(p, p.mean(dim=0))).sum(dim=1)  # (b,)
+    p = part if is_probs else part.softmax(dim=1)  # (b, C)
+    divergence = (torch.special.xlogy(p, p) - torch.special.xlogy(p, p.mean(dim=0))).sum(dim=1)  # (b,); 0 log 0 = 0
     return float(divergence.mean().exp())
 
 
@@ -234,16 +186,6 @@ def _part_score(part: Tensor, is_probs: bool) -> float:
 
 
 def kernel_distance(
-    samples: Array, reference: Array, subsets: int = 100, subset_size: int = 1000, *args: Any, **options: Any
-) -> float:
-    """Kernel distance (KID): mean unbiased MMD^2 over random subsets (Binkowski et al., 2018), as in torch-fidelity.
-
-    It may be negative, because the estimator is unbiased. Arguments and errors as in `kernel_distance_subsets`.
-    """
-    return float(np.mean(kernel_distance_subsets(samples, reference, subsets, subset_size, *args, **options)))
-
-
-def kernel_distance_subsets(
     samples: Array,
     reference: Array,
     subsets: int = 100,
@@ -255,8 +197,10 @@ def kernel_distance_subsets(
     kernel: str = "poly",
     sigma: float = 10.0,
     seed: int = 2020,
-) -> list[float]:
-    """The MMD^2 of each subset.
+) -> float:
+    """Kernel distance (KID): mean unbiased MMD^2 over random subsets (Binkowski et al., 2018), as in torch-fidelity.
+
+    It may be negative, because the estimator is unbiased.
 
     Args:
         samples, reference: (n, d) and (m, d).
@@ -291,7 +235,7 @@ def kernel_distance_subsets(
         a = x[torch.as_tensor(generator.choice(len(x), subset_size, replace=False), device=x.device)].double()
         b = y[torch.as_tensor(generator.choice(len(y), subset_size, replace=False), device=x.device)].double()
         results.append(_unbiased_mmd(gram(a, a), gram(b, b), gram(a, b)))
-    return results
+    return float(np.mean(results))
 
 
 def _unbiased_mmd(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
@@ -308,26 +252,22 @@ def precision_recall(samples: Array, reference: Array, k: int = 3) -> tuple[floa
 
     A row's ball reaches to its k-th nearest neighbour in its own set, the row itself being number 0. Precision is the
     share of samples (n, d) inside (<=) the ball of any reference row (m, d), recall the share of reference rows inside
-    the ball of any sample. Distances are squared Euclidean, computed in float64 blocks and rounded to float32, so that
-    ties are ties; the original tries float16 first, which moves a few rows in a thousand (its float32 path agrees with
-    this one).
+    the ball of any sample. Distances are squared Euclidean, computed in float64 and rounded to float32, so that ties
+    are ties; the original tries float16 first, which moves a few rows in a thousand.
 
     Raises:
         ValueError: k < 1, fewer than k + 1 rows in either set, and as elsewhere.
     """
     if k < 1:
         raise ValueError(f"k is {k}; expected 1 or more.")
-    x, y = _pair(samples, reference, minimum=k + 1)
+    x, y = (rows.double() for rows in _pair(samples, reference, minimum=k + 1))
     radius_x, radius_y = _radii(x, k), _radii(y, k)  # (n,), (m,)
-    covered_y = torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    covered_x = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    for rows in _blocks(len(x), ROW_BLOCK):
-        block = x[rows].double()
-        for columns in _blocks(len(y), COLUMN_BLOCK):
-            distance = _squared_distances(block, y[columns].double()).float()
-            covered_x[rows] |= (distance <= radius_y[columns]).any(dim=1)
-            covered_y[columns] |= (distance <= radius_x[rows, None]).any(dim=0)
-    return float(covered_x.double().mean()), float(covered_y.double().mean())
+    covered_x, covered_y = [], torch.zeros(len(y), dtype=torch.bool, device=x.device)
+    for rows, radius in zip(x.split(ROW_BLOCK), radius_x.split(ROW_BLOCK)):
+        distance = _squared_distances(rows, y).float()  # (b, m)
+        covered_x.append((distance <= radius_y).any(dim=1))
+        covered_y |= (distance <= radius[:, None]).any(dim=0)
+    return float(torch.cat(covered_x).double().mean()), float(covered_y.double().mean())
 
 
 def f1_score(precision: float, recall: float) -> float:
@@ -337,16 +277,8 @@ def f1_score(precision: float, recall: float) -> float:
 
 def _radii(rows: Tensor, k: int) -> Tensor:
     """Squared distance (n,) float32 from each row to its k-th nearest neighbour, itself being number 0."""
-    radii = []
-    for own in _blocks(len(rows), ROW_BLOCK):
-        block = rows[own].double()
-        nearest = torch.empty(len(block), 0, dtype=torch.float32, device=rows.device)
-        for columns in _blocks(len(rows), COLUMN_BLOCK):
-            distance = _squared_distances(block, rows[columns].double()).float()
-            merged = torch.cat([nearest, distance], dim=1)
-            nearest = merged.topk(min(k + 1, merged.shape[1]), dim=1, largest=False, sorted=True).values
-        radii.append(nearest[:, k])
-    return torch.cat(radii)
+    nearest = (_squared_distances(block, rows).float().topk(k + 1, largest=False) for block in rows.split(ROW_BLOCK))
+    return torch.cat([found.values[:, k] for found in nearest])
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
@@ -354,7 +286,3 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None, :]
     distance = norms - 2 * (a @ b.T)
     return distance.masked_fill_(distance <= SAME_ROW * norms, 0.0)
-
-
-def _blocks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,7 +1,6 @@
 """Feature extractors: images in, feature rows out.
 
-An extractor is any `nn.Module` with an integer `num_features` that maps uint8 images (B, 3, h, w) to (B, num_features).
-Subclasses of `FeatureExtractor` also give spatial features (sFID) and class logits (Inception Score) from one pass.
+All see uint8 images (B, 3, h, w), as the ADM evaluator does: rounding is part of the measured quantity.
 
 Shapes: B batch, h x w image, D pooled features, S spatial features, C classes.
 """
@@ -9,6 +8,7 @@ Shapes: B batch, h x w image, D pooled features, S spatial features, C classes.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,20 +35,23 @@ class Features:
         return Features(self.pool[:n], spatial, logits)
 
 
-class FeatureExtractor(nn.Module):
-    """Base of the extractors: `num_features` is D, `num_spatial` is S or None, `num_classes` is C or None."""
+class FeatureExtractor(nn.Module, ABC):
+    """Pooled features (FID), spatial features (sFID) and class logits (Inception Score) from one pass."""
 
     num_features: int
+    """D."""
     num_spatial: int | None = None
+    """S; None = no such output."""
     num_classes: int | None = None
+    """C; None = no such output."""
 
+    @abstractmethod
     def extract(self, images: Tensor) -> Features:
         """Features of uint8 images (B, 3, h, w)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Text that changes with the weights; cached reference statistics are stored under it."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Pooled features (B, D) of uint8 images (B, 3, h, w)."""
@@ -56,14 +59,11 @@ class FeatureExtractor(nn.Module):
 
 
 def check_images(images: Tensor) -> Tensor:
-    """Return `images` if they are uint8 (B, 3, h, w); ValueError otherwise.
-
-    Every metric here sees 8-bit images, as the ADM evaluator does: rounding is part of the measured quantity.
-    """
-    if not torch.is_tensor(images) or images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        got = f"{images.dtype} {tuple(images.shape)}" if torch.is_tensor(images) else type(images).__name__
+    """Return `images` if they are uint8 (B, 3, h, w); ValueError otherwise."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
-            f"images are {got}; expected uint8 (B, 3, h, w): tokenizer.decode gives such, decode_float does not."
+            f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, 3, h, w): tokenizer.decode gives "
+            "such, decode_float does not."
         )
     return images
 
@@ -77,22 +77,16 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def device_of(extractor: nn.Module) -> torch.device:
-    """Device of the extractor's first parameter or buffer; CPU where it has none."""
-    for tensor in (*extractor.parameters(), *extractor.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+def device_of(extractor: FeatureExtractor) -> torch.device:
+    """Where the extractor's weights are; the CPU where it has none."""
+    return next((tensor.device for tensor in extractor.parameters()), torch.device("cpu"))
 
 
 @torch.no_grad()
-def extract_features(extractor: nn.Module, images: Tensor) -> Features:
-    """Checked, gradient-free features of uint8 images (B, 3, h, w) from any extractor.
-
-    Raises:
-        ValueError: images are not uint8 (B, 3, h, w).
-    """
+def extract_features(extractor: FeatureExtractor, images: Tensor) -> Features:
+    """Features in float32, whatever precision the caller has switched on. Raises ValueError: see `check_images`."""
     images = check_images(images).to(device_of(extractor))
-    with strict_float32(images.device.type):  # also inside a mixed-precision step
-        features = extractor.extract(images) if isinstance(extractor, FeatureExtractor) else Features(extractor(images))
+    with strict_float32(images.device.type):
+        features = extractor.extract(images)
     assert tuple(features.pool.shape) == (len(images), extractor.num_features)
     return features

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures, train_classifier
-from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, extract_features
+from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures
+from flashar_pl.metrics.extractor import FeatureExtractor
 from flashar_pl.metrics.inception import WEIGHTS_FILE, WEIGHTS_URL, InceptionFeatures
-
-__all__ = [
-    "ClassifierFeatures",
-    "FeatureExtractor",
-    "Features",
-    "InceptionFeatures",
-    "check_images",
-    "extract_features",
-    "load_extractor",
-    "train_classifier",
-]
 
 
 def load_extractor(path: str | Path) -> FeatureExtractor:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashar_pl.files import read_arrays, replacing
 from flashar_pl.metrics.distribution import check_moments
@@ -22,6 +23,8 @@ from flashar_pl.metrics.extractor import FeatureExtractor, extract_features
 
 KEEP_FEATURES = 10_000
 """Rows kept for precision, recall and KID, as many as the ADM reference batches hold."""
+BATCH = 64
+"""Images whose features are computed together."""
 IMAGES = "arr_0"
 """The array of images (m, h, w, 3) uint8 of an ADM reference batch."""
 
@@ -83,17 +86,15 @@ class Moments:
 
 
 def reference_from_batches(
-    extractor: nn.Module, batches: Iterable[Tensor], *, keep_features: int = KEEP_FEATURES
+    extractor: FeatureExtractor, batches: Iterable[Tensor], *, keep_features: int = KEEP_FEATURES
 ) -> ReferenceStatistics:
     """Statistics of batches of uint8 images (B, 3, h, w); the first `keep_features` feature rows are kept.
 
     Raises:
         ValueError: fewer than 2 images in all, or images that are not uint8.
     """
-    columns = int(extractor.num_features)  # type: ignore[arg-type]
-    second = extractor.num_spatial if isinstance(extractor, FeatureExtractor) else None
-    pool, spatial = Moments(columns), Moments(second or 0)
-    kept, room = [torch.empty(0, columns)], keep_features
+    pool, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial or 0)
+    kept, room = [torch.empty(0, extractor.num_features)], keep_features
     for images in batches:
         features = extract_features(extractor, images)
         rows = features.pool.cpu()
@@ -103,19 +104,17 @@ def reference_from_batches(
         kept.append(rows[:room].float())
         room -= len(kept[-1])
     mean, covariance, count = (np.asarray(value) for value in pool.statistics())
-    others = [np.asarray(value) for value in spatial.statistics()[:2]] if second else [None, None]
-    stored = torch.cat(kept).numpy() if keep_features else None
-    return ReferenceStatistics(mean, covariance, int(count), others[0], others[1], stored)
+    second = [np.asarray(value) for value in spatial.statistics()[:2]] if extractor.num_spatial else [None, None]
+    return ReferenceStatistics(mean, covariance, int(count), *second, torch.cat(kept).numpy())
 
 
-def load_reference(path: str | Path, extractor: nn.Module | None = None, batch_size: int = 64) -> ReferenceStatistics:
+def load_reference(path: str | Path, extractor: FeatureExtractor | None = None) -> ReferenceStatistics:
     """Read an .npz with mu, sigma (and mu_s, sigma_s, features, n) or with images arr_0 (m, h, w, 3) uint8, or both.
 
     Moments in the file win over its images, as in the ADM evaluator; the images then only give feature rows.
 
     Args:
-        extractor: needed where moments are missing; without it images are ignored and precision, recall and KID are
-            not available.
+        extractor: of the features of images; None = images are ignored.
 
     Raises:
         ValueError: no such file, not an .npz, no moments and no images, images without an extractor, or moments of
@@ -123,43 +122,34 @@ def load_reference(path: str | Path, extractor: nn.Module | None = None, batch_s
     """
     file = Path(path).expanduser()
     names = {field.name for field in fields(ReferenceStatistics)}
-    arrays = read_arrays(file, names=names if extractor is None else {*names, IMAGES})
+    arrays: dict[str, Any] = read_arrays(file, names=names if extractor is None else {*names, IMAGES})
     images = arrays.pop(IMAGES, None)
-    fresh = None
     if extractor is not None and images is not None and not {"mu", "sigma", "features"} <= arrays.keys():
-        fresh = reference_from_batches(extractor, _batches(images, batch_size, file))
-    if "mu" in arrays:
-        return _from_arrays(arrays, fresh, extractor, file)
-    if fresh is None:
+        computed = vars(reference_from_batches(extractor, _batches(images, file)))
+        arrays = {"features": computed["features"], **arrays} if "mu" in arrays else computed
+    if "mu" not in arrays:
         raise ValueError(f"{file} holds no moments; expected mu and sigma, or images {IMAGES} and a feature extractor.")
-    return fresh
-
-
-def _from_arrays(
-    arrays: dict[str, np.ndarray], fresh: ReferenceStatistics | None, extractor: nn.Module | None, file: Path
-) -> ReferenceStatistics:
-    if "sigma" not in arrays or ("mu_s" in arrays) != ("sigma_s" in arrays):
-        raise ValueError(f"{file} has a mean without its covariance or the reverse: {sorted(arrays)}.")
-    mean, covariance = check_moments(arrays["mu"], arrays["sigma"], str(file))
-    if extractor is not None and len(mean) != extractor.num_features:
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in arrays) != (covariance in arrays):
+            raise ValueError(f"{file} has a mean without its covariance or the reverse: {sorted(arrays)}.")
+        if arrays.get(mean) is not None:
+            checked = check_moments(arrays[mean], arrays[covariance], str(file))
+            arrays[mean], arrays[covariance] = (values.numpy() for values in checked)
+    if extractor is not None and len(arrays["mu"]) != extractor.num_features:
         raise ValueError(
-            f"{file} holds moments of {len(mean)} features; expected {extractor.num_features}, as the extractor gives."
+            f"{file} holds moments of {len(arrays['mu'])} features; expected {extractor.num_features}, as the "
+            "extractor gives."
         )
-    second = check_moments(arrays["mu_s"], arrays["sigma_s"], str(file)) if "mu_s" in arrays else None
-    features = arrays.get("features", fresh.features if fresh is not None else None)
-    return ReferenceStatistics(
-        mu=mean.numpy(),
-        sigma=covariance.numpy(),
-        n=int(arrays["n"]) if "n" in arrays else None,
-        mu_s=None if second is None else second[0].numpy(),
-        sigma_s=None if second is None else second[1].numpy(),
-        features=None if features is None else features.astype(np.float32),
-    )
+    if "features" in arrays:
+        arrays["features"] = arrays["features"].astype(np.float32)
+    if "n" in arrays:
+        arrays["n"] = int(arrays["n"])
+    return ReferenceStatistics(**arrays)
 
 
-def _batches(images: np.ndarray, batch_size: int, file: Path) -> Iterator[Tensor]:
+def _batches(images: np.ndarray, file: Path) -> Iterator[Tensor]:
     """Images (m, h, w, 3) as tensors (B, 3, h, w)."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"{IMAGES} of {file} is {images.dtype} {images.shape}; expected uint8 images (m, h, w, 3).")
-    for start in range(0, len(images), batch_size):
-        yield torch.from_numpy(np.ascontiguousarray(images[start : start + batch_size].transpose(0, 3, 1, 2)))
+    for start in range(0, len(images), BATCH):
+        yield torch.from_numpy(images[start : start + BATCH].transpose(0, 3, 1, 2).copy())

@@ -120,7 +120,7 @@ class Emu35Text:
         return torch.tensor([self.special["BOI"], *self.encode(f"{height}*{width}"), self.special["IMG"]])
 
     def conditions(self, prompts: Sequence[str], grid: tuple[int, int]) -> list[Tensor]:
-        """The whole prefix of each prompt, what the Emu3.5 backbone takes as condition: `prompt` then `image_prefix`."""
+        """The whole prefix of each prompt, the condition of an Emu3.5 backbone: `prompt`, then `image_prefix`."""
         opening = self.image_prefix(*grid)
         return [torch.cat([self.prompt(text), opening]) for text in prompts]
 

@@ -16,7 +16,8 @@ from flashar_pl.backbones.condition import Batch
 from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import DecodePlan
 from flashar_pl.metrics.distribution import ADM_SPLIT_SIZE, inception_score
-from flashar_pl.metrics.features import FeatureExtractor, extract_features, load_extractor
+from flashar_pl.metrics.extractor import FeatureExtractor, extract_features
+from flashar_pl.metrics.features import load_extractor
 from flashar_pl.metrics.fid import RowFID
 from flashar_pl.metrics.reference import load_reference
 from flashar_pl.pictures import tile

@@ -50,11 +50,10 @@ def test_order_swap_and_shift(rows):
 
 
 def test_numpy_and_tensors_and_blocks_agree(monkeypatch):
-    """Guards the blockwise covariance and the running nearest neighbours."""
+    """Guards nearest neighbours block by block."""
     x, y = gaussian(103, 6, 5), gaussian(87, 6, 6) + 0.3
     whole = (frechet_distance(x, y), precision_recall(x, y), kernel_distance(x, y, 3, 50))
     monkeypatch.setattr(distribution, "ROW_BLOCK", 10)
-    monkeypatch.setattr(distribution, "COLUMN_BLOCK", 7)
     assert precision_recall(x.numpy(), y.numpy()) == whole[1]
     assert frechet_distance(x.numpy(), y.numpy()) == pytest.approx(whole[0], rel=1e-12)
     assert kernel_distance(x.numpy(), y.numpy(), 3, 50) == whole[2]

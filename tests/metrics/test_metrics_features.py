@@ -6,16 +6,12 @@ import sys
 import pytest
 import torch
 from random_inception import save_random_inception
-from torch import nn
 
 from flashar_pl.metrics import inception
-from flashar_pl.metrics.features import (
-    ClassifierFeatures,
-    InceptionFeatures,
-    extract_features,
-    load_extractor,
-    train_classifier,
-)
+from flashar_pl.metrics.classifier import ClassifierFeatures, train_classifier
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
+from flashar_pl.metrics.features import load_extractor
+from flashar_pl.metrics.inception import InceptionFeatures
 
 
 def toy_images(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,13 +155,13 @@ def test_features_are_float32_whatever_the_caller_switched_on():
     """Convolutions on GPUs default to TF32, which keeps 10 bits of the mantissa; bfloat16 autocast keeps 7."""
     seen = []
 
-    class Probe(nn.Module):
+    class Probe(FeatureExtractor):
         num_features = 3
+        fingerprint = None
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
+        def extract(self, images: torch.Tensor) -> Features:
             seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
-            x = images.float().mean((2, 3))
-            return x @ torch.eye(3)
+            return Features(images.float().mean((2, 3)) @ torch.eye(3))
 
     before = torch.backends.cudnn.conv.fp32_precision
     with torch.autocast("cpu", torch.bfloat16):

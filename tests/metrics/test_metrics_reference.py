@@ -44,7 +44,7 @@ def test_adm_file_with_moments_and_images(tmp_path):
     stored = {"mu": np.arange(6.0), "sigma": np.eye(6), "mu_s": np.zeros(4), "sigma_s": np.eye(4)}
     pixels = real.permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "adm.npz", arr_0=pixels, labels=np.arange(30), **stored)
-    statistics = load_reference(tmp_path / "adm.npz", Pixels(), batch_size=8)
+    statistics = load_reference(tmp_path / "adm.npz", Pixels())
     np.testing.assert_array_equal(statistics.mu, stored["mu"])
     np.testing.assert_array_equal(statistics.sigma_s, stored["sigma_s"])
     np.testing.assert_array_equal(statistics.features, Pixels()(real))

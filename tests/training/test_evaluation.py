@@ -14,8 +14,8 @@ from flashar_pl.backbones.condition import TextFeatures
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import diagonal_plan
+from flashar_pl.metrics.classifier import ClassifierFeatures
 from flashar_pl.metrics.distribution import frechet_distance, inception_score
-from flashar_pl.metrics.features import ClassifierFeatures
 from flashar_pl.models import RasterAR
 from flashar_pl.pictures import gate_picture, tile
 from flashar_pl.tokenizers import PixelTokenizer
