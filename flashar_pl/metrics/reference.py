@@ -104,8 +104,8 @@ def reference_from_batches(
         kept.append(rows[:room].float())
         room -= len(kept[-1])
     mean, covariance, count = (np.asarray(value) for value in pool.statistics())
-    second = [np.asarray(value) for value in spatial.statistics()[:2]] if extractor.num_spatial else [None, None]
-    return ReferenceStatistics(mean, covariance, int(count), *second, torch.cat(kept).numpy())
+    mu_s, sigma_s = (np.asarray(v) for v in spatial.statistics()[:2]) if extractor.num_spatial else (None, None)
+    return ReferenceStatistics(mean, covariance, int(count), mu_s, sigma_s, torch.cat(kept).numpy())
 
 
 def load_reference(path: str | Path, extractor: FeatureExtractor | None = None) -> ReferenceStatistics:

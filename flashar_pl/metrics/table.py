@@ -1,4 +1,4 @@
-"""All metrics of a set of samples: a table of what each looks at, and which of them are possible.
+"""All metrics of a set of samples, and which of them are possible.
 
 Shapes: n samples, D pooled features, S spatial features, C classes.
 """
@@ -6,14 +6,12 @@ Shapes: n samples, D pooled features, S spatial features, C classes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from flashar_pl.metrics.distribution import (
-    ADM_SPLIT_SIZE,
     f1_score,
     frechet_distance_from_moments,
     inception_score,
@@ -23,47 +21,35 @@ from flashar_pl.metrics.distribution import (
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.metrics.reference import Moments, ReferenceStatistics
 
-
-@dataclass(frozen=True)
-class Measure:
-    """Metrics that are computed together."""
-
-    names: tuple[str, ...]
-    of: Literal["pool", "spatial", "logits"]
-    """The features they look at."""
-    against: Literal["moments", "rows", "nothing"]
-    """The part of the reference they are compared with."""
-    function: Callable[[Tensor, ReferenceStatistics], tuple[float, ...]]
-    """From rows of samples and the reference, one value for each name."""
-    rows: int = 1
-    """Fewest samples, and reference rows."""
+NAMES = ("fid", "sfid", "is", "precision", "recall", "f1", "kid")
+NEIGHBOURS = 3
+"""k of precision and recall."""
+FEWEST = {**dict.fromkeys(("precision", "recall", "f1"), NEIGHBOURS + 1), "kid": 1000}
+"""Metrics that compare feature rows, and the rows they need on either side; KID's subsets have as many."""
 
 
-def measures(
-    k: int = 3, split_size: int = ADM_SPLIT_SIZE, kid_subsets: int = 100, kid_subset: int = 1000
-) -> tuple[Measure, ...]:
-    """The table. k: neighbours of precision and recall; split_size: rows per part of the Inception Score."""
-
-    def score(rows: Tensor, real: ReferenceStatistics) -> tuple[float]:
-        return (inception_score(rows, split_size=split_size, kind="logits"),)
-
-    def coverage(rows: Tensor, real: ReferenceStatistics) -> tuple[float, float, float]:
-        precision, recall = precision_recall(rows, real.features, k)  # type: ignore[arg-type]
-        return precision, recall, f1_score(precision, recall)
-
-    def kernel(rows: Tensor, real: ReferenceStatistics) -> tuple[float]:
-        return (kernel_distance(rows, real.features, kid_subsets, kid_subset),)  # type: ignore[arg-type]
-
-    return (
-        Measure(("fid",), "pool", "moments", lambda rows, real: _frechet(rows, real.mu, real.sigma, real.n)),
-        Measure(("sfid",), "spatial", "moments", lambda rows, real: _frechet(rows, real.mu_s, real.sigma_s, real.n)),
-        Measure(("is",), "logits", "nothing", score),
-        Measure(("precision", "recall", "f1"), "pool", "rows", coverage, rows=k + 1),
-        Measure(("kid",), "pool", "rows", kernel, rows=kid_subset),
-    )
+def measure(names: Sequence[str], samples: Features, reference: ReferenceStatistics) -> dict[str, float]:
+    """Metrics of n samples, whose feature rows are in order; those that `choose_metrics` allows."""
+    found: dict[str, float] = {}
+    if "fid" in names:
+        found["fid"] = _frechet(samples.pool, reference.mu, reference.sigma, reference.n)
+    if "sfid" in names:
+        assert samples.spatial is not None
+        found["sfid"] = _frechet(samples.spatial, reference.mu_s, reference.sigma_s, reference.n)
+    if "is" in names:
+        assert samples.logits is not None
+        found["is"] = inception_score(samples.logits, kind="logits")
+    if {"precision", "recall", "f1"} & set(names):
+        assert reference.features is not None
+        precision, recall = precision_recall(samples.pool, reference.features, NEIGHBOURS)
+        found |= {"precision": precision, "recall": recall, "f1": f1_score(precision, recall)}
+    if "kid" in names:
+        assert reference.features is not None
+        found["kid"] = kernel_distance(samples.pool, reference.features, subset_size=FEWEST["kid"])
+    return {name: found[name] for name in NAMES if name in names}
 
 
-def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> tuple[float]:
+def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> float:
     mean, covariance, count = Moments.of(rows).statistics()
     few = count if n is None else min(count, n)
     if few <= rows.shape[1]:
@@ -72,29 +58,7 @@ def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> tuple[float]:
             "compare only results of equal sample counts",
             stacklevel=3,
         )
-    return (frechet_distance_from_moments(mean, covariance, mu, sigma),)
-
-
-MEASURES = measures()
-NAMES = tuple(name for measure in MEASURES for name in measure.names)
-
-
-def measure(names: Sequence[str], samples: Features, reference: ReferenceStatistics) -> dict[str, float]:
-    """Metrics of n samples, whose feature rows are in the order of their numbers. `choose_metrics` says which can be.
-
-    Raises:
-        ValueError: too few samples, or reference rows, for a metric.
-    """
-    results: dict[str, float] = {}
-    for each in MEASURES:
-        if set(each.names) & set(names):
-            rows = getattr(samples, each.of)
-            assert rows is not None, f"no {each.of} features for {each.names}"
-            results |= dict(zip(each.names, each.function(rows, reference)))
-    return {name: results[name] + 0.0 for name in NAMES if name in names}  # -0.0 + 0.0 is 0.0
-
-
-# --- what is possible ------------------------------------------------------------------------------------------------
+    return frechet_distance_from_moments(mean, covariance, mu, sigma)
 
 
 def choose_metrics(
@@ -118,35 +82,32 @@ def choose_metrics(
     if unknown or (names is not None and not names):
         raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(NAMES)}.")
     wanted = [name for name in NAMES if names is None or name in names]
-    left_out: dict[str, str] = {}
-    for measure in MEASURES:
-        asked = [name for name in measure.names if name in wanted]
-        problem = _problem(measure, extractor, reference, n)
-        if asked and problem:
-            left_out |= dict.fromkeys(asked, problem)
-        elif asked and measure.against == "moments":
-            columns = extractor.num_features if measure.of == "pool" else extractor.num_spatial
-            _check_counts(measure.names[0], int(columns or 0), reference, n, min_samples)
+    problems = {name: _problem(name, extractor, reference, n) for name in wanted}
+    left_out = {name: problem for name, problem in problems.items() if problem is not None}
     if names is not None and left_out:
         listed = "; ".join(f"{name}: {problem}" for name, problem in left_out.items())
         raise ValueError(f"not possible: {listed}. Leave out of --metrics what is not possible.")
-    return [name for name in wanted if name not in left_out], left_out
+    chosen = [name for name in wanted if name not in left_out]
+    for name, columns in (("fid", extractor.num_features), ("sfid", extractor.num_spatial)):
+        if name in chosen:
+            _check_counts(name, int(columns or 0), reference, n, min_samples)
+    return chosen, left_out
 
 
-def _problem(measure: Measure, extractor: FeatureExtractor, reference: ReferenceStatistics, n: int) -> str | None:
-    """Why metrics cannot be computed; None if they can."""
-    if measure.of == "spatial" and not extractor.num_spatial:
+def _problem(name: str, extractor: FeatureExtractor, reference: ReferenceStatistics, n: int) -> str | None:
+    """Why a metric cannot be computed; None if it can."""
+    if name == "sfid" and not extractor.num_spatial:
         return "the extractor has no spatial features"
-    if measure.of == "spatial" and reference.mu_s is None:
+    if name == "sfid" and reference.mu_s is None:
         return "the reference has no spatial moments (mu_s, sigma_s)"
-    if measure.of == "logits" and not extractor.num_classes:
+    if name == "is" and not extractor.num_classes:
         return "the extractor has no class logits"
-    if measure.against != "rows":
+    if name not in FEWEST:
         return None
     if reference.features is None:
         return "the reference has neither images nor feature rows"
     rows = min(n, len(reference.features))
-    return f"{rows} images; it needs {measure.rows:,} on either side" if rows < measure.rows else None
+    return f"{rows} images; it needs {FEWEST[name]:,} on either side" if rows < FEWEST[name] else None
 
 
 def _check_counts(name: str, columns: int, reference: ReferenceStatistics, n: int, min_samples: int | None) -> None:

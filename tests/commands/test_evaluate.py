@@ -169,6 +169,13 @@ def test_balanced_labels_alternate_and_random_labels_are_uniform():
 class Spatial(FeatureExtractor):
     num_features, num_spatial, num_classes = 6, 40, 3
 
+    def extract(self, images: torch.Tensor) -> Features:
+        x = images.float().flatten(2) / 64  # (B, 3, 64)
+        return Features(torch.cat([x.mean(2), x.std(2)], 1), x[:, 0, 10:50], x.amax(2))
+
+    def fingerprint(self) -> str:
+        return "spatial"
+
 
 def statistics(n: int | None, rows: int | None, spatial: bool = True) -> ReferenceStatistics:
     square = np.eye(40) if spatial else None
@@ -206,22 +213,13 @@ def test_too_few_samples_are_refused_on_either_side():
 
 def test_spatial_features_and_kid_from_parts(run, base, monkeypatch):
     """sFID and KID go through the part files too."""
-
-    class Pixels(Spatial):
-        def extract(self, images):
-            x = images.float().flatten(2) / 64  # (B, 3, 64)
-            return Features(torch.cat([x.mean(2), x.std(2)], 1), x[:, 0, 10:50], x.amax(2))
-
-        def fingerprint(self):
-            return "pixels"
-
-    monkeypatch.setattr("flashar_pl.evaluate.samples.load_extractor", lambda path: Pixels())
-    monkeypatch.setattr(table, "MEASURES", table.measures(kid_subset=50))
+    monkeypatch.setattr("flashar_pl.evaluate.samples.load_extractor", lambda path: Spatial())
+    monkeypatch.setitem(table.FEWEST, "kid", 50)
     assert run(*base, "--cache", "cache", "--save-npz", "--out", "eval")[0] == 0
     result = result_of("eval")
     assert list(result["metrics"]) == ["fid", "sfid", "is", "precision", "recall", "f1", "kid"]
     with np.load("eval/samples.npz") as archive:
-        rows = Pixels().extract(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2))
+        rows = Spatial().extract(torch.from_numpy(archive["arr_0"]).permute(0, 3, 1, 2))
     [stored] = Path("cache").iterdir()
     with np.load(stored) as archive:
         moments = archive["mu_s"], archive["sigma_s"]

@@ -27,6 +27,9 @@ class Counting(FeatureExtractor):
         self.shapes.append(tuple(images.shape))
         return Features(images.float().mean((2, 3)), None, images.float().amax((2, 3)))
 
+    def fingerprint(self) -> str:
+        return "counting"
+
 
 def samples(n: int, batch_size: int, **overrides: object) -> SampleSet:
     settings = SamplingSettings(cfg_scale=1.5, top_k=9)

@@ -157,7 +157,9 @@ def test_features_are_float32_whatever_the_caller_switched_on():
 
     class Probe(FeatureExtractor):
         num_features = 3
-        fingerprint = None
+
+        def fingerprint(self) -> str:
+            return "probe"
 
         def extract(self, images: torch.Tensor) -> Features:
             seen.append((torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
