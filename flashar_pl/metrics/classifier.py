@@ -17,19 +17,14 @@ from flashar_pl.files import read_json, read_tensors, replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
-KIND = "classifier"
 SMALLEST_IMAGE = 4
-"""Pixels: two convolutions, one 2 x 2 pooling, and something left to flatten."""
+"""Pixels of a side: what one 2 x 2 pooling leaves something of."""
+BATCH, RATE = 64, 3e-3
+"""Images of a training step, and the highest learning rate."""
 
 
 class ClassifierFeatures(FeatureExtractor):
-    """Three convolutions, a hidden layer of D units (the features) and a linear layer of C logits.
-
-    Args:
-        image_size: (h, w) of the images, at least 4 x 4.
-        num_classes: C.
-        num_features: D.
-    """
+    """Three convolutions, a hidden layer of D units (the features) and a linear layer of C logits."""
 
     def __init__(self, image_size: tuple[int, int], num_classes: int, num_features: int = 32) -> None:
         super().__init__()
@@ -39,8 +34,8 @@ class ClassifierFeatures(FeatureExtractor):
                 f"a classifier of {image_size} images, {num_classes} classes and {num_features} features; expected at "
                 f"least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, 2 classes and 1 feature."
             )
-        self.image_size = (int(height), int(width))
-        self.num_classes, self.num_features = int(num_classes), int(num_features)
+        self.image_size = (height, width)
+        self.num_classes, self.num_features = num_classes, num_features
         self.convolutions = nn.Sequential(
             nn.Conv2d(3, 16, 3, padding=1),
             nn.ReLU(),
@@ -53,15 +48,6 @@ class ClassifierFeatures(FeatureExtractor):
         self.hidden = nn.Linear(32 * (height // 2) * (width // 2), num_features)
         self.head = nn.Linear(num_features, num_classes)
 
-    def config(self) -> dict[str, object]:
-        """Plain settings that rebuild the network."""
-        return {
-            "kind": KIND,
-            "image_size": list(self.image_size),
-            "num_classes": self.num_classes,
-            "num_features": self.num_features,
-        }
-
     def extract(self, images: Tensor) -> Features:
         """Features (B, D) after the ReLU and logits (B, C) of uint8 images (B, 3, h, w)."""
         if tuple(check_images(images).shape[2:]) != self.image_size:
@@ -72,16 +58,14 @@ class ClassifierFeatures(FeatureExtractor):
 
     @torch.no_grad()
     def predict(self, images: Tensor, batch_size: int = 512) -> Tensor:
-        """Most likely class ids (n,) int64 of uint8 images (n, 3, h, w)."""
+        """Most likely class ids (n,) int64 of uint8 images (n, 3, h, w), on the CPU."""
         device = device_of(self)
-        ids = [self.extract(part.to(device)).logits for part in check_images(images).split(batch_size)]
-        return torch.cat([logits.argmax(dim=1) for logits in ids if logits is not None])
+        features = (self.extract(part.to(device)) for part in check_images(images).split(batch_size))
+        return torch.cat([found.logits.argmax(dim=1).cpu() for found in features if found.logits is not None])
 
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
         """Share of uint8 images (n, 3, h, w) whose predicted class equals labels (n,)."""
-        assert len(images) == len(labels) > 0
-        predicted = self.predict(images)
-        return float((predicted == labels.to(predicted.device)).double().mean())
+        return float((self.predict(images) == labels).double().mean())
 
     def fingerprint(self) -> str:
         """Hash of the weights."""
@@ -95,7 +79,8 @@ class ClassifierFeatures(FeatureExtractor):
                 raise ValueError(f"{folder / name} exists; choose another directory or remove the file.")
         with replacing(folder / WEIGHTS_FILE) as part:
             save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, part)
-        write_json(folder / CONFIG_FILE, self.config())
+        sizes = {"image_size": self.image_size, "num_classes": self.num_classes, "num_features": self.num_features}
+        write_json(folder / CONFIG_FILE, {"kind": "classifier", **sizes})
         return folder
 
     @classmethod
@@ -116,15 +101,7 @@ class ClassifierFeatures(FeatureExtractor):
 
 
 def train_classifier(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int | None = None,
-    num_features: int = 32,
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
-    seed: int = 0,
+    images: Tensor, labels: Tensor, *, num_classes: int | None = None, epochs: int = 20, seed: int = 0
 ) -> ClassifierFeatures:
     """Train a classifier on uint8 images (n, 3, h, w) and labels (n,) int64; on the CPU, the same for the same seed.
 
@@ -133,21 +110,18 @@ def train_classifier(
     Raises:
         ValueError: images are not uint8 (n, 3, h, w), or too small, or there are fewer than 2 classes.
     """
-    images, labels = check_images(images).cpu(), torch.as_tensor(labels).cpu()
+    images, labels = check_images(images).cpu(), labels.cpu()
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    assert labels.dtype == torch.int64
-    assert len(labels) == len(images) > 1
-    assert 0 <= int(labels.min()) <= int(labels.max()) < classes
     order = np.random.RandomState(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         height, width = images.shape[2:]
-        model = ClassifierFeatures((height, width), classes, num_features)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-        steps = epochs * -(-len(images) // batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=learning_rate, total_steps=steps)
+        model = ClassifierFeatures((height, width), classes)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01)
+        steps = epochs * -(-len(images) // BATCH)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=RATE, total_steps=steps)
         for _ in range(epochs):
-            for part in torch.as_tensor(order.permutation(len(images))).split(batch_size):
+            for part in torch.as_tensor(order.permutation(len(images))).split(BATCH):
                 logits = model.extract(images[part]).logits  # (B, C)
                 assert logits is not None
                 optimiser.zero_grad(set_to_none=True)

@@ -118,19 +118,11 @@ def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 
 class Detector:
-    """A Mask2Former with COCO's classes.
-
-    Args:
-        directory: model in transformers' format, such as facebook/mask2former-swin-small-coco-instance.
-        device: where it runs.
-
-    Raises:
-        ValueError: no such directory, or transformers is not installed.
-    """
+    """A Mask2Former with COCO's classes, from a directory in transformers' format. ValueError where there is none."""
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
-        place = _directory(directory, "detector", "facebook/mask2former-swin-small-coco-instance")
-        transformers = _transformers()
+        example = "facebook/mask2former-swin-small-coco-instance"
+        transformers, place = _pretrained(directory, "detector", example)
         kind = transformers.Mask2FormerForUniversalSegmentation
         self.model: Any = kind.from_pretrained(place, local_files_only=True, dtype=torch.float32)
         self.model.to(device).eval()
@@ -142,10 +134,8 @@ class Detector:
         pixels, size = detector_input(image)
         output = self.model(pixel_values=pixels.to(self.device))
         padded = (pixels.shape[2], pixels.shape[3])
-        width, height = image.size
-        return detections_of(
-            output.class_queries_logits[0], output.masks_queries_logits[0], padded, size, (height, width)
-        )
+        original = (image.height, image.width)
+        return detections_of(output.class_queries_logits[0], output.masks_queries_logits[0], padded, size, original)
 
 
 # --- colour -----------------------------------------------------------------------------------------------------------
@@ -158,10 +148,9 @@ def object_crop(
     background: str | None = BACKGROUND,
     crop: bool = True,
 ) -> Image.Image:
-    """The object alone: everything outside mask (h, w) bool in the background colour, cut to its box.
+    """The object alone: everything outside mask (h, w) bool in the background colour (None: unchanged), cut to its box.
 
-    mask None hides nothing; background None keeps the image's own. Edges of the box are rounded half to even; what lies
-    outside the image is black.
+    Edges of the box are rounded half to even; what lies outside the image is black.
     """
     shown = image
     if mask is not None:
@@ -169,8 +158,7 @@ def object_crop(
         shown = Image.composite(image, blank, Image.fromarray(mask))
     if not crop:
         return shown
-    left, top, right, bottom = (float(edge) for edge in box[:4])
-    return shown.crop((left, top, right, bottom))  # type: ignore[arg-type]
+    return shown.crop(tuple(float(edge) for edge in box))  # type: ignore[arg-type]
 
 
 def clip_input(images: Sequence[Image.Image]) -> Tensor:
@@ -193,17 +181,11 @@ def _clip_pixels(image: Image.Image) -> Tensor:
 class ColorClassifier:
     """Zero-shot colours by CLIP: the colour whose mean text embedding is nearest to the crop's.
 
-    Args:
-        directory: model in transformers' format, such as openai/clip-vit-large-patch14.
-        device: where it runs.
-
-    Raises:
-        ValueError: no such directory, or transformers is not installed.
+    From a directory in transformers' format. ValueError where there is none.
     """
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
-        place = _directory(directory, "CLIP model", "openai/clip-vit-large-patch14")
-        transformers = _transformers()
+        transformers, place = _pretrained(directory, "CLIP model", "openai/clip-vit-large-patch14")
         self.model: Any = transformers.CLIPModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
         self.model.to(device).eval()
         self.tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=True)
@@ -241,19 +223,16 @@ class ColorClassifier:
         return self._weights[name]
 
 
-def _directory(given: str | Path, what: str, example: str) -> Path:
-    place = Path(given).expanduser()
+def _pretrained(directory: str | Path, what: str, example: str) -> tuple[Any, Path]:
+    """transformers, and the directory with config.json. Raises ValueError where one is missing."""
+    place = Path(directory).expanduser()
     if not (place / "config.json").is_file():
         raise ValueError(
             f"no {what} in {place}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing is "
             "downloaded for you."
         )
-    return place
-
-
-def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
         raise ValueError("GenEval needs transformers: pip install 'flashar-pl[emu]'") from error
-    return transformers
+    return transformers, place

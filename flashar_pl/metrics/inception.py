@@ -55,26 +55,11 @@ def load_fidelity_module() -> ModuleType:
         sys.modules.update(before)
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """State dict of the weight file. ValueError says which file and where to get it."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(
-            f"no Inception weights at {file}. Download {WEIGHTS_FILE} (96 MB) from {WEIGHTS_URL} and give its path; "
-            "nothing is downloaded for you."
-        )
-    try:
-        return read_tensors(file)
-    except ValueError as error:
-        raise ValueError(f"{error} Expected {WEIGHTS_FILE}.") from error
-
-
 def build_network(state: dict[str, Tensor]) -> nn.Module:
     """torch-fidelity's FeatureExtractorInceptionV3 with outputs 2048 and logits_unbiased, holding `state`.
 
-    Its constructor reads weights either with weights_only=False or over the network. Both are avoided: without a path
-    it asks one function of its module for a state dict, and that function, in this private copy of the module, hands
-    over the one given here.
+    Its constructor reads weights with weights_only=False or over the network. Without a path it asks one function of
+    its module for a state dict; that function, in this private copy of the module, hands over the one given here.
     """
     module = load_fidelity_module()
     module.load_state_dict_from_url = lambda url, progress=False: state  # type: ignore[attr-defined]
@@ -88,26 +73,29 @@ class InceptionFeatures(FeatureExtractor):
     """Pool (B, 2048), spatial (B, 2023) and bias-free logits (B, 1008) of the 2015 Inception network, in float32.
 
     The spatial features are the ADM evaluator's `mixed_6/conv:0`, first 7 channels, flattened row, column, channel.
-    In the TensorFlow graph mixed, mixed_1 ... mixed_10 are Mixed_5b, 5c, 5d, 6a ... 6e, 7a ... 7c, and torch-fidelity's
-    weight converter maps `mixed_6/conv/conv2d_params` to `Mixed_6d.branch1x1.conv`: the layer is certain. Inside that
-    scope the graph's last operation carries the scope's own name, after Conv2D, batchnorm, CheckNumerics and
-    control_dependency, so `:0` is read as the output after batch norm and ReLU. This last step follows the order of
-    operations in listings of the graph; it has not been checked against a run of the graph itself.
-
-    Args:
-        weights_path: the file weights-inception-2015-12-05-6726825d.pth; nothing is ever downloaded.
-
-    Raises:
-        ValueError: the file or torch-fidelity is missing, or the file holds something else.
+    In the TensorFlow graph mixed, mixed_1 ... mixed_10 are Mixed_5b ... 5d, 6a ... 6e, 7a ... 7c, and torch-fidelity's
+    weight converter maps `mixed_6/conv/conv2d_params` to `Mixed_6d.branch1x1.conv`: the layer is certain. `:0` is read
+    as its output after batch norm and ReLU, the last operations of that scope in listings of the graph; this step has
+    not been checked against a run of the graph itself.
     """
 
     num_features = 2048
     num_spatial = 17 * 17 * SPATIAL_CHANNELS
     num_classes = 1008
 
-    def __init__(self, weights_path: str | Path) -> None:
+    def __init__(self, weights: str | Path) -> None:
+        """weights: torch-fidelity's file. Raises ValueError where it or torch-fidelity is missing, or it is another."""
         super().__init__()
-        state = read_weights(weights_path)
+        file = Path(weights).expanduser()
+        if not file.is_file():
+            raise ValueError(
+                f"no Inception weights at {file}. Download {WEIGHTS_FILE} (96 MB) from {WEIGHTS_URL} and give its path; "
+                "nothing is downloaded for you."
+            )
+        try:
+            state = read_tensors(file)
+        except ValueError as error:
+            raise ValueError(f"{error} Expected {WEIGHTS_FILE}.") from error
         self.network = build_network(state)
         self._fingerprint = "inception-2015-" + state_digest(state)
         self._tap: Tensor | None = None
@@ -115,7 +103,7 @@ class InceptionFeatures(FeatureExtractor):
         tap.register_forward_hook(lambda module, inputs, output: setattr(self, "_tap", output))
 
     def extract(self, images: Tensor) -> Features:
-        """Features of uint8 images (B, 3, h, w), resized to 299 x 299 as the TensorFlow graph does."""
+        """Features of uint8 images (B, 3, h, w), which the network resizes to 299 x 299 as TensorFlow did."""
         pool, logits = self.network(check_images(images))  # (B, 2048), (B, 1008)
         assert self._tap is not None
         tap, self._tap = self._tap, None  # (B, 192, 17, 17)

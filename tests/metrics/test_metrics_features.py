@@ -67,7 +67,7 @@ def test_features_ignore_mixed_precision():
 
 def test_classifier_round_trip(tmp_path):
     images, labels = toy_images(64, 1)
-    model = train_classifier(images, labels, num_features=7, epochs=2)
+    model = train_classifier(images, labels, epochs=2)
     model.save(tmp_path / "classifier")
     loaded = load_extractor(tmp_path / "classifier")
     assert isinstance(loaded, ClassifierFeatures)
