@@ -158,7 +158,7 @@ def object_crop(
         shown = Image.composite(image, blank, Image.fromarray(mask))
     if not crop:
         return shown
-    return shown.crop(tuple(float(edge) for edge in box))  # type: ignore[arg-type]
+    return shown.crop(tuple(float(edge) for edge in box[:4]))  # type: ignore[arg-type]
 
 
 def clip_input(images: Sequence[Image.Image]) -> Tensor:

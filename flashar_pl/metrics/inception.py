@@ -89,8 +89,8 @@ class InceptionFeatures(FeatureExtractor):
         file = Path(weights).expanduser()
         if not file.is_file():
             raise ValueError(
-                f"no Inception weights at {file}. Download {WEIGHTS_FILE} (96 MB) from {WEIGHTS_URL} and give its path; "
-                "nothing is downloaded for you."
+                f"no Inception weights at {file}. Download {WEIGHTS_FILE} (96 MB) from {WEIGHTS_URL} and give its "
+                "path; nothing is downloaded for you."
             )
         try:
             state = read_tensors(file)
