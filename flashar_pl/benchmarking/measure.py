@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.planner.decode import DecodeJob, Forward
-from flashar_pl.planner.sizes import ModelSizes, block_linears
 
 
 @dataclass
@@ -115,17 +114,17 @@ class Speed:
         return max(self.copy, self.read)
 
 
-def device_speed(sizes: ModelSizes, job: DecodeJob, device: torch.device, dtype: torch.dtype) -> Speed:
+def device_speed(job: DecodeJob, device: torch.device) -> Speed:
     """Measured rates. The buffers are as large as the weights of one forward, so that caches help both alike."""
     size = max(2**20, min(job.forwards[-1].weight_bytes, 4 * 2**30)) // 4 * 4
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     copy = 2 * size / best(partial(target.copy_, source), device)
     read = size / best(source.sum, device)
-    linear = max(block_linears(sizes.block), key=lambda each: each.parameters)
+    linear = max(job.sizes.linears, key=lambda each: each.parameters)
     rows = 4096 if device.type == "cuda" else 512
-    x = torch.randn(rows, linear.n_in, dtype=dtype, device=device)  # equal numbers take less power, so less time
-    weight = torch.randn(linear.n_out, linear.n_in, dtype=dtype, device=device)
+    x = torch.randn(rows, linear.n_in, dtype=job.dtype, device=device)  # equal numbers take less power, so less time
+    weight = torch.randn(linear.n_out, linear.n_in, dtype=job.dtype, device=device)
     matrix = 2 * rows * linear.parameters / best(lambda: F.linear(x, weight), device)
     return Speed(copy, read, matrix)
 
@@ -178,7 +177,7 @@ class GemmWalk:
         self.job = job
         self.device = model.device
         blocks = list(model.backbone.blocks)
-        if job.plan.has_vertical and isinstance(model, FlashAR):
+        if job.order.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
         self.blocks = [each for block in blocks for each in projections(block)]
         self.condition = [Projection.of(linear) for linear in model.backbone.condition_linears().values()]

@@ -23,7 +23,7 @@ from flashar_pl.decoding.prepare import prepare
 from flashar_pl.devices import peak_memory
 from flashar_pl.models import GridModel
 from flashar_pl.options import EngineOptions, Runner, SamplingSettings, WeightFormat
-from flashar_pl.planner import decode_job
+from flashar_pl.planner.decode import DecodeJob
 
 GEMM_SAMPLES = 5
 """Measurements of the matrix products alone, spread between those of the whole job."""
@@ -45,9 +45,9 @@ class Job:
     def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
         """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.benchmarking.plain`."""
         sizes, grid = self.subject.sizes, self.subject.grid
-        planned = decode_job(sizes, plan, grid, batch, self.sampling.guided, self.dtype)
+        planned = DecodeJob(sizes, plan, grid, batch, self.sampling.guided, self.dtype)
         if plan not in self.speeds:
-            self.speeds[plan] = device_speed(sizes, planned, self.device, self.dtype)
+            self.speeds[plan] = device_speed(planned, self.device)
         speed, decode, name = self.speeds[plan], self._decoder(plan, batch, engine), clock_name(self.device)
         warm_up, timing, gemm = Timing(), Timing(), Timing()
         with peak_memory(self.device) as peak:
@@ -64,7 +64,7 @@ class Job:
                 gemm.cpu += sample.cpu
         timed, products = timing.summary(), None if walk is None else gemm.summary()
         seconds, gemm_s = timed[f"{name}_s"], None if products is None else products[f"{name}_s"]
-        floor, steps = planned.floor(speed.bandwidth, speed.matrix), planned.plan.n_steps
+        floor, steps = planned.floor(speed.bandwidth, speed.matrix), planned.order.n_steps
         return {
             "plan": PLAIN if engine is None else plan,
             "runner": "eager" if engine is None else engine.runner,

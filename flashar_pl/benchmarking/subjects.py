@@ -5,18 +5,17 @@ Shapes: B images, H x W grid.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from flashar_pl.backbones import Prompts, build_backbone, import_backbone
+from flashar_pl.backbones import Prompts
 from flashar_pl.backbones.condition import Condition
+from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.checkpoints.opening import open_checkpoint
-from flashar_pl.models import FlashAR, GridModel, RasterAR
+from flashar_pl.models import GridModel
 from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, PresetOptions, parse_grid
-from flashar_pl.planner.sizes import ModelSizes, model_sizes
+from flashar_pl.planner.sizes import ModelSizes, model_sizes, named_sizes
 
 
 @dataclass
@@ -41,32 +40,18 @@ class Subject:
             asked = ModelOptions(options.checkpoint, branch_layer=branch, grid=options.grid, backbone_class=own)
             source = open_checkpoint(asked, DeviceOptions(str(device), dtype))
             return cls(model_sizes(source.model.config()), source.need_grid(), source.model)
-        backbone = {"preset": options.preset, **({} if layers is None else {"n_layer": layers})}
-        if own is not None:
-            kind = import_backbone(own).kind
-            backbone = {"kind": kind} if options.preset is None else backbone
-        sizes = model_sizes({"kind": "flashar", "backbone": backbone, "branch_layer": branch})
+        sizes = named_sizes(options.preset, own, branch, **({} if layers is None else {"n_layer": layers}))
         return cls(sizes, parse_grid(options.grid) or sizes.usual_grid)
 
     def model(self, device: torch.device, dtype: torch.dtype) -> GridModel:
         """The checkpoint's, or one with random weights, made on the device and in the dtype it is used in."""
         if self.loaded is not None:
             return self.loaded
-        model = self.build().to(dtype).to_empty(device=device)
+        model = build_on_meta(self.sizes.config).to(dtype).to_empty(device=device)
         with torch.no_grad():
             for parameter in (*model.parameters(), *model.buffers()):
                 parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
         return model.eval().requires_grad_(False)
-
-    def build(self) -> GridModel:
-        """The model without memory for weights."""
-        sizes = self.sizes
-        with torch.device("meta"):
-            backbone = build_backbone(json.loads(sizes.backbone))
-            if not sizes.flashar:
-                return RasterAR(backbone)
-            fusion: Any = "gate" if sizes.gated else "average"
-            return FlashAR(backbone, sizes.branch_layer, sizes.vertical_layers, fusion, sizes.corner)
 
     def condition(self, batch: int, guided: bool) -> tuple[Condition, Condition | None]:
         """Conditions of `batch` images, and what guidance needs besides."""

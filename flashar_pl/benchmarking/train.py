@@ -16,9 +16,8 @@ from flashar_pl.backbones.condition import Condition
 from flashar_pl.benchmarking.measure import Timing, clock, clock_name
 from flashar_pl.benchmarking.plain_loss import head_loss, hidden_states, plain_loss
 from flashar_pl.devices import peak_memory
-from flashar_pl.models.base import GridModel
+from flashar_pl.models.base import STAGE1_ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
-from flashar_pl.planner.training import STAGE1
 
 LOSSES = ("chunked", "plain")
 """This package's loss, and the one that holds three logit tensors."""
@@ -45,7 +44,7 @@ class Steps:
         """Only what trains in this stage has gradients and optimizer state."""
         roles = self.model.roles()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in self.frozen and (stage == 2 or roles[name] in STAGE1))
+            parameter.requires_grad_(name not in self.frozen and (stage == 2 or roles[name] in STAGE1_ROLES))
             parameter.grad = None
         self.optimiser.state.clear()
 

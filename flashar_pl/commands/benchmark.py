@@ -70,6 +70,7 @@ def benchmark(
     from flashar_pl.checkpoints.opening import check_plan
     from flashar_pl.devices import device_name, find_device
     from flashar_pl.numerics import dtype_from_name
+    from flashar_pl.planner.decode import DecodeJob
     from flashar_pl.planner.room import Room
 
     if sampling.cfg_interval is not None:
@@ -84,8 +85,9 @@ def benchmark(
             check_plan(subject.loaded, name, subject.grid)
     alone = {"plain"} if device.type == "cpu" else {"plain", "auto"}  # see `choose_format`
     copies = (subject.loaded is None) + any(weights not in alone for _, weights in variants)
-    room = Room(subject.sizes, tuple(names), subject.grid, device, dtype, sampling.guided, None, copies)
-    batches = room.choose_all(measured.batch_sizes)
+    sizes, grid = subject.sizes, subject.grid
+    jobs = tuple(DecodeJob(sizes, name, grid, guided=sampling.guided, dtype=dtype) for name in names)
+    batches = Room(jobs, device, copies).choose_all(measured.batch_sizes)
     job = Job(subject, subject.model(device, dtype), sampling, device, dtype, repeats)
     with cpu_threads(device, measured.threads):
         rows, failed = measure_all(job, variants, names, batches, measured.skip_plain)
@@ -95,8 +97,8 @@ def benchmark(
             "device": device_name(device),
             "threads": measured.threads if device.type == "cpu" else None,
             "clock": clock_name(device),
-            "model": {"config": job.model.config(), "parameters": subject.sizes.parameters()},
-            "grid": list(subject.grid),
+            "model": {"config": job.model.config(), "parameters": sizes.parameters},
+            "grid": list(grid),
             "speed": {plan: asdict(speed) | {"bandwidth": speed.bandwidth} for plan, speed in job.speeds.items()},
             "rows": rows,
             "failed": failed,

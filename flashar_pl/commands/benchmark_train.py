@@ -79,7 +79,7 @@ def benchmark_train(
             "device": device_name(device),
             "clock": clock_name(device),
             "threads": step.threads if device.type == "cpu" else None,
-            "parameters": {role: count for role, count in subject.sizes.parameters().items() if count},
+            "parameters": {role: count for role, count in subject.sizes.parameters.items() if count},
             "frozen": sum(steps.model.get_parameter(name).numel() for name in steps.frozen),
             "rows": rows,
             "versions": versions(),

@@ -179,11 +179,11 @@ def subject_of(name: str, model: PresetOptions | None, place: torch.device, dtyp
     """The checkpoint or preset, or the tiny model of a family, on a grid that is no square."""
     from flashar_pl.backbones.registry import examples
     from flashar_pl.benchmarking.subjects import Subject
-    from flashar_pl.planner import model_sizes
+    from flashar_pl.planner.sizes import model_sizes
 
     if model is not None:
         return Subject.of(model, place, dtype)
-    return Subject(model_sizes({"kind": "flashar", "backbone": examples()[name]}), (6, 5))
+    return Subject(model_sizes({"backbone": examples()[name]}), (6, 5))
 
 
 def lively(model: GridModel) -> GridModel:

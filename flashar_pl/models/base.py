@@ -30,6 +30,8 @@ States = tuple[Tensor, Tensor | None]
 
 ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate")
 """What a parameter is for; every parameter has exactly one role (Sec. 4.3 trains them differently)."""
+STAGE1_ROLES = ("vertical", "vertical_head", "gate")
+"""What trains in stage 1."""
 
 
 @dataclass

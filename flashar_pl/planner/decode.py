@@ -10,15 +10,16 @@ G key/value heads, E head width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from flashar_pl.grid import DecodePlan, make_plan
-from flashar_pl.models.dual_head import step_sources
-from flashar_pl.planner.sizes import Linear, ModelSizes, block_linears
-
-GIB = 2**30
+from flashar_pl.models.dual_head import StepSources, step_sources
+from flashar_pl.planner.sizes import Linear, ModelSizes
 
 
 @dataclass(frozen=True)
@@ -59,99 +60,6 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class DecodeJob:
-    """Decoding of one batch."""
-
-    plan: DecodePlan
-    batch: int
-    rows: int
-    forwards: tuple[Forward, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Traffic of the whole batch."""
-        return sum(forward.bytes for forward in self.forwards)
-
-    @property
-    def flops(self) -> int:
-        """Arithmetic of the whole batch."""
-        return sum(forward.flops for forward in self.forwards)
-
-    def floor(self, bandwidth: float, rate: float) -> float:
-        """Seconds for the batch: each forward at the slower of both bounds."""
-        return sum(forward.floor(bandwidth, rate) for forward in self.forwards)
-
-
-def decode_job(
-    sizes: ModelSizes,
-    plan: str,
-    grid: tuple[int, int],
-    batch: int = 1,
-    guided: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    prefix: int | None = None,
-) -> DecodeJob:
-    """Every forward of decoding `batch` images.
-
-    guided: two rows per image, in one batch. prefix: positions; None = usual for the model.
-
-    Raises:
-        ValueError: unknown plan, or a diagonal plan for a raster model.
-    """
-    order = make_plan(plan, *grid, row_end=sizes.row_ends)
-    if order.has_vertical and not sizes.flashar:
-        raise ValueError(f"the {plan} plan needs a vertical head, and this is a raster model.")
-    rows = batch * (2 if guided else 1)
-    length = sizes.prefix if prefix is None else prefix
-    heads = step_sources(order, sizes.corner)
-    forwards = []
-    seen = 0
-    for t in range(order.n_steps):
-        n = length if t == 0 else order.slots_of_step[t - 1].stop - order.slots_of_step[t - 1].start
-        seen += n
-        at = heads[t]
-        h_rows, v_rows = at.h.stop - at.h.start, at.v.stop - at.v.start
-        both = h_rows - at.only_h if v_rows else 0
-        forwards.append(_forward(sizes, order.has_vertical, rows, n, seen, (h_rows, v_rows, both), t == 0, dtype))
-    return DecodeJob(order, batch, rows, tuple(forwards))
-
-
-def _forward(
-    sizes: ModelSizes,
-    vertical: bool,
-    rows: int,
-    n: int,
-    seen: int,
-    logits: tuple[int, int, int],
-    first: bool,
-    dtype: torch.dtype,
-) -> Forward:
-    """One forward: `n` new positions in each of `rows` rows, `seen` cached ones after it, then the heads' logits
-    (cells of H, cells of V, cells of both)."""
-    layers = sizes.n_layer + (sizes.vertical_layers if vertical else 0)
-    gemms = [Gemm(linear, rows * n, layers) for linear in block_linears(sizes.block)]
-    if first:
-        gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
-    head = Linear("head", sizes.dim, sizes.vocabulary)
-    h_rows, v_rows, both = logits
-    gemms += [Gemm(head, rows * cells) for cells in (h_rows, v_rows) if cells]
-    if both and sizes.gated:
-        gemms.append(Gemm(Linear("gate", 2 * sizes.dim, sizes.gate_width), rows * both))
-    norms = layers * 2 * sizes.dim + sizes.dim * (2 if vertical else 1)
-    weights = norms + sum(gemm.linear.parameters * gemm.count for gemm in gemms)
-    block = sizes.block
-    key_value = 2 * block.n_kv_head * block.head_dim * layers * rows  # elements of K and V per position
-    attention = 4 * rows * block.n_head * block.head_dim * n * seen * layers  # q k^T and p v
-    return Forward(
-        slots=n,
-        gemms=tuple(gemms),
-        weight_bytes=weights * dtype.itemsize,
-        cache_bytes=(key_value * (seen + n) + rows * n * sizes.dim) * dtype.itemsize,
-        flops=sum(gemm.flops for gemm in gemms) + attention,
-    )
-
-
-@dataclass(frozen=True)
 class DecodeMemory:
     """Bytes that decoding needs at its peak."""
 
@@ -167,57 +75,112 @@ class DecodeMemory:
         return self.weights + self.cache + self.logits + self.activations
 
 
-def model_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
-    """Bytes of one copy of a model."""
-    return (sizes.n_parameters + sizes.buffer_elements) * dtype.itemsize
+@dataclass(frozen=True)
+class DecodeJob:
+    """Decoding of one batch of images."""
+
+    sizes: ModelSizes
+    plan: str
+    grid: tuple[int, int]
+    batch: int = 1
+    guided: bool = True
+    """Two rows per image, in one batch."""
+    dtype: torch.dtype = torch.bfloat16
+    prefix: int | None = None
+    """Positions; None = usual for the model."""
+
+    @cached_property
+    def order(self) -> DecodePlan:
+        """The plan. Raises ValueError for an unknown one, or a diagonal one of a raster model."""
+        order = make_plan(self.plan, *self.grid, row_end=self.sizes.row_ends)
+        if order.has_vertical and not self.sizes.flashar:
+            raise ValueError(f"the {self.plan} plan needs a vertical head, and this is a raster model.")
+        return order
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.batch * (2 if self.guided else 1)
+
+    @property
+    def layers(self) -> int:
+        """Layers that run."""
+        return self.sizes.n_layer + (self.sizes.vertical_layers if self.order.has_vertical else 0)
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """Positions that each forward feeds in each row: P, then n of every step but the last."""
+        first = self.sizes.conditioning.positions if self.prefix is None else self.prefix
+        return first, *(part.stop - part.start for part in self.order.slots_of_step[:-1])
+
+    @cached_property
+    def forwards(self) -> tuple[Forward, ...]:
+        """One for each step."""
+        heads = step_sources(self.order, self.sizes.corner)
+        return tuple(map(self._forward, self.fed, accumulate(self.fed), heads))
+
+    def _forward(self, n: int, seen: int, at: StepSources) -> Forward:
+        """`n` new positions in each row, `seen` cached ones after it, then the heads' logits."""
+        sizes, block, rows, layers = self.sizes, self.sizes.block, self.rows, self.layers
+        gemms = [Gemm(linear, rows * n, layers) for linear in sizes.linears]
+        if seen == n:  # the prefix
+            gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
+        head, of_h, of_v = Linear("head", sizes.dim, sizes.vocabulary), _length(at.h), _length(at.v)
+        gemms += [Gemm(head, rows * cells) for cells in (of_h, of_v) if cells]
+        if sizes.gate is not None and of_v and of_h > at.only_h:
+            gemms.append(Gemm(sizes.gate, rows * (of_h - at.only_h)))
+        norms = layers * 2 * sizes.dim + sizes.dim * (2 if self.order.has_vertical else 1)
+        weights = norms + sum(gemm.linear.parameters * gemm.count for gemm in gemms)
+        key_value = 2 * block.n_kv_head * block.head_dim * layers * rows  # elements of K and V per position
+        attention = 4 * rows * block.n_head * block.head_dim * n * seen * layers  # q k^T and p v
+        return Forward(
+            slots=n,
+            gemms=tuple(gemms),
+            weight_bytes=weights * self.dtype.itemsize,
+            cache_bytes=(key_value * (seen + n) + rows * n * sizes.dim) * self.dtype.itemsize,
+            flops=sum(gemm.flops for gemm in gemms) + attention,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Traffic of the whole batch."""
+        return sum(forward.bytes for forward in self.forwards)
+
+    @property
+    def flops(self) -> int:
+        """Arithmetic of the whole batch."""
+        return sum(forward.flops for forward in self.forwards)
+
+    def floor(self, bandwidth: float, rate: float) -> float:
+        """Seconds for the batch: each forward at the slower of both bounds."""
+        return sum(forward.floor(bandwidth, rate) for forward in self.forwards)
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of one copy of the model."""
+        return (self.sizes.n_parameters + self.sizes.buffer_elements) * self.dtype.itemsize
+
+    @property
+    def memory(self) -> DecodeMemory:
+        """Peak memory with the static cache."""
+        sizes, block, order, rows = self.sizes, self.sizes.block, self.order, self.rows
+        cells = max(len(step) for step in order.cells_of_step)
+        widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
+        # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
+        # and two float64 tensors for the conditional ones
+        per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)
+        cached = 2 * self.layers * rows * block.n_kv_head * block.head_dim * sum(self.fed)
+        return DecodeMemory(
+            weights=self.model_bytes,
+            cache=cached * self.dtype.itemsize,
+            logits=cells * sizes.vocabulary * per_code,
+            activations=rows * max(self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
+        )
+
+    def largest_batch(self, available: int, cap: int = 1024) -> int:
+        """Largest batch up to `cap` whose memory fits into `available` bytes; 0 if not even one image fits."""
+        return bisect_right(range(1, cap + 1), available, key=lambda batch: replace(self, batch=batch).memory.total)
 
 
-def decode_memory(
-    sizes: ModelSizes,
-    plan: str,
-    grid: tuple[int, int],
-    batch: int = 1,
-    guided: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    prefix: int | None = None,
-) -> DecodeMemory:
-    """Peak memory of decoding `batch` images with the static cache."""
-    order = make_plan(plan, *grid, row_end=sizes.row_ends)
-    rows = batch * (2 if guided else 1)
-    length = sizes.prefix if prefix is None else prefix
-    layers = sizes.n_layer + (sizes.vertical_layers if order.has_vertical else 0)
-    block = sizes.block
-    cells = max(len(step) for step in order.cells_of_step)
-    fed = max(length, max(part.stop - part.start for part in order.slots_of_step))
-    widest = max(linear.n_in + linear.n_out for linear in block_linears(block))
-    # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each) and
-    # two float64 tensors for the conditional ones
-    logits = cells * sizes.vocabulary * (rows * 4 * (4 if order.has_vertical else 2) + batch * (3 * 4 + 2 * 8))
-    return DecodeMemory(
-        weights=model_bytes(sizes, dtype),
-        cache=2 * layers * rows * block.n_kv_head * (length + order.n_inputs) * block.head_dim * dtype.itemsize,
-        logits=logits,
-        activations=rows * fed * (3 * widest + 8 * sizes.dim) * max(dtype.itemsize, 4),
-    )
-
-
-def largest_batch(
-    sizes: ModelSizes,
-    plan: str,
-    grid: tuple[int, int],
-    available: int,
-    guided: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
-    cap: int = 1024,
-    prefix: int | None = None,
-) -> int:
-    """Largest batch up to `cap` whose memory fits into `available` bytes; 0 if not even one image fits."""
-
-    def fits(batch: int) -> bool:
-        return decode_memory(sizes, plan, grid, batch, guided, dtype, prefix).total <= available
-
-    low, high = 0, cap
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def _length(part: slice) -> int:
+    return part.stop - part.start

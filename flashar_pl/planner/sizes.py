@@ -1,7 +1,6 @@
-"""Sizes of a model, from a backbone that has no memory for weights.
+"""Sizes of a model, read from one that has no memory for weights.
 
-Letters: L layers, m branch layer, k vertical layers, D width, A query heads, G key/value heads, E head width,
-F feed-forward width, V codes.
+Letters: L layers, m branch layer, k vertical layers, D width, V codes.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from flashar_pl.backbones import Conditioning, describe_backbone
+from flashar_pl.backbones import Conditioning, describe_backbone, import_backbone
+from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.layers.transformer import BlockConfig
 from flashar_pl.models.base import ROLES
 from flashar_pl.models.dual_head import Corner
@@ -32,28 +32,34 @@ class Linear:
         """Number of weights."""
         return self.n_in * self.n_out
 
-
-def block_linears(block: BlockConfig) -> tuple[Linear, ...]:
-    """The four projections of a transformer block, in the order they run."""
-    query, both = block.n_head * block.head_dim, 2 * block.n_kv_head * block.head_dim
-    return (
-        Linear("wqkv", block.dim, query + both),
-        Linear("wo", query, block.dim),
-        Linear("w13", block.dim, 2 * block.ffn_dim),
-        Linear("w2", block.ffn_dim, block.dim),
-    )
+    @classmethod
+    def of(cls, name: str, module: nn.Linear) -> Linear:
+        """Sizes of a module."""
+        return cls(name, module.in_features, module.out_features)
 
 
 @dataclass(frozen=True)
-class BackboneSizes:
-    """What memory and time of a backbone depend on."""
+class ModelSizes:
+    """Everything about a `GridModel` that memory and time depend on."""
 
-    backbone: str
-    """`Backbone.config_dict()` as JSON."""
+    config: dict[str, Any]
+    """`GridModel.config()`."""
     block: BlockConfig
-    """Sizes of one block."""
+    linears: tuple[Linear, ...]
+    """The projections of one block, in the order they run."""
+    condition_linears: tuple[Linear, ...]
+    """Projections that embed the condition."""
+    gate: Linear | None
+    """Its hidden layer (Eq. 7)."""
     n_layer: int
     """L."""
+    branch_layer: int
+    """m; L for a raster model."""
+    vertical_layers: int
+    """k; 0 for a raster model."""
+    flashar: bool
+    """Whether there is a vertical branch."""
+    corner: Corner
     vocabulary: int
     """V, the codes that can be drawn: decoding reads these rows of a head only."""
     head_rows: int
@@ -62,58 +68,14 @@ class BackboneSizes:
     """Whether the raster plan has forced row-end tokens."""
     conditioning: Conditioning
     usual_grid: tuple[int, int]
-    usual_clones: int
-    condition_linears: tuple[Linear, ...]
-    """Projections that embed the condition."""
+    parameters: dict[str, int]
+    """By role, in the order of `ROLES`; a role the model lacks has 0."""
     block_parameters: int
     """Of one block."""
-    norm_parameters: int
-    """Of the final norm."""
     embedding_parameters: int
     """Embeddings of codes, tokens and conditions."""
     buffer_elements: int
     """Constants stored beside the parameters."""
-
-
-def count(module: nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-@lru_cache(maxsize=32)
-def _backbone_sizes(config: str) -> BackboneSizes:
-    backbone = describe_backbone(json.loads(config))
-    block, head, outer = backbone.blocks[0], backbone.head, backbone.condition_linears()
-    return BackboneSizes(
-        backbone=json.dumps(backbone.config_dict()),
-        block=backbone.block,
-        n_layer=backbone.n_layer,
-        vocabulary=backbone.vocabulary,
-        head_rows=head.out_features,
-        row_ends=backbone.row_ends,
-        conditioning=backbone.conditioning,
-        usual_grid=backbone.usual_grid,
-        usual_clones=backbone.usual_clones,
-        condition_linears=tuple(Linear(name, m.in_features, m.out_features) for name, m in outer.items()),
-        block_parameters=count(block),
-        norm_parameters=count(backbone.norm),
-        embedding_parameters=count(backbone) - count(backbone.blocks) - count(backbone.norm) - count(head),
-        buffer_elements=sum(buffer.numel() for buffer in backbone.buffers()),
-    )
-
-
-@dataclass(frozen=True)
-class ModelSizes(BackboneSizes):
-    """Everything about a `GridModel` that memory and time depend on."""
-
-    flashar: bool
-    """Whether there is a vertical branch."""
-    branch_layer: int
-    """m; L for a raster model."""
-    vertical_layers: int
-    """k; 0 for a raster model."""
-    gated: bool
-    corner: Corner
 
     @property
     def dim(self) -> int:
@@ -121,60 +83,69 @@ class ModelSizes(BackboneSizes):
         return self.block.dim
 
     @property
-    def prefix(self) -> int:
-        """Usual number of prefix positions."""
-        return self.conditioning.positions
-
-    @property
-    def gate_width(self) -> int:
-        """Hidden width of the gate (Eq. 7)."""
-        return max(64, self.dim // 8)
-
-    def parameters(self) -> dict[str, int]:
-        """Parameters by role, in the order of `ROLES`; a role the model lacks has 0."""
-        gate = 2 * self.dim * self.gate_width + self.gate_width + 1
-        counts = {
-            "backbone": self.embedding_parameters + self.n_layer * self.block_parameters + self.norm_parameters,
-            "horizontal_head": self.head_rows * self.dim,
-            "vertical": self.flashar * (self.vertical_layers * self.block_parameters + self.norm_parameters),
-            "vertical_head": self.flashar * self.head_rows * self.dim,
-            "gate": self.gated * gate,
-        }
-        assert tuple(counts) == ROLES
-        return counts
+    def block_weights(self) -> int:
+        """Weights of the projections of one block."""
+        return sum(linear.parameters for linear in self.linears)
 
     @property
     def n_parameters(self) -> int:
         """Parameters of the whole model."""
-        return sum(self.parameters().values())
+        return sum(self.parameters.values())
 
 
 def model_sizes(config: dict[str, Any]) -> ModelSizes:
     """Sizes of the model that `GridModel.config()` describes; its "backbone" may also be {"preset": name, ...}.
 
-    branch_layer: where it is absent, the one that is usual for the backbone.
+    kind: where it is absent, "flashar". branch_layer: where it is absent, the one that is usual for the backbone.
 
     Raises:
         ValueError: unknown kind, preset or field; a branch layer outside the model.
     """
-    found = vars(_backbone_sizes(json.dumps(config["backbone"])))
-    n_layer = found["n_layer"]
-    kind = config.get("kind", "flashar")
-    if kind == "raster":
-        return ModelSizes(
-            **found, flashar=False, branch_layer=n_layer, vertical_layers=0, gated=False, corner="horizontal"
-        )
-    if kind != "flashar":
-        raise ValueError(f'model kind is {kind!r}; expected "raster" or "flashar".')
-    m, k = config.get("branch_layer"), config.get("vertical_layers")
-    m = max(0, n_layer - found["usual_clones"]) if m is None else m
-    if not 0 <= m <= n_layer:
-        raise ValueError(f"branch_layer is {m}; expected 0 to {n_layer} (the number of layers).")
+    return _model_sizes(json.dumps({"kind": "flashar", **config}))
+
+
+def named_sizes(preset: str | None, backbone_class: str | None, branch_layer: int | None, **options: Any) -> ModelSizes:
+    """Sizes of FlashAR on a published backbone, or on one of the user's with its default sizes; options: changed."""
+    kind = None if backbone_class is None else import_backbone(backbone_class).kind  # its presets are known now
+    backbone = {"kind": kind} if preset is None else {"preset": preset}
+    return model_sizes({"backbone": backbone | options, "branch_layer": branch_layer})
+
+
+@lru_cache(maxsize=32)
+def _model_sizes(text: str) -> ModelSizes:
+    config = json.loads(text)
+    if config["kind"] == "flashar" and config.get("branch_layer") is None:
+        described = describe_backbone(config["backbone"])
+        config["branch_layer"] = max(0, described.n_layer - described.usual_clones)
+    model = build_on_meta(config)
+    backbone, head, config = model.backbone, model.dual_head, model.config()
+    block, roles, parameters = backbone.blocks[0], model.roles(), dict.fromkeys(ROLES, 0)
+    for name, parameter in model.named_parameters():
+        parameters[roles[name]] += parameter.numel()
+    inner = [(name.split(".")[-1], module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
     return ModelSizes(
-        **found,
-        flashar=True,
-        branch_layer=m,
-        vertical_layers=n_layer - m if k is None else k,
-        gated=config.get("fusion", "gate") == "gate",
-        corner=config.get("corner", "horizontal"),
+        config=config,
+        block=backbone.block,
+        linears=tuple(Linear.of(name, module) for name, module in inner),
+        condition_linears=tuple(Linear.of(name, module) for name, module in backbone.condition_linears().items()),
+        gate=None if head.gate is None else Linear.of("gate", head.gate.hidden),
+        n_layer=backbone.n_layer,
+        branch_layer=config.get("branch_layer", backbone.n_layer),
+        vertical_layers=config.get("vertical_layers", 0),
+        flashar=head.vertical is not None,
+        corner=head.corner,
+        vocabulary=backbone.vocabulary,
+        head_rows=head.horizontal.out_features,
+        row_ends=backbone.row_ends,
+        conditioning=backbone.conditioning,
+        usual_grid=backbone.usual_grid,
+        parameters=parameters,
+        block_parameters=count(block),
+        embedding_parameters=parameters["backbone"] - count(backbone.blocks) - count(backbone.norm),
+        buffer_elements=sum(buffer.numel() for buffer in model.buffers()),
     )
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -17,12 +17,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flashar_pl.grid import make_plan
+from flashar_pl.models.base import STAGE1_ROLES
 from flashar_pl.models.lora import TARGETS, LoraConfig
 from flashar_pl.models.losses import chunk_size
-from flashar_pl.planner.sizes import ModelSizes, block_linears
+from flashar_pl.planner.sizes import ModelSizes
 
-STAGE1 = ("vertical", "vertical_head", "gate")
-"""Roles that train in stage 1 (Sec. 4.3)."""
 Moments = Literal["fp32", "bf16", "8bit"]
 """What the two moments of AdamW are kept in; 8-bit blocks of 256 values have a float32 scale each."""
 MOMENT_BYTES = {"fp32": 8.0, "bf16": 4.0, "8bit": 2 * (1 + 4 / 256)}
@@ -70,12 +69,8 @@ class TrainingSetup:
             )
         if self.gpus % self.replicas:
             raise ValueError(f"{self.gpus} GPUs cannot hold {self.replicas} replicas; expected a divisor of gpus.")
-        if self.moments not in MOMENT_BYTES:
-            raise ValueError(f"moments is {self.moments!r}; expected one of {', '.join(MOMENT_BYTES)}.")
         if self.offload and not self.sharded:
             raise ValueError("only sharded parameters can be kept in CPU memory; use FSDP2, which also takes one GPU.")
-        if not 0 <= self.stage1_share <= 1:
-            raise ValueError(f"stage1_share is {self.stage1_share}; expected 0 to 1.")
 
     @property
     def shards(self) -> int:
@@ -84,9 +79,8 @@ class TrainingSetup:
 
     def length(self, sizes: ModelSizes) -> int:
         """Positions of one sequence: the prefix, and every slot but those of the last step."""
-        return (sizes.prefix if self.prefix is None else self.prefix) + make_plan(
-            self.plan, *self.grid, row_end=sizes.row_ends
-        ).n_inputs
+        prefix = sizes.conditioning.positions if self.prefix is None else self.prefix
+        return prefix + make_plan(self.plan, *self.grid, row_end=sizes.row_ends).n_inputs
 
 
 @dataclass(frozen=True)
@@ -116,21 +110,19 @@ def added(sizes: ModelSizes, lora: LoraConfig | None) -> int:
 
 
 def _added_to_block(sizes: ModelSizes, lora: LoraConfig) -> int:
-    linears = [linear for linear in block_linears(sizes.block) if linear.name in lora.targets]
-    return sum(lora.rank * (linear.n_in + linear.n_out) for linear in linears)
+    return sum(lora.rank * (linear.n_in + linear.n_out) for linear in sizes.linears if linear.name in lora.targets)
 
 
 def frozen(sizes: ModelSizes, lora: LoraConfig | None) -> int:
     """Parameters that never train."""
-    return 0 if lora is None else sizes.parameters()["backbone"]
+    return 0 if lora is None else sizes.parameters["backbone"]
 
 
-def trainable(sizes: ModelSizes, stage: int, lora: LoraConfig | None = None) -> int:
+def trainable(sizes: ModelSizes, stage: int, lora: LoraConfig | None) -> int:
     """Parameters that train in a stage; a raster model has no stage 1."""
-    counts = sizes.parameters()
     if stage == 1:
-        return sum(count for role, count in counts.items() if role in STAGE1)
-    return sum(counts.values()) - frozen(sizes, lora) + added(sizes, lora)
+        return sum(sizes.parameters[role] for role in STAGE1_ROLES)
+    return sizes.n_parameters - frozen(sizes, lora) + added(sizes, lora)
 
 
 def weight_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
@@ -139,21 +131,15 @@ def weight_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
     return 4 * trainable(sizes, 2, lora) + low * frozen(sizes, lora)
 
 
-def average_bytes(sizes: ModelSizes, lora: LoraConfig | None) -> int:
-    """Bytes of averaged weights: what never trains is not averaged."""
-    return 4 * trainable(sizes, 2, lora)
-
-
 def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> TrainingMemory:
     """Peak bytes on one GPU in a stage. In stage 1 the moments of frozen parameters do not exist yet."""
-    held = 0 if setup.offload else weight_bytes(sizes, setup.lora)
-    trains = 0 if setup.offload else trainable(sizes, stage, setup.lora)
-    averaged = 0 if setup.offload else average_bytes(sizes, setup.lora)
+    on_gpu = 0 if setup.offload else 1 / setup.shards
+    trains, averaged = trainable(sizes, stage, setup.lora), trainable(sizes, 2, setup.lora)
     return TrainingMemory(
-        weights=held // setup.shards + 4 * sizes.buffer_elements,
-        ema=setup.ema * averaged // setup.shards,
-        gradients=4 * trains // setup.shards,
-        moments=int(MOMENT_BYTES[setup.moments] * trains / setup.shards),
+        weights=int(on_gpu * weight_bytes(sizes, setup.lora)) + 4 * sizes.buffer_elements,
+        ema=int(on_gpu * setup.ema * 4 * averaged),
+        gradients=int(on_gpu * 4 * trains),
+        moments=int(on_gpu * MOMENT_BYTES[setup.moments] * trains),
         activations=activation_bytes(sizes, setup, stage),
         loss=loss_bytes(sizes, setup),
         transient=transient_bytes(sizes, setup, stage),
@@ -161,11 +147,28 @@ def training_memory(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
     )
 
 
+def memory_of_stages(sizes: ModelSizes, setup: TrainingSetup) -> dict[int, TrainingMemory]:
+    """`training_memory` of every stage that the run has."""
+    stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
+    return {stage: training_memory(sizes, setup, stage) for stage in stages}
+
+
+def peak_total(sizes: ModelSizes, setup: TrainingSetup) -> int:
+    """Bytes of the larger stage."""
+    return max(memory.total for memory in memory_of_stages(sizes, setup).values())
+
+
+def usable(gpu_bytes: int) -> int:
+    """Bytes of a GPU that can be planned with."""
+    return int(gpu_bytes * (1 - FRAGMENTATION))
+
+
 def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
     """CPU memory of one process for offloaded weights, gradients and moments."""
-    trained = (4 + MOMENT_BYTES[setup.moments]) * trainable(sizes, 2, setup.lora)
-    total = trained + weight_bytes(sizes, setup.lora) + setup.ema * average_bytes(sizes, setup.lora)
-    return int(total / setup.shards) if setup.offload else 0
+    if not setup.offload:
+        return 0
+    each = 4 + MOMENT_BYTES[setup.moments] + 4 * setup.ema
+    return int((weight_bytes(sizes, setup.lora) + each * trainable(sizes, 2, setup.lora)) / setup.shards)
 
 
 def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
@@ -224,9 +227,8 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
     low = 2 if setup.mixed else 4
     heads = sizes.head_rows * sizes.dim * (1 + sizes.flashar)
     if not setup.sharded:
-        linears = sum(linear.parameters for linear in block_linears(sizes.block))
         cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.n_layer
-        copies = (cast + sizes.vertical_layers) * linears + heads + added(sizes, setup.lora)
+        copies = (cast + sizes.vertical_layers) * sizes.block_weights + heads + added(sizes, setup.lora)
         return 2 * copies if setup.mixed else 0
     # a gradient, that in float32 for the reduction, and its new shard where there is one of earlier forwards to add to
     gradient = low + 4 + (4 / setup.shards if setup.accumulate > 1 else 0)
@@ -243,14 +245,11 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 
 
 def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
-    """FLOPs of one forward of one GPU's samples: layers below the branch and above it, vertical layers, each head,
-    and what LoRA adds.
-    """
+    """FLOPs of one forward of one GPU's samples: layers below and above the branch, vertical layers, heads, LoRA."""
     length = setup.length(sizes)
     tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
-    block = sizes.block
-    linears = 2 * tokens * sum(linear.parameters for linear in block_linears(block))
-    layer = linears + 4 * tokens * length * block.n_head * block.head_dim
+    attention = 4 * tokens * length * sizes.block.n_head * sizes.block.head_dim
+    layer = 2 * tokens * sizes.block_weights + attention
     head = 2 * targets * sizes.head_rows * sizes.dim
     return {
         "trunk": sizes.branch_layer * layer,
@@ -275,7 +274,7 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
         blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"] + parts["lora"])
         if setup.lora is not None:
             tokens = setup.samples * setup.length(sizes)
-            blocks -= sizes.n_layer * 2 * tokens * sum(linear.parameters for linear in block_linears(sizes.block))
+            blocks -= sizes.n_layer * 2 * tokens * sizes.block_weights
         heads = 3 * (parts["horizontal_head"] + parts["vertical_head"])
     else:
         blocks = parts["trunk"] + parts["horizontal"] + parts["lora"] + layers * parts["vertical"]
@@ -285,8 +284,6 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
 
 def training_time(sizes: ModelSizes, setup: TrainingSetup, peak: float, mfu: float) -> dict[str, Any]:
     """Seconds per step in both stages, hours and GPU-hours of the run, at `mfu` of `peak` FLOP/s per GPU."""
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu is {mfu}; expected 0 < mfu <= 1.")
     flops = [step_flops(sizes, setup, stage) for stage in (1, 2)]
     seconds = [count / (peak * mfu) for count in flops]
     share = setup.stage1_share if sizes.flashar else 0.0
@@ -297,17 +294,3 @@ def training_time(sizes: ModelSizes, setup: TrainingSetup, peak: float, mfu: flo
         "hours": hours,
         "gpu_hours": hours * setup.gpus,
     }
-
-
-# --- whether it fits ----------------------------------------------------------------------------------------------
-
-
-def usable(gpu_bytes: int) -> int:
-    """Bytes of a GPU that can be planned with."""
-    return int(gpu_bytes * (1 - FRAGMENTATION))
-
-
-def peak_total(sizes: ModelSizes, setup: TrainingSetup) -> int:
-    """Bytes of the larger stage."""
-    stages = (1, 2) if sizes.flashar and setup.stage1_share > 0 else (2,)
-    return max(training_memory(sizes, setup, stage).total for stage in stages)

@@ -165,7 +165,10 @@ class ExperimentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to continue or measure.")
-        parser.set_defaults({"data": {"class_path": f"flashar_pl.data.datamodules.{DEFAULT_DATA}"}})
+        data: dict[str, Any] = {"class_path": f"flashar_pl.data.datamodules.{DEFAULT_DATA}"}
+        if self.parse_only:
+            data["init_args"] = {"shards": ""}  # a run needs them, its arithmetic does not
+        parser.set_defaults({"data": data})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-STAGE1_ROLES = ("vertical", "vertical_head", "gate")
-"""What trains in stage 1."""
+from flashar_pl.models.base import STAGE1_ROLES
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from flashar_pl.options import (
     SamplingSettings,
     WayOptions,
 )
-from flashar_pl.planner import decode_memory, model_sizes
+from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.room import HEADROOM, Room
+from flashar_pl.planner.sizes import model_sizes
 
 CPU = torch.device("cpu")
 ROW = {"plan", "batch", "steps", "ms_per_image", "images_per_s", "ms_per_step", "peak_bytes", "bandwidth_floor_s"}
@@ -147,14 +148,15 @@ def test_auto_is_the_format_that_measured_best(dtype, plan, width, memory, found
 
 def test_a_batch_that_cannot_fit_is_refused_before_the_model_is_built(monkeypatch, refused):
     sizes = model_sizes({"backbone": {"preset": "llamagen-b"}})
-    need = decode_memory(sizes, "diagonal", (16, 16), 4, True, torch.float32).total
+    job = DecodeJob(sizes, "diagonal", (16, 16), 4, True, torch.float32)
+    need = job.memory.total
     monkeypatch.setattr(devices, "available_memory", lambda device: int(need / HEADROOM) + 10**6)
     monkeypatch.setattr("flashar_pl.benchmarking.subjects.Subject.model", None)
     words = ("--batch-sizes", "1,5", "--cfg-scale", "2", "--device", "cpu", "--weight-formats", "plain")
     error = refused("benchmark", "--preset", "llamagen-b", *words)
     assert "batch 5 with the" in error
     assert "the largest that fits is 4" in error
-    room = Room(sizes, ("diagonal",), (16, 16), CPU, torch.float32, True)
+    room = Room((job,), CPU)
     assert room.choose_all("auto,2,4") == [4, 2]
     with pytest.raises(ValueError, match="not even one image fits"):
         replace(room, weight_copies=4).choose(1)

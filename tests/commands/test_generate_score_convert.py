@@ -17,8 +17,9 @@ from flashar_pl.commands.score import held_out, image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
 from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions
-from flashar_pl.planner import decode_memory, model_sizes
+from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.room import HEADROOM
+from flashar_pl.planner.sizes import model_sizes
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ def test_generate_reports_runner_batch_and_memory(run, flashar_model, work, monk
 def room_for(batch: int, monkeypatch) -> None:
     """Available memory for `batch` samples of the tiny checkpoint and a few bytes more."""
     model = FlashAR(tiny_backbone(), 1)
-    memory = decode_memory(model_sizes(model.config()), "diagonal", (8, 8), batch, False, torch.float32)
+    memory = DecodeJob(model_sizes(model.config()), "diagonal", (8, 8), batch, False, torch.float32).memory
     need = memory.total - memory.weights  # the model is loaded
     monkeypatch.setattr(devices, "available_memory", lambda device: int(need / HEADROOM) + 1000)
 

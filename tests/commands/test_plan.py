@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from flashar_pl.commands.plan import HardwareOptions, RunOptions, plan
-from flashar_pl.planner import model_sizes
 from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
+from flashar_pl.planner.sizes import model_sizes
 from flashar_pl.planner.training import TrainingSetup, peak_total, usable
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
@@ -138,7 +138,7 @@ def test_changes_are_combined_where_one_is_not_enough():
     [
         ([], "give either --config"),
         (["--config", "none.yaml"], "no configuration none.yaml"),
-        (["--config", "list.yaml"], "has no model.backbone"),
+        (["--config", "list.yaml"], "expected keys with values"),
         (["--config", "broken.yaml"], "is not YAML"),
         (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
         (["--config", "lora.yaml"], "model.init_from is null"),
@@ -202,5 +202,5 @@ def test_grid_comes_from_the_shards_where_they_are(shards, work, capsys):
     result = plan(RunOptions(config="run.yaml"), HardwareOptions(gpus=1))
     assert result["setup"]["grid"] == (8, 8)
     assert result["setup"]["plan"] == "raster"
-    assert result["notes"] == ["data.batch_size 64 assumed, the default"]
+    assert result["notes"] == []
     assert GPUS[result["gpu"]["name"]].memory == 96

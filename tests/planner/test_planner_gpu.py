@@ -9,7 +9,7 @@ from flashar_pl.commands.benchmark_train import StepOptions, make_steps
 from flashar_pl.decoding import generate
 from flashar_pl.devices import peak_memory
 from flashar_pl.options import PresetOptions
-from flashar_pl.planner import decode_job, decode_memory
+from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.training import CONTEXT_BYTES, TrainingSetup, training_memory
 
 pytestmark = pytest.mark.gpu
@@ -27,7 +27,7 @@ def test_peak_of_decoding_is_within_the_plan(subject):
     condition, _ = subject.condition(64, True)
     with peak_memory(DEVICE) as peak:
         generate(model, condition, (16, 16), "diagonal", cfg_scale=2.0, seeds=0)
-    planned = decode_memory(subject.sizes, "diagonal", (16, 16), 64, True, torch.bfloat16).total
+    planned = DecodeJob(subject.sizes, "diagonal", (16, 16), 64, True, torch.bfloat16).memory.total
     assert 0.7 * planned < peak.bytes < 1.05 * planned
 
 
@@ -44,5 +44,5 @@ def test_peak_of_a_training_step_is_within_ten_percent(subject):
 
 def test_the_gemm_walk_runs_as_a_graph(subject):
     model = subject.model(DEVICE, torch.bfloat16)
-    timing = GemmWalk(model, decode_job(subject.sizes, "diagonal", (16, 16))).measure(samples=2)
+    timing = GemmWalk(model, DecodeJob(subject.sizes, "diagonal", (16, 16))).measure(samples=2)
     assert 0 < min(timing.wall) < 1

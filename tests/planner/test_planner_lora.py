@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flashar_pl.commands.plan import HardwareOptions, RunOptions, plan
 from flashar_pl.grid import make_plan
+from flashar_pl.models.base import STAGE1_ROLES
 from flashar_pl.models.lora import LoraConfig, adapt, frozen_names
-from flashar_pl.planner import model_sizes
 from flashar_pl.planner.advice import what_would_fit
+from flashar_pl.planner.sizes import model_sizes
 from flashar_pl.planner.training import (
-    STAGE1,
     TrainingSetup,
     adapted_block_activations,
     added,
@@ -35,7 +35,7 @@ RECIPE = Path(__file__).parents[2] / "experiments" / "emu35_34b_lora.yaml"
 def freeze(model, stage):
     frozen, roles = frozen_names(model), model.roles()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen and (stage == 2 or roles[name] in STAGE1))
+        parameter.requires_grad_(name not in frozen and (stage == 2 or roles[name] in STAGE1_ROLES))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

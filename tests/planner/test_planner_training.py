@@ -8,9 +8,9 @@ from test_planner_decode import EMU, TINY, build
 
 from flashar_pl.devices import resident_memory
 from flashar_pl.grid import make_plan
-from flashar_pl.planner import model_sizes
+from flashar_pl.models.base import STAGE1_ROLES
+from flashar_pl.planner.sizes import model_sizes
 from flashar_pl.planner.training import (
-    STAGE1,
     TrainingSetup,
     activation_bytes,
     block_activations,
@@ -30,7 +30,7 @@ ONE_GPU = {"gpus": 1, "sharded": False, "checkpointing": False, "mixed": False, 
 def make(backbone, branch_layer=2):
     config = {"kind": "flashar", "backbone": backbone, "branch_layer": branch_layer}
     torch.manual_seed(0)
-    return model_sizes(config), build(config, "cpu").train()
+    return model_sizes(config), build(config).train()
 
 
 def condition_for(sizes, batch):
@@ -39,7 +39,7 @@ def condition_for(sizes, batch):
 
 def freeze(model, stage):
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage == 2 or model.roles()[name] in STAGE1)
+        parameter.requires_grad_(stage == 2 or model.roles()[name] in STAGE1_ROLES)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -163,7 +163,7 @@ def test_the_34b_model_on_one_node_of_96_gb():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"gpus": 8, "replicas": 3}, "cannot hold 3 replicas"), ({"moments": "fp16"}, "moments is 'fp16'")],
+    [({"gpus": 8, "replicas": 3}, "cannot hold 3 replicas"), ({"samples": 0}, "samples 0, accumulate 1")],
 )
 def test_wrong_setups_are_named(options, message):
     with pytest.raises(ValueError, match=message):
@@ -176,7 +176,7 @@ def test_resident_memory_after_a_real_step():
     config = {"kind": "flashar", "backbone": {**SMALL, "dim": 512, "vocab_size": 16384}, "branch_layer": 2}
     sizes = model_sizes(config)
     before = resident_memory()
-    model = build(config, "cpu").train()
+    model = build(config).train()
     optimiser = torch.optim.AdamW(model.parameters())
     model.loss(torch.randint(0, 16384, (1, 2, 2)), torch.tensor([1]))["loss"].backward()
     optimiser.step()

@@ -15,8 +15,7 @@ from training_toys import OptimiserConfig, ValidationConfig, fit, make_module, s
 
 from flashar_pl.backbones.condition import Batch, Condition, Prompts
 from flashar_pl.models import RasterAR
-from flashar_pl.models.base import GridModel
-from flashar_pl.training.stages import STAGE1_ROLES
+from flashar_pl.models.base import STAGE1_ROLES, GridModel
 
 
 class Anywhere(CPUAccelerator):
