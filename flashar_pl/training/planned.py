@@ -1,0 +1,116 @@
+"""The planner's view of a training configuration: its model, and how it is trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashar_pl.planner.sizes import ModelSizes, model_sizes
+from flashar_pl.planner.training import TrainingSetup
+from flashar_pl.training.config import BackboneConfig, typed_settings
+from flashar_pl.training.lightning_cli import parsed_config
+from flashar_pl.training.module import FlashARModule
+
+IMAGENET = 1_281_167
+"""Training images of ImageNet, for epochs of shards that are not there yet."""
+BATCH = 64
+"""Samples of a forward where a data module of the user's has no batch size."""
+
+
+@dataclass
+class PlannedRun:
+    """What a file or a preset says."""
+
+    sizes: ModelSizes
+    setup: TrainingSetup
+    notes: list[str]
+    """What was assumed."""
+
+    @classmethod
+    def of_model(cls, sizes: ModelSizes, gpus: int) -> PlannedRun:
+        """A model on its usual grid; one sample per GPU, sharded, checkpointed."""
+        return cls(sizes, TrainingSetup(sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
+
+    @classmethod
+    def of_file(cls, path: str, gpus: int) -> PlannedRun:
+        """A training YAML.
+
+        Raises:
+            ValueError: no such file, not a training configuration, or a batch that the GPUs cannot share.
+        """
+        values = parsed_config(["--config", path])
+        model, data, trainer = values["model"], values["data"], values["trainer"]
+        data = data["init_args"] if "class_path" in data else data
+        if "class_path" in model["backbone"]:
+            model["backbone"] = asdict(BackboneConfig.named(**model["backbone"]))
+        module = FlashARModule(**typed_settings(model))
+        sizes, notes = model_sizes(module.model_config), list[str]()
+        batch, accumulate = data.get("batch_size", BATCH), trainer["accumulate_grad_batches"]
+        if "batch_size" not in data:
+            notes.append(f"a global batch of {batch} assumed")
+        if batch % gpus:
+            raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
+        setup = TrainingSetup(
+            grid=_grid(sizes, data.get("shards") or "", notes),
+            plan="diagonal" if sizes.flashar else "raster",
+            gpus=gpus,
+            samples=batch // gpus,
+            accumulate=accumulate,
+            ema=module.ema_decay is not None,
+            lora=module.lora,
+            total_steps=_steps(trainer, batch * accumulate, notes),
+            stage1_share=module.schedule.stage1_share or 0.0,
+            moments=module.optimiser.state,
+            **_strategy(trainer),
+        )
+        return cls(sizes, setup, notes)
+
+
+def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Sharding, replicas, compute dtype, checkpointing and offloading from the trainer section."""
+    strategy = trainer["strategy"]
+    if not isinstance(strategy, dict) or not strategy["class_path"].endswith("ShardedStrategy"):
+        return {"sharded": False, "mixed": "bf16" in str(trainer["precision"]), "checkpointing": False}
+    options = strategy["init_args"]
+    return {
+        "replicas": options["replicas"],
+        "mixed": options["compute"] == "bf16",
+        "checkpointing": options["recompute"],
+        "offload": options["offload"],
+    }
+
+
+def _grid(sizes: ModelSizes, shards: str, notes: list[str]) -> tuple[int, int]:
+    """The grid of the shards: from their manifest, from a name such as imagenet_256, or the family's usual one."""
+    place = Path(shards)
+    manifests = [place / "manifest.json", *sorted(place.glob("*/manifest.json"))] if shards else []
+    grids = [json.loads(path.read_text(encoding="utf-8"))["grid"] for path in manifests if path.is_file()]
+    if grids:
+        height, width = max(grids, key=lambda grid: grid[0] * grid[1])
+        if len(grids) > 1:
+            notes.append(f"grid {height}x{width} is the largest of {len(grids)} in {shards}")
+        return int(height), int(width)
+    if found := re.search(r"_(\d{2,4})$", shards.rstrip("/")):
+        side = int(found[1]) // 16
+        notes.append(f"grid {side}x{side} guessed from the name {shards} ({found[1]} pixels, 16 per code)")
+        return side, side
+    notes.append(_assumed(sizes.usual_grid))
+    return sizes.usual_grid
+
+
+def _assumed(grid: tuple[int, int]) -> str:
+    return f"grid {grid[0]}x{grid[1]} assumed; give --grid for another one"
+
+
+def _steps(trainer: dict[str, Any], batch: int, notes: list[str]) -> int:
+    """Optimizer steps: max_steps, or epochs over the shards."""
+    if trainer["max_steps"] > 0:
+        return int(trainer["max_steps"])
+    if trainer["max_epochs"]:
+        notes.append(f"epochs counted with {IMAGENET:,} images (ImageNet)")
+        return int(trainer["max_epochs"]) * (IMAGENET // batch)
+    notes.append("50,000 steps assumed; give --steps for another number")
+    return 50_000
