@@ -26,9 +26,8 @@ import numpy as np
 import torch
 import webdataset
 
-from flashar_pl.data.batches import TrainingBatches
-from flashar_pl.data.order import TrainingOrder
-from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
+from flashar_pl.data.batches import training_batches
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 
 SIDE, VOCABULARY, CROPS, BLOCK, WINDOW = 16, 16384, 10, 100, 256
 
@@ -55,8 +54,7 @@ def write(directory: str, samples: int) -> Manifest:
 
 def read_shuffled(manifest: Manifest, batch_size: int) -> int:
     """One epoch through the order and the reader. Returns the samples read."""
-    order = TrainingOrder(manifest.block_sizes("train"), batch_size, 0, WINDOW)
-    batches = TrainingBatches(ShardReader(manifest, "train"), order)
+    batches = training_batches([manifest], batch_size, 0, WINDOW)
     return sum(len(batches[0, g]) for g in range(len(batches)))
 
 

@@ -133,13 +133,10 @@ def _training(
     manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, seed: int, steps: int, device: Any
 ) -> Iterator[Batch]:
     """`steps` shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
-    from flashar_pl.data.batches import TrainingBatches
-    from flashar_pl.data.order import TrainingOrder
-    from flashar_pl.data.shards import ShardReader
+    from flashar_pl.data.batches import Cut, training_batches
 
-    order = TrainingOrder(manifest.block_sizes("train"), batch_size, seed, WINDOW)
-    batches = TrainingBatches(ShardReader(manifest, "train"), order, text_encoder=encoder)
-    return (batches[divmod(step, len(order))].to(device) for step in range(steps))
+    batches = training_batches([manifest], batch_size, seed, WINDOW, Cut(encoder=lambda manifest: encoder))
+    return (batches[divmod(step, len(batches))].to(device) for step in range(steps))
 
 
 def _train(

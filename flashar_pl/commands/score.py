@@ -163,12 +163,9 @@ def held_out(
     device: Any,
 ) -> Iterator[Batch]:
     """Batches of a split on a device, at most `limit` images spread evenly; a last one holds padding."""
-    from flashar_pl.data.batches import EvaluationBatches
-    from flashar_pl.data.order import EvaluationOrder
-    from flashar_pl.data.shards import ShardReader
+    from flashar_pl.data.batches import Cut, evaluation_batches
 
-    reader = ShardReader(manifest, split)
-    batches = EvaluationBatches(reader, EvaluationOrder(len(reader), batch_size, limit), text_encoder=text_encoder)
+    batches = evaluation_batches([manifest], split, batch_size, limit, Cut(encoder=lambda manifest: text_encoder))
     for g in range(len(batches)):
         yield batches[g].to(device)
 

@@ -1,8 +1,8 @@
 """Batches of codes as pure functions: (epoch, global batch) -> this rank's part of it.
 
-Because a batch is a function of two integers, worker processes hold no state, and the place in the data is two
-integers too. Several data sets of one tokenizer, one for each grid (`flashar tokenize text-image` writes OUT/32x32,
-OUT/27x36, ...), are one here: a global batch is of one grid on every rank.
+So worker processes hold no state, and the place in the data is two integers too. Several data sets of one tokenizer,
+one for each grid (`flashar tokenize text-image` writes OUT/32x32, OUT/27x36, ...), are one here: a global batch is of
+one grid on every rank.
 
 Shapes: b samples of a rank's slice of a global batch, H x W grid, T text length, C feature width.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from flashar_pl.backbones.condition import Batch, ClassIds, Condition, Prompts, TextFeatures
 from flashar_pl.data.manifest import Manifest
-from flashar_pl.data.order import EvaluationOrder, GridOrder, TrainingOrder, stream
+from flashar_pl.data.order import EvaluationOrder, GridOrder, Order, TrainingOrder, stream
 from flashar_pl.data.reader import Samples, ShardReader
 
 TextEncoder = Callable[[str], Tensor]
@@ -55,103 +55,6 @@ def to_batch(
     )
 
 
-@dataclass
-class TrainingBatches(Dataset):
-    """(epoch, g) -> this rank's part of global training batch g. `Batch.valid` is None: every row counts."""
-
-    reader: ShardReader
-    order: TrainingOrder
-    rank: int = 0
-    ranks: int = 1
-    text_encoder: TextEncoder | None = None
-    reshuffle: bool = True
-    """False: every epoch is epoch 0."""
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def identity(self) -> dict[str, Any]:
-        """What the order depends on; plain integers and strings."""
-        return self.order.settings | {"shards": self.reader.manifest.fingerprint(self.reader.split)}
-
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        epoch = item[0] if self.reshuffle else 0
-        index = self.order.batch(epoch, item[1], self.rank, self.ranks)
-        crops = self.order.crops(epoch, index, self.reader.manifest.crops)
-        return to_batch(self.reader.read(index, crops), index, None, self.text_encoder)
-
-
-@dataclass
-class EvaluationBatches(Dataset):
-    """g -> this rank's part of global evaluation batch g, evaluation crops; `Batch.valid` is always set."""
-
-    reader: ShardReader
-    order: EvaluationOrder
-    rank: int = 0
-    ranks: int = 1
-    text_encoder: TextEncoder | None = None
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def batch_size(self) -> int:
-        """Global batch, over all ranks."""
-        return self.order.batch_size
-
-    def __getitem__(self, g: int) -> Batch:
-        index, valid = self.order.batch(g, self.rank, self.ranks)
-        return to_batch(self.reader.read(index), index, valid, self.text_encoder)
-
-
-@dataclass
-class GridTraining(Dataset):
-    """As `TrainingBatches`, over several grids. `Batch.index` counts through all of them."""
-
-    parts: list[TrainingBatches]
-    offsets: list[int]
-    """Samples of the grids before each part."""
-    order: GridOrder
-
-    def __post_init__(self) -> None:
-        self.ranks, self.reshuffle = self.parts[0].ranks, self.parts[0].reshuffle
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def identity(self) -> dict[str, Any]:
-        """What the order depends on; plain integers and strings."""
-        digest = hashlib.sha256()
-        for manifest in (part.reader.manifest for part in self.parts):
-            digest.update(f"{manifest.grid[0]}x{manifest.grid[1]} {manifest.fingerprint('train')}\n".encode())
-        return self.order.settings | {"shards": digest.hexdigest()[:16]}
-
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        epoch, g = item
-        k, inner = self.order.place(epoch if self.reshuffle else 0, g)
-        return _shifted(self.parts[k][epoch, inner], self.offsets[k])
-
-
-@dataclass
-class GridEvaluation(Dataset):
-    """As `EvaluationBatches`: one grid after the other, each with a padded last batch."""
-
-    parts: list[EvaluationBatches]
-    offsets: list[int]
-
-    def __post_init__(self) -> None:
-        self._ends = np.cumsum([len(part) for part in self.parts])
-        self.batch_size, self.ranks = self.parts[0].batch_size, self.parts[0].ranks
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def __getitem__(self, g: int) -> Batch:
-        k = int(np.searchsorted(self._ends, g, side="right"))
-        inner = g - (int(self._ends[k - 1]) if k else 0)
-        return _shifted(self.parts[k][inner], self.offsets[k])
-
-
 @dataclass(frozen=True)
 class Cut:
     """What the batches of all splits have in common."""
@@ -163,31 +66,97 @@ class Cut:
     """Of remote shards; None = the user's cache directory."""
 
 
+@dataclass
+class Grid(Generic[Order]):
+    """A split of one data set, and the order in which it is shown."""
+
+    reader: ShardReader
+    order: Order
+    text_encoder: TextEncoder | None
+    offset: int
+    """Samples of the grids before it: `Batch.index` counts through all of them."""
+
+    def batch(self, index: np.ndarray, crops: np.ndarray | None = None, valid: np.ndarray | None = None) -> Batch:
+        """The samples `index` (b,) of this grid."""
+        return to_batch(self.reader.read(index, crops), index + self.offset, valid, self.text_encoder)
+
+
+@dataclass
+class TrainingBatches(Dataset):
+    """(epoch, g) -> this rank's part of global training batch g. `Batch.valid` is None: every row counts."""
+
+    grids: list[Grid[TrainingOrder]]
+    order: GridOrder
+    rank: int
+    ranks: int
+    reshuffle: bool
+    """False: every epoch is epoch 0."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on; plain integers and strings."""
+        manifests = [grid.reader.manifest for grid in self.grids]
+        if len(manifests) == 1:
+            return self.order.settings | {"shards": manifests[0].fingerprint("train")}
+        listed = [f"{m.grid[0]}x{m.grid[1]} {m.fingerprint('train')}\n" for m in manifests]
+        return self.order.settings | {"shards": hashlib.sha256("".join(listed).encode()).hexdigest()[:16]}
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch:
+        epoch = item[0] if self.reshuffle else 0
+        k, g = self.order.place(epoch, item[1])
+        grid = self.grids[k]
+        index = grid.order.batch(epoch, g, self.rank, self.ranks)
+        return grid.batch(index, grid.order.crops(epoch, index, grid.reader.manifest.crops))
+
+
+@dataclass
+class EvaluationBatches(Dataset):
+    """g -> this rank's part of global evaluation batch g, evaluation crops; `Batch.valid` is always set.
+
+    One grid comes after the other, each with a padded last batch.
+    """
+
+    grids: list[Grid[EvaluationOrder]]
+    rank: int
+    ranks: int
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum([len(grid.order) for grid in self.grids])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, g: int) -> Batch:
+        k = int(np.searchsorted(self._ends, g, side="right"))
+        grid = self.grids[k]
+        index, valid = grid.order.batch(g - int(self._ends[k]) + len(grid.order), self.rank, self.ranks)
+        return grid.batch(index, valid=valid)
+
+
 def training_batches(
-    manifests: list[Manifest], batch_size: int, seed: int, window: int, cut: Cut, reshuffle: bool = True
-) -> TrainingBatches | GridTraining:
+    manifests: list[Manifest], batch_size: int, seed: int, window: int, cut: Cut = Cut(), reshuffle: bool = True
+) -> TrainingBatches:
     """Training batches of one or several grids. Grids with fewer samples than one batch are left out.
 
     Raises:
         ValueError: no grid has a whole batch, or there is no training split.
     """
-
-    def part(manifest: Manifest, own_seed: int) -> TrainingBatches:
-        order = TrainingOrder(manifest.block_sizes("train"), batch_size, own_seed, window)
-        reader = ShardReader(manifest, "train", cut.cache)
-        return TrainingBatches(reader, order, cut.rank, cut.ranks, cut.encoder(manifest), reshuffle)
-
-    used = [k for k, manifest in enumerate(manifests) if manifest.samples("train") >= batch_size]
-    if len(manifests) == 1 or not used:  # the first has most samples; an error says what is missing
-        return part(manifests[0], seed)
-    offsets = _offsets(manifests, "train")
-    parts = [part(manifests[k], stream(seed, *manifests[k].grid)) for k in used]
-    return GridTraining(parts, [offsets[k] for k in used], GridOrder([part.order for part in parts], seed))
+    grids, offset = [], 0
+    whole = [manifest.samples("train") >= batch_size for manifest in manifests]
+    for manifest, used in zip(manifests, whole, strict=True):
+        if used or not any(whole):  # then the order says what is missing
+            own_seed = seed if len(manifests) == 1 else stream(seed, *manifest.grid)
+            order = TrainingOrder(manifest.block_sizes("train"), batch_size, own_seed, window)
+            grids.append(Grid(ShardReader(manifest, "train", cut.cache), order, cut.encoder(manifest), offset))
+        offset += manifest.samples("train")
+    return TrainingBatches(grids, GridOrder([grid.order for grid in grids], seed), cut.rank, cut.ranks, reshuffle)
 
 
 def evaluation_batches(
-    manifests: list[Manifest], split: str, batch_size: int, limit: int | None, cut: Cut
-) -> EvaluationBatches | GridEvaluation:
+    manifests: list[Manifest], split: str, batch_size: int, limit: int | None, cut: Cut = Cut()
+) -> EvaluationBatches:
     """Evaluation batches of one or several grids, each sample once; `limit` as in `EvaluationOrder`, over all grids.
 
     Raises:
@@ -195,29 +164,12 @@ def evaluation_batches(
     """
     there = [manifest for manifest in manifests if manifest.samples(split)] or manifests[:1]
     readers = [ShardReader(manifest, split, cut.cache) for manifest in there]
-    offsets = np.array(_offsets(there, split))
-    chosen = EvaluationOrder(sum(map(len, readers)), batch_size, limit).index  # (n,)
-    counts = np.bincount(np.searchsorted(offsets, chosen, side="right") - 1, minlength=len(there))
-    used = [k for k in range(len(there)) if counts[k]]
-    parts = [
-        EvaluationBatches(
-            readers[k],
-            EvaluationOrder(len(readers[k]), batch_size, int(counts[k])),
-            cut.rank,
-            cut.ranks,
-            cut.encoder(there[k]),
-        )
-        for k in used
+    ends = np.cumsum([len(reader) for reader in readers])
+    chosen = EvaluationOrder(int(ends[-1]), batch_size, limit).index  # (n,)
+    counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(readers)).tolist()
+    grids = [
+        Grid(reader, EvaluationOrder(len(reader), batch_size, count), cut.encoder(reader.manifest), end - len(reader))
+        for reader, count, end in zip(readers, counts, ends.tolist(), strict=True)
+        if count
     ]
-    return parts[0] if len(manifests) == 1 else GridEvaluation(parts, [int(offsets[k]) for k in used])
-
-
-def _offsets(manifests: list[Manifest], split: str) -> list[int]:
-    """Samples of the split before each data set."""
-    sizes = [manifest.samples(split) for manifest in manifests]
-    return [sum(sizes[:k]) for k in range(len(sizes))]
-
-
-def _shifted(batch: Batch, offset: int) -> Batch:
-    assert batch.index is not None
-    return replace(batch, index=batch.index + offset)
+    return EvaluationBatches(grids, cut.rank, cut.ranks)

@@ -20,8 +20,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.backbones.condition import Batch, Conditioning
-from flashar_pl.data.batches import Cut, evaluation_batches, training_batches
-from flashar_pl.data.loader import EvaluationLoader, PlacedBatches, TrainingLoader
+from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
+from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
 from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
@@ -99,7 +99,7 @@ class CodesDataModule(LightningDataModule):
         self.limit_validation_samples = limit_validation_samples
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
         self._manifests: list[Manifest] = []
-        self._source: PlacedBatches | Stream | None = None
+        self._source: TrainingBatches | ImageBatches | Stream | None = None
         self._training: TrainingLoader | StreamedLoader | None = None
         self._restored: dict[str, Any] = {}
 
@@ -149,7 +149,7 @@ class CodesDataModule(LightningDataModule):
             if isinstance(self._source, Stream):
                 self._source.check(self.num_workers)
 
-    def _exact(self, cut: Cut) -> PlacedBatches:
+    def _exact(self, cut: Cut) -> TrainingBatches | ImageBatches:
         """Training batches in our order."""
         batches = training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
         for manifest in self.manifests if len(self.manifests) > 1 else ():
@@ -276,7 +276,7 @@ class _ImagesDataModule(CodesDataModule):
             self._tokenizer = self._build_tokenizer()
         super().setup(stage)
 
-    def _exact(self, cut: Cut) -> PlacedBatches:
+    def _exact(self, cut: Cut) -> ImageBatches:
         source = self._read_source()
         known = self.manifest.condition.num_classes
         if source.condition.num_classes != known:

@@ -13,6 +13,8 @@ Shapes: M blocks, N samples, B global batch, R ranks.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 
 _MASK = (1 << 64) - 1
@@ -200,3 +202,6 @@ class EvaluationOrder:
         local = check_cut(self.batch_size, ranks)
         at = g * self.batch_size + rank * local + np.arange(local)
         return self.index[np.minimum(at, len(self.index) - 1)], at < len(self.index)
+
+
+Order = TypeVar("Order", TrainingOrder, EvaluationOrder)

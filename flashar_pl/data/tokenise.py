@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from flashar_pl.console import progress_bar
-from flashar_pl.data.items import Item, read_item, read_items
+from flashar_pl.data.items import Item, Items
 from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
@@ -204,10 +204,10 @@ def _finished(job: Job) -> dict[int, int]:
 
     A part of which an unreadable sample can be read now is forgotten: a disk may have been away.
     """
-    found = {}
+    found, items = {}, Items(job.source, job.prepare)
     for part in sorted(int(name) for name in os.listdir(job.work) if name.isdigit()):
         bad = _bad_samples(job, part)
-        if any(read_item(job.source, job.prepare, entry["id"]).array is not None for entry in bad):
+        if any(items.read(entry["id"]).array is not None for entry in bad):
             shutil.rmtree(job.work / f"{part:06d}")
         else:
             found[part] = len(bad)
@@ -227,7 +227,7 @@ def _run_parts(job: Job, rank: Rank, finished: dict[int, int]) -> None:
     left = [part for part in mine if part not in finished]
     bad = sum(finished.values())
     total, todo = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
-    items = read_items(job.source, job.prepare, [job.samples(part) for part in left], job.shards.workers)
+    items = Items(job.source, job.prepare).each([job.samples(part) for part in left], job.shards.workers)
     if rank.rank > 0:
         for part in left:
             bad += _write_part(job, part, items, lambda n: None, bad)

@@ -13,10 +13,9 @@ import torch
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones.condition import Batch, TextFeatures
-from flashar_pl.data.batches import EvaluationBatches, TrainingBatches
+from flashar_pl.data.batches import Cut, EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
-from flashar_pl.data.order import EvaluationOrder, TrainingOrder
-from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 
 BATCH = 12
 
@@ -26,9 +25,12 @@ def toy(tmp_path_factory) -> Manifest:
     return write_classes(tmp_path_factory.mktemp("data") / "toy", crops=3)
 
 
-def training(manifest: Manifest, rank: int = 0, ranks: int = 1, seed: int = 0, **kwargs) -> TrainingBatches:
-    order = TrainingOrder(manifest.block_sizes("train"), BATCH, seed, 4)
-    return TrainingBatches(ShardReader(manifest, "train"), order, rank, ranks, **kwargs)
+def training(manifest: Manifest, rank: int = 0, ranks: int = 1, seed: int = 0) -> TrainingBatches:
+    return training_batches([manifest], BATCH, seed, 4, Cut(rank, ranks))
+
+
+def evaluation(manifest: Manifest, batch_size: int, split: str = "validation", **cut) -> EvaluationBatches:
+    return evaluation_batches([manifest], split, batch_size, None, Cut(**cut))
 
 
 def rows(batch: Batch) -> list[tuple[int, int]]:
@@ -136,7 +138,7 @@ def test_resuming_another_order_in_mid_epoch_is_an_error(toy: Manifest) -> None:
     with pytest.raises(ValueError, match="batch 1 of epoch 0 of an order with seed=0; this run has seed=9"):
         other.load_state_dict(state)
     other.load_state_dict(state | {"epoch": 1, "position": 0})
-    assert other.cursor.epoch == 1
+    assert other.epoch == 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -146,8 +148,7 @@ def test_loading_leaves_the_global_random_state_alone(toy: Manifest, workers: in
     expected = torch.rand(3)
     torch.manual_seed(0)
     list(TrainingLoader(training(toy), workers))
-    order = EvaluationOrder(23, 8)
-    list(EvaluationLoader(EvaluationBatches(ShardReader(toy, "validation"), order), workers))
+    list(EvaluationLoader(evaluation(toy, 8), workers))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -155,7 +156,7 @@ def test_loading_leaves_the_global_random_state_alone(toy: Manifest, workers: in
 def test_evaluation_shows_each_sample_once_and_marks_the_rest(toy: Manifest, ranks: int, workers: int) -> None:
     seen = []
     for rank in range(ranks):
-        batches = EvaluationBatches(ShardReader(toy, "validation"), EvaluationOrder(23, 8), rank, ranks)
+        batches = evaluation(toy, 8, rank=rank, ranks=ranks)
         loader = EvaluationLoader(batches, workers)
         for _ in range(2):
             got = list(loader)
@@ -170,7 +171,7 @@ def test_evaluation_takes_the_crop_of_the_manifest(tmp_path: Path) -> None:
     """Guards the centre of ten crops, and manifests written before there was a choice."""
     manifest = write_classes(tmp_path / "toy", crops=3, evaluation_crop=2)
     assert Manifest.load(tmp_path / "toy").evaluation_crop == 2
-    batches = EvaluationBatches(ShardReader(manifest, "validation"), EvaluationOrder(23, 23))
+    batches = evaluation(manifest, 23)
     assert rows(batches[0]) == [(i, 2) for i in range(23)]
     file = tmp_path / "toy" / "manifest.json"
     text = json.loads(file.read_text())
@@ -186,14 +187,13 @@ def test_text_conditions(tmp_path: Path) -> None:
     common = {"name": "t", "tokenizer": {}, "grid": GRID, "vocabulary": VOCABULARY}
     with ShardWriter(tmp_path / "a", condition=ConditionSpec("text"), **common) as writer:
         writer.write("test", codes, ids=ids, texts=["x" * (i + 1) for i in range(6)])
-    reader = ShardReader(writer.manifest, "test")
-    batches = EvaluationBatches(reader, EvaluationOrder(6, 4), text_encoder=lambda s: torch.arange(len(s)))
+    batches = evaluation(writer.manifest, 4, "test", encoder=lambda manifest: lambda text: torch.arange(len(text)))
     assert [len(t) for t in batches[1].condition] == [5, 6, 6, 6]
 
     spec = ConditionSpec("text-features", length=3, width=2)
     with ShardWriter(tmp_path / "b", condition=spec, **common) as writer:
         writer.write("test", codes, ids=ids, features=[np.ones((1 + i % 3, 2), np.float32) for i in range(6)])
-    batch = EvaluationBatches(ShardReader(writer.manifest, "test"), EvaluationOrder(6, 3))[0]
+    batch = evaluation(writer.manifest, 3, "test")[0]
     assert isinstance(batch.condition, TextFeatures)
     assert batch.condition.mask.tolist() == [[False, False, True], [False, True, True], [True, True, True]]
     assert batch.condition.features.dtype == torch.float32
