@@ -13,15 +13,15 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import shutil
 import subprocess
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
+from typing import IO
 
 import fsspec
 
 from flashar_pl.files import digest, replacing
-
-CHUNK = 1 << 20
 
 
 def is_remote(location: str) -> bool:
@@ -34,9 +34,23 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashar_pl"
 
 
+def address(location: str, path: str) -> str:
+    """The URL, `pipe:` command or path of a file at a location. Raises ValueError for a command without {path}."""
+    if not location.startswith("pipe:"):
+        return f"{location.rstrip('/')}/{path}"
+    if "{path}" not in location:
+        raise ValueError(
+            f"{location!r} lacks {{path}}, the place of the file name, as in pipe:cat /data/digits/{{path}}"
+        )
+    return location.replace("{path}", shlex.quote(path))
+
+
 def read_bytes(location: str, path: str) -> bytes:
     """A whole file of a remote location. Raises ValueError if it cannot be read."""
-    return b"".join(_chunks(location, path))
+    with tempfile.TemporaryFile() as file:
+        _copy(address(location, path), file)
+        file.seek(0)
+        return file.read()
 
 
 def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
@@ -49,7 +63,7 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
         cache: directory of the copies.
 
     Raises:
-        ValueError: the file cannot be read, or what arrives has another hash.
+        ValueError: the file cannot be read, or has another hash.
     """
     target = cache / f"{sha256}{Path(path).suffix}"
     if target.exists():
@@ -61,7 +75,7 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
             return target
         with replacing(target) as part:
             with part.open("wb") as file:
-                file.writelines(_chunks(location, path))
+                _copy(address(location, path), file)
             if (found := digest(part)) != sha256:
                 raise ValueError(
                     f"{path} from {location} has the SHA-256 {found}, the manifest says {sha256}: "
@@ -70,28 +84,14 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
     return target
 
 
-def _chunks(location: str, path: str) -> Iterator[bytes]:
-    if location.startswith("pipe:"):
-        yield from _pipe_chunks(location, path)
+def _copy(url: str, target: IO[bytes]) -> None:
+    if url.startswith("pipe:"):
+        command = url.removeprefix("pipe:")
+        if code := subprocess.run(command, shell=True, stdout=target).returncode:
+            raise ValueError(f"The command `{command}` failed with exit code {code}.")
         return
-    url = f"{location.rstrip('/')}/{path}"
     try:
-        with fsspec.open(url, "rb") as file:
-            while chunk := file.read(CHUNK):
-                yield chunk
+        with fsspec.open(url, "rb") as source:
+            shutil.copyfileobj(source, target)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"Cannot read {url}: {type(error).__name__}: {error}") from error
-
-
-def _pipe_chunks(location: str, path: str) -> Iterator[bytes]:
-    if "{path}" not in location:
-        raise ValueError(
-            f"{location!r} lacks {{path}}, the place of the file name, as in pipe:cat /data/digits/{{path}}"
-        )
-    command = location.removeprefix("pipe:").replace("{path}", shlex.quote(path))
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        while chunk := process.stdout.read(CHUNK):
-            yield chunk
-    if process.returncode:
-        raise ValueError(f"The command `{command}` failed with exit code {process.returncode}.")

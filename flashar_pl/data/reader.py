@@ -13,11 +13,12 @@ import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from flashar_pl.data.manifest import ConditionSpec, Manifest, Record, Shard, code_dtype
+from flashar_pl.data.manifest import ConditionSpec, Manifest, Record, code_dtype
 from flashar_pl.files import BROKEN, reason
 
 OPEN_SHARDS = 128
@@ -60,18 +61,16 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, split: str, cache: str | None = None) -> None:
         self.manifest, self.split, self.cache = manifest, split, cache
-        self._shards = manifest.shards(split)
-        self._records = [(shard, record) for shard in self._shards for record in shard.records]
-        sizes = manifest.block_sizes(split)
-        self._starts = np.concatenate([[0], np.cumsum(sizes)])  # (M + 1,)
-        self._maps: dict[str, mmap.mmap] = {}
-        self._parsed: dict[int, dict[str, Any]] = {}
+        self._records = [(shard, record) for shard in manifest.shards(split) for record in shard.records]
+        self._starts = np.concatenate([[0], np.cumsum(manifest.block_sizes(split))])  # (M + 1,)
+        self._map = lru_cache(OPEN_SHARDS)(map_shard)
+        self._record = lru_cache(KNOWN_RECORDS)(self._read_record)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}, "_parsed": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.manifest, self.split, self.cache)
 
     def read(self, positions: np.ndarray, crops: np.ndarray | None = None) -> Samples:
         """The samples at `positions`, in that order.
@@ -93,41 +92,19 @@ class ShardReader:
         for i, (record, row, crop) in enumerate(zip(records, rows, chosen, strict=True)):
             codes[i] = record["codes.npy"][row, crop]
             ids[i] = record["ids.npy"][row]
-        if n and codes.max() >= manifest.vocabulary:
+        if n:
             worst = int(codes.reshape(n, -1).max(axis=1).argmax())
-            shard = self._records[int(blocks[worst])][0]
-            raise ValueError(
-                f"{self._path(shard)} holds the code {codes.max()}, outside the vocabulary of {manifest.vocabulary}: "
-                "the shard is damaged. Copy it again, or tokenize the data set again."
-            )
+            check_codes(codes[worst], manifest, self._path(int(blocks[worst])))
         return Samples(codes, ids, **columns(manifest.condition, list(zip(records, rows, strict=True))))
 
-    def labels(self) -> np.ndarray:
-        """Class ids of the whole split: (N,) int64. Raises ValueError if there are none, or as `read` does."""
-        if self.manifest.condition.kind != "class":
-            raise ValueError(f"Shards with the condition {self.manifest.condition.kind!r} have no class labels.")
-        return np.concatenate([self._record(i)["labels.npy"] for i in range(len(self._records))])
+    def _path(self, block: int) -> str:
+        return self.manifest.local_path(self._records[block][0], self.cache)
 
-    def _record(self, block: int) -> dict[str, Any]:
+    def _read_record(self, block: int) -> dict[str, Any]:
         """The members of a record, as views of the mapped file, checked against the manifest."""
-        found = self._parsed.get(block)
-        if found is None:
-            if len(self._parsed) >= KNOWN_RECORDS:
-                del self._parsed[next(iter(self._parsed))]
-            shard, record = self._records[block]
-            members = cut_members(self._map(shard), record)
-            found = self._parsed[block] = read_record(self.manifest, members, self._path(shard), record.samples)
-        return found
-
-    def _path(self, shard: Shard) -> str:
-        return self.manifest.local_path(shard, self.cache)
-
-    def _map(self, shard: Shard) -> mmap.mmap:
-        if shard.path not in self._maps:
-            if len(self._maps) >= OPEN_SHARDS:
-                del self._maps[next(iter(self._maps))]
-            self._maps[shard.path] = map_shard(self._path(shard), shard.bytes)
-        return self._maps[shard.path]
+        shard, record = self._records[block]
+        path = self._path(block)
+        return read_record(self.manifest, cut_members(self._map(path, shard.bytes), record), path, record.samples)
 
 
 def map_shard(path: str, size: int) -> mmap.mmap:
@@ -142,6 +119,15 @@ def map_shard(path: str, size: int) -> mmap.mmap:
         )
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def check_codes(codes: np.ndarray, manifest: Manifest, path: str) -> None:
+    """Raises ValueError if one of `codes` (any shape), read from `path`, is outside the vocabulary."""
+    if codes.max() >= manifest.vocabulary:
+        raise ValueError(
+            f"{path} holds the code {codes.max()}, outside the vocabulary of {manifest.vocabulary}: "
+            "the shard is damaged. Copy it again, or tokenize the data set again."
+        )
 
 
 def cut_members(data: mmap.mmap, record: Record) -> dict[str, memoryview]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from flashar_pl.data.images import EXTENSIONS, Unreadable
 from flashar_pl.data.manifest import ConditionSpec
-from flashar_pl.data.tars import TarFiles, find_tars, tar_records
+from flashar_pl.data.tars import find_tars, read_range, tar_records
 
 IMAGE_MEMBERS = tuple(extension.lstrip(".") for extension in EXTENSIONS)
 CAPTION_KEYS = ("input_prompt", "caption", "prompt", "text")
@@ -149,23 +149,22 @@ class TarSource(Source):
         classes: list[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        self._files = TarFiles(find_tars(location))
+        self._tars = find_tars(location)
         self._label = label
         ids = None if classes is None else {name: i for i, name in enumerate(classes)}
         if classes is not None:
             num_classes = len(classes)
         names: list[str] = []
         columns = array("q")
-        for tar, path in enumerate(self._files.paths):
+        for tar, path in enumerate(self._tars):
             for key, members in tar_records(path):
                 sample = next((members[name] for name in payload if name in members), (0, -1))
                 given = members.get(label, (0, -1))
                 number = -1
                 if label == "cls" and given[1] >= 0:
-                    number = class_id(self._files.read(tar, *given), ids, num_classes, f"{path}: {key}.cls")
+                    number = class_id(read_range(path, *given), ids, num_classes, f"{path}: {key}.cls")
                 columns.extend((tar, *sample, *given, number))
                 names.append(key)
-        self._files.close()
         if not names:
             raise ValueError(f"The tars at {location} are empty.")
         self._rows = np.frombuffer(columns, dtype=np.int64).reshape(-1, 6)  # (N, 6)
@@ -184,7 +183,7 @@ class TarSource(Source):
         return len(self._rows)
 
     def where(self, index: int) -> str:
-        return f"{self._files.paths[int(self._rows[index, 0])]}: {self._names[index]}"
+        return f"{self._tars[int(self._rows[index, 0])]}: {self._names[index]}"
 
     def read(self, index: int) -> tuple[bytes, int | str]:
         tar, at, size, label_at, label_size, number = (int(value) for value in self._rows[index])
@@ -193,10 +192,10 @@ class TarSource(Source):
         if label_size < 0:
             raise Unreadable(f"no {self._label} in the record")
         try:
-            data = self._files.read(tar, at, size)
+            data = read_range(self._tars[tar], at, size)
             if self._label == "cls":
                 return data, number
-            return data, self._files.read(tar, label_at, label_size).decode("utf-8").strip()
+            return data, read_range(self._tars[tar], label_at, label_size).decode("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
 

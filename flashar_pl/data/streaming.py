@@ -13,7 +13,6 @@ Shapes: n samples of a record, b samples of a device's part of a global batch, K
 from __future__ import annotations
 
 import random
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,14 +24,15 @@ import fsspec
 import numpy as np
 import torch
 import webdataset
+from braceexpand import braceexpand
 from torch.utils.data import get_worker_info
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import TextEncoder, to_batch
-from flashar_pl.data.locations import is_remote
+from flashar_pl.data.locations import address, is_remote
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import stream
-from flashar_pl.data.reader import Samples, columns, read_record
+from flashar_pl.data.reader import Samples, check_codes, columns, read_record
 from flashar_pl.data.tars import find_tars
 
 Rows = Callable[[Iterator[dict[str, Any]], random.Random], Iterator[Any]]
@@ -53,18 +53,13 @@ def tar_urls(location: str) -> list[str]:
     Raises ValueError if there are none.
     """
     if is_remote(location):
-        import braceexpand
-
-        return list(braceexpand.braceexpand(location))
+        return list(braceexpand(location))
     return [str(path) for path in find_tars(location)]
 
 
 def shard_urls(manifest: Manifest) -> list[str]:
     """The tars of a training split as webdataset opens them."""
-    names = [shard.path for shard in manifest.shards("train")]
-    if manifest.root.startswith("pipe:"):
-        return [manifest.root.replace("{path}", shlex.quote(name)) for name in names]
-    return [f"{manifest.root.rstrip('/')}/{name}" for name in names]
+    return [address(manifest.root, shard.path) for shard in manifest.shards("train")]
 
 
 @dataclass(frozen=True)
@@ -217,8 +212,7 @@ class CodeRows:
     def __call__(self, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[CodeRow]:
         for sample in samples:
             record = read_record(self.manifest, sample, f"{sample['__url__']}: {sample['__key__']}")
-            if record["codes.npy"].max() >= self.manifest.vocabulary:
-                raise ValueError(f"{sample['__url__']} holds codes outside the vocabulary: it is damaged.")
+            check_codes(record["codes.npy"], self.manifest, sample["__url__"])
             for row in range(len(record["ids.npy"])):
                 yield record, row, rng.randrange(self.manifest.crops)
 

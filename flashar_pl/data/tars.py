@@ -6,10 +6,15 @@ block of zeros that tar writers put there.
 
 from __future__ import annotations
 
+import glob
 import os
 import tarfile
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
+
+from braceexpand import braceexpand
 
 ZEROS = bytes(512)
 
@@ -23,13 +28,9 @@ def find_tars(location: str) -> list[Path]:
     if path.is_dir():
         found = sorted(path.glob("*.tar"))
     elif any(sign in location for sign in "*?["):
-        import glob
-
         found = sorted(Path(name) for name in glob.glob(location))
     else:
-        import braceexpand
-
-        found = [Path(name) for name in braceexpand.braceexpand(location)]
+        found = [Path(name) for name in braceexpand(location)]
     if not found:
         raise ValueError(f"No tars at {location}; expected a directory of .tar files, a tar, or a pattern.")
     for tar in found:
@@ -82,34 +83,14 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
         raise ValueError(f"The tar {path} has no end mark at byte {end}: it is truncated or damaged there. {advice}")
 
 
-class TarFiles:
-    """Reads byte ranges of some tars; can be sent to worker processes."""
+def read_range(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes from `offset` of a file. Raises OSError if they cannot be read."""
+    data = os.pread(_opened(path).fileno(), size, offset)
+    if len(data) != size:
+        raise OSError(f"{path} ends within the {size} bytes at {offset}")
+    return data
 
-    OPEN = 64
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-        self._open: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"paths": self.paths, "_open": {}}
-
-    def read(self, tar: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` of tar number `tar`. Raises OSError if they cannot be read."""
-        if tar not in self._open:
-            if len(self._open) >= self.OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[tar] = os.open(self.paths[tar], os.O_RDONLY)
-        data = os.pread(self._open[tar], size, offset)
-        if len(data) != size:
-            raise OSError(f"{self.paths[tar]} ends within the {size} bytes at {offset}")
-        return data
-
-    def close(self) -> None:
-        """Close the tars that are open."""
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open = {}
-
-    def __del__(self) -> None:
-        self.close()
+@lru_cache(maxsize=64)
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashar_pl.data.manifest import Manifest, Shard
-from flashar_pl.data.reader import cut_members, map_shard, read_record
+from flashar_pl.data.reader import check_codes, cut_members, map_shard, read_record
 from flashar_pl.files import digest
 
 SHOWN = 20
@@ -27,16 +27,15 @@ class Verification:
     shards: int
     bytes: int
     labels: dict[str, list[int]]
-    """Samples of each class in each split; empty unless deep and class-conditional."""
+    """Samples of each class in each split; empty unless class-conditional."""
 
 
-def verify(location: str | os.PathLike[str], deep: bool = True, cache: str | None = None) -> Verification:
-    """Check a set of shards.
+def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verification:
+    """Check every byte of a set of shards: sizes, hashes, the members of each tar, shapes and types, code range,
+    label range, ids unique within a split.
 
     Args:
         location: of the manifest, as `Manifest.load` takes it.
-        deep: also read every byte: hashes, the members of each tar, shapes and types, code range, label range,
-            ids unique within a split. Otherwise only that every shard is there and has the right size.
         cache: directory for copies of remote shards; None = the user's cache directory.
 
     Raises:
@@ -50,14 +49,12 @@ def verify(location: str | os.PathLike[str], deep: bool = True, cache: str | Non
         for shard in shards:
             try:
                 path = manifest.local_path(shard, cache)
-                map_shard(path, shard.bytes)
-                if deep:
-                    ids += _check_contents(manifest, shard, path, counts)
+                ids += _check_contents(manifest, shard, path, counts)
             except ValueError as error:
                 problems.append(str(error))
         if ids and len(np.unique(np.concatenate(ids))) < sum(map(len, ids)):
             problems.append(f"The {split} split holds a sample id more than once.")
-        if deep and len(counts):
+        if len(counts):
             labels[split] = counts.tolist()
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -70,19 +67,17 @@ def verify(location: str | os.PathLike[str], deep: bool = True, cache: str | Non
 
 def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> list[np.ndarray]:
     """The ids of the shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
-    found = digest(path)
-    if found != shard.sha256:
+    data = map_shard(path, shard.bytes)
+    if (found := digest(path)) != shard.sha256:
         raise ValueError(f"The shard {path} has the SHA-256 {found}, the manifest says {shard.sha256}.")
     inside = Counter(_tar_members(path))
     listed = Counter((offset, size) for record in shard.records for offset, size in record.members.values())
     if inside != listed:
         raise ValueError(f"The members of the tar {path} are not those the manifest lists.")
-    data, ids = map_shard(path, shard.bytes), []
+    ids = []
     for record in shard.records:
         members = read_record(manifest, cut_members(data, record), path, record.samples)
-        codes = members["codes.npy"]
-        if codes.max() >= manifest.vocabulary:
-            raise ValueError(f"{path} holds the code {codes.max()}; the vocabulary is {manifest.vocabulary}.")
+        check_codes(members["codes.npy"], manifest, path)
         if len(counts):
             seen = members["labels.npy"]
             if seen.min() < 0 or seen.max() >= len(counts):

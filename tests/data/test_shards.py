@@ -38,7 +38,6 @@ def test_any_samples_in_any_order(toy: Manifest) -> None:
     np.testing.assert_array_equal(got.labels, where % 5)
     assert got.codes.dtype == got.labels.dtype == np.int64
     np.testing.assert_array_equal(reader.read(where[:3]).codes, sample_codes(where[:3], 2)[:, 0])
-    np.testing.assert_array_equal(reader.labels(), np.arange(107) % 5)
 
 
 def test_reader_travels_to_a_worker(toy: Manifest) -> None:
@@ -277,7 +276,7 @@ def test_missing_and_truncated_shards(toy: Manifest) -> None:
     with pytest.raises(ValueError, match=r"train-000001.tar is missing"):
         reader.read(np.array([30]))
     with pytest.raises(ValueError, match=r"not as the manifest says:\n.*train-000001.tar is missing"):
-        verify(toy.root, deep=False)
+        verify(toy.root)
 
 
 def test_verify_reports_what_it_checked(toy: Manifest) -> None:
@@ -285,12 +284,10 @@ def test_verify_reports_what_it_checked(toy: Manifest) -> None:
     assert got.samples == {"train": 107, "validation": 23, "test": 31}
     assert got.shards == 4 + 1 + 2
     assert got.labels["train"] == np.bincount(np.arange(107) % 5).tolist()
-    assert verify(toy.root, deep=False).labels == {}
 
 
 def test_verify_finds_one_flipped_bit(toy: Manifest) -> None:
     damage(toy, "codes.npy", 130, b"\x07")
-    verify(toy.root, deep=False)
     with pytest.raises(ValueError, match=r"train-000000.tar has the SHA-256 \w{64}, the manifest says"):
         verify(toy.root)
 
