@@ -157,8 +157,10 @@ def tokenize_check(
         seed: of the draw.
     """
     from flashar_pl.data import check
+    from flashar_pl.data.encode import check_weights, tokenizer_of, weights_hash
     from flashar_pl.data.shards import Manifest, verify
     from flashar_pl.data.tokenise import manifests
+    from flashar_pl.devices import find_device
 
     if decode is not None and out is None:
         raise ValueError("--decode draws samples into a PNG; add --out check.png.")
@@ -174,8 +176,8 @@ def tokenize_check(
         manifest = Manifest.load(folder)
         tokenizer = None
         if out is not None or weights is not None:
-            tokenizer = check.find_tokenizer(manifest, weights, place.device)
-            check.check_weights(root, tokenizer)
+            tokenizer = tokenizer_of(manifest, weights, "--weights").to(find_device(place.device))
+            check_weights(root, weights_hash(tokenizer))
         verified = verify(folder)
         facts = {"samples": verified.samples, "shards": verified.shards, "bytes": verified.bytes}
         facts |= {split: check.split_facts(manifest, split, verified) for split in verified.samples}

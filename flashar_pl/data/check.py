@@ -9,15 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashar_pl.data.encode import weights_hash
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import EvaluationOrder, permutation, stream
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.verify import Verification
-from flashar_pl.devices import find_device
-from flashar_pl.files import read_json
 from flashar_pl.pictures import save_png, tile
-from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.tokenizers import Tokenizer
 
 STATISTICS = 2000
 """Samples of each split whose codes are looked at for the summary."""
@@ -47,34 +44,6 @@ def caption_report(reader: ShardReader) -> dict[str, Any]:
     if times > 1:
         lines.append(f"most frequent, {times:,} times: {most[:80]!r}")
     return {"empty": seen[""], "repeated": repeated, "most_frequent": [most, times], "lines": lines}
-
-
-def find_tokenizer(manifest: Manifest, weights: str | None, device: str) -> Tokenizer:
-    """The tokenizer of the shards, on a device, checked against the manifest.
-
-    Raises:
-        ValueError: its weights are not there, or it has another number of codes.
-    """
-    config = manifest.tokenizer if weights is None else manifest.tokenizer | {"weights": weights}
-    if config.get("weights", "") is None or ("weights" in config and not Path(str(config["weights"])).exists()):
-        raise ValueError(f"The tokenizer's weights {config['weights']} are not there; add --weights FILE.")
-    tokenizer = build_tokenizer(config).to(find_device(device))
-    if tokenizer.vocabulary != manifest.vocabulary:
-        raise ValueError(
-            f"The shards at {manifest.root} hold codes of a vocabulary of {manifest.vocabulary}, their tokenizer has "
-            f"{tokenizer.vocabulary}: it is not the one that made them."
-        )
-    return tokenizer
-
-
-def check_weights(out: Path, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if the shards were made with other weights than the tokenizer has, where that was noted."""
-    for report in sorted(out.glob("tokenize-*.json")):
-        noted = read_json(report)["settings"].get("weights_hash")
-        if noted is not None and noted != weights_hash(tokenizer):
-            raise ValueError(
-                f"{report} says that the codes were made with other weights than {tokenizer.config()} has."
-            )
 
 
 def split_facts(manifest: Manifest, split: str, verified: Verification) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
+from flashar_pl.data.encode import tokenizer_of
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
 from flashar_pl.data.order import TrainingOrder, check_cut
@@ -28,7 +29,7 @@ from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
 from flashar_pl.data.streaming import CodeRows, CollateCodes, Stream, StreamedLoader, shard_urls, tar_urls
-from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
 
 Reading = Literal["exact", "streamed"]
@@ -242,24 +243,26 @@ class _ImagesDataModule(CodesDataModule):
 
     The shards say which tokenizer, grid and classes or captions the run has, so a small validation set made by
     `flashar tokenize` is all that is needed beside the images.
+
+    Args:
+        images: tars of jpg + txt: a folder of them, a tar, or a pattern; or a .json or .jsonl list of captions and
+            image paths. Streamed: tars only, also as URLs and `pipe:` commands.
+        shards: directory of the shards with the validation split and the manifest: they say which tokenizer, grid and
+            condition the run has.
+        num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
+        tokenizer_weights: weights file or directory of the tokenizer, if it is not where the manifest says.
     """
 
     kind: str
     """Condition of the shards that go with such images."""
+    crop_range = 1.0
+    classes: str | None = None
 
     def __init__(
-        self,
-        images: str,
-        shards: str,
-        num_workers: int = 4,
-        crop_range: float = 1.1,
-        tokenizer_weights: str | None = None,
-        **options: Any,
+        self, images: str, shards: str, num_workers: int = 4, tokenizer_weights: str | None = None, **options: Any
     ) -> None:
         super().__init__(shards, num_workers=num_workers, **options)
-        if crop_range < 1:
-            raise ValueError(f"crop_range={crop_range}; expected 1 or more.")
-        self.images, self.crop_range, self.tokenizer_weights = images, crop_range, tokenizer_weights
+        self.images, self.tokenizer_weights = images, tokenizer_weights
         if self.reading == "streamed" and self.epoch_samples is None:
             raise ValueError("epoch_samples is missing: how many images of the tars make an epoch.")
         self._tokenizer: Tokenizer | None = None
@@ -273,8 +276,12 @@ class _ImagesDataModule(CodesDataModule):
                     f"The shards at {self.location} have the condition {manifest.condition.kind!r}; "
                     f"{type(self).__name__} expects {self.kind!r}."
                 )
-            self._tokenizer = self._build_tokenizer()
+            self._tokenizer = tokenizer_of(manifest, self.tokenizer_weights, "tokenizer_weights:")
         super().setup(stage)
+
+    @abstractmethod
+    def _read_source(self) -> Source:
+        """The images, for reading by number."""
 
     def _exact(self, cut: Cut) -> ImageBatches:
         source = self._read_source()
@@ -283,27 +290,20 @@ class _ImagesDataModule(CodesDataModule):
             raise ValueError(
                 f"{self.images} has {source.condition.num_classes} classes, the shards at {self.location} have {known}."
             )
-        sizes = np.full(-(-len(source) // BLOCK), BLOCK)
-        sizes[-1] -= sizes.sum() - len(source)
-        order = TrainingOrder(sizes, self.batch_size, self.seed, self.window)
+        blocks = np.diff([*range(0, len(source), BLOCK), len(source)])  # (M,)
+        order = TrainingOrder(blocks, self.batch_size, self.seed, self.window)
         return ImageBatches(source, self._prepare(), order, cut.rank, cut.ranks, self._reshuffle())
 
     def _streamed(self, cut: Cut) -> Stream:
         prepare = self._prepare()
-        return self._stream(tar_urls(self.images), ImageRows(prepare, self._class_ids()), prepare.collate, cut)
+        ids = {name: i for i, name in enumerate(read_classes(self.classes) or ())} or None
+        return self._stream(tar_urls(self.images), ImageRows(prepare, ids), prepare.collate, cut)
 
     def _prepare(self) -> Prepare:
         assert self._tokenizer is not None
         height, width = (side * self._tokenizer.downsample for side in self.manifest.grid)
         classes = self.manifest.condition.num_classes
         return Prepare(height, width, self.crop_range, classes, self._encoder(self.manifest))
-
-    @abstractmethod
-    def _read_source(self) -> Source:
-        """The images, for reading by number."""
-
-    def _class_ids(self) -> dict[str, int] | None:
-        return None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Tokenise an `ImageBatch` on the device it is on; other batches hold codes already."""
@@ -313,82 +313,39 @@ class _ImagesDataModule(CodesDataModule):
         codes = self._tokenizer.to(batch.pixels.device).encode(batch.pixels)  # (b, H, W)
         return Batch(codes, batch.condition, index=batch.index)
 
-    def _build_tokenizer(self) -> Tokenizer:
-        config = self.manifest.tokenizer
-        if self.tokenizer_weights is not None:
-            config = config | {"weights": self.tokenizer_weights}
-        tokenizer = build_tokenizer(config)
-        if tokenizer.vocabulary != self.manifest.vocabulary:
-            raise ValueError(
-                f"The tokenizer has {tokenizer.vocabulary} codes, the shards at {self.location} have "
-                f"{self.manifest.vocabulary}: set tokenizer_weights to the file that made them."
-            )
-        return tokenizer
-
 
 class ImageNetDataModule(_ImagesDataModule):
     """Images with classes, tokenised while training; validation and test from shards of codes.
 
-    Every other option is that of `CodesDataModule`.
-
     Args:
         images: an image folder (one sub-folder a class) or tars of jpg + cls: a folder of them, a tar, or a pattern
             such as "train-{0000..1023}.tar". Streamed: tars only, also as URLs and `pipe:` commands.
-        shards: directory of the shards with the validation split and the manifest: they say which tokenizer, grid and
-            classes the run has.
-        num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
         crop_range: the image's shorter side before a random one of ten crops is cut out, in crop sides; 1 takes the
             centre crop or its mirror image.
-        tokenizer_weights: weights file of the tokenizer, if it is not where the manifest says.
         classes: file of class names, one a line, in the order of their ids, where folders or tars hold names.
     """
 
     kind = "class"
 
     def __init__(
-        self,
-        images: str,
-        shards: str,
-        num_workers: int = 4,
-        crop_range: float = 1.1,
-        tokenizer_weights: str | None = None,
-        classes: str | None = None,
-        **options: Any,
+        self, images: str, shards: str, crop_range: float = 1.1, classes: str | None = None, **options: Any
     ) -> None:
-        super().__init__(
-            images, shards, num_workers, crop_range, tokenizer_weights,
-            prompts=None, max_prompt=MAX_PROMPT, text_encoder=None, **options,
-        )  # fmt: skip
-        self.classes = classes
+        super().__init__(images, shards, prompts=None, max_prompt=MAX_PROMPT, text_encoder=None, **options)
+        if crop_range < 1:
+            raise ValueError(f"crop_range={crop_range}; expected 1 or more.")
+        self.crop_range, self.classes = crop_range, classes
 
     def _read_source(self) -> Source:
         return class_images(self.images, self.classes, None, self.manifest.condition.num_classes)
-
-    def _class_ids(self) -> dict[str, int] | None:
-        names = read_classes(self.classes)
-        return None if names is None else {name: i for i, name in enumerate(names)}
 
 
 class TextImageDataModule(_ImagesDataModule):
     """Images with captions, tokenised while training; validation and test from shards of codes.
 
-    Every image is fitted to the grid of the shards. Every other option is that of `CodesDataModule`.
-
-    Args:
-        images: tars of jpg + txt: a folder of them, a tar, or a pattern; or a .json or .jsonl list of captions and
-            image paths. Streamed: tars only, also as URLs and `pipe:` commands.
-        shards: directory of the shards with the validation split and the manifest: they say which tokenizer and grid
-            the run has.
-        num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
-        tokenizer_weights: weights file or directory of the tokenizer, if it is not where the manifest says.
+    Every image is fitted to the grid of the shards.
     """
 
     kind = "text"
-
-    def __init__(
-        self, images: str, shards: str, num_workers: int = 4, tokenizer_weights: str | None = None, **options: Any
-    ) -> None:
-        super().__init__(images, shards, num_workers, 1.0, tokenizer_weights, **options)
 
     def _read_source(self) -> Source:
         return captioned_images(self.images)

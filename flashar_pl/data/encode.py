@@ -1,4 +1,4 @@
-"""Pixels to codes on the tokenizer's device, and a hash of a tokenizer's weights.
+"""Pixels to codes on the tokenizer's device; which tokenizer and weights made the codes of some shards.
 
 Shapes: n images, K crops of each, S side before cropping, s side of a crop, H x W grid.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flashar_pl.data.images import ten_crop, with_mirror
-from flashar_pl.tokenizers import Tokenizer
+from flashar_pl.data.manifest import Manifest
+from flashar_pl.files import read_json
+from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 
 @dataclass
@@ -57,3 +60,33 @@ def weights_hash(tokenizer: Tokenizer) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def tokenizer_of(manifest: Manifest, weights: str | None, option: str) -> Tokenizer:
+    """The tokenizer of some shards; weights: its file, where that has moved; option: how a person gives it.
+
+    Raises:
+        ValueError: its weights are not there, or it has another number of codes.
+    """
+    config = manifest.tokenizer if weights is None else manifest.tokenizer | {"weights": weights}
+    file = config.get("weights", "")
+    if file is None or (file and not Path(str(file)).exists()):
+        raise ValueError(f"The tokenizer's weights {file} are not there; add {option} FILE.")
+    tokenizer = build_tokenizer(config)
+    if tokenizer.vocabulary != manifest.vocabulary:
+        raise ValueError(
+            f"The shards at {manifest.root} hold codes of a vocabulary of {manifest.vocabulary}, their tokenizer has "
+            f"{tokenizer.vocabulary}: it is not the one that made them. Add {option} FILE."
+        )
+    return tokenizer
+
+
+def check_weights(out: Path, own: str | None) -> None:
+    """Raises ValueError if a report of `flashar tokenize` in `out` notes another hash of weights than `own`."""
+    for report in sorted(out.glob("tokenize-*.json")):
+        noted = read_json(report)["settings"].get("weights_hash")
+        if own is not None and noted is not None and noted != own:
+            raise ValueError(
+                f"The codes that {report} describes were made with other weights of the tokenizer than this command "
+                "has; use the same file."
+            )

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from flashar_pl.console import progress_bar
+from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
 from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
 from flashar_pl.data.order import permutation, stream
@@ -146,7 +147,7 @@ def _begin(job: Job) -> dict[str, Any] | None:
         raise ValueError(f"{job.out} exists and holds no shards; nothing was written. Choose another --out.")
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())
-    _check_weights(job)
+    check_weights(job.out, job.settings.get("weights_hash"))
     job.work.mkdir(parents=True, exist_ok=True)
     settings = job.work / "job.json"
     if not settings.exists():
@@ -183,19 +184,6 @@ def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
             raise ValueError(
                 f"{present.root} has {name} {there[name]}, this job makes {value}; both splits must agree. "
                 "Choose another --out, or the same settings."
-            )
-
-
-def _check_weights(job: Job) -> None:
-    """Raises ValueError if another split at `out` was made with other weights."""
-    own = job.settings.get("weights_hash")
-    for split in SPLITS:
-        path = job.out / f"tokenize-{split}.json"
-        other = read_json(path)["settings"].get("weights_hash") if path.exists() else None
-        if own is not None and other is not None and own != other:
-            raise ValueError(
-                f"The {split} split at {job.out} was made with other weights of the tokenizer than this command has. "
-                "Use the same file, or choose another --out."
             )
 
 
