@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +21,18 @@ import numpy as np
 from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
 from flashar_pl.files import write_text
 
-FORMAT = 1
-FILE_NAME = "manifest.json"
-SPLITS = ("train", "validation", "test")
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Conditioning
 
-KINDS = ("class", "text", "text-features")
-CONDITION_MEMBERS = {
-    "class": ("labels.npy",),
-    "text": ("texts.json",),
-    "text-features": ("features.npy", "lengths.npy"),
+FORMAT = 1
+FILE_NAME = "manifest.json"
+SPLITS = ("train", "validation", "test")
+KINDS = {
+    "class": (("num_classes",), ("labels.npy",)),
+    "text": ((), ("texts.json",)),
+    "text-features": (("length", "width"), ("features.npy", "lengths.npy")),
 }
+"""Kind of condition -> the sizes it has, and the members of a record that hold it."""
 
 
 def code_dtype(vocabulary: int) -> np.dtype:
@@ -54,12 +54,11 @@ class ConditionSpec:
     """"text-features": feature width C."""
 
     def __post_init__(self) -> None:
-        needed = {"class": ("num_classes",), "text": (), "text-features": ("length", "width")}
         if self.kind not in KINDS:
             raise ValueError(f"Condition kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
         for name in ("num_classes", "length", "width"):
             value = getattr(self, name)
-            if name in needed[self.kind]:
+            if name in KINDS[self.kind][0]:
                 _positive(f"{name} of condition kind {self.kind!r}", value)
             elif value is not None:
                 raise ValueError(f"{name}={value!r} has no meaning for condition kind {self.kind!r}; leave it out.")
@@ -67,7 +66,7 @@ class ConditionSpec:
     @property
     def members(self) -> tuple[str, ...]:
         """The members of a record that hold the condition."""
-        return CONDITION_MEMBERS[self.kind]
+        return KINDS[self.kind][1]
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class Manifest:
     vocabulary: int
     """Codes are 0 .. vocabulary - 1."""
     condition: ConditionSpec
-    crops: int
+    crops: int = 1
     """Tokenised crops of each image; training draws one per epoch."""
-    splits: dict[str, tuple[Shard, ...]]
+    splits: dict[str, tuple[Shard, ...]] = field(default_factory=dict)
     evaluation_crop: int = 0
     """Which crop evaluation takes; the centre of ten is 4."""
     root: str = ""
@@ -269,10 +268,7 @@ def load_grids(location: str) -> list[Manifest]:
 
 
 def check_matches(
-    manifest: Manifest,
-    vocabulary: int,
-    takes: Conditioning,
-    grid: tuple[int, int] | None = None,
+    manifest: Manifest, vocabulary: int, takes: Conditioning, grid: tuple[int, int] | None = None
 ) -> None:
     """Check that a model can train on, or be scored on, these shards.
 
@@ -286,26 +282,22 @@ def check_matches(
         ValueError: the first mismatch: what the shards have and what the model expects.
     """
     where = f"The shards of {manifest.name!r} at {manifest.root or '.'}"
-    kind = manifest.condition.kind
+    spec = manifest.condition
     if manifest.vocabulary != vocabulary:
         raise ValueError(
             f"{where} hold codes of a vocabulary of {manifest.vocabulary}, the model has {vocabulary}. "
             f"Set the model's vocabulary to {manifest.vocabulary}, or tokenize with the model's tokenizer."
         )
     expected = {"class": "class", "text": "text-features", "prompt": "text"}[takes.kind]
-    num_classes = takes.size if takes.kind == "class" else None
-    text_width = takes.size if takes.kind == "text" else None
-    if kind != expected:
-        raise ValueError(f"{where} have the condition {kind!r}, the model expects {expected!r}.")
-    if num_classes != manifest.condition.num_classes:
+    if spec.kind != expected:
+        raise ValueError(f"{where} have the condition {spec.kind!r}, the model expects {expected!r}.")
+    if takes.kind == "class" and spec.num_classes != takes.size:
         raise ValueError(
-            f"{where} have {manifest.condition.num_classes} classes, the model has {num_classes}. "
-            f"Set the model's num_classes to {manifest.condition.num_classes}."
+            f"{where} have {spec.num_classes} classes, the model has {takes.size}. "
+            f"Set the model's num_classes to {spec.num_classes}."
         )
-    if text_width != manifest.condition.width:
-        raise ValueError(
-            f"{where} have text features of width {manifest.condition.width}, the model takes {text_width}."
-        )
+    if takes.kind == "text" and spec.width != takes.size:
+        raise ValueError(f"{where} have text features of width {spec.width}, the model takes {takes.size}.")
     if grid is not None and tuple(grid) != manifest.grid:
         raise ValueError(
             f"{where} have a grid of {manifest.grid[0]} x {manifest.grid[1]} codes, the run is set up for "

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from flashar_pl.data.manifest import SPLITS, ConditionSpec, Manifest, Record, Shard, code_dtype
+from flashar_pl.data.manifest import SPLITS, Manifest, Record, Shard, code_dtype
 from flashar_pl.files import digest, new_directory
 
 
@@ -39,16 +39,11 @@ class ShardWriter:
 
     Args:
         out: directory to make; it must not exist.
-        name: of the data set.
-        tokenizer: `config()` of the tokenizer that made the codes.
-        grid: (H, W).
-        vocabulary: codes are 0 .. vocabulary - 1.
-        condition: what the samples are conditioned on.
-        crops: crops of each image, K.
         block: samples of a record, the unit training shuffles.
         shard_blocks: records of a tar.
         first_shard: number in the name of each split's first tar.
-        evaluation_crop: which crop of each image evaluation takes.
+        facts: name, tokenizer, grid, vocabulary, condition and, where they differ from the defaults, crops and
+            evaluation_crop of the `Manifest`.
 
     Raises:
         ValueError: `out` exists, a size is not a positive integer, or there is no such crop.
@@ -58,25 +53,17 @@ class ShardWriter:
         self,
         out: str | os.PathLike[str],
         *,
-        name: str,
-        tokenizer: dict[str, Any],
-        grid: tuple[int, int],
-        vocabulary: int,
-        condition: ConditionSpec,
-        crops: int = 1,
         block: int = 100,
         shard_blocks: int = 100,
         first_shard: int = 0,
-        evaluation_crop: int = 0,
+        **facts: Any,
     ) -> None:
         assert block >= 1
         assert shard_blocks >= 1
         self.out = Path(out)
-        # The manifest checks the sizes before anything is written; its splits are filled in by `close`.
-        self.manifest = Manifest(name, tokenizer, (grid[0], grid[1]), vocabulary, condition, crops, {}, evaluation_crop)
-        self._dtype = code_dtype(vocabulary)
+        self.manifest = Manifest(**facts)  # checks the sizes before anything is written; `close` fills in the splits
         self._block, self._shard_blocks, self._first_shard = block, shard_blocks, first_shard
-        self._pending: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self._pending: dict[str, list[tuple[Any, ...]]] = {split: [] for split in SPLITS}
         self._open: dict[str, _Tar] = {}
         self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         self._directory = new_directory(self.out, "shards")
@@ -103,25 +90,23 @@ class ShardWriter:
             features: n arrays (T_i, C) of floats, 1 <= T_i <= length, for "text-features".
 
         Raises:
-            ValueError: a split of another name, a wrong shape or type, a code outside the vocabulary, a label out
-                of range, or a condition of another kind. Nothing of the call is written then.
+            ValueError: a wrong shape or type, a code outside the vocabulary, a label out of range, or a condition of
+                another kind. Nothing of the call is written then.
         """
-        assert split in SPLITS, split
         codes = self._checked_codes(np.asarray(codes))  # (n, K, H, W)
         n = len(codes)
-        columns: dict[str, Any] = {"codes": codes, "ids": _integers("ids", ids, n, None)}
-        columns |= self._checked_condition(n, labels=labels, texts=texts, features=features)
-        self._pending[split].extend({key: column[i] for key, column in columns.items()} for i in range(n))
-        while len(self._pending[split]) >= self._block:
-            self._write_record(split, self._pending[split][: self._block])
-            del self._pending[split][: self._block]
+        condition = self._checked_condition(n, labels=labels, texts=texts, features=features)
+        pending = self._pending[split]
+        pending.extend(zip(codes, _integers("ids", ids, n, None), condition, strict=True))
+        while len(pending) >= self._block:
+            self._write_record(split, pending[: self._block])
+            del pending[: self._block]
 
     def close(self) -> Manifest:
         """Write what is pending and the manifest, and move the directory to `out`. Returns the manifest."""
         for split in SPLITS:
             if self._pending[split]:
                 self._write_record(split, self._pending[split])
-                self._pending[split] = []
             if split in self._open:
                 self._shards[split].append(self._open.pop(split).close())
         splits = {split: tuple(shards) for split, shards in self._shards.items() if shards}
@@ -136,8 +121,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Remove everything written so far."""
         for tar in self._open.values():
-            tar.abandon()
-        self._open = {}
+            tar.file.close()
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def __enter__(self) -> ShardWriter:
@@ -165,9 +149,10 @@ class ShardWriter:
                 f"codes range over {codes.min()} .. {codes.max()}; "
                 f"the vocabulary of {manifest.vocabulary} allows 0 .. {manifest.vocabulary - 1}."
             )
-        return codes.astype(self._dtype)
+        return codes.astype(code_dtype(manifest.vocabulary))
 
-    def _checked_condition(self, n: int, **columns: Any) -> dict[str, Any]:
+    def _checked_condition(self, n: int, **columns: Any) -> Iterable[Any]:
+        """The one column that is given, with a value for each of n samples."""
         spec = self.manifest.condition
         given = {key: column for key, column in columns.items() if column is not None}
         wanted = {"class": "labels", "text": "texts", "text-features": "features"}[spec.kind]
@@ -175,10 +160,9 @@ class ShardWriter:
             found = ", ".join(f"{len(column)} {key}" for key, column in given.items()) or "none"
             raise ValueError(f"Condition kind {spec.kind!r} takes {n} {wanted} and nothing else; given: {found}.")
         if spec.kind == "class":
-            return {"labels": _integers("labels", given[wanted], n, spec.num_classes)}
+            return _integers("labels", given[wanted], n, spec.num_classes)
         if spec.kind == "text":
-            assert all(isinstance(text, str) for text in given[wanted])
-            return {"texts": list(given[wanted])}
+            return given[wanted]
         assert spec.length is not None
         rows = [np.asarray(row) for row in given[wanted]]
         for row in rows:
@@ -188,21 +172,19 @@ class ShardWriter:
                     f"Text features of shape {row.shape} and type {row.dtype}; expected float16 or float32 of shape "
                     f"(1 .. {spec.length}, {spec.width}) for each sample."
                 )
-        return {"features": rows}
+        return rows
 
-    def _write_record(self, split: str, samples: list[dict[str, Any]]) -> None:
-        members = {
-            "codes.npy": _npy(np.stack([s["codes"] for s in samples])),  # (n, K, H, W)
-            "ids.npy": _npy(np.array([s["ids"] for s in samples], dtype=np.int64)),
-        }
+    def _write_record(self, split: str, samples: list[tuple[Any, ...]]) -> None:
+        codes, ids, conditions = zip(*samples, strict=True)
+        members = {"codes.npy": _npy(np.stack(codes)), "ids.npy": _npy(np.array(ids))}  # (n, K, H, W), (n,)
         kind = self.manifest.condition.kind
         if kind == "class":
-            members["labels.npy"] = _npy(np.array([s["labels"] for s in samples], dtype=np.int64))
+            members["labels.npy"] = _npy(np.array(conditions))  # (n,)
         elif kind == "text":
-            members["texts.json"] = json.dumps([s["texts"] for s in samples], ensure_ascii=False).encode()
+            members["texts.json"] = json.dumps(conditions, ensure_ascii=False).encode()
         else:
-            members["features.npy"] = _npy(np.concatenate([s["features"] for s in samples]))  # (sum T_i, C)
-            members["lengths.npy"] = _npy(np.array([len(s["features"]) for s in samples], dtype=np.int64))
+            members["features.npy"] = _npy(np.concatenate(conditions))  # (sum T_i, C)
+            members["lengths.npy"] = _npy(np.array([len(row) for row in conditions], dtype=np.int64))
         if split not in self._open:
             self._open[split] = _Tar(self.partial, f"{split}-{self._first_shard + len(self._shards[split]):06d}")
         tar = self._open[split]
@@ -219,17 +201,14 @@ class _Tar:
         self.stem = stem
         self.counts: list[int] = []
         # A fixed time makes equal data give equal files, so that hashes can be compared.
-        self._tar = webdataset.TarWriter(str(self.path), encoder=False, mtime=0, mode=0o644)
+        self.file = webdataset.TarWriter(str(self.path), encoder=False, mtime=0, mode=0o644)
 
     def write(self, samples: int, members: dict[str, bytes]) -> None:
-        self._tar.write({"__key__": f"{self.stem}-{len(self.counts):06d}"} | members)
+        self.file.write({"__key__": f"{self.stem}-{len(self.counts):06d}"} | members)
         self.counts.append(samples)
 
-    def abandon(self) -> None:
-        self._tar.close()
-
     def close(self) -> Shard:
-        self._tar.close()
+        self.file.close()
         members: list[dict[str, tuple[int, int]]] = [{} for _ in self.counts]
         with tarfile.open(self.path) as tar:
             for info in tar:
