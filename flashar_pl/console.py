@@ -8,7 +8,8 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -59,6 +60,15 @@ class progress_bar:
     def close(self) -> None:
         """Leave the bar as it is."""
         self._bar.close()
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Imports of packages that only `what` needs. Raises ValueError with what to install where one is missing."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{what} needs {error.name}: pip install 'flashar-pl[{extra}]'") from error
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -17,8 +17,9 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
-from functools import cache
+from contextlib import suppress
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache, partial
 from typing import Any, Literal
 
 from flashar_pl.files import closest
@@ -33,12 +34,13 @@ class Option:
     text: str
     default: Any
     """MISSING = it must be given."""
+    positional: bool
     group: str | None = None
     """Parameter of the function that holds it; None = it is a parameter itself."""
     title: str | None = None
     """Heading in the help."""
-    nargs: Literal["*"] | None = None
-    positional: bool = False
+    many: bool = False
+    """Whether the positional argument is a list."""
 
     @property
     def typed(self) -> str:
@@ -49,6 +51,36 @@ class Option:
     def required(self) -> bool:
         """Whether it must be given."""
         return self.default is MISSING
+
+    @property
+    def kinds(self) -> list[Any]:
+        """The types of a union; one type otherwise."""
+        union = typing.get_origin(self.hint) in (typing.Union, types.UnionType)
+        return [part for part in typing.get_args(self.hint) if part is not type(None)] if union else [self.hint]
+
+    @property
+    def choices(self) -> list[str]:
+        """The values of a Literal, also inside a union."""
+        return [str(v) for kind in self.kinds if typing.get_origin(kind) is Literal for v in typing.get_args(kind)]
+
+    @property
+    def metavar(self) -> str:
+        """N for a whole number, X for a number, {a,b} for a choice, otherwise the option's name."""
+        if self.choices:
+            return "{" + ",".join(self.choices + ["N"] * (int in self.kinds)) + "}"
+        return "N" if int in self.kinds else "X" if float in self.kinds else self.name.upper()
+
+    def read(self, given: Any) -> Any:
+        """The value of a typed word; what is no word (a default, a switch, a list) stays. ValueError: another type."""
+        if not isinstance(given, str) or str in self.kinds or given in self.choices:
+            return given
+        for kind in (int, float):
+            if kind in self.kinds:
+                with suppress(ValueError):
+                    return kind(given)
+        words = [f"{'one of ' * (len(self.choices) > 1)}{', '.join(self.choices)}"] if self.choices else []
+        words += [{int: "a whole number", float: "a number"}[kind] for kind in self.kinds if kind in (int, float)]
+        raise ValueError(f"{self.typed} is {given!r}; expected {' or '.join(words)}.")
 
 
 @cache
@@ -65,53 +97,33 @@ def field_texts(group: type) -> dict[str, str]:
     return texts
 
 
-def group_of(hint: Any) -> type | None:
-    """The dataclass that a parameter takes, alone or in an optional; None for any other type."""
-    parts = _parts(hint)
-    return parts[0] if len(parts) == 1 and isinstance(parts[0], type) and is_dataclass(parts[0]) else None
-
-
 def options_of(function: Callable[..., Any]) -> list[Option]:
     """Everything that can be typed after the command, in the order of the signature."""
     found: list[Option] = []
     hints, texts = typing.get_type_hints(function), _sections(function)[2]
     for name, parameter in inspect.signature(function).parameters.items():
-        group = group_of(hints[name])
-        if group is None:
+        hint, many = hints[name], parameter.kind is parameter.VAR_POSITIONAL
+        positional = many or parameter.kind is parameter.POSITIONAL_ONLY
+        preset = MISSING if parameter.default is parameter.empty else parameter.default
+        is_group = is_dataclass(hint)
+        if not is_group:
             assert name in texts, f"{function.__name__}: parameter {name} has no description"
-            many = parameter.kind is parameter.VAR_POSITIONAL
-            positional = many or parameter.kind is parameter.POSITIONAL_ONLY
-            default = MISSING if parameter.default is parameter.empty else parameter.default
-            found.append(
-                Option(
-                    name, hints[name], texts[name], default=default, nargs="*" if many else None, positional=positional
-                )
-            )
+            found.append(Option(name, hint, texts[name], preset, positional, many=many))
             continue
-        types_, told = typing.get_type_hints(group), field_texts(group)
-        title = inspect.cleandoc(group.__doc__ or "").split("\n")[0].rstrip(".").lower()
-        for field in fields(group):
-            assert field.name in told, f"{group.__name__}.{field.name} has no description"
-            default = _default(field, parameter)
-            bare = parameter.kind is parameter.POSITIONAL_ONLY and default is MISSING
-            text = told[field.name]
-            found.append(Option(field.name, types_[field.name], text, default, name, title, positional=bare))
+        types_, told = typing.get_type_hints(hint), field_texts(hint)
+        title = inspect.cleandoc(hint.__doc__ or "").split("\n")[0].rstrip(".").lower()
+        for field in fields(hint):
+            assert field.name in told, f"{hint}.{field.name} has no description"
+            default = field.default if preset is MISSING else getattr(preset, field.name)
+            bare = positional and default is MISSING
+            found.append(Option(field.name, types_[field.name], told[field.name], default, bare, name, title))
     names = [option.name for option in found]
     assert len(names) == len(set(names)), f"{function.__name__} declares an option twice: {sorted(names)}"
     return found
 
 
-def _default(field: Field, parameter: inspect.Parameter) -> Any:
-    """Of a field of a group: the parameter's default says it, else the field's own."""
-    if parameter.default is parameter.empty:
-        return field.default
-    if parameter.default is None:  # the group may be left out
-        return None if field.default is MISSING else field.default
-    return getattr(parameter.default, field.name)
-
-
 def build_parser(function: Callable[..., Any], prog: str) -> argparse.ArgumentParser:
-    """The parser of `flashar VERB` for a command function."""
+    """The parser of `flashar VERB` for a command function. It leaves words as they are typed."""
     options = options_of(function)
     explanation, example, _ = _sections(function)
     parser = _Parser(
@@ -119,7 +131,7 @@ def build_parser(function: Callable[..., Any], prog: str) -> argparse.ArgumentPa
         usage=_usage(prog, options),
         description=explanation,
         epilog=f"example:\n{textwrap.indent(_as_typed(example), '  ')}" if example else None,
-        formatter_class=_Help,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=110),
         allow_abbrev=False,
     )
     groups: dict[str | None, Any] = {None: parser}
@@ -136,13 +148,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ValueError(f"{message}. See {self.prog} --help.")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Wide help lines."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=110)
 
 
 def _sections(function: Callable[..., Any]) -> tuple[str, str, dict[str, str]]:
@@ -170,19 +175,17 @@ def _usage(prog: str, options: list[Option]) -> str:
     words = [prog]
     for option in options:
         if option.positional:
-            words.append(f"{option.typed} [{option.typed} ...]" if option.nargs else option.typed)
+            words.append(f"{option.typed} [{option.typed} ...]" if option.many else option.typed)
         elif option.required:
-            words.append(f"{option.typed} {_metavar(option)}")
+            words.append(f"{option.typed} {option.metavar}")
     return " ".join([*words, "[options]"])
 
 
 def _add(parser: Any, option: Option) -> None:
     text = option.text.replace("%", "%%")
     if option.positional:
-        nargs = option.nargs or "?"  # `parse` says what is missing
-        parser.add_argument(
-            option.name, type=_reader(option), metavar=option.typed, help=text, nargs=nargs, default=MISSING
-        )
+        nargs = "*" if option.many else "?"  # `parse` says what is missing
+        parser.add_argument(option.name, metavar=option.typed, help=text, nargs=nargs, default=MISSING)
         return
     if option.hint is bool:
         parser.add_argument(option.typed, action="store_true", help=text)
@@ -191,63 +194,9 @@ def _add(parser: Any, option: Option) -> None:
         text += " Required."
     elif option.default is not None and "Default:" not in text:
         text += f" Default: {option.default}."
-    action = "append" if _is_list(option.hint) else "store"
-    parser.add_argument(
-        option.typed, action=action, type=_reader(option), default=option.default, metavar=_metavar(option), help=text
-    )
-
-
-def _parts(hint: Any) -> list[Any]:
-    """The types of a union; one type otherwise."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return [part for part in typing.get_args(hint) if part is not type(None)] if union else [hint]
-
-
-def _is_list(hint: Any) -> bool:
-    return str not in _parts(hint) and any(typing.get_origin(part) is list for part in _parts(hint))
-
-
-def _choices(hint: Any) -> list[str]:
-    """The values of a Literal, also inside an optional."""
-    return [str(v) for part in _parts(hint) if typing.get_origin(part) is Literal for v in typing.get_args(part)]
-
-
-def _metavar(option: Option) -> str:
-    """N for a whole number, X for a number, {a,b} for a choice, otherwise the option's name."""
-    kinds, choices = _parts(option.hint), _choices(option.hint)
-    if choices:
-        return "{" + ",".join([*choices, *(["N"] if int in kinds else [])]) + "}"
-    return "N" if int in kinds else "X" if float in kinds else option.name.upper()
-
-
-def _reader(option: Option) -> Callable[[str], Any]:
-    """What turns a typed word into the option's value."""
-    kinds, choices = _parts(option.hint), _choices(option.hint)
-
-    def read(word: str) -> Any:
-        if str in kinds or _is_list(option.hint) or word in choices:
-            return word
-        for kind in (int, float):
-            if kind in kinds:
-                try:
-                    return kind(word)
-                except ValueError:
-                    pass
-        raise _WrongValue(f"{option.typed} is {word!r}; expected {type_text(option.hint)}")
-
-    return read
-
-
-class _WrongValue(Exception):
-    """A word that an option does not take; argparse lets it pass as it is."""
-
-
-def type_text(hint: Any) -> str:
-    """A type in words."""
-    choices = _choices(hint)
-    words = [f"{'one of ' * (len(choices) > 1)}{', '.join(choices)}"] if choices else []
-    words += [{int: "a whole number", float: "a number"}[kind] for kind in _parts(hint) if kind in (int, float)]
-    return " or ".join(words)
+    several = str not in option.kinds and any(typing.get_origin(kind) is list for kind in option.kinds)
+    action = "append" if several else "store"
+    parser.add_argument(option.typed, action=action, default=option.default, metavar=option.metavar, help=text)
 
 
 def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[list[Any], dict[str, Any]]:
@@ -259,48 +208,24 @@ def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[lis
     """
     options = options_of(function)
     known = [option.typed for option in options if not option.positional]
-    unknown = [word.split("=", 1)[0] for word in argv if word.startswith("--")]
-    unknown = [word for word in unknown if word not in {*known, "--help"}]
-    if unknown:
-        raise ValueError(f"{prog} has no option {unknown[0]}; {closest(unknown[0], known)}")
-    try:
-        values = vars(build_parser(function, prog).parse_args(argv))
-    except _WrongValue as error:
-        raise ValueError(f"{error}. See {prog} --help.") from error
-    missing = [option.typed for option in options if values[option.name] in (MISSING, [])]
-    if missing:
+    for word in argv:
+        typed = word.split("=", 1)[0]
+        if typed.startswith("--") and typed not in (*known, "--help"):
+            raise ValueError(f"{prog} has no option {typed}; {closest(typed, known)}")
+    words = vars(build_parser(function, prog).parse_args(argv))
+    if missing := [option.typed for option in options if words[option.name] in (MISSING, [])]:
         raise ValueError(f"{prog} needs {' and '.join(missing)}. See {prog} --help.")
-    return _arguments(function, options, values)
-
-
-def _arguments(
-    function: Callable[..., Any], options: list[Option], values: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """The values typed, as the function takes them."""
-    hints = typing.get_type_hints(function)
     positional: list[Any] = []
     keywords: dict[str, Any] = {}
+    hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
-        group = group_of(hints[name])
-        value = values.get(name)
-        if group is not None:
-            value = _group(group, {o.name: values[o.name] for o in options if o.group == name}, parameter)
+        own = {each.name: each.read(words[each.name]) for each in options if (each.group or each.name) == name}
+        is_group = is_dataclass(hints[name])
+        value = hints[name](**own) if is_group else own[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += value or []
+            positional += value
         elif parameter.kind is parameter.POSITIONAL_ONLY:
             positional.append(value)
         else:
             keywords[name] = value
     return positional, keywords
-
-
-def _group(group: type, values: dict[str, Any], parameter: inspect.Parameter) -> Any:
-    """The object; None for a group that may be left out and was. Raises ValueError where a part of it was."""
-    required = [field.name for field in fields(group) if field.default is MISSING]
-    if parameter.default is not None or any(values[name] is not None for name in required):
-        return group(**values)
-    optional = [field for field in fields(group) if field.name not in required]
-    if given := [field.name for field in optional if values[field.name] != field.default]:
-        typed = ["--" + name.replace("_", "-") for name in (given[0], *required)]
-        raise ValueError(f"{typed[0]} is given without {' and '.join(typed[1:])}; add it.")
-    return None

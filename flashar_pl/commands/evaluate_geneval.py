@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from flashar_pl.evaluate.options import GenEval, GenEvalOptions
-from flashar_pl.options import EngineOptions, ModelOptions, RankOptions, SamplingSettings, TextOptions
+from flashar_pl.evaluate.options import DrawnModelOptions, GenEval, GenEvalOptions
+from flashar_pl.options import EngineOptions, RankOptions, SamplingSettings, TextOptions
 
 
 def evaluate_geneval(
     options: GenEvalOptions,
-    model: ModelOptions | None = None,
+    model: DrawnModelOptions = DrawnModelOptions(),
     sampling: SamplingSettings = SamplingSettings(cfg_scale=5.0),
     text: TextOptions = TextOptions(),
     engine: EngineOptions = EngineOptions(),
@@ -35,12 +35,12 @@ def evaluate_geneval(
     from flashar_pl.evaluate.geneval import geneval_on_rank
     from flashar_pl.ranks import run_on_ranks
 
-    _check_pair("--checkpoint", model, "--prompts", options.prompts)
+    _check_pair("--checkpoint", model.checkpoint, "--prompts", options.prompts)
     _check_pair("--detector", options.detector, "--clip", options.clip)
-    if model is None and options.detector is None:
+    if not model.checkpoint and options.detector is None:
         raise ValueError("nothing to do: give --checkpoint and --prompts to draw, --detector and --clip to score.")
-    if model is None and text != TextOptions():
-        raise ValueError("--assets, --text-encoder and --negative-prompt are for drawing; add --checkpoint, --prompts.")
+    if not model.checkpoint and (model, text) != (DrawnModelOptions(), TextOptions()):
+        raise ValueError("options of the model and of its prompts are for drawing; add --checkpoint, --prompts.")
     asked = GenEval(options, model, sampling, text, engine)
     report = run_on_ranks(partial(geneval_on_rank, asked, torch.get_num_threads()), ranks, engine.device)
     if report is not None:
@@ -51,7 +51,7 @@ def evaluate_geneval(
     return report
 
 
-def _check_pair(first: str, one: object, second: str, other: object) -> None:
+def _check_pair(first: str, one: str | None, second: str, other: str | None) -> None:
     """ValueError where one of two options that belong together is missing."""
-    if (one is None) != (other is None):
-        raise ValueError(f"{first} and {second} belong together; {first if one is None else second} is missing.")
+    if bool(one) != bool(other):
+        raise ValueError(f"{first} and {second} belong together; {second if one else first} is missing.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.console import table
+from flashar_pl.console import needing, table
 from flashar_pl.files import replacing, require_new
 
 Curve = tuple[list[int], list[float]]
@@ -125,11 +125,9 @@ def draw_curves(curves: dict[str, dict[str, Curve]], panels: list[Panel], path: 
 
 
 def require_pyplot() -> Any:
-    """matplotlib.pyplot on a canvas without a window. Raises ImportError where matplotlib is not installed."""
-    try:
+    """matplotlib.pyplot on a canvas without a window. Raises ValueError where matplotlib is not installed."""
+    with needing("a plot", "demo"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'flashar-pl[demo]'") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -6,6 +6,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 
+from flashar_pl.console import needing
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
 
 
@@ -34,31 +35,26 @@ def serve(
     """Draw images on request, over HTTP, until Ctrl-C.
 
     Open http://127.0.0.1:8000 for a page where images grow in both decoding orders. Programs POST the JSON of OpenAI's
-    images API to /v1/images/generations: "prompt", or "class" for a class-conditional model, and where they want "n",
-    "seed", "plan", "negative_prompt" or a sampling option of their own. They get PNGs in base64 and the seconds that
-    drawing the codes took; with "stream" server-sent events, "partial_images" times before the end. /health says what
-    is served, /metrics is for Prometheus. There is no authentication: keep the host local, or put a proxy in front.
+    images API to /v1/images/generations: "prompt" or "class", and where they want "n", "seed", "plan", a sampling
+    option, "negative_prompt". They get PNGs in base64 and the seconds that the codes took; with "stream" server-sent
+    events, "partial_images" times before the end. There is no authentication: stay local, or put a proxy in front.
 
     Example:
         flashar serve --checkpoint runs/demo/flashar/checkpoints/last.ckpt --cfg-scale 1.5
         curl -d '{"class": 3, "n": 2, "seed": 1}' http://127.0.0.1:8000/v1/images/generations
     """
-    try:
+    with needing("serving", "serve"):
         import uvicorn
 
         from flashar_pl.serving.app import Service, build_app
-    except ModuleNotFoundError as error:
-        raise ImportError(f"serving needs {error.name}: pip install 'flashar-pl[serve]'") from error
     try:
         listener = socket.create_server((server.host, server.port), backlog=128)
     except (OSError, OverflowError) as error:
         raise ValueError(f"cannot listen on {server.host}:{server.port}: {error}; give another --port.") from error
     with listener:
         service = Service(model, sampling, shape, text, engine, server.most_requests)
-        for _ in range(2):  # the first one compiles, records graphs or fills caches
-            seconds = service.draw(service.job({service.by: service.example}))["seconds"]
-        where, ms = f"http://{server.host}:{listener.getsockname()[1]}", f"{1e3 * seconds:.0f} ms an image"
-        print(f"ready: {where} ({ms}, {service.engine.runner} on {service.engine.device}; Ctrl-C ends)", flush=True)
+        service.draw(service.job({service.by: service.example}))  # compiles, records graphs, fills caches
+        print(f"ready ({service.engine.runner}): http://{server.host}:{listener.getsockname()[1]}", flush=True)
         app = build_app(service, [server.host, *server.allowed_hosts.split(",")])
         with suppress(KeyboardInterrupt):
             uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listener])

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from flashar_pl.console import needing
 from flashar_pl.data.manifest import ConditionSpec, Manifest
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.writer import ShardWriter
@@ -22,12 +23,8 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: scikit-learn is not installed.
     """
-    try:
+    with needing("the data set of digits", "demo"):
         from sklearn import datasets
-    except ImportError as error:
-        raise ValueError(
-            "The digits come with scikit-learn, which is not installed: pip install 'flashar-pl[demo]'"
-        ) from error
     bunch = datasets.load_digits()
     return bunch.images.astype(np.int64), bunch.target.astype(np.int64)
 

@@ -26,7 +26,7 @@ from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
 from flashar_pl.files import read_json, require_new, write_json, write_text
 from flashar_pl.metrics import geneval_images
 from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
-from flashar_pl.options import ModelOptions, ShapeOptions, Subject
+from flashar_pl.options import ShapeOptions, Subject
 from flashar_pl.pictures import save_png
 from flashar_pl.ranks import Rank
 
@@ -42,9 +42,8 @@ def geneval_on_rank(asked: GenEval, threads: int, rank: Rank) -> dict[str, Any] 
     out, options = Path(asked.options.out), asked.options
     if options.detector is not None:
         rank.first(lambda: require_new(out / SUMMARY, "scores"))
-    if asked.model is not None:
-        assert options.prompts is not None
-        draw_images(asked, asked.model, read_prompts(options.prompts), rank)
+    if options.prompts is not None:
+        draw_images(asked, read_prompts(options.prompts), rank)
     rank.barrier()
     if options.detector is None or options.clip is None:
         return None
@@ -81,10 +80,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
-def draw_images(asked: GenEval, model: ModelOptions, entries: list[dict[str, Any]], rank: Rank) -> None:
+def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> None:
     """Draw this rank's share of the images that are not there yet."""
     out, every = Path(asked.options.out), asked.options.num_images
-    source = open_checkpoint(model, replace(asked.engine, device=str(rank.device)))
+    source = open_checkpoint(asked.model, replace(asked.engine, device=str(rank.device)))
     decoder = source.matching_tokenizer(str(rank.device))
     samples = prompt_samples(asked, source, [entry["prompt"] for entry in entries])
     rank.first(lambda: _open(asked, source, entries, samples))

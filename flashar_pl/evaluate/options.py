@@ -60,6 +60,14 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class DrawnModelOptions(ModelOptions):
+    """Model"""
+
+    checkpoint: str = ""
+    """What draws the images, a checkpoint of any kind. Default: none, images in --out are scored."""
+
+
+@dataclass(frozen=True)
 class GenEvalOptions:
     """Images and their score"""
 
@@ -96,8 +104,7 @@ class GenEval:
     """All that `flashar evaluate geneval` was asked for."""
 
     options: GenEvalOptions
-    model: ModelOptions | None
-    """None = images are scored, not drawn."""
+    model: DrawnModelOptions
     sampling: SamplingSettings
     text: TextOptions
     engine: EngineOptions

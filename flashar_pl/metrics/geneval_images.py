@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from flashar_pl.console import needing
 from flashar_pl.metrics.geneval import COLORS, Detection
 
 CLASS_NAMES = (
@@ -231,8 +232,6 @@ def _pretrained(directory: str | Path, what: str, example: str) -> tuple[Any, Pa
             f"no {what} in {place}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing is "
             "downloaded for you."
         )
-    try:
+    with needing("GenEval", "emu"):
         import transformers
-    except ImportError as error:
-        raise ValueError("GenEval needs transformers: pip install 'flashar-pl[emu]'") from error
     return transformers, place

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.console import needing
 from flashar_pl.models.quiet import quiet_torchao
 
 if TYPE_CHECKING:
@@ -83,11 +84,8 @@ def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
     """
     if config is None:
         return model
-    try:
-        with quiet_torchao():
-            import peft
-    except ImportError as error:
-        raise ValueError("model.lora needs peft: pip install 'flashar-pl[lora]'.") from error
+    with needing("model.lora", "lora"), quiet_torchao():
+        import peft
     options = peft.LoraConfig(
         r=config.rank,
         lora_alpha=cast(Any, config.alpha),

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flashar_pl.console import needing
+
 POSITIONS = 120
 """Positions of a caption; longer ones are cut, shorter ones padded."""
 
@@ -30,10 +32,8 @@ def encode_captions(
     Raises:
         ValueError: transformers is not installed, or `directory` holds no T5.
     """
-    try:
+    with needing("the text encoder of captions", "emu"):
         from transformers import AutoTokenizer, T5EncoderModel
-    except ImportError as error:
-        raise ValueError("captions for LlamaGen need transformers: pip install 'flashar-pl[emu]'") from error
     folder = Path(directory).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flashar_pl.console import needing
 from flashar_pl.tokenizers.files import require_file
 
 PIECES = (
@@ -60,10 +61,8 @@ class Emu35Text:
 
     def __init__(self, ranks: str | Path) -> None:
         """ranks: emu3.tiktoken. Raises ValueError where it is missing or damaged, or tiktoken is not installed."""
-        try:
+        with needing("the tokenizer of prompts", "emu"):
             import tiktoken
-        except ImportError as error:
-            raise ValueError("Emu3.5 prompts need tiktoken: pip install 'flashar-pl[emu]'") from error
         table = _read_ranks(require_file(ranks, "rank file", ADVICE))
         ids = {name: len(table) + i for i, name in enumerate(NAMES)}
         self._bpe: Any = tiktoken.Encoding("emu35", pat_str=PIECES, mergeable_ranks=table, special_tokens=ids)
