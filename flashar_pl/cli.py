@@ -25,7 +25,7 @@ class Command:
     summary: str
     """One line for `flashar --help`."""
     trains: bool = False
-    """True: the function takes the raw arguments (LightningCLI parses them); False: a typed function."""
+    """True: the function takes the verb and the raw arguments, for LightningCLI; False: a typed function."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -37,9 +37,9 @@ COMMANDS: dict[str, Command] = {
     "tokenize npy": Command("tokenize:tokenize_npy", ".npy code files and labels as shards of codes"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
     "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
-    "validate": Command("fit:validate", "losses, likelihood and FID on the validation split", trains=True),
-    "test": Command("fit:test", "losses, likelihood and FID on the test split", trains=True),
-    "predict": Command("fit:predict", "per-image likelihoods of the test split", trains=True),
+    "validate": Command("fit:fit", "losses, likelihood and FID on the validation split", trains=True),
+    "test": Command("fit:fit", "losses, likelihood and FID on the test split", trains=True),
+    "predict": Command("fit:fit", "per-image likelihoods of the test split", trains=True),
     "generate": Command("generate:generate", "sample images from a checkpoint"),
     "evaluate": Command("evaluate:evaluate", "FID, Inception Score, precision, recall of a checkpoint's samples"),
     "evaluate geneval": Command(
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return dispatch(words)
     except Missed as missed:
-        print(f"flashar: {one_line(missed)}", file=sys.stderr)
+        print(f"flashar: {missed}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug or (getattr(error, "name", None) or "").startswith("flashar_pl"):  # a missing module of ours: a bug
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"flashar: error: {one_line(error)}", file=sys.stderr)
+            print(f"flashar: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
 
 
@@ -112,12 +112,6 @@ def interrupted(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error on one line."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
 
 
 def dispatch(words: list[str]) -> int:
@@ -133,17 +127,17 @@ def dispatch(words: list[str]) -> int:
     name, rest = split_verb(words)
     if name is None:
         return 0
-    command = COMMANDS[name]
-    function = load(command)
-    if command.trains:
-        return _code(function(rest))
+    function = load(COMMANDS[name])
+    if COMMANDS[name].trains:
+        return function(name, rest)
     from flashar_pl.commands.arguments import parse
 
     try:
         positional, options = parse(function, f"flashar {name}", rest)
-    except SystemExit as end:  # --help was printed
-        return _code(end.code)
-    return _code(function(*positional, **options))
+    except SystemExit:  # --help was printed
+        return 0
+    function(*positional, **options)
+    return 0
 
 
 def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
@@ -173,11 +167,6 @@ def command_list(commands: dict[str, Command]) -> str:
 def load(command: Command) -> Callable[..., Any]:
     """The function behind a verb."""
     return door(f"flashar_pl.commands.{command.target}")
-
-
-def _code(result: Any) -> int:
-    """Exit code of a command's result: an int is one, anything else (a path, a table, nothing) means success."""
-    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":

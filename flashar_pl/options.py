@@ -7,6 +7,7 @@ library only: every `--help` imports this file.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -81,12 +82,7 @@ class SamplingSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
             raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
-        if self.cfg_interval is not None and self.cfg_interval < 0:
-            raise ValueError(f"cfg_interval is {self.cfg_interval}; expected 0 or more, or None for every step.")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; expected 0 or more.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; expected 0 (off) or more.")
+        check_least(self, cfg_interval=0, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
 
@@ -127,8 +123,7 @@ class DeviceOptions(ComputeOptions):
     auto is the same."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.batch_size, int) and self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more.")
+        check_least(self, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -162,13 +157,9 @@ class WayOptions:
 
     def each(self) -> list[tuple[Runner, WeightFormat]]:
         """Every combination. Raises ValueError for an unknown name."""
-        found = []
-        for name, known in (("runners", Runner), ("weight_formats", WeightFormat)):
-            words = list(dict.fromkeys(word.strip() for word in getattr(self, name).split(",")))
-            if unknown := [word for word in words if word not in get_args(known)]:
-                raise ValueError(f"{name} has {unknown[0]!r}; expected some of {', '.join(get_args(known))}.")
-            found.append(words)
-        return [(runner, weights) for weights in found[1] for runner in found[0]]  # type: ignore[misc]
+        runners = split_names("runners", self.runners, get_args(Runner))
+        formats = split_names("weight_formats", self.weight_formats, get_args(WeightFormat))
+        return [(runner, weights) for weights in formats for runner in runners]
 
 
 @dataclass(frozen=True)
@@ -195,8 +186,7 @@ class CodecOptions(PlaceOptions):
     """Images of one pass through the tokenizer, each crop counted. Default: 32, for captioned images 8."""
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; expected 1 or more.")
+        check_least(self, batch_size=1)
 
 
 @dataclass(frozen=True)
@@ -219,9 +209,7 @@ class ShardOptions:
     """Keep the order of the images, if they are shuffled already."""
 
     def __post_init__(self) -> None:
-        for name, least in (("block", 1), ("shard_images", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected {least} or more.")
+        check_least(self, block=1, shard_images=1, workers=0)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")
 
@@ -271,12 +259,28 @@ class Subject:
     where captions are left-padded, "mask" (N, T)."""
 
 
+def check_least(group: Any, **least: int) -> None:
+    """ValueError where an option of a group is a number below the least that is told for it."""
+    for name, low in least.items():
+        value = getattr(group, name)
+        if isinstance(value, int | float) and not value >= low:
+            raise ValueError(f"{name} is {value}; expected {low} or more.")
+
+
 def as_settings(*groups: Any) -> dict[str, Any]:
     """All options of some groups as plain values, for the record of a result."""
     return {name: value for group in groups for name, value in asdict(group).items()}
 
 
 # --- values written as text ------------------------------------------------------------------------------------------
+
+
+def split_names(option: str, text: str, known: Iterable[str]) -> list[Any]:
+    """ "a,b" as a list of names without repeats. Raises ValueError for one that is not known."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{option} has {unknown[0]!r}; expected some of {', '.join(known)}.")
+    return names
 
 
 def parse_grid(text: str | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -5,28 +5,8 @@ from __future__ import annotations
 import sys
 
 
-def fit(argv: list[str]) -> int:
-    """Train: `flashar fit --config experiments/NAME.yaml [--key value ...]`."""
-    return run("fit", argv)
-
-
-def validate(argv: list[str]) -> int:
-    """Measure on the validation split: `flashar validate --ckpt_path PATH`."""
-    return run("validate", argv)
-
-
-def test(argv: list[str]) -> int:
-    """Measure on the test split: `flashar test --ckpt_path PATH`."""
-    return run("test", argv)
-
-
-def predict(argv: list[str]) -> int:
-    """Likelihood of each test image: `flashar predict --ckpt_path PATH`."""
-    return run("predict", argv)
-
-
-def run(verb: str, argv: list[str]) -> int:
-    """Run one verb of LightningCLI on FlashARModule and the configuration's data module; the exit code.
+def fit(verb: str, argv: list[str]) -> int:
+    """Run a verb (fit, validate, test, predict) of LightningCLI on what the configuration says; the exit code.
 
     Raises:
         ValueError: wrong configuration, data or checkpoint.

@@ -21,6 +21,7 @@ from flashar_pl.options import (
     Subject,
     TextOptions,
     as_settings,
+    check_least,
 )
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class GenerateOptions(Subject):
     """Write codes.npy and settings.json, no images; needs no tokenizer."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images}; expected 1 or more.")
+        check_least(self, num_images=1)
 
 
 def generate(

@@ -15,7 +15,7 @@ from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.commands.score import caption_encoder, check_data, held_out
 from flashar_pl.console import progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json
-from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions
+from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Batch
@@ -53,9 +53,7 @@ class ProbeOptions:
     """Of the order of images."""
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("limit", self.limit)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; expected 1 or more.")
+        check_least(self, steps=1, limit=1)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0.")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.console import Missed, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import DeviceOptions, ModelOptions, SamplingSettings, parse_classes
+from flashar_pl.options import DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,7 @@ class ReportOptions:
     """Exit with 1 where a bound of the digits demo is missed."""
 
     def __post_init__(self) -> None:
-        if self.samples < 2 or min(self.timed_images, self.threads) < 1:
-            raise ValueError(
-                f"samples is {self.samples}, timed_images {self.timed_images}, threads {self.threads}; expected at "
-                "least 2, 1, 1."
-            )
+        check_least(self, samples=2, timed_images=1, threads=1)
 
 
 @dataclass

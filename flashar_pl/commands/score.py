@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.console import progress_bar, versions
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, PlanOptions
+from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, PlanOptions, check_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,7 @@ class DataOptions:
     """At most this many images, spread evenly over the split. Default: all."""
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit is {self.limit}; expected 1 or more.")
+        check_least(self, limit=1)
 
 
 def score(

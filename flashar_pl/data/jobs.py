@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.options import CodecOptions, ShardOptions, parse_grid, parse_tokenizer
+from flashar_pl.options import CodecOptions, ShardOptions, check_least, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,7 @@ class ClassImageOptions:
     def __post_init__(self) -> None:
         if self.crop_range is not None and not self.ten_crop:
             raise ValueError("--crop-range has a meaning only with --ten-crop; add it, or leave --crop-range out.")
-        if self.crop_range is not None and self.crop_range < 1:
-            raise ValueError(f"crop_range is {self.crop_range}; expected 1 or more.")
+        check_least(self, crop_range=1)
 
     def side(self, downsample: int) -> int:
         """The side an image is resized to before it is cropped. Raises ValueError unless it is made of whole codes."""

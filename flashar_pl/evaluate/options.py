@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, TextOptions
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, TextOptions, check_least
 
 Labels = Literal["balanced", "random"]
 Split = Literal["train", "validation", "test"]
@@ -47,11 +47,7 @@ class EvaluateOptions:
     """Directory for computed reference statistics. Default: references/ in the user's cache directory."""
 
     def __post_init__(self) -> None:
-        lowest = {"num_samples": 1, "resize": 1, "min_samples": 2}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name} is {value}; expected {low} or more.")
+        check_least(self, num_samples=1, resize=1, min_samples=2)
 
     @property
     def metric_names(self) -> list[str] | None:
@@ -85,8 +81,7 @@ class GenEvalOptions:
     """Image j of prompt i uses seed + i * num_images + j."""
 
     def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images}; expected 1 or more.")
+        check_least(self, num_images=1)
 
 
 @dataclass(frozen=True)

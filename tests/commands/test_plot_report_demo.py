@@ -171,6 +171,12 @@ def test_each_bound_can_be_missed(row, key, bad):
 # --- demo ----------------------------------------------------------------------------------------------------------
 
 
+def leave(stage):
+    """The file that marks a stage as done."""
+    (stage.path / stage.last).parent.mkdir(parents=True, exist_ok=True)
+    (stage.path / stage.last).touch()
+
+
 @pytest.fixture
 def staged(work, monkeypatch):
     """A demo whose sub-processes only leave the files that mark them as done; yields their command lines."""
@@ -182,11 +188,7 @@ def staged(work, monkeypatch):
     class Finished:
         def __init__(self, stage):
             calls.append(stage.words)
-            (stage.directory / stage.last).parent.mkdir(parents=True, exist_ok=True)
-            if stage.last:
-                (stage.directory / stage.last).touch()
-            else:
-                stage.directory.mkdir()
+            leave(stage)
 
         def wait(self) -> int:
             return 0
@@ -194,23 +196,16 @@ def staged(work, monkeypatch):
         poll = wait
 
     monkeypatch.setattr(demo_module, "start", Finished)
-    monkeypatch.setattr(demo_module, "plot", lambda *runs, out: Path(out).touch())
-
-    def tokenize(out: str) -> None:
-        Path(out).mkdir(parents=True)
-        Path(out, "manifest.json").touch()
-
-    monkeypatch.setattr(demo_module, "tokenize_digits", tokenize)
     return calls
 
 
 def test_demo_runs_the_commands_a_user_would_type(run, refused, staged):
     code, out, err = run("demo")
     assert code == 0, err
-    assert [words[0] for words in staged] == ["classifier", "fit", "fit", "report"]
-    assert staged[1] == ["fit", "--config", "experiments/demo_raster.yaml"]
-    assert staged[2] == ["fit", "--config", "experiments/demo_flashar.yaml"]
-    assert "--check" in staged[3]
+    assert [words[0] for words in staged] == ["tokenize", "classifier", "fit", "fit", "plot", "report"]
+    assert staged[2] == ["fit", "--config", "experiments/demo_raster.yaml"]
+    assert staged[3] == ["fit", "--config", "experiments/demo_flashar.yaml"]
+    assert "--check" in staged[5]
     assert "left in all" in out
     for name in (
         "report.md",
@@ -229,10 +224,10 @@ def test_full_demo_adds_the_contrast_and_reuses_what_is_there(run, staged):
     staged.clear()
     code, _, err = run("demo", "--full")
     assert code == 0, err
-    assert [words[0] for words in staged] == ["fit", "report"]
+    assert [words[0] for words in staged] == ["fit", "plot", "report"]
     assert staged[0] == ["fit", "--config", "experiments/demo_scratch.yaml"]
-    assert "--scratch" in staged[1]
-    assert staged[1][-1] == "0,1"
+    assert "--scratch" in staged[2]
+    assert staged[2][-1] == "0,1"
 
 
 def test_demo_moves_unfinished_and_old_results_aside(run, staged):
@@ -247,7 +242,7 @@ def test_demo_moves_unfinished_and_old_results_aside(run, staged):
 
 def test_demo_elsewhere_overrides_every_place(run, staged):
     assert run("demo", "--out", "o", "--data", "d")[0] == 0
-    words = " ".join(staged[2])
+    words = " ".join(staged[3])
     for part in (
         "--trainer.default_root_dir o/flashar",
         "--model.init_from o/raster/checkpoints/last.ckpt",
@@ -255,16 +250,15 @@ def test_demo_elsewhere_overrides_every_place(run, staged):
         "--data.shards d",
     ):
         assert part in words
-    assert "init_from" not in " ".join(staged[1])
+    assert "init_from" not in " ".join(staged[2])
 
 
 def test_demo_reports_a_failed_stage_and_a_missed_bound(run, refused, staged, monkeypatch):
     monkeypatch.setattr(demo_module, "run_process", lambda stage: 2)
-    assert "`flashar classifier` ended with exit code 2" in refused("demo")
+    assert "`flashar tokenize` ended with exit code 2" in refused("demo")
 
     def missed(stage):
-        (stage.directory / stage.last).parent.mkdir(parents=True, exist_ok=True)
-        (stage.directory / stage.last).touch()
+        leave(stage)
         return int(stage.words[0] == "report")
 
     monkeypatch.setattr(demo_module, "run_process", missed)
@@ -281,14 +275,14 @@ def test_the_demo_yamls_name_the_places_the_demo_expects():
     import yaml
 
     root = Path(__file__).parents[2]
-    for stage in demo_module.plan_stages(Path(demo_module.OUT), demo_module.DATA, full=True)[1:]:
+    for stage in demo_module.plan_stages(Path(demo_module.OUT), demo_module.DATA, full=True)[2:5]:
         config = yaml.safe_load((root / stage.words[2]).read_text())
-        assert config["trainer"]["default_root_dir"] == str(stage.directory)
+        assert config["trainer"]["default_root_dir"] == str(stage.path)
         assert config["data"]["shards"] == demo_module.DATA
         assert config["model"]["validation"]["features"] == f"{demo_module.OUT}/classifier"
         callback = config["trainer"]["callbacks"][0]["init_args"]
         assert callback["filename"] == "last"
-        if stage.directory.name == "flashar":
+        if stage.path.name == "flashar":
             assert config["model"]["init_from"] == f"{demo_module.OUT}/raster/{demo_module.LAST}"
 
 
