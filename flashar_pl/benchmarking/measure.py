@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,19 +36,11 @@ class Timing:
 
     def summary(self) -> dict[str, Any]:
         """Median and interquartile range of both clocks."""
-        return {
-            "repeats": len(self.wall),
-            "wall_s": statistics.median(self.wall),
-            "wall_iqr_s": spread(self.wall),
-            "cpu_s": statistics.median(self.cpu),
-            "cpu_iqr_s": spread(self.cpu),
-        }
-
-
-def spread(values: list[float]) -> float:
-    """Interquartile range; 0 for a single value."""
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
-    return high - low
+        found: dict[str, Any] = {"repeats": len(self.wall)}
+        for name, values in (("wall", self.wall), ("cpu", self.cpu)):
+            low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
+            found |= {f"{name}_s": middle, f"{name}_iqr_s": high - low}
+        return found
 
 
 def clock(call: Callable[[], Any], device: torch.device, into: Timing) -> Any:

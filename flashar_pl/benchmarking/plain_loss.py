@@ -11,23 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashar_pl.backbones.base import slot_codes
-from flashar_pl.backbones.condition import Given, as_condition
+from flashar_pl.backbones.condition import Given
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel, States
 from flashar_pl.models.dual_head import sources
 from flashar_pl.models.losses import AUX_WEIGHT
-
-
-def hidden_states(model: GridModel, codes: Tensor, condition: Given, plan: DecodePlan) -> States:
-    """Final states (B, 1 + S', D) of the last prefix token and the slots, teacher-forced: what a loss starts from."""
-    prefix = model.backbone.prefix(as_condition(condition))
-    slots = plan.n_inputs
-    x = torch.cat([prefix.x, model.backbone.embed(slot_codes(codes, plan)[:, :slots])], dim=1)
-    rope = model.rope(plan, prefix)[:, : x.shape[1]]
-    mask = model.backbone.attention_mask(plan, prefix, slots)
-    h, v = model.states(model.backbone.input_dropout(x), rope, mask, vertical=True, n_prefix=len(prefix))
-    return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
 
 def head_loss(model: GridModel, states: States, codes: Tensor, plan: DecodePlan) -> Tensor:
@@ -48,4 +36,4 @@ def head_loss(model: GridModel, states: States, codes: Tensor, plan: DecodePlan)
 
 def plain_loss(model: GridModel, codes: Tensor, condition: Given, plan: DecodePlan) -> Tensor:
     """Equal to `model.loss(...)["loss"]` up to rounding, for the diagonal plan."""
-    return head_loss(model, hidden_states(model, codes, condition, plan), codes, plan)
+    return head_loss(model, model.teacher_forced(codes, condition, plan, plan.n_inputs), codes, plan)

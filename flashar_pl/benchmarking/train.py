@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashar_pl.backbones.condition import Condition
 from flashar_pl.benchmarking.measure import Timing, clock, clock_name
-from flashar_pl.benchmarking.plain_loss import head_loss, hidden_states, plain_loss
+from flashar_pl.benchmarking.plain_loss import head_loss, plain_loss
 from flashar_pl.devices import peak_memory
 from flashar_pl.models.base import STAGE1_ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
@@ -63,7 +63,9 @@ class Steps:
         """Peak of the loss alone, forward and backward, from given hidden states, without the gradients of the heads
         and the gate, which every implementation ends with. On a CPU that of the process, which is rough."""
         with torch.no_grad(), self.autocast():
-            h, v = hidden_states(self.model, self.codes, self.condition, self.plan)  # (B, 1 + S', D)
+            h, v = self.model.teacher_forced(
+                self.codes, self.condition, self.plan, self.plan.n_inputs
+            )  # (B, 1 + S', D)
         assert v is not None
         h, v = h.requires_grad_(self.model.dual_head.horizontal.weight.requires_grad), v.requires_grad_()
         with peak_memory(self.device) as peak:

@@ -139,8 +139,8 @@ class GridModel(nn.Module, ABC):
             raise ValueError(f"plan is {plan!r}; expected a DecodePlan, such as raster_plan(H, W) of flashar_pl.grid.")
         return plan
 
-    def _teacher_forced(
-        self, codes: Tensor, condition: Given, plan: DecodePlan, n_slots: int, vertical: bool
+    def teacher_forced(
+        self, codes: Tensor, condition: Given, plan: DecodePlan, n_slots: int, vertical: bool = True
     ) -> States:
         """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
         self.check_plan(plan)
@@ -157,7 +157,7 @@ class GridModel(nn.Module, ABC):
     def forward(self, codes: Tensor, condition: Given, plan: DecodePlan | None = None) -> Logits:
         """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
         plan = self._plan_of(codes, plan)
-        h, v = self._teacher_forced(codes, condition, plan, plan.n_slots, vertical=True)
+        h, v = self.teacher_forced(codes, condition, plan, plan.n_slots)
         fused, horizontal, vertical, gate = self.dual_head(h, v, plan)
         shape = codes.shape[1:]
         return Logits(*(part.unflatten(1, shape) for part in (fused, horizontal, vertical, gate)))
@@ -177,7 +177,7 @@ class GridModel(nn.Module, ABC):
         plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
         plan = self._plan_of(codes, plan)
-        h, v = self._teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
+        h, v = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
         losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight)
         samples = weight.sum().clamp_min(1)

@@ -31,67 +31,63 @@ GPUS: dict[str, Gpu] = {
 """SXM models; the paper used H20."""
 
 
-def changes(setup: TrainingSetup) -> Iterator[tuple[str, TrainingSetup]]:
-    """Single changes that need less memory, the cheapest in time first."""
+CHANGES = {
+    "sharded": "FSDP2",
+    "replicas": "one replica instead of several",
+    "lora": "frozen weights in bfloat16 (model.lora.base: bf16)",
+    "moments": "smaller optimizer state (model.optimiser.state: {moments})",
+    "checkpointing": "activation checkpointing",
+    "samples": "{samples} sample(s) per GPU and {accumulate} forwards (data.batch_size: {batch}, "
+    "trainer.accumulate_grad_batches: {accumulate})",
+    "ema": "no averaged weights",
+    "offload": "shards and optimizer state in CPU memory (trainer.strategy.init_args.offload: true)",
+}
+"""What it means that a field of a setup is another one."""
+
+
+def changes(setup: TrainingSetup) -> Iterator[TrainingSetup]:
+    """Setups with one change that needs less memory, the cheapest in time first."""
     if setup.gpus > 1 and not setup.sharded:
-        yield "shard with FSDP2", replace(setup, sharded=True)
+        yield replace(setup, sharded=True)
     if setup.replicas > 1:
-        yield "one replica instead of several", replace(setup, replicas=1)
+        yield replace(setup, replicas=1)
     if setup.lora is not None and setup.lora.base == "fp32" and setup.mixed:
-        yield (
-            "frozen weights in bfloat16 (model.lora.base: bf16)",
-            replace(setup, lora=replace(setup.lora, base="bf16")),
-        )
+        yield replace(setup, lora=replace(setup.lora, base="bf16"))
     if setup.moments == "fp32":
-        yield "bfloat16 optimizer state (model.optimiser.state: bf16)", replace(setup, moments="bf16")
+        yield replace(setup, moments="bf16")
     if setup.moments != "8bit":
-        yield "8-bit optimizer state (model.optimiser.state: 8bit)", replace(setup, moments="8bit")
+        yield replace(setup, moments="8bit")
     if not setup.checkpointing:
-        yield "activation checkpointing", replace(setup, checkpointing=True)
+        yield replace(setup, checkpointing=True)
     if setup.samples > 1:
         half = setup.samples // 2
-        accumulate = -(-setup.samples * setup.accumulate // half)
-        fewer = replace(setup, samples=half, accumulate=accumulate)
-        yield f"{half} sample(s) per GPU and {accumulate} forwards{batch_settings(fewer)}", fewer
+        yield replace(setup, samples=half, accumulate=-(-setup.samples * setup.accumulate // half))
     if setup.ema:
-        yield "no averaged weights", replace(setup, ema=False)
+        yield replace(setup, ema=False)
     if not setup.offload:
-        option = "trainer.strategy.init_args.offload: true"
-        yield (
-            f"FSDP2 with shards and optimizer state in CPU memory ({option})",
-            replace(setup, offload=True, sharded=True),
-        )
+        yield replace(setup, offload=True, sharded=True)
 
 
-def batch_settings(setup: TrainingSetup) -> str:
-    """How a YAML says it."""
-    batch = setup.samples * setup.gpus
-    return f" (data.batch_size: {batch}, trainer.accumulate_grad_batches: {setup.accumulate})"
+def described(before: TrainingSetup, after: TrainingSetup) -> str:
+    """What was changed, with the keys of a YAML."""
+    changed = [text for name, text in CHANGES.items() if getattr(before, name) != getattr(after, name)]
+    return "; ".join(changed).format(**vars(after), batch=after.samples * after.gpus)
 
 
 def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list[tuple[str, int]]:
-    """Changes after which the run fits into `usable` bytes per GPU, each with its new total; else one list of changes
-    made one after the other. Empty where nothing helps but more or larger GPUs."""
-    single = [(text, peak_total(sizes, after)) for text, after in changes(setup)]
+    """Changes after which the run fits into `usable` bytes per GPU, each with its new total; else several changes
+    together. Empty where nothing helps but more or larger GPUs."""
+    single = [(described(setup, after), peak_total(sizes, after)) for after in changes(setup)]
     if setup.lora is None and sizes.flashar and setup.mixed:
         frozen = LoraConfig(base="bf16")
         text = f"a frozen backbone with LoRA (model.lora: {{rank: {frozen.rank}, base: bf16}})"
         single.append((text, peak_total(sizes, replace(setup, lora=frozen))))
     if found := [(text, total) for text, total in single if total <= usable]:
         return found
-    texts: list[str] = []
-    samples = setup.samples
-    for _ in range(32):  # batch sizes can be halved often
-        best = min(changes(setup), key=lambda change: peak_total(sizes, change[1]), default=None)
-        if best is None:
-            break
-        if best[1].samples < setup.samples < samples:  # halved again: the smaller number stands for both
-            texts = [text for text in texts if not text.endswith(batch_settings(setup))]
-        texts.append(best[0])
-        setup = best[1]
-        if peak_total(sizes, setup) <= usable:
-            return [("; ".join(texts), peak_total(sizes, setup))]
-    return []
+    after, total = setup, usable + 1
+    while total > usable and (left := list(changes(after))):
+        total, after = min(((peak_total(sizes, each), each) for each in left), key=lambda pair: pair[0])
+    return [(described(setup, after), total)] if total <= usable else []
 
 
 def gpus_that_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> int | None:

@@ -1,6 +1,6 @@
 """Sizes of a model, read from one that has no memory for weights.
 
-Letters: L layers, m branch layer, k vertical layers, D width, V codes.
+Letters: L layers, k vertical layers, D width, V codes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ class ModelSizes:
     """Its hidden layer (Eq. 7)."""
     n_layer: int
     """L."""
-    branch_layer: int
-    """m; L for a raster model."""
     vertical_layers: int
     """k; 0 for a raster model."""
     flashar: bool
@@ -130,7 +128,6 @@ def _model_sizes(text: str) -> ModelSizes:
         condition_linears=tuple(Linear.of(name, module) for name, module in backbone.condition_linears().items()),
         gate=None if head.gate is None else Linear.of("gate", head.gate.hidden),
         n_layer=backbone.n_layer,
-        branch_layer=config.get("branch_layer", backbone.n_layer),
         vertical_layers=config.get("vertical_layers", 0),
         flashar=head.vertical is not None,
         corner=head.corner,

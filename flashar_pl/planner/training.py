@@ -244,23 +244,6 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
 # --- time ---------------------------------------------------------------------------------------------------------
 
 
-def forward_flops(sizes: ModelSizes, setup: TrainingSetup) -> dict[str, int]:
-    """FLOPs of one forward of one GPU's samples: layers below and above the branch, vertical layers, heads, LoRA."""
-    length = setup.length(sizes)
-    tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
-    attention = 4 * tokens * length * sizes.block.n_head * sizes.block.head_dim
-    layer = 2 * tokens * sizes.block_weights + attention
-    head = 2 * targets * sizes.head_rows * sizes.dim
-    return {
-        "trunk": sizes.branch_layer * layer,
-        "horizontal": (sizes.n_layer - sizes.branch_layer) * layer,
-        "vertical": sizes.vertical_layers * layer,
-        "horizontal_head": head,
-        "vertical_head": sizes.flashar * head,
-        "lora": 2 * tokens * added(sizes, setup.lora),
-    }
-
-
 def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     """FLOPs of one optimiser step on one GPU.
 
@@ -268,18 +251,18 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     stage 1 nothing flows into the backbone: only the vertical layers have a backward pass, and of the horizontal head
     only the logits are computed. With LoRA the weights of the backbone's projections have no gradient.
     """
-    parts = forward_flops(sizes, setup)
-    layers = 4 if setup.checkpointing else 3
-    if stage == 2:
-        blocks = layers * (parts["trunk"] + parts["horizontal"] + parts["vertical"] + parts["lora"])
-        if setup.lora is not None:
-            tokens = setup.samples * setup.length(sizes)
-            blocks -= sizes.n_layer * 2 * tokens * sizes.block_weights
-        heads = 3 * (parts["horizontal_head"] + parts["vertical_head"])
-    else:
-        blocks = parts["trunk"] + parts["horizontal"] + parts["lora"] + layers * parts["vertical"]
-        heads = parts["horizontal_head"] + 3 * parts["vertical_head"]
-    return setup.accumulate * (blocks + heads)
+    length = setup.length(sizes)
+    tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
+    projections = 2 * tokens * sizes.block_weights
+    layer = projections + 4 * tokens * length * sizes.block.n_head * sizes.block.head_dim
+    backbone = sizes.n_layer * layer + 2 * tokens * added(sizes, setup.lora)
+    vertical = sizes.vertical_layers * layer
+    head = 2 * targets * sizes.head_rows * sizes.dim
+    passes = 4 if setup.checkpointing else 3
+    if stage == 1:
+        return setup.accumulate * (backbone + passes * vertical + head + 3 * sizes.flashar * head)
+    needless = 0 if setup.lora is None else sizes.n_layer * projections
+    return setup.accumulate * (passes * (backbone + vertical) - needless + 3 * head * (1 + sizes.flashar))
 
 
 def training_time(sizes: ModelSizes, setup: TrainingSetup, peak: float, mfu: float) -> dict[str, Any]:

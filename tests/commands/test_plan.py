@@ -108,7 +108,7 @@ def test_advice_where_a_run_does_not_fit(capsys):
     assert all(total <= result["gpu"]["usable"] for _, total in result["changes"])
     out = capsys.readouterr().out
     assert "does NOT fit" in out
-    name = "8-bit optimizer state (model.optimiser.state: 8bit)"
+    name = "smaller optimizer state (model.optimiser.state: 8bit)"
     assert name in out
     better = plan(RunOptions(preset="emu35-34b", moments="8bit"), HardwareOptions(gpus=8, gpu_memory=80))
     assert better["fits"]
