@@ -54,6 +54,10 @@ class Rank:
             return nullcontext(lambda n: None)
         return progress_bar(total, unit if self.world == 1 else f"{unit} on each of {self.world} devices")
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. Every rank must call this; values should be small."""
+        return self._exchange(value)
+
     def barrier(self) -> None:
         """Return when every rank is here. Raises ValueError where another one has ended with wrong input."""
         self._exchange(None)

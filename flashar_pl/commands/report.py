@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
 
 PICTURE_CFG, PICTURE_COLUMNS = 1.5, 8
-TOGETHER = 100
-"""Images sampled in a batch."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +154,7 @@ def measure(rows: list[Row], manifest: Manifest, judge: Judge, asked: ReportOpti
     grid = manifest.grid
     with progress_bar(len(rows) * asked.samples * len(seeds), "samples") as advance:
         for row in rows:
-            quality = sample_quality(
-                row.model, row.plan, grid, judge, samples=asked.samples, seeds=seeds, batch_size=TOGETHER,
-                settings=SamplingSettings(), advance=advance,
-            )  # fmt: skip
+            quality = sample_quality(row.model, row.plan, grid, judge, asked.samples, seeds, advance)
             batches = held_out(manifest, "test", 256, None, None, torch.device("cpu"))
             row.results = {
                 "parameters": count_parameters(row.model),

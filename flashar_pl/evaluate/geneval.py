@@ -21,7 +21,7 @@ from flashar_pl.console import versions
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.prompts import ask, choose_grid
 from flashar_pl.decoding.samples import SampleSet, draw
-from flashar_pl.evaluate.identity import difference, path_digest, tokenizer_identity
+from flashar_pl.evaluate.identity import SETTINGS, check_settings, path_digest, tokenizer_identity
 from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
 from flashar_pl.files import read_json, require_new, write_json, write_text
 from flashar_pl.metrics import geneval_images
@@ -30,7 +30,7 @@ from flashar_pl.options import ShapeOptions, Subject
 from flashar_pl.pictures import save_png
 from flashar_pl.ranks import Rank
 
-SETTINGS, RESULTS, SUMMARY = "settings.json", "results.jsonl", "geneval.json"
+RESULTS, SUMMARY = "results.jsonl", "geneval.json"
 
 
 def geneval_on_rank(asked: GenEval, threads: int, rank: Rank) -> dict[str, Any] | None:
@@ -137,13 +137,7 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
         "tokenizer": tokenizer_identity(source.need_tokenizer()),
         "prompts": len(entries),
     }
-    settings = out / SETTINGS
-    if out.exists():
-        if not settings.exists():
-            raise ValueError(f"{out} exists and holds no {SETTINGS}; choose another --out or remove it.")
-        other = difference(read_json(settings), identity)
-        if other is not None:
-            raise ValueError(f"{out} holds images drawn with {other}, or choose another --out.")
+    check_settings(out, identity)
     for i, entry in enumerate(entries):
         folder = out / f"{i:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -152,8 +146,8 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
             write_text(file, json.dumps(entry) + "\n")
         elif json.loads(file.read_text()) != entry:
             raise ValueError(f"{file} is of another prompt; choose another --out.")
-    if not settings.exists():
-        write_json(settings, {**identity, "versions": versions()})
+    if not (out / SETTINGS).exists():
+        write_json(out / SETTINGS, {**identity, "versions": versions()})
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -190,20 +184,15 @@ def score_images(out: Path, detector: str, clip: str, rank: Rank) -> dict[str, A
     detect = geneval_images.Detector(detector, rank.device)
     colors = geneval_images.ColorClassifier(clip, rank.device)
     mine = rank.share(len(images))
-    rows = []
+    rows: list[str] = []
     with rank.progress(len(mine), "images") as advance:
         for i in mine:
             rows.append(json.dumps(_score(*images[i], detect, colors, out)))
             advance(1)
-    shares = [out / f".results-{number:04d}.jsonl" for number in range(rank.world)]
-    write_text(shares[rank.rank], "".join(row + "\n" for row in rows))
-    rank.barrier()
+    scored = rank.gather(rows)
     if rank.rank > 0:
         return None
-    scored = [file.read_text(encoding="utf-8").splitlines() for file in shares]
     lines = [scored[i % rank.world][i // rank.world] for i in range(len(images))]
-    for file in shares:
-        file.unlink()
     return _summary(out, images, lines, {"detector": detector, "clip": clip})
 
 

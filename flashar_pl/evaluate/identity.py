@@ -1,4 +1,4 @@
-"""Hashes that say what a result was made with, in place of paths."""
+"""What samples were made with: hashes in place of paths, and a directory that holds samples of one kind only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import digest
+from flashar_pl.files import digest, read_json
+
+SETTINGS = "settings.json"
+"""What the samples of a directory depend on."""
 
 
 def path_digest(path: str | Path) -> str:
@@ -31,9 +34,19 @@ def tokenizer_identity(config: dict[str, Any]) -> dict[str, Any]:
     return identity
 
 
-def difference(stored: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What this run has otherwise than a stored one, in words; None = nothing."""
-    for key, value in json.loads(json.dumps(now)).items():
-        if stored.get(key) != value:
-            return f"{key} {stored.get(key)!r}, this run has {value!r}; give the old settings to continue"
-    return None
+def check_folder(folder: Path) -> None:
+    """ValueError unless a directory of samples is new or was begun by us."""
+    if folder.exists() and not (folder / SETTINGS).exists():
+        raise ValueError(f"{folder} exists and holds no {SETTINGS}; choose another --out or remove it.")
+
+
+def check_settings(folder: Path, identity: dict[str, Any]) -> None:
+    """ValueError where a directory holds samples of other settings than these."""
+    check_folder(folder)
+    stored = read_json(folder / SETTINGS) if folder.exists() else {}
+    for key, value in json.loads(json.dumps(identity)).items():
+        if stored and stored.get(key) != value:
+            raise ValueError(
+                f"{folder} holds samples drawn with {key} {stored.get(key)!r}, this run has {value!r}; give the old "
+                "settings to continue, choose another --out, or remove it."
+            )

@@ -18,19 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashar_pl.decoding.samples import Drawn
-from flashar_pl.evaluate.identity import difference
-from flashar_pl.files import read_json, replacing, write_json
+from flashar_pl.evaluate.identity import SETTINGS, check_folder, check_settings
+from flashar_pl.files import replacing, write_json
 from flashar_pl.metrics.extractor import Features
 
-SETTINGS, PARTS, RESULT, LOCK = "settings.json", "parts", "evaluation.json", ".lock"
+PARTS, RESULT, LOCK = "parts", "evaluation.json", ".lock"
 
 
 class PartFolder:
-    """The directory of one evaluation.
-
-    Holds `settings.json` (what the samples depend on) and `parts/` while samples are drawn, `evaluation.json` when
-    it is finished.
-    """
+    """The directory of one evaluation: `settings.json` and `parts/` while samples are drawn, then `evaluation.json`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -41,35 +37,24 @@ class PartFolder:
         """ValueError unless the directory is new or holds an unfinished evaluation."""
         if (self.path / RESULT).exists():
             raise ValueError(f"{self.path} holds a finished evaluation; choose another --out or remove it.")
-        if self.path.exists() and not (self.path / SETTINGS).exists():
-            raise ValueError(f"{self.path} exists and is no evaluation; choose another --out or remove it.")
+        check_folder(self.path)
 
     def open(self, identity: dict[str, Any], batches: int) -> int:
         """Make the directory or continue in it, and hold it; returns how many parts are there.
 
-        Raises:
-            ValueError: it holds samples of another identity, or another run draws into it.
+        Raises ValueError where it holds samples of another identity, or another run draws into it.
         """
         self.check()
-        settings = self.path / SETTINGS
-        other = difference(read_json(settings), identity) if settings.exists() else None
-        if other is not None:
-            raise ValueError(f"{self.path} holds samples drawn with {other}, choose another --out, or remove it.")
+        check_settings(self.path, identity)
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")  # held, not only opened: closing it lets go of the lock
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is drawing samples into {self.path}.") from error
-        if not settings.exists():
-            write_json(settings, identity)
+        if not (self.path / SETTINGS).exists():
+            write_json(self.path / SETTINGS, identity)
         return sum(self.has(batch) for batch in range(batches))
-
-    def close(self) -> None:
-        """Let go of the directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
 
     def file(self, batch: int) -> Path:
         """Where the part of a batch is stored."""
@@ -107,6 +92,7 @@ class PartFolder:
         """Write the result and drop the parts: the evaluation is finished."""
         write_json(self.path / RESULT, result)
         shutil.rmtree(self.parts)
-        self.close()
+        if self._lock is not None:
+            self._lock.close()
         for name in (SETTINGS, LOCK):
             (self.path / name).unlink(missing_ok=True)

@@ -29,6 +29,8 @@ from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 SEED_STRIDE = 1_000_000
 """Sample i of sample seed s is drawn from s * SEED_STRIDE + i, so that seeds share no sample."""
+TOGETHER = 100
+"""Samples decoded together."""
 WARM_UP = 3
 """Images decoded before the clock counts."""
 
@@ -49,13 +51,6 @@ class Judge:
         images = (split_images(manifest, split)[0] for split in splits)
         return cls(classifier, build_tokenizer(manifest.tokenizer), reference_from_batches(classifier, images))
 
-    def judge(self, codes: Tensor, labels: Tensor) -> tuple[float, float]:
-        """FID and class accuracy of codes (n, H, W) that were sampled for labels (n,)."""
-        features = extract_features(self.classifier, self.tokenizer.decode(codes))
-        assert features.logits is not None
-        found = measure(["fid"], features, self.real)
-        return found["fid"], float((features.logits.argmax(1) == labels).double().mean())
-
 
 def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor]:
     """Images (n, 3, h, w) uint8 and labels (n,) int64 of a split of class-conditional shards, evaluation crops."""
@@ -70,22 +65,21 @@ def sample_quality(
     plan: str,
     grid: tuple[int, int],
     judge: Judge,
-    *,
     samples: int,
     seeds: list[int],
-    batch_size: int,
-    settings: SamplingSettings,
     advance: Callable[[int], Any],
 ) -> dict[str, list[float]]:
-    """ "fid" and "accuracy" for each sample seed; sample i has class i modulo the number of classes."""
+    """ "fid" and "accuracy" of n samples for each sample seed; sample i has class i modulo the number of classes."""
     engine = Engine(model)
     labels = torch.arange(samples) % int(judge.classifier.num_classes or 1)
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
     for seed in seeds:
-        numbered = SampleSet(ClassIds(labels), grid, plan, settings, batch_size, seed * SEED_STRIDE)
-        fid, accuracy = judge.judge(draw_codes(engine, numbered, advance), labels)
-        results["fid"].append(fid)
-        results["accuracy"].append(accuracy)
+        numbered = SampleSet(ClassIds(labels), grid, plan, SamplingSettings(), TOGETHER, seed * SEED_STRIDE)
+        images = judge.tokenizer.decode(draw_codes(engine, numbered, advance))
+        features = extract_features(judge.classifier, images)
+        assert features.logits is not None
+        results["fid"] += measure(["fid"], features, judge.real).values()
+        results["accuracy"].append(float((features.logits.argmax(1) == labels).double().mean()))
     return results
 
 

@@ -57,31 +57,27 @@ def evaluate_on_rank(asked: Evaluation, threads: int, rank: Rank) -> dict[str, A
     identity = sample_identity(asked, bench) if rank.rank == 0 else {}
     kept = rank.first(lambda: folder.open(identity, bench.samples.batches))
     began = time.monotonic()
-    draw_share(asked, bench, folder, rank)
+    samples = bench.samples
+    todo = [batch for batch in rank.share(samples.batches) if not folder.has(batch)]
+    with rank.progress(len(todo) * samples.batch_size, "images") as advance:
+        for drawn in draw(bench.engine, bench.tokenizer, samples, todo, bench.extractor, bench.resize):
+            folder.write(drawn, asked.options.save_npz)
+            advance(samples.batch_size)
     rank.barrier()
     if judge is None:
         return None
-    drawn = bench.samples.n - min(bench.samples.n, kept * bench.samples.batch_size)
+    made = samples.n - min(samples.n, kept * samples.batch_size)
     seconds = time.monotonic() - began
     run = {
         "processes": rank.world,
         "device": rank.device.type,
         "runner": bench.engine.runner,
-        "images_drawn": drawn,
-        "images_kept_from_before": bench.samples.n - drawn,
+        "images_drawn": made,
+        "images_kept_from_before": samples.n - made,
         "seconds": round(seconds, 3),
-        "images_per_second": round(drawn / seconds, 3) if drawn else None,
+        "images_per_second": round(made / seconds, 3) if made else None,
     }
     return finish(asked, bench, judge, folder, identity, run)
-
-
-def draw_share(asked: Evaluation, bench: Bench, folder: PartFolder, rank: Rank) -> None:
-    """Draw this rank's batches that have no part yet."""
-    todo = [batch for batch in rank.share(bench.samples.batches) if not folder.has(batch)]
-    with rank.progress(len(todo) * bench.samples.batch_size, "images") as advance:
-        for drawn in draw(bench.engine, bench.tokenizer, bench.samples, todo, bench.extractor, bench.resize):
-            folder.write(drawn, asked.options.save_npz)
-            advance(bench.samples.batch_size)
 
 
 def find_judge(asked: Evaluation, bench: Bench) -> Judge:

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from flashar_pl.numerics import strict_float32
 from flashar_pl.renames import Rename, StateDict, build_filled
 from flashar_pl.tokenizers.base import Tokenizer
-from flashar_pl.tokenizers.convnet import Decoder, Encoder, NetSpec
+from flashar_pl.tokenizers.convnet import ConvNet, NetSpec
 
 LOOKUP_ELEMENTS = 2**24
 """Largest number of scores held at once by `best_codes` (64 MiB of float32)."""
 
-DECODE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DECODE_DTYPES = ("float32", "bfloat16")
 
 T = TypeVar("T", bound="ConvTokenizer")
 
@@ -74,8 +74,8 @@ class ConvTokenizer(Tokenizer):
         self.weights = weights
         self.vocabulary = spec.codes
         self.downsample = spec.encoder.downsample
-        self.encoder = Encoder(spec.encoder)
-        self.decoder = Decoder(spec.decoder)
+        self.encoder = ConvNet(spec.encoder, decodes=False)
+        self.decoder = ConvNet(spec.decoder, decodes=True)
         self.quantize = Codebook(spec.codes, spec.dim)
         self.quant_conv = nn.Conv2d(spec.encoder.latent, spec.dim, 1)
         self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, 1)
@@ -89,6 +89,14 @@ class ConvTokenizer(Tokenizer):
     @abstractmethod
     def to_uint8(self, images: Tensor) -> Tensor:
         """Values around [-1, 1] to uint8, as in the published sampling code (truncated, not rounded)."""
+
+    def official_name(self, name: str) -> str:
+        """The published name of one of our parameters."""
+        return name
+
+    def to_official(self) -> dict[str, Tensor]:
+        """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
+        return {self.official_name(name): tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images, floating=False)
@@ -111,15 +119,11 @@ class ConvTokenizer(Tokenizer):
     def decode_float(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
         self._check_weights()
-        if self.decode_dtype == "float32":
-            with strict_float32(codes.device.type):
-                return self._decode(codes)
-        with torch.autocast(codes.device.type, DECODE_DTYPES[self.decode_dtype]):
-            return self._decode(codes).float()
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        z = self._unit(F.embedding(codes, self.quantize.embedding.weight)).movedim(-1, 1)  # (B, D, H, W)
-        return self.decoder(self.post_quant_conv(z.contiguous()))  # (B, 3, h, w)
+        device = codes.device.type
+        exact = self.decode_dtype == "float32"
+        with strict_float32(device) if exact else torch.autocast(device, torch.bfloat16):
+            z = self._unit(F.embedding(codes, self.quantize.embedding.weight)).movedim(-1, 1)  # (B, D, H, W)
+            return self.decoder(self.post_quant_conv(z.contiguous())).float()  # (B, 3, h, w)
 
     def _unit(self, rows: Tensor) -> Tensor:
         return F.normalize(rows, dim=-1) if self.unit_norm else rows
@@ -136,21 +140,22 @@ class ConvTokenizer(Tokenizer):
 def best_codes(rows: Tensor, table: Tensor) -> Tensor:
     """argmax_n <rows[m], table[n]> for every m, the first one where several are equal.
 
-    rows (M, D), table (N, D), both float32; returns (M,) int64. Between unit vectors this is the nearest code, since
-    |z - e|^2 = 2 - 2 <z, e>. At most `LOOKUP_ELEMENTS` scores exist at a time (never fewer than one row of N).
+    rows (M, D), table (N, D), both float32; returns (M,) int64. Between unit vectors this is the nearest code.
+    At most `LOOKUP_ELEMENTS` scores exist at a time (never fewer than one row of N).
     """
     chunk = max(1, LOOKUP_ELEMENTS // table.shape[0])
     columns = table.t()  # (D, N)
     return torch.cat([(part @ columns).argmax(dim=1) for part in rows.split(chunk)])
 
 
-def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], official: Callable[[str], str], what: str) -> T:
-    """`build()` with the weights of `state`, copied to float32. `official` maps our names to those in `state`.
+def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], what: str) -> T:
+    """`build()` with the weights of `state`, under their published names, copied to float32.
 
     Raises ValueError naming the tensors that are missing, left over or of another shape.
     """
     with torch.device("meta"):
-        renames = [Rename(name, (official(name),)) for name in build().state_dict()]
+        empty = build()
+    renames = [Rename(name, (empty.official_name(name),)) for name in empty.state_dict()]
     model = build_filled(build, StateDict(state, what, wrappers=()), renames, dtype=torch.float32)
     return model.requires_grad_(False)
 

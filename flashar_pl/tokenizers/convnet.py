@@ -19,7 +19,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class NetSpec:
-    """Sizes of an encoder or a decoder. Levels are listed from full resolution down to the latents."""
+    """Sizes of an encoder or a decoder. Levels go from full resolution down to the latents in both."""
 
     stem: int
     """Channels after the encoder's first convolution. A decoder starts at widths[-1] and ignores it."""
@@ -67,9 +67,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, channels, eps=EPS)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
+        self.q, self.k, self.v = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,12 +102,12 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention where asked for, then the change of size."""
 
-    def __init__(self, inner: int, width: int, blocks: int, attention: bool, resize: nn.Module | None) -> None:
+    def __init__(self, inner: int, width: int, blocks: int, attention: bool) -> None:
         super().__init__()
         self.res = nn.ModuleList(ResBlock(inner if i == 0 else width, width) for i in range(blocks))
         self.attn = nn.ModuleList(SelfAttention(width) for _ in range(blocks if attention else 0))
-        self.downsample = resize if isinstance(resize, Downsample) else None
-        self.upsample = resize if isinstance(resize, Upsample) else None
+        self.downsample: nn.Module | None = None
+        self.upsample: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
@@ -120,61 +118,42 @@ class Level(nn.Module):
         return x if resize is None else resize(x)
 
 
-def _middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList([ResBlock(channels, channels), SelfAttention(channels), ResBlock(channels, channels)])
+class ConvNet(nn.Module):
+    """Encoder, pixels (B, 3, h, w) to latents (B, Z, h/f, w/f), or decoder, the reverse.
 
+    `conv_blocks` are in the order of computation: an encoder's begin at full resolution, a decoder's at the latents.
+    """
 
-class Encoder(nn.Module):
-    """Pixels (B, 3, h, w) to latents (B, Z, h/f, w/f); `conv_blocks[l]` is level l, full resolution first."""
-
-    def __init__(self, spec: NetSpec) -> None:
+    def __init__(self, spec: NetSpec, decodes: bool) -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(3, spec.stem, 3, padding=1)
+        self.decodes = decodes
+        levels = list(zip(spec.widths, spec.attention))[:: -1 if decodes else 1]
+        channels, inner, out = (spec.latent, spec.widths[-1], 3) if decodes else (3, spec.stem, spec.latent)
+        self.conv_in = nn.Conv2d(channels, inner, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        inner, last = spec.stem, len(spec.widths) - 1
-        for level, width in enumerate(spec.widths):
-            resize = Downsample(width) if level < last else None
-            self.conv_blocks.append(Level(inner, width, spec.blocks, spec.attention[level], resize))
+        for width, attention in levels:
+            level = Level(inner, width, spec.blocks, attention)
+            if len(self.conv_blocks) < len(levels) - 1 and decodes:
+                level.upsample = Upsample(width)
+            elif len(self.conv_blocks) < len(levels) - 1:
+                level.downsample = Downsample(width)
+            self.conv_blocks.append(level)
             inner = width
-        self.mid = _middle(inner)
+        low = spec.widths[-1]
+        self.mid = nn.ModuleList([ResBlock(low, low), SelfAttention(low), ResBlock(low, low)])
         self.norm_out = nn.GroupNorm(GROUPS, inner, eps=EPS)
-        self.conv_out = nn.Conv2d(inner, spec.latent, 3, padding=1)
+        self.conv_out = nn.Conv2d(inner, out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)  # (B, stem, h, w)
-        for block in (*self.conv_blocks, *self.mid):
+        x = self.conv_in(x)
+        for block in (*self.mid, *self.conv_blocks) if self.decodes else (*self.conv_blocks, *self.mid):
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, Z, h/f, w/f)
-
-
-class Decoder(nn.Module):
-    """Latents (B, Z, h/f, w/f) to pixels (B, 3, h, w); `conv_blocks[0]` is the level at the latents' resolution."""
-
-    def __init__(self, spec: NetSpec) -> None:
-        super().__init__()
-        inner = spec.widths[-1]
-        self.conv_in = nn.Conv2d(spec.latent, inner, 3, padding=1)
-        self.mid = _middle(inner)
-        self.conv_blocks = nn.ModuleList()
-        for level in reversed(range(len(spec.widths))):
-            width = spec.widths[level]
-            resize = Upsample(width) if level > 0 else None
-            self.conv_blocks.append(Level(inner, width, spec.blocks, spec.attention[level], resize))
-            inner = width
-        self.norm_out = nn.GroupNorm(GROUPS, inner, eps=EPS)
-        self.conv_out = nn.Conv2d(inner, 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        z = self.conv_in(z)  # (B, widths[-1], h/f, w/f)
-        for block in (*self.mid, *self.conv_blocks):
-            z = block(z)
-        return self.conv_out(F.silu(self.norm_out(z)))  # (B, 3, h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
     """The sizes of `side` ("encoder" or "decoder") from the tensors of a state dict with this module's names.
 
-    The number of levels is counted, so f = 16 and f = 8 differ by one level (four or three halvings).
     Raises ValueError where a tensor that carries a size is missing; every other tensor is checked by the strict load.
     """
 
@@ -192,9 +171,9 @@ def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
             n += 1
         return n
 
-    levels = count("conv_blocks.{}.res.0.conv1.weight")
-    widths = [shape(f"conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(max(levels, 1))]
-    attention = [f"{side}.conv_blocks.{i}.attn.0.q.weight" in state for i in range(levels)]
+    levels = range(max(1, count("conv_blocks.{}.res.0.conv1.weight")))
+    widths = [shape(f"conv_blocks.{i}.res.0.conv1.weight")[0] for i in levels]
+    attention = [f"{side}.conv_blocks.{i}.attn.0.q.weight" in state for i in levels]
     conv_in, conv_out = shape("conv_in.weight"), shape("conv_out.weight")
     encoder = side == "encoder"
     if not encoder:  # stored from the latents up to full resolution

@@ -55,13 +55,8 @@ class IBQ(ConvTokenizer):
         """
         state = official_state_dict(state_dict)
         spec = read_ibq_settings(ddconfig, *codebook_shape(state, "an Emu3.5 IBQ state dict"))
-        levels = len(spec.encoder.widths)
-        return load_strict(
-            lambda: cls(spec, decode_dtype=decode_dtype, weights=weights),
-            state,
-            lambda name: official_name(name, levels),
-            f"the Emu3.5 IBQ state dict (settings: {spec})",
-        )
+        what = f"the Emu3.5 IBQ state dict (settings: {spec})"
+        return load_strict(lambda: cls(spec, decode_dtype=decode_dtype, weights=weights), state, what)
 
     @classmethod
     def from_files(
@@ -82,10 +77,13 @@ class IBQ(ConvTokenizer):
         model.settings = None if settings is None else str(settings)
         return model
 
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
-        levels = len(self.spec.encoder.widths)
-        return {official_name(name, levels): tensor.detach().clone() for name, tensor in self.state_dict().items()}
+    def official_name(self, name: str) -> str:
+        """Levels are `down.l` and `up.l`, both from full resolution on; the middle is block_1, attn_1, block_2."""
+        last, middle = len(self.spec.decoder.widths) - 1, ("block_1", "attn_1", "block_2")
+        name = re.sub(r"^encoder\.conv_blocks\.", "encoder.down.", name)
+        name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", name)
+        name = re.sub(r"^((?:encoder\.down|decoder\.up)\.\d+)\.res\.", r"\1.block.", name)
+        return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)
 
     def config(self) -> dict[str, Any]:
         stored = {"weights": self.weights, "settings": self.settings, "decode_dtype": self.decode_dtype}
@@ -96,20 +94,6 @@ class IBQ(ConvTokenizer):
 
     def to_uint8(self, images: Tensor) -> Tensor:
         return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-
-
-def official_name(name: str, levels: int) -> str:
-    """The published name of one of our parameters: encoder levels are `down.l`, decoder levels `up.l`, both counted
-    from full resolution (our decoder counts from the latents), and the middle is block_1, attn_1, block_2."""
-
-    def level(match: re.Match[str]) -> str:
-        index = int(match[2])
-        return f"{match[1]}.down.{index}." if match[1] == "encoder" else f"{match[1]}.up.{levels - 1 - index}."
-
-    name = re.sub(r"^(encoder|decoder)\.conv_blocks\.(\d+)\.", level, name)
-    name = re.sub(r"^((?:encoder\.down|decoder\.up)\.\d+)\.res\.", r"\1.block.", name)
-    middle = ("block_1", "attn_1", "block_2")
-    return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)
 
 
 def read_ibq_settings(config: Mapping[str, Any], codes: int, dim: int) -> TokenizerSpec:

@@ -43,7 +43,6 @@ VQ_PRESETS: dict[str, TokenizerSpec] = {
 class VQ16(ConvTokenizer):
     """LlamaGen's VQ tokenizer of any size; VQ-8 is the same network with one level less.
 
-    f is 2^(levels - 1), with the levels counted in the state dict: five levels are f = 16, four are f = 8.
     Latents and code vectors are compared at unit length (the published `codebook_l2_norm`).
     """
 
@@ -55,9 +54,8 @@ class VQ16(ConvTokenizer):
     ) -> VQ16:
         """Loads a state dict in the published layout, bare or under "model" / "state_dict"; weights are copied.
 
-        Every size is read from the tensors: channels, levels (hence f), blocks, attention, latents, codebook.
-        The buffer "quantize.codebook_used" may be present or not. Raises ValueError for any tensor that is missing,
-        left over or of another shape.
+        Every size is read from the tensors: f is 2^(levels - 1). The buffer "quantize.codebook_used" may be missing.
+        Raises ValueError for any tensor that is missing, left over or of another shape.
         """
         state = official_state_dict(state_dict)
         used = state.get(USED)
@@ -70,7 +68,7 @@ class VQ16(ConvTokenizer):
                 model.quantize.register_buffer("codebook_used", torch.empty(used.shape))
             return model
 
-        return load_strict(build, state, lambda name: name, "the LlamaGen VQ state dict")
+        return load_strict(build, state, "the LlamaGen VQ state dict")
 
     @classmethod
     def from_file(cls, weights: str | Path | None = None, *, kind: str = "vq16", decode_dtype: str = "float32") -> VQ16:
@@ -82,10 +80,6 @@ class VQ16(ConvTokenizer):
             if model.spec == spec and other != kind:
                 raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")
         return model
-
-    def to_official(self) -> dict[str, Tensor]:
-        """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
-        return {name: tensor.detach().clone() for name, tensor in self.state_dict().items()}
 
     def config(self) -> dict[str, Any]:
         kind = "vq8" if self.downsample == 8 else "vq16"

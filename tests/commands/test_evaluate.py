@@ -276,6 +276,6 @@ def test_a_finished_or_foreign_directory_is_never_touched(run, refused, base):
     before = sorted((p.name, p.stat().st_mtime_ns) for p in Path("eval").iterdir())
     assert "holds a finished evaluation" in refused(*base, "--out", "eval")
     Path("mine").mkdir()
-    assert "exists and is no evaluation" in refused(*base, "--out", "mine")
+    assert "exists and holds no settings.json" in refused(*base, "--out", "mine")
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in Path("eval").iterdir())
     assert not list(Path("mine").iterdir())
