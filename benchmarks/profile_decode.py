@@ -76,7 +76,8 @@ def main() -> None:
     condition, unconditional = subject.condition(arguments.batch_size, True)
 
     def decode() -> None:
-        engine.generate(condition, subject.grid, arguments.plan, 2.0, seeds=0, unconditional=unconditional).cpu()
+        guidance = {"cfg_scale": 2.0, "unconditional": unconditional}
+        engine.generate(condition, subject.grid, arguments.plan, seeds=0, **guidance).cpu()
 
     decode()
     activities = [ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]

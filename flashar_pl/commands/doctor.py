@@ -248,7 +248,7 @@ def decoded(engine: Engine, subject: Subject, plan: str, scale: float, plain: Gr
     condition, nulls = subject.condition(SAMPLES, scale != 1)
     if isinstance(condition, list):  # prompts of several lengths: padded rows
         condition = type(condition)(row[: max(1, len(row) - 3 * i)] for i, row in enumerate(condition))
-    codes = engine.generate(condition, subject.grid, plan, scale, seeds=0, unconditional=nulls)
+    codes = engine.generate(condition, subject.grid, plan, cfg_scale=scale, seeds=0, unconditional=nulls)
     worst = float(misplacement(engine.model, codes, condition, plan, scale, 0, nulls).max())
     same = engine.model is plain or scale != 1
     return worst, "" if same else changed(engine.model, plain, codes, condition, plan)

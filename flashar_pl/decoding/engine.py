@@ -9,8 +9,9 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,9 @@ from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import full_precision, sample_seeds, uniforms
+from flashar_pl.options import Runner
 from flashar_pl.sampling import SamplingSettings, check_usable
 
-Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
-"""auto = graphs on CUDA, eager elsewhere. compiled: transformer blocks through torch.compile. graphs: CUDA graphs."""
-RUNNERS: tuple[str, ...] = get_args(Runner)
 PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
 VARIANTS = 128
@@ -54,21 +53,18 @@ class Engine:
 
     Args:
         model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
-        runner: see `Runner`. All give equal codes up to rounding; `self.runner` is what auto became.
-        prefix_bucket: prompts of variable length are left-padded to a multiple of this; None = 64 with graphs, else 1.
+        runner: see `EngineOptions`. `self.runner` is what auto became.
 
     Raises:
         ValueError: unknown runner; graphs without a CUDA device; compiled with packed weights; either with a sharded
             model.
     """
 
-    def __init__(self, model: GridModel | Backbone, runner: Runner = "auto", prefix_bucket: int | None = None) -> None:
+    def __init__(self, model: GridModel | Backbone, runner: Runner = "auto") -> None:
         self.model = RasterAR(model) if isinstance(model, Backbone) else model
         self._fallback = runner == "auto"
         self.runner = _resolve(runner, self.model)
-        if prefix_bucket is not None and prefix_bucket < 1:
-            raise ValueError(f"prefix_bucket is {prefix_bucket}; expected 1 (no padding) or more.")
-        self.prefix_bucket = prefix_bucket or (PREFIX_BUCKET if "graphs" in self.runner else 1)
+        self.prefix_bucket = PREFIX_BUCKET if "graphs" in self.runner else 1
         self._kept: OrderedDict[Any, Buffers | Recording] = OrderedDict()
         self._compiled: dict[str, Any] = {}
 
@@ -82,22 +78,14 @@ class Engine:
         condition: Given,
         grid: tuple[int, int],
         plan: str = "diagonal",
-        cfg_scale: float = 1.0,
-        cfg_interval: int | None = None,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
+        *,
         seeds: int | list[int] | Tensor | None = None,
         unconditional: Given | None = None,
         on_step: Callable[[Progress], object] | None = None,
+        **sampling: Any,
     ) -> Tensor:
-        """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`.
-
-        Raises:
-            ValueError: as there; or the model's logits are NaN or infinite.
-        """
-        settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
+        """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`. sampling: fields of `SamplingSettings`."""
+        settings = SamplingSettings(**sampling)
         order = self.model.make_plan(plan, *check_grid(grid))
         backbone, device = self.model.backbone, self.device
         wanted = backbone.check_condition(condition).to(device)
@@ -116,7 +104,7 @@ class Engine:
             rope = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
             inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
-            buffers = self._run(order, settings, inputs, on_step or _nothing)
+            buffers = self._run(order, settings, inputs, on_step or (lambda progress: None))
         check_usable(buffers.broken, inputs.x.dtype)
         return Progress(order, order.n_steps, buffers.drawn).codes()
 
@@ -133,22 +121,17 @@ class Engine:
                     return recording.replay(inputs, on_step)
             buffers = self._keep(key, partial(Buffers.allocate, self.model, plan, inputs))
             assert isinstance(buffers, Buffers)
-            try:
-                for t in decode(self.model, plan, settings, inputs, buffers):
-                    on_step(Progress(plan, t + 1, buffers.drawn))
-            except compile_errors() as error:
-                raise _compile_failed(error) from error
+            for t in decode(self.model, plan, settings, inputs, buffers):
+                on_step(Progress(plan, t + 1, buffers.drawn))
         return buffers
 
     def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recording | Buffers:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
         try:
             return Recording(self.model, plan, settings, inputs)
-        except compile_errors() as error:
-            raise _compile_failed(error) from error
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if isinstance(error, (torch.OutOfMemoryError, *compile_errors())):
+                raise
             # a capture that ends because of an error says no more than that, and has the error as its context
             first = error.__context__ or error
             cause = next(iter(str(first).splitlines()), type(first).__name__)
@@ -192,6 +175,9 @@ class Engine:
         try:
             with recompile_limit(VARIANTS):
                 yield
+        except compile_errors() as error:
+            cause = " ".join(str(error).split("\n\n")[0].split())
+            raise ValueError(f"torch.compile failed: {cause}. Use runner eager, or graphs on CUDA.") from error
         finally:
             for block in blocks:
                 for name in self._compiled:
@@ -231,8 +217,9 @@ def generate(
         ValueError: a setting out of range, a condition of the wrong kind, a plan the model cannot run, or a model
             whose logits are NaN or infinite.
     """
+    settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
     return Engine(model, "eager").generate(
-        condition, grid, plan, cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, seeds, unconditional, on_step
+        condition, grid, plan, seeds=seeds, unconditional=unconditional, on_step=on_step, **asdict(settings)
     )
 
 
@@ -249,8 +236,8 @@ def pad_prefix(prefix: Prefix, bucket: int) -> Prefix:
 
 def _resolve(runner: str, model: GridModel) -> str:
     """The runner that `auto` stands for, or `runner` if the model can use it."""
-    if runner not in RUNNERS:
-        raise ValueError(f"runner is {runner!r}; expected one of {', '.join(RUNNERS)}.")
+    if runner not in get_args(Runner):
+        raise ValueError(f"runner is {runner!r}; expected one of {', '.join(get_args(Runner))}.")
     device = model.device
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if runner == "auto":
@@ -264,15 +251,6 @@ def _resolve(runner: str, model: GridModel) -> str:
     if runner != "eager" and sharded:
         raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
     return runner
-
-
-def _compile_failed(error: Exception) -> ValueError:
-    cause = " ".join(str(error).split("\n\n")[0].split())
-    return ValueError(f"torch.compile failed: {cause}. Use runner eager, or graphs on CUDA.")
-
-
-def _nothing(progress: Progress) -> None:
-    """Called after a step that nobody watches."""
 
 
 @contextmanager

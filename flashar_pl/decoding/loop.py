@@ -149,13 +149,12 @@ def _with_row_ends(codes: Tensor, n_slots: int) -> Tensor:
 def _key_mask(plan: DecodePlan, prefix: Prefix, slots: slice, rows: int) -> Tensor | None:
     """Which of the cached positions a step's slots see: None = all; else (1 or R, 1, 1 or n, filled + n) bool."""
     device = prefix.x.device
-    image = None
     if isinstance(plan.visible, Tensor) and slots.stop - slots.start > 1:
-        image = plan.on("slot_mask", device)[slots, : slots.stop]  # (n, slots.stop)
-    if prefix.mask is None and image is None:
+        image = plan.on("slot_mask", device)[None, slots, : slots.stop]  # (1, n, slots.stop)
+    elif prefix.mask is None:
         return None
-    keys = prefix.mask[:rows, None] if prefix.mask is not None else image.new_ones(1, 1, len(prefix))  # type: ignore[union-attr]
-    n = 1 if image is None else image.shape[0]
-    seen = torch.ones(1, n, slots.stop, dtype=torch.bool, device=device) if image is None else image[None]
-    keys, seen = keys.expand(-1, n, -1), seen.expand(keys.shape[0], -1, -1)
-    return torch.cat([keys, seen], dim=-1)[:, None]
+    else:
+        image = torch.ones(1, 1, slots.stop, dtype=torch.bool, device=device)
+    keys = image.new_ones(1, 1, len(prefix)) if prefix.mask is None else prefix.mask[:rows, None]
+    keys, image = keys.expand(-1, image.shape[1], -1), image.expand(len(keys), -1, -1)
+    return torch.cat([keys, image], dim=-1)[:, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.quiet import quiet_torchao
 
-WeightFormat = Literal["plain", "packed", "int8", "fp8"]
+WEIGHT_FORMATS = ("plain", "packed", "int8", "fp8")
 """plain = as they are. packed: laid out for the CPU's matrix products, equal up to rounding. int8, fp8: one byte per
 weight and a scale per output, rounded; activations keep their dtype (needs torchao)."""
-WEIGHT_FORMATS: tuple[str, ...] = get_args(WeightFormat)
 FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with float8."""
 
@@ -55,19 +54,6 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     made = copy.deepcopy(model, known)
     made.dual_head.first_code = made.backbone.first_code = 0
     return made.eval().requires_grad_(False)
-
-
-def model_bytes(model: GridModel) -> int:
-    """Bytes of all weights, in whatever form they are."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            total += module.in_features * module.out_features * module.dtype.itemsize
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            names = getattr(tensor, "tensor_data_names", None)  # torchao: codes and scales
-            parts = [tensor] if names is None else [getattr(tensor, name) for name in names]
-            total += sum(part.numel() * part.element_size() for part in parts)
-    return total
 
 
 def _packer(model: GridModel) -> Callable[[Tensor], nn.Module]:

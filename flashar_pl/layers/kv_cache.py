@@ -19,10 +19,6 @@ class CacheSpec:
     n_kv_head: int
     head_dim: int
 
-    def n_bytes(self, rows: int, length: int, dtype: torch.dtype) -> int:
-        """Bytes of keys and values for `rows` rows of `length` positions."""
-        return 2 * self.n_layer * rows * self.n_kv_head * length * self.head_dim * dtype.itemsize
-
 
 class KVCache:
     """Keys and values of every layer, allocated once. `filled` positions are valid; a forward appends n more.

@@ -3,5 +3,3 @@
 from flashar_pl.models.base import GridModel, Logits
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
-
-__all__ = ["FlashAR", "GridModel", "Logits", "RasterAR"]

@@ -59,16 +59,7 @@ class GridModel(nn.Module, ABC):
     """Which prompt without a text it was trained with, where its backbone does not say it."""
 
     @abstractmethod
-    def states(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Mask,
-        cache: KVCache | None = None,
-        vertical: bool = True,
-        *,
-        n_prefix: int,
-    ) -> States:
+    def states(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int, vertical: bool) -> States:
         """Final hidden states (R, L, D) of a sequence x (R, L, D); without `vertical`, that branch is left out.
 
         n_prefix: how many of the visible positions, cached ones included, belong to the prefix; they come first.
@@ -151,7 +142,7 @@ class GridModel(nn.Module, ABC):
         length = x.shape[1]
         rope = self.rope(plan, prefix)[:, :length]
         mask = self.backbone.attention_mask(plan, prefix, n_slots)
-        h, v = self.states(self.backbone.input_dropout(x), rope, mask, vertical=vertical, n_prefix=len(prefix))
+        h, v = self.states(self.backbone.input_dropout(x), rope, mask, None, len(prefix), vertical)
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
     def forward(self, codes: Tensor, condition: Given, plan: DecodePlan | None = None) -> Logits:
@@ -218,13 +209,13 @@ class GridModel(nn.Module, ABC):
     def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
         cache.n_prefix = x.shape[1]
-        h, v = self.states(x, rope, mask, cache, vertical, n_prefix=cache.n_prefix)
+        h, v = self.states(x, rope, mask, cache, cache.n_prefix, vertical)
         cache.advance(x.shape[1])
         return h[:, -1:], None if v is None else v[:, -1:]
 
     def step(self, codes: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
-        states = self.states(self.backbone.embed(codes), rope, mask, cache, vertical, n_prefix=cache.n_prefix)
+        states = self.states(self.backbone.embed(codes), rope, mask, cache, cache.n_prefix, vertical)
         cache.advance(codes.shape[1])
         return states
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
-from flashar_pl.models.losses import AUX_WEIGHT, dual_nll, head_nll
+from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, dual_nll, head_nll
 from flashar_pl.numerics import full_precision, wide
 
 Corner = Literal["horizontal", "fused", "released"]
@@ -258,32 +258,32 @@ class DualHead(nn.Module):
         batch, zeros = h.shape[0], wide(h[:0]).new_zeros(h.shape[0], plan.n_cells)
         weight = torch.ones_like(zeros[:, 0]) if weight is None else weight.to(zeros.dtype)
 
-        def select(states: Tensor, index: Tensor, *cells: Tensor) -> Tensor:
-            return torch.cat([states[:, index[part]].flatten(0, 1) for part in cells])  # (B * M, D)
-
         def spread(values: Tensor, *cells: Tensor) -> Tensor:
-            return torch.cat([values[:, part].flatten() for part in cells])  # (B * M,)
+            return torch.cat([values[:, part].flatten(0, 1) for part in cells])  # (B * M, ...)
 
         def put(values: Tensor, *cells: Tensor) -> Tensor:
             parts = values.split([batch * len(part) for part in cells])
             return zeros.index_copy(1, torch.cat(cells), torch.cat([part.view(batch, -1) for part in parts], dim=1))
 
+        def inputs(head: nn.Linear, states: Tensor, rows: Tensor, scale: Tensor, *cells: Tensor) -> HeadInputs:
+            x = torch.cat([states[:, rows[part]].flatten(0, 1) for part in cells])  # (B * M, D)
+            return HeadInputs(x, head.weight, spread(codes, *cells), spread(scale, *cells))
+
         if v is None or self.vertical is None:
             cells = where.only_h
             assert len(cells) == plan.n_cells, "this plan needs a vertical head"
-            labels, scale = spread(codes, cells), spread(weight[:, None].expand_as(zeros), cells)
-            total, nll = head_nll(select(h, where.h, cells), self.horizontal.weight, labels, scale)
+            total, nll = head_nll(inputs(self.horizontal, h, where.h, weight[:, None].expand_as(zeros), cells))
             nll = put(nll, cells)
             return TargetLosses(total, nll, nll, zeros, torch.ones_like(zeros))
-        a, b = h[:, where.h[where.both]], v[:, where.v[where.both]]  # (B, M, D) each
-        gate = self.weigh(a, b, where.corner).flatten()
+        gate = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]], where.corner).flatten()
         by_h, by_v = (where.both, where.only_h), (where.both, where.only_v)
         scale, scale_h, scale_v = target_weights(plan, where, weight, aux_weight)
         total, fused, nll_h, nll_v = dual_nll(
-            select(h, where.h, *by_h), select(v, where.v, *by_v), gate,
-            self.horizontal.weight, self.vertical.weight, spread(codes, *by_h), spread(codes, *by_v),
-            spread(scale, where.both), spread(scale_h, *by_h), spread(scale_v, *by_v),
-        )  # fmt: skip
+            inputs(self.horizontal, h, where.h, scale_h, *by_h),
+            inputs(self.vertical, v, where.v, scale_v, *by_v),
+            gate,
+            spread(scale, where.both),
+        )
         both = len(fused)
         every = (where.both, where.only_h, where.only_v)
         return TargetLosses(

@@ -102,16 +102,7 @@ class FlashAR(GridModel):
         assert self.dual_head.vertical is not None
         self.dual_head.vertical.load_state_dict(self.dual_head.horizontal.state_dict())
 
-    def states(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Mask,
-        cache: KVCache | None = None,
-        vertical: bool = True,
-        *,
-        n_prefix: int,
-    ) -> States:
+    def states(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int, vertical: bool) -> States:
         """h^H (Eq. 5) and h^V (Eq. 6) from the shared trunk state (Eq. 4), each (R, L, D), after the final norms."""
         trunk = self.backbone.layers(x, rope, mask, cache, stop=self.branch_layer)
         h = self.backbone.norm(self.backbone.layers(trunk, rope, mask, cache, start=self.branch_layer))

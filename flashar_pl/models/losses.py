@@ -78,17 +78,17 @@ def _add_product_(total: Tensor, error: Tensor, x: Tensor) -> None:
         total[begin : begin + rows].add_(error[:, begin : begin + rows].t() @ x)
 
 
-class _Inputs(NamedTuple):
-    """What goes into one head."""
+class HeadInputs(NamedTuple):
+    """What goes into one head, for the targets that it predicts."""
 
     x: Tensor
-    """(M, D) hidden states."""
+    """(M, D) final hidden states."""
     weight: Tensor
     """(V, D)."""
     labels: Tensor
     """(M,) int64."""
     scale: Tensor
-    """(M,) weight of the loss of each target."""
+    """(M,) float32 weight of the loss of each target; of order 1, see the top of this file."""
 
 
 class _Head:
@@ -100,7 +100,7 @@ class _Head:
         needs: whether the gradients of x and of weight are wanted.
     """
 
-    def __init__(self, inputs: _Inputs, dtype: torch.dtype, needs: Sequence[bool]) -> None:
+    def __init__(self, inputs: HeadInputs, dtype: torch.dtype, needs: Sequence[bool]) -> None:
         x, weight, self.labels, self.scale = inputs
         self.x = x
         self.weight = weight.to(dtype)  # (V, D)
@@ -143,126 +143,78 @@ class _Head:
             self.open(rows)
             self.close()
 
-    def total(self) -> Tensor:
-        """Sum of the scaled losses."""
-        return torch.dot(self.nll, self.scale)
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of its inputs."""
-        return self.d_x, self.d_weight, None, None
+def _mix(h: _Head, v: _Head, gate: Tensor, scale: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor | None]:
+    """The first len(gate) targets, which both heads predict: losses of the mix (M,), and the gradient of the gate."""
+    fused, d_gate = torch.empty_like(h.nll[: len(gate)]), torch.empty_like(gate) if needs[0] else None
+    for rows in _chunks(0, len(gate), len(h.weight), gate.device.type):
+        z_h, z_v = h.open(rows), v.open(rows)  # (c, V)
+        g, labels = gate[rows, None].to(z_h.dtype), h.labels[rows]
+        log_p = torch.log_softmax(torch.lerp(z_v, z_h, g), -1)  # (c, V), Eq. 8
+        fused[rows] = _nll(log_p, labels)
+        error = _error_(log_p, labels, scale[rows]) if any(needs) else None
+        if d_gate is not None:
+            assert error is not None
+            d_gate[rows] = (torch.linalg.vecdot(error, z_h) - torch.linalg.vecdot(error, z_v)).to(d_gate.dtype)
+        del log_p, z_h, z_v
+        h.close(error, g)
+        v.close(error, 1 - g)
+        del error
+    return fused, d_gate
 
 
-class _Gradients:
-    """What a forward pass has computed for its backward pass, which uses it once: a gradient or None for each input."""
+class _Losses(torch.autograd.Function):
+    """See `head_nll` and `dual_nll`. One function for all targets, so that each head has one weight gradient."""
 
-    def __init__(self, *gradients: Tensor | None) -> None:
-        self._gradients: tuple[Tensor | None, ...] | None = gradients
+    @staticmethod
+    def forward(
+        ctx: Any, gate: Tensor | None, scale: Tensor | None, dtype: torch.dtype, train: bool, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """inputs: `HeadInputs` of one head, or with a gate of the horizontal head and then of the vertical one."""
+        needs = [train and each for each in ctx.needs_input_grad]
+        heads = [_Head(HeadInputs(*inputs[i : i + 4]), dtype, needs[4 + i :]) for i in range(0, len(inputs), 4)]
+        total, losses, d_gate = heads[0].nll.new_zeros(()), [head.nll for head in heads], None
+        with full_precision(inputs[0].device.type):
+            if gate is not None and scale is not None:
+                fused, d_gate = _mix(heads[0], heads[1], gate, scale, needs)
+                total, losses = torch.dot(fused, scale), [fused, *losses]
+            for head in heads:
+                head.alone(0 if gate is None else len(gate))
+                total = total + torch.dot(head.nll, head.scale)
+        gradients = [each for head in heads for each in (head.d_x, head.d_weight, None, None)]
+        ctx.gradients = [d_gate, None, None, None, *gradients]
+        ctx.mark_non_differentiable(*losses)
+        return total, *losses
 
-    def take(self, factor: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients times a scalar, in place."""
-        if self._gradients is None:
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """What `forward` has computed, scaled in place."""
+        if ctx.gradients is None:
             raise RuntimeError("the loss holds its gradients for one backward pass; compute the loss again.")
-        gradients, self._gradients = self._gradients, None
-        return tuple(None if each is None else each.mul_(factor.to(each.dtype)) for each in gradients)
+        gradients, ctx.gradients = ctx.gradients, None
+        return tuple(None if each is None else each.mul_(grads[0].to(each.dtype)) for each in gradients)
 
 
-class _SingleHead(torch.autograd.Function):
-    """See `head_nll`."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype, train: bool
-    ) -> tuple[Tensor, Tensor]:
-        needs = [train and each for each in ctx.needs_input_grad]
-        head = _Head(_Inputs(x, weight, labels, scale), dtype, needs[:2])
-        with full_precision(x.device.type):
-            head.alone(0)
-        ctx.gradients = _Gradients(*head.gradients(), None, None)
-        ctx.mark_non_differentiable(head.nll)
-        return head.total(), head.nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradients.take(grads[0])
-
-
-class _TwoHeads(torch.autograd.Function):
-    """See `dual_nll`. One function for all targets, so that each head has one weight gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gate: Tensor, scale: Tensor, dtype: torch.dtype, train: bool, *heads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """heads: the inputs of the horizontal head, then those of the vertical one."""
-        needs = [train and each for each in ctx.needs_input_grad]
-        head_h = _Head(_Inputs(*heads[:4]), dtype, needs[4:6])
-        head_v = _Head(_Inputs(*heads[4:]), dtype, needs[8:10])
-        both, vocabulary, device = len(gate), len(head_h.weight), gate.device.type
-        fused = torch.empty_like(head_h.nll[:both])
-        d_gate = torch.empty_like(gate) if needs[0] else None
-        with full_precision(device):
-            for rows in _chunks(0, both, vocabulary, device):
-                z_h, z_v = head_h.open(rows), head_v.open(rows)  # (c, V)
-                g, labels = gate[rows, None].to(z_h.dtype), head_h.labels[rows]
-                log_p = torch.log_softmax(torch.lerp(z_v, z_h, g), -1)  # (c, V), Eq. 8
-                fused[rows] = _nll(log_p, labels)
-                error = _error_(log_p, labels, scale[rows]) if any(needs) else None
-                if d_gate is not None:
-                    assert error is not None
-                    d_gate[rows] = (torch.linalg.vecdot(error, z_h) - torch.linalg.vecdot(error, z_v)).to(d_gate.dtype)
-                del log_p, z_h, z_v
-                head_h.close(error, g)
-                head_v.close(error, 1 - g)
-                del error
-            head_h.alone(both)
-            head_v.alone(both)
-        ctx.gradients = _Gradients(d_gate, None, None, None, *head_h.gradients(), *head_v.gradients())
-        ctx.mark_non_differentiable(fused, head_h.nll, head_v.nll)
-        total = torch.dot(fused, scale) + head_h.total() + head_v.total()
-        return total, fused, head_h.nll, head_v.nll
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.gradients.take(grads[0])
-
-
-def head_nll(x: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of labels (M,) int64 under one head: x (M, D), weight (V, D).
+def head_nll(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
+    """-log p of labels under one head.
 
     Returns sum(scale * nll), which can be differentiated once, and nll (M,) float32 nats, which cannot.
-    scale (M,) float32 should be of order 1; see the top of this file.
     """
-    return _SingleHead.apply(x, weight, labels, scale, _compute_dtype(x), torch.is_grad_enabled())
+    return _Losses.apply(None, None, _compute_dtype(inputs.x), torch.is_grad_enabled(), *inputs)
 
 
-def dual_nll(
-    h: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    weight_h: Tensor,
-    weight_v: Tensor,
-    labels_h: Tensor,
-    labels_v: Tensor,
-    scale: Tensor,
-    scale_h: Tensor,
-    scale_v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dual_nll(h: HeadInputs, v: HeadInputs, gate: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-log p in float32 nats of M targets that both heads predict, and of those that only one of them does.
 
     Args:
-        h: (M + a, D) final hidden states at the horizontal sources: the M common targets, then a others.
-        v: (M + b, D) at the vertical sources: the same M targets, then b others.
+        h: of the horizontal head: the M common targets, then a others.
+        v: of the vertical head: the same M targets, then b others.
         gate: (M,) weight of the horizontal logits (Eq. 8).
-        weight_h, weight_v: (V, D) heads.
-        labels_h, labels_v: (M + a,) and (M + b,) int64.
-        scale, scale_h, scale_v: float32 weights of the losses of the mix (M,), of the horizontal head (M + a,) and of
-            the vertical head (M + b,); of order 1, see the top of this file.
+        scale: (M,) float32 weight of the losses of the mix.
 
     Returns:
         The sum of all losses times their scales, which can be differentiated once; and, without gradients,
         fused (M,), horizontal (M + a,), vertical (M + b,).
     """
-    heads = _Inputs(h, weight_h, labels_h, scale_h), _Inputs(v, weight_v, labels_v, scale_v)
-    return _TwoHeads.apply(gate, scale, _compute_dtype(h), torch.is_grad_enabled(), *heads[0], *heads[1])
+    return _Losses.apply(gate, scale, _compute_dtype(h.x), torch.is_grad_enabled(), *h, *v)

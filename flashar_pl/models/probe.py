@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flashar_pl.backbones.base import Backbone, slot_codes
 from flashar_pl.backbones.condition import Given, as_condition
 from flashar_pl.grid import DecodePlan, diagonal_plan
-from flashar_pl.models.losses import head_nll
+from flashar_pl.models.losses import HeadInputs, head_nll
 
 
 @torch.no_grad()
@@ -71,5 +71,5 @@ class LayerProbe(nn.Module):
             x = x + weight * F.rms_norm(chosen, chosen.shape[-1:])
         x = F.rms_norm(x, x.shape[-1:], self.scale).flatten(0, 1)
         labels = codes.flatten(1)[:, targets.to(codes.device)].flatten() + self.first_code
-        total, nll = head_nll(x, self.head, labels, torch.ones(len(labels), device=x.device))
+        total, nll = head_nll(HeadInputs(x, self.head, labels, torch.ones(len(labels), device=x.device)))
         return total / len(labels), nll.view(len(codes), -1)

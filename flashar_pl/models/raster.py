@@ -26,16 +26,7 @@ class RasterAR(GridModel):
         object.__setattr__(self, "dual_head", dual_head)  # the head stays registered in the backbone
         self.train(backbone.training)
 
-    def states(
-        self,
-        x: Tensor,
-        rope: Rope,
-        mask: Mask,
-        cache: KVCache | None = None,
-        vertical: bool = True,
-        *,
-        n_prefix: int,
-    ) -> States:
+    def states(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int, vertical: bool) -> States:
         return self.backbone.norm(self.backbone.layers(x, rope, mask, cache)), None
 
     def config(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.backbones import Backbone, home_of
+from flashar_pl.backbones import Backbone
+from flashar_pl.backbones.registry import home_of
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.tokenizers.text import RANK_FILE

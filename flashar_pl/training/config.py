@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from flashar_pl.backbones import Backbone, complete, describe_backbone, import_backbone, presets, register_backbone
-from flashar_pl.backbones.registry import DEFAULT, family
+from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, register_backbone
+from flashar_pl.backbones.registry import DEFAULT, complete, family, presets
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.files import closest
 from flashar_pl.models.lora import LoraConfig

@@ -199,7 +199,7 @@ def test_float16_errors_do_not_underflow() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(64, 8), (0.01 * torch.randn(5000, 8)).requires_grad_()
     labels = torch.randint(0, 5000, (64,))
-    total, _ = losses.head_nll(x.half().requires_grad_(), weight, labels, torch.ones(64))
+    total, _ = losses.head_nll(losses.HeadInputs(x.half().requires_grad_(), weight, labels, torch.ones(64)))
     (gradient,) = torch.autograd.grad(total / 1e6, weight)
     (expected,) = torch.autograd.grad(F.cross_entropy(x @ weight.t(), labels, reduction="sum") / 1e6, weight)
     untouched = torch.ones(5000, dtype=torch.bool)

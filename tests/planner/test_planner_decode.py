@@ -11,7 +11,7 @@ from flashar_pl.backbones import Prompts
 from flashar_pl.benchmarking.plain import generate_plain
 from flashar_pl.checkpoints.description import build_model
 from flashar_pl.decoding import generate
-from flashar_pl.layers.kv_cache import CacheSpec
+from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.sizes import model_sizes
 from flashar_pl.sampling import SamplingSettings
@@ -105,8 +105,8 @@ def test_cache_and_weights_of_decode_memory():
     config = CONFIGS[0]
     sizes, model = model_sizes(config), build(config)
     memory = DecodeJob(sizes, "diagonal", (4, 4), 3, True, torch.bfloat16).memory
-    spec: CacheSpec = model.cache_spec()
-    assert memory.cache == spec.n_bytes(6, 1 + 15, torch.bfloat16)  # the last step is never fed
+    cache = KVCache(model.cache_spec(), 6, 1 + 15, torch.bfloat16, "cpu")  # the last step is never fed
+    assert memory.cache == cache.keys.nbytes + cache.values.nbytes
     assert memory.weights == 2 * sum(p.numel() for p in model.parameters())
 
 

@@ -95,10 +95,10 @@ class Dtypes(Callback):
             module.register_forward_pre_hook(lambda module, _, what=what: self.note(what, *module.parameters()))
         net.backbone.blocks[0].register_forward_hook(lambda module, _, out: self.note("activation", out))
 
-        def dual_nll(h, v, gate, weight_h, weight_v, *labels):
-            self.note("heads", weight_h, weight_v)
+        def dual_nll(h, v, gate, scale):
+            self.note("heads", h.weight, v.weight)
             self.note("gate value", gate)
-            return self.compute(h, v, gate, weight_h, weight_v, *labels)
+            return self.compute(h, v, gate, scale)
 
         dual_head.dual_nll = dual_nll
 
