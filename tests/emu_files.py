@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from flashar_pl.backbones import Emu35, Emu35Config
 from flashar_pl.checkpoints.released import MODEL_TYPE
-from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+from flashar_pl.models.released import ReleasedFlashAR
 
 IBQ_GOLDEN = Path(__file__).parent / "golden" / "ibq"
 CODES = 256
@@ -82,7 +82,7 @@ def write_base(directory: Path, assets: bool = True, scale: float = 8) -> Path:
 def write_released(directory: Path) -> Path:
     """The FlashAR authors' directory: m = 1, one vertical layer, no prompt assets."""
     directory.mkdir(parents=True, exist_ok=True)
-    model = ReleasedFlashAR(backbone(), 1, 1, Compatibility())
+    model = ReleasedFlashAR(backbone(), 1, 1)
     with torch.no_grad():
         for parameter in (*model.vertical.parameters(), *model.dual_head.parameters()):
             parameter.add_(torch.randn_like(parameter) * 0.1)

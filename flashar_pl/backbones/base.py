@@ -91,11 +91,6 @@ class Backbone(nn.Module, ABC):
         return cls(**options) if cls.config_type is None else cls(cls.config_type(**options))
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> Self:
-        """A published size with random weights, some options changed."""
-        return cls.from_options(**cls.preset(name, **overrides))
-
-    @classmethod
     def preset(cls, name: str, **overrides: Any) -> dict[str, Any]:
         """Options of a published size, some of them changed. ValueError for an unknown name or option."""
         if name not in cls.published:
@@ -315,6 +310,13 @@ def initialise(module: nn.Module) -> None:
     """N(0, 0.02) for linear and embedding weights."""
     if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
         nn.init.normal_(module.weight, std=0.02)
+
+
+def check_dropout(config: Any) -> None:
+    """ValueError where a dropout of `config` is outside [0, 1)."""
+    for name, value in vars(config).items():
+        if name.endswith("dropout") and not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; expected 0 <= {name} < 1.")
 
 
 def plain(value: Any) -> Any:

@@ -8,20 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flashar_pl.backbones.base import Backbone, initialise
+from flashar_pl.backbones.base import Backbone, check_dropout, initialise
 from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
 from flashar_pl.doors import door
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
 from flashar_pl.layers.transformer import BlockConfig, RMSNorm
 from flashar_pl.numerics import wide
+from flashar_pl.renames import StateDict
 
 Heads = Literal["full", "visual"]
 
@@ -74,9 +75,7 @@ class Emu35Config:
             raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
         if self.visual_token_offset is not None and not 0 <= self.visual_token_offset < self.vocab_size:
             raise ValueError(f"visual_token_offset is {self.visual_token_offset}; expected 0 to {self.vocab_size - 1}.")
-        for name in ("dropout", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
+        check_dropout(self)
         if self.condition_dropout and self.unconditional_prompt is None:
             raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
 
@@ -139,13 +138,6 @@ PRESETS: dict[str, Emu35Config] = {
 """Published sizes, for measurements with random weights. A checkpoint is read with its own config.json."""
 
 
-EXAMPLE = {
-    "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
-    "visual_token_offset": 1024, "eol_token_id": 1001, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
-}  # fmt: skip
-"""A tiny size, with which a machine is checked."""
-
-
 class Emu35(Backbone):
     """An Emu3.5 model; see `Emu35Config`.
 
@@ -159,7 +151,10 @@ class Emu35(Backbone):
 
     kind = "emu35"
     config_type, published = Emu35Config, PRESETS
-    example = EXAMPLE
+    example: ClassVar = {
+        "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
+        "visual_token_offset": 1024, "eol_token_id": 1001, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
+    }  # fmt: skip
     published_cfg_scale = 5.0
     usual_grid, many_grids = (32, 32), True  # 512 x 512 pixels, at which the released FlashAR weights were trained
     usual_clones = 4  # as the released FlashAR weights
@@ -191,7 +186,7 @@ class Emu35(Backbone):
         Epsilon and RoPE base come from `config` and are never assumed. Dropout is off; official training used the
         `attention_dropout` of config.json. Missing, unknown or misshapen keys raise ValueError.
         """
-        return door("flashar_pl.checkpoints.emu35:read_state_dict")(state_dict, config, heads)
+        return door("flashar_pl.checkpoints.emu35:read_official")(StateDict(state_dict), config, heads)
 
     @classmethod
     def from_directory(cls, directory: str | Path, heads: Heads = "full") -> Emu35:

@@ -6,13 +6,13 @@ Shapes: R rows, P prefix (1 class token or T text positions), S slots, D width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.backbones.base import Backbone, initialise
+from flashar_pl.backbones.base import Backbone, check_dropout, initialise
 from flashar_pl.backbones.condition import ClassIds, Condition, Conditioning, Given, Prefix, TextFeatures, as_condition
 from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
@@ -73,9 +73,7 @@ class LlamaGenConfig:
             )
         if self.condition not in ("class", "text"):
             raise ValueError(f'condition is {self.condition!r}; expected "class" or "text".')
-        for name in ("token_dropout", "attn_dropout", "resid_dropout", "ffn_dropout", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 <= {name} < 1.")
+        check_dropout(self)
 
     @property
     def feed_forward_dim(self) -> int:
@@ -147,20 +145,16 @@ class CaptionEmbedding(nn.Module):
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))  # (R, T, D)
 
 
-HOMES = {r"c2i_(B|L|XL|XXL|3B)_(256|384)\.pt": "https://huggingface.co/FoundationVision/LlamaGen"}
-EXAMPLE = {
-    "dim": 64, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 256, "num_classes": 10,
-    "resid_dropout": 0.0, "ffn_dropout": 0.0, "token_dropout": 0.0, "condition_dropout": 0.0,
-}  # fmt: skip
-"""A tiny size, with which a machine is checked."""
-
-
 class LlamaGen(Backbone):
     """A LlamaGen model; see `LlamaGenConfig`. Condition: class ids (B,) int64, or `TextFeatures`."""
 
     kind = "llamagen"
     config_type, published = LlamaGenConfig, PRESETS
-    example, homes = EXAMPLE, HOMES
+    homes: ClassVar = {r"c2i_(B|L|XL|XXL|3B)_(256|384)\.pt": "https://huggingface.co/FoundationVision/LlamaGen"}
+    example: ClassVar = {
+        "dim": 64, "n_layer": 3, "n_head": 4, "multiple_of": 32, "vocab_size": 256, "num_classes": 10,
+        "resid_dropout": 0.0, "ffn_dropout": 0.0, "token_dropout": 0.0, "condition_dropout": 0.0,
+    }  # fmt: skip
     config: LlamaGenConfig
 
     def __init__(self, config: LlamaGenConfig) -> None:

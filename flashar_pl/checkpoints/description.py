@@ -67,7 +67,10 @@ def build_model(config: dict[str, Any]) -> GridModel:
     backbone = build_backbone(described)
     if kind == "raster":
         return RasterAR(backbone)
-    return (ReleasedFlashAR if "compatibility" in values else FlashAR)(backbone, **values)
+    values.pop("compatibility", None)  # named the conventions of a released model once
+    if values.get("corner") == "released":
+        return ReleasedFlashAR(backbone, values["branch_layer"], values["vertical_layers"])
+    return FlashAR(backbone, **values)
 
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:

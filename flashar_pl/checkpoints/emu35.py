@@ -12,7 +12,7 @@ from torch import Tensor
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.files import read_json
-from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
+from flashar_pl.renames import Rename, TensorSource, build_filled, split_rows
 
 HEAD = "lm_head.weight"
 
@@ -100,12 +100,10 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
 
 
 def _visual_offset(*configs: dict[str, Any]) -> int | None:
-    for values in configs:
-        if values.get("visual_token_offset") is not None:
-            return int(values["visual_token_offset"])
-    for values in configs:
-        if values.get("eoi_token_id") is not None:
-            return int(values["eoi_token_id"]) + 1
+    for name, before in (("visual_token_offset", 0), ("eoi_token_id", 1)):
+        for values in configs:
+            if values.get(name) is not None:
+                return int(values[name]) + before
     return None
 
 
@@ -128,11 +126,6 @@ def read_official(
     return build_filled(lambda: Emu35(parsed), source, backbone_renames(parsed), device, dtype, tables)
 
 
-def read_state_dict(state_dict: dict[str, Tensor], config: dict[str, Any], heads: Heads) -> Emu35:
-    """See `Emu35.from_official`."""
-    return read_official(StateDict(state_dict), config, heads)
-
-
 def read_config(directory: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint directory."""
     return read_json(Path(directory) / "config.json")
@@ -147,21 +140,21 @@ def read_directory(
 
 def write_official(backbone: Emu35, source: str | Path | None) -> dict[str, Tensor]:
     """See `Emu35.to_official`."""
-    config = backbone.config
     ours = {**backbone.state_dict(), "head.weight": backbone.head.weight}
-    official = split_rows(ours, backbone_renames(config))
-    if config.heads == "visual":
-        official[HEAD] = with_text_rows(official[HEAD], config, source, HEAD)
-    return official
+    return with_text_rows(split_rows(ours, backbone_renames(backbone.config)), (HEAD,), backbone.config, source)
 
 
-def with_text_rows(head: Tensor, config: Emu35Config, source: str | Path | None, key: str) -> Tensor:
-    """A whole head: the text rows of `key` in the checkpoint directory `source`, then the visual rows (V, D)."""
-    if source is None:
+def with_text_rows(
+    official: dict[str, Tensor], heads: tuple[str, ...], config: Emu35Config, source: str | Path | None
+) -> dict[str, Tensor]:
+    """The state dict with whole `heads`: text rows that the model does not hold come from the directory `source`."""
+    n_text = config.vocab_size - config.head_rows
+    if n_text and source is None:
         raise ValueError(
             "the model holds visual heads only; give source=DIR, the checkpoint it came from, for the text rows of "
-            f"{key}."
+            f"{' and '.join(heads)}."
         )
-    n_text = config.vocab_size - config.head_rows
-    text = SafetensorsDirectory(source).rows(key, 0, n_text)
-    return torch.cat([text.to(head), head])
+    if n_text and source is not None:
+        text = SafetensorsDirectory(source)
+        official |= {key: torch.cat([text.rows(key, 0, n_text).to(official[key]), official[key]]) for key in heads}
+    return official

@@ -61,13 +61,8 @@ def infer_config(
     vocabulary, dim = state_dict["tok_embeddings.weight"].shape
     if n_head < 1 or dim % n_head:
         raise ValueError(f"n_head is {n_head}; expected a divisor of the width {dim} found in the checkpoint.")
-    head_dim = dim // n_head
-    n_kv_head = (state_dict["layers.0.attention.wqkv.weight"].shape[0] - dim) // (2 * head_dim)
-    if (
-        n_kv_head < 1
-        or n_head % n_kv_head
-        or dim + 2 * n_kv_head * head_dim != len(state_dict["layers.0.attention.wqkv.weight"])
-    ):
+    n_kv_head, rest = divmod(len(state_dict["layers.0.attention.wqkv.weight"]) - dim, 2 * (dim // n_head))
+    if n_kv_head < 1 or n_head % n_kv_head or rest:
         raise ValueError(
             f"n_head {n_head} does not fit the checkpoint's wqkv of width {dim}; give its true head count."
         )

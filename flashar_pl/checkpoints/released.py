@@ -20,7 +20,7 @@ from flashar_pl.checkpoints.emu35 import (
     with_text_rows,
 )
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
-from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.renames import Rename, TensorSource, build_filled, fill, split_rows
 
 MODEL_TYPE = "emu3_flashar"
@@ -70,7 +70,7 @@ def read_released(
     config = parse_config(values, heads, found_head_dim(source, "backbone."))
     m, k = branch(values, config.n_layer)
     return build_filled(
-        lambda: ReleasedFlashAR(Emu35(config), m, k, Compatibility()),
+        lambda: ReleasedFlashAR(Emu35(config), m, k),
         source, renames(config, k), device, dtype, ignored(source),
     )  # fmt: skip
 
@@ -86,19 +86,11 @@ def ignored(source: TensorSource) -> list[str]:
 def fill_released(model: ReleasedFlashAR, directory: str | Path, device: torch.device | str = "cpu") -> None:
     """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
     source = SafetensorsDirectory(directory)
-    fill(model, source, renames(_config(model), model.vertical_layers), device, ignored(source))
+    fill(model, source, renames(model.backbone.config, model.vertical_layers), device, ignored(source))
 
 
 def write_released(model: ReleasedFlashAR, source: str | Path | None = None) -> dict[str, Tensor]:
     """See `ReleasedFlashAR.to_released`."""
-    config = _config(model)
+    config = model.backbone.config
     official = split_rows(model.state_dict(), renames(config, model.vertical_layers))
-    if config.heads == "visual":
-        for key in ("horizontal_head.weight", "vertical_head.weight"):
-            official[key] = with_text_rows(official[key], config, source, key)
-    return official
-
-
-def _config(model: ReleasedFlashAR) -> Emu35Config:
-    assert isinstance(model.backbone, Emu35)
-    return model.backbone.config
+    return with_text_rows(official, ("horizontal_head.weight", "vertical_head.weight"), config, source)

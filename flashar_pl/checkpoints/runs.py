@@ -16,6 +16,12 @@ NET_PREFIX, EMA_PREFIX = "net.", "ema."
 """Name prefixes of raw and averaged weights inside a Lightning checkpoint."""
 
 
+def nearest(directory: Path) -> str:
+    """The end of a message that `directory` is no checkpoint: which one there may be meant, if any."""
+    inside = sorted(file for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for file in directory.glob(pattern))
+    return f" Did you mean {inside[-1]}?" if inside else ""
+
+
 class RunCheckpoint:
     """A checkpoint that a training run wrote. Its weights are read when they are asked for.
 
@@ -28,9 +34,7 @@ class RunCheckpoint:
         self.sharded = is_sharded(path)
         file = self.path / META if self.path.is_dir() else self.path
         if not file.is_file():
-            inside = sorted(self.path.glob("checkpoints/*.ckpt")) or sorted(self.path.glob("*.ckpt"))
-            hint = f" Did you mean {inside[-1]}?" if inside else ""
-            raise ValueError(f"{path} is no Lightning checkpoint: no file {file}.{hint}")
+            raise ValueError(f"{path} is no Lightning checkpoint: no file {file}.{nearest(self.path)}")
         self.content = read_tensors(file, mmap=True)
         """Everything, or of a sharded checkpoint everything but tensors."""
         if CHECKPOINT_KEY not in self.content:

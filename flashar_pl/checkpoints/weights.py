@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashar_pl.checkpoints.description import Description, build_on_meta
 from flashar_pl.checkpoints.official import is_official_directory, read_directory, read_official_model
-from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
 from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.files import new_directory, read_json, read_tensors, write_json
 from flashar_pl.models.base import GridModel
@@ -66,9 +66,9 @@ def load_model(
         return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
     if path.is_dir() and not is_sharded(path):
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
-            files = sorted(f for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for f in path.glob(pattern))
-            hint = f" Did you mean {files[-1]}?" if files else ""
-            raise ValueError(f"{path} holds no config.json and model.safetensors; expected a converted model.{hint}")
+            raise ValueError(
+                f"{path} holds no config.json and model.safetensors; expected a converted model.{nearest(path)}"
+            )
         description = Description.from_dict(read_json(path / "config.json"))
         return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
     content = {} if path.is_dir() else read_tensors(path, mmap=True)

@@ -223,7 +223,7 @@ def check(
         yield Check(name, dtype, "loading", LIMITS[dtype], None, first_line(error))
         return
     plans = ("diagonal", "raster") if plain.dual_head.vertical is not None else ("raster",)
-    scales = (1.0,) if getattr(getattr(plain, "compatibility", None), "pair_padding", False) else (1.0, 2.0)
+    scales = (1.0,) if plain.null_style == "released" else (1.0, 2.0)  # their positions depend on both rows of a pair
     for runner, weights in variants:
         what = f"{runner}, {weights} weights"
         try:

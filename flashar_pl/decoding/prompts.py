@@ -127,6 +127,8 @@ def ask(
     Raises:
         ValueError: none or several kinds are given, or they do not fit the model.
     """
+    import torch
+
     prompts, classes = read_prompts(subject.prompt, subject.prompts), subject.classes
     kinds = {"--prompt or --prompts": prompts, "--classes": classes, "--text-features": subject.text_features}
     given = [name for name, value in kinds.items() if value is not None]
@@ -136,15 +138,20 @@ def ask(
         raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
     if text.negative_prompt is not None and not guided:
         raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
+    condition: Condition | Tensor
+    unconditional = None
     if prompts is not None:
-        wanted = from_prompts(source, grid, prompts, guided, text)
+        condition, unconditional = from_prompts(source, grid, prompts, guided, text)
         labels = [f"prompt{i}" for i in range(len(prompts))]
+    elif source.model.backbone.conditioning.kind == "prompt":
+        raise ValueError("this model takes prompts; give --prompt.")
+    elif classes is not None:
+        ids = parse_classes(classes)
+        condition, labels = torch.tensor(ids), [f"class{i}" for i in ids]
     else:
-        wanted = from_classes_or_features(source.model, classes, subject.text_features)
-        name = "class" if classes is not None else "text"
-        ids = parse_classes(classes) if classes is not None else range(len(wanted[0]))
-        labels = [f"{name}{i}" for i in ids]
-    condition, unconditional = wanted
+        assert subject.text_features is not None
+        condition = read_text_features(subject.text_features)
+        labels = [f"text{i}" for i in range(len(condition))]
     condition = source.model.backbone.check_condition(condition)
     each = [i for i in range(len(labels)) for _ in range(num_images)]
     return Wanted(
@@ -153,22 +160,6 @@ def ask(
         [labels[i] for i in each],
         None if prompts is None else [prompts[i] for i in each],
     )
-
-
-def from_classes_or_features(
-    model: GridModel, classes: str | list[int] | None, text_features: str | None
-) -> tuple[Condition, None]:
-    """One sample for each class or caption, and no unconditional prompt."""
-    import torch
-
-    from flashar_pl.backbones.condition import ClassIds
-
-    if model.backbone.conditioning.kind == "prompt":
-        raise ValueError("this model takes prompts; give --prompt.")
-    if classes is not None:
-        return ClassIds(torch.tensor(parse_classes(classes))), None
-    assert text_features is not None
-    return read_text_features(text_features), None
 
 
 def from_prompts(
@@ -258,12 +249,12 @@ def read_text_features(path: str) -> TextFeatures:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no text features at {file}; expected a .npy, .npz or .safetensors file.")
-    if file.suffix == ".npy":
-        arrays = {"features": torch.from_numpy(read_arrays(file)["array"])}
-    elif file.suffix == ".npz":
-        arrays = {name: torch.from_numpy(content) for name, content in read_arrays(file).items()}
-    elif file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
         arrays = read_tensors(file)
+    elif file.suffix in (".npy", ".npz"):
+        arrays = {name: torch.from_numpy(content) for name, content in read_arrays(file).items()}
+        if file.suffix == ".npy":
+            arrays = {"features": arrays["array"]}
     else:
         raise ValueError(f"text features at {file}: expected a .npy, .npz or .safetensors file.")
     unknown = arrays.keys() - {"features", "mask"}

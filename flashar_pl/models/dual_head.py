@@ -81,14 +81,10 @@ class StepSources:
 def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
     """`StepSources` of every step. The states fed last are those of the previous step, or the last prefix token."""
     cpu = sources(plan, corner, torch.device("cpu"))
-    has_h = torch.zeros(plan.n_cells, dtype=torch.bool)
-    has_h[cpu.both] = has_h[cpu.only_h] = True
-    has_v = torch.zeros(plan.n_cells, dtype=torch.bool)
-    has_v[cpu.both] = has_v[cpu.only_v] = True
     steps = []
     for t, cells in enumerate(plan.cells_of_step):
         first = 0 if t == 0 else plan.slots_of_step[t - 1].start + 1
-        only_h, only_v = int((~has_v[cells]).sum()), int((~has_h[cells]).sum())
+        only_h, only_v = (int(torch.isin(cells, alone).sum()) for alone in (cpu.only_h, cpu.only_v))
         n = len(cells)
         steps.append(
             StepSources(
@@ -195,12 +191,8 @@ class DualHead(nn.Module):
         self.corner: Corner = corner
         self.first_code = first_code
 
-    def code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
-        """Logits (..., V) float32 of the codes for states (..., D)."""
-        return wide(self._narrow_logits(head, states))
-
-    def _narrow_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
-        """The same in the dtype of the states."""
+    def _code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
+        """Logits (..., V) of the codes for states (..., D), in their dtype."""
         if self.first_code:
             return nn.functional.linear(states, head.weight[self.first_code :])
         return head(states)
@@ -230,8 +222,8 @@ class DualHead(nn.Module):
         `fused` and `gate` are by target; `horizontal` and `vertical` are what the heads emit at each cell. h, v must
         hold all S slots. Without a vertical branch, `vertical` equals `horizontal`.
         """
-        z_h = self.code_logits(self.horizontal, h)  # (B, 1 + S, V)
-        z_v = z_h if v is None or self.vertical is None else self.code_logits(self.vertical, v)
+        z_h = wide(self._code_logits(self.horizontal, h))  # (B, 1 + S, V)
+        z_v = z_h if v is None or self.vertical is None else wide(self._code_logits(self.vertical, v))
         gate = self.gates(h, v, plan)
         where = sources(plan, self.corner, h.device)
         fused = torch.lerp(z_v[:, where.v], z_h[:, where.h], gate[..., None])  # (B, N, V)
@@ -300,10 +292,10 @@ class DualHead(nn.Module):
         Only the logits that some cell needs are computed. The slices are made contiguous: for others matmul becomes a
         batched product and copies the head for every row. The mix is written where the result stands. No gradients.
         """
-        z_h = self._narrow_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
+        z_h = self._code_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
         if v is None or self.vertical is None or at.v.start == at.v.stop:
             return wide(z_h)
-        z_v = self._narrow_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
+        z_v = self._code_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
         rows, n_h, vocabulary = z_h.shape
         both = n_h - at.only_h
         gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)

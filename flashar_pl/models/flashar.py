@@ -152,7 +152,7 @@ class FlashAR(GridModel):
     def from_released(cls, directory: str | Path, heads: Literal["full", "visual"] = "full") -> FlashAR:
         """A model from a checkpoint directory of the authors' Emu3.5-FlashAR: config.json and safetensors files.
 
-        It keeps the conventions of their code (`flashar_pl.models.released.Compatibility`). heads="visual" loads only
+        It keeps the conventions of their code (`flashar_pl.models.released`). heads="visual" loads only
         the rows of both heads that score visual codes, all that decoding needs. Missing, unknown or misshapen keys
         raise ValueError.
         """

@@ -1,13 +1,19 @@
 """FlashAR for Emu3.5 as its authors released it (lxazjk/Emu3.5-FlashAR): their conventions.
 
-Their code differs from the paper in four places. `Compatibility` names them, `ReleasedFlashAR` implements them.
+Their code differs from the paper in four places:
+
+- The vertical layers attend to image tokens only, not to the prefix.
+- (0, 0) is a mix of the horizontal head and of the vertical head on the raw trunk state of the last prefix token, by a
+  gate of its own.
+- Positions count on from row to row; in pre-training the place of the row-end token was left free.
+- With guidance, the image positions of a conditional and its unconditional row both start after the longer prefix:
+  they pad the shorter one on the right.
 
 Shapes: R rows, L positions of this forward, K visible positions, P prefix, D width, M pairs of states.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +27,9 @@ from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import Corner, DualHead, Fusion
+from flashar_pl.models.dual_head import DualHead
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.numerics import full_precision, wide
-
-
-@dataclass(frozen=True)
-class Compatibility:
-    """What the authors' code does differently from the paper. The defaults are theirs; it travels in the config."""
-
-    vertical_sees_prefix: bool = False
-    """Whether the vertical layers attend to the prefix. Theirs run on image tokens only."""
-    corner_gate: bool = True
-    """(0, 0): mix of the horizontal head and of the vertical head on the raw trunk state of the last prefix token, by
-    a gate of its own. If false, the horizontal head alone."""
-    row_gap: bool = False
-    """Whether the place of the row-end token is left free in the positions, as in pre-training. Theirs count on."""
-    pair_padding: bool = True
-    """With guidance, the image positions of a conditional and its unconditional row both start after the longer prefix.
-    Theirs pad the shorter one on the right. If false, each row counts from its own prefix."""
 
 
 class CornerGate(nn.Module):
@@ -70,61 +60,36 @@ class ReleasedDualHead(DualHead):
 
 
 class ReleasedFlashAR(FlashAR):
-    """FlashAR on an Emu3.5 backbone with the authors' conventions; see `Compatibility`.
-
-    Made by `FlashAR.from_released`, or by `build_model` from a config that such a model wrote. fusion and corner follow
-    from `compatibility`; they stand in the config for readers.
-    """
+    """FlashAR on an Emu3.5 backbone with the authors' conventions. Made by `FlashAR.from_released`, or by `build_model`
+    from a config that such a model wrote."""
 
     backbone: Any
     null_style = "released"
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        branch_layer: int,
-        vertical_layers: int,
-        compatibility: Compatibility | dict[str, bool],
-        fusion: Fusion = "gate",
-        corner: Corner | None = None,
-    ) -> None:
+    def __init__(self, backbone: Backbone, branch_layer: int, vertical_layers: int) -> None:
         if not hasattr(backbone, "rope_at"):
             raise ValueError(f"a {backbone.kind} backbone has no one-dimensional positions; expected one with rope_at.")
         super().__init__(backbone, branch_layer, vertical_layers)
-        values = compatibility if isinstance(compatibility, dict) else asdict(compatibility)
-        self.compatibility = Compatibility(**values)
-        expected: Corner = "released" if self.compatibility.corner_gate else "horizontal"
-        if fusion != "gate" or corner not in (None, expected):
-            raise ValueError(
-                f"fusion is {fusion!r}, corner {corner!r}; with {self.compatibility} expected 'gate' and {expected!r}."
-            )
-        if self.compatibility.corner_gate:
-            like = self.dual_head.horizontal.weight
-            with torch.device(like.device):
-                self.dual_head = ReleasedDualHead(self.dual_head, CornerGate(backbone.dim).to(like.dtype))
+        like = self.dual_head.horizontal.weight
+        with torch.device(like.device):
+            self.dual_head = ReleasedDualHead(self.dual_head, CornerGate(backbone.dim).to(like.dtype))
 
     def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
         start = prefix.lengths  # (R,)
-        if guided and self.compatibility.pair_padding:
+        if guided:
             conditional, unconditional = start.chunk(2)
             start = torch.maximum(conditional, unconditional).repeat(2)
-        gap = self.compatibility.row_gap or plan.n_slots > plan.n_cells  # row-end tokens need a position
-        return self.backbone.rope_at(plan, prefix, start, plan.width + gap)
+        row_ends = plan.n_slots > plan.n_cells  # each needs a position
+        return self.backbone.rope_at(plan, prefix, start, plan.width + row_ends)
 
     def vertical_states(self, trunk: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int) -> Tensor:
-        """As `FlashAR.vertical_states`, but with `corner_gate` those of the prefix are the raw trunk states."""
+        """As `FlashAR.vertical_states`, but those of the prefix are the raw trunk states."""
         n_new = trunk.shape[1]
         n_cached = 0 if cache is None else cache.filled
-        if not self.compatibility.vertical_sees_prefix:
-            mask = without_prefix(mask, n_prefix, n_new, n_cached + n_new, trunk.device)
+        mask = without_prefix(mask, n_prefix, n_new, n_cached + n_new, trunk.device)
         v = super().vertical_states(trunk, rope, mask, cache, n_prefix)
-        if self.compatibility.corner_gate:
-            n = max(0, n_prefix - n_cached)  # positions of this forward that belong to the prefix
-            v = torch.cat([trunk[:, :n], v[:, n:]], dim=1)
-        return v
-
-    def config(self) -> dict[str, Any]:
-        return {**super().config(), "compatibility": asdict(self.compatibility)}
+        n = max(0, n_prefix - n_cached)  # positions of this forward that belong to the prefix
+        return torch.cat([trunk[:, :n], v[:, n:]], dim=1)
 
     def role(self, name: str) -> str:
         return "gate" if name.startswith("dual_head.corner_gate.") else super().role(name)

@@ -226,7 +226,7 @@ def test_dropout_acts_in_training_only():
 
 def test_preset_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        full, visual = Emu35.from_preset("emu35-34b"), Emu35.from_preset("emu35-34b", heads="visual")
+        full, visual = (build_backbone({"preset": "emu35-34b", "heads": heads}) for heads in ("full", "visual"))
     assert sum(p.numel() for p in full.parameters()) == 34_103_460_864
     assert full.vocabulary == visual.vocabulary == visual.head.out_features == 131_072
     with pytest.raises(ValueError, match="emu35-34b"):

@@ -7,7 +7,7 @@ import tiny
 import torch
 from tiny import CLOSE, llamagen_golden
 
-from flashar_pl.backbones import LlamaGen, LlamaGenConfig, TextFeatures
+from flashar_pl.backbones import LlamaGen, LlamaGenConfig, TextFeatures, build_backbone
 from flashar_pl.backbones.llamagen import PRESETS
 from flashar_pl.grid import raster_plan
 from flashar_pl.models import RasterAR
@@ -100,7 +100,7 @@ def test_rope_of_the_prefix_is_zero_and_of_codes_is_their_own_cell() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name: str) -> None:
     with torch.device("meta"):
-        model = LlamaGen.from_preset(name)
+        model = build_backbone({"preset": name})
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     assert set(PUBLISHED) == set(PRESETS)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import classes, codes, flashar
 
-from flashar_pl.backbones import LlamaGen
+from flashar_pl.backbones import build_backbone
 from flashar_pl.benchmarking.plain_loss import plain_loss
 from flashar_pl.models import FlashAR
 from flashar_pl.models.lora import without_adapters
@@ -30,7 +30,7 @@ def test_the_plain_loss_is_the_same_loss(corner):
 def narrow(monkeypatch):
     """A model of one narrow layer with all 16,384 codes, in place of the preset's."""
     torch.manual_seed(0)
-    model = FlashAR(LlamaGen.from_preset("llamagen-b", dim=32, n_layer=1, n_head=2), 0)
+    model = FlashAR(build_backbone({"preset": "llamagen-b", "dim": 32, "n_layer": 1, "n_head": 2}), 0)
     monkeypatch.setattr("flashar_pl.benchmarking.subjects.Subject.model", lambda *_: model)
     return model
 

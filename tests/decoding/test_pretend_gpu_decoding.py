@@ -12,7 +12,7 @@ from flashar_pl.backbones import Condition
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+from flashar_pl.models.released import ReleasedFlashAR
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
 NULLS = {"unconditional": [torch.tensor([1, 2, 9])] * 2}
@@ -30,7 +30,7 @@ def make(kind: str) -> tuple[GridModel, list[Condition], dict[str, Any]]:
     if kind == "emu":
         return tiny.emu_flashar(), [PROMPTS, PROMPTS[::-1]], NULLS
     torch.manual_seed(0)
-    released = ReleasedFlashAR(tiny.emu(), 2, 1, Compatibility())
+    released = ReleasedFlashAR(tiny.emu(), 2, 1)
     tiny.randomise(released.vertical, 1)
     return released.eval(), [PROMPTS, PROMPTS[::-1]], NULLS
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
-from flashar_pl.models.released import Compatibility, ReleasedFlashAR
+from flashar_pl.models.released import ReleasedFlashAR
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "flashar"
 CHECKPOINT = GOLDEN / "emu_flashar_tiny"
@@ -153,31 +152,7 @@ def test_guidance_for_the_first_cells_only(visual):
     assert not torch.equal(some, full)
 
 
-# --- the compatibility setting --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "unguided"),
-    [
-        ({"vertical_sees_prefix": True}, True),
-        ({"corner_gate": False}, True),
-        ({"row_gap": True}, True),
-        ({"pair_padding": False}, False),
-    ],
-)
-def test_every_part_of_the_setting_matters(visual, changes, unguided):
-    """Each of the four differences changes the result by itself; padding per pair only where there are pairs."""
-    other = ReleasedFlashAR(visual.backbone, 2, 2, replace(Compatibility(), **changes)).eval()
-    other.load_state_dict({key: value for key, value in visual.state_dict().items() if key in other.state_dict()})
-    codes, prefix = inputs("c1_4x4")
-    with torch.no_grad():
-        same = torch.allclose(other(codes, prefix).fused, visual(codes, prefix).fused, atol=1e-3)
-    assert same == (not unguided)
-    if not unguided:
-        null = list(IO["c1_4x4/in/uncond_short_ids"])
-        settings = {"greedy": True, "cfg_scale": 3.0, "unconditional": null}
-        made = [generate(net, prefix, (4, 4), **settings) for net in (visual, other)]
-        assert not torch.equal(*made)
+# --- the conventions ------------------------------------------------------------------------------------------------
 
 
 def test_setting_travels_with_the_model(visual, tmp_path):
@@ -185,12 +160,13 @@ def test_setting_travels_with_the_model(visual, tmp_path):
     save_model(tmp_path / "ours", visual, Description(model=visual.config()))
     again = load_model(tmp_path / "ours").model.eval()
     assert isinstance(again, ReleasedFlashAR)
-    assert again.compatibility == visual.compatibility == Compatibility()
     codes, prefix = inputs("c1_4x4")
     with torch.no_grad():
         torch.testing.assert_close(again(codes, prefix).fused, visual(codes, prefix).fused, **TOLERANCE)
     assert again.config() == visual.config() == build_model(visual.config()).config()
     assert visual.config()["corner"] == "released"
+    earlier = {"vertical_sees_prefix": False, "corner_gate": True, "row_gap": False, "pair_padding": True}
+    assert build_model({**visual.config(), "compatibility": earlier}).config() == visual.config()
 
 
 def test_roles_and_gradients():
@@ -248,7 +224,7 @@ def test_wrong_checkpoints_are_refused(tmp_path):
         FlashAR.from_released(edited(tmp_path / "c", vertical_layers=3, vertical_start_layer=1))
     llamagen = LlamaGen(LlamaGenConfig(dim=16, n_layer=1, n_head=2, vocab_size=8, num_classes=2))
     with pytest.raises(ValueError, match=r"llamagen backbone has no one-dimensional positions"):
-        ReleasedFlashAR(llamagen, 0, 1, Compatibility())
+        ReleasedFlashAR(llamagen, 0, 1)
 
 
 def test_names_of_earlier_versions_are_tolerated(tmp_path):
