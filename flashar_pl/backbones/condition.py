@@ -49,12 +49,16 @@ class Condition(ABC):
         """B."""
 
     @abstractmethod
+    def each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The condition with every tensor changed."""
+
     def to(self, device: torch.device | str) -> Self:
         """The same condition on `device`."""
+        return self.each(lambda tensor: tensor.to(device))
 
-    @abstractmethod
     def rows(self, index: slice | Sequence[int]) -> Self:
         """The samples `index`, in that order."""
+        return self.each(lambda tensor: tensor[index])  # type: ignore[index]
 
     @abstractmethod
     def check(self, takes: Conditioning) -> None:
@@ -94,11 +98,8 @@ class ClassIds(Condition):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device | str) -> ClassIds:
-        return ClassIds(self.ids.to(device))
-
-    def rows(self, index: slice | Sequence[int]) -> ClassIds:
-        return ClassIds(self.ids[index])  # type: ignore[index]
+    def each(self, change: Callable[[Tensor], Tensor]) -> ClassIds:
+        return ClassIds(change(self.ids))
 
     def joined(self, others: list[Any]) -> ClassIds:
         return ClassIds(torch.cat([self.ids, *(part.ids for part in others)]))
@@ -155,14 +156,8 @@ class TextFeatures(Condition):
     def __len__(self) -> int:
         return self.features.shape[0]
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> TextFeatures:
+    def each(self, change: Callable[[Tensor], Tensor]) -> TextFeatures:
         return TextFeatures(change(self.features), None if self.mask is None else change(self.mask))
-
-    def to(self, device: torch.device | str) -> TextFeatures:
-        return self._each(lambda tensor: tensor.to(device))
-
-    def rows(self, index: slice | Sequence[int]) -> TextFeatures:
-        return self._each(lambda tensor: tensor[index])  # type: ignore[index]
 
     def joined(self, others: list[Any]) -> TextFeatures:
         for other in others:
@@ -194,8 +189,8 @@ class Prompts(list[Tensor], Condition):
 
     words = "takes prompts; expected a list of 1-D id tensors"
 
-    def to(self, device: torch.device | str) -> Prompts:
-        return Prompts(ids.to(device) for ids in self)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Prompts:
+        return Prompts(change(ids) for ids in self)
 
     def rows(self, index: slice | Sequence[int]) -> Prompts:
         return Prompts(self[index] if isinstance(index, slice) else [self[i] for i in index])

@@ -158,17 +158,7 @@ def write_official(target: Path, model: GridModel, path: str | Path, original: s
             "config.json and the text rows of the heads."
         )
     check_original(model, original)
-    write_directory(target, official_weights(model, original), original)
-    return target
-
-
-def write_directory(
-    directory: str | Path, tensors: dict[str, Tensor], original: str | Path, shard_bytes: int = 5_000_000_000
-) -> None:
-    """Write an official state dict as a directory with the config.json of `original`; it appears whole or not at all.
-
-    shard_bytes: largest size of a file, see `write_shards`.
-    """
-    with new_directory(directory, "checkpoint") as part:
-        write_shards(part, tensors, shard_bytes)
+    with new_directory(target, "checkpoint") as part:
+        write_shards(part, official_weights(model, original))
         shutil.copyfile(Path(original) / "config.json", part / "config.json")
+    return target

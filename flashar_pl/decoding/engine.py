@@ -103,9 +103,9 @@ class Engine:
                 prefix = pad_prefix(prefix, self.prefix_bucket)
             rope = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
-            inputs = Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
+            inputs = Inputs(prefix, rope, noise)
             buffers = self._run(order, settings, inputs, on_step or (lambda progress: None))
-        check_usable(buffers.broken, inputs.x.dtype)
+        check_usable(buffers.broken, prefix.x.dtype)
         return Progress(order, order.n_steps, buffers.drawn).codes()
 
     def _run(

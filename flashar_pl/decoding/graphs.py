@@ -35,7 +35,7 @@ class Recording:
         self.inputs = inputs.clone()
         self.buffers = Buffers.allocate(model, plan, inputs)
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        device = inputs.x.device
+        device = inputs.prefix.x.device
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         # a caller's autocast keeps the weights it has cast and frees them when it ends: graphs must not read those

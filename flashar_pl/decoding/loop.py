@@ -29,38 +29,30 @@ from flashar_pl.sampling import SamplingSettings, choose, guide, unusable
 class Inputs:
     """All that one image batch brings. The loop reads nothing else that changes from batch to batch."""
 
-    x: Tensor
-    """(R, P, D) the embedded prefix."""
-    mask: Tensor | None
-    """(R, P) bool, True = valid; None = every position is valid."""
-    lengths: Tensor
-    """(R,) int64 valid prefix positions."""
+    prefix: Prefix
+    """Of R rows."""
     rope: Rope
     """(1 or R, P + S, E / 2, 2) float32."""
     noise: Tensor
     """(B, N) float64 uniforms in plan order."""
 
-    @property
-    def prefix(self) -> Prefix:
-        """As the model gave it."""
-        return Prefix(self.x, self.lengths, self.mask)
-
     def shapes(self) -> tuple[Any, ...]:
         """Shape and dtype of every tensor."""
-        return tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in self._tensors())
+        return tuple((tensor.shape, tensor.dtype) for tensor in self._tensors())
 
     def clone(self) -> Inputs:
         """The same values in memory of their own."""
-        return Inputs(*(None if tensor is None else tensor.clone() for tensor in self._tensors()))  # type: ignore[arg-type]
+        x, lengths, rope, noise, *mask = (tensor.clone() for tensor in self._tensors())
+        return Inputs(Prefix(x, lengths, *mask), rope, noise)
 
     def copy_(self, other: Inputs) -> None:
         """Take over the values of inputs of the same shapes."""
         for tensor, new in zip(self._tensors(), other._tensors(), strict=True):
-            if tensor is not None and new is not None:
-                tensor.copy_(new)
+            tensor.copy_(new)
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.mask, self.lengths, self.rope, self.noise
+    def _tensors(self) -> list[Tensor]:
+        tensors = [self.prefix.x, self.prefix.lengths, self.rope, self.noise]
+        return tensors if self.prefix.mask is None else [*tensors, self.prefix.mask]
 
 
 @dataclass(frozen=True)
@@ -76,8 +68,8 @@ class Buffers:
     @classmethod
     def allocate(cls, model: GridModel, plan: DecodePlan, inputs: Inputs) -> Buffers:
         """For batches of the same shapes as `inputs`."""
-        rows, length = inputs.x.shape[:2]
-        cache = KVCache(model.cache_spec(), rows, length + plan.n_inputs, inputs.x.dtype, inputs.x.device)
+        x = inputs.prefix.x
+        cache = KVCache(model.cache_spec(), len(x), x.shape[1] + plan.n_inputs, x.dtype, x.device)
         drawn = torch.empty(inputs.noise.shape, dtype=torch.int64, device=inputs.noise.device)
         return cls(cache, drawn, torch.empty(plan.n_steps, dtype=torch.bool, device=drawn.device))
 
@@ -112,7 +104,7 @@ def decode(
     cache, drawn = buffers.cache, buffers.drawn
     cache.restart()
     prefix, rope = inputs.prefix, inputs.rope
-    batch, rows, length = drawn.shape[0], inputs.x.shape[0], inputs.x.shape[1]
+    batch, rows, length = len(drawn), len(prefix.x), len(prefix)
     vertical = plan.has_vertical
     mask = model.backbone.sequence_mask(plan, prefix, 0)
     states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from flashar_pl.backbones import Condition
+from flashar_pl.backbones import Condition, Prefix
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.engine import pad_prefix
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
@@ -35,7 +35,7 @@ def inputs_of(model: GridModel, condition: Condition, plan: Any, settings: Sampl
     rope = model.rope(plan, prefix, settings.guided)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(3, plan.n_cells, dtype=torch.float64, generator=generator)
-    return Inputs(prefix.x, prefix.mask, prefix.lengths, rope, noise)
+    return Inputs(prefix, rope, noise)
 
 
 @pytest.mark.parametrize("plan", ["raster", "diagonal"])
@@ -58,10 +58,10 @@ def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
     for given in (condition, others[kind]):
         both = model.backbone.with_unconditional(given, guidance.get("unconditional")) if sampling.guided else given
         batches.append(inputs_of(model, both, order, sampling, seed=len(batches)))
-    masked = batches[0].mask is not None
+    masked = batches[0].prefix.mask is not None
 
     def run(x: Tensor, mask: Tensor, lengths: Tensor, rope: Tensor, noise: Tensor) -> Tensor:
-        inputs = Inputs(x, mask if masked else None, lengths, rope, noise)
+        inputs = Inputs(Prefix(x, lengths, mask if masked else None), rope, noise)
         buffers = Buffers.allocate(model, order, inputs)
         for _ in decode(model, order, sampling, inputs, buffers):
             pass
@@ -69,7 +69,8 @@ def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
 
     def arguments(inputs: Inputs) -> tuple[Tensor, ...]:
         none = torch.zeros(0)
-        return (inputs.x, none if inputs.mask is None else inputs.mask, inputs.lengths, inputs.rope, inputs.noise)
+        prefix = inputs.prefix
+        return prefix.x, none if prefix.mask is None else prefix.mask, prefix.lengths, inputs.rope, inputs.noise
 
     expected = run(*arguments(batches[1]))  # also fills the plan's tables
     trace = make_fx(run)(*arguments(batches[0]))
