@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +83,6 @@ class Backbone(nn.Module, ABC):
     head: nn.Linear
 
     # --- options ----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """A backbone with new weights. ValueError for options that `check_options` refuses, or of wrong values."""
-        cls.check_options(options)
-        return cls(**options) if cls.config_type is None else cls(cls.config_type(**options))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def complete(config: dict[str, Any]) -> dict[str, Any]:
 def build_backbone(config: dict[str, Any]) -> Backbone:
     """The backbone that a configuration describes, with new weights. Raises ValueError as `complete` does."""
     options = complete(config)
-    return family(options.pop("kind")).from_options(**options)
+    owner = family(options.pop("kind"))
+    return owner(**options) if owner.config_type is None else owner(owner.config_type(**options))
 
 
 def describe_backbone(config: dict[str, Any]) -> Backbone:

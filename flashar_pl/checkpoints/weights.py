@@ -97,24 +97,16 @@ def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[d
 
 
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
+    """The model of a description with these weights, not copied, low-rank updates merged. ValueError if they differ."""
     if description.lora is not None:
         state, description.lora = dict(merge(state, LoraConfig(**description.lora))), None
     model = build_on_meta(description.model)
-    load_strictly(model, state)
-    return model
-
-
-def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor]) -> None:
-    """Make `weights` the module's own, without a copy, and put it in evaluation mode.
-
-    A wrong shape raises ValueError naming the key and both shapes.
-    """
-    expected = module.state_dict()
-    for key, value in weights.items():
+    expected = model.state_dict()
+    for key, value in state.items():
         if key in expected and expected[key].shape != value.shape:
             raise ValueError(f"{key} has shape {tuple(value.shape)}; this model expects {tuple(expected[key].shape)}.")
     try:
-        module.load_state_dict(weights, strict=True, assign=True)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # missing or unexpected keys
         raise ValueError(f"the weights do not fit the model: {error}") from error
-    module.eval()
+    return model.eval()

@@ -61,20 +61,16 @@ def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     aspect_ratio, image_size = shape.aspect_ratio, shape.image_size
     if shape != ShapeOptions() and source.grid != source.description.grid:
         raise ValueError("--grid is given with --aspect-ratio or --image-size; give one of them.")
-    if aspect_ratio is None:
-        if image_size is not None:
-            return scaled_grid("1:1", image_size)
+    if aspect_ratio is None and image_size is None:
         backbone = source.model.backbone
         return backbone.usual_grid if backbone.many_grids and source.grid is None else source.need_grid()
-    if ":" not in aspect_ratio:
+    if aspect_ratio is not None and "x" in aspect_ratio.lower():
         if image_size is not None:
             raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
-        if "x" not in aspect_ratio.lower():
-            return scaled_grid(aspect_ratio, USUAL_SIZE)  # says which names there are
         grid = parse_grid(aspect_ratio)
         assert grid is not None
         return grid
-    return scaled_grid(aspect_ratio, USUAL_SIZE if image_size is None else image_size)
+    return scaled_grid(aspect_ratio or "1:1", USUAL_SIZE if image_size is None else image_size)
 
 
 def scaled_grid(name: str, size: int) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import DualHead, step_sources
+from flashar_pl.models.dual_head import DualHead, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
 
@@ -133,7 +133,7 @@ class GridModel(nn.Module, ABC):
     def teacher_forced(
         self, codes: Tensor, condition: Given, plan: DecodePlan, n_slots: int, vertical: bool = True
     ) -> States:
-        """States (B, 1 + n_slots, D) at the last prefix token and the first slots."""
+        """States (B, 1 + n_slots, D) at the last prefix token and the first slots of (B, H, W), teacher-forced."""
         self.check_plan(plan)
         if codes.shape[1:] != (plan.height, plan.width):
             raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
@@ -173,18 +173,15 @@ class GridModel(nn.Module, ABC):
         losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight)
         samples = weight.sum().clamp_min(1)
 
-        def mean(values: Tensor, source: str | None) -> Tensor:
-            """Over the valid samples and all targets, or those whose source is a slot."""
-            if source is None:
-                return (values.sum(1) * weight).sum() / (samples * plan.n_cells)
-            targets = plan.on(source, values.device) >= 0
-            count = int((getattr(plan, source) >= 0).sum())  # of the copy on the CPU: no synchronisation
-            return ((values * targets).sum(1) * weight).sum() / (samples * max(count, 1))
+        def mean(values: Tensor, targets: Tensor | int, n: int) -> Tensor:
+            """Over the valid samples and n targets."""
+            return ((values * targets).sum(1) * weight).sum() / (samples * n)
 
-        fused = mean(losses.fused, None)
+        fused = mean(losses.fused, 1, plan.n_cells)
         horizontal, vertical = fused, torch.zeros_like(fused)
         if plan.has_vertical:
-            horizontal, vertical = mean(losses.horizontal, "h_source"), mean(losses.vertical, "v_source")
+            horizontal = mean(losses.horizontal, *fed_by_slots(plan, "h_source", fused.device))
+            vertical = mean(losses.vertical, *fed_by_slots(plan, "v_source", fused.device))
         return {
             "loss": losses.total / (samples * plan.n_cells),
             "fused": fused,

@@ -106,6 +106,14 @@ def _as_slice(index: Tensor) -> slice:
     return slice(begin, begin + len(index))
 
 
+def fed_by_slots(plan: DecodePlan, source: str, device: torch.device) -> tuple[Tensor, int]:
+    """(N,) bool: targets whose "h_source" or "v_source" is a slot, over which Eq. 10 averages; how many, at least 1.
+
+    They are counted on the CPU: no synchronisation.
+    """
+    return plan.on(source, device) >= 0, max(1, int((getattr(plan, source) >= 0).sum()))
+
+
 def target_weights(
     plan: DecodePlan, where: Sources, weight: Tensor, aux_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,9 +125,8 @@ def target_weights(
     fused = weight[:, None].expand(-1, plan.n_cells)
     parts = []
     for source, alone in (("h_source", where.only_h), ("v_source", where.only_v)):
-        has_source = plan.on(source, weight.device) >= 0  # (N,)
-        count = int((getattr(plan, source) >= 0).sum())  # of the copy on the CPU: no synchronisation
-        each = has_source.to(weight.dtype) * (aux_weight * plan.n_cells / max(count, 1))
+        counted, n = fed_by_slots(plan, source, weight.device)
+        each = counted.to(weight.dtype) * (aux_weight * plan.n_cells / n)
         each = each.index_add(0, alone, weight.new_ones(len(alone)))
         parts.append(fused * each)
     return fused, parts[0], parts[1]

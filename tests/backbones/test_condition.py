@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from flashar_pl.backbones import Batch, ClassIds, Condition, Conditioning, Prompts, TextFeatures, as_condition
+from flashar_pl.backbones import Batch, ClassIds, Condition, Conditioning, Prompts, TextFeatures
+from flashar_pl.backbones.condition import as_condition
 
 GIVEN = {
     "class": (torch.tensor([3, 1, 4]), lambda c, i: c.ids[i]),
