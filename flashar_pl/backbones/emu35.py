@@ -92,7 +92,8 @@ class Emu35Config:
     @property
     def conditioning(self) -> Conditioning:
         """What the model is conditioned on."""
-        return Conditioning("prompt", self.vocab_size, USUAL_PROMPT, self.visual_token_offset)
+        usual = 50  # tokens of a prompt, the image prefix included
+        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset)
 
     @property
     def block(self) -> BlockConfig:
@@ -112,10 +113,6 @@ class Emu35Config:
         )
 
 
-CAPTION_DROPOUT = 0.1
-"""Share of the captions that training replaces by the unconditional prompt, so that guidance keeps working."""
-USUAL_PROMPT = 50
-"""Tokens, the image prefix included."""
 NO_TEXT = (151849, 2610, 525, 264, 10950, 17847, 13, 13872, 25, 220, 35560, 3846, 2821, 25, 220, 151746)
 """Ids of the published unconditional prompt; `Emu35Text.unconditional` makes them from the rank file."""
 PRESETS: dict[str, Emu35Config] = {
@@ -175,9 +172,10 @@ class Emu35(Backbone):
 
     @classmethod
     def training_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Heads of the visual codes alone, and a tenth of the captions dropped where their substitute is known."""
+        """Heads of the visual codes alone, and a tenth of the captions dropped, for guidance, where the unconditional
+        prompt is known."""
         known = options.get("unconditional_prompt") is not None
-        return {"heads": "visual", "condition_dropout": CAPTION_DROPOUT if known else 0.0}
+        return {"heads": "visual", "condition_dropout": 0.1 if known else 0.0}
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], config: dict[str, Any], heads: Heads = "full") -> Emu35:

@@ -19,9 +19,6 @@ from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.rope import Rope, angles_2d, rotations
 from flashar_pl.layers.transformer import BlockConfig, RMSNorm
 
-TEXT_POSITIONS = 120
-"""Caption positions of the published text-conditional models."""
-
 
 @dataclass(frozen=True)
 class LlamaGenConfig:
@@ -43,8 +40,8 @@ class LlamaGenConfig:
     """Classes; class id num_classes is the null class."""
     caption_dim: int = 2048
     """Width C of the text features."""
-    caption_positions: int = TEXT_POSITIONS
-    """Largest number of caption positions; the null caption has as many."""
+    caption_positions: int = 120
+    """Largest number of caption positions; the null caption has as many. The published models have 120."""
     multiple_of: int = 256
     """The feed-forward width is rounded up to a multiple of this."""
     ffn_dim_multiplier: float | None = None

@@ -37,7 +37,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         self.device, self.frozen = self.codes.device, frozen_names(self.model)
-        self.plan = self.model.default_plan(*self.codes.shape[1:])
+        self.plan = self.model.make_plan(None, *self.codes.shape[1:])
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, self.mixed)
 
     def freeze(self, stage: int) -> None:

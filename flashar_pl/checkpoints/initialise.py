@@ -23,19 +23,8 @@ from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.options import Weights
 from flashar_pl.renames import fill
 
-NOT_ARCHITECTURE = {
-    "dropout",
-    "unconditional_prompt",
-    "token_dropout",
-    "attn_dropout",
-    "resid_dropout",
-    "ffn_dropout",
-    "condition_dropout",
-    "multiple_of",
-    "ffn_dim_multiplier",
-    "backbone",
-}
-"""Fields that may differ between a file and the run that starts from it."""
+NOT_ARCHITECTURE = ("unconditional_prompt", "multiple_of", "ffn_dim_multiplier", "backbone")
+"""Fields that, besides dropouts, may differ between a file and the run that starts from it."""
 
 
 @dataclass
@@ -145,8 +134,8 @@ def check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path:
     found, expected = _resolved(found), _resolved(expected)
     different = [
         f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
-        for key in sorted(found.keys() | expected.keys())
-        if key not in NOT_ARCHITECTURE and found.get(key) != expected.get(key)
+        for key in sorted((found.keys() | expected.keys()) - set(NOT_ARCHITECTURE))
+        if not key.endswith("dropout") and found.get(key) != expected.get(key)
     ]
     if different:
         raise ValueError(f"{path} holds another {what}: {'; '.join(different)}.")
@@ -158,10 +147,5 @@ def _resolved(config: dict[str, Any]) -> dict[str, Any]:
         return config
     values = LlamaGenConfig(**{key: value for key, value in config.items() if key != "kind"})
     unused = ("caption_dim", "caption_positions") if values.condition == "class" else ("num_classes",)
-    resolved = {
-        **config,
-        **asdict(values),
-        "ffn_dim": values.feed_forward_dim,
-        "n_kv_head": values.n_kv_head or values.n_head,
-    }
+    resolved = {**config, **asdict(values), "ffn_dim": values.block.ffn_dim, "n_kv_head": values.block.n_kv_head}
     return {key: value for key, value in resolved.items() if key not in unused}

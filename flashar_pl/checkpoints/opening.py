@@ -141,7 +141,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
 
 def check_plan(model: GridModel, plan: str | None, grid: tuple[int, int]) -> str:
     """The plan's name (None = the model's own). ValueError if this model cannot run it."""
-    return model.make_plan(plan or model.plan_name, *grid).name
+    return model.make_plan(plan, *grid).name
 
 
 def check_top_k(model: GridModel, top_k: int) -> None:

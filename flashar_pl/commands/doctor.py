@@ -278,7 +278,7 @@ def loss_difference(subject: Subject, dtype: Dtype, place: torch.device) -> floa
     from flashar_pl.numerics import dtype_from_name
 
     model = lively(subject.model(place, torch.float32)).requires_grad_(True)
-    plan = model.default_plan(*subject.grid)
+    plan = model.make_plan(None, *subject.grid)
     condition = subject.condition(SAMPLES, False)[0].to(place)
     codes = torch.randint(0, model.backbone.vocabulary, (SAMPLES, *subject.grid), device=place)
     found = []

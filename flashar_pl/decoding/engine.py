@@ -206,9 +206,7 @@ def generate(
         condition: class ids (B,) int64, TextFeatures, or a list of id tensors, as the backbone expects.
         grid: (H, W).
         plan: "diagonal" (H + W - 1 steps) or "raster" (H * W steps, horizontal head only).
-        cfg_scale: s in u + s (c - u), applied to the fused logits; 1 = one pass without guidance.
-        cfg_interval: k: a step is guided if at most k + 1 cells were decoded before it; None = always.
-        temperature, top_k, top_p, greedy: see `SamplingSettings`.
+        cfg_scale, cfg_interval, temperature, top_k, top_p, greedy: see `SamplingSettings`.
         seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
         unconditional: None = the model's own null condition.
         on_step: called after every step with the codes so far, see `Progress`; what it raises ends the decoding.

@@ -30,10 +30,6 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     The projections of all blocks and both heads (only the rows that score codes) change their form. Embeddings, norms,
     the gate and what embeds the condition do not. The copy generates codes and computes logits; it has no loss.
 
-    Args:
-        model: a FlashAR or RasterAR model, complete on one device.
-        weights: one of `WEIGHT_FORMATS`.
-
     Raises:
         ValueError: an unknown format, one that this device cannot run, a sharded model, or no torchao for int8, fp8.
     """

@@ -102,13 +102,12 @@ class GridModel(nn.Module, ABC):
         assert set(roles.values()) <= set(ROLES)
         return roles
 
-    def default_plan(self, height: int, width: int) -> DecodePlan:
-        """The plan this model was made for."""
-        return self.make_plan(self.plan_name, height, width)
+    def make_plan(self, name: str | None, height: int, width: int) -> DecodePlan:
+        """The plan called `name` (None = the model's own), with row ends where the backbone has them.
 
-    def make_plan(self, name: str, height: int, width: int) -> DecodePlan:
-        """The plan called `name`, with row ends where the backbone has them. ValueError if the model cannot run it."""
-        plan = make_plan(name, height, width, row_end=self.backbone.row_ends)
+        ValueError if the model cannot run it.
+        """
+        plan = make_plan(name or self.plan_name, height, width, row_end=self.backbone.row_ends)
         self.check_plan(plan)
         return plan
 
@@ -125,7 +124,7 @@ class GridModel(nn.Module, ABC):
         """The plan given, or the model's own for codes (B, H, W). ValueError if either is of the wrong kind."""
         check_codes(codes, self.backbone.vocabulary)
         if plan is None:
-            return self.default_plan(codes.shape[1], codes.shape[2])
+            return self.make_plan(None, codes.shape[1], codes.shape[2])
         if not isinstance(plan, DecodePlan):
             raise ValueError(f"plan is {plan!r}; expected a DecodePlan, such as raster_plan(H, W) of flashar_pl.grid.")
         return plan

@@ -87,15 +87,11 @@ class FlashAR(GridModel):
             self.init_vertical_from_backbone()
         self.train(backbone.training)
 
-    @property
-    def first_cloned_layer(self) -> int:
-        """Index of the backbone layer that the first vertical layer is a clone of."""
-        return min(self.branch_layer, self.backbone.n_layer - self.vertical_layers)
-
     @torch.no_grad()
     def init_vertical_from_backbone(self) -> None:
         """Copy the top layers, the final norm and the head into the vertical branch (Sec. 4.1)."""
-        cloned = self.backbone.blocks[self.first_cloned_layer :][: self.vertical_layers]
+        first = min(self.branch_layer, self.backbone.n_layer - self.vertical_layers)
+        cloned = self.backbone.blocks[first : first + self.vertical_layers]
         for block, source in zip(self.vertical.blocks, cloned, strict=True):
             block.load_state_dict(source.state_dict())
         self.vertical.norm.load_state_dict(self.backbone.norm.state_dict())

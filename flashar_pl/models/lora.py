@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flashar_pl.console import needing
 from flashar_pl.models.quiet import quiet_torchao
+from flashar_pl.numerics import dtype_from_name
 
 if TYPE_CHECKING:
     from flashar_pl.models.base import GridModel
@@ -64,11 +65,6 @@ class LoraConfig:
         assert self.alpha is not None
         return self.alpha / self.rank
 
-    @property
-    def base_dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
-        return torch.bfloat16 if self.base == "bf16" else torch.float32
-
     def to_dict(self) -> dict[str, Any]:
         """Plain types, from which the constructor makes an equal object."""
         return {**asdict(self), "targets": list(self.targets)}
@@ -102,7 +98,7 @@ def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in names)
         if name in names:
-            parameter.data = parameter.data.to(config.base_dtype)
+            parameter.data = parameter.data.to(dtype_from_name(config.base))
     return model
 
 

@@ -62,7 +62,7 @@ def test_flashar_diagonal_tokens_and_branch_logits(scale: int, monkeypatch: pyte
     monkeypatch.setattr(model, "step_logits", record)
     codes = generate(model, arrays["in/generate_class_ids"], (4, 4), cfg_scale=scale, greedy=True)
     assert torch.equal(codes, arrays[f"out/cfg{scale}_tokens"])
-    order = model.default_plan(4, 4).order
+    order = model.make_plan(None, 4, 4).order
     by_cell = torch.empty(2 * scale, 16, 192).index_copy_(1, order, torch.cat(steps, 1))
     expected = arrays[f"out/cfg{scale}_branch_logits"].flatten(1, 2)
     torch.testing.assert_close(by_cell, expected, atol=1e-4, rtol=1e-4)

@@ -74,7 +74,6 @@ def test_raster_horizontal_logits_equal_the_backbones_own(m: int, k: int | None,
 def test_vertical_layers_are_clones(m: int, k: int | None, first: int) -> None:
     """F_m..F_{m+k-1}, or the last k layers where that passes L; final norm and head with their weights."""
     model = FlashAR(tiny.backbone(n_layer=3), m, k)
-    assert model.first_cloned_layer == first
     for i, block in enumerate(model.vertical.blocks):
         for key, value in block.state_dict().items():
             assert torch.equal(value, model.backbone.blocks[first + i].state_dict()[key])
