@@ -87,8 +87,8 @@ def _initialise(model: GridModel, path: str | Path, weights: Weights) -> InitRep
 def _report(model: GridModel, source: str, whole: bool) -> InitReport:
     """whole: the file held all parameters; otherwise backbone and horizontal head, from which the branch was cloned."""
     sizes = dict.fromkeys(ROLES, 0)
-    for name, parameter in model.named_parameters():
-        sizes[model.role(name)] += parameter.numel()
+    for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
+        sizes[role] += parameter.numel()
     cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
     return InitReport(source, sum(sizes.values()) - cloned - new, cloned, new)
 

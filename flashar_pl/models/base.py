@@ -32,6 +32,15 @@ ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate")
 """What a parameter is for; every parameter has exactly one role (Sec. 4.3 trains them differently)."""
 STAGE1_ROLES = ("vertical", "vertical_head", "gate")
 """What trains in stage 1."""
+ROLE_OF = {
+    "backbone.head.": "horizontal_head",
+    "dual_head.horizontal.": "horizontal_head",
+    "dual_head.vertical.": "vertical_head",
+    "dual_head.gate.": "gate",
+    "dual_head.corner_gate.": "gate",
+    "vertical.": "vertical",
+}
+"""Role by the begin of a parameter's name; "backbone" for all others."""
 
 
 @dataclass
@@ -55,6 +64,8 @@ class GridModel(nn.Module, ABC):
     dual_head: DualHead
     plan_name: str
     """Name of the plan the model was made for."""
+    vertical_layers: int = 0
+    """Layers of the vertical branch, k."""
     null_style: Literal["official", "released"] = "official"
     """Which prompt without a text it was trained with, where its backbone does not say it."""
 
@@ -88,19 +99,17 @@ class GridModel(nn.Module, ABC):
     def config(self) -> dict[str, Any]:
         """Plain types from which `flashar_pl.checkpoints.description.build_model` makes an equal model."""
 
-    @abstractmethod
     def cache_spec(self) -> CacheSpec:
         """What a KV cache must hold for this model."""
-
-    @abstractmethod
-    def role(self, name: str) -> str:
-        """Role of the parameter called `name`."""
+        return self.backbone.cache_spec(self.vertical_layers)
 
     def roles(self) -> dict[str, str]:
         """Parameter name -> role, for every parameter."""
-        roles = {name: self.role(name) for name, _ in self.named_parameters()}
-        assert set(roles.values()) <= set(ROLES)
-        return roles
+
+        def role(name: str) -> str:
+            return next((role for start, role in ROLE_OF.items() if name.startswith(start)), "backbone")
+
+        return {name: role(name) for name, _ in self.named_parameters()}
 
     def make_plan(self, name: str | None, height: int, width: int) -> DecodePlan:
         """The plan called `name` (None = the model's own), with row ends where the backbone has them.

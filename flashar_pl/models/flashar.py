@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.doors import door
-from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.models.base import GridModel, States
@@ -117,20 +117,6 @@ class FlashAR(GridModel):
             "fusion": self.fusion,
             "corner": self.dual_head.corner,
         }
-
-    def cache_spec(self) -> CacheSpec:
-        return self.backbone.cache_spec(extra_layers=self.vertical_layers)
-
-    def role(self, name: str) -> str:
-        for prefix, role in (
-            ("dual_head.horizontal.", "horizontal_head"),
-            ("dual_head.vertical.", "vertical_head"),
-            ("dual_head.gate.", "gate"),
-            ("vertical.", "vertical"),
-        ):
-            if name.startswith(prefix):
-                return role
-        return "backbone"
 
     @classmethod
     def from_nar(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from flashar_pl.backbones.base import Backbone
-from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.base import GridModel, States
@@ -31,9 +31,3 @@ class RasterAR(GridModel):
 
     def config(self) -> dict[str, Any]:
         return {"kind": "raster", "backbone": self.backbone.config_dict()}
-
-    def cache_spec(self) -> CacheSpec:
-        return self.backbone.cache_spec()
-
-    def role(self, name: str) -> str:
-        return "horizontal_head" if name.startswith("backbone.head.") else "backbone"

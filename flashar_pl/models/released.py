@@ -91,9 +91,6 @@ class ReleasedFlashAR(FlashAR):
         n = max(0, n_prefix - n_cached)  # positions of this forward that belong to the prefix
         return torch.cat([trunk[:, :n], v[:, n:]], dim=1)
 
-    def role(self, name: str) -> str:
-        return "gate" if name.startswith("dual_head.corner_gate.") else super().role(name)
-
     def to_released(self, source: str | Path | None = None) -> dict[str, Tensor]:
         """The authors' state dict, bit-exact inverse of `from_released`.
 

@@ -199,7 +199,7 @@ def test_flashar_run_from_raster_file(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, **tiny.CLOSE)
     out = model(codes, ids)
     torch.testing.assert_close(out.vertical, out.horizontal, atol=1e-6, rtol=1e-6)
-    gate = sum(parameter.numel() for name, parameter in model.named_parameters() if model.role(name) == "gate")
+    gate = sum(parameter.numel() for name, parameter in model.named_parameters() if model.roles()[name] == "gate")
     assert report.new == gate
     assert report.loaded == sum(parameter.numel() for parameter in source.parameters())
     assert report.loaded + report.cloned + report.new == sum(parameter.numel() for parameter in model.parameters())
