@@ -29,6 +29,8 @@ def angles_1d(position: Tensor, head_dim: int, base: float) -> Tensor:
 
 def angles_2d(row: Tensor, column: Tensor, head_dim: int, base: float) -> Tensor:
     """Angles (..., E / 2): the first half of the pairs turns with the row, the second with the column (LlamaGen)."""
+    if head_dim % 4:
+        raise ValueError(f"head width is {head_dim}; 2-D RoPE expects a multiple of 4.")
     frequency = frequencies(head_dim // 2, base, row.device)  # (E / 4,)
     return torch.cat([row[..., None].float() * frequency, column[..., None].float() * frequency], dim=-1)
 
