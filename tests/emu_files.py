@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from flashar_pl.backbones import Emu35, Emu35Config
-from flashar_pl.checkpoints.released import MODEL_TYPE
+from flashar_pl.checkpoints.emu35 import MODEL_TYPE
 from flashar_pl.models.released import ReleasedFlashAR
 
 IBQ_GOLDEN = Path(__file__).parent / "golden" / "ibq"

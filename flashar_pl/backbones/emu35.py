@@ -22,7 +22,6 @@ from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
 from flashar_pl.layers.transformer import BlockConfig, RMSNorm
 from flashar_pl.numerics import wide
-from flashar_pl.renames import StateDict
 
 Heads = Literal["full", "visual"]
 
@@ -184,7 +183,7 @@ class Emu35(Backbone):
         Epsilon and RoPE base come from `config` and are never assumed. Dropout is off; official training used the
         `attention_dropout` of config.json. Missing, unknown or misshapen keys raise ValueError.
         """
-        return door("flashar_pl.checkpoints.emu35:read_official")(StateDict(state_dict), config, heads)
+        return door("flashar_pl.checkpoints.emu35:read_official")(state_dict, config, heads)
 
     @classmethod
     def from_directory(cls, directory: str | Path, heads: Heads = "full") -> Emu35:

@@ -12,9 +12,11 @@ from torch import Tensor
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.files import read_json
-from flashar_pl.renames import Rename, TensorSource, build_filled, split_rows
+from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
 HEAD = "lm_head.weight"
+MODEL_TYPE = "emu3_flashar"
+"""`model_type` in the config.json of the FlashAR authors' checkpoints."""
 
 
 def block_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
@@ -113,29 +115,37 @@ def found_head_dim(source: TensorSource, prefix: str = "model.") -> int | None:
     return source.shape(key)[0] if key in set(source.keys()) else None
 
 
-def read_official(
-    source: TensorSource,
-    config: dict[str, Any],
-    heads: Heads,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+class OfficialDirectory(SafetensorsDirectory):
+    """A published directory, of the base model or of its FlashAR: config.json and safetensors files."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.values = read_json(Path(directory) / "config.json")
+        self.released = self.values.get("model_type") == MODEL_TYPE
+        super().__init__(directory)
+
+    def config(self, heads: Heads) -> Emu35Config:
+        """Of the backbone."""
+        return parse_config(self.values, heads, found_head_dim(self, "backbone." if self.released else "model."))
+
+
+def read_official(state_dict: dict[str, Tensor], values: dict[str, Any], heads: Heads) -> Emu35:
+    """See `Emu35.from_official`."""
+    source = StateDict(state_dict)
+    return read_backbone(source, parse_config(values, heads, found_head_dim(source)))
+
+
+def read_directory(directory: str | Path, heads: Heads) -> Emu35:
+    """See `Emu35.from_directory`."""
+    source = OfficialDirectory(directory)
+    return read_backbone(source, source.config(heads))
+
+
+def read_backbone(
+    source: TensorSource, config: Emu35Config, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Emu35:
-    """See `Emu35.from_official`. The weights are read into memory of `device`; dtype None = that of the source."""
-    parsed = parse_config(config, heads, found_head_dim(source))
+    """The weights are read into memory of `device`; dtype None = that of the source."""
     tables = filter(is_table, source.keys())
-    return build_filled(lambda: Emu35(parsed), source, backbone_renames(parsed), device, dtype, tables)
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint directory."""
-    return read_json(Path(directory) / "config.json")
-
-
-def read_directory(
-    directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-) -> Emu35:
-    """See `Emu35.from_directory`; device and dtype as in `read_official`."""
-    return read_official(SafetensorsDirectory(directory), read_config(directory), heads, device, dtype)
+    return build_filled(lambda: Emu35(config), source, backbone_renames(config), device, dtype, tables)
 
 
 def write_official(backbone: Emu35, source: str | Path | None) -> dict[str, Tensor]:

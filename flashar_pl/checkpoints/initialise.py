@@ -10,10 +10,9 @@ import torch
 
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
-from flashar_pl.checkpoints.emu35 import backbone_renames, is_table, read_config
+from flashar_pl.checkpoints.emu35 import OfficialDirectory, backbone_renames, is_table
 from flashar_pl.checkpoints.official import backbone_config, is_official_directory
-from flashar_pl.checkpoints.released import MODEL_TYPE, fill_released
-from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
+from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.flashar import FlashAR
@@ -105,20 +104,19 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
     """
     if not isinstance(model.backbone, Emu35):
         raise ValueError(f"{directory} holds an Emu3.5 model; this run has a {model.backbone.kind} backbone.")
-    source = SafetensorsDirectory(directory)
-    if read_config(directory).get("model_type") == MODEL_TYPE:
+    source, config = OfficialDirectory(directory), model.backbone.config
+    if source.released:
         if not isinstance(model, ReleasedFlashAR):
             raise ValueError(
                 f"{directory} holds a FlashAR checkpoint with its authors' conventions, which this model does not "
                 "have; load it with FlashAR.from_released, or start from the base model."
             )
-        fill_released(model, directory, device)
+        fill(model, source, renames(config, model.vertical_layers), device, ignored(source))
         return True
     flashar = isinstance(model, FlashAR)
     head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
-    renames = backbone_renames(model.backbone.config, "backbone.", head)
     without_values = any(parameter.is_meta for parameter in model.parameters())
-    fill(model, source, renames, device, filter(is_table, source.keys()))
+    fill(model, source, backbone_renames(config, "backbone.", head), device, filter(is_table, source.keys()))
     if isinstance(model, FlashAR):
         if without_values and model.dual_head.gate is not None:
             model.dual_head.gate.reset_parameters()

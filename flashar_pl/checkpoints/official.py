@@ -20,13 +20,12 @@ from torch import Tensor
 from flashar_pl.backbones.base import plain
 from flashar_pl.backbones.emu35 import Emu35, Heads
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
-from flashar_pl.checkpoints import emu35
-from flashar_pl.checkpoints.emu35 import found_head_dim, parse_config, read_config
+from flashar_pl.checkpoints.emu35 import OfficialDirectory, read_backbone
 from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.nar import is_nar, read_nar
-from flashar_pl.checkpoints.released import MODEL_TYPE, read_released
-from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, write_shards
-from flashar_pl.files import new_directory, replacing
+from flashar_pl.checkpoints.released import read_model
+from flashar_pl.checkpoints.safetensors_files import write_shards
+from flashar_pl.files import new_directory, read_json, replacing
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
@@ -86,7 +85,7 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
 def is_official_directory(path: str | Path) -> bool:
     """Whether `path` is a directory whose config.json is in the Hugging Face style, with a model_type."""
     config = Path(path) / "config.json"
-    return config.exists() and "model_type" in read_config(path)
+    return config.exists() and "model_type" in read_json(config)
 
 
 def read_directory(
@@ -99,32 +98,32 @@ def read_directory(
 
     dtype None = the checkpoint's.
     """
-    if read_config(directory)["model_type"] == MODEL_TYPE:
-        return read_released(directory, heads, device, dtype)
-    return RasterAR(emu35.read_directory(directory, heads, device, dtype))
+    source = OfficialDirectory(directory)
+    if source.released:
+        return read_model(source, heads, device, dtype)
+    return RasterAR(read_backbone(source, source.config(heads), device, dtype))
 
 
 def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
     """`Backbone.config_dict()` of the model in `directory`; no weights are read."""
-    values, source = read_config(directory), SafetensorsDirectory(directory)
-    prefix = "backbone." if values.get("model_type") == MODEL_TYPE else "model."
-    return {"kind": Emu35.kind, **plain(asdict(parse_config(values, heads, found_head_dim(source, prefix))))}
+    return {"kind": Emu35.kind, **plain(asdict(OfficialDirectory(directory).config(heads)))}
 
 
 def check_original(model: GridModel, original: str | Path) -> None:
     """ValueError unless `original` is an official directory of the same layout and sizes as `model`."""
     if not is_official_directory(original):
         raise ValueError(f"{original} is no official Emu3.5 directory; expected config.json and safetensors files.")
-    released = read_config(original)["model_type"] == MODEL_TYPE
-    if released != isinstance(model, ReleasedFlashAR):
+    source = OfficialDirectory(original)
+    if source.released != isinstance(model, ReleasedFlashAR):
         kinds = {True: "FlashAR authors' checkpoint", False: "base model"}
         raise ValueError(
-            f"{original} is the {kinds[released]}, the model to write has the layout of the {kinds[not released]}."
+            f"{original} is the {kinds[source.released]}, the model to write has the layout of the "
+            f"{kinds[not source.released]}."
         )
     assert isinstance(model.backbone, Emu35)
-    own, other = model.backbone.config_dict(), backbone_config(original, model.backbone.config.heads)
+    own, found = vars(model.backbone.config), vars(source.config(model.backbone.config.heads))
     sizes = ("dim", "n_layer", "n_head", "n_kv_head", "head_dim", "ffn_dim", "vocab_size", "visual_token_offset")
-    different = [f"{name} {other[name]} (the model: {own[name]})" for name in sizes if other[name] != own[name]]
+    different = [f"{name} {found[name]} (the model: {own[name]})" for name in sizes if found[name] != own[name]]
     if different:
         raise ValueError(f"{original} has other sizes: {'; '.join(different)}.")
 

@@ -10,21 +10,17 @@ from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.emu35 import (
+    MODEL_TYPE,
+    OfficialDirectory,
     block_renames,
     body_renames,
-    found_head_dim,
     head_rename,
     is_table,
-    parse_config,
-    read_config,
     with_text_rows,
 )
-from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.models.released import ReleasedFlashAR
-from flashar_pl.renames import Rename, TensorSource, build_filled, fill, split_rows
+from flashar_pl.renames import Rename, TensorSource, build_filled, split_rows
 
-MODEL_TYPE = "emu3_flashar"
-"""`model_type` in the config.json of a released checkpoint."""
 IGNORED = ("fuse_h_logit", "fuse_corner_h_logit")
 """Parameters of earlier versions that some saved files carry; the released code does not use them."""
 
@@ -60,15 +56,20 @@ def branch(values: dict[str, Any], n_layer: int) -> tuple[int, int]:
     return m, k
 
 
-def read_released(
-    directory: str | Path, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+def read_released(directory: str | Path, heads: Heads) -> ReleasedFlashAR:
+    """See `FlashAR.from_released`."""
+    source = OfficialDirectory(directory)
+    if not source.released:
+        raise ValueError(f"config.json has model_type {source.values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
+    return read_model(source, heads)
+
+
+def read_model(
+    source: OfficialDirectory, heads: Heads, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ReleasedFlashAR:
-    """See `FlashAR.from_released`. The weights are read into memory of `device`; dtype None = the checkpoint's."""
-    values, source = read_config(directory), SafetensorsDirectory(directory)
-    if values.get("model_type") != MODEL_TYPE:
-        raise ValueError(f"config.json has model_type {values.get('model_type')!r}; expected {MODEL_TYPE!r}.")
-    config = parse_config(values, heads, found_head_dim(source, "backbone."))
-    m, k = branch(values, config.n_layer)
+    """The weights are read into memory of `device`; dtype None = the checkpoint's."""
+    config = source.config(heads)
+    m, k = branch(source.values, config.n_layer)
     return build_filled(
         lambda: ReleasedFlashAR(Emu35(config), m, k),
         source, renames(config, k), device, dtype, ignored(source),
@@ -81,12 +82,6 @@ def ignored(source: TensorSource) -> list[str]:
     biases = [key for key in ("horizontal_head.bias", "vertical_head.bias") if key in set(source.keys())]
     zeros = [key for key in biases if not source.rows(key, 0, source.shape(key)[0]).any()]
     return [*IGNORED, *zeros, *filter(is_table, source.keys())]
-
-
-def fill_released(model: ReleasedFlashAR, directory: str | Path, device: torch.device | str = "cpu") -> None:
-    """Copy a released checkpoint into `model`, sharded or not; names and shapes are checked strictly."""
-    source = SafetensorsDirectory(directory)
-    fill(model, source, renames(model.backbone.config, model.vertical_layers), device, ignored(source))
 
 
 def write_released(model: ReleasedFlashAR, source: str | Path | None = None) -> dict[str, Tensor]:

@@ -152,10 +152,9 @@ def draw(
         if not numbers:
             continue
         images = decode_images(tokenizer, codes, side)  # (B, 3, h, w)
-        found = None if extractor is None else extract_features(extractor, images)
         keep = len(numbers)
-        found = None if found is None else found.first(keep)
-        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], found)
+        features = None if extractor is None else extract_features(extractor, images).first(keep)
+        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], features)
 
 
 @torch.no_grad()
