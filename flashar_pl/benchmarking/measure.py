@@ -7,6 +7,7 @@ Letters: R rows, n slots of a step, D width.
 
 from __future__ import annotations
 
+import datetime
 import statistics
 import time
 from collections import Counter
@@ -21,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashar_pl.console import versions
+from flashar_pl.devices import device_name
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
-from flashar_pl.planner.decode import DecodeJob, Forward
+from flashar_pl.planner.decode import DecodeJob, Gemm
 
 
 @dataclass
@@ -69,6 +72,17 @@ def clock(call: Callable[[], Any], device: torch.device, into: Timing) -> Any:
 def clock_name(device: torch.device) -> Literal["wall", "cpu"]:
     """The clock that ratios use: processor time for one thread of a CPU, which other processes hardly disturb."""
     return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def circumstances(device: torch.device, threads: int) -> dict[str, Any]:
+    """When, where and with what something is measured."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "threads": threads if device.type == "cpu" else None,
+        "clock": clock_name(device),
+        "versions": versions(),
+    }
 
 
 @contextmanager
@@ -122,10 +136,10 @@ def device_speed(job: DecodeJob, device: torch.device) -> Speed:
     return Speed(copy, read, matrix)
 
 
-def best(call: Callable[[], Any], device: torch.device, repeats: int = 7) -> float:
-    """Shortest time of a few runs after one that does not count, on the clock of `clock_name`."""
+def best(call: Callable[[], Any], device: torch.device) -> float:
+    """Shortest time of seven runs after one that does not count, on the clock of `clock_name`."""
     timing = Timing()
-    for _ in range(repeats + 1):
+    for _ in range(8):
         clock(call, device, timing)
     return min(getattr(timing, clock_name(device))[1:])
 
@@ -173,49 +187,36 @@ class GemmWalk:
         if job.order.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
         self.blocks = [each for block in blocks for each in projections(block)]
-        self.condition = [Projection.of(linear) for linear in model.backbone.condition_linears().values()]
         head = model.dual_head
-        linears = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
-        self.heads = [Projection.of(linear, head.first_code) for linear in linears]
-        gate = None if head.gate is None else head.gate.hidden.weight.float()  # as the gate itself does
-        self.gate = gate if gate is None else Projection(gate.shape[1], gate.shape[0], gate.dtype, _product(gate))
+        heads = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
+        self.others = {name: [Projection.of(linear)] for name, linear in model.backbone.condition_linears().items()}
+        self.others["head"] = [Projection.of(linear, head.first_code) for linear in heads]
+        if head.gate is not None:
+            weight = head.gate.hidden.weight.float()  # as the gate itself does
+            self.others["gate"] = [Projection(weight.shape[1], weight.shape[0], weight.dtype, _product(weight))]
         self.inputs: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
-    def kinds(self) -> dict[Forward, int]:
-        """Forwards that differ in their GEMMs, and how often each occurs."""
-        counts = Counter(forward.gemms for forward in self.job.forwards)
-        first = {forward.gemms: forward for forward in reversed(self.job.forwards)}
-        return {first[gemms]: count for gemms, count in counts.items()}
-
-    def calls(self, forward: Forward) -> list[tuple[Tensor, Projection]]:
-        """Input and matrix product of every linear of a forward, in the order they run."""
-        rows = self.job.rows * forward.slots
-        pairs = [(rows, each) for each in self.blocks]
-        if forward is self.job.forwards[0]:
-            pairs = [(rows, each) for each in self.condition] + pairs
-        heads = iter(self.heads)
-        for gemm in forward.gemms:
-            if gemm.linear.name == "head":
-                pairs.append((gemm.rows, next(heads)))
-            elif gemm.linear.name == "gate":
-                assert self.gate is not None
-                pairs.append((gemm.rows, self.gate))
-        planned = sum(gemm.rows * gemm.linear.parameters * gemm.count for gemm in forward.gemms)
-        assert sum(count * each.n_in * each.n_out for count, each in pairs) == planned
-        for count, each in pairs:
-            if (key := (count, each.n_in, each.dtype)) not in self.inputs:
-                self.inputs[key] = torch.randn(count, each.n_in, dtype=each.dtype, device=self.device)
-        return [(self.inputs[count, each.n_in, each.dtype], each) for count, each in pairs]
+    def calls(self, gemms: tuple[Gemm, ...]) -> list[tuple[Tensor, Projection]]:
+        """Input and matrix product of every linear of a forward."""
+        others = {name: iter(found) for name, found in self.others.items()}
+        pairs = [(gemms[0].rows, each) for each in self.blocks]
+        pairs += [(gemm.rows, next(others[gemm.linear.name])) for gemm in gemms if gemm.linear.name in others]
+        planned = sum(gemm.rows * gemm.linear.parameters * gemm.count for gemm in gemms)
+        assert sum(rows * each.n_in * each.n_out for rows, each in pairs) == planned
+        for rows, each in pairs:
+            if (key := (rows, each.n_in, each.dtype)) not in self.inputs:
+                self.inputs[key] = torch.randn(rows, each.n_in, dtype=each.dtype, device=self.device)
+        return [(self.inputs[rows, each.n_in, each.dtype], each) for rows, each in pairs]
 
     @torch.no_grad()
     def measure(self, samples: int = 3) -> Timing:
-        """Time of all GEMMs of the job, `samples` times: the sum over kinds of count times one measured walk.
+        """Time of all GEMMs of the job, `samples` times: count times one measured walk, over the kinds of forwards.
 
         A kind that makes up more than a tenth of the job is walked ten times for each sample.
         """
         total = Timing([0.0] * samples, [0.0] * samples)
-        for forward, count in self.kinds().items():
-            walk = self.runner(forward)
+        for gemms, count in Counter(forward.gemms for forward in self.job.forwards).items():
+            walk = self.runner(gemms)
             walk()
             inner = 10 if count > len(self.job.forwards) / 10 else 1
             for i in range(samples):
@@ -227,9 +228,9 @@ class GemmWalk:
         return total
 
     @torch.no_grad()
-    def runner(self, forward: Forward) -> Callable[[], Any]:
+    def runner(self, gemms: tuple[Gemm, ...]) -> Callable[[], Any]:
         """A function that runs a forward's linears; on a GPU one CUDA graph, so that no launch is counted."""
-        calls = self.calls(forward)
+        calls = self.calls(gemms)
 
         @torch.no_grad()
         def walk() -> None:

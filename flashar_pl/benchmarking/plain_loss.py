@@ -2,7 +2,7 @@
 
 Every logit of both heads and of their mix exists at once, in float32, and autograd keeps what it wants.
 
-Shapes: B samples, P prefix, S' slots that are fed, H, W grid, N cells, D width, V codes.
+Shapes: B samples, N cells, V codes.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flashar_pl.console import versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, WayOptions, as_settings
 
@@ -63,12 +61,12 @@ def benchmark(
     Example:
         flashar benchmark --preset llamagen-b --cfg-scale 2 --batch-sizes 1,8 --threads 1 --out benchmark/
     """
-    from flashar_pl.benchmarking.measure import clock_name, cpu_threads
+    from flashar_pl.benchmarking.measure import circumstances, cpu_threads
     from flashar_pl.benchmarking.rows import Job, measure_all
     from flashar_pl.benchmarking.subjects import Subject
     from flashar_pl.benchmarking.table import speedups, table
     from flashar_pl.checkpoints.opening import check_plan
-    from flashar_pl.devices import device_name, find_device
+    from flashar_pl.devices import find_device
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner.decode import DecodeJob
     from flashar_pl.planner.room import Room
@@ -92,18 +90,14 @@ def benchmark(
     with cpu_threads(device, measured.threads):
         rows, failed = measure_all(job, variants, names, batches, measured.skip_plain)
         result: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
+            **circumstances(device, measured.threads),
             "command": as_settings(model, measured, sampling, ways, compute) | {"dtype": kind},
-            "device": device_name(device),
-            "threads": measured.threads if device.type == "cpu" else None,
-            "clock": clock_name(device),
             "model": {"config": job.model.config(), "parameters": sizes.parameters},
             "grid": list(grid),
             "speed": {plan: asdict(speed) | {"bandwidth": speed.bandwidth} for plan, speed in job.speeds.items()},
             "rows": rows,
             "failed": failed,
             "speedups": speedups(rows),
-            "versions": versions(),
         }
     print(text := table(result))
     if measured.out is not None:

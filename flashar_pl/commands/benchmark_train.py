@@ -5,11 +5,10 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from flashar_pl.console import table, versions
+from flashar_pl.console import table
 from flashar_pl.files import require_new, write_json
 from flashar_pl.options import DeviceOptions, PresetOptions, as_settings
 
@@ -56,9 +55,9 @@ def benchmark_train(
     Example:
         flashar benchmark train --preset llamagen-b --batch-size 4 --dtype bf16
     """
-    from flashar_pl.benchmarking.measure import clock_name, cpu_threads
+    from flashar_pl.benchmarking.measure import circumstances, cpu_threads
     from flashar_pl.benchmarking.subjects import Subject
-    from flashar_pl.devices import device_name, find_device
+    from flashar_pl.devices import find_device
 
     if step.out is not None:
         require_new(step.out, "benchmark")
@@ -73,16 +72,12 @@ def benchmark_train(
         steps = make_steps(subject, batch, step, device, dtype)
         rows = [row for stage in (1, 2) for row in steps.stage(stage, step.repeats)]
         result: dict[str, Any] = {
-            "date": datetime.date.today().isoformat(),
+            **circumstances(device, step.threads),
             "command": as_settings(model, step, compute) | {"dtype": dtype, "batch_size": batch},
             "grid": list(subject.grid),
-            "device": device_name(device),
-            "clock": clock_name(device),
-            "threads": step.threads if device.type == "cpu" else None,
             "parameters": {role: count for role, count in subject.sizes.parameters.items() if count},
             "frozen": sum(steps.model.get_parameter(name).numel() for name in steps.frozen),
             "rows": rows,
-            "versions": versions(),
         }
     print(report(result))
     if step.out is not None:

@@ -84,11 +84,11 @@ class Progress:
     drawn: Tensor
     """(B, N) int64 codes in plan order; only those of finished steps count."""
 
-    def codes(self, missing: int = -1) -> Tensor:
-        """Codes (B, H, W) int64; `missing` where a later step draws them."""
+    def codes(self) -> Tensor:
+        """Codes (B, H, W) int64; -1 where a later step draws them."""
         plan = self.plan
         done = int((plan.step < self.steps).sum())
-        codes = torch.full_like(self.drawn, missing)
+        codes = torch.full_like(self.drawn, -1)
         codes[:, plan.on("order", codes.device)[:done]] = self.drawn[:, :done]
         return codes.view(-1, plan.height, plan.width)
 

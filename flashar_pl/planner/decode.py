@@ -18,6 +18,7 @@ from itertools import accumulate
 import torch
 
 from flashar_pl.grid import DecodePlan, make_plan
+from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.models.dual_head import StepSources, step_sources
 from flashar_pl.planner.sizes import Linear, ModelSizes
 
@@ -40,8 +41,6 @@ class Gemm:
 class Forward:
     """One forward and the logits that follow it."""
 
-    slots: int
-    """Positions fed in each row: P for the first forward, n for the others."""
     gemms: tuple[Gemm, ...]
     weight_bytes: int
     cache_bytes: int
@@ -108,6 +107,11 @@ class DecodeJob:
         return self.sizes.n_layer + (self.sizes.vertical_layers if self.order.has_vertical else 0)
 
     @property
+    def cache(self) -> CacheSpec:
+        """What is cached of every position."""
+        return CacheSpec(self.layers, self.sizes.block.n_kv_head, self.sizes.block.head_dim)
+
+    @property
     def fed(self) -> tuple[int, ...]:
         """Positions that each forward feeds in each row: P, then n of every step but the last."""
         first = self.sizes.conditioning.positions if self.prefix is None else self.prefix
@@ -131,13 +135,11 @@ class DecodeJob:
             gemms.append(Gemm(sizes.gate, rows * (of_h - at.only_h)))
         norms = layers * 2 * sizes.dim + sizes.dim * (2 if self.order.has_vertical else 1)
         weights = norms + sum(gemm.linear.parameters * gemm.count for gemm in gemms)
-        key_value = 2 * block.n_kv_head * block.head_dim * layers * rows  # elements of K and V per position
         attention = 4 * rows * block.n_head * block.head_dim * n * seen * layers  # q k^T and p v
         return Forward(
-            slots=n,
             gemms=tuple(gemms),
             weight_bytes=weights * self.dtype.itemsize,
-            cache_bytes=(key_value * (seen + n) + rows * n * sizes.dim) * self.dtype.itemsize,
+            cache_bytes=self.cache.n_bytes(rows, seen + n, self.dtype) + rows * n * sizes.dim * self.dtype.itemsize,
             flops=sum(gemm.flops for gemm in gemms) + attention,
         )
 
@@ -163,16 +165,15 @@ class DecodeJob:
     @property
     def memory(self) -> DecodeMemory:
         """Peak memory with the static cache."""
-        sizes, block, order, rows = self.sizes, self.sizes.block, self.order, self.rows
+        sizes, order, rows = self.sizes, self.order, self.rows
         cells = max(len(step) for step in order.cells_of_step)
         widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
         # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
         # and two float64 tensors for the conditional ones
         per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)
-        cached = 2 * self.layers * rows * block.n_kv_head * block.head_dim * sum(self.fed)
         return DecodeMemory(
             weights=self.model_bytes,
-            cache=cached * self.dtype.itemsize,
+            cache=self.cache.n_bytes(rows, sum(self.fed), self.dtype),
             logits=cells * sizes.vocabulary * per_code,
             activations=rows * max(self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
         )
