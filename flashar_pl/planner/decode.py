@@ -18,7 +18,6 @@ from itertools import accumulate
 import torch
 
 from flashar_pl.grid import DecodePlan, make_plan
-from flashar_pl.layers.kv_cache import CacheSpec
 from flashar_pl.models.dual_head import StepSources, step_sources
 from flashar_pl.planner.sizes import Linear, ModelSizes
 
@@ -106,10 +105,10 @@ class DecodeJob:
         """Layers that run."""
         return self.sizes.n_layer + (self.sizes.vertical_layers if self.order.has_vertical else 0)
 
-    @property
-    def cache(self) -> CacheSpec:
-        """What is cached of every position."""
-        return CacheSpec(self.layers, self.sizes.block.n_kv_head, self.sizes.block.head_dim)
+    def cache_bytes(self, positions: int) -> int:
+        """Keys and values of so many positions, in all layers and rows."""
+        block = self.sizes.block
+        return 2 * self.layers * self.rows * block.n_kv_head * block.head_dim * positions * self.dtype.itemsize
 
     @property
     def fed(self) -> tuple[int, ...]:
@@ -139,7 +138,7 @@ class DecodeJob:
         return Forward(
             gemms=tuple(gemms),
             weight_bytes=weights * self.dtype.itemsize,
-            cache_bytes=self.cache.n_bytes(rows, seen + n, self.dtype) + rows * n * sizes.dim * self.dtype.itemsize,
+            cache_bytes=self.cache_bytes(seen + n) + rows * n * sizes.dim * self.dtype.itemsize,
             flops=sum(gemm.flops for gemm in gemms) + attention,
         )
 
@@ -173,7 +172,7 @@ class DecodeJob:
         per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)
         return DecodeMemory(
             weights=self.model_bytes,
-            cache=self.cache.n_bytes(rows, sum(self.fed), self.dtype),
+            cache=self.cache_bytes(sum(self.fed)),
             logits=cells * sizes.vocabulary * per_code,
             activations=rows * max(self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
         )
