@@ -137,7 +137,9 @@ class ExperimentCLI(LightningCLI):
         self.checkpoint, self.stored = words.checkpoint(), {}
         if self.checkpoint is not None:
             self.stored = read_config(self.checkpoint)
-            check_imports(self.checkpoint, self.stored, words.typed())
+            check_imports(
+                self.checkpoint, self.stored, [{key.rpartition(".")[2]: value} for key, value in words.pairs()]
+            )
             words = words.before(self.stored)
         check_keys(words, FlashARModule, DATA)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))

@@ -18,10 +18,8 @@ from lightning.pytorch import LightningDataModule, Trainer, loggers
 
 from flashar_pl.backbones import Backbone
 
-CONFIG = ("--config", "-c")
 OPTIONS = "flashar_pl.training.config."
 """Where dataclasses of options are; a class_path of the user's is elsewhere."""
-OTHER_KEYS = {"seed_everything", "ckpt_path"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Words:
             given: str | None = value if equals else None
             if not equals and pending and not pending[0].startswith("--"):
                 given = pending.pop(0)
-            if word in CONFIG and given is not None:
+            if word in ("--config", "-c") and given is not None:
                 files.append((given, read_yaml(given)))
             else:
                 options.append((word.removeprefix("--"), given))
@@ -57,8 +55,10 @@ class Words:
 
     def parsed(self) -> list[str]:
         """The command line in the order in which later words win."""
-        options = [word for key, value in self.options for word in (_typed(key), *([] if value is None else [value]))]
-        return [word for file, _ in self.files for word in ("--config", file)] + options
+        words = [word for file, _ in self.files for word in ("--config", file)]
+        for key, value in self.options:
+            words += [key if key.startswith("-") else f"--{key}", *([] if value is None else [value])]
+        return words
 
     @property
     def wants_help(self) -> bool:
@@ -67,52 +67,35 @@ class Words:
 
     def given(self, key: str) -> Any:
         """The value of a key, by the option or file that wins; None = nothing gives it."""
-        found = None
-        for _, content in self.files:
-            value: Any = content
-            for name in key.split("."):
-                value = value.get(name) if isinstance(value, dict) else None
-            found = found if value is None else value
-        for option, text in self.options:
-            found = yaml.safe_load(text) if option == key and text is not None else found
-        return found
+        values = [value for name, value in self.pairs() if name == key]
+        return values[-1] if values else None
 
-    def given_keys(self) -> Iterator[tuple[str, Any]]:
-        """Every dotted key that files and options give, and its value."""
+    def pairs(self) -> Iterator[tuple[str, Any]]:
+        """Every dotted key that files and options give, and its value; the last one wins."""
         for _, content in self.files:
-            yield from _keys(content)
-        for option, text in self.options:
-            if option.rpartition(".")[2] not in ("help", "-h", "print_config"):
-                yield option.rstrip("+"), text
-
-    def typed(self) -> Iterator[Any]:
-        """Contents of files and values of options, those of a class_path as {"class_path": value}."""
-        yield from (content for _, content in self.files)
+            yield from _pairs(content)
         for key, text in self.options:
-            value = None if text is None else yaml.safe_load(text)
-            yield {"class_path": value} if key.endswith("class_path") else value
+            if key.rpartition(".")[2] not in ("help", "-h", "print_config"):
+                yield key.rstrip("+"), _value(text)
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue, None = there is none. ValueError if it does not exist."""
         path = self.given("ckpt_path")
-        if path in (None, "", "null"):
-            return None
-        if not Path(str(path)).exists():
+        if path and not Path(str(path)).exists():
             raise ValueError(
                 f"--ckpt_path {path}: no such checkpoint; a fit writes them to checkpoints/ of its directory."
             )
-        return str(path)
+        return str(path) if path else None
 
     def with_places(self, root: str) -> Words:
         """Loggers that are asked where to write, and were not told, write into the run directory `root`."""
         logger = self.given("trainer.logger")
         if not isinstance(logger, str | dict | list):
             return self
-        placed = [_placed(entry, root) for entry in (logger if isinstance(logger, list) else [logger])]
-        value = json.dumps(placed if isinstance(logger, list) else placed[0])
+        placed = [_placed(entry, root) for entry in logger] if isinstance(logger, list) else _placed(logger, root)
         before = [pair for pair in self.options if pair[0] == "trainer.logger"]
         after = [pair for pair in self.options if pair[0] != "trainer.logger"]
-        return replace(self, options=(*before, ("trainer.logger", value), *after))
+        return replace(self, options=(*before, ("trainer.logger", json.dumps(placed)), *after))
 
 
 def read_yaml(file: str) -> dict[str, Any]:
@@ -128,29 +111,28 @@ def read_yaml(file: str) -> dict[str, Any]:
     return content
 
 
-def _typed(key: str) -> str:
-    return key if key.startswith("-") else f"--{key}"
+def _value(text: str | None) -> Any:
+    """What an option's text means; no YAML is a text too, such as @scratch."""
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
-def _keys(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _pairs(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in content.items():
         yield f"{prefix}{name}", value
         if isinstance(value, dict):
-            yield from _keys(value, f"{prefix}{name}.")
+            yield from _pairs(value, f"{prefix}{name}.")
 
 
 def _placed(entry: Any, root: str) -> Any:
-    """A logger's class_path and init_args, with save_dir where its class has one."""
+    """A logger's class_path and init_args, with save_dir where it is one of Lightning's that has one."""
     entry = {"class_path": entry} if isinstance(entry, str) else dict(entry)
-    arguments = dict(entry.get("init_args") or {})
-    module, _, name = str(entry.get("class_path")).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module) if module else loggers, name)
-    except (ImportError, AttributeError):
-        return entry  # the parser says what is wrong with it
-    if "save_dir" in inspect.signature(found).parameters:
-        arguments.setdefault("save_dir", root)
-    return entry | {"init_args": arguments}
+    kind = getattr(loggers, str(entry.get("class_path")).rpartition(".")[2], None)
+    if kind is not None and "save_dir" in inspect.signature(kind).parameters:
+        entry["init_args"] = {"save_dir": root} | (entry.get("init_args") or {})
+    return entry
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
@@ -161,8 +143,9 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
 
     model: the module's class. data: data modules by short name; others are given by their import path.
     """
-    known = OTHER_KEYS | {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
-    groups = {"model", "data", "trainer"}
+    known = {"seed_everything", "ckpt_path", "data.class_path"}
+    known |= {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
+    groups = {"model", "data", "trainer", "data.init_args"}
     for name, hint in typing.get_type_hints(model.__init__).items():  # type: ignore[misc]
         options = (hint, *typing.get_args(hint))
         kinds = [kind for kind in options if is_dataclass(kind)]
@@ -170,29 +153,26 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
         if any(isinstance(kind, type) and issubclass(kind, Backbone) for kind in options):
             known |= {f"model.{name}.class_path", f"model.{name}.init_args"}
         groups |= {f"model.{name}"} if kinds else set()
-    for owner in _data_classes(words, data):
-        names = {name for kind in owner.__mro__ if kind is not object for name in _arguments(kind)}
+    for kind in [kind for owner in _data_classes(words, data) for kind in owner.__mro__ if "__init__" in vars(kind)]:
+        names = list(inspect.signature(vars(kind)["__init__"]).parameters)[1:]
         known |= {f"data.{prefix}{name}" for name in names for prefix in ("", "init_args.")}
-    known |= {"data.class_path"}
-    groups |= {"data.init_args"}
-    for key, value in words.given_keys():
+    for key, value in words.pairs():
         if key in groups:
             if not isinstance(value, dict | str | None):
                 raise ValueError(f"{key} is {value!r}; expected keys with values, as in experiments/.")
-            beside = {} if not isinstance(value, dict) or "class_path" not in value else value
-            if beside.keys() - {"class_path", "init_args"}:
-                odd = ", ".join(sorted(beside.keys() - {"class_path", "init_args"}))
-                raise ValueError(f"{key} has {odd} beside class_path; put it below {key}.init_args.")
+            odd = sorted(value.keys() - {"class_path", "init_args"}) if isinstance(value, dict) else []
+            if odd and "class_path" in value:
+                raise ValueError(f"{key} has {', '.join(odd)} beside class_path; put it below {key}.init_args.")
         elif not any(key == name or key.startswith(f"{name}.") for name in known):
             if isinstance(value, dict) and value:
                 continue  # what is below it says more
-            raise ValueError(f"no configuration key {key!r}; closest: {', '.join(nearest(key, sorted(known)))}.")
+            raise ValueError(f"no configuration key {key!r}; closest: {', '.join(nearest(key, known))}.")
 
 
 def _data_classes(words: Words, short: dict[str, type[LightningDataModule]]) -> Iterator[type[LightningDataModule]]:
     """The data modules that files and options name, and ours."""
-    yield from list(short.values())[:1]
-    for key, value in words.given_keys():
+    yield next(iter(short.values()))
+    for key, value in words.pairs():
         if key != "data.class_path" and (key != "data" or not isinstance(value, str)):
             continue
         module, _, name = str(value).rpartition(".")
@@ -208,69 +188,63 @@ def _data_classes(words: Words, short: dict[str, type[LightningDataModule]]) -> 
         yield found
 
 
-def _arguments(kind: type) -> list[str]:
-    return list(inspect.signature(vars(kind)["__init__"]).parameters)[1:] if "__init__" in vars(kind) else []
-
-
-def nearest(word: str, known: list[str]) -> list[str]:
-    """Known keys that resemble `word`: by their last part beside it and deeper, else as a whole."""
-    group, _, last = word.rpartition(".")
-    top = f"{word.split('.')[0]}."
-
-    def alike(keys: list[str], cutoff: float) -> list[str]:
-        ends = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in keys], n=3, cutoff=cutoff)
-        return [key for end in dict.fromkeys(ends) for key in keys if key.rpartition(".")[2] == end]
-
-    beside = [key for key in known if key.rpartition(".")[0] == group]
-    found = alike(beside, 0.5)[:2] + alike([key for key in known if key.startswith(top)], 0.75)
-    whole = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
-    return list(dict.fromkeys(found))[:3] or whole or beside[:8] or ["model", "data", "trainer"]
+def nearest(word: str, known: set[str]) -> list[str]:
+    """Known keys of the same group whose last part resembles that of `word`, else those that resemble it as a whole."""
+    group = [key for key in known if key.startswith(f"{word.split('.')[0]}.")] or known
+    ends = {key.rpartition(".")[2]: key for key in sorted(group, key=len, reverse=True)}  # the shortest key of an end
+    alike = difflib.get_close_matches(word.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    whole = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.4)
+    return [ends[end] for end in alike] or whole or ["model", "data", "trainer"]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
+SAID_BETTER = ("Does not validate", "Errors:", "Given value type", "Expected a <", "Expected <", "Expected a typing.",
+               "Expected a path but", "Not a valid subclass", "Subclass types", "a class path", "a dict with")  # fmt: skip
+"""How lines begin that say nothing which another line does not say better."""
+
 
 def explain(message: str) -> str:
-    """jsonargparse's message about a value on one line. It nests what each type of a union had against it."""
-    text = " ".join(_one_type(message).split())
-    path = re.findall(r'Parser key "([\w.]+)"', text)
-    path = [name for i, name in enumerate(path) if not any(later.startswith(f"{name}.") for later in path[i + 1 :])]
-    classes = ("trainer", "model.backbone")  # keys whose values may be classes
-    named = re.search(rf"given class_path '(?!{re.escape(OPTIONS)})", text)
-    inner = ".init_args." if named and path and path[0].startswith(classes) else "."
-    key = inner.join(path)
-    option = re.search(r"class_path '([\w.]+)': Option '([^']+)' is not accepted", text)
-    if option:
-        module, _, name = option[1].rpartition(".")
+    """jsonargparse's message about a value on one line. It nests what each type of a union had against it: of the
+    lines that give a reason, the deepest one says most, and the last of those."""
+    keys: dict[int, str] = {}  # by indentation
+    owners: dict[int, str] = {}
+    union, deepest, reason = "", 0, " ".join(message.split())
+    for line in filter(str.strip, message.splitlines()):
+        text = line.lstrip(" -")
+        depth = len(line) - len(text)
+        keys, owners = ({at: name for at, name in names.items() if at < depth} for names in (keys, owners))
+        if text.startswith('Parser key "'):
+            keys[depth] = text.split('"')[1]
+        elif text.startswith("Problem with given class_path '"):
+            owners[depth] = text.split("'")[1]
+        elif text.startswith("Subtypes: "):
+            union = text  # the value follows
+        elif depth > 0 and depth >= deepest and (". Got value: " in text or not text.startswith(SAID_BETTER)):
+            reason, deepest = _reason(text, list(keys.values()), list(owners.values())[-1:], union), depth
+    return reason
+
+
+def _reason(text: str, keys: list[str], owner: list[str], union: str) -> str:
+    """One line of a message in our words.
+
+    keys: where the value is. owner: the class that refuses it, if one does. union: types that were possible.
+    """
+    classes = [name for name in owner if not name.startswith(OPTIONS) and keys[:1] != ["data"]]
+    key = (".init_args." if classes else ".").join(keys)
+    if text.startswith("Option '"):
+        option, [kind] = text.split("'")[1], owner
+        module, _, name = kind.rpartition(".")
         names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
-        near = difflib.get_close_matches(option[2], names, n=3, cutoff=0.4) or names
-        return f"no configuration key '{key}{inner}{option[2]}'; closest: {', '.join(near)} of {option[1]}."
-    own = re.search(r"Errors: - (\w+\.\w+ is .+?)\. - Expected a ", text)
-    if own:  # an optional part of the model refuses its values in our words
-        return f"model.{own[1]}."
-    text = text[text.rindex("Parser key") :] if path else text  # what is innermost says most
-    value = re.search(r"Expected an? ((?:(?!Expected ).)+?)\. Got value: (\S+)", text)
-    if value:
-        return f"{key} is {value[2]!r}; expected {_names(value[1])}."
-    inside = re.search(r"Problem with given class_path '([\w.]+)': (.+?)\.?(?: - Expected | Given value|$)", text)
-    if inside:  # such as a package that a logger needs
-        return f"{inside[1]}: {inside[2]}."
-    union = re.search(r"Subtypes: \[(.+?)\] Errors: - (.*?) Given value type: .*? Given value: (.+?)(?: - |$)", text)
-    if union is None:
-        return text
-    whys = [why for why in union[2].split(" - ") if not why.startswith(("Expected a <class", "Expected a path"))]
-    return f"{key} is {union[3]!r}; {whys[0] if whys else f'expected {_names(union[1])}'}."
-
-
-def _one_type(message: str) -> str:
-    """The message without what a dataclass had against a class_path, or a class against a dataclass's fields."""
-    if not message.startswith('Parser key "model.backbone"'):
-        return message
-    head, *reasons = re.split(r"^    - ", message, flags=re.MULTILINE)
-    other = [why for why in reasons if re.search(rf"(class_path|Import path) '?(?!'|{re.escape(OPTIONS)})", why)]
-    named = [why for why in other if "Subclasses are disabled" not in why]
-    fitting = named or [why for why in reasons if "instantiatable" not in why]
-    return message if len(reasons) < 2 else head + "".join(f"    - {why}" for why in fitting[-1:])
+        near = difflib.get_close_matches(option, names, n=3, cutoff=0.4) or names
+        return f"no configuration key '{key}{'.init_args.' if classes else '.'}{option}'; closest: {', '.join(near)} of {kind}."
+    if ". Got value: " in text:
+        union, text = text.removeprefix("Expected a ").split(". Got value: ")
+        return f"{key} is {text!r}; expected {_names(union)}."
+    if text.startswith("Given value: "):
+        return f"{key} is {text.removeprefix('Given value: ')!r}; expected {_names(union)}."
+    where = "".join(f"{name}: " for name in classes or [key] if name)
+    return f"{where}{text.rstrip('.')}."
 
 
 def _names(kinds: str) -> str:

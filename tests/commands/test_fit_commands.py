@@ -223,7 +223,7 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     assert "model.optimiser.lr is 'fast'; expected float" in refused(*base, "--model.optimiser.lr", "fast")
     lora = ("--model.init_from", "run.yaml", "--model.flashar.branch_layer", 1)
     message = refused(*base, *lora, "--model.lora.rank", 0)
-    assert message.startswith("flashar: error: model.lora.rank is 0, alpha 0.0")
+    assert message.startswith("flashar: error: lora.rank is 0, alpha 0.0")
     assert "model.ema_decay is 'x'; expected float or null." in refused(*base, "--model.ema_decay", "x")
     assert "model.flashar.fusion is 'sum'" in refused(*base, "--model.flashar.fusion", "sum")
     assert "cfg_scale is -1.0; expected 0 or more" in refused(*base, "--model.validation.cfg_scale", -1)
