@@ -7,6 +7,7 @@ the full configuration under "flashar_config"; a run that continues takes it as 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import shutil
@@ -110,12 +111,8 @@ def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
 
 def free_name(path: Path) -> Path:
     """`path`, or with a number before its suffix where something is already."""
-    if not path.exists():
-        return path
-    n = 1
-    while path.with_name(f"{path.stem}.{n}{path.suffix}").exists():
-        n += 1
-    return path.with_name(f"{path.stem}.{n}{path.suffix}")
+    numbered = (path.with_name(f"{path.stem}.{n}{path.suffix}") for n in itertools.count(1))
+    return next(each for each in itertools.chain([path], numbered) if not each.exists())
 
 
 class ExperimentCLI(LightningCLI):
@@ -137,9 +134,8 @@ class ExperimentCLI(LightningCLI):
         self.checkpoint, self.stored = words.checkpoint(), {}
         if self.checkpoint is not None:
             self.stored = read_config(self.checkpoint)
-            check_imports(
-                self.checkpoint, self.stored, [{key.rpartition(".")[2]: value} for key, value in words.pairs()]
-            )
+            given = [{key.rpartition(".")[2]: value} for key, value in words.pairs()]
+            check_imports(self.checkpoint, self.stored, given)
             words = words.before(self.stored)
         check_keys(words, FlashARModule, DATA)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))
@@ -183,7 +179,7 @@ class ExperimentCLI(LightningCLI):
 
     # --- before anything long ---------------------------------------------------------------------------------------
 
-    def before_instantiate_classes(self) -> None:
+    def instantiate_classes(self) -> None:
         if self.parse_only:
             return
         root = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT).expanduser()
@@ -193,23 +189,17 @@ class ExperimentCLI(LightningCLI):
             self._new_directory = None if root.exists() else root
         if self.checkpoint is not None:
             lines = differences(self.stored, self.values)
-            rank_zero_info(
-                f"Configuration of {self.checkpoint}" + (", with these changes:" if lines else ", unchanged.")
-            )
-            for line in lines:
-                rank_zero_info(f"  {line}")
-
-    def instantiate_classes(self) -> None:
-        if self.parse_only:
-            return
+            what = ", with these changes:" if lines else ", unchanged."
+            for line in (f"Configuration of {self.checkpoint}{what}", *(f"  {line}" for line in lines)):
+                rank_zero_info(line)
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(explain(str(error))) from error
+        self._check_files()
 
-    def after_instantiate_classes(self) -> None:
-        if self.parse_only:
-            return
+    def _check_files(self) -> None:
+        """ValueError for files that are missing or do not fit the model, now that it is made."""
         manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
         if self.checkpoint is not None:
             check_same_model(self.checkpoint, self.model.model_config, self.model.lora)
@@ -235,16 +225,15 @@ class ExperimentCLI(LightningCLI):
         root = os.path.expanduser(config.default_root_dir)  # as the Trainer does
         if config.logger in (None, True):
             kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False)
-        callbacks = config.callbacks or []
-        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        given = config.callbacks or []
+        callbacks = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RunProgress())
-        savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-        if not savers and config.enable_checkpointing is not False:
-            savers = [ModelCheckpoint()]
-            callbacks += savers
-        for saver in savers:
-            saver.dirpath = saver.dirpath or os.path.join(root, "checkpoints")
+        if config.enable_checkpointing is not False and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(ModelCheckpoint())
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback.dirpath = callback.dirpath or os.path.join(root, "checkpoints")
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     # --- the run ----------------------------------------------------------------------------------------------------
@@ -267,7 +256,7 @@ class ExperimentCLI(LightningCLI):
 
     def predict(self, **arguments: Any) -> None:
         """Write predictions.npz: of every test image its "index" (N,), ascending, and "nll" (N,) in nats."""
-        found = join_predictions(self.trainer, self.trainer.predict(**arguments) or [])  # type: ignore[arg-type]
+        found = join_predictions(self.trainer.predict(**arguments) or [])  # type: ignore[arg-type]
         if self.trainer.is_global_zero:
             root = Path(self.trainer.default_root_dir)
             root.mkdir(parents=True, exist_ok=True)
@@ -296,25 +285,17 @@ def _where_to_continue(trainer: Trainer) -> str:
     return f"Interrupted at step {trainer.global_step}. Continue with: flashar fit --ckpt_path {newest}"
 
 
-class _RunHelp(DefaultHelpFormatter):
+class _RunHelp(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """The description keeps its lines."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 def _wanted(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not any(part in text for part in NOISE)
+    return not any(part in record.getMessage() for part in NOISE)
 
 
 def _quiet() -> None:
     """Hide Lightning's advertisements and hardware lines; its own messages and real warnings stay."""
-    for name in (
-        "lightning.pytorch.utilities.rank_zero",
-        "lightning.fabric.utilities.rank_zero",
-        "lightning.fabric.utilities.seed",
-    ):
-        logging.getLogger(name).addFilter(_wanted)
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(_wanted)
     for text in KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{text}.*")

@@ -231,13 +231,14 @@ def _reason(text: str, keys: list[str], owner: list[str], union: str) -> str:
     keys: where the value is. owner: the class that refuses it, if one does. union: types that were possible.
     """
     classes = [name for name in owner if not name.startswith(OPTIONS) and keys[:1] != ["data"]]
-    key = (".init_args." if classes else ".").join(keys)
+    inside = ".init_args." if classes else "."
+    key = inside.join(keys)
     if text.startswith("Option '"):
         option, [kind] = text.split("'")[1], owner
         module, _, name = kind.rpartition(".")
         names = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
         near = difflib.get_close_matches(option, names, n=3, cutoff=0.4) or names
-        return f"no configuration key '{key}{'.init_args.' if classes else '.'}{option}'; closest: {', '.join(near)} of {kind}."
+        return f"no configuration key '{key}{inside}{option}'; closest: {', '.join(near)} of {kind}."
     if ". Got value: " in text:
         union, text = text.removeprefix("Expected a ").split(". Got value: ")
         return f"{key} is {text!r}; expected {_names(union)}."
