@@ -81,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line (None = that of the process) and return its exit code: 0, 1 (a bound was missed), 2
     (wrong input) or 130 (interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
-    debug = os.environ.get("FLASHAR_DEBUG", "") not in ("", "0")
-    if "--traceback" in words:
-        words.remove("--traceback")
-        debug = True
+    debug = os.environ.get("FLASHAR_DEBUG", "") not in ("", "0") or "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
     try:
         return dispatch(words)
+    except SystemExit as end:  # a help text was printed
+        return int(end.code or 0)
     except Missed as missed:
         print(f"flashar: {missed}", file=sys.stderr)
         return 1
@@ -125,26 +125,22 @@ def dispatch(words: list[str]) -> int:
         print(f"flashar-pl {__version__}")
         return 0
     name, rest = split_verb(words)
-    if name is None:
-        return 0
     function = load(COMMANDS[name])
     if COMMANDS[name].trains:
         return function(name, rest)
     from flashar_pl.commands.arguments import parse
 
-    try:
-        positional, options = parse(function, f"flashar {name}", rest)
-    except SystemExit:  # --help was printed
-        return 0
+    positional, options = parse(function, f"flashar {name}", rest)
     function(*positional, **options)
     return 0
 
 
-def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
-    """The verb (one or two words) and what follows; None after a list of nested verbs was printed.
+def split_verb(words: list[str]) -> tuple[str, list[str]]:
+    """The verb (one or two words) and what follows.
 
     Raises:
         ValueError: no such verb; the closest ones are named.
+        SystemExit: after printing a list of nested verbs.
     """
     for length in (2, 1):
         name = " ".join(words[:length])
@@ -154,7 +150,7 @@ def split_verb(words: list[str]) -> tuple[str | None, list[str]]:
     if nested and (len(words) == 1 or words[1] in ("--help", "-h")):
         print(f"usage: flashar {words[0]} WHAT [options]        flashar {words[0]} WHAT --help\n")
         print(command_list(nested))
-        return None, []
+        raise SystemExit
     typed = " ".join(words[:2]) if nested else words[0]
     raise ValueError(f"no command {typed!r}; {closest(typed, nested or COMMANDS)} See flashar --help.")
 

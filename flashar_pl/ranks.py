@@ -66,8 +66,7 @@ class Rank:
         """Every rank's value. The only kind of meeting there is, so a rank that ends early cannot be missed."""
         if self.world == 1:
             return [value]
-        met: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(met, (value, error))
+        met = gather((value, error))
         if error is None:
             for other in met:
                 if other[1] is not None:
@@ -77,6 +76,15 @@ class Rank:
 
 class _Elsewhere(ValueError):
     """Another rank has ended with this message, and every rank knows."""
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, on all of them; of small values, in a process group if there is one."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto") -> T:

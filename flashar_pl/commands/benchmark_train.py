@@ -93,6 +93,7 @@ def make_steps(
 
     from flashar_pl.benchmarking.train import Steps
     from flashar_pl.models.lora import LoraConfig, adapt
+    from flashar_pl.training.config import OptimiserConfig
     from flashar_pl.training.optim import adamw
 
     torch.manual_seed(0)
@@ -100,7 +101,7 @@ def make_steps(
     model = adapt(model, None if step.lora is None else LoraConfig(rank=step.lora, base=dtype)).train()
     codes = torch.randint(0, subject.sizes.vocabulary, (batch, *subject.grid)).to(device)
     condition = subject.condition(batch, False)[0].to(device)
-    return Steps(model, adamw(model, 1e-5), codes, condition, dtype != "fp32")
+    return Steps(model, adamw(model, OptimiserConfig(lr=1e-5)), codes, condition, dtype != "fp32")
 
 
 def report(result: dict[str, Any]) -> str:

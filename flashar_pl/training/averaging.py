@@ -33,12 +33,6 @@ def average_of(net: GridModel, strategy: Strategy | None) -> GridModel:
     return average.requires_grad_(False)
 
 
-def start_average(net: GridModel, average: GridModel | None) -> None:
-    """Set all averages, if there are any, to the weights of `net`."""
-    if average is not None:
-        average.load_state_dict(net.state_dict())
-
-
 @torch.no_grad()
 def follow_frozen(net: GridModel, average: GridModel | None) -> None:
     """Copy what never trains, where the average could not share its memory: FSDP2 pads shards of uneven length, and
@@ -53,16 +47,15 @@ def follow_frozen(net: GridModel, average: GridModel | None) -> None:
 
 
 def keep_frozen_once(module: LightningModule) -> None:
-    """Let the state dict of `module` leave out what the average shares, and let it read one that was written with
-    averages by a module without them, or the other way round: averages that are missing start at the weights."""
+    """Let the state dict of `module` leave out what the average shares, and read one with averages that it lacks, or
+    without those that it has: they start at the weights."""
     module.register_state_dict_post_hook(_leave_out)
     module.register_load_state_dict_pre_hook(_complete)
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    ours = trained(module)
-    if ours.ema is not None:
-        for name in frozen_names(ours.net):
+    if trained(module).ema is not None:
+        for name in frozen_names(trained(module).net):
             del state[f"{prefix}{EMA_PREFIX}{name}"]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
+from flashar_pl.ranks import gather
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.steps import StepCallback
@@ -100,10 +101,9 @@ class RandomState(Callback):
         if self._restored is None:
             return
         states, self._restored = self._restored, None
-        if len(states) == trainer.world_size:
-            set_random_state(states[trainer.global_rank])
-        else:
-            set_random_state(states[0])
+        same = len(states) == trainer.world_size
+        set_random_state(states[trainer.global_rank if same else 0])
+        if not same:
             torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,11 +115,7 @@ class RandomState(Callback):
         self._kept = None
 
     def state_dict(self) -> dict[str, Any]:
-        states: list[Any] = [self._kept or get_random_state()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, self._kept or get_random_state())
-        return {"ranks": states}
+        return {"ranks": gather(self._kept or get_random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["ranks"]
@@ -181,19 +177,14 @@ class TrainingLog(StepCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._losses:
-            self._log_losses(pl_module)
+        if self._losses:  # means over the batches of the step and over all devices
+            means, self._losses = torch.stack(self._losses).mean(0), []
+            for name, value in zip(LOSSES, means, strict=True):
+                pl_module.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1, sync_dist=True)
         if _logs(trainer, trainer.global_step):
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("train/tokens_per_second", speed, batch_size=1)
             self._restart()
-
-    def _log_losses(self, module: LightningModule) -> None:
-        """Means over the batches of the step and over all devices."""
-        means, self._losses = torch.stack(self._losses).mean(0), []
-        everywhere: dict[str, Any] = {"batch_size": 1, "sync_dist": True}
-        for name, value in zip(LOSSES, means, strict=True):
-            module.log(f"train/{name}", value, prog_bar=name == "loss", **everywhere)
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()

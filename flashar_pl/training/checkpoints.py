@@ -20,9 +20,8 @@ from flashar_pl.training.steps import StepCallback
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: the old one goes when the new one is whole.
 
-    Lightning makes the file in memory, twice, then in the system's temporary directory, which may be small or memory
-    too, and moves it. From there to another file system a move is a copy over the old checkpoint, and a job that is
-    killed meanwhile has neither.
+    Lightning makes the file in memory, then in the system's temporary directory, and moves it. To another file system
+    that is a copy over the old checkpoint, and a job that is killed meanwhile has neither.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -33,11 +32,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class LastCheckpoint(StepCallback):
-    """Lets every ModelCheckpoint that monitors nothing hold the last step when training ends.
-
-    25 epochs of ImageNet in batches of 512 are 62,550 steps: saved every 1000, the file called last would hold step
-    62,000. Best checkpoints by a monitored value are left alone.
-    """
+    """Lets every ModelCheckpoint that monitors nothing hold the last step when training ends, not the last thousand."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy = trainer.strategy
@@ -54,11 +49,8 @@ class LastCheckpoint(StepCallback):
             return  # a finished run was started again
         for callback in trainer.checkpoint_callbacks:
             for kept, path in _last_paths(trainer, callback):
-                held = trainer.is_global_zero and any(
-                    Path(at).exists() and RunCheckpoint(at).content["global_step"] == trainer.global_step
-                    for at in (kept, path)
-                    if at
-                )
+                there = [at for at in (kept, path) if at and Path(at).exists()] if trainer.is_global_zero else []
+                held = any(RunCheckpoint(at).content["global_step"] == trainer.global_step for at in there)
                 if not trainer.strategy.broadcast(held):
                     trainer.save_checkpoint(path, weights_only=False)
 

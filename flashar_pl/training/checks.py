@@ -29,8 +29,7 @@ def check_initial_file(path: str | Path) -> None:
 
 
 def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:
-    """ValueError for a negative weight of the auxiliary losses, and for LoRA on a raster model, or on random weights,
-    which would stay as they are."""
+    """ValueError for a negative weight of the auxiliary losses, and for LoRA on a raster model or on random weights."""
     if aux_weight < 0:
         raise ValueError(f"aux_weight is {aux_weight}; expected 0 or more (the paper has {AUX_WEIGHT}).")
     if lora is None:

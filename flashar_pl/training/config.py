@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, register_backbone
-from flashar_pl.backbones.registry import DEFAULT, complete, family, presets
+from flashar_pl.backbones.registry import DEFAULT, complete, family
 from flashar_pl.checkpoints.official import backbone_config
-from flashar_pl.files import closest
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import find_prompt_tokenizer
@@ -57,27 +57,26 @@ class BackboneConfig:
             ValueError: an unknown preset or option (the closest names are offered), a missing option, more than one of
                 preset and directory, or a kind that they contradict.
         """
+        try:
+            return self._resolved()
+        except ValueError as error:
+            raise ValueError(f"model.backbone: {error}") from error
+
+    def _resolved(self) -> dict[str, Any]:
         if self.preset is not None and self.directory is not None:
             raise ValueError(
-                f"model.backbone has preset {self.preset!r} and directory {self.directory!r}; expected one of them."
+                f"preset {self.preset!r} and directory {self.directory!r} are given; expected one of them."
             )
-        if self.preset is not None and self.preset not in presets():
-            raise ValueError(f"model.backbone has no preset {self.preset!r}; {closest(self.preset, presets())}")
         base: dict[str, Any] = {"kind": self.kind or DEFAULT}
         if self.preset is not None:
             base = complete({"preset": self.preset})
         elif self.directory is not None:
             base = _released(self.directory)
         if self.kind not in (None, base["kind"]):
-            raise ValueError(
-                f"model.backbone.kind is {self.kind!r}, but {self.preset or self.directory} is of kind "
-                f"{base['kind']}; leave kind out."
-            )
+            given = self.preset or self.directory
+            raise ValueError(f"kind is {self.kind!r}, but {given} is of kind {base['kind']}; leave kind out.")
         base |= self.options
-        try:
-            usual = family(complete(base)["kind"]).training_options(base)
-        except ValueError as error:
-            raise ValueError(f"model.backbone.options: {error}") from error
+        usual = family(complete(base)["kind"]).training_options(base)
         return describe_backbone(base | usual | self.options).config_dict()
 
 
@@ -213,10 +212,6 @@ def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dic
 
 OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()
 """Defaults of `FlashARModule`."""
-SETTINGS = (
-    "backbone", "flashar", "lora", "init_from", "optimiser", "schedule", "aux_weight", "ema_decay", "validation",
-)  # fmt: skip
-"""Constructor arguments of `FlashARModule`."""
 TYPES: dict[str, Any] = {
     "backbone": BackboneConfig,
     "flashar": FlashARConfig,
@@ -230,19 +225,12 @@ TYPES: dict[str, Any] = {
 def plain_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments as dictionaries, lists, numbers and text: what a checkpoint or a YAML can hold."""
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in arguments.items()}  # type: ignore[arg-type]
-    return {name: plain_values(value) for name, value in plain.items()}
+    return dict(json.loads(json.dumps(plain)))
 
 
 def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:
     """Inverse of `plain_settings`."""
-    first, second = plain["optimiser"]["betas"]
-    plain = plain | {"optimiser": plain["optimiser"] | {"betas": (first, second)}}
+    plain = plain | {"optimiser": plain["optimiser"] | {"betas": tuple(plain["optimiser"]["betas"])}}
     return {
         name: TYPES[name](**value) if name in TYPES and value is not None else value for name, value in plain.items()
     }
-
-
-def plain_values(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: plain_values(item) for key, item in value.items()}
-    return [plain_values(item) for item in value] if isinstance(value, list | tuple) else value

@@ -68,9 +68,7 @@ class DrawnSamples(SplitCallback):
                 "validation.samples and grid_images need a data module with a manifest, whose tokenizer decodes them."
             )
         self.tokenizer = build_tokenizer(manifest.tokenizer)
-        if config.features is not None and config.samples:
-            if config.samples < 2:
-                raise ValueError("validation.samples is 1; expected 0, or 2 or more for a Fréchet distance.")
+        if config.features is not None:
             self.extractor = load_extractor(config.features)
             self.fid = {split: RowFID(self.extractor.num_features) for split in ("val", "test")}
             if config.reference is not None:
@@ -78,12 +76,12 @@ class DrawnSamples(SplitCallback):
                 for metric in self.fid.values():
                     metric.set_reference(reference, trainer.global_rank)
 
-    def begin(self, trainer: Trainer, module: Trained, split: str) -> None:
+    def begin(self, trainer: Trainer, module: Trained) -> None:
         self.plan = None
         self.conditions = SampleConditions(module.net, max(self.config.samples, self.config.grid_images))
-        self.sees_real = bool(self.fid) and not self.fid[split].has_real and not trainer.sanity_checking
+        self.sees_real = bool(self.fid) and not self.fid[self.split].has_real and not trainer.sanity_checking
 
-    def add(self, module: Trained, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
+    def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)
         self.plan = self.plan or plan
         if (plan.height, plan.width) != (self.plan.height, self.plan.width):
@@ -94,12 +92,12 @@ class DrawnSamples(SplitCallback):
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
-            self.fid[split].to(rows.device).update(rows if batch.valid is None else rows[batch.valid], real=True)
+            self.fid[self.split].to(rows.device).update(rows if batch.valid is None else rows[batch.valid], real=True)
 
-    def finish(self, trainer: Trainer, module: Trained, split: str) -> dict[str, float]:
+    def finish(self, trainer: Trainer, module: Trained) -> dict[str, float]:
         """Generate; show the grid; return fid, is and accuracy where they are due."""
         config, fitting = self.config, trainer.state.fn == TrainerFn.FITTING
-        self.validations += fitting and split == "val"
+        self.validations += fitting and self.split == "val"
         measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
         n = max(measured, config.grid_images)
         if n == 0:
@@ -109,7 +107,7 @@ class DrawnSamples(SplitCallback):
         device = trainer.strategy.root_device
         extractor = None if self.extractor is None or not measured else self.extractor.to(device)
         classes = None if extractor is None else extractor.num_classes
-        fid = self.fid[split].to(device) if extractor is not None else None
+        fid = self.fid[self.split].to(device) if extractor is not None else None
         if fid is not None:
             fid.reset()  # generated rows only: real ones stay
         size = [side * self.tokenizer.downsample for side in (self.plan.height, self.plan.width)]
@@ -129,7 +127,7 @@ class DrawnSamples(SplitCallback):
                 whole[drawn.index[inside].to(device)] = rows[inside.to(device)].to(whole.dtype)
         if config.grid_images:
             images = sum_over_ranks(trainer, sheet).to(torch.uint8).cpu()
-            self.show(trainer, f"{split}/samples", "samples", tile(images))
+            self.show(trainer, f"{self.split}/samples", "samples", tile(images))
         if fid is None:
             return {}
         logits = sum_over_ranks(trainer, logits)

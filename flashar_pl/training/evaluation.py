@@ -5,6 +5,7 @@ Shapes: B samples, H, W grid, h x w pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +20,53 @@ from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.validation import LossSums
 
 
-class SplitCallback(Callback):
-    """The same work for validation and test: `begin`, `add` for every batch, `finish`; split is "val" or "test"."""
+class SplitCallback(Callback, ABC):
+    """The same work for validation and test: `begin`, `add` for every batch, `finish`."""
 
+    split = "val"
+    """Or "test": what results are named after."""
     loaded_step = 0
     """Optimiser steps of the checkpoint that was loaded, for the names of pictures."""
 
-    def begin(self, trainer: Trainer, module: Trained, split: str) -> None:
+    @abstractmethod
+    def begin(self, trainer: Trainer, module: Trained) -> None:
         """A pass over a split starts; of a sanity check the end is not reported."""
 
-    def add(self, module: Trained, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
+    @abstractmethod
+    def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
         """One batch, and what the validation step returned for it."""
 
-    def finish(self, trainer: Trainer, module: Trained, split: str) -> dict[str, float]:
+    @abstractmethod
+    def finish(self, trainer: Trainer, module: Trained) -> dict[str, float]:
         """The pass is over; what to log below the split's name, equal on every rank."""
-        raise NotImplementedError
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loaded_step = int(checkpoint.get("global_step", 0))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin(trainer, trained(pl_module), "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin(trainer, trained(pl_module), "test")
+        self.split = "test" if trainer.testing else "val"
+        self.begin(trainer, trained(pl_module))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        self.add(trained(pl_module), "val", outputs, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self.add(trained(pl_module), "test", outputs, batch)
+        self.add(trained(pl_module), outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
+        if trainer.sanity_checking:
+            return
+        for name, value in self.finish(trainer, trained(pl_module)).items():
+            shown = self.split == "val" and name == "nll"
+            pl_module.log(f"{self.split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module, "test")
-
-    def _log(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        for name, value in self.finish(trainer, trained(pl_module), split).items():
-            shown = split == "val" and name == "nll"
-            pl_module.log(f"{split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
+    on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def show(self, trainer: Trainer, tag: str, folder: str, image: Tensor) -> None:
         """A picture (3, h, w) uint8 for loggers that take any, and as PNG in `folder` of the log directory."""
@@ -92,20 +94,20 @@ class HeldOutLosses(SplitCallback):
     def __init__(self) -> None:
         self.sums: LossSums | None = None
 
-    def begin(self, trainer: Trainer, module: Trained, split: str) -> None:
+    def begin(self, trainer: Trainer, module: Trained) -> None:
         self.sums = None
 
-    def add(self, module: Trained, split: str, losses: dict[str, Tensor], batch: Batch) -> None:
+    def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)
         if self.sums is None:
             self.sums = LossSums(plan, batch.codes.device)
         self.sums.add(losses, batch.valid, plan)
 
-    def finish(self, trainer: Trainer, module: Trained, split: str) -> dict[str, float]:
+    def finish(self, trainer: Trainer, module: Trained) -> dict[str, float]:
         assert self.sums is not None, "no batch was seen"
         results = self.sums.reduce(lambda values: sum_over_ranks(trainer, values))
         if "gate_mean" in results:
-            self.show(trainer, f"{split}/gate_map", "gate", gate_picture(self.sums.gate_map.cpu()))
+            self.show(trainer, f"{self.split}/gate_map", "gate", gate_picture(self.sums.gate_map.cpu()))
         return results
 
 

@@ -88,7 +88,6 @@ class KeepConfig(SaveConfigCallback):
         write_text(path, text)
 
     def text(self) -> str:
-        """The effective configuration as YAML, without the options of one call."""
         return yaml.safe_dump(plain(self.parser, self.config), sort_keys=False)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -98,7 +97,8 @@ class KeepConfig(SaveConfigCallback):
 def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """A parsed configuration as nested plain values, without the options of one call and what follows from others."""
     values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
-    values = {key: value for key, value in values.items() if key not in ("config", "ckpt_path")}
+    for name in ("config", "ckpt_path"):
+        values.pop(name, None)
     data = values["data"]["class_path"]  # the shortest path that leads to it
     if data.startswith("flashar_pl.") and data.endswith(f".{DEFAULT_DATA}"):
         values["data"] = values["data"]["init_args"]
@@ -219,12 +219,12 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Event files and checkpoints go into the run directory; only a fit writes any."""
-        config = self.config_init.trainer
-        if self.verb != "fit":
-            return super().instantiate_trainer(**({"logger": False} if config.logger in (None, True) else {}), **kwargs)
+        config, fits = self.config_init.trainer, self.verb == "fit"
         root = os.path.expanduser(config.default_root_dir)  # as the Trainer does
         if config.logger in (None, True):
-            kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False) if fits else False
+        if not fits:
+            return super().instantiate_trainer(**kwargs)
         given = config.callbacks or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -294,7 +294,7 @@ def _wanted(record: logging.LogRecord) -> bool:
 
 
 def _quiet() -> None:
-    """Hide Lightning's advertisements and hardware lines; its own messages and real warnings stay."""
+    """Hide Lightning's advertisements and hardware lines; real warnings stay."""
     for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
         logging.getLogger(f"lightning.{name}").addFilter(_wanted)
     for text in KNOWN_WARNINGS:

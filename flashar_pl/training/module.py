@@ -1,13 +1,14 @@
 """The LightningModule of raster pre-training and FlashAR post-training: wiring only.
 
 The step's mathematics is `GridModel.loss`, the schedule `stages.py`, what happens around a step `callbacks.py`, what a
-validation measures `evaluation.py`. `protocol.py` is what those see of this module.
+validation measures `evaluation.py`.
 
 Shapes: B samples, H, W grid.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any, Self
@@ -19,19 +20,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from flashar_pl.backbones import Backbone, Batch, describe_backbone
+from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, RunCheckpoint
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.lora import LoraConfig
+from flashar_pl.models.lora import LoraConfig, adaptation
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once, start_average
+from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once
 from flashar_pl.training.callbacks import LOGGED, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
 from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_model, check_trainer
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
-    SETTINGS,
     VALIDATION,
     BackboneConfig,
     FlashARConfig,
@@ -42,7 +43,6 @@ from flashar_pl.training.config import (
     plain_settings,
     typed_settings,
 )
-from flashar_pl.training.description import describe
 from flashar_pl.training.drawn_samples import DrawnSamples
 from flashar_pl.training.evaluation import HeldOutLosses
 from flashar_pl.training.optim import adamw, staged_rates
@@ -138,16 +138,17 @@ class FlashARModule(LightningModule):
             check_initial_file(self.init_from)
         if (report := first_weights(self.net, self.init_from, self._strategy)) is not None:
             rank_zero_info(str(report))
-        start_average(self.net, self.ema)
+        if self.ema is not None:
+            self.ema.load_state_dict(self.net.state_dict())
 
     @property
     def evaluated(self) -> GridModel:
-        """The averaged model where there is one, else the trained one."""
+        """The averaged model if there is one, else the trained one."""
         return self.net if self.ema is None else self.ema
 
     @property
     def manifest(self) -> Any:
-        """Manifest of the data module; None where there is none."""
+        """The data module's, or None."""
         return getattr(self.trainer.datamodule, "manifest", None)  # type: ignore[attr-defined]
 
     @property
@@ -206,8 +207,7 @@ class FlashARModule(LightningModule):
                     "trainer.max_epochs."
                 )
             self.total_steps = int(planned)
-        options = self.optimiser
-        optimiser = adamw(self.net, options.lr, options.betas, options.weight_decay, options.state)
+        optimiser = adamw(self.net, self.optimiser)
         scheduler = staged_rates(optimiser, lambda: self.built_schedule)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -220,10 +220,31 @@ class FlashARModule(LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """Constructor arguments as plain types, in the layout of the `model:` part of a YAML."""
-        return plain_settings({name: getattr(self, name) for name in SETTINGS})
+        return plain_settings({name: getattr(self, name) for name in inspect.signature(FlashARModule).parameters})
+
+    def description(self) -> Description:
+        """Model, grid and tokenizer, and under "training" the step, the length, the stage, all settings and what the
+        data module adds: the grids where there are several, and the prompts of Emu3.5."""
+        step, data, manifest = self.trainer.global_step, self.trainer.datamodule, self.manifest  # type: ignore[attr-defined]
+        training: dict[str, Any] = {"step": step, "total_steps": self.total_steps, "settings": self.settings()}
+        grids = [list(each.grid) for each in getattr(data, "manifests", ())]
+        if len(grids) > 1:
+            training["grids"] = grids
+        if getattr(data, "prompts", None) is not None:
+            training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
+        if self.total_steps is not None:
+            training["stage"] = self.built_schedule.stage(step)
+        lora = adaptation(self.net)
+        return Description(
+            model=self.net.config(),
+            grid=None if manifest is None else tuple(manifest.grid),
+            tokenizer=None if manifest is None else dict(manifest.tokenizer),
+            training=training,
+            lora=None if lora is None else lora.to_dict(),
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[CHECKPOINT_KEY] = describe(self).to_dict()
+        checkpoint[CHECKPOINT_KEY] = self.description().to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if CHECKPOINT_KEY not in checkpoint:
@@ -252,9 +273,9 @@ class FlashARModule(LightningModule):
         Args:
             checkpoint_path: written by a fit.
             map_location: device of the weights; None = the CPU.
-            hparams_file: Lightning's; a checkpoint holds its own settings.
+            hparams_file: Lightning's, not used; nor is weights_only, which is always true.
             strict: whether the names of the weights must be the model's.
-            weights_only: Lightning's; a checkpoint is always read so.
+            weights_only: see hparams_file.
             overrides: constructor arguments in place of the stored ones, such as validation.
 
         Raises:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
@@ -19,44 +19,20 @@ from flashar_pl.training.stages import Schedule
 def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
     """One group per role and kind of parameter, in a fixed order: a checkpoint refers to parameters by position.
 
-    Matrices and embeddings (ndim >= 2) have weight decay, vectors none. Every group has its role under "role", and a
-    name for `LearningRateMonitor`.
-    Every parameter is in exactly one group, except for those that LoRA keeps frozen throughout, which are in none.
+    A group has its role under "role", and a name for `LearningRateMonitor`. What LoRA keeps frozen is in none.
     """
     roles, frozen = model.roles(), frozen_names(model)
-    parts: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (role, decays): [] for role in ROLES for decays in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if name not in frozen:
-            parts[roles[name], parameter.ndim >= 2].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "role": role,
-            "name": role if decays else f"{role}_vectors",
-            "weight_decay": _decay(parameters[0], weight_decay),
-        }
-        for (role, decays), parameters in parts.items()
-        if parameters
-    ]
-    grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    wanted = {id(parameter) for name, parameter in model.named_parameters() if name not in frozen}
-    assert set(grouped) == wanted, "a parameter is in no group"
+    trained = [(roles[name], p) for name, p in model.named_parameters() if name not in frozen]
+    groups = []
+    for role, decays in itertools.product(ROLES, (True, False)):
+        name, decay = (role, weight_decay) if decays else (f"{role}_vectors", 0.0)
+        if parameters := [p for own, p in trained if own == role and (p.ndim >= 2) == decays]:
+            groups.append({"params": parameters, "role": role, "name": name, "weight_decay": decay})
     return groups
 
 
-def adamw(
-    model: GridModel,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.95),
-    weight_decay: float = 0.05,
-    state: Literal["fp32", "bf16", "8bit"] = "fp32",
-) -> torch.optim.Optimizer:
+def adamw(model: GridModel, options: OptimiserConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters of the model, those of a frozen stage included: without gradient they are skipped.
-
-    state: what the moments are kept in. "bf16" is `CompactAdamW`, "8bit" the block-wise quantised AdamW of torchao.
 
     Raises:
         ValueError: one of them is neither float32 nor float64 (at post-training learning rates an update of a bfloat16
@@ -68,10 +44,10 @@ def adamw(
             raise ValueError(
                 f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
             )
-    groups = parameter_groups(model, weight_decay)
-    if state == "fp32":
+    groups, lr, betas = parameter_groups(model, options.weight_decay), options.lr, options.betas
+    if options.state == "fp32":
         return torch.optim.AdamW(groups, lr=lr, betas=betas)  # not fused: Lightning clips no fused one under bf16-mixed
-    if state == "bf16":
+    if options.state == "bf16":
         return CompactAdamW(groups, lr=lr, betas=betas)
     try:
         return quantised_adamw(groups, lr, betas)
@@ -110,10 +86,6 @@ def renew_settings(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int, opti
     """
     scheduler.base_lrs = [options.lr for _ in scheduler.base_lrs]
     for group, scale in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        group["betas"], group["weight_decay"] = options.betas, _decay(group["params"][0], options.weight_decay)
+        decays = group["params"][0].ndim >= 2
+        group["betas"], group["weight_decay"] = options.betas, options.weight_decay if decays else 0.0
         set_rate(group, options.lr * scale(step))
-
-
-def _decay(parameter: torch.Tensor, weight_decay: float) -> float:
-    """Matrices and embeddings decay, vectors do not."""
-    return weight_decay if parameter.ndim >= 2 else 0.0

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from flashar_pl.console import progress_bar
-from flashar_pl.models import GridModel
 from flashar_pl.models.lora import frozen_names
+from flashar_pl.training.protocol import trained
 
 SHOWN = ("val/nll", "val/fid", "val/accuracy", "val/gate_mean")
 """Results of a validation that are worth a line."""
@@ -35,13 +35,13 @@ class RunProgress(ProgressBar):
         super().on_train_start(trainer, pl_module)
         if not self._shows:
             return
-        model = getattr(pl_module, "net", pl_module)  # averaged weights are no parameters of the model
+        model = trained(pl_module).net
         parameters = sum(p.numel() for p in model.parameters())
-        frozen = frozen_names(model) if isinstance(model, GridModel) else set()
-        trained = sum(p.numel() for name, p in model.named_parameters() if name not in frozen)
+        frozen = frozen_names(model)
+        train = sum(p.numel() for name, p in model.named_parameters() if name not in frozen)
         self.print(
             f"{parameters:,} parameters on {trainer.world_size} x {trainer.strategy.root_device.type}"
-            + (f"; {trained:,} of them train" if frozen else "")
+            + (f"; {train:,} of them train" if frozen else "")
         )
         self._done = trainer.global_step
         self._steps = progress_bar(int(trainer.estimated_stepping_batches), "step", self._done)

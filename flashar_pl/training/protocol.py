@@ -1,4 +1,4 @@
-"""What callbacks and checkpoints ask of the module that trains, so that they need not know it."""
+"""What callbacks ask of the module that trains."""
 
 from __future__ import annotations
 

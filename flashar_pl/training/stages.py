@@ -61,7 +61,3 @@ class Schedule:
         done = min(step / self.total_steps, 1.0)
         rising = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
         return self.factor(role, self.stage(step)) * rising * (1 + math.cos(math.pi * done)) / 2
-
-    def lr(self, role: str, step: int, base: float) -> float:
-        """Learning rate of a role at a step."""
-        return base * self.scale(role, step)

@@ -35,12 +35,11 @@ def check_imports(path: str, stored: dict[str, Any], given: Iterable[Any]) -> No
 
     What a checkpoint says is never imported; the user's own YAML may name the same class.
     """
-    typed = set(_class_paths(list(given)))
-    strange = [name for name in _class_paths(stored) if name.split(".")[0] not in OURS and name not in typed]
+    strange = {name for name in _class_paths(stored) if name.split(".")[0] not in OURS} - {*_class_paths(list(given))}
     if strange:
         raise ValueError(
-            f"{path} was made with {strange[0]}, and a checkpoint never says what to import; give the run's YAML too: "
-            "--config FILE."
+            f"{path} was made with {min(strange)}, and a checkpoint never says what to import; give the run's YAML "
+            "too: --config FILE."
         )
 
 
@@ -71,16 +70,15 @@ def check_same_model(path: str, config: dict[str, Any], lora: LoraConfig | None 
     LoRA's dropout and the dtype of its frozen weights may differ.
     """
     description = RunCheckpoint(path).description
-    stored = flatten(description.model)
-    now = {key: value for key, value in flatten(config).items() if not key.endswith("dropout")}
+    stored, now = flatten(description.model), flatten(config)
     wrong = [
         f"{key} {stored[key]!r} (this run: {value!r})"
         for key, value in now.items()
-        if key in stored and value is not None and stored[key] is not None and stored[key] != value
+        if value not in (None, stored.get(key)) and stored.get(key) is not None and not key.endswith("dropout")
     ]
     before, after = (
         {key: value for key, value in (values or {}).items() if key in ("rank", "alpha", "targets")}
-        for values in (description.lora, None if lora is None else lora.to_dict())
+        for values in (description.lora, lora and lora.to_dict())
     )
     if before != after:
         wrong.append(f"lora {before or None} (this run: {after or None})")
@@ -94,11 +92,8 @@ def check_same_model(path: str, config: dict[str, Any], lora: LoraConfig | None 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines "key: old -> new" for what differs between two nested configurations."""
     old, new = flatten(before), flatten(after)
-    return [
-        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -56,11 +56,8 @@ def first_weights(model: GridModel, path: str | None, strategy: Strategy | None)
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """ValueError for a strategy that stages were not made for.
-
-    Lightning's ModelParallelStrategy cuts nothing by itself: every device would train a model of its own without an
-    error. Its FSDPStrategy and DeepSpeed build and restore models in other ways than `ShardedStrategy`.
-    """
+    """ValueError for a strategy that stages were not made for, such as Lightning's ModelParallelStrategy: it cuts
+    nothing by itself, and every device would train a model of its own."""
     known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ShardedStrategy)
     if not known or isinstance(strategy, DeepSpeedStrategy):
         raise ValueError(
@@ -79,9 +76,9 @@ def check_cut(model: GridModel, strategy: Strategy | None) -> None:
         )
 
 
-def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
+def check_checkpoint_kind(path: str | Path, strategy: Strategy) -> None:
     """ValueError for a sharded checkpoint and a strategy that cannot read it."""
-    if path is not None and is_sharded(path) and not isinstance(strategy, ShardedStrategy):
+    if is_sharded(path) and not isinstance(strategy, ShardedStrategy):
         raise ValueError(
             f"{path} is a sharded checkpoint; continue it with flashar_pl.training.ShardedStrategy "
             "(one device will do). To start another kind of run from its weights set model.init_from."
@@ -91,9 +88,8 @@ def check_checkpoint_kind(path: str | Path | None, strategy: Strategy) -> None:
 def allow_frozen_parameters(strategy: Strategy) -> None:
     """Let DDP skip parameters that are frozen in a stage; call it before the model is wrapped.
 
-    DDP decides at the wrap which parameters it synchronises. So the stages freeze after the wrap, and DDP must look for
-    parameters without gradient in every step: frozen before the wrap, a parameter would never be synchronised and the
-    ranks would drift apart without an error once it trains. Other strategies are left alone.
+    DDP decides at the wrap which parameters it synchronises: one that was frozen then would drift apart on the ranks
+    once it trains. So the stages freeze after the wrap, and DDP looks for parameters without gradient in every step.
 
     Raises:
         ValueError: the strategy was told explicitly not to look for unused parameters, or that they stay the same.
@@ -103,8 +99,7 @@ def allow_frozen_parameters(strategy: Strategy) -> None:
     options = ddp_options(strategy)
     if options.get("static_graph"):
         raise ValueError(
-            "trainer.strategy has static_graph=True, but other parameters train in stage 2 than in stage 1; leave it "
-            "out."
+            "trainer.strategy has static_graph=True, but stage 2 trains other parameters than stage 1; leave it out."
         )
     if options.setdefault("find_unused_parameters", True) is False:
         raise ValueError(

@@ -6,7 +6,6 @@ Shapes: B samples of a batch, H, W grid, n samples to generate, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import adaptation, merge
+from flashar_pl.ranks import gather
 from flashar_pl.training.config import ValidationConfig
 
 LOSSES = ("loss", "fused", "horizontal", "vertical")
@@ -113,11 +113,7 @@ class SampleConditions:
         """All classes, or what was collected on all ranks."""
         if self.classes is not None:
             return ClassIds(torch.arange(self.classes))
-        seen = dict(self._seen)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            parts: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(parts, seen)
-            seen = {sample: condition for part in parts for sample, condition in part.items()}
+        seen = {sample: condition for part in gather(self._seen) for sample, condition in part.items()}
         return Condition.cat([seen[sample] for sample in sorted(seen)[: self.limit]])
 
 

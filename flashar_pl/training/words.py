@@ -160,8 +160,10 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
         if key in groups:
             if not isinstance(value, dict | str | None):
                 raise ValueError(f"{key} is {value!r}; expected keys with values, as in experiments/.")
-            odd = sorted(value.keys() - {"class_path", "init_args"}) if isinstance(value, dict) else []
-            if odd and "class_path" in value:
+            beside = (
+                value.keys() - {"class_path", "init_args"} if isinstance(value, dict) and "class_path" in value else ()
+            )
+            if odd := sorted(beside):
                 raise ValueError(f"{key} has {', '.join(odd)} beside class_path; put it below {key}.init_args.")
         elif not any(key == name or key.startswith(f"{name}.") for name in known):
             if isinstance(value, dict) and value:
@@ -199,8 +201,10 @@ def nearest(word: str, known: set[str]) -> list[str]:
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
-SAID_BETTER = ("Does not validate", "Errors:", "Given value type", "Expected a <", "Expected <", "Expected a typing.",
-               "Expected a path but", "Not a valid subclass", "Subclass types", "a class path", "a dict with")  # fmt: skip
+SAID_BETTER = (
+    "Does not validate", "Errors:", "Given value type", "Expected a <", "Expected <", "Expected a typing.",
+    "Expected a path but", "Not a valid subclass", "Subclass types", "a class path", "a dict with",
+)  # fmt: skip
 """How lines begin that say nothing which another line does not say better."""
 
 

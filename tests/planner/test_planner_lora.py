@@ -25,6 +25,7 @@ from flashar_pl.planner.training import (
     usable,
 )
 from flashar_pl.training.averaging import average_of
+from flashar_pl.training.config import OptimiserConfig
 from flashar_pl.training.optim import adamw
 
 LORA = LoraConfig(rank=6, base="bf16", targets=("wqkv", "wo", "w2"))
@@ -45,7 +46,7 @@ def test_weights_gradients_and_moments_of_a_real_step(backbone, stage):
     sizes, model = make(backbone)
     adapt(model, LORA)
     freeze(model, stage)
-    optimiser = adamw(model, 1e-3)
+    optimiser = adamw(model, OptimiserConfig(lr=1e-3))
     codes = torch.randint(0, model.backbone.vocabulary, (2, 4, 4))
     with torch.autocast("cpu", torch.bfloat16):
         model.loss(codes, condition_for(sizes, 2))["loss"].backward()

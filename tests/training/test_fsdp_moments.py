@@ -91,7 +91,7 @@ def test_8_bits_need_torchao(monkeypatch) -> None:
     module = make_module(optimiser=OptimiserConfig(state="8bit"))
     module.configure_model()
     with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[large\]'"):
-        adamw(module.net, 1e-3, state="8bit")
+        adamw(module.net, OptimiserConfig(state="8bit"))
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_stage_one_moves_only_the_new_parts(tmp_path: Path, toy_shards: str) -> 
         assert moved == (role in ("vertical", "vertical_head", "gate")), name
         assert not torch.equal(watch.weights[-2][name], watch.weights[2][name]), name
     for step, rates in enumerate(watch.rates):
-        assert rates == {role: module.built_schedule.lr(role, step, 1e-2) for role in rates}
+        assert rates == {role: 1e-2 * module.built_schedule.scale(role, step) for role in rates}
 
 
 def test_gradients_are_clipped(tmp_path: Path, toy_shards: str) -> None:

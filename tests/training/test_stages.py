@@ -8,7 +8,7 @@ import torch
 
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import ROLES
-from flashar_pl.training.config import ScheduleConfig
+from flashar_pl.training.config import OptimiserConfig, ScheduleConfig
 from flashar_pl.training.optim import adamw, parameter_groups
 from flashar_pl.training.stages import Schedule
 
@@ -44,18 +44,18 @@ def test_one_cosine_spans_both_stages() -> None:
     schedule = Schedule(50)
     for step in (0, 9, 10, 25, 49):
         wanted = 3e-4 * (1 + math.cos(math.pi * step / 50)) / 2
-        assert schedule.lr("gate", step, 3e-4) == pytest.approx(wanted)
-        assert schedule.lr("backbone", step, 3e-4) == pytest.approx(0.0 if step < 10 else 0.2 * wanted)
+        assert 3e-4 * schedule.scale("gate", step) == pytest.approx(wanted)
+        assert 3e-4 * schedule.scale("backbone", step) == pytest.approx(0.0 if step < 10 else 0.2 * wanted)
 
 
 def test_the_rate_does_not_rise_again_behind_the_end() -> None:
-    assert Schedule(10).lr("gate", 10, 1.0) == 0
-    assert Schedule(10).lr("gate", 15, 1.0) == 0
+    assert Schedule(10).scale("gate", 10) == 0
+    assert Schedule(10).scale("gate", 15) == 0
 
 
 def test_warmup_starts_above_zero_and_ends_at_the_cosine() -> None:
     schedule = Schedule(100, stage1_share=0, backbone_factor=1, warmup=4)
-    ratios = [schedule.lr("backbone", s, 1.0) / Schedule(100, 0, 1).lr("backbone", s, 1.0) for s in range(6)]
+    ratios = [schedule.scale("backbone", s) / Schedule(100, 0, 1).scale("backbone", s) for s in range(6)]
     assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
@@ -104,10 +104,10 @@ def test_order_of_groups_is_fixed() -> None:
 
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
-        adamw(tiny.flashar().to(torch.bfloat16), 1e-4)
+        adamw(tiny.flashar().to(torch.bfloat16), OptimiserConfig())
 
 
 def test_defaults_and_whether_anything_is_frozen() -> None:
-    assert Schedule(10).lr("gate", 0, 1.0) == 1.0, "no warm-up unless asked for"
+    assert Schedule(10).scale("gate", 0) == 1.0, "no warm-up unless asked for"
     frozen = {(share, factor): Schedule(10, share, factor).freezes for share in (0.0, 0.2) for factor in (0.0, 0.2)}
     assert frozen == {(0.0, 0.0): True, (0.0, 0.2): False, (0.2, 0.0): True, (0.2, 0.2): True}

@@ -29,7 +29,7 @@ def train(shards: str, classifier: str, out: str) -> dict[str, Any]:
     trainer.save_checkpoint(Path(out) / "end.ckpt")
     record = {"weights": trained.state_dict(), "results": results, "drawn": torch.rand(4)}
     parts = trainer.predict(trained, datamodule=make_data(shards, validation_batch_size=4))
-    return record | {name: torch.from_numpy(values) for name, values in join_predictions(trainer, parts).items()}
+    return record | {name: torch.from_numpy(values) for name, values in join_predictions(parts).items()}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ that keep their expectation. Weights and arithmetic are float32.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ CHUNK = 2**25
 """Elements worked on at once: five float32 temporaries of them are 0.7 GB."""
 
 
-class ByParameter(torch.optim.Optimizer):
+class ByParameter(torch.optim.Optimizer, ABC):
     """An optimiser that updates one parameter after another, by `_update`."""
 
     @torch.no_grad()
@@ -36,8 +37,9 @@ class ByParameter(torch.optim.Optimizer):
                     self._update(parameter, group)
         return loss
 
+    @abstractmethod
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """One step of a parameter that has a gradient, with the settings of its group."""
 
 
 class CompactAdamW(ByParameter):

@@ -1,7 +1,7 @@
 """Training on shards: FSDP2 behind Lightning's ModelParallelStrategy.
 
-Parameters, gradients and moments are float32 shards; blocks are gathered in the compute dtype while they run (see
-`sharding.py`). A checkpoint is a directory: every device writes its shards, and any number of devices reads them.
+How a model is cut says `units.py`. A checkpoint is a directory: every device writes its shards, and any number of
+devices reads them.
 
 On resume the optimiser gets a state for exactly those parameters that have one in the checkpoint, whatever is frozen at
 the time: deciding by `requires_grad` loses moments, or fails, when a run continues across the switch of stages.
@@ -9,6 +9,7 @@ the time: deciding by `requires_grad` loses moments, or fails, when a run contin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -76,9 +77,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"such as the number of nodes ({self.num_nodes})."
             )
         super().setup_environment()
-        shape, names = (devices,), ("shards",)
-        if self.replicas > 1:
-            shape, names = (self.replicas, devices // self.replicas), ("replicas", "shards")  # type: ignore[assignment]
+        shape = (devices,) if self.replicas == 1 else (self.replicas, devices // self.replicas)
+        names = ("replicas", "shards")[-len(shape) :]
         self.mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     @property
@@ -92,8 +92,8 @@ class ShardedStrategy(ModelParallelStrategy):
                 f"trainer.precision is {trainer.precision} with a sharded strategy; expected 32-true. The dtype of "
                 f"activations is strategy.compute (now {self.compute})."
             )
-        loops = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop)
-        for loop in loops:
+        evaluating = (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop)
+        for loop in (*evaluating, trainer.predict_loop):
             loop.inference_mode = False  # gathered parameters would be inference tensors in the next training step
         super().setup(trainer)
 
@@ -117,28 +117,28 @@ class ShardedStrategy(ModelParallelStrategy):
     def start(self, model: GridModel, path: str | None) -> InitReport | None:
         """Give a built model its first weights: from `path`, as `initialise`, or random ones.
 
-        An official Emu3.5 directory is streamed, each device its own rows. Everything else is made or read in the
-        memory of the first process and handed out from there.
+        An official directory is streamed, each device its own rows. Everything else is made or read by the first
+        process and handed out.
         """
         if path is not None and is_official_directory(path):
-            self._new_parts(model)
+            for part, whole in new_parts(model):
+                self._hand_out(part, whole)
+            for _, _, layer in adapted_layers(model):
+                local(layer.lora_B[ADAPTER].weight.detach()).zero_()
             report: InitReport | None = initialise(model, path)
         else:
-            whole, report = self._first_process_only(lambda: _whole_model(model, path))
-            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-            set_model_state_dict(model, {} if whole is None else whole.state_dict(), options=options)
+            made, report = self._made_by_first(lambda: _whole_model(model, path))
+            self._hand_out(model, made)
         check_filled(model)
         return report
 
-    def _new_parts(self, model: GridModel) -> None:
-        """Values for what no file holds: the gate, and the matrices of LoRA, whose B is 0."""
+    def _hand_out(self, part: nn.Module, whole: nn.Module | None) -> None:
+        """Give a sharded part the weights of a whole copy, which the first process has."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        for part, whole in new_parts(model):
-            set_model_state_dict(part, whole.state_dict() if self.is_global_zero else {}, options=options)
-        for _, _, layer in adapted_layers(model):
-            local(layer.lora_B[ADAPTER].weight.detach()).zero_()
+        state = whole.state_dict() if self.is_global_zero and whole is not None else {}
+        set_model_state_dict(part, state, options=options)
 
-    def _first_process_only(self, make: Any) -> Any:
+    def _made_by_first(self, make: Callable[[], tuple[GridModel, Any]]) -> tuple[GridModel | None, Any]:
         """(result, report) on the first process, (None, report) on the others; a ValueError there is raised by all."""
         result, report, problem = None, None, None
         if self.is_global_zero:
@@ -178,7 +178,7 @@ class ShardedStrategy(ModelParallelStrategy):
         write_sharded(Path(self.broadcast(filepath)), tensors, checkpoint, self.is_global_zero, self.barrier)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read weights and moments into the shards; returns everything else. Always without running code from it."""
+        """Read weights and moments into the shards; returns everything else. Runs no code from it."""
         path = Path(self.broadcast(checkpoint_path))
         if not is_sharded(path):
             raise ValueError(
@@ -194,9 +194,8 @@ class ShardedStrategy(ModelParallelStrategy):
             raise ValueError(
                 f"{path} does not fit the model: {len(odd)} names are only in one of them ({', '.join(odd[:4])})."
             )
-        new = [name for name in state if name not in weights]  # averages, in a run that had none
-        for name in new:
-            del state[name]
+        new = state.keys() - weights  # averages, in a run that had none
+        state = {name: value for name, value in state.items() if name in weights}
         for optimizer in self.optimizers:
             self._make_states(optimizer, [name for name in stored if name.startswith(OPTIMISER)])
             state |= {OPTIMISER + name: value for name, value in self.optimizer_state(optimizer).items()}

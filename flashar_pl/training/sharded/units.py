@@ -41,9 +41,8 @@ FLOAT32_UNITS = ("gate", "corner_gate")
 def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload: bool = False) -> GridModel:
     """Cut the parameters of `model` over `mesh`, in place; the model may be on the meta device.
 
-    mesh: one dimension = full sharding; two = (replicas, shards), copies of shards. Gradients are reduced in float32
-    whatever the compute dtype. What LoRA keeps frozen may be bfloat16 among float32 parameters. offload: shards,
-    gradients and optimiser states stay in CPU memory.
+    mesh: (shards,) or (replicas, shards). Gradients are reduced in float32. What LoRA keeps frozen may be bfloat16
+    among float32 parameters. offload: shards, gradients and optimiser states stay in CPU memory.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")  # none is written to
     low = torch.bfloat16 if compute == "bf16" else torch.float32
@@ -62,8 +61,7 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
     for block in blocks(model):
         fully_shard(block, mp_policy=inner, **options)
     for name in FLOAT32_UNITS:
-        gate = getattr(dual_head, name, None)
-        if gate is not None:
+        if (gate := getattr(dual_head, name, None)) is not None:
             fully_shard(gate, mp_policy=whole, **options)
     if "dual_head" in dict(model.named_children()):  # a raster model's head belongs to its backbone
         fully_shard(dual_head, mp_policy=inner, **options)
@@ -127,8 +125,7 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False, like
 
 @torch.no_grad()
 def check_filled(model: GridModel) -> None:
-    """AssertionError if a parameter is on the meta device or was never given a value, or one that trains is not
-    float32: the gate, every shard of which is gathered as it is, and the master weights of all others."""
+    """AssertionError if a parameter has no memory or value, or one that trains is not float32."""
     frozen = frozen_names(model)
     for name, parameter in model.named_parameters():
         assert name in frozen or parameter.dtype == torch.float32, f"{name} is {parameter.dtype}"
