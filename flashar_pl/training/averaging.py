@@ -35,8 +35,7 @@ def average_of(net: GridModel, strategy: Strategy | None) -> GridModel:
 
 @torch.no_grad()
 def follow_frozen(net: GridModel, average: GridModel | None) -> None:
-    """Copy what never trains, where the average could not share its memory: FSDP2 pads shards of uneven length, and
-    each model has its own padding."""
+    """Copy what never trains, where FSDP2 has padded a shard and the average could not share its memory."""
     if average is None:
         return
     weights = dict(net.named_parameters())

@@ -1,7 +1,7 @@
 """What happens around a training step. `FlashARModule.configure_callbacks` adds these to every run.
 
-Lightning moves ModelCheckpoint behind all other callbacks and calls the module's own hooks after all callbacks. So a
-checkpoint holds what these callbacks did in the same step, which it would not if they were hooks of the module.
+Lightning moves ModelCheckpoint behind all other callbacks, and the module's own hooks behind that: a checkpoint holds
+what callbacks did in the same step, not what hooks of the module would.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class StageSwitch(Callback):
 class RandomState(Callback):
     """Keeps every random number generator in the checkpoint, and validation away from them.
 
-    A run that continues on as many ranks draws the same numbers (dropout, dropped conditions) as one that was never
-    interrupted. On another number of ranks, and at the start of a run, each rank seeds its own.
+    A run that continues on as many ranks draws the same numbers as one that was never interrupted. On another number of
+    ranks, and at the start of a run, each rank seeds its own.
     """
 
     def __init__(self) -> None:

@@ -19,8 +19,7 @@ State = Literal["fp32", "bf16", "8bit"]
 STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
 """The paper's two-stage schedule (Sec. 5.1)."""
 LORA_FACTOR = 5.0
-"""LoRA's learning rate relative to the base: 1e-4 at 2e-5. Low-rank updates start at 0 and need larger steps than the
-weights themselves (docs/training.md has what other values do on the demo)."""
+"""LoRA's learning rate relative to the base: low-rank updates start at 0 and need larger steps (docs/training.md)."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class BackboneConfig:
         """The full configuration, what `build_backbone` takes, with the backbone's own defaults for training.
 
         Raises:
-            ValueError: an unknown preset or option (the closest names are offered), a missing option, more than one of
-                preset and directory, or a kind that they contradict.
+            ValueError: an unknown or missing option, an unknown preset, preset and directory, or a kind that they
+                contradict.
         """
         try:
             return self._resolved()

@@ -48,13 +48,7 @@ class SplitCallback(Callback, ABC):
         self.begin(trainer, trained(pl_module))
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self.add(trained(pl_module), outputs, batch)
 
@@ -65,8 +59,8 @@ class SplitCallback(Callback, ABC):
             shown = self.split == "val" and name == "nll"
             pl_module.log(f"{self.split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
 
-    on_test_epoch_start, on_test_batch_end = on_validation_epoch_start, on_validation_batch_end
-    on_test_epoch_end = on_validation_epoch_end
+    on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def show(self, trainer: Trainer, tag: str, folder: str, image: Tensor) -> None:
         """A picture (3, h, w) uint8 for loggers that take any, and as PNG in `folder` of the log directory."""

@@ -1,7 +1,7 @@
 """First values of what no official directory holds: the gate, and the matrices A of LoRA (B starts at 0).
 
-They are a function of the seed alone. Drawn from wherever the random generator stands, they would differ between one
-process, which has built a whole random model before, and shards, which hold none; the same seed would start two runs.
+They are a function of the seed alone, not of where the random generator stands: one process has built a whole random
+model before, shards have not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from flashar_pl.models.lora import ADAPTER, adapted_layers
 
 
 def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
-    """(part of `model`, a whole copy of it with its first values), on the CPU in float32. The generator that everything
-    else draws from stays where it is."""
+    """(part of `model`, a whole copy of it with its first values), on the CPU in float32. The generator stays as it
+    was."""
     gate = getattr(model.dual_head, "gate", None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch.initial_seed())

@@ -18,8 +18,8 @@ UNFINISHED = 75
 class StopOnSignal(StepCallback):
     """After a signal, save `checkpoints/stopped.ckpt` at the end of the step and end the process with exit code 75.
 
-    A signal may reach the devices at different moments, or only one of them; saving at once would leave them in
-    different collectives. So the handler only takes a note, and all devices compare notes after every step.
+    A signal may reach the devices at different moments, or only one of them. So the handler only takes a note, and all
+    devices compare notes after every step.
 
     Args:
         names: signals, such as those of `#SBATCH --signal=USR1@300` and of a cancelled job.

@@ -1,7 +1,4 @@
-"""The configuration inside a checkpoint, and what a continued run changes about it.
-
-A checkpoint is a file, or a directory of shards with a meta.pt beside them.
-"""
+"""The configuration inside a checkpoint, and what a continued run changes about it."""
 
 from __future__ import annotations
 

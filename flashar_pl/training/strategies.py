@@ -39,12 +39,8 @@ def new_model(config: dict[str, Any], strategy: Strategy | None, lora: LoraConfi
 
 
 def first_weights(model: GridModel, path: str | None, strategy: Strategy | None) -> InitReport | None:
-    """The weights a run starts from: those of `path`, else random ones.
-
-    All strategies and numbers of devices give equal values for a seed.
-
-    Raises ValueError as `initialise` does.
-    """
+    """The weights a run starts from: those of `path`, else random ones, equal for a seed on all strategies and numbers
+    of devices. Raises ValueError as `initialise` does."""
     if isinstance(strategy, ShardedStrategy):
         return strategy.start(model, path)
     if path is None:
@@ -67,8 +63,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 def check_cut(model: GridModel, strategy: Strategy | None) -> None:
-    """ValueError for a whole model, as `load_from_checkpoint` returns, in a sharded run: every device would train its
-    own."""
+    """ValueError for a whole model in a sharded run, as `load_from_checkpoint` returns."""
     if isinstance(strategy, ShardedStrategy) and not any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError(
             "this module has whole weights, and a sharded run cuts its model while it is built; make the module anew "

@@ -26,8 +26,8 @@ LOSSES = ("loss", "fused", "horizontal", "vertical")
 class LossSums:
     """Sums over the valid samples of a split, float64. Every rank adds its own; `reduce` joins them.
 
-    Means are taken at the end over all samples, so ranks and batches may hold different numbers of them, and batches
-    may be of other grids than that of `plan`; the map of the gate is of this grid alone.
+    Ranks and batches may hold different numbers of samples, of other grids than that of `plan`; the map of the gate is
+    of this grid alone.
     """
 
     def __init__(self, plan: DecodePlan, device: torch.device) -> None:
@@ -46,12 +46,8 @@ class LossSums:
         inside = [(values * interior).sum(1) / cells for values in (gate, binary_entropy(gate))]  # (B,) each
         means = [losses[name].double() * count for name in LOSSES]
         self.scalars += torch.stack([*means, *((values * weight).sum() for values in (nll, *inside)), count])
-        if self.same_grid(plan):
+        if (plan.height, plan.width) == (self.plan.height, self.plan.width):
             self.gate += torch.cat([(gate * weight[:, None]).sum(0), count[None]])
-
-    def same_grid(self, plan: DecodePlan) -> bool:
-        """Whether samples of `plan` have the grid of the first one."""
-        return (plan.height, plan.width) == (self.plan.height, self.plan.width)
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all samples of all ranks; `total` sums a tensor over ranks. Also joins `gate`.
@@ -121,9 +117,8 @@ class SampleConditions:
 def for_sampling(model: GridModel, precision: str) -> GridModel:
     """What to draw samples from in a run with this Trainer precision: where it is bf16-mixed, a bfloat16 copy.
 
-    The copy is what `flashar generate --dtype bf16` uses: LoRA's updates are merged, and the gate stays in float32.
-    Decoding under autocast would cast every weight at every step instead, which takes longer than float32. A sharded
-    model is gathered in its compute dtype anyway, and returned as it is.
+    LoRA's updates are merged, and the gate stays in float32, as in `flashar generate --dtype bf16`; autocast would
+    cast every weight at every step. A sharded model is gathered in its compute dtype anyway, and returned as it is.
     """
     state = dict(model.state_dict())
     if precision != "bf16-mixed" or any(isinstance(tensor, DTensor) for tensor in state.values()):

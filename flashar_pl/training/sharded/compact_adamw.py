@@ -1,8 +1,8 @@
 """AdamW with moments in bfloat16: 4 bytes less per parameter and moment pair than float32, which is 8.
 
-bfloat16 has 8 bits of mantissa. Rounded to the nearest, the second moment could never shrink at beta2 = 0.999: a step
-changes it by less than half a unit in the last place. So moments are rounded up or down at random, with probabilities
-that keep their expectation. Weights and arithmetic are float32.
+bfloat16 has 8 bits of mantissa: rounded to the nearest, the second moment could never shrink at beta2 = 0.999. So
+moments are rounded up or down at random, with probabilities that keep their expectation. Weights and arithmetic are
+float32.
 """
 
 from __future__ import annotations
@@ -43,10 +43,7 @@ class ByParameter(torch.optim.Optimizer, ABC):
 
 
 class CompactAdamW(ByParameter):
-    """As torch.optim.AdamW on float32 parameters, sharded or not; `exp_avg` and `exp_avg_sq` are bfloat16.
-
-    Rounding draws from the default random generator of the device.
-    """
+    """As torch.optim.AdamW on float32 parameters, sharded or not, but `exp_avg` and `exp_avg_sq` are bfloat16."""
 
     def __init__(
         self,

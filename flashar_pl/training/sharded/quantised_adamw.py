@@ -1,13 +1,11 @@
 """torchao's AdamW with moments of 8 bits, on shards.
 
 Its step compiles one function for each kind of parameter. Given a DTensor, torch takes the compiled code from a cache
-that processes share, under a key that does not say how much of the parameter is on this device. Of a parameter with
-fewer rows than devices, such as the gate's last layer, some device holds nothing: its code, which does nothing, was
-taken by the device that holds the rows, and they were never trained. Which parameter it hit depended on which process
-had compiled first. So the function gets plain local tensors here, and is not called for empty ones.
+that processes share, under a key that does not say how much of the parameter is on this device: where some device holds
+no rows, such as of the gate's last layer, its empty code was run by the one that does, and they never trained. So the
+function gets plain local tensors here, and is not called for empty ones.
 
-`_new_buffer` is torchao's private name for "a moment of this parameter": which tensors are worth quantising, and how a
-quantised shard becomes part of a sharded tensor. torchao has no public function for it.
+`_new_buffer`, "a moment of this parameter", is a private name of torchao, which has no public one for it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """How a model is cut over devices with FSDP2: which modules are gathered together, and in which dtypes.
 
 Every block, every embedding and the pair of heads is a unit: its parameters are gathered in the compute dtype while it
-runs, and are float32 shards otherwise. The gate is a unit that is gathered in float32. What is left (the final norms,
-and the head of a raster model) belongs to the model itself.
-
-Parameters exist only while a unit runs. So a model is entered through its registered methods, never through its parts.
+runs, and are float32 shards otherwise. The gate is gathered in float32. What is left (final norms, a raster model's
+head) belongs to the model itself. So a model is entered through its registered methods, never through its parts.
 """
 
 from __future__ import annotations
@@ -88,7 +86,7 @@ def recompute_blocks(model: GridModel) -> None:
 
 
 def _nothing() -> None:
-    """A door that leads nowhere: entering it makes FSDP2 settle what it settles once."""
+    """A door to nowhere: entering it makes FSDP2 settle what it settles once."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -102,9 +100,8 @@ def allocate(model: GridModel, device: torch.device, offload: bool = False, like
 
     like: a model of the same shards that has memory; what never trains takes it from there.
 
-    All that ever train must require gradients now, and what LoRA keeps frozen must not. FSDP2 settles at the first
-    entry in which dtype the gradients of a unit are reduced and kept; for a unit that is frozen then it would be the
-    compute dtype. What never trains has no say in it, and may have another dtype.
+    All that ever train must require gradients now, and what LoRA keeps frozen must not: FSDP2 settles at the first
+    entry in which dtype the gradients of a unit are kept, for a frozen unit in the compute dtype.
     """
     frozen = frozen_names(model)
     assert all(parameter.requires_grad == (name not in frozen) for name, parameter in model.named_parameters())
