@@ -206,7 +206,7 @@ def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dic
         raise ValueError(
             f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {n_layer} (the number of layers)."
         )
-    return {"kind": "flashar", "backbone": described, **{f.name: getattr(flashar, f.name) for f in fields(flashar)}}
+    return {"kind": "flashar", "backbone": described, **asdict(flashar)}
 
 
 OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()

@@ -42,7 +42,7 @@ class DrawnSamples(SplitCallback):
         self.validations = 0
         """Validations of the fit so far."""
         self.extractor: FeatureExtractor | None = None
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer: Tokenizer
         self.fid: dict[str, RowFID] = {}
         """One for each split: its real images are seen once."""
         self.sees_real = False
@@ -59,7 +59,7 @@ class DrawnSamples(SplitCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Load tokenizer, extractor and reference now: what is missing shows before training, not after an epoch."""
         config = self.config
-        if stage == "predict" or self.tokenizer is not None:
+        if stage == "predict" or hasattr(self, "tokenizer"):
             return
         _check_monitors(trainer, config.fid_every)
         manifest = trained(pl_module).manifest
@@ -88,7 +88,6 @@ class DrawnSamples(SplitCallback):
             return  # samples are drawn, and compared with real images, on the split's first grid
         self.conditions.collect(batch.condition, batch.index, batch.valid)
         if self.sees_real:
-            assert self.tokenizer is not None
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
             rows = extract_features(self.extractor.to(batch.codes.device), images).pool
@@ -103,7 +102,6 @@ class DrawnSamples(SplitCallback):
         if n == 0:
             return {}
         assert self.plan is not None
-        assert self.tokenizer is not None
         device = trainer.strategy.root_device
         extractor = None if self.extractor is None or not measured else self.extractor.to(device)
         classes = None if extractor is None else extractor.num_classes

@@ -22,8 +22,6 @@ class Schedule:
     """Steps of linear warm-up."""
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"the run has {self.total_steps} steps; expected at least 1.")
         if not 0 <= self.stage1_share <= 1:
             raise ValueError(f"schedule.stage1_share is {self.stage1_share}; expected 0 to 1.")
         if self.backbone_factor < 0:

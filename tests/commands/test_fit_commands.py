@@ -226,6 +226,11 @@ def test_unknown_preset_option_and_wrong_values(refused, trained, work):
     assert message.startswith("flashar: error: lora.rank is 0, alpha 0.0")
     assert "model.ema_decay is 'x'; expected float or null." in refused(*base, "--model.ema_decay", "x")
     assert "model.flashar.fusion is 'sum'" in refused(*base, "--model.flashar.fusion", "sum")
+    assert "model.backbone.options is '3'; expected dict." in refused(*base, "--model.backbone.options", 3)
+    sharded = ("--trainer.strategy", "flashar_pl.training.ShardedStrategy")
+    message = refused(*base, *sharded, "--trainer.strategy.replicas", 0)
+    assert message.strip() == "flashar: error: strategy.replicas is 0; expected 1 or more."
+    assert "closest: compute" in refused(*base, *sharded, "--trainer.strategy.compte", "bf16")
     assert "cfg_scale is -1.0; expected 0 or more" in refused(*base, "--model.validation.cfg_scale", -1)
     assert "no.yaml" in refused("fit", "--config", "no.yaml")
     assert "--config" in refused("fit")

@@ -70,7 +70,6 @@ def test_raster_settings_have_one_stage() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"total_steps": 0}, "at least 1"),
         ({"stage1_share": 1.5}, "0 to 1"),
         ({"backbone_factor": -1}, "0 or more"),
         ({"warmup": -1}, "0 or more"),
