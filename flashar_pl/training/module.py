@@ -115,7 +115,7 @@ class FlashARModule(LightningModule):
 
     @property
     def _strategy(self) -> Strategy | None:
-        """None without a Trainer: a model can be built and looked at before there is one."""
+        """None without a Trainer."""
         try:
             return self.trainer.strategy
         except RuntimeError:
@@ -211,9 +211,7 @@ class FlashARModule(LightningModule):
         scheduler = staged_rates(optimiser, lambda: self.built_schedule)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.optimiser.clip, "norm")
 
     # --- checkpoint -------------------------------------------------------------------------------------------------
@@ -273,9 +271,8 @@ class FlashARModule(LightningModule):
         Args:
             checkpoint_path: written by a fit.
             map_location: device of the weights; None = the CPU.
-            hparams_file: Lightning's, not used; nor is weights_only, which is always true.
+            hparams_file, weights_only: Lightning's; a checkpoint holds its own settings, and no code.
             strict: whether the names of the weights must be the model's.
-            weights_only: see hparams_file.
             overrides: constructor arguments in place of the stored ones, such as validation.
 
         Raises:

@@ -62,7 +62,7 @@ class RunProgress(ProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print a line above the bar."""
-        if self._shows and self.trainer.is_global_zero:
+        if self._shows:
             from tqdm import tqdm
 
             tqdm.write(" ".join(str(arg) for arg in args), file=sys.stderr)
