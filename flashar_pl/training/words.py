@@ -76,7 +76,7 @@ class Words:
             yield from _pairs(content)
         for key, text in self.options:
             if key.rpartition(".")[2] not in ("help", "-h", "print_config"):
-                yield key.rstrip("+"), _value(text)
+                yield key, _value(text)
 
     def checkpoint(self) -> str | None:
         """The checkpoint to continue, None = there is none. ValueError if it does not exist."""
@@ -157,13 +157,12 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
         names = list(inspect.signature(vars(kind)["__init__"]).parameters)[1:]
         known |= {f"data.{prefix}{name}" for name in names for prefix in ("", "init_args.")}
     for key, value in words.pairs():
+        key = key.rstrip("+")
         if key in groups:
             if not isinstance(value, dict | str | None):
                 raise ValueError(f"{key} is {value!r}; expected keys with values, as in experiments/.")
-            beside = (
-                value.keys() - {"class_path", "init_args"} if isinstance(value, dict) and "class_path" in value else ()
-            )
-            if odd := sorted(beside):
+            odd = sorted(value.keys() - {"class_path", "init_args"}) if isinstance(value, dict) else []
+            if odd and "class_path" in (value or {}):
                 raise ValueError(f"{key} has {', '.join(odd)} beside class_path; put it below {key}.init_args.")
         elif not any(key == name or key.startswith(f"{name}.") for name in known):
             if isinstance(value, dict) and value:
