@@ -219,12 +219,13 @@ class ExperimentCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Event files and checkpoints go into the run directory; only a fit writes any."""
-        config, fits = self.config_init.trainer, self.verb == "fit"
+        config = self.config_init.trainer
+        own_logger = config.logger in (None, True)
+        if self.verb != "fit":
+            return super().instantiate_trainer(**({"logger": False} if own_logger else {}), **kwargs)
         root = os.path.expanduser(config.default_root_dir)  # as the Trainer does
-        if config.logger in (None, True):
-            kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False) if fits else False
-        if not fits:
-            return super().instantiate_trainer(**kwargs)
+        if own_logger:
+            kwargs["logger"] = RunLogger(root, name="", version="", default_hp_metric=False)
         given = config.callbacks or []
         callbacks = list(given) if isinstance(given, list) else [given]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
