@@ -36,9 +36,8 @@ class StageSwitch(Callback):
     Parameters are frozen here, after a strategy has wrapped the model, and never before (see `strategies.py`).
     """
 
-    def __init__(self) -> None:
-        self.stage: int | None = None
-        """Stage that the model is set up for; None = not yet."""
+    stage: int | None = None
+    """Stage that the model is set up for; None = not yet."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.stage = None
@@ -89,9 +88,8 @@ class RandomState(Callback):
     ranks, and at the start of a run, each rank seeds its own.
     """
 
-    def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] | None = None
-        self._kept: dict[str, Any] | None = None
+    _restored: list[dict[str, Any]] | None = None
+    _kept: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._restored is None and trainer.global_rank > 0:

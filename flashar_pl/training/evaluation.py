@@ -85,8 +85,7 @@ class HeldOutLosses(SplitCallback):
     Measured on the averaged weights where the run keeps them. The number of ranks changes no result.
     """
 
-    def __init__(self) -> None:
-        self.sums: LossSums | None = None
+    sums: LossSums | None = None
 
     def begin(self, trainer: Trainer, module: Trained) -> None:
         self.sums = None

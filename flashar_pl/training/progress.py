@@ -67,13 +67,9 @@ class RunProgress(ProgressBar):
 
             tqdm.write(" ".join(str(arg) for arg in args), file=sys.stderr)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def on_train_end(self, *_: Any) -> None:
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+
+    on_exception = on_train_end  # type: ignore[assignment]
