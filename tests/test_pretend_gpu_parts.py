@@ -19,7 +19,8 @@ def convolutional(kind: type[VQ16] | type[IBQ]) -> Tokenizer:
     """Two levels, with attention in the lower one; random weights."""
     torch.manual_seed(0)
     net = NetSpec(stem=32, widths=(32, 64), blocks=1, attention=(False, True), latent=16)
-    made = kind(TokenizerSpec(net, net, codes=24, dim=8), decode_dtype="bfloat16")
+    made = kind(TokenizerSpec(net, net, codes=24, dim=8))
+    made.decode_dtype = "bfloat16"
     for parameter in made.parameters():
         parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
     return made

@@ -51,11 +51,7 @@ def geneval_on_rank(asked: GenEval, threads: int, rank: Rank) -> dict[str, Any] 
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """GenEval's prompt entries, one JSON object a line.
-
-    Raises:
-        ValueError: no such file, or a line without "tag", "prompt" and "include".
-    """
+    """GenEval's prompt entries. Raises ValueError for no such file, or a line without "tag", "prompt" and "include"."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(
@@ -67,10 +63,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number} is not JSON: {error}.") from error
+        except json.JSONDecodeError:
+            entry = None
         if not isinstance(entry, dict) or not {"tag", "prompt", "include"} <= entry.keys():
-            raise ValueError(f'{file}, line {number}: expected an object with "tag", "prompt" and "include".')
+            raise ValueError(f'{file}, line {number}: expected a JSON object with "tag", "prompt" and "include".')
         entries.append(entry)
     if not entries:
         raise ValueError(f"{file} holds no prompts.")
@@ -99,11 +95,7 @@ def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> No
 
 
 def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> SampleSet:
-    """The numbered images of all prompts. Numbers behind the last repeat it.
-
-    Raises:
-        ValueError: a class-conditional model, or prompt assets that are missing or of another model.
-    """
+    """The numbered images of all prompts. Raises ValueError for a model or prompt assets that do not fit."""
     check_top_k(source.model, asked.sampling.top_k)
     grid = choose_grid(source, ShapeOptions())
     wanted = ask(source, grid, 1, asked.sampling.guided, Subject(prompt=prompts), asked.text)
@@ -154,11 +146,7 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
 
 
 def list_images(out: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Every image of the layout with its prompt's entry, in order.
-
-    Raises:
-        ValueError: no images, or prompts with different numbers of them.
-    """
+    """Every image of the layout with its prompt's entry, in order. ValueError where there are none or too few."""
     found: list[tuple[Path, dict[str, Any]]] = []
     counts: dict[str, int] = {}
     for folder in sorted(p for p in out.glob("[0-9]*") if p.is_dir() and p.name.isdigit()):

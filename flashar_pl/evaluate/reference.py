@@ -47,6 +47,17 @@ class Reference:
     """Plain values for the report."""
 
 
+@dataclass(frozen=True)
+class Source:
+    """Reference images before they are looked at."""
+
+    facts: dict[str, Any]
+    side: tuple[int, int] | None
+    key: dict[str, Any] | None
+    """Plain values that fix the images, such as {"file": sha256}; None = nothing worth a cache is computed."""
+    compute: Callable[[], ReferenceStatistics]
+
+
 def load_reference_images(
     path: str,
     split: str,
@@ -61,39 +72,32 @@ def load_reference_images(
         path: an .npz with moments or images, a directory with manifest.json (shards), or a directory of images.
         split: of shards.
         tokenizer: decodes the shards' codes; None = the one their manifest names.
-        cache: directory; None = references/ below the user's cache directory.
+        cache: directory; None = references/ below the user's cache directory. Statistics are stored there under a hash
+            of the images and the extractor's weights.
 
     Raises:
         ValueError: nothing usable there, images of unequal sizes, no such split.
     """
     place = Path(path).expanduser()
-    folder = Path(cache) if cache is not None else default_cache() / "references"
     if is_remote(path) or (place / "manifest.json").is_file():
-        found = _from_shards(path, split, extractor, tokenizer, folder)
-    elif place.is_dir():
-        found = _from_images(place, extractor, folder)
+        found = _from_shards(path, split, extractor, tokenizer)
     else:
-        found = _from_npz(place, extractor, folder)
-    rows = found.statistics.features
-    counts = {"images": found.statistics.n, "feature_rows": None if rows is None else len(rows)}
-    return Reference(found.statistics, found.side, found.facts | counts)
+        found = _from_images(place, extractor) if place.is_dir() else _from_npz(place, extractor)
+    if found.key is None:
+        statistics = found.compute()
+    else:
+        folder = Path(cache) if cache is not None else default_cache() / "references"
+        key = json.dumps({"format": FORMAT, "of": found.key, "extractor": extractor.fingerprint()}, sort_keys=True)
+        file = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+        if not file.is_file():
+            found.compute().save(file)
+        statistics = load_reference(file)
+    rows = statistics.features
+    counts = {"images": statistics.n, "feature_rows": None if rows is None else len(rows)}
+    return Reference(statistics, found.side, found.facts | counts)
 
 
-def cached_reference(
-    folder: Path, description: dict[str, Any], extractor: FeatureExtractor, build: Callable[[], ReferenceStatistics]
-) -> ReferenceStatistics:
-    """Statistics stored in `folder` under a hash of `description` and the extractor's weights; built where missing.
-
-    description: plain values that fix the images, such as {"file": sha256}.
-    """
-    key = json.dumps({"format": FORMAT, "of": description, "extractor": extractor.fingerprint()}, sort_keys=True)
-    file = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
-    if not file.is_file():
-        build().save(file)
-    return load_reference(file)
-
-
-def _from_npz(file: Path, extractor: FeatureExtractor, cache: Path) -> Reference:
+def _from_npz(file: Path, extractor: FeatureExtractor) -> Source:
     if not file.is_file():
         raise ValueError(
             f"no reference at {file}; expected an .npz such as VIRTUAL_imagenet256_labeled.npz, a directory of images, "
@@ -101,13 +105,10 @@ def _from_npz(file: Path, extractor: FeatureExtractor, cache: Path) -> Reference
         )
     arrays, sha256 = _array_shapes(file), digest(file)
     facts = {"kind": "npz", "path": str(file), "sha256": sha256, "arrays": {k: list(v) for k, v in arrays.items()}}
-    if IMAGES in arrays and not {"mu", "sigma", "features"} <= arrays.keys():
-        key = {"file": sha256}
-        statistics = cached_reference(cache, key, extractor, lambda: load_reference(file, extractor))
-    else:
-        statistics = load_reference(file, extractor)
+    computes = IMAGES in arrays and not {"mu", "sigma", "features"} <= arrays.keys()
     shape = arrays.get(IMAGES, ())
-    return Reference(statistics, (shape[1], shape[2]) if len(shape) == 4 else None, facts)
+    side = (shape[1], shape[2]) if len(shape) == 4 else None
+    return Source(facts, side, {"file": sha256} if computes else None, lambda: load_reference(file, extractor))
 
 
 def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -124,7 +125,7 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _from_images(folder: Path, extractor: FeatureExtractor, cache: Path) -> Reference:
+def _from_images(folder: Path, extractor: FeatureExtractor) -> Source:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if len(files) < 2:
         raise ValueError(
@@ -146,9 +147,9 @@ def _from_images(folder: Path, extractor: FeatureExtractor, cache: Path) -> Refe
                     )
             yield torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2).copy())  # (B, 3, h, w)
 
+    facts = {"kind": "images", "path": str(folder), "sha256": sha256}
     key = {"images": sha256}
-    statistics = cached_reference(cache, key, extractor, lambda: reference_from_batches(extractor, batches()))
-    return Reference(statistics, (side[0], side[1]), {"kind": "images", "path": str(folder), "sha256": sha256})
+    return Source(facts, (side[0], side[1]), key, lambda: reference_from_batches(extractor, batches()))
 
 
 def _shuffled(n: int) -> list[np.ndarray]:
@@ -166,9 +167,7 @@ def _read_image(file: Path) -> np.ndarray:
         raise ValueError(f"{file} is not a readable image: {error}.") from error
 
 
-def _from_shards(
-    path: str, split: str, extractor: FeatureExtractor, tokenizer: str | dict[str, Any] | None, cache: Path
-) -> Reference:
+def _from_shards(path: str, split: str, extractor: FeatureExtractor, tokenizer: str | dict[str, Any] | None) -> Source:
     manifest = Manifest.load(path)
     manifest.shards(split)
     config = parse_tokenizer(tokenizer) or manifest.tokenizer
@@ -186,7 +185,6 @@ def _from_shards(
         "crop": manifest.evaluation_crop,
         "tokenizer": tokenizer_identity(config),
     }
-    statistics = cached_reference(cache, key, extractor, lambda: reference_from_batches(extractor, batches()))
     side = (manifest.grid[0] * decoder.downsample, manifest.grid[1] * decoder.downsample)
     facts = {"kind": "shards", "path": path, "name": manifest.name, "split": split, **key}
-    return Reference(statistics, side, facts)
+    return Source(facts, side, key, lambda: reference_from_batches(extractor, batches()))

@@ -23,7 +23,7 @@ from flashar_pl.pictures import save_png, tile
 
 SHOWN_CLASSES = (207, 360, 387, 974, 88, 979, 417, 279)
 """The ImageNet classes that papers of this family show: golden retriever, otter, red panda, geyser, macaw, valley,
-balloon, arctic fox."""
+balloon, arctic fox. Other data sets: the first eight."""
 ROWS = 4
 """Images of each class in the sample grid."""
 
@@ -52,14 +52,10 @@ def write_npz(folder: PartFolder, batches: int, n: int, path: Path) -> None:
             stream.write(np.ascontiguousarray(images.numpy()).tobytes())
 
 
-def shown_classes(num_classes: int) -> list[int]:
-    """Classes of the sample grid: the customary eight of ImageNet, else the first eight."""
-    return list(SHOWN_CLASSES) if num_classes == 1000 else list(range(min(8, num_classes)))
-
-
 def draw_grid(bench: Bench, path: Path) -> list[int]:
     """Write the sample grid, one column per class; image k, row by row, uses seed + k. Returns the classes."""
-    classes = shown_classes(bench.num_classes)
+    count = bench.source.model.backbone.conditioning.size
+    classes = list(SHOWN_CLASSES) if count == 1000 else list(range(min(8, count)))
     own = bench.samples
     labels = torch.tensor(classes * ROWS)
     samples = SampleSet(ClassIds(labels), own.grid, own.plan, own.sampling, own.batch_size, own.seed)

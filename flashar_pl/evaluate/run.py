@@ -42,12 +42,9 @@ class Judge:
 
 
 def evaluate_on_rank(asked: Evaluation, threads: int, rank: Rank) -> dict[str, Any] | None:
-    """One rank's work; the first rank returns what evaluation.json holds.
+    """One rank's work; the first rank returns what evaluation.json holds. Wrong input: ValueError before any drawing.
 
     threads: of every rank on a CPU; the last bit of a sum depends on their number.
-
-    Raises:
-        ValueError: wrong input, before anything is drawn.
     """
     torch.set_num_threads(threads)
     folder = PartFolder(asked.options.out)
@@ -81,7 +78,7 @@ def evaluate_on_rank(asked: Evaluation, threads: int, rank: Rank) -> dict[str, A
 
 
 def find_judge(asked: Evaluation, bench: Bench) -> Judge:
-    """The reference, whose features may take long, and the metrics that it allows. Raises ValueError."""
+    """The reference, whose features may take long, and the metrics that it allows."""
     options, size = asked.options, bench.size
     reference = load_reference_images(
         options.reference, options.split, bench.extractor, tokenizer=asked.model.tokenizer, cache=options.cache

@@ -18,7 +18,6 @@ from flashar_pl.decoding.samples import SampleSet, check_resize
 from flashar_pl.evaluate.options import BATCH_SIZE, Evaluation, Labels, batch_size
 from flashar_pl.metrics.extractor import FeatureExtractor
 from flashar_pl.metrics.features import load_extractor
-from flashar_pl.models import GridModel
 from flashar_pl.tokenizers import Tokenizer
 
 HIGH_SIDE, EVALUATION_SIDE = 384, 256
@@ -34,7 +33,6 @@ class Bench:
     tokenizer: Tokenizer
     extractor: FeatureExtractor
     samples: SampleSet
-    num_classes: int
     resize: int | None
     """Side that images are resized to; None = they are not."""
     size: tuple[int, int]
@@ -42,40 +40,26 @@ class Bench:
 
     @classmethod
     def load(cls, asked: Evaluation, device: torch.device) -> Bench:
-        """Load model, tokenizer and feature extractor onto one device.
-
-        Raises:
-            ValueError: whatever does not exist or does not fit.
-        """
+        """Load everything onto one device. Raises ValueError for whatever does not exist or does not fit."""
         options, n = asked.options, asked.options.num_samples
         extractor = load_extractor(options.features)
         source = open_checkpoint(asked.model, replace(asked.engine, device=str(device)))
-        grid, num_classes = source.need_grid(), class_count(source.model)
+        grid, takes = source.need_grid(), source.model.backbone.conditioning
+        if takes.kind != "class":
+            raise ValueError("evaluate draws samples by class; this model is conditioned on text.")
         check_top_k(source.model, asked.sampling.top_k)
         plan = check_plan(source.model, asked.engine.plan, grid)
         decoder = source.matching_tokenizer(str(device))
         resize, size = image_size(decoder, grid, options.resize)
         engine = build_engine(source, asked.engine, plan)
-        labels = torch.tensor(sample_labels(options.labels, n, num_classes, options.seed))
+        labels = torch.tensor(sample_labels(options.labels, n, takes.size, options.seed))
         size_of_batch = batch_size(asked.engine, BATCH_SIZE, n)
         samples = SampleSet(ClassIds(labels), grid, plan, asked.sampling, size_of_batch, options.seed)
-        return cls(source, engine, decoder, extractor.to(device), samples, num_classes, resize, size)
-
-
-def class_count(model: GridModel) -> int:
-    """Number of classes of a class-conditional model. Raises ValueError for any other model."""
-    takes = model.backbone.conditioning
-    if takes.kind != "class":
-        raise ValueError("evaluate draws samples by class; this model is conditioned on text.")
-    return takes.size
+        return cls(source, engine, decoder, extractor.to(device), samples, resize, size)
 
 
 def image_size(tokenizer: Tokenizer, grid: tuple[int, int], resize: int | None) -> tuple[int | None, tuple[int, int]]:
-    """The side to resize to (None = not at all) and the size (h, w) of the measured images.
-
-    Raises:
-        ValueError: images that cannot be resized.
-    """
+    """The side to resize to (None = not at all), or ValueError, and the size (h, w) of the measured images."""
     decoded = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
     if resize is None and decoded == (HIGH_SIDE, HIGH_SIDE):
         resize = EVALUATION_SIDE

@@ -10,11 +10,7 @@ from flashar_pl.metrics.inception import WEIGHTS_FILE, WEIGHTS_URL, InceptionFea
 
 
 def load_extractor(path: str | Path) -> FeatureExtractor:
-    """The extractor stored at `path`: a directory made by ClassifierFeatures.save, or torch-fidelity's weight file.
-
-    Raises:
-        ValueError: nothing usable there; the message says what was looked for.
-    """
+    """That of a directory made by ClassifierFeatures.save, or of torch-fidelity's weight file. Raises ValueError."""
     given = Path(path).expanduser()
     if given.is_dir():
         return ClassifierFeatures.load(given)

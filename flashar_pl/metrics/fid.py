@@ -42,11 +42,7 @@ class RowFID(FrechetInceptionDistance):
         super().update(rows.double(), real)
 
     def set_reference(self, reference: ReferenceStatistics, rank: int) -> None:
-        """Use stored moments as the real side; every rank calls this, and the first one's count in the sum.
-
-        Raises:
-            ValueError: moments of other features.
-        """
+        """Use stored moments as the real side; every rank calls this, and the first one's count in the sum."""
         mean, covariance = (torch.as_tensor(moments).double() for moments in (reference.mu, reference.sigma))
         if mean.shape != self.real_features_sum.shape:
             expected = len(self.real_features_sum)

@@ -32,10 +32,9 @@ def side_directory() -> Path:
 
 
 def load_fidelity_module() -> ModuleType:
-    """torch-fidelity's Inception module, imported without the package around it; sys.modules is left as it was.
+    """torch-fidelity's Inception module without the package around it; sys.modules is left as it was.
 
-    Raises:
-        ValueError: torch-fidelity is neither on sys.path nor in the side directory.
+    Raises ValueError where torch-fidelity is neither on sys.path nor in the side directory.
     """
     spec = importlib.machinery.PathFinder.find_spec(PACKAGE, [*sys.path, str(side_directory())])
     if spec is None or not spec.submodule_search_locations:

@@ -88,11 +88,7 @@ class Moments:
 def reference_from_batches(
     extractor: FeatureExtractor, batches: Iterable[Tensor], *, keep_features: int = KEEP_FEATURES
 ) -> ReferenceStatistics:
-    """Statistics of batches of uint8 images (B, 3, h, w); the first `keep_features` feature rows are kept.
-
-    Raises:
-        ValueError: fewer than 2 images in all, or images that are not uint8.
-    """
+    """Of uint8 images (B, 3, h, w), 2 or more in all; the first `keep_features` feature rows are kept."""
     pool, spatial = Moments(extractor.num_features), Moments(extractor.num_spatial or 0)
     kept, room = [torch.empty(0, extractor.num_features)], keep_features
     for images in batches:
@@ -113,8 +109,7 @@ def load_reference(path: str | Path, extractor: FeatureExtractor | None = None) 
 
     Moments in the file win over its images, as in the ADM evaluator; the images then only give feature rows.
 
-    Args:
-        extractor: of the features of images; None = images are ignored.
+    Without an extractor images are ignored.
 
     Raises:
         ValueError: no such file, not an .npz, no moments and no images, images without an extractor, or moments of

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -61,17 +62,15 @@ class ConvTokenizer(Tokenizer):
     unit_norm: bool
     """Are latents and code vectors scaled to unit length before they are compared and before decoding?"""
 
-    def __init__(self, spec: TokenizerSpec, *, decode_dtype: str = "float32", weights: str | None = None) -> None:
-        """Random weights; `from_official` and the file readers of the subclasses load published ones.
+    decode_dtype: str = "float32"
+    """Or "bfloat16"."""
+    weights: str | None = None
+    """The file they came from."""
 
-        decode_dtype: "float32" or "bfloat16". weights: where the weights came from, for `config()`.
-        """
+    def __init__(self, spec: TokenizerSpec) -> None:
+        """Random weights; `from_official` and the file readers of the subclasses load published ones."""
         super().__init__()
-        if decode_dtype not in DECODE_DTYPES:
-            raise ValueError(f"decode_dtype is {decode_dtype!r}; expected one of {', '.join(DECODE_DTYPES)}.")
         self.spec = spec
-        self.decode_dtype = decode_dtype
-        self.weights = weights
         self.vocabulary = spec.codes
         self.downsample = spec.encoder.downsample
         self.encoder = ConvNet(spec.encoder, decodes=False)
@@ -81,6 +80,12 @@ class ConvTokenizer(Tokenizer):
         self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, 1)
         self.requires_grad_(False)
         self.eval()
+
+    def opened(self, weights: str | Path | None, decode_dtype: str) -> None:
+        """Note what a config asked for. Raises ValueError for another dtype than those of `decode_dtype`."""
+        if decode_dtype not in DECODE_DTYPES:
+            raise ValueError(f"decode_dtype is {decode_dtype!r}; expected one of {', '.join(DECODE_DTYPES)}.")
+        self.weights, self.decode_dtype = str(weights), decode_dtype
 
     @abstractmethod
     def from_uint8(self, images: Tensor) -> Tensor:

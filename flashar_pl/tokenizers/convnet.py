@@ -6,6 +6,7 @@ Source: Esser et al. 2021 (VQGAN); parameter names are those of LlamaGen's publi
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -77,26 +78,16 @@ class SelfAttention(nn.Module):
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """Halves both sides: one row and column of zeros at the end, then a 3x3 convolution with stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, h / 2, w / 2)
+def halving(channels: int) -> nn.Module:
+    """One row and column of zeros at the end, then a 3x3 convolution with stride 2."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    """Doubles both sides by repetition, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2h, 2w)
+def doubling(channels: int) -> nn.Module:
+    """Repetition of every row and column, then a 3x3 convolution."""
+    return nn.Sequential(
+        OrderedDict(repeat=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(channels, channels, 3, padding=1))
+    )
 
 
 class Level(nn.Module):
@@ -132,13 +123,13 @@ class ConvNet(nn.Module):
         self.conv_in = nn.Conv2d(channels, inner, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for width, attention in levels:
-            level = Level(inner, width, spec.blocks, attention)
-            if len(self.conv_blocks) < len(levels) - 1 and decodes:
-                level.upsample = Upsample(width)
-            elif len(self.conv_blocks) < len(levels) - 1:
-                level.downsample = Downsample(width)
-            self.conv_blocks.append(level)
+            self.conv_blocks.append(Level(inner, width, spec.blocks, attention))
             inner = width
+        for level, (width, _) in zip(self.conv_blocks[:-1], levels):
+            if decodes:
+                level.upsample = doubling(width)
+            else:
+                level.downsample = halving(width)
         low = spec.widths[-1]
         self.mid = nn.ModuleList([ResBlock(low, low), SelfAttention(low), ResBlock(low, low)])
         self.norm_out = nn.GroupNorm(GROUPS, inner, eps=EPS)

@@ -34,19 +34,11 @@ class IBQ(ConvTokenizer):
 
     unit_norm = False
 
-    def __init__(self, spec: TokenizerSpec, *, decode_dtype: str = "float32", weights: str | None = None) -> None:
-        super().__init__(spec, decode_dtype=decode_dtype, weights=weights)
-        self.settings: str | None = None
+    settings: str | None = None
+    """Their file, where it is not the one beside the weights."""
 
     @classmethod
-    def from_official(
-        cls,
-        state_dict: Mapping[str, Any],
-        ddconfig: Mapping[str, Any],
-        *,
-        decode_dtype: str = "float32",
-        weights: str | None = None,
-    ) -> IBQ:
+    def from_official(cls, state_dict: Mapping[str, Any], ddconfig: Mapping[str, Any]) -> IBQ:
         """Loads a state dict in the published layout, bare or under "state_dict"; weights are copied.
 
         ddconfig: the published settings, flat (config.json) or with a "ddconfig" entry somewhere (config.yaml).
@@ -56,7 +48,7 @@ class IBQ(ConvTokenizer):
         state = official_state_dict(state_dict)
         spec = read_ibq_settings(ddconfig, *codebook_shape(state, "an Emu3.5 IBQ state dict"))
         what = f"the Emu3.5 IBQ state dict (settings: {spec})"
-        return load_strict(lambda: cls(spec, decode_dtype=decode_dtype, weights=weights), state, what)
+        return load_strict(lambda: cls(spec), state, what)
 
     @classmethod
     def from_files(
@@ -71,9 +63,8 @@ class IBQ(ConvTokenizer):
         beside = file.with_name(names.get(file.name, "config.json" if file.suffix == ".safetensors" else "config.yaml"))
         config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
         with naming(file):
-            model = cls.from_official(
-                read_tensors(file, mmap=True), read_settings(config), decode_dtype=decode_dtype, weights=str(weights)
-            )
+            model = cls.from_official(read_tensors(file, mmap=True), read_settings(config))
+        model.opened(weights, decode_dtype)
         model.settings = None if settings is None else str(settings)
         return model
 

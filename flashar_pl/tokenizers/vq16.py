@@ -49,9 +49,7 @@ class VQ16(ConvTokenizer):
     unit_norm = True
 
     @classmethod
-    def from_official(
-        cls, state_dict: Mapping[str, Any], *, decode_dtype: str = "float32", weights: str | None = None
-    ) -> VQ16:
+    def from_official(cls, state_dict: Mapping[str, Any]) -> VQ16:
         """Loads a state dict in the published layout, bare or under "model" / "state_dict"; weights are copied.
 
         Every size is read from the tensors: f is 2^(levels - 1). The buffer "quantize.codebook_used" may be missing.
@@ -63,7 +61,7 @@ class VQ16(ConvTokenizer):
         spec = TokenizerSpec(encoder, decoder, *codebook_shape(state, WHAT))
 
         def build() -> VQ16:
-            model = cls(spec, decode_dtype=decode_dtype, weights=weights)
+            model = cls(spec)
             if used is not None:
                 model.quantize.register_buffer("codebook_used", torch.empty(used.shape))
             return model
@@ -75,10 +73,11 @@ class VQ16(ConvTokenizer):
         """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
         file = require_file(weights, "VQ weights file", ADVICE)
         with naming(file):
-            model = cls.from_official(read_tensors(file, mmap=True), decode_dtype=decode_dtype, weights=str(weights))
+            model = cls.from_official(read_tensors(file, mmap=True))
         for other, spec in VQ_PRESETS.items():
             if model.spec == spec and other != kind:
                 raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")
+        model.opened(weights, decode_dtype)
         return model
 
     def config(self) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def test_bad_input_is_refused(refused, base, work, raster_model):
     assert "no emu3.tiktoken in nothing" in refused(*changed("--assets", "nothing"))
     assert "no prompts at nothing.jsonl" in refused(*changed("--prompts", "nothing.jsonl"))
     Path("broken.jsonl").write_text('{"tag": "colors"}\n')
-    assert 'line 1: expected an object with "tag"' in refused(*changed("--prompts", "broken.jsonl"))
+    assert 'line 1: expected a JSON object with "tag"' in refused(*changed("--prompts", "broken.jsonl"))
     assert "the tokenizer has 384 codes, the model 17" in refused(*changed("--checkpoint", raster_model))
     assert not Path("images").exists()
     Path("images").mkdir()

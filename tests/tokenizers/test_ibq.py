@@ -160,7 +160,8 @@ def test_incomplete_settings():
 
 def test_encoding_stays_float32(ibq_golden):
     state, settings, io = ibq_golden
-    tokenizer = IBQ.from_official(state, settings, decode_dtype="bfloat16")
+    tokenizer = IBQ.from_official(state, settings)
+    tokenizer.decode_dtype = "bfloat16"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(tokenizer.encode(io["image_u8"]), io["indices"])
     error = (tokenizer.decode_float(io["random_indices"]) - io["random_decoded"]).abs()

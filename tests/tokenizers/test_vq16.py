@@ -247,7 +247,8 @@ def test_half_precision_weights_load_as_float32(vq_golden):
 def test_bfloat16_decoding(vq_golden):
     """Measured on these weights: mean error 0.008, at most 0.07 (0.9 and 8 grey levels)."""
     state, io = vq_golden
-    tokenizer = VQ16.from_official(state, decode_dtype="bfloat16")
+    tokenizer = VQ16.from_official(state)
+    tokenizer.opened("vq.pt", "bfloat16")
     decoded = tokenizer.decode_float(io["in/random_indices"].view(2, 8, 8))
     assert decoded.dtype == torch.float32
     error = (decoded - io["out/decoded_random"]).abs()
@@ -256,7 +257,7 @@ def test_bfloat16_decoding(vq_golden):
     assert torch.equal(tokenizer.encode_float(io["in/image"]).flatten(1), io["out/indices"])
     assert tokenizer.config()["decode_dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="expected one of float32, bfloat16"):
-        VQ16.from_official(state, decode_dtype="float16")
+        tokenizer.opened("vq.pt", "float16")
 
 
 @pytest.mark.gpu
