@@ -55,41 +55,36 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
         ValueError: the file's architecture is not the model's; the message names the fields that differ.
     """
     with without_adapters(model):
-        report = _initialise(model, path, weights)
-    report.new += added_parameters(model)
-    return report
+        source, whole = _take_over(model, path, weights)
+        sizes = dict.fromkeys(ROLES, 0)
+        for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
+            sizes[role] += parameter.numel()
+    cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
+    loaded = sum(sizes.values()) - cloned - new
+    return InitReport(f"{path} ({source})", loaded, cloned, new + added_parameters(model))
 
 
-def _initialise(model: GridModel, path: str | Path, weights: Weights) -> InitReport:
+def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[str, bool]:
+    """What kind of file it was; whether it held all parameters, not only those of backbone and horizontal head."""
     own = model.config()["backbone"]
     if is_official_directory(path):
         check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
-        return _report(model, f"{path} (official directory)", whole=stream_weights(model, path))
+        return "official directory", stream_weights(model, path)
     loaded = load_model(path, weights, n_head=own["n_head"] if own["kind"] == LlamaGen.kind else None)
     source = loaded.model
     check_same("backbone", source.config()["backbone"], own, path)
-    whole = isinstance(source, FlashAR)
-    if whole and isinstance(model, RasterAR):
-        raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
-    if whole:
+    if isinstance(source, FlashAR):
+        if isinstance(model, RasterAR):
+            raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
         check_same("model", source.config(), model.config(), path)
         model.load_state_dict(source.state_dict())
-    else:
-        expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
-        model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
-        model.backbone.head.load_state_dict(source.backbone.head.state_dict())
-        if isinstance(model, FlashAR):
-            model.init_vertical_from_backbone()
-    return _report(model, f"{path} ({loaded.source})", whole)
-
-
-def _report(model: GridModel, source: str, whole: bool) -> InitReport:
-    """whole: the file held all parameters; otherwise backbone and horizontal head, from which the branch was cloned."""
-    sizes = dict.fromkeys(ROLES, 0)
-    for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
-        sizes[role] += parameter.numel()
-    cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
-    return InitReport(source, sum(sizes.values()) - cloned - new, cloned, new)
+        return loaded.source, True
+    expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
+    model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
+    model.backbone.head.load_state_dict(source.backbone.head.state_dict())
+    if isinstance(model, FlashAR):
+        model.init_vertical_from_backbone()
+    return loaded.source, isinstance(model, RasterAR)
 
 
 def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> bool:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from flashar_pl.backbones.condition import Condition, Prompts, TextFeatures
     from flashar_pl.checkpoints.opening import Source
-    from flashar_pl.models import GridModel
-    from flashar_pl.tokenizers import PromptTokenizer
 
 ASPECT_RATIOS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "2:1", "1:2", "21:9")
 """Names of image shapes, width : height."""
@@ -183,7 +181,7 @@ def from_prompts(
 def whole_prompts(
     source: Source, grid: tuple[int, int], prompts: list[str], guided: bool, text: TextOptions
 ) -> tuple[Prompts, Prompts | None]:
-    """Whole prefixes; what guidance leads away from is the negative prompt, else `null_prompt`."""
+    """Whole prefixes; what guidance leads away from is the negative prompt, else the model's or its tokenizer's."""
     import torch
 
     from flashar_pl.backbones.condition import Prompts
@@ -194,17 +192,12 @@ def whole_prompts(
     condition = Prompts(tokens.conditions(prompts, grid))
     if not guided:
         return condition, None
-    negative = text.negative_prompt
-    start = null_prompt(source.model, tokens) if negative is None else tokens.prompt(negative)
+    own = source.model.backbone.null_prompt  # what the model was trained with, where it says so
+    if text.negative_prompt is not None:
+        start = tokens.prompt(text.negative_prompt)
+    else:
+        start = tokens.unconditional(source.model.null_style) if own is None else torch.tensor(own)
     return condition, Prompts([torch.cat([start, tokens.image_prefix(*grid)])]).pad(len(prompts))
-
-
-def null_prompt(model: GridModel, tokens: PromptTokenizer) -> Tensor:
-    """Unconditional prompt (T,): the one that the model was trained with, where it says so, else the tokenizer's."""
-    import torch
-
-    own = model.backbone.null_prompt
-    return tokens.unconditional(model.null_style) if own is None else torch.tensor(own)
 
 
 def find_assets(source: Source, assets: str | None) -> str:
