@@ -6,7 +6,6 @@ Shapes: K crops of an image, H x W grid, N = H * W codes.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +39,6 @@ class NpyFolders(Source):
                 "every image."
             )
         self.condition = ConditionSpec("class", num_classes=num_classes)
-        self.skipped = {}
 
     def __len__(self) -> int:
         return self._n
@@ -110,7 +108,10 @@ class PtCodes:
         except ValueError as error:
             raise Unreadable(str(error)) from error
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
-            raise Unreadable(f"expected an integer tensor (H, W), found {_describe(tensor)}")
+            found = (
+                f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            )
+            raise Unreadable(f"expected an integer tensor (H, W), found {found}")
         return checked(tensor.numpy()[None], self.vocabulary)
 
 
@@ -124,18 +125,10 @@ def checked(codes: np.ndarray, vocabulary: int) -> np.ndarray:
     return codes.astype(np.int64)
 
 
-def _describe(value: object) -> str:
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
 def _numbers(folder: Path) -> set[int]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected files 0.npy, 1.npy, ...")
-    found = {
-        int(entry.name[:-4])
-        for entry in os.scandir(folder)
-        if entry.name.endswith(".npy") and entry.name[:-4].isdigit()
-    }
+    found = {int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit()}
     if not found:
         raise ValueError(f"{folder} holds no files named 0.npy, 1.npy, ...")
     if missing := sorted(set(range(max(found) + 1)) - found):

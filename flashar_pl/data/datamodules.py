@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -28,7 +27,7 @@ from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
-from flashar_pl.data.streaming import CodeRows, CollateCodes, Stream, StreamedLoader, shard_urls, tar_urls
+from flashar_pl.data.streaming import Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
 
@@ -164,14 +163,14 @@ class CodesDataModule(LightningDataModule):
     def _streamed(self, cut: Cut) -> Stream:
         """Training batches of webdataset's pipeline."""
         manifest = self._one_grid()
-        rows, collate = CodeRows(manifest), CollateCodes(manifest, self._encoder(manifest))
-        return replace(self._stream(shard_urls(manifest), rows, collate, cut), shuffle_rows=True)
+        collate = partial(collate_codes, manifest, self._encoder(manifest))
+        return self._stream(shard_urls(manifest), partial(code_rows, manifest), collate, cut, shuffle_rows=True)
 
-    def _stream(self, urls: list[str], rows: Callable, collate: Callable, cut: Cut) -> Stream:
-        return Stream(
-            urls, rows, collate, self.batch_size, self.seed, self.shuffle, self.resampled,
-            rank=cut.rank, ranks=cut.ranks,
-        )  # fmt: skip
+    def _stream(
+        self, urls: list[str], rows: Callable, collate: Callable, cut: Cut, shuffle_rows: bool = False
+    ) -> Stream:
+        mixing = (self.batch_size, self.seed, self.shuffle, self.resampled, shuffle_rows)
+        return Stream(urls, rows, collate, *mixing, cut.rank, cut.ranks)
 
     def _one_grid(self) -> Manifest:
         if len(self.manifests) > 1:
@@ -215,15 +214,7 @@ class CodesDataModule(LightningDataModule):
         """This device's test batches, each sample once over all devices."""
         return self._evaluation("test")
 
-    def predict_dataloader(self) -> EvaluationLoader:
-        """The test split, as `test_dataloader`."""
-        return self._evaluation("test")
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a `Batch` as a whole; anything else goes the Trainer's way."""
-        if isinstance(batch, Batch | ImageBatch):
-            return batch.to(device)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+    predict_dataloader = test_dataloader
 
     def _evaluation(self, split: str, limit: int | None = None) -> EvaluationLoader:
         batches = evaluation_batches(self.manifests, split, self.validation_batch_size, limit, self._cut())

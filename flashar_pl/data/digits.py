@@ -30,12 +30,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
-    """Sample numbers of each split, shuffled; every class is shared out in proportion.
-
-    Args:
-        labels: (1797,) int64.
-        seed: any integer; one seed, one split.
-    """
+    """Sample numbers of each split, shuffled by the seed; every class of labels (1797,) is shared out in proportion."""
     n = len(labels)
     shuffled = permutation(stream(seed, 1), n)
     # Rank of each sample among its class, as a fraction of the class: sorting by it spreads every class evenly.
@@ -50,14 +45,7 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def tokenize_digits(out: str | os.PathLike[str], seed: int = 0) -> Manifest:
-    """Write the digits as code shards: 1,400 train, 100 validation, 297 test, in blocks of 50.
-
-    Args:
-        out: directory to make; it must not exist.
-        seed: of the split.
-
-    Returns:
-        The manifest; its tokenizer is {"kind": "pixels", "levels": 17}.
+    """Write the digits as code shards to a new directory: 1,400 train, 100 validation, 297 test, in blocks of 50.
 
     Raises:
         ValueError: `out` exists, or scikit-learn is not installed.

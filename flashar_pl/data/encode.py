@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flashar_pl.data.images import ten_crop, with_mirror
+from flashar_pl.data.images import views
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.files import read_json
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
@@ -25,32 +24,22 @@ class ImageEncoder:
 
     tokenizer: Tokenizer
     device: torch.device
-    crops: int
-    """K: ten crops of side `size`; the image and its mirror image (2); the image (1)."""
-    size: int | None = None
+    crops: int = 1
+    """K, as in `views`."""
+    size: int = 0
+    """Of ten crops, their side s."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        pixels = torch.from_numpy(images).to(self.device)
-        views = self._views(pixels)  # (n, K, 3, h, w)
+        crops = views(torch.from_numpy(images).to(self.device), self.crops, self.size)  # (n, K, 3, h, w)
         try:
-            codes = self.tokenizer.encode(views.flatten(0, 1))  # (n K, H, W)
+            codes = self.tokenizer.encode(crops.flatten(0, 1))  # (n K, H, W)
         except torch.OutOfMemoryError as error:
             raise ValueError(
-                f"{len(views.flatten(0, 1))} crops of {views.shape[-2]} x {views.shape[-1]} pixels do not fit into the "
-                f"memory of {self.device}. Use a smaller --batch-size and run the same command again: it continues."
+                f"{crops.shape[0] * crops.shape[1]} crops of {crops.shape[-2]} x {crops.shape[-1]} pixels do not fit "
+                f"into the memory of {self.device}. Use a smaller --batch-size and run the same command again: it "
+                "continues."
             ) from error
-        return codes.unflatten(0, views.shape[:2]).cpu().numpy()
-
-    def _views(self, pixels: Tensor) -> Tensor:
-        if self.crops == 10:
-            assert self.size is not None
-            return ten_crop(pixels, self.size)
-        return with_mirror(pixels) if self.crops == 2 else pixels[:, None]
-
-
-def codes_as_they_are(codes: np.ndarray) -> np.ndarray:
-    """For sources that hold codes: (n, K, H, W) unchanged."""
-    return codes
+        return codes.unflatten(0, crops.shape[:2]).cpu().numpy()
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:

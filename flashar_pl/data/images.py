@@ -95,9 +95,14 @@ def ten_crop(images: Tensor, size: int) -> Tensor:
     return torch.stack(crops, dim=1)
 
 
-def with_mirror(images: Tensor) -> Tensor:
-    """Each image (n, 3, s, s) and its mirror image: (n, 2, 3, s, s)."""
-    return torch.stack([images, images.flip(-1)], dim=1)
+def views(images: Tensor, crops: int, size: int) -> Tensor:
+    """K crops of each image (n, 3, h, w): ten of side `size`; itself and its mirror image (2); itself (1).
+
+    Returns (n, K, 3, ., .).
+    """
+    if crops == 10:
+        return ten_crop(images, size)
+    return torch.stack([images, images.flip(-1)][:crops], dim=1)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,4 @@ def default_grids(image_size: int, downsample: int) -> tuple[tuple[int, int], ..
     if image_size < downsample or image_size % downsample:
         raise ValueError(f"image size {image_size}: expected a multiple of {downsample} (pixels of one code).")
     cells = (image_size // downsample) ** 2
-    grids: dict[tuple[int, int], None] = {}
-    for ratio in RATIOS:
-        grids[grid_of_ratio(ratio, cells)] = None
-    return tuple(grids)
+    return tuple(dict.fromkeys(grid_of_ratio(ratio, cells) for ratio in RATIOS))

@@ -128,7 +128,6 @@ def imagenet_job(images: ClassImageOptions, codec: CodecOptions, shards: ShardOp
 def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
     """LlamaGen's files of codes as they are; the weights, if given, must have as many codes."""
     from flashar_pl.data.code_files import NpyCodes, NpyFolders
-    from flashar_pl.data.encode import codes_as_they_are
     from flashar_pl.data.tokenise import Job
 
     source = NpyFolders(files.codes, files.labels, files.num_classes)
@@ -145,7 +144,7 @@ def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device
         shards,
         source,
         NpyCodes(crops, grid, files.vocabulary),
-        codes_as_they_are,
+        None,
         name="imagenet",
         tokenizer=config,
         vocabulary=files.vocabulary,
@@ -159,56 +158,59 @@ def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device
 
 def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
     """Images with captions through a tokenizer, or tars of ready codes with captions."""
-    from flashar_pl.data.sources import TarSource, captioned_images
+    from flashar_pl.data.encode import ImageEncoder, weights_hash
+    from flashar_pl.data.images import BucketCrop, default_grids
+    from flashar_pl.data.sources import captioned_images
     from flashar_pl.data.tokenise import Job
 
     if Path(images.data).suffix not in (".json", ".jsonl") and _holds_codes(images.data):
-        if images.image_size or images.buckets:
-            raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
-        source: Any = TarSource(images.data, ("pt",), "txt")
-        way = _codes_as_they_are(images, codec, device)
-    else:
-        if images.vocabulary is not None:
-            raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
-        source = captioned_images(images.data, images.images, images.caption_key, images.image_key)
-        way = _through_tokenizer(images, codec, device)
-    return Job(shards, source, name=Path(shards.out).name, batch=codec.batch_size or 8, **way)
-
-
-def _through_tokenizer(images: CaptionedOptions, codec: CodecOptions, device: torch.device) -> dict[str, Any]:
-    from flashar_pl.data.encode import ImageEncoder, weights_hash
-    from flashar_pl.data.images import BucketCrop, default_grids
-
+        return _captioned_codes_job(images, codec, shards, device)
+    if images.vocabulary is not None:
+        raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
+    source = captioned_images(images.data, images.images, images.caption_key, images.image_key)
     chosen = [] if images.buckets is None else [parse_grid(text) for text in images.buckets.split(",")]
     model = open_tokenizer(codec, "ibq", device)
     grids = tuple(grid for grid in chosen if grid) or default_grids(images.image_size or 512, model.downsample)
-    return {
-        "prepare": BucketCrop(grids, model.downsample),
-        "encode": ImageEncoder(model, device, 1),
-        "tokenizer": model.config(),
-        "vocabulary": model.vocabulary,
-        "settings": {"weights_hash": weights_hash(model), "grids": grids},
-    }
+    return Job(
+        shards,
+        source,
+        BucketCrop(grids, model.downsample),
+        ImageEncoder(model, device),
+        name=Path(shards.out).name,
+        tokenizer=model.config(),
+        vocabulary=model.vocabulary,
+        batch=codec.batch_size or 8,
+        settings={"weights_hash": weights_hash(model), "grids": grids},
+    )
 
 
-def _codes_as_they_are(images: CaptionedOptions, codec: CodecOptions, device: torch.device) -> dict[str, Any]:
+def _captioned_codes_job(
+    images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device
+) -> Job:
     from flashar_pl.data.code_files import PtCodes
-    from flashar_pl.data.encode import codes_as_they_are
+    from flashar_pl.data.sources import TarSource
+    from flashar_pl.data.tokenise import Job
 
+    if images.image_size or images.buckets:
+        raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
     if codec.weights is None:
-        config, codes = tokenizer_config(codec, "ibq"), images.vocabulary or PUBLISHED_CODES
+        config, vocabulary = tokenizer_config(codec, "ibq"), images.vocabulary or PUBLISHED_CODES
     elif images.vocabulary is not None:
         raise ValueError("give --weights or --vocabulary, not both: the weights say how many codes there are.")
     else:
         model = open_tokenizer(codec, "ibq", device)
-        config, codes = model.config(), model.vocabulary
-    return {
-        "prepare": PtCodes(codes),
-        "encode": codes_as_they_are,
-        "tokenizer": config,
-        "vocabulary": codes,
-        "settings": {"vocabulary": codes},
-    }
+        config, vocabulary = model.config(), model.vocabulary
+    return Job(
+        shards,
+        TarSource(images.data, ("pt",), "txt"),
+        PtCodes(vocabulary),
+        None,
+        name=Path(shards.out).name,
+        tokenizer=config,
+        vocabulary=vocabulary,
+        batch=codec.batch_size or 8,
+        settings={"vocabulary": vocabulary},
+    )
 
 
 def _holds_codes(location: str) -> bool:
@@ -224,11 +226,7 @@ def tokenizer_config(codec: CodecOptions, usual: str) -> dict[str, Any]:
     typed = codec.tokenizer or usual
     if codec.weights is not None:
         return {"kind": typed, "weights": codec.weights}
-    if ":" not in typed:
-        return {"kind": typed}
-    config = parse_tokenizer(typed)
-    assert config is not None
-    return config
+    return (parse_tokenizer(typed) if ":" in typed else None) or {"kind": typed}
 
 
 def open_tokenizer(codec: CodecOptions, usual: str, device: torch.device) -> Tokenizer:

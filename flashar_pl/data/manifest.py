@@ -126,31 +126,28 @@ class Manifest:
         """Read the manifest at `location`: the directory, the file itself, a URL or a `pipe:` command (locations.py).
 
         Raises:
-            ValueError: no manifest there (says what was looked for and what makes it), not JSON, another format
-                version, or a missing or wrong field.
+            ValueError: no manifest there, not JSON, another format version, or a missing or wrong field.
         """
         if is_remote(str(location)):
             root = str(location).removesuffix(f"/{FILE_NAME}")
             return cls.parse(read_bytes(root, FILE_NAME).decode(), root=root, source=f"{FILE_NAME} of {root}")
-        path = Path(location)
-        if path.name != FILE_NAME:
-            path = path / FILE_NAME
-        if not path.is_file() and (inside := sub_manifests(path.parent)):
+        folder = Path(location).parent if Path(location).name == FILE_NAME else Path(location)
+        path = folder / FILE_NAME
+        if path.is_file():
+            return cls.parse(path.read_text(encoding="utf-8"), root=str(folder), source=str(path))
+        if inside := sub_manifests(folder):
             raise ValueError(
-                f"{path.parent} holds a data set for each grid; expected one of them, such as {inside[0].parent}."
+                f"{folder} holds a data set for each grid; expected one of them, such as {inside[0].parent}."
             )
-        if not path.is_file() and any((path.parent / f".{split}").is_dir() for split in SPLITS):
+        if any((folder / f".{split}").is_dir() for split in SPLITS):
             raise ValueError(
-                f"The shards at {path.parent} are unfinished: there is no {FILE_NAME} yet. Give the command that began "
+                f"The shards at {folder} are unfinished: there is no {FILE_NAME} yet. Give the command that began "
                 "them once more; it continues."
             )
-        if not path.is_file():
-            raise ValueError(
-                f"No shards at {path.parent}: looked for {path}. "
-                f"Make them: `flashar tokenize digits --out {path.parent}` writes the embedded digits; for images see "
-                "`flashar tokenize --help`."
-            )
-        return cls.parse(path.read_text(encoding="utf-8"), root=str(path.parent), source=str(path))
+        raise ValueError(
+            f"No shards at {folder}: looked for {path}. Make them: `flashar tokenize digits --out {folder}` writes "
+            "the embedded digits; for images see `flashar tokenize --help`."
+        )
 
     @classmethod
     def parse(cls, text: str, root: str, source: str) -> Manifest:
@@ -164,16 +161,11 @@ class Manifest:
             raise ValueError(f"{source} has format {version!r}; this version of flashar-pl reads format {FORMAT}.")
         try:
             splits = {name: tuple(_shard(s) for s in shards) for name, shards in data["splits"].items()}
+            plain = {name: data[name] for name in ("name", "tokenizer", "vocabulary", "crops")}
+            condition = ConditionSpec(**data["condition"])
+            crop = data.get("evaluation_crop", 0)
             return cls(
-                name=data["name"],
-                tokenizer=data["tokenizer"],
-                grid=tuple(data["grid"]),
-                vocabulary=data["vocabulary"],
-                condition=ConditionSpec(**data["condition"]),
-                crops=data["crops"],
-                splits=splits,
-                evaluation_crop=data.get("evaluation_crop", 0),
-                root=root,
+                grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain
             )
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
@@ -222,10 +214,8 @@ class Manifest:
 
     def fingerprint(self, split: str) -> str:
         """A short hash of the contents of a split: equal for equal shards, wherever they lie."""
-        digest = hashlib.sha256()
-        for shard in self.shards(split):
-            digest.update(f"{shard.samples} {shard.sha256}\n".encode())
-        return digest.hexdigest()[:16]
+        listed = "".join(f"{shard.samples} {shard.sha256}\n" for shard in self.shards(split))
+        return hashlib.sha256(listed.encode()).hexdigest()[:16]
 
 
 def without_path(tokenizer: dict[str, Any]) -> dict[str, Any]:

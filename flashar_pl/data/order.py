@@ -98,8 +98,6 @@ class TrainingOrder:
 
     def batch(self, epoch: int, g: int, rank: int = 0, ranks: int = 1) -> np.ndarray:
         """Sample numbers of a rank's slice of global batch g: (B / R,) int64. Raises ValueError unless R divides B."""
-        assert 0 <= g < len(self), g
-        assert 0 <= rank < ranks, (rank, ranks)
         local = check_cut(self.batch_size, ranks)
         start = g * self.batch_size + rank * local
         return self._slice(epoch, start, start + local)
@@ -137,19 +135,13 @@ class TrainingOrder:
 
 
 class GridOrder:
-    """The order of global batches of several grids: each batch is of one grid.
+    """The order of global batches of one or several grids, which have one batch size.
 
-    Batch g of an epoch is the next batch of a grid drawn at random, so that every grid's batches are spread over the
-    epoch and each grid is read in its own order.
-
-    Args:
-        orders: of the grids, with one batch size.
-        seed: any integer; with the epoch it decides which batch is of which grid.
+    Batch g of an epoch is the next batch of a grid drawn at random by seed and epoch, so that every grid's batches are
+    spread over the epoch and each grid is read in its own order.
     """
 
     def __init__(self, orders: list[TrainingOrder], seed: int) -> None:
-        assert len({order.batch_size for order in orders}) == 1
-        self.batch_size = orders[0].batch_size
         self.settings = orders[0].settings | {"seed": seed}
         self.seed = seed
         self._counts = np.array([len(order) for order in orders])
@@ -197,8 +189,6 @@ class EvaluationOrder:
 
     def batch(self, g: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """A rank's slice of global batch g: sample numbers (B / R,) int64 and valid (B / R,) bool."""
-        assert 0 <= g < len(self), g
-        assert 0 <= rank < ranks, (rank, ranks)
         local = check_cut(self.batch_size, ranks)
         at = g * self.batch_size + rank * local + np.arange(local)
         return self.index[np.minimum(at, len(self.index) - 1)], at < len(self.index)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from flashar_pl.backbones.condition import ClassIds, Condition, Prompts
 from flashar_pl.data.batches import TextEncoder
-from flashar_pl.data.images import Unreadable, centre_crop, fit, open_rgb, ten_crop, with_mirror
+from flashar_pl.data.images import Unreadable, centre_crop, fit, open_rgb, views
 from flashar_pl.data.order import TrainingOrder
 from flashar_pl.data.sources import IMAGE_MEMBERS, Source, class_id
 
@@ -73,8 +73,7 @@ class Prepare:
         if self.crops == 1:
             return fit(image, self.height, self.width), value
         square = torch.from_numpy(centre_crop(image, int(self.height * self.crop_range)))[None]  # (1, 3, S, S)
-        views = ten_crop(square, self.height)[0] if self.crops == 10 else with_mirror(square)[0]  # (K, 3, h, w)
-        return views[crop].numpy(), value
+        return views(square, self.crops, self.height)[0, crop].numpy(), value
 
     def collate(self, rows: list[Row]) -> ImageBatch:
         """Rows as one batch."""
@@ -158,11 +157,11 @@ class ImageRows:
                 tolerance.skip(f"{sample['__url__']}: {sample['__key__']}", error)
 
     def _read(self, sample: dict[str, Any]) -> tuple[bytes, int | str]:
-        member = "txt" if self.prepare.num_classes is None else "cls"
+        classes = self.prepare.num_classes
         data = next((sample[name] for name in IMAGE_MEMBERS if name in sample), None)
-        if data is None or member not in sample:
+        given = sample.get("txt" if classes is None else "cls")
+        if data is None or given is None:
             raise Unreadable("no image or no condition in the record")
-        if member == "txt":
-            return data, sample[member].decode("utf-8", "replace").strip()
-        where = f"{sample['__url__']}: {sample['__key__']}.cls"
-        return data, class_id(sample[member], self.classes, self.prepare.num_classes, where)
+        if classes is None:
+            return data, given.decode("utf-8", "replace").strip()
+        return data, class_id(given, self.classes, classes, f"{sample['__url__']}: {sample['__key__']}.cls")

@@ -12,8 +12,6 @@ from torch import Tensor
 from flashar_pl.tokenizers import PromptTokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT
 
-UNLIMITED = 2**31
-
 
 class PromptEncoder:
     """Caption -> 1-D int64 token ids of the whole prefix: template, caption, image begin, size digits, image token.
@@ -43,16 +41,10 @@ class PromptEncoder:
         return other
 
     def __call__(self, caption: str) -> Tensor:
-        ids = self.text.prompt(caption, max_length=UNLIMITED)
-        if len(ids) > self.max_length:
-            ids = self._cut(caption)
-        return torch.cat([ids, self.header])
-
-    def _cut(self, caption: str) -> Tensor:
-        self.truncated += 1
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             ids = self.text.prompt(caption, max_length=self.max_length, too_long="truncate")
-        if self.truncated == 1:
-            warnings.warn(f"{said[0].message} Other captions that are too long are cut without a word.", stacklevel=3)
-        return ids
+        self.truncated += len(said)
+        if said and self.truncated == 1:
+            warnings.warn(f"{said[0].message} Other captions that are too long are cut without a word.", stacklevel=2)
+        return torch.cat([ids, self.header])

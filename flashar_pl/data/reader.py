@@ -45,18 +45,10 @@ class Samples:
 
 
 class ShardReader:
-    """Random access to the samples of one split.
+    """Random access to the samples of one split, numbered 0 .. len - 1 in the order of the manifest.
 
-    Samples are numbered 0 .. len - 1 in the order of the manifest. Files are opened when first needed, so a reader
-    can be sent to worker processes.
-
-    Args:
-        manifest: of the shards.
-        split: "train", "validation" or "test".
-        cache: directory for copies of remote shards; None = the user's cache directory.
-
-    Raises:
-        ValueError: the split does not exist.
+    Files are opened when first needed, so a reader can be sent to worker processes. `cache` is the directory for copies
+    of remote shards, None the user's cache directory. Raises ValueError if the split does not exist.
     """
 
     def __init__(self, manifest: Manifest, split: str, cache: str | None = None) -> None:
@@ -155,22 +147,19 @@ def read_record(
     for name in ("codes.npy", "ids.npy", *spec.members):
         if name not in members:
             raise ValueError(f"A record of {path} has no {name}, which {manifest.name!r} must have.")
-        found[name] = (
-            _texts(members[name], path) if name == "texts.json" else _array(members[name], f"{name} of {path}")
-        )
+        read = _texts if name == "texts.json" else _array
+        found[name] = read(members[name], f"{name} of {path}")
     m = len(found["ids.npy"]) if samples is None else samples
-    expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
-        "codes.npy": ((m, manifest.crops, *manifest.grid), (code_dtype(manifest.vocabulary).name,)),
-        "ids.npy": ((m,), ("int64",)),
-        "labels.npy": ((m,), ("int64",)),
-        "lengths.npy": ((m,), ("int64",)),
-    }
+    expected: dict[str, tuple[tuple[int, ...], list[str]]] = {}
+    for name in ("ids.npy", "labels.npy", "lengths.npy"):
+        expected[name] = ((m,), ["int64"])
+    expected["codes.npy"] = ((m, manifest.crops, *manifest.grid), [code_dtype(manifest.vocabulary).name])
     if len(found.get("texts.json", range(m))) != m:
         raise ValueError(f"texts.json in {path} does not hold {m} captions. Tokenize the data set again.")
     if spec.kind == "text-features":
         found["stops"] = np.cumsum(found["lengths.npy"])  # (m,)
         assert spec.width is not None
-        expected["features.npy"] = ((int(found["stops"][-1]), spec.width), ("float16", "float32"))
+        expected["features.npy"] = ((int(found["stops"][-1]), spec.width), ["float16", "float32"])
     for name in found.keys() & expected.keys():
         shape, types = expected[name]
         if found[name].shape != shape or found[name].dtype.name not in types:
@@ -218,11 +207,11 @@ def _array(data: bytes | memoryview, what: str) -> np.ndarray:
         ) from error
 
 
-def _texts(raw: bytes | memoryview, path: str) -> list[str]:
+def _texts(data: bytes | memoryview, what: str) -> list[str]:
     try:
-        texts = json.loads(bytes(raw))
+        texts = json.loads(bytes(data))
     except ValueError as error:
-        raise ValueError(f"Damaged texts.json in {path}: {error}. Copy the shard again.") from error
+        raise ValueError(f"Damaged {what}: {error}. Copy the shard again.") from error
     if not isinstance(texts, list):
-        raise ValueError(f"texts.json in {path} is no list of captions. Tokenize the data set again.")
+        raise ValueError(f"{what} is no list of captions. Tokenize the data set again.")
     return texts

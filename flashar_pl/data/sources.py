@@ -11,8 +11,9 @@ import json
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ class Source(ABC):
     """Numbered raw samples with their conditions."""
 
     condition: ConditionSpec
-    skipped: dict[str, int]
+    skipped: Mapping[str, int] = MappingProxyType({})
     """Samples that the source itself leaves out, by reason."""
 
     @abstractmethod
@@ -112,7 +113,6 @@ class ImageFolder(Source):
         self._labels = np.repeat([labels[name] for name in present], counts).astype(np.int32)
         self._paths = Names(paths)
         self.condition = ConditionSpec("class", num_classes=len(self.classes))
-        self.skipped = {}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -151,9 +151,9 @@ class TarSource(Source):
     ) -> None:
         self._tars = find_tars(location)
         self._label = label
-        ids = None if classes is None else {name: i for i, name in enumerate(classes)}
+        ids = None
         if classes is not None:
-            num_classes = len(classes)
+            ids, num_classes = {name: i for i, name in enumerate(classes)}, len(classes)
         names: list[str] = []
         columns = array("q")
         for tar, path in enumerate(self._tars):
@@ -172,12 +172,7 @@ class TarSource(Source):
             raise ValueError(f"The tars at {location} hold no {', '.join(payload)}; the first record is {names[0]!r}.")
         self._names = Names(names)
         self._payload = payload
-        if label == "cls":
-            assert num_classes is not None
-            self.condition = ConditionSpec("class", num_classes=num_classes)
-        else:
-            self.condition = ConditionSpec("text")
-        self.skipped = {}
+        self.condition = ConditionSpec("class", num_classes=num_classes) if label == "cls" else ConditionSpec("text")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -226,15 +221,14 @@ class CaptionList(Source):
         kept = [i for i, item in enumerate(items) if not item.get("input_image")]
         if not kept:
             raise ValueError(f"Every item of {path} edits an input image; expected text-to-image pairs.")
-        captions, paths = [], []
-        for i in kept:
-            captions.append(_field(items[i], caption_key, i, path))
-            paths.append(_field(items[i], image_key, i, path))
+        captions = [_field(items[i], caption_key, i, path) for i in kept]
         for placeholder in PLACEHOLDERS:
             captions = [caption.replace(placeholder, "") for caption in captions]
-        self._captions, self._paths = Names(caption.strip() for caption in captions), Names(paths)
+        self._captions = Names(caption.strip() for caption in captions)
+        self._paths = Names(_field(items[i], image_key, i, path) for i in kept)
         self.condition = ConditionSpec("text")
-        self.skipped = {"edits an input image": len(items) - len(kept)} if len(kept) < len(items) else {}
+        if len(kept) < len(items):
+            self.skipped = {"edits an input image": len(items) - len(kept)}
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -256,7 +250,6 @@ def class_images(images: str, classes: str | None, num_classes: int | None, usua
         images: the folder, or tars as `find_tars` takes them.
         classes: file of class names.
         num_classes: of tars with class ids, as typed; None = `usual`.
-        usual: see there.
 
     Raises:
         ValueError: both tars and folders, or options that do not go with what is there.
@@ -343,9 +336,8 @@ def class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int | None, wh
 
 
 def _pick(item: dict[str, Any], keys: tuple[str, ...], what: str, path: str) -> str:
-    for key in keys:
-        if key in item:
-            return key
+    if there := [key for key in keys if key in item]:
+        return there[0]
     raise ValueError(
         f"The first item of {path} has the fields {', '.join(item)}, none of which is known to hold the {what} "
         f"({', '.join(keys)}). Add --{what}-key NAME."

@@ -203,29 +203,18 @@ CodeRow = tuple[dict[str, Any], int, int]
 """Members of a record, row in it, crop."""
 
 
-@dataclass(frozen=True)
-class CodeRows:
+def code_rows(manifest: Manifest, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[CodeRow]:
     """Records of code shards -> rows."""
-
-    manifest: Manifest
-
-    def __call__(self, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[CodeRow]:
-        for sample in samples:
-            record = read_record(self.manifest, sample, f"{sample['__url__']}: {sample['__key__']}")
-            check_codes(record["codes.npy"], self.manifest, sample["__url__"])
-            for row in range(len(record["ids.npy"])):
-                yield record, row, rng.randrange(self.manifest.crops)
+    for sample in samples:
+        record = read_record(manifest, sample, f"{sample['__url__']}: {sample['__key__']}")
+        check_codes(record["codes.npy"], manifest, sample["__url__"])
+        for row in range(len(record["ids.npy"])):
+            yield record, row, rng.randrange(manifest.crops)
 
 
-@dataclass(frozen=True)
-class CollateCodes:
-    """Rows of `CodeRows` -> a `Batch`."""
-
-    manifest: Manifest
-    text_encoder: TextEncoder | None
-
-    def __call__(self, rows: list[CodeRow]) -> Batch:
-        codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (b, H, W)
-        pairs = [(record, row) for record, row, _ in rows]
-        ids = np.array([record["ids.npy"][row] for record, row in pairs])
-        return to_batch(Samples(codes, ids, **columns(self.manifest.condition, pairs)), text_encoder=self.text_encoder)
+def collate_codes(manifest: Manifest, text_encoder: TextEncoder | None, rows: list[CodeRow]) -> Batch:
+    """Rows of `code_rows` -> a `Batch`."""
+    codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (b, H, W)
+    pairs = [(record, row) for record, row, _ in rows]
+    ids = np.array([record["ids.npy"][row] for record, row in pairs])
+    return to_batch(Samples(codes, ids, **columns(manifest.condition, pairs)), text_encoder=text_encoder)

@@ -29,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashar_pl.console import progress_bar
 from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
 from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
@@ -54,8 +53,8 @@ class Job:
     source: Source
     prepare: Callable[[bytes], np.ndarray]
     """Bytes of a sample -> array whose last two axes tell its grid; runs in worker processes."""
-    encode: Callable[[np.ndarray], np.ndarray]
-    """Equal-sized arrays (n, ...) -> codes (n, K, H, W)."""
+    encode: Callable[[np.ndarray], np.ndarray] | None
+    """Equal-sized arrays (n, ...) -> codes (n, K, H, W); None = they are codes already."""
     name: str
     """Of the data set."""
     tokenizer: dict[str, Any]
@@ -84,6 +83,12 @@ class Job:
         """Numbers of the samples of a part."""
         size = self.shards.shard_images
         return self.order[part * size : (part + 1) * size]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its manifests say."""
+        names = ("name", "tokenizer", "vocabulary", "crops", "evaluation_crop")
+        return {name: getattr(self, name) for name in names} | {"condition": self.source.condition}
 
     def identity(self) -> dict[str, Any]:
         """What a restart must agree on, as JSON gives it back."""
@@ -173,13 +178,9 @@ def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
             f"{present.root} has a {job.split} split already; nothing was written. Remove it, or choose another --out "
             "or --split."
         )
-    grid = present.grid if job.grid is None else job.grid
-    own = replace(
-        present, tokenizer=job.tokenizer, vocabulary=job.vocabulary, crops=job.crops, grid=grid,
-        condition=job.source.condition, evaluation_crop=0,
-    )  # fmt: skip
+    own = replace(present, **job.facts, grid=job.grid or present.grid)
     there = present.shared | {"grid": present.grid}
-    for name, value in (own.shared | {"grid": grid}).items():
+    for name, value in (own.shared | {"grid": own.grid}).items():
         if there[name] != value:
             raise ValueError(
                 f"{present.root} has {name} {there[name]}, this job makes {value}; both splits must agree. "
@@ -211,18 +212,13 @@ def _bad_samples(job: Job, part: int) -> list[dict[str, Any]]:
 
 def _run_parts(job: Job, rank: Rank, finished: dict[int, int]) -> None:
     """Tokenise what is left of this rank's parts."""
-    mine = rank.share(job.parts)
-    left = [part for part in mine if part not in finished]
+    left = [part for part in rank.share(job.parts) if part not in finished]
     bad = sum(finished.values())
-    total, todo = (sum(len(job.samples(part)) for part in parts) for parts in (mine, left))
-    items = Items(job.source, job.prepare).each([job.samples(part) for part in left], job.shards.workers)
-    if rank.rank > 0:
+    numbers = [job.samples(part) for part in left]
+    items = Items(job.source, job.prepare).each(numbers, job.shards.workers)
+    with rank.progress(sum(map(len, numbers)), "images") as advance:
         for part in left:
-            bad += _write_part(job, part, items, lambda n: None, bad)
-        return
-    with progress_bar(total, "images" if rank.world == 1 else f"images of rank 1 of {rank.world}", total - todo) as bar:
-        for part in left:
-            bad += _write_part(job, part, items, bar, bad)
+            bad += _write_part(job, part, items, advance, bad)
 
 
 def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[int], Any], bad_before: int) -> int:
@@ -233,10 +229,14 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
 
     def flush(shape: tuple[int, ...], place: Path) -> None:
         group = waiting.pop(shape)
-        codes = job.encode(np.stack([item.array for item in group if item.array is not None]))  # (n, K, H, W)
+        codes = np.stack([item.array for item in group if item.array is not None])
+        codes = codes if job.encode is None else job.encode(codes)  # (n, K, H, W)
         grid = (int(codes.shape[-2]), int(codes.shape[-1]))
         if grid not in writers:
-            writers[grid] = _writer(job, place, grid, part)
+            writers[grid] = ShardWriter(
+                place / f"{grid[0]}x{grid[1]}", grid=grid, block=job.shards.block, first_shard=part,
+                shard_blocks=-(-job.shards.shard_images // job.shards.block), **job.facts,
+            )  # fmt: skip
         key = "labels" if job.source.condition.kind == "class" else "texts"
         condition: Any = {key: [item.condition for item in group]}
         writers[grid].write(job.split, codes, ids=[item.index for item in group], **condition)
@@ -262,22 +262,6 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
             writer.close()
         write_json(place / "part.json", {"samples": len(job.samples(part)), "bad": bad})
     return len(bad)
-
-
-def _writer(job: Job, place: Path, grid: tuple[int, int], part: int) -> ShardWriter:
-    return ShardWriter(
-        place / f"{grid[0]}x{grid[1]}",
-        name=job.name,
-        tokenizer=job.tokenizer,
-        grid=grid,
-        vocabulary=job.vocabulary,
-        condition=job.source.condition,
-        crops=job.crops,
-        block=job.shards.block,
-        shard_blocks=-(-job.shards.shard_images // job.shards.block),
-        first_shard=part,
-        evaluation_crop=job.evaluation_crop,
-    )
 
 
 def _check_share(job: Job, bad: int, examples: list[dict[str, Any]]) -> None:
@@ -318,8 +302,8 @@ def _merge(job: Job) -> dict[str, Any]:
     assert job.grid is None or len(pieces) == 1, list(pieces)
     grids = {}
     for name, group in sorted(pieces.items()):
-        manifest = _merge_grid(job, job.out / name if job.grid is None else job.out, group)
-        grids[name] = manifest.samples(job.split)
+        grids[name] = sum(manifest.samples(job.split) for manifest in group)
+        _merge_grid(job, job.out / name if job.grid is None else job.out, group)
     bad.sort(key=lambda entry: entry["id"])
     if bad:
         lines = "".join(f"{entry['id']}\t{entry['where']}\t{entry['reason']}\n" for entry in bad)
@@ -329,7 +313,7 @@ def _merge(job: Job) -> dict[str, Any]:
         "samples": len(job.source),
         "written": written,
         "unreadable": len(bad),
-        "left_out": job.source.skipped,
+        "left_out": dict(job.source.skipped),
         "grids": grids,
         "settings": job.identity(),
     }
@@ -338,7 +322,7 @@ def _merge(job: Job) -> dict[str, Any]:
     return report
 
 
-def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> Manifest:
+def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> None:
     """Move the tars of one grid to `target` and write its manifest, keeping other splits that are there."""
     target.mkdir(parents=True, exist_ok=True)
     shards = tuple(shard for manifest in group for shard in manifest.shards(job.split))
@@ -353,5 +337,4 @@ def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> Manifest:
         _check_addition(job, present, overwrite=True)
         splits = present.splits | splits
     splits = {split: splits[split] for split in SPLITS if split in splits}
-    replace(group[0], splits=splits, evaluation_crop=job.evaluation_crop).save(target)
-    return Manifest.load(target)
+    replace(group[0], splits=splits).save(target)

@@ -34,9 +34,7 @@ def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verifi
     """Check every byte of a set of shards: sizes, hashes, the members of each tar, shapes and types, code range,
     label range, ids unique within a split.
 
-    Args:
-        location: of the manifest, as `Manifest.load` takes it.
-        cache: directory for copies of remote shards; None = the user's cache directory.
+    location and cache are those of `Manifest.load` and `ShardReader`.
 
     Raises:
         ValueError: no manifest, or a list of everything that is wrong.

@@ -17,7 +17,7 @@ from flashar_pl.data.images import (
     nearest_grid,
     open_rgb,
     ten_crop,
-    with_mirror,
+    views,
 )
 
 
@@ -66,8 +66,8 @@ def test_ten_crops_in_the_published_order():
 
 def test_image_and_mirror():
     images = torch.arange(12).reshape(1, 3, 2, 2)
-    assert torch.equal(with_mirror(images)[0, 0], images[0])
-    assert torch.equal(with_mirror(images)[0, 1], images[0].flip(-1))
+    assert torch.equal(views(images, 2, 2)[0, 0], images[0])
+    assert torch.equal(views(images, 2, 2)[0, 1], images[0].flip(-1))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
