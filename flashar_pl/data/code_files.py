@@ -19,12 +19,7 @@ from flashar_pl.files import read_arrays, read_torch
 
 
 class NpyFolders(Source):
-    """LlamaGen's layout: CODES/{i}.npy holds the codes of image i, LABELS/{i}.npy its class id.
-
-    Args:
-        codes: folder of the code files, int64 (1, K, N) each.
-        labels: folder of the label files, int64 (1,) each.
-        num_classes: number of classes.
+    """LlamaGen's layout: CODES/{i}.npy holds the codes of image i, int64 (1, K, N), LABELS/{i}.npy its class id, (1,).
 
     Raises:
         ValueError: no such files, or the numbers are not 0 .. n - 1 in both folders.
@@ -56,11 +51,7 @@ class NpyFolders(Source):
         return Names([str(self._n)]).digest()
 
     def layout(self, grid: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
-        """(K, (H, W)) from the first file; grid None = a square.
-
-        Raises:
-            ValueError: the first file is damaged, or its codes do not fill the grid.
-        """
+        """(K, (H, W)) from the first file; grid None = a square. Raises ValueError unless its codes fill the grid."""
         try:
             array = _load_npy(read_file(self.where(0)))
         except Unreadable as error:

@@ -34,10 +34,9 @@ class Unreadable(Exception):
 
 
 def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB image. Orientation tags are not applied and an alpha channel is dropped, as in torchvision.
+    """A decoded RGB image; no orientation tag is applied and an alpha channel dropped, as in torchvision.
 
-    Raises:
-        Unreadable: not an image, truncated or damaged.
+    Raises `Unreadable`: not an image, truncated or damaged.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -48,12 +47,10 @@ def open_rgb(data: bytes) -> Image.Image:
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre square of an RGB image, resized as in the evaluation of ADM and in LlamaGen's code extraction.
+    """The centre square (3, size, size) uint8 of an RGB image, as in ADM's evaluation and LlamaGen's code extraction.
 
     The image is halved with a box filter while its shorter side is at least twice `size`, then resized bicubically
-    so that the shorter side is `size`, then the centre is cut out.
-
-    Source: Dhariwal and Nichol 2021 (ADM), data preparation. Returns (3, size, size) uint8.
+    so that the shorter side is `size`, then the centre is cut out (Dhariwal and Nichol 2021, data preparation).
     """
     width, height = image.size
     while min(width, height) >= 2 * size:
@@ -72,19 +69,11 @@ def to_array(image: Image.Image) -> np.ndarray:
 
 
 def ten_crop(images: Tensor, size: int) -> Tensor:
-    """Ten crops of each square image, in torchvision's order.
+    """Ten crops of side `size` of each square image (n, 3, S, S): (n, 10, 3, s, s), in torchvision's order.
 
     Top left, top right, bottom left, bottom right, centre; then the same five places of the mirror image.
-
-    Args:
-        images: (n, 3, S, S) with S >= size.
-        size: side s of a crop.
-
-    Returns:
-        (n, 10, 3, s, s) of the same type.
     """
     far = images.shape[-1] - size
-    assert far >= 0, (images.shape, size)
     middle = round(far / 2)  # halves to even, as in torchvision
     places = ((0, 0), (0, far), (far, 0), (far, far), (middle, middle))
     crops = [
@@ -136,10 +125,7 @@ def nearest_grid(ratio: float, grids: tuple[tuple[int, int], ...]) -> tuple[int,
 
 
 def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """The largest centred part of an RGB image with the wanted aspect ratio, resized bicubically in one step.
-
-    Returns (3, height, width) uint8.
-    """
+    """The largest centred part of an RGB image with this aspect ratio, resized bicubically: (3, h, w) uint8."""
     scale = min(image.width / width, image.height / height)
     part_width, part_height = width * scale, height * scale
     left, top = (image.width - part_width) / 2, (image.height - part_height) / 2
@@ -149,12 +135,9 @@ def fit(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def default_grids(image_size: int, downsample: int) -> tuple[tuple[int, int], ...]:
-    """One grid (H, W) for each of `RATIOS`, none with more codes than a square image of `image_size` pixels.
+    """A grid (H, W) for each of `RATIOS`, none with more codes than a square image of `image_size` pixels.
 
-    Portrait and landscape grids mirror each other; equal ones are listed once.
-
-    Raises:
-        ValueError: `image_size` is no multiple of `downsample`.
+    Raises ValueError unless `image_size` is a multiple of `downsample`.
     """
     if image_size < downsample or image_size % downsample:
         raise ValueError(f"image size {image_size}: expected a multiple of {downsample} (pixels of one code).")

@@ -54,16 +54,9 @@ def read_bytes(location: str, path: str) -> bytes:
 
 
 def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
-    """The local copy of a remote file; processes of one machine that want the same file wait for one another.
+    """The copy in `cache` of a remote file; processes of one machine that want the same file wait for one another.
 
-    Args:
-        location: URL or `pipe:` command.
-        path: of the file below it.
-        sha256: of its contents; the copy is named after it.
-        cache: directory of the copies.
-
-    Raises:
-        ValueError: the file cannot be read, or has another hash.
+    The copy is named after its hash. Raises ValueError if the file cannot be read, or has another hash.
     """
     target = cache / f"{sha256}{Path(path).suffix}"
     if target.exists():

@@ -260,16 +260,9 @@ def load_grids(location: str) -> list[Manifest]:
 def check_matches(
     manifest: Manifest, vocabulary: int, takes: Conditioning, grid: tuple[int, int] | None = None
 ) -> None:
-    """Check that a model can train on, or be scored on, these shards.
+    """Raises ValueError unless a model of V = `vocabulary` codes can train on, or be scored on, these shards.
 
-    Args:
-        manifest: of the shards.
-        vocabulary: number of codes V the model scores.
-        takes: what it is conditioned on.
-        grid: (H, W) the run is set up for; None = any, a model has no grid of its own.
-
-    Raises:
-        ValueError: the first mismatch: what the shards have and what the model expects.
+    grid: (H, W) the run is set up for; None = any, a model has no grid of its own.
     """
     where = f"The shards of {manifest.name!r} at {manifest.root or '.'}"
     spec = manifest.condition

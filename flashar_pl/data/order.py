@@ -64,11 +64,10 @@ class TrainingOrder:
     Args:
         block_sizes: (M,) samples of each block, in the order of the manifest.
         batch_size: global batch B, over all ranks.
-        seed: any integer; the order of every epoch follows from it.
+        seed: any integer.
         window: blocks whose samples are shuffled together.
 
-    Raises:
-        ValueError: fewer samples than one batch, or a size below 1.
+    Raises ValueError for fewer samples than one batch, or a size below 1.
     """
 
     def __init__(self, block_sizes: np.ndarray, batch_size: int, seed: int, window: int) -> None:
@@ -164,15 +163,9 @@ class GridOrder:
 
 
 class EvaluationOrder:
-    """Every sample once, in the order of the manifest; the last batch is filled up with samples marked invalid.
+    """Every sample once, in the order of the manifest; the last global batch is filled up with samples marked invalid.
 
-    Args:
-        samples: of the split, N.
-        batch_size: global batch B, over all ranks.
-        limit: use only this many samples, spread evenly over the split; None = all.
-
-    Raises:
-        ValueError: a size below 1.
+    limit: use only this many samples, spread evenly over the split; None = all. Raises ValueError for a size below 1.
     """
 
     def __init__(self, samples: int, batch_size: int, limit: int | None = None) -> None:

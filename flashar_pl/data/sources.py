@@ -75,14 +75,10 @@ class Names:
 
 
 class ImageFolder(Source):
-    """Images in one sub-folder for each class.
+    """Images in one sub-folder for each class; `classes` names them in the order of their ids.
 
-    Order and class ids are those of torchvision's ImageFolder: classes sorted by name, within a class the folders
+    Otherwise order and ids are those of torchvision's ImageFolder: classes sorted by name, within a class the folders
     and the files sorted by name. Sub-folders of a class folder belong to the class.
-
-    Args:
-        root: the folder.
-        classes: names of the class folders in the order of their ids; None = every folder, sorted by name.
 
     Raises:
         ValueError: no class folders, no images, or a folder that `classes` does not list.
@@ -100,17 +96,15 @@ class ImageFolder(Source):
         if unknown := [name for name in folders if name not in labels]:
             raise ValueError(f"{root} has folders that the list of classes lacks: {', '.join(unknown[:5])}.")
         paths: list[str] = []
-        counts: list[int] = []
-        present = [name for name in self.classes if name in folders]
-        for name in present:
-            before = len(paths)
+        ids = array("i")
+        for name in (name for name in self.classes if name in folders):
             for folder, _, files in sorted(os.walk(self.root / name, followlinks=True)):
                 relative = os.path.relpath(folder, self.root)
                 paths += [f"{relative}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-            counts.append(len(paths) - before)
+            ids.extend([labels[name]] * (len(paths) - len(ids)))
         if not paths:
             raise ValueError(f"{root} has no images in its class folders (looked for {', '.join(EXTENSIONS)}).")
-        self._labels = np.repeat([labels[name] for name in present], counts).astype(np.int32)
+        self._labels = np.array(ids, dtype=np.int32)
         self._paths = Names(paths)
         self.condition = ConditionSpec("class", num_classes=len(self.classes))
 
@@ -134,8 +128,7 @@ class TarSource(Source):
         location: as `find_tars` takes it.
         payload: extensions of the member that holds the sample, such as ("jpg", "jpeg", "png").
         label: extension of the member that holds the condition: "cls" (class id or class name) or "txt" (caption).
-        classes: for "cls", class names in the order of their ids; None = the members hold ids.
-        num_classes: for "cls", number of classes; None = that of `classes`.
+        classes: for "cls", class names in the order of their ids; None = the members hold ids below `num_classes`.
 
     Raises:
         ValueError: no tars, a damaged tar, a class that is no id below `num_classes` or not among `classes`.
@@ -201,10 +194,8 @@ class TarSource(Source):
 class CaptionList(Source):
     """A JSON list or JSONL file of {caption, path of the image}, as in ShareGPT-4o-Image (input_prompt, output_image).
 
-    Args:
-        path: a .json file with a list of objects, or a .jsonl file with one object on each line.
-        images: folder that the paths start from; None = that of the list.
-        caption_key, image_key: names of the fields; None = the first of the known names that the first item has.
+    The paths start from the folder `images`, or from that of the list. The fields are `caption_key` and `image_key`, or
+    the first of the known names that the first item has.
 
     Raises:
         ValueError: not such a list, or an item without the fields (its number is named).
@@ -246,10 +237,7 @@ class CaptionList(Source):
 def class_images(images: str, classes: str | None, num_classes: int | None, usual: int | None = None) -> Source:
     """An image folder if `images` is a folder with sub-folders, else tars of jpg + cls.
 
-    Args:
-        images: the folder, or tars as `find_tars` takes them.
-        classes: file of class names.
-        num_classes: of tars with class ids, as typed; None = `usual`.
+    classes: file of class names; num_classes: of tars with class ids, as typed, else it is `usual`.
 
     Raises:
         ValueError: both tars and folders, or options that do not go with what is there.

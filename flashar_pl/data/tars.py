@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,34 +45,23 @@ def find_tars(location: str) -> list[Path]:
 def tar_records(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The records of a WebDataset tar: (key, {extension in lower case: (offset, bytes)}).
 
-    A record is a run of members whose names agree up to the first dot of the file name.
-
-    Raises:
-        ValueError: not an uncompressed tar, truncated, or damaged in the middle.
+    A record is a run of members whose names agree up to the first dot of the file name. Raises ValueError for a tar
+    that is compressed, truncated, or damaged in the middle.
     """
-    key = ""
-    members: dict[str, tuple[int, int]] = {}
-    for name, offset, size in _files(path):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        found = f"{folder}/{stem}" if folder else stem
-        if found != key and members:
-            yield key, members
-            members = {}
-        key = found
-        members[extension.lower()] = (offset, size)
-    if members:
-        yield key, members
+    for key, group in groupby(_files(path), key=lambda file: file[0]):
+        yield key, {extension: place for _, extension, place in group}
 
 
-def _files(path: Path) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, bytes) of the regular files of a tar."""
+def _files(path: Path) -> Iterator[tuple[str, str, tuple[int, int]]]:
+    """(key, extension, (offset, bytes)) of the regular files of a tar."""
     advice = "Copy or download it again."
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
                 if info.isreg():
-                    yield info.name, info.offset_data, info.size
+                    folder, slash, base = info.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    yield folder + slash + stem, extension.lower(), (info.offset_data, info.size)
                 tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
             end = tar.offset  # type: ignore[attr-defined]
     except tarfile.TarError as error:

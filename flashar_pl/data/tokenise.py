@@ -109,9 +109,7 @@ class Job:
 def tokenise(build: Callable[[torch.device], Job], rank: Rank) -> dict[str, Any] | None:
     """Tokenise this rank's parts, starting where an earlier run stopped. Returns the report on the first rank.
 
-    Args:
-        build: the job on this rank's device; the same on every rank.
-        rank: this process's place.
+    build: the job on this rank's device, the same on every rank.
 
     Raises:
         ValueError: an earlier run had other settings; the shards at `out` do not go with these; more unreadable
@@ -136,11 +134,7 @@ def manifests(out: Path) -> list[Path]:
 
 
 def _begin(job: Job) -> dict[str, Any] | None:
-    """Make the working directory, or find the one of an earlier run. Returns the report if all is done already.
-
-    Raises:
-        ValueError: `out` holds something else, or an earlier run of this split had other settings.
-    """
+    """Make the working directory, or find the one of an earlier run. Returns the report if all is done already."""
     if job.report.exists():
         report = read_json(job.report)
         _compare(job, report["settings"], "is complete, but was made")

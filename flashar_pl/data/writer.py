@@ -45,8 +45,7 @@ class ShardWriter:
         facts: name, tokenizer, grid, vocabulary, condition and, where they differ from the defaults, crops and
             evaluation_crop of the `Manifest`.
 
-    Raises:
-        ValueError: `out` exists, a size is not a positive integer, or there is no such crop.
+    Raises ValueError where `out` exists or the manifest is wrong.
     """
 
     def __init__(
@@ -89,9 +88,7 @@ class ShardWriter:
             texts: n captions, for "text".
             features: n arrays (T_i, C) of floats, 1 <= T_i <= length, for "text-features".
 
-        Raises:
-            ValueError: a wrong shape or type, a code outside the vocabulary, a label out of range, or a condition of
-                another kind. Nothing of the call is written then.
+        Raises ValueError for a wrong shape, type, code, label or kind of condition; then nothing of it is written.
         """
         codes = self._checked_codes(np.asarray(codes))  # (n, K, H, W)
         n = len(codes)
