@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from flashar_pl.data.manifest import ConditionSpec, Manifest, Record, code_dtype
+from flashar_pl.data.manifest import Manifest, Record, code_dtype
 from flashar_pl.files import BROKEN, reason
 
 OPEN_SHARDS = 128
 """Shards a reader keeps mapped; each holds one file descriptor."""
 KNOWN_RECORDS = 8192
 """Records whose headers a reader remembers."""
+Row = tuple[dict[str, Any], int, int]
+"""Members of a record as `read_record` gives them, number of a sample in it, crop."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,14 @@ class ShardReader:
         Raises:
             ValueError: a shard is missing, truncated or damaged, or holds a code outside the vocabulary.
         """
-        manifest, n = self.manifest, len(positions)
         blocks = np.searchsorted(self._starts, positions, side="right") - 1  # (n,)
-        rows = (positions - self._starts[blocks]).tolist()
-        chosen = [manifest.evaluation_crop] * n if crops is None else crops.tolist()
-        codes = np.empty((n, *manifest.grid), dtype=np.int64)  # (n, H, W)
-        ids = np.empty(n, dtype=np.int64)
+        numbers = positions - self._starts[blocks]  # (n,)
+        chosen = np.full(len(positions), self.manifest.evaluation_crop) if crops is None else crops
         records = [self._record(block) for block in blocks.tolist()]
-        for i, (record, row, crop) in enumerate(zip(records, rows, chosen, strict=True)):
-            codes[i] = record["codes.npy"][row, crop]
-            ids[i] = record["ids.npy"][row]
-        if n:
-            worst = int(codes.reshape(n, -1).max(axis=1).argmax())
-            check_codes(codes[worst], manifest, self._path(int(blocks[worst])))
-        return Samples(codes, ids, **columns(manifest.condition, list(zip(records, rows, strict=True))))
+        samples = gather(self.manifest, list(zip(records, numbers.tolist(), chosen.tolist(), strict=True)))
+        worst = int(samples.codes.max(axis=(1, 2)).argmax())
+        check_codes(samples.codes[worst], self.manifest, self._path(int(blocks[worst])))
+        return samples
 
     def _path(self, block: int) -> str:
         return self.manifest.local_path(self._records[block][0], self.cache)
@@ -170,22 +166,25 @@ def read_record(
     return found
 
 
-def columns(spec: ConditionSpec, pairs: list[tuple[dict[str, Any], int]]) -> dict[str, Any]:
-    """The conditions of some samples, each (members of its record, row), as fields of `Samples`."""
+def gather(manifest: Manifest, rows: list[Row]) -> Samples:
+    """Rows of any records, in that order."""
+    codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (n, H, W)
+    ids = np.array([record["ids.npy"][row] for record, row, _ in rows])
+    spec = manifest.condition
     if spec.kind == "class":
-        return {"labels": np.array([record["labels.npy"][row] for record, row in pairs], dtype=np.int64)}
+        return Samples(codes, ids, labels=np.array([record["labels.npy"][row] for record, row, _ in rows]))
     if spec.kind == "text":
-        return {"texts": [record["texts.json"][row] for record, row in pairs]}
+        return Samples(codes, ids, texts=[record["texts.json"][row] for record, row, _ in rows])
     assert spec.length is not None
     assert spec.width is not None
-    features = np.zeros((len(pairs), spec.length, spec.width), dtype=np.float32)  # (n, T, C)
-    mask = np.zeros((len(pairs), spec.length), dtype=bool)  # (n, T)
-    for i, (record, row) in enumerate(pairs):
+    features = np.zeros((len(rows), spec.length, spec.width), dtype=np.float32)  # (n, T, C)
+    mask = np.zeros((len(rows), spec.length), dtype=bool)  # (n, T)
+    for i, (record, row, _) in enumerate(rows):
         stop = int(record["stops"][row])
         length = int(record["lengths.npy"][row])
         features[i, spec.length - length :] = record["features.npy"][stop - length : stop]
         mask[i, spec.length - length :] = True
-    return {"features": features, "mask": mask}
+    return Samples(codes, ids, features=features, mask=mask)
 
 
 def _array(data: bytes | memoryview, what: str) -> np.ndarray:

@@ -21,7 +21,6 @@ from itertools import islice
 from typing import Any
 
 import fsspec
-import numpy as np
 import torch
 import webdataset
 from braceexpand import braceexpand
@@ -32,7 +31,7 @@ from flashar_pl.data.batches import TextEncoder, to_batch
 from flashar_pl.data.locations import address, is_remote
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import stream
-from flashar_pl.data.reader import Samples, check_codes, columns, read_record
+from flashar_pl.data.reader import Row, check_codes, gather, read_record
 from flashar_pl.data.tars import find_tars
 
 Rows = Callable[[Iterator[dict[str, Any]], random.Random], Iterator[Any]]
@@ -199,11 +198,7 @@ class StreamedLoader:
             )
 
 
-CodeRow = tuple[dict[str, Any], int, int]
-"""Members of a record, row in it, crop."""
-
-
-def code_rows(manifest: Manifest, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[CodeRow]:
+def code_rows(manifest: Manifest, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[Row]:
     """Records of code shards -> rows."""
     for sample in samples:
         record = read_record(manifest, sample, f"{sample['__url__']}: {sample['__key__']}")
@@ -212,9 +207,6 @@ def code_rows(manifest: Manifest, samples: Iterator[dict[str, Any]], rng: random
             yield record, row, rng.randrange(manifest.crops)
 
 
-def collate_codes(manifest: Manifest, text_encoder: TextEncoder | None, rows: list[CodeRow]) -> Batch:
+def collate_codes(manifest: Manifest, text_encoder: TextEncoder | None, rows: list[Row]) -> Batch:
     """Rows of `code_rows` -> a `Batch`."""
-    codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (b, H, W)
-    pairs = [(record, row) for record, row, _ in rows]
-    ids = np.array([record["ids.npy"][row] for record, row in pairs])
-    return to_batch(Samples(codes, ids, **columns(manifest.condition, pairs)), text_encoder=text_encoder)
+    return to_batch(gather(manifest, rows), text_encoder=text_encoder)
