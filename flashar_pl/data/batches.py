@@ -10,6 +10,7 @@ Shapes: b samples of a rank's slice of a global batch, H x W grid, T text length
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -138,19 +139,26 @@ class EvaluationBatches(Dataset):
 def training_batches(
     manifests: list[Manifest], batch_size: int, seed: int, window: int, cut: Cut = Cut(), reshuffle: bool = True
 ) -> TrainingBatches:
-    """Training batches of one or several grids. Grids with fewer samples than one batch are left out.
+    """Training batches of one or several grids. Grids with fewer samples than one batch are left out, with a warning.
 
     Raises:
         ValueError: no grid has a whole batch, or there is no training split.
     """
-    grids, offset = [], 0
-    whole = [manifest.samples("train") >= batch_size for manifest in manifests]
-    for manifest, used in zip(manifests, whole, strict=True):
-        if used or not any(whole):  # then the order says what is missing
+    grids: list[Grid[TrainingOrder]] = []
+    offset = 0
+    for manifest in manifests:
+        samples = manifest.samples("train")
+        if samples >= batch_size or not grids:  # the first has most samples; where they are too few, the order says so
             own_seed = seed if len(manifests) == 1 else stream(seed, *manifest.grid)
             order = TrainingOrder(manifest.block_sizes("train"), batch_size, own_seed, window)
             grids.append(Grid(ShardReader(manifest, "train", cut.cache), order, cut.encoder(manifest), offset))
-        offset += manifest.samples("train")
+        elif samples and cut.rank == 0:
+            warnings.warn(
+                f"{manifest.root} has {samples} training samples, fewer than one batch of {batch_size}: they are left "
+                "out.",
+                stacklevel=2,
+            )
+        offset += samples
     return TrainingBatches(grids, GridOrder([grid.order for grid in grids], seed), cut.rank, cut.ranks, reshuffle)
 
 

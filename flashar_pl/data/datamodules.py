@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
@@ -151,14 +150,7 @@ class CodesDataModule(LightningDataModule):
 
     def _exact(self, cut: Cut) -> TrainingBatches | ImageBatches:
         """Training batches in our order."""
-        batches = training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
-        for manifest in self.manifests if len(self.manifests) > 1 else ():
-            if 0 < manifest.samples("train") < self.batch_size:
-                rank_zero_warn(
-                    f"{manifest.root} has {manifest.samples('train')} training samples, fewer than one batch of "
-                    f"{self.batch_size}: they are left out."
-                )
-        return batches
+        return training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
 
     def _streamed(self, cut: Cut) -> Stream:
         """Training batches of webdataset's pipeline."""

@@ -3,14 +3,13 @@
 import gc
 import json
 import multiprocessing
-import pickle
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
+from toy_shards import GRID, VOCABULARY, in_pieces, sample_codes, write_classes
 
 from flashar_pl.backbones.condition import Batch, TextFeatures
 from flashar_pl.data.batches import Cut, EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
@@ -77,23 +76,8 @@ def test_resume_on_other_ranks_and_workers_is_exact(toy: Manifest, stops: tuple[
     """2 ranks x 2 workers -> 1 x 0 -> 2 x 1, stopped in the middle of epochs, equals the uninterrupted run."""
     plain = TrainingLoader(training(toy))
     expected = [batch for _ in range(3) for batch in epoch_rows(plain)]
-    seen, state = [], None
-    for count, (ranks, workers) in zip(stops, [(2, 2), (1, 0), (2, 1)], strict=True):
-        loaders = [TrainingLoader(training(toy, rank, ranks), workers) for rank in range(ranks)]
-        for loader in loaders:
-            if state is not None:
-                loader.load_state_dict(state)
-        taken: list[list] = [[] for _ in loaders]
-        for part, loader in zip(taken, loaders, strict=True):
-            while len(part) < count:
-                for batch in loader:
-                    part.append(rows(batch))
-                    if len(part) == count:
-                        break
-        seen += [[row for part in parts for row in part] for parts in zip(*taken, strict=True)]
-        states = [loader.state_dict() for loader in loaders]
-        assert all(s == states[0] for s in states), "the state is the same on every rank"
-        state = pickle.loads(pickle.dumps(states[0]))
+    pieces = zip(stops, (2, 1, 2), (2, 0, 1), strict=True)
+    seen = in_pieces(lambda rank, ranks: training(toy, rank, ranks), rows, pieces)
     assert seen == expected[: sum(stops)]
 
 

@@ -1,6 +1,5 @@
 """Several grids as one data set: one grid in a batch, and the order, resume and ranks of a single grid."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_shards import in_pieces
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import Cut, evaluation_batches, training_batches
@@ -92,22 +92,7 @@ def test_resume_on_other_ranks_and_workers_is_exact(place) -> None:
     """2 ranks x 1 worker -> 1 x 0 -> 2 x 0, stopped in the middle of epochs, equals the uninterrupted run."""
     plain = TrainingLoader(training(place))
     expected = [rows(batch) for _ in range(2) for batch in plain]
-    seen, state = [], None
-    for count, ranks, workers in ((5, 2, 1), (12, 1, 0), (6, 2, 0)):
-        loaders = [TrainingLoader(training(place, rank, ranks), workers) for rank in range(ranks)]
-        taken: list[list] = [[] for _ in loaders]
-        for part, loader in zip(taken, loaders, strict=True):
-            if state is not None:
-                loader.load_state_dict(state)
-            while len(part) < count:
-                for batch in loader:
-                    part.append(rows(batch))
-                    if len(part) == count:
-                        break
-        seen += [[row for part in parts for row in part] for parts in zip(*taken, strict=True)]
-        states = [loader.state_dict() for loader in loaders]
-        assert all(s == states[0] for s in states)
-        state = json.loads(json.dumps(states[0]))
+    seen = in_pieces(lambda rank, ranks: training(place, rank, ranks), rows, ((5, 2, 1), (12, 1, 0), (6, 2, 0)))
     assert seen == expected[:23]
 
 

@@ -10,7 +10,8 @@ import webdataset
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones import Conditioning
-from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, check_matches, code_dtype, verify
+from flashar_pl.data.manifest import check_matches, code_dtype
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, verify
 from flashar_pl.files import digest
 
 

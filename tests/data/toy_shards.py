@@ -1,9 +1,15 @@
 """Small shard sets for the data tests."""
 
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from flashar_pl.backbones.condition import Batch
+from flashar_pl.data.batches import TrainingBatches
+from flashar_pl.data.loader import TrainingLoader
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 
 GRID = (3, 4)
@@ -34,3 +40,28 @@ def write_classes(
             ids = np.arange(n)
             writer.write(split, sample_codes(ids, crops), ids=ids, labels=ids % 5)
     return writer.manifest
+
+
+def in_pieces(
+    make: Callable[[int, int], TrainingBatches], rows: Callable[[Batch], list], pieces: Iterable[tuple[int, int, int]]
+) -> list[list]:
+    """The rows of every global batch of a run that stops and resumes: pieces of (batches, ranks, workers)."""
+    seen: list[list] = []
+    state: dict[str, Any] | None = None
+    for count, ranks, workers in pieces:
+        taken, states = [], []
+        for loader in (TrainingLoader(make(rank, ranks), workers) for rank in range(ranks)):
+            if state is not None:
+                loader.load_state_dict(state)
+            part: list[list] = []
+            while len(part) < count:
+                for batch in loader:
+                    part.append(rows(batch))
+                    if len(part) == count:
+                        break
+            taken.append(part)
+            states.append(loader.state_dict())
+        assert all(s == states[0] for s in states), "the state is the same on every rank"
+        state = json.loads(json.dumps(states[0]))
+        seen += [[row for part in parts for row in part] for parts in zip(*taken, strict=True)]
+    return seen
