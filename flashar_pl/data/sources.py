@@ -91,13 +91,13 @@ class ImageFolder(Source):
             raise ValueError(
                 f"{root} has no class folders and no tars; expected ROOT/CLASS/IMAGE.JPEG, one folder for each class."
             )
-        self.classes = folders if classes is None else classes
-        labels = {name: label for label, name in enumerate(self.classes)}
+        classes = folders if classes is None else classes
+        labels = {name: label for label, name in enumerate(classes)}
         if unknown := [name for name in folders if name not in labels]:
             raise ValueError(f"{root} has folders that the list of classes lacks: {', '.join(unknown[:5])}.")
         paths: list[str] = []
         ids = array("i")
-        for name in (name for name in self.classes if name in folders):
+        for name in (name for name in classes if name in folders):
             for folder, _, files in sorted(os.walk(self.root / name, followlinks=True)):
                 relative = os.path.relpath(folder, self.root)
                 paths += [f"{relative}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
@@ -106,7 +106,7 @@ class ImageFolder(Source):
             raise ValueError(f"{root} has no images in its class folders (looked for {', '.join(EXTENSIONS)}).")
         self._labels = np.array(ids, dtype=np.int32)
         self._paths = Names(paths)
-        self.condition = ConditionSpec("class", num_classes=len(self.classes))
+        self.condition = ConditionSpec("class", num_classes=len(classes))
 
     def __len__(self) -> int:
         return len(self._paths)

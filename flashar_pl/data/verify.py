@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from flashar_pl.data.manifest import Manifest, Shard
 from flashar_pl.data.reader import check_codes, cut_members, map_shard, read_record
+from flashar_pl.data.tars import tar_records
 from flashar_pl.files import digest
 
 SHOWN = 20
@@ -68,7 +68,7 @@ def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndar
     data = map_shard(path, shard.bytes)
     if (found := digest(path)) != shard.sha256:
         raise ValueError(f"The shard {path} has the SHA-256 {found}, the manifest says {shard.sha256}.")
-    inside = Counter(_tar_members(path))
+    inside = Counter(place for _, members in tar_records(Path(path)) for place in members.values())
     listed = Counter((offset, size) for record in shard.records for offset, size in record.members.values())
     if inside != listed:
         raise ValueError(f"The members of the tar {path} are not those the manifest lists.")
@@ -83,12 +83,3 @@ def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndar
             counts += np.bincount(seen, minlength=len(counts))
         ids.append(np.array(members["ids.npy"]))
     return ids
-
-
-def _tar_members(path: str) -> Iterator[tuple[int, int]]:
-    try:
-        with tarfile.open(path) as tar:
-            for info in tar:
-                yield info.offset_data, info.size
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a readable tar: {error}.") from error

@@ -18,7 +18,6 @@ import io
 import json
 import os
 import shutil
-import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 import webdataset
 
 from flashar_pl.data.manifest import SPLITS, Manifest, Record, Shard, code_dtype
+from flashar_pl.data.tars import tar_records
 from flashar_pl.files import digest, new_directory
 
 
@@ -206,12 +206,8 @@ class _Tar:
 
     def close(self) -> Shard:
         self.file.close()
-        members: list[dict[str, tuple[int, int]]] = [{} for _ in self.counts]
-        with tarfile.open(self.path) as tar:
-            for info in tar:
-                key, _, member = info.name.partition(".")
-                members[int(key.rpartition("-")[2])][member] = (info.offset_data, info.size)
-        records = tuple(Record(n, found) for n, found in zip(self.counts, members, strict=True))
+        found = zip(self.counts, tar_records(self.path), strict=True)
+        records = tuple(Record(n, members) for n, (_, members) in found)
         return Shard(self.path.name, sum(self.counts), self.path.stat().st_size, digest(self.path), records)
 
 
