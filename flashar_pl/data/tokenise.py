@@ -53,8 +53,6 @@ class Job:
     source: Source
     prepare: Callable[[bytes], np.ndarray]
     """Bytes of a sample -> array whose last two axes tell its grid; runs in worker processes."""
-    encode: Callable[[np.ndarray], np.ndarray] | None
-    """Equal-sized arrays (n, ...) -> codes (n, K, H, W); None = they are codes already."""
     name: str
     """Of the data set."""
     tokenizer: dict[str, Any]
@@ -63,6 +61,8 @@ class Job:
     """n, at most."""
     settings: dict[str, Any]
     """What else decides the result; a restart must have the same."""
+    encode: Callable[[np.ndarray], np.ndarray] | None = None
+    """Equal-sized arrays (n, ...) -> codes (n, K, H, W); None = they are codes already."""
     crops: int = 1
     """K."""
     grid: tuple[int, int] | None = None
