@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from flashar_pl.console import Missed
-from flashar_pl.doors import door
 from flashar_pl.files import closest
 
 
@@ -162,7 +162,7 @@ def command_list(commands: dict[str, Command]) -> str:
 
 def load(command: Command) -> Callable[..., Any]:
     """The function behind a verb."""
-    return door(f"flashar_pl.commands.{command.target}")
+    return resolve_name(f"flashar_pl.commands.{command.target}")
 
 
 if __name__ == "__main__":

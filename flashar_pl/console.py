@@ -48,11 +48,8 @@ class progress_bar:
             self._last = now
             rate = (self._done - self._before) / (now - self._began)
             left = timedelta(seconds=round((self._total - self._done) / rate))
-            print(
-                f"{self._done:,} of {self._total:,} {self._unit}, {rate:.3g} {self._unit}/s, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )
+            news = f"{self._done:,} of {self._total:,} {self._unit}, {rate:.3g} {self._unit}/s, {left} left"
+            print(news, file=sys.stderr, flush=True)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -81,11 +78,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(row(cells) for cells in (header, rule, *rows))
-
-
-def plural(n: int, noun: str) -> str:
-    """ "1 sample", "1,200 samples"."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def first_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import gc
 import os
 import platform
@@ -35,10 +35,7 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or platform.machine())
+    return _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def available_memory(device: torch.device) -> int:
@@ -46,22 +43,19 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return _bytes("meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _resident(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes; 0 where /proc does not exist."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
+def _from_proc(file: str, key: str) -> str:
+    """The first value of a key in a file of /proc; "" where there is none."""
+    path = Path("/proc", file)
+    lines = (line.partition(":") for line in (path.read_text() if path.exists() else "").splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == key), "")
+
+
+def _bytes(file: str, key: str) -> int:
+    """A value of /proc that is written as "N kB"; 0 where there is none."""
+    return 1024 * int(_from_proc(file, key).removesuffix("kB") or 0)
 
 
 @dataclass
@@ -78,19 +72,13 @@ class Peak:
         return max(0, self.bytes - self.before)
 
 
-def release() -> None:
-    """Give freed memory back to the system, so that the next peak starts from what is in use."""
+def resident_memory() -> int:
+    """Bytes that this process holds, freed memory given back to the system; 0 where it does not tell."""
     gc.collect()
-    library = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(library), "malloc_trim", None) if library else None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def resident_memory() -> int:
-    """Bytes that this process holds, freed memory given back; 0 where the system does not tell."""
-    release()
-    return _resident("VmRSS")
+    return _bytes("self/status", "VmRSS")
 
 
 @contextmanager
@@ -108,4 +96,4 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     if reset.exists() and os.access(reset, os.W_OK):
         reset.write_text("5")  # VmHWM starts again from the present size
     yield peak
-    peak.bytes = _resident("VmHWM")
+    peak.bytes = _bytes("self/status", "VmHWM")

@@ -11,17 +11,6 @@ from torch import Tensor
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
 
-__all__ = [
-    "SamplingSettings",
-    "check_usable",
-    "choose",
-    "draw",
-    "filter_logits",
-    "guide",
-    "probabilities",
-    "unusable",
-]
-
 MIN_TEMPERATURE = 1e-5
 """Lower bound that keeps the division finite; LlamaGen uses the same."""
 
@@ -92,10 +81,9 @@ def check_usable(flags: Tensor, dtype: torch.dtype) -> None:
     bad = flags.nonzero()
     if not len(bad):
         return
+    advice = {
+        torch.bfloat16: "try --dtype fp32",
+        torch.float16: "float16 ends at 65504: try --dtype bf16 or fp32",
+    }.get(dtype, "the weights are broken, or the condition is")
     name = str(dtype).removeprefix("torch.")
-    advice = (
-        "the weights are broken, or the condition is" if dtype in (torch.float32, torch.float64) else "try --dtype fp32"
-    )
-    if dtype == torch.float16:
-        advice = "float16 ends at 65504: try --dtype bf16 or fp32"
     raise ValueError(f"the logits of decoding step {int(bad[0])} are NaN or infinite in {name}; {advice}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flashar_pl.backbones.base import Backbone, check_dropout, initialise
 from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
-from flashar_pl.doors import door
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
 from flashar_pl.layers.transformer import BlockConfig, RMSNorm
@@ -183,19 +183,19 @@ class Emu35(Backbone):
         Epsilon and RoPE base come from `config` and are never assumed. Dropout is off; official training used the
         `attention_dropout` of config.json. Missing, unknown or misshapen keys raise ValueError.
         """
-        return door("flashar_pl.checkpoints.emu35:read_official")(state_dict, config, heads)
+        return resolve_name("flashar_pl.checkpoints.emu35:read_official")(state_dict, config, heads)
 
     @classmethod
     def from_directory(cls, directory: str | Path, heads: Heads = "full") -> Emu35:
         """A model from an official directory: config.json and one or many safetensors files, read tensor by tensor."""
-        return door("flashar_pl.checkpoints.emu35:read_directory")(directory, heads)
+        return resolve_name("flashar_pl.checkpoints.emu35:read_directory")(directory, heads)
 
     def to_official(self, source: str | Path | None = None) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`.
 
         source: directory of the checkpoint this model came from; heads="visual" takes the text rows of the head there.
         """
-        return door("flashar_pl.checkpoints.emu35:write_official")(self, source)
+        return resolve_name("flashar_pl.checkpoints.emu35:write_official")(self, source)
 
     @property
     def null_prompt(self) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ Shapes: R rows, P prefix (1 class token or T text positions), S slots, D width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone, check_dropout, initialise
 from flashar_pl.backbones.condition import ClassIds, Condition, Conditioning, Given, Prefix, TextFeatures, as_condition
-from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.rope import Rope, angles_2d, rotations
 from flashar_pl.layers.transformer import BlockConfig, RMSNorm
@@ -179,12 +179,12 @@ class LlamaGen(Backbone):
 
         Missing, unknown or misshapen keys raise ValueError.
         """
-        read = door("flashar_pl.checkpoints.llamagen:read_official")
+        read = resolve_name("flashar_pl.checkpoints.llamagen:read_official")
         return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
     def to_official(self) -> dict[str, Tensor]:
         """The official state dict, bit-exact inverse of `from_official`."""
-        return door("flashar_pl.checkpoints.llamagen:write_official")(self)
+        return resolve_name("flashar_pl.checkpoints.llamagen:write_official")(self)
 
     def embed(self, codes: Tensor) -> Tensor:
         return self.code_embedding(codes)

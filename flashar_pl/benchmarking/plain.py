@@ -17,7 +17,8 @@ from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
-from flashar_pl.sampling import SamplingSettings, choose, guide
+from flashar_pl.options import SamplingSettings
+from flashar_pl.sampling import choose, guide
 
 
 class GrowingCache(KVCache):

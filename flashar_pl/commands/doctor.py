@@ -110,8 +110,7 @@ def doctor(
     result = {"machine": machine, "checks": found, "versions": versions()}
     if out is not None:
         write_json(out, result)
-    failed = [f"{check.model}, {check.dtype}: {check.what}" for check in checks if not check.passed]
-    if failed:
+    if failed := [f"{check.model}, {check.dtype}: {check.what}" for check in checks if not check.passed]:
         raise Missed(f"{len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}.")
     print(f"All {len(checks)} checks passed on {place}.")
     return result

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.console import plural, progress_bar, versions
+from flashar_pl.console import progress_bar, versions
 from flashar_pl.files import new_directory, require_new, write_json
 from flashar_pl.options import (
     EngineOptions,
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flashar_pl.checkpoints.opening import Source
-    from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prompts import Wanted
-    from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.tokenizers import Tokenizer
 
 
@@ -79,7 +77,7 @@ def generate(
     from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
     from flashar_pl.decoding.build import build_engine, choose_format
     from flashar_pl.decoding.prompts import ask, choose_grid
-    from flashar_pl.decoding.samples import SampleSet
+    from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.devices import peak_memory
     from flashar_pl.planner.room import fitting_batch
 
@@ -89,16 +87,18 @@ def generate(
     check_top_k(source.model, sampling.top_k)
     plan = check_plan(source.model, engine.plan, grid)
     wanted = ask(source, grid, draw.num_images, sampling.guided, draw, text)
-    _check_seeds(draw.seed, len(wanted))
+    if not -(2**63) <= draw.seed <= 2**64 - len(wanted):
+        raise ValueError(f"seed is {draw.seed}; expected a whole number of 64 bits, as seed + {len(wanted) - 1} too.")
     _notes(source, wanted, sampling, grid)
     decoder = None if draw.codes_only else source.matching_tokenizer(engine.device)
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
     size = fitting_batch(source, wanted, grid, plan, sampling, engine.batch_size, drawing.prefix_bucket)
     samples = SampleSet(wanted.condition, grid, plan, sampling, size, draw.seed, wanted.unconditional)
-    with peak_memory(drawing.device) as peak:
+    steps = samples.batches * source.model.make_plan(plan, *grid).n_steps
+    with peak_memory(drawing.device) as peak, progress_bar(steps, "steps") as advance:
         started = time.perf_counter()
-        codes = draw_codes(drawing, samples)  # (N, H, W)
+        codes = draw_codes(drawing, samples, on_step=lambda _: advance(1))  # (N, H, W)
         seconds = time.perf_counter() - started
     used = {"device": str(drawing.device), "runner": drawing.runner}
     del drawing  # its buffers and graphs may fill the device; decoding to pixels needs room
@@ -118,7 +118,7 @@ def generate(
             "versions": versions(),
         }
         write_json(folder / "settings.json", record)
-    print(f"{plural(len(wanted), 'sample')} ({plan} plan, {used['runner']}) in {seconds:.1f} s: {target}")
+    print(f"samples: {len(wanted):,} ({plan} plan, {used['runner']}) in {seconds:.1f} s: {target}")
     return target
 
 
@@ -139,29 +139,13 @@ def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tup
 
 def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[dict[str, Any]]:
     """What is known of each image, for settings.json; `files` is empty where none were written."""
-    entries: list[dict[str, Any]] = []
-    for i, (label, seed) in enumerate(zip(wanted.labels, seeds, strict=True)):
-        entry = {"label": label, "seed": seed}
-        if wanted.prompts is not None:
-            entry["prompt"] = wanted.prompts[i]
-        if files:
-            entry["file"] = files[i]
-        entries.append(entry)
-    return entries
-
-
-def _check_seeds(seed: int, n: int) -> None:
-    if not -(2**63) <= seed <= 2**64 - n:
-        raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, and room for {plural(n, 'sample')}.")
+    columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
+    known = {name: values for name, values in columns.items() if values}
+    return [dict(zip(known, row)) for row in zip(*known.values(), strict=True)]
 
 
 def _write_images(
-    folder: Path,
-    codes: Tensor,
-    decoder: Tokenizer,
-    wanted: Wanted,
-    seeds: list[int],
-    columns: int,
+    folder: Path, codes: Tensor, decoder: Tokenizer, wanted: Wanted, seeds: list[int], columns: int
 ) -> list[str]:
     """Decode and write every image and the contact sheet; names of the files."""
     import torch
@@ -177,12 +161,3 @@ def _write_images(
         save_png(image, folder / name)
     save_png(tile(images, columns), folder / "grid.png")
     return names
-
-
-def draw_codes(engine: Engine, samples: SampleSet) -> Tensor:
-    """All samples' codes (N, H, W), with a progress bar that counts decoding steps."""
-    from flashar_pl.decoding import samples as decoding
-
-    steps = samples.batches * engine.model.make_plan(samples.plan, *samples.grid).n_steps
-    with progress_bar(steps, "steps") as advance:
-        return decoding.draw_codes(engine, samples, on_step=lambda _: advance(1))

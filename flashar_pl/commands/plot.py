@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,21 @@ class Panel:
 
     title: str
     unit: str
-    tags: tuple[str, ...]
-    """Tags or, ending in "/", prefixes of tags; the first is drawn solid, the others dashed, dotted, ..."""
+    pattern: str
+    """Of its tags; the first is drawn solid, the others dashed, dotted, ..."""
+
+    def tags(self, curves: Iterable[str]) -> list[str]:
+        """Those of some curves that belong here."""
+        return fnmatch.filter(sorted(curves), self.pattern)
 
 
 PANELS = (
-    Panel("Training loss (Eq. 9 + 10)", "nats per code", ("train/loss",)),
-    Panel("Held-out negative log-likelihood", "nats per image", ("val/nll",)),
-    Panel("Fréchet distance of samples", "FID", ("val/fid",)),
-    Panel("Class accuracy of samples", "share", ("val/accuracy",)),
-    Panel("Mean gate (weight of the horizontal head)", "g", ("val/gate_mean",)),
-    Panel("Learning rate", "rate", ("lr/",)),
+    Panel("Training loss (Eq. 9 + 10)", "nats per code", "train/loss"),
+    Panel("Held-out negative log-likelihood", "nats per image", "val/nll"),
+    Panel("Fréchet distance of samples", "FID", "val/fid"),
+    Panel("Class accuracy of samples", "share", "val/accuracy"),
+    Panel("Mean gate (weight of the horizontal head)", "g", "val/gate_mean"),
+    Panel("Learning rate", "rate", "lr/*"),
 )
 RESULTS = ("val/nll", "val/fid", "val/accuracy", "val/gate_mean")
 COMPARED = (
@@ -65,7 +71,7 @@ def plot(*runs: str, out: str = "convergence.png", width: float = 13.0) -> Path:
         raise ValueError(f"--out is {out}; expected a name ending in .png, .pdf or .svg.")
     places = find_runs(list(runs))
     curves = {name: read_scalars(path) for name, path in places.items()}
-    panels = [panel for panel in PANELS if any(_matching(panel, found) for found in curves.values())]
+    panels = [panel for panel in PANELS if any(map(panel.tags, curves.values()))]
     if not panels:
         raise ValueError(f"the event files of {', '.join(runs)} hold none of the known quantities, such as train/loss.")
     with replacing(target) as part:
@@ -111,7 +117,8 @@ def draw_curves(curves: dict[str, dict[str, Curve]], panels: list[Panel], path: 
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
-    colours = run_colours(list(curves))
+    palette = pyplot.get_cmap("tab10") if len(curves) <= 10 else pyplot.get_cmap("turbo", len(curves))
+    colours = {name: palette(number) for number, name in enumerate(curves)}
     for axis, panel in zip(axes.flat, panels, strict=False):
         _draw(axis, panel, curves, colours)
     for axis in list(axes.flat)[len(panels) :]:
@@ -171,47 +178,19 @@ def read_scalars(directory: Path) -> dict[str, Curve]:
     return curves
 
 
-def _matching(panel: Panel, curves: dict[str, Curve]) -> list[str]:
-    return [
-        tag
-        for tag in sorted(curves)
-        for wanted in panel.tags
-        if tag == wanted or (wanted[-1] == "/" and tag.startswith(wanted))
-    ]
-
-
-def run_colours(names: list[str]) -> dict[str, Any]:
-    """A colour for each run: matplotlib's ten, or, for more runs, evenly spaced ones."""
-    from matplotlib import colormaps
-
-    if len(names) <= 10:
-        return {name: f"C{number}" for number, name in enumerate(names)}
-    return {name: colormaps["turbo"](number / (len(names) - 1)) for number, name in enumerate(names)}
-
-
 def _draw(axis: Any, panel: Panel, curves: dict[str, dict[str, Curve]], colours: dict[str, Any]) -> None:
     """One panel: a colour per run, a line style per tag. Step s of Lightning is the end of optimiser step s + 1."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    tags = sorted({tag for found in curves.values() for tag in _matching(panel, found)})
+    tags = panel.tags(set().union(*curves.values()))
     styles = dict(zip(tags, itertools.cycle(STYLES)))
     for run, found in curves.items():
-        for tag in _matching(panel, found):
-            steps, values = found[tag]
-            few = len(steps) <= 12
-            axis.plot(
-                [step + 1 for step in steps],
-                values,
-                color=colours[run],
-                linestyle=styles[tag],
-                marker="o" if few else None,
-                markersize=3.5,
-                linewidth=1.4,
-            )
-    axis.set_title(panel.title, fontsize=11)
-    axis.set_xlabel("optimiser step")
-    axis.set_ylabel(panel.unit)
+        for tag in panel.tags(found):
+            steps, values = [step + 1 for step in found[tag][0]], found[tag][1]
+            marker = "o" if len(steps) <= 12 else None
+            axis.plot(steps, values, color=colours[run], linestyle=styles[tag], marker=marker, markersize=3.5)
+    axis.set(title=panel.title, xlabel="optimiser step", ylabel=panel.unit)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     if len(tags) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,6 @@ def probe(
     from flashar_pl.models.probe import LayerProbe
 
     batch_size = compute.batch_size if isinstance(compute.batch_size, int) else BATCH
-    plan, steps, learning_rate, limit = compute.plan or "raster", options.steps, options.learning_rate, options.limit
     require_pyplot()
     target = require_new(options.out, "probe")
     manifest = Manifest.load(options.data)
@@ -91,23 +91,23 @@ def probe(
     source = open_checkpoint(model, compute)
     check_data(source.model, manifest, None, source.tokenizer)
     backbone = source.model.backbone
-    order = make_plan(plan, *manifest.grid, row_end=backbone.row_ends)
+    order = make_plan(compute.plan or "raster", *manifest.grid, row_end=backbone.row_ends)
     if order.height == 1:
         raise ValueError(f"the grid is {order.height}x{order.width}; expected several rows, one below the other.")
     probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
               "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
     place, encoder = source.model.device, caption_encoder(source, manifest, text.assets)
-    training = _training(manifest, encoder, batch_size, options.seed, steps, place)
-    validation = (manifest, "validation", batch_size, limit, encoder, place)
+    training = _training(manifest, encoder, batch_size, options, place)
+    validation = (manifest, "validation", batch_size, options.limit, encoder, place)
     before = _measure(probes, held_out(*validation), source, order)
-    _train(probes, training, source, order, steps, learning_rate)
+    _train(probes, training, source, order, options)
     after = _measure(probes, held_out(*validation), source, order)
     shares = probes["all layers"].weights.tolist()
     result = {
-        "plan": plan,
-        "steps": steps,
+        "plan": order.name,
+        "steps": options.steps,
         "batch_size": batch_size,
-        "learning_rate": learning_rate,
+        "learning_rate": options.learning_rate,
         "weights": shares,
         "branch_layer": depth_of(shares),
         "nll": {name: {"before": before[name], "after": after[name]} for name in probes},
@@ -118,34 +118,32 @@ def probe(
     with new_directory(target, "probe") as folder:
         write_json(folder / "probe.json", result)
         _plot(result, folder / "probe.png")
-    print(table(("layer", "weight"), [[_label(i), f"{share:.3f}"] for i, share in enumerate(shares)]))
+    print(table(("layer", "weight"), [[str(i or "embeddings"), f"{share:.3f}"] for i, share in enumerate(shares)]))
     for name in probes:
-        print(
-            f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below ({limit} validation images at most)"
-        )
+        print(f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below (validation split)")
     print(f"{MOST:.0%} of the weight is at layers up to {depth_of(shares)}: a first choice of branch_layer. {target}")
     return result
 
 
 def _training(
-    manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, seed: int, steps: int, device: Any
+    manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, options: ProbeOptions, device: Any
 ) -> Iterator[Batch]:
-    """`steps` shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
+    """Shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
     from flashar_pl.data.batches import Cut, training_batches
 
-    batches = training_batches([manifest], batch_size, seed, WINDOW, Cut(encoder=lambda manifest: encoder))
-    return (batches[divmod(step, len(batches))].to(device) for step in range(steps))
+    batches = training_batches([manifest], batch_size, options.seed, WINDOW, Cut(encoder=lambda manifest: encoder))
+    return (batches[divmod(step, len(batches))].to(device) for step in range(options.steps))
 
 
 def _train(
-    probes: dict[str, LayerProbe], batches: Iterator[Batch], source: Source, plan: DecodePlan, steps: int, rate: float
+    probes: dict[str, LayerProbe], batches: Iterator[Batch], source: Source, plan: DecodePlan, options: ProbeOptions
 ) -> None:
     """All probes on the same states; AdamW, and a cosine of the learning rate to 0."""
     import torch
 
     from flashar_pl.models.probe import layer_states
 
-    groups = []
+    steps, rate, groups = options.steps, options.learning_rate, []
     for each in probes.values():
         groups.append({"params": [each.mixture], "lr": MIXTURE_RATE * rate})
         groups.append({"params": [each.scale, each.head], "lr": rate})
@@ -181,16 +179,7 @@ def _measure(
 
 def depth_of(weights: list[float]) -> int:
     """The first state up to which `MOST` of the weights lie."""
-    total = 0.0
-    for state, weight in enumerate(weights):
-        total += weight
-        if total >= MOST:
-            return state
-    return len(weights) - 1
-
-
-def _label(state: int) -> str:
-    return "embeddings" if state == 0 else str(state)
+    return next((state for state, total in enumerate(accumulate(weights)) if total >= MOST), len(weights) - 1)
 
 
 def _plot(result: dict[str, Any], path: Path) -> None:

@@ -5,6 +5,7 @@ Shapes: n samples, H x W grid.
 
 from __future__ import annotations
 
+import operator
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,6 @@ from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge
     from flashar_pl.models import GridModel
@@ -72,7 +71,7 @@ def report(asked: ReportOptions) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
     Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
-    (mean weight of the horizontal head). The training-free row is the raster checkpoint decoded diagonally with an
+    (red where the horizontal head decides). The training-free row is the raster checkpoint decoded diagonally with an
     untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. For the curves of training runs
     see `flashar plot`, for models of photographs `flashar evaluate`.
 
@@ -85,6 +84,7 @@ def report(asked: ReportOptions) -> dict[str, Any]:
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge, mean_gate
     from flashar_pl.metrics.classifier import ClassifierFeatures
+    from flashar_pl.pictures import gate_picture, save_png
 
     target = require_new(asked.out, "report")
     require_pyplot()
@@ -107,7 +107,7 @@ def report(asked: ReportOptions) -> dict[str, Any]:
         draw_samples(rows, manifest, judge, folder / "samples.png")
         gate = mean_gate(rows[1].model, manifest, "test")
         values["gate_map"] = gate.tolist()
-        draw_gate(gate, folder / "gate.png")
+        save_png(gate_picture(gate), folder / "gate.png")
         text = markdown(rows, values)
         write_text(folder / "report.md", text)
         write_json(folder / "report.json", values)
@@ -188,12 +188,11 @@ def check_bounds(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     ]
     if "scratch" in results:
         found.append(("from-scratch NLL - FlashAR NLL", results["scratch"][nll] - flashar[nll], ">=", 3.0))
-    compare = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b}
+    compare = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
     return [
         {
             "text": f"{name} = {value:.3g}, required {sign} {limit:.3g}",
             "value": value,
-            "required": f"{sign} {limit:.4g}",
             "met": compare[sign](value, limit),
         }
         for name, value, sign, limit in found
@@ -225,12 +224,11 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         "  With so few images FID has a spread of 2 to 7 and a large bias: compare orders of magnitude only.",
         f"- Time: one image at a time, median (quartiles) after warm-up, CPU threads: {threads}. The claim is latency: "
         "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
-        f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (mean weight of the horizontal head).",
+        f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (horizontal head red, vertical blue).",
     ]
     bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
-    return "\n".join(
-        ["# Raster and diagonal decoding", "", table(head, lines), "", *notes, "", "Bounds:", "", *bounds, ""]
-    )
+    title = "# Raster and diagonal decoding"
+    return "\n".join([title, "", table(head, lines), "", *notes, "", "Bounds:", "", *bounds, ""])
 
 
 def _with_spread(values: list[float], digits: int) -> str:
@@ -256,29 +254,11 @@ def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) 
     pyplot = require_pyplot()
     figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 6.2), squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
-        codes = draw_codes(
-            Engine(row.model), SampleSet(ClassIds(labels), manifest.grid, row.plan, settings, len(labels))
-        )
+        samples = SampleSet(ClassIds(labels), manifest.grid, row.plan, settings, len(labels))
+        codes = draw_codes(Engine(row.model), samples)
         sheet = tile(judge.tokenizer.decode(codes), PICTURE_COLUMNS)  # (3, h, w)
         axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def draw_gate(gate: Tensor, path: Path) -> None:
-    """Mean gate (H, W) as a heat map: 1 = horizontal head only, 0 = vertical head only."""
-    pyplot = require_pyplot()
-    figure, axis = pyplot.subplots(figsize=(5.2, 4.4), layout="constrained")
-    shown = axis.imshow(gate.numpy(), vmin=0, vmax=1, cmap="coolwarm")
-    if max(gate.shape) <= 16:
-        for p in range(gate.shape[0]):
-            for q in range(gate.shape[1]):
-                axis.text(q, p, f"{gate[p, q]:.2f}", ha="center", va="center", fontsize=7)
-    axis.set_title("Mean gate on the test images", fontsize=11)
-    axis.set_xlabel("column q")
-    axis.set_ylabel("row p")
-    figure.colorbar(shown, label="weight of the horizontal head")
-    figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.console import progress_bar, versions
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, PlanOptions, check_least
+from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,9 +79,10 @@ def score(
     check_data(source.model, manifest, None if several else source.grid, source.tokenizer)
     encoder = caption_encoder(source, manifest, text.assets)
     name = check_plan(source.model, compute.plan, manifest.grid)
+    together = compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
     total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
     with progress_bar(total, "images") as advance:
-        batches = held_out(manifest, images.split, scored_together(compute), images.limit, encoder, source.model.device)
+        batches = held_out(manifest, images.split, together, images.limit, encoder, source.model.device)
         nll = image_nll(source.model, batches, name, advance)  # (N,)
     result = {
         **summary(nll, manifest.grid[0] * manifest.grid[1]),
@@ -101,19 +102,13 @@ def score(
     return result
 
 
-def scored_together(compute: DeviceOptions) -> int:
-    """Images of one forward."""
-    return compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
-
-
 def summary(nll: Tensor, cells: int) -> dict[str, Any]:
-    """Mean, standard error and bits per code of per-image NLL (N,) in nats."""
-    n, mean = len(nll), float(nll.double().mean())
-    error = float(nll.double().std() / math.sqrt(n)) if n > 1 else float("nan")
+    """Mean, standard error and bits per code of per-image NLL (N,) float64 in nats."""
+    n, mean = len(nll), float(nll.mean())
     return {
         "images": n,
         "nll_nats_per_image": mean,
-        "standard_error": error if n > 1 else None,
+        "standard_error": float(nll.std()) / math.sqrt(n) if n > 1 else None,
         "bits_per_code": mean / (cells * math.log(2)),
     }
 
@@ -161,7 +156,7 @@ def held_out(
     text_encoder: Callable[[str], Tensor] | None,
     device: Any,
 ) -> Iterator[Batch]:
-    """Batches of a split on a device, at most `limit` images spread evenly; a last one holds padding."""
+    """Batches of a split on a device, at most `limit` images spread evenly; the last one may hold padding."""
     from flashar_pl.data.batches import Cut, evaluation_batches
 
     batches = evaluation_batches([manifest], split, batch_size, limit, Cut(encoder=lambda manifest: text_encoder))

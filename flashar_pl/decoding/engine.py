@@ -30,8 +30,8 @@ from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import full_precision, sample_seeds, uniforms
-from flashar_pl.options import Runner
-from flashar_pl.sampling import SamplingSettings, check_usable
+from flashar_pl.options import Runner, SamplingSettings
+from flashar_pl.sampling import check_usable
 
 PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""

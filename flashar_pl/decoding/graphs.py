@@ -10,7 +10,7 @@ import torch
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
-from flashar_pl.sampling import SamplingSettings
+from flashar_pl.options import SamplingSettings
 
 STEPS_PER_GRAPH = 32
 """Decoding steps in one graph. A 16 x 16 diagonal decoding is one graph; a graph of 1,024 raster steps of 64 layers

@@ -22,7 +22,8 @@ from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.models.base import GridModel
-from flashar_pl.sampling import SamplingSettings, choose, guide, unusable
+from flashar_pl.options import SamplingSettings
+from flashar_pl.sampling import choose, guide, unusable
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.loop import Progress
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
 from flashar_pl.models.base import GridModel
-from flashar_pl.sampling import SamplingSettings
+from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal, Self
 
 import torch
@@ -16,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, slot_codes
 from flashar_pl.backbones.condition import Condition, Given, Prefix
-from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
@@ -89,7 +89,7 @@ class GridModel(nn.Module, ABC):
         Raises:
             ValueError: no such model, or one of another class: a raster model is no FlashAR model.
         """
-        model = door("flashar_pl.checkpoints.weights:load_model")(path, weights, n_head).model.eval()
+        model = resolve_name("flashar_pl.checkpoints.weights:load_model")(path, weights, n_head).model.eval()
         if not isinstance(model, cls):
             found = type(model).__name__
             raise ValueError(f"{path} holds a {found} model, not a {cls.__name__}; expected {found}.from_pretrained.")

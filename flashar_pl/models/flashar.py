@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
-from flashar_pl.doors import door
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
@@ -127,7 +127,7 @@ class FlashAR(GridModel):
         Also reads the authors' LlamaGen-FlashAR weights without gate and with the branch at the last layer.
         Missing, unknown or misshapen keys raise ValueError.
         """
-        read = door("flashar_pl.checkpoints.nar:read_nar")
+        read = resolve_name("flashar_pl.checkpoints.nar:read_nar")
         return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
 
     @classmethod
@@ -138,8 +138,8 @@ class FlashAR(GridModel):
         the rows of both heads that score visual codes, all that decoding needs. Missing, unknown or misshapen keys
         raise ValueError.
         """
-        return door("flashar_pl.checkpoints.released:read_released")(directory, heads)
+        return resolve_name("flashar_pl.checkpoints.released:read_released")(directory, heads)
 
     def to_nar(self) -> dict[str, Tensor]:
         """The official NAR state dict, inverse of `from_nar`."""
-        return door("flashar_pl.checkpoints.nar:write_nar")(self)
+        return resolve_name("flashar_pl.checkpoints.nar:write_nar")(self)

@@ -15,6 +15,7 @@ Shapes: R rows, L positions of this forward, K visible positions, P prefix, D wi
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Prefix
-from flashar_pl.doors import door
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
@@ -96,7 +96,7 @@ class ReleasedFlashAR(FlashAR):
 
         source: directory the model came from; heads="visual" takes the text rows of both heads there.
         """
-        return door("flashar_pl.checkpoints.released:write_released")(self, source)
+        return resolve_name("flashar_pl.checkpoints.released:write_released")(self, source)
 
 
 def without_prefix(mask: Mask, n_prefix: int, n_new: int, n_visible: int, device: torch.device) -> Tensor:

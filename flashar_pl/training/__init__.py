@@ -5,9 +5,8 @@ Names are imported when they are asked for: most of this package needs Lightning
 
 from __future__ import annotations
 
+from pkgutil import resolve_name
 from typing import Any
-
-from flashar_pl.doors import door
 
 PUBLIC = {
     "FlashARModule": "module",
@@ -20,4 +19,4 @@ PUBLIC = {
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return door(f"{__name__}.{PUBLIC[name]}:{name}")
+    return resolve_name(f"{__name__}.{PUBLIC[name]}:{name}")

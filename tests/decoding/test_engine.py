@@ -15,7 +15,7 @@ from flashar_pl.decoding.engine import pad_prefix
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
-from flashar_pl.sampling import SamplingSettings
+from flashar_pl.options import SamplingSettings
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
 NULLS = [torch.tensor([1, 2, 3, 4, 9])] * 3

@@ -10,7 +10,7 @@ from flashar_pl.backbones import ClassIds, Prompts
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.samples import SampleSet, decode_images, draw
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
-from flashar_pl.sampling import SamplingSettings
+from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import VQ16, PixelTokenizer
 
 

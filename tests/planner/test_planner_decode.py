@@ -12,9 +12,9 @@ from flashar_pl.benchmarking.plain import generate_plain
 from flashar_pl.checkpoints.description import build_model
 from flashar_pl.decoding import generate
 from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.options import SamplingSettings
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.sizes import model_sizes
-from flashar_pl.sampling import SamplingSettings
 
 TINY = {"kind": "llamagen", "dim": 16, "n_layer": 3, "n_head": 4, "vocab_size": 19, "num_classes": 5, "multiple_of": 8}
 TEXT = {**TINY, "condition": "text", "caption_dim": CAPTION_DIM, "n_kv_head": 2}
