@@ -39,7 +39,7 @@ def plain_tensors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """A decoding order. Build one with `raster_plan` or `diagonal_plan`; calls that are alike give the same object."""
+    """A decoding order. Build one with `raster_plan` or `diagonal_plan`; equal arguments give the same object."""
 
     name: str
     """"raster" or "diagonal"."""
@@ -168,14 +168,18 @@ def _check(height: int, width: int) -> None:
         raise ValueError(f"grid is {height} x {width}; expected at least 1 x 1.")
 
 
-@lru_cache(maxsize=64)
-@plain_tensors()
 def diagonal_plan(height: int, width: int) -> DecodePlan:
     """One anti-diagonal D_t = {(p, q): p + q = t} per step (Eq. 2, 3): H + W - 1 steps.
 
     The horizontal source of (p, q) is its left neighbour's slot, the vertical source the slot above; (0, 0) has the
     prefix for both.
     """
+    return _diagonal_plan(height, width)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _diagonal_plan(height: int, width: int) -> DecodePlan:
     _check(height, width)
     n = height * width
     p, q = torch.arange(n) // width, torch.arange(n) % width
@@ -200,14 +204,18 @@ def diagonal_plan(height: int, width: int) -> DecodePlan:
     )
 
 
-@lru_cache(maxsize=64)
-@plain_tensors()
 def raster_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
     """One cell per step in raster order (Eq. 1): H * W steps, horizontal head only.
 
     With `row_end`, a forced row-end token follows every row but the last. It enters the model together with the last
     code of its row, and its horizontal logits predict the first cell of the next row.
     """
+    return _raster_plan(height, width, row_end)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _raster_plan(height: int, width: int, row_end: bool) -> DecodePlan:
     _check(height, width)
     n = height * width
     cells = torch.arange(n)
