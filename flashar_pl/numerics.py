@@ -36,6 +36,11 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The floating dtype of more bits."""
+    return a if a.itemsize >= b.itemsize else b
+
+
 def full_precision(device_type: str) -> AbstractContextManager:
     """A region that autocast leaves alone."""
     if torch.is_autocast_enabled(device_type):

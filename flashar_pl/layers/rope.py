@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashar_pl.numerics import wider
+
 Rope = Tensor
 """(X, L, E / 2, 2) float32: cos and sin of every pair of dimensions, X = 1 or R."""
 
@@ -44,7 +46,7 @@ def apply_rope(x: Tensor, rope: Rope, interleaved: bool) -> Tensor:
     interleaved: pairs are dimensions (2i, 2i + 1) (LlamaGen); otherwise (i, i + E / 2) (Emu3.5).
     """
     pairs = x.unflatten(-1, (-1, 2)) if interleaved else x.unflatten(-1, (2, -1)).transpose(-1, -2)
-    pairs = pairs.to(torch.promote_types(x.dtype, rope.dtype), memory_format=torch.contiguous_format)
+    pairs = pairs.to(wider(x.dtype, rope.dtype), memory_format=torch.contiguous_format)
     rope = rope[:, :, None]  # (X, L, 1, E / 2, 2)
     if torch.compiler.is_compiling():  # Inductor fuses real products only
         (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)  # (R, L, A, E / 2)

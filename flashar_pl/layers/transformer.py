@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope, apply_rope
+from flashar_pl.numerics import wider
 
 Mask = Tensor | Literal["causal"] | None
 """Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
@@ -64,7 +65,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        dtype = wider(x.dtype, self.weight.dtype)
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
 
 
