@@ -65,8 +65,7 @@ def frechet_distance(samples: Array, reference: Array) -> float:
     """
     x, y = _pair(samples, reference, minimum=2)
     offset = _stored_mean(x) - _stored_mean(y)  # (d,)
-    covariances = (rows.double().T.cov().reshape(x.shape[1], x.shape[1]) for rows in (x, y))
-    return _frechet(float(offset.dot(offset)), *covariances)
+    return _frechet(float(offset.dot(offset)), _factor_of_rows(x.double()), _factor_of_rows(y.double()))
 
 
 def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: Array) -> float:
@@ -80,7 +79,7 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
     if first[0].shape != second[0].shape:
         raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries; expected the same features.")
     offset = (first[0] - second[0]).square().sum()
-    return _frechet(float(offset), first[1], second[1])
+    return _frechet(float(offset), _factor(first[1]), _factor(second[1]))
 
 
 def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Tensor, Tensor]:
@@ -105,6 +104,13 @@ def _stored_mean(rows: Tensor) -> np.ndarray:
     return kept.cpu().numpy().mean(axis=0)
 
 
+def _factor_of_rows(rows: Tensor) -> Tensor:
+    """F with F^T F = covariance of rows (n, d): the centred rows themselves where they are the fewer."""
+    if len(rows) <= rows.shape[1]:
+        return (rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5  # (n, d)
+    return _factor(rows.T.cov().reshape(rows.shape[1], rows.shape[1]))
+
+
 def _factor(covariance: Tensor) -> Tensor:
     """F (r, d) with F^T F = covariance, r the numerical rank."""
     values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
@@ -116,11 +122,11 @@ def _factor(covariance: Tensor) -> Tensor:
     return (vectors[:, kept] * values[kept].sqrt()).T
 
 
-def _frechet(offset: float, covariance: Tensor, other: Tensor) -> float:
+def _frechet(offset: float, factor: Tensor, other: Tensor) -> float:
     # tr (S1 S2)^(1/2) = nuclear norm of F1 F2^T: real by construction, and exact to rounding for singular matrices.
-    root_trace = torch.linalg.svdvals(_factor(covariance) @ _factor(other).T).sum()
-    spread = float(covariance.trace() + other.trace())
-    distance = offset + spread - 2 * float(root_trace)
+    root_trace = float(torch.linalg.svdvals(factor @ other.T).sum())
+    spread = float(factor.square().sum() + other.square().sum())  # tr S1 + tr S2
+    distance = offset + spread - 2 * root_trace
     return distance if distance > ROUNDING * spread else 0.0
 
 
