@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from torch import Tensor
 
 from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
@@ -29,6 +30,8 @@ from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, Sh
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
 
+MOST_BYTES = 16384
+"""Longest request."""
 FIELDS: dict[str, type] = {
     **dict.fromkeys(("prompt", "negative_prompt", "plan", "response_format", "model", "user"), str),  # last two: unused
     **dict.fromkeys(("class", "n", "seed", "cfg_interval", "top_k", "partial_images"), int),
@@ -69,7 +72,7 @@ class Service:
         asked = (self.source, fullest.wanted, self.grid, self.plan, fullest.samples.sampling)
         self.most_images = fitting_batch(*asked, engine.batch_size, self.engine.prefix_bucket)
         self.thread = ThreadPoolExecutor(1, "flashar-drawing")
-        self.jobs, self.most_jobs = 0, most_jobs  # jobs wait or are drawn
+        self.jobs, self.most_jobs, self.counts = 0, most_jobs, Counter[str]()  # jobs wait or are drawn
         self.facts = {
             "checkpoint": self.source.path, "grid": self.grid, "asked_by": self.by, "example": self.example,
             "plans": self.steps, "defaults": {"plan": self.plan, **asdict(sampling)}, "most_images": self.most_images,
@@ -128,6 +131,7 @@ class Service:
     def start(self, job: Job) -> asyncio.Queue[Any]:
         """Have a job drawn. The queue gets what `draw` tells, or its error, and None. HTTPException: too many wait."""
         if self.jobs >= self.most_jobs:
+            self.counts["refused"] += 1
             raise HTTPException(429, f"{self.jobs} requests wait already.", {"Retry-After": str(self.jobs)})
         loop, told = asyncio.get_running_loop(), asyncio.Queue[Any]()
         self.jobs += 1
@@ -135,6 +139,8 @@ class Service:
         def end(drawn: asyncio.Future[dict[str, Any]]) -> None:
             self.jobs -= 1
             error = drawn.exception()
+            how = "cancelled" if isinstance(error, ConnectionAbortedError) else "failed" if error else "drawn"
+            self.counts.update({how: 1, "images": 0 if error else job.samples.n})
             told.put_nowait({"error": {"message": str(error), "type": "server_error"}} if error else drawn.result())
             told.put_nowait(None)
 
@@ -167,7 +173,11 @@ def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
     """The application. hosts: names in a browser's address bar; a page that rebinds another name to us is refused."""
 
     async def generations(request: Request) -> Response:
-        job = await asyncio.to_thread(service.job, await request.json())
+        content = b""
+        async for chunk in request.stream():
+            if len(content := content + chunk) > MOST_BYTES:
+                raise HTTPException(413, f"the request is longer than {MOST_BYTES} bytes.")
+        job = await asyncio.to_thread(service.job, json.loads(content))
         told = service.follow(request, job, service.start(job))
         if job.partial_images:
             return StreamingResponse(events(job, told), media_type="text/event-stream")
@@ -176,12 +186,18 @@ def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
             return JSONResponse(news, 500) if "error" in news else JSONResponse({**facts, **news})
         return Response(status_code=499)  # to nobody
 
+    def metrics(request: Request) -> Response:
+        values = {"jobs gauge": service.jobs, **{f"{name}_total counter": n for name, n in service.counts.items()}}
+        lines = [f"# TYPE flashar_{name}\nflashar_{name.split()[0]} {n}\n" for name, n in values.items()]
+        return PlainTextResponse("".join(lines))
+
     def refuse(request: Request, error: Exception) -> Response:
         message = {"message": getattr(error, "detail", str(error)), "type": "invalid_request_error"}
         return JSONResponse({"error": message}, getattr(error, "status_code", 400), getattr(error, "headers", None))
 
     app = Starlette(exception_handlers=dict.fromkeys((HTTPException, ValueError, RecursionError), refuse))
     app.add_route("/", lambda _: FileResponse(Path(__file__).with_name("page.html")))
+    app.add_route("/metrics", metrics)
     app.add_route("/health", lambda _: JSONResponse({"status": "ok", "jobs": service.jobs, **service.facts}))
     app.add_route("/v1/images/generations", generations, ["POST"])
     return TrustedHostMiddleware(app, hosts, www_redirect=False)

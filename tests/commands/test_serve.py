@@ -139,6 +139,7 @@ def test_other_requests(client: TestClient) -> None:
     assert client.get("/").text.startswith("<!doctype html>")
     found = client.get("/health").json()
     assert (found["status"], found["plans"], found["asked_by"]) == ("ok", {"diagonal": 15, "raster": 64}, "class")
+    assert client.post(IMAGES, content=b" " * 20000).status_code == 413
     assert client.get(IMAGES).status_code == 405
     assert client.get("/other").json()["error"]["message"] == "Not Found"
 
@@ -166,6 +167,8 @@ def test_more_than_fit_the_queue_are_refused(
         for label, reply in zip((1, 2), replies):
             assert np.array_equal(pixels(reply.result(30).json()["data"][0]["b64_json"]), expected(service, [label])[0])
     assert client.post(IMAGES, json={"class": 3}).status_code == 200
+    lines = client.get("/metrics").text.splitlines()
+    assert {"flashar_jobs 0", "flashar_refused_total 1", "flashar_drawn_total 3", "flashar_images_total 3"} <= {*lines}
     assert client.get("/health").json()["jobs"] == 0
 
 
@@ -186,7 +189,7 @@ def test_a_failure_reaches_its_own_request_only(
         streamed = client.post(IMAGES, json={"class": 1, "stream": True}).text
         assert streamed.startswith("event: image_generation.error")
     assert client.post(IMAGES, json={"class": 1}).status_code == 200
-    assert client.get("/health").json()["jobs"] == 0
+    assert {"flashar_jobs 0", "flashar_failed_total 2"} <= {*client.get("/metrics").text.splitlines()}
 
 
 def test_graphs_are_for_two_shapes(service: Service, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
