@@ -1,0 +1,153 @@
+"""Damaged files, made from good ones: every reader answers with a value or a ValueError, fast and in little memory.
+
+`short` runs a few hundred mutations in a test; `python -m tests.reliability.mutate ROOM COUNT` the targets of
+tests/reliability/test_ROOM.py at length, and prints how many inputs were tried and what went wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+SECONDS = 2.0
+"""A reader that takes longer hangs."""
+TOKENS = (
+    *(
+        b"\x00",
+        b"\xff",
+        b"\xff\xff\xff\xff",
+        b"\x7f\xff\xff\xff\xff\xff\xff\xff",
+        b"\xef\xbb\xbf",
+        b"\xe2\x80\xa8",
+        b"\r",
+    ),
+    *(
+        b"-1",
+        b"0",
+        b"1e999",
+        b"NaN",
+        b"Infinity",
+        b"9" * 30,
+        b"null",
+        b"true",
+        b'""',
+        b"[]",
+        b"{}",
+        b"[" * 2000,
+        b"../",
+        b"\n",
+    ),
+)
+"""What is put into files, besides random bytes: edges of numbers, of texts and of nesting."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader, and files that it reads."""
+
+    name: str
+    read: Callable[[bytes], object]
+    good: Sequence[bytes]
+    clean: tuple[type[BaseException], ...] = (ValueError,)
+    """What it may raise."""
+    memory: int = 64 * 2**20
+    """Bytes of Python's and numpy's memory that it may take beside four times the file."""
+
+
+@dataclass
+class Outcome:
+    """What became of the inputs of a target."""
+
+    name: str
+    tried: int = 0
+    read: int = 0
+    refused: int = 0
+    wrong: list[str] = field(default_factory=list)
+    """Unclean ends, hangs and bombs; each with what repeats it."""
+
+
+def mutate(good: Sequence[bytes], seed: int) -> bytes:
+    """A damaged file, the same for a seed: bits flipped, cut, repeated, spliced, or with odd tokens inside."""
+    random_ = random.Random(seed)
+    data = bytearray(random_.choice(good))
+    for _ in range(random_.choice((1, 1, 2, 4, 16))):
+        at = random_.randrange(len(data) + 1)
+        kind = random_.randrange(7)
+        end = min(len(data), at + random_.choice((1, 2, 8, 64, len(data) + 1)))
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << random_.randrange(8)
+        elif kind == 1:
+            data[at:end] = random_.randbytes(end - at)
+        elif kind == 2:
+            del data[at:end]
+        elif kind == 3:
+            data[at:at] = data[at:end]
+        elif kind == 4:
+            data[at:at] = random_.choice(TOKENS)
+        elif kind == 5:
+            token = random_.choice(TOKENS)
+            data[at : at + len(token)] = token
+        else:
+            other = random_.choice(good)
+            data[at:] = other[random_.randrange(len(other) + 1) :]
+    return bytes(data)
+
+
+def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Outcome:
+    """Read `count` damaged files. memory: measure it, which takes several times as long."""
+    outcome = Outcome(target.name)
+    for seed in range(first, first + count):
+        data = mutate(target.good, seed)
+        begin = time.perf_counter()
+        if memory:
+            tracemalloc.start()
+        try:
+            target.read(data)
+            outcome.read += 1
+        except target.clean:
+            outcome.refused += 1
+        except BaseException as error:  # noqa: BLE001
+            outcome.wrong.append(f"{target.name}, seed {seed}: {type(error).__name__}: {str(error)[:120]}")
+        taken = time.perf_counter() - begin
+        if memory:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            if peak > target.memory + 4 * len(data):
+                outcome.wrong.append(f"{target.name}, seed {seed}: {peak:,} bytes of memory for {len(data):,}")
+        if taken > SECONDS:
+            outcome.wrong.append(f"{target.name}, seed {seed}: {taken:.1f} s")
+        outcome.tried += 1
+    return outcome
+
+
+def short(target: Target, count: int = 200) -> None:
+    """For a test: no damaged file of `count` may end unclean."""
+    outcome = run(target, count)
+    assert not outcome.wrong, "\n".join(outcome.wrong[:5])
+    assert outcome.refused > 0, f"{target.name} read every damaged file"
+
+
+def main(room: str, count: str = "100000") -> int:
+    """Run all TARGETS of tests/reliability/test_ROOM.py."""
+    wrong = 0
+    for target in importlib.import_module(f"tests.reliability.test_{room}").TARGETS:
+        begin = time.perf_counter()
+        outcome = run(target, int(count))
+        wrong += len(outcome.wrong)
+        print(
+            f"{target.name}: {outcome.tried:,} tried, {outcome.read:,} read, {outcome.refused:,} refused, "
+            f"{len(outcome.wrong)} unclean, {time.perf_counter() - begin:.0f} s",
+            *outcome.wrong[:5],
+            sep="\n  ",
+            flush=True,
+        )
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
