@@ -96,13 +96,17 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def write_json(path: str | Path, values: Any) -> Path:
-    """Write a JSON file, complete or not at all. ValueError naming the entry for a number that JSON does not have."""
+    """Write a JSON file, complete or not at all. Raises ValueError as `json_text`."""
+    return write_text(path, json_text(values, path) + "\n")
+
+
+def json_text(values: Any, what: object) -> str:
+    """JSON of plain values. ValueError naming the entry of `what` for a number that JSON does not have."""
     try:
-        text = json.dumps(values, indent=2, allow_nan=False)
+        return json.dumps(values, indent=2, allow_nan=False)
     except ValueError as error:
         found = next(_not_finite(values), str(error))
-        raise ValueError(f"{path} cannot be written: {found}; JSON holds finite numbers only.") from error
-    return write_text(path, text + "\n")
+        raise ValueError(f"{what} cannot be written: {found}; JSON holds finite numbers only.") from error
 
 
 def _not_finite(values: Any, at: str = "") -> Iterator[str]:

@@ -154,15 +154,16 @@ def measure(rows: list[Row], manifest: Manifest, judge: Judge, asked: ReportOpti
     grid = manifest.grid
     with progress_bar(len(rows) * asked.samples * len(seeds), "samples") as advance:
         for row in rows:
-            quality = sample_quality(row.model, row.plan, grid, judge, asked.samples, seeds, advance)
+            quality, left_out = sample_quality(row.model, row.plan, grid, judge, asked.samples, seeds, advance)
             batches = held_out(manifest, "test", 256, None, None, torch.device("cpu"))
             row.results = {
                 "parameters": count_parameters(row.model),
                 "steps": row.model.make_plan(row.plan, *grid).n_steps,
                 **summary(image_nll(row.model, batches, row.plan), grid[0] * grid[1]),
-                "fid": statistics.mean(quality["fid"]),
+                "fid": statistics.mean(quality["fid"]) if quality["fid"] else None,
                 "accuracy": statistics.mean(quality["accuracy"]),
                 "per_seed": quality,
+                "left_out": left_out,
             }
     times = time_per_image([(row.model, row.plan) for row in rows], grid, asked.timed_images)
     for row, measured in zip(rows, times, strict=True):
@@ -216,6 +217,7 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
             f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
             f"{found['speed_up']:.2f}x",
         ])  # fmt: skip
+    missing = [f"- No {name} of {row.name}: {why}" for row in rows for name, why in row.results["left_out"].items()]
     spread = "half the range over the sample seeds" if len(seeds) > 1 else "one sample seed, so without spread"
     notes = [
         f"- NLL: {rows[0].results['images']} test images, mean ± standard error, under each row's own factorisation.",
@@ -226,12 +228,15 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
         f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (horizontal head red, vertical blue).",
     ]
+    notes += missing
     bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
     title = "# Raster and diagonal decoding"
     return "\n".join([title, "", table(head, lines), "", *notes, "", "Bounds:", "", *bounds, ""])
 
 
 def _with_spread(values: list[float], digits: int) -> str:
+    if not values:
+        return "none"
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
 

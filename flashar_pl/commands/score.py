@@ -5,14 +5,13 @@ Shapes: N images of the split, B of a batch, H x W grid.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.console import progress_bar, versions
-from flashar_pl.files import require_new, write_json
+from flashar_pl.files import json_text, require_new, write_json
 from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def score(
         "checkpoint": source.facts(),
         "versions": versions(),
     }
-    print(json.dumps({name: value for name, value in result.items() if name not in FILE_ONLY}, indent=2))
+    print(json_text({name: value for name, value in result.items() if name not in FILE_ONLY}, "scores"))
     if out is not None:
         write_json(out, result)
     return result
@@ -170,6 +169,9 @@ def image_nll(
     """NLL (N,) float64 in nats of each valid image of some batches, on the CPU, in their order.
 
     advance: called with the number of scored images after every batch.
+
+    Raises:
+        ValueError: a likelihood is NaN or infinite: broken weights, or numbers too large for the model's precision.
     """
     import torch
 
@@ -180,5 +182,17 @@ def image_nll(
             valid = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
             nll = model.loss(batch.codes, batch.condition, order, batch.valid)["nll"]
             parts.append(nll[valid].double().cpu())  # (B,)
+            _check_finite(parts[-1], batch, valid, plan)
             advance(len(parts[-1]))
     return torch.cat(parts)
+
+
+def _check_finite(nll: Tensor, batch: Batch, valid: Tensor, plan: str) -> None:
+    """ValueError for a likelihood of the valid images (B,) of a batch that is none."""
+    bad = nll.isfinite().logical_not().nonzero()
+    if len(bad):
+        ids = range(len(batch)) if batch.index is None else batch.index[valid].tolist()
+        raise ValueError(
+            f"the {plan} likelihood of image {ids[int(bad[0])]} of the split is {float(nll[bad[0]])}; the model's "
+            "weights are broken, or too large for this --dtype."
+        )

@@ -68,19 +68,25 @@ def sample_quality(
     samples: int,
     seeds: list[int],
     advance: Callable[[int], Any],
-) -> dict[str, list[float]]:
-    """ "fid" and "accuracy" of n samples for each sample seed; sample i has class i modulo the number of classes."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """ "fid" and "accuracy" of n samples for each sample seed, and why a seed has none (the last one's reason).
+
+    Sample i has class i modulo the number of classes.
+    """
     engine = Engine(model)
     labels = torch.arange(samples) % int(judge.classifier.num_classes or 1)
     results: dict[str, list[float]] = {"fid": [], "accuracy": []}
+    left_out: dict[str, str] = {}
     for seed in seeds:
         numbered = SampleSet(ClassIds(labels), grid, plan, SamplingSettings(), TOGETHER, seed * SEED_STRIDE)
         images = judge.tokenizer.decode(draw_codes(engine, numbered, advance))
         features = extract_features(judge.classifier, images)
         assert features.logits is not None
-        results["fid"] += measure(["fid"], features, judge.real).values()
+        found, missing = measure(["fid"], features, judge.real)
+        results["fid"] += found.values()
+        left_out |= missing
         results["accuracy"].append(float((features.logits.argmax(1) == labels).double().mean()))
-    return results
+    return results, left_out
 
 
 def time_per_image(models: list[tuple[GridModel, str]], grid: tuple[int, int], images: int) -> list[dict[str, float]]:

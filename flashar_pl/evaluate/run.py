@@ -124,14 +124,18 @@ def finish(
 ) -> dict[str, Any]:
     """Metrics, files and evaluation.json, from all parts; returns what that file holds."""
     batches, out = bench.samples.batches, folder.path
-    missing = sum(not folder.has(batch) for batch in range(batches))
-    if missing:
+    absent = sum(not folder.has(batch) for batch in range(batches))
+    if absent:
         raise ValueError(
-            f"{missing} of {batches} parts are not in {folder.parts}; on several machines --out must be a shared "
+            f"{absent} of {batches} parts are not in {folder.parts}; on several machines --out must be a shared "
             "directory. Give the same command again to draw them."
         )
     print(f"computing {', '.join(judge.names)}", file=sys.stderr)
-    metrics = measure(judge.names, folder.features(batches, device_of(bench.extractor)), judge.reference.statistics)
+    features = folder.features(batches, device_of(bench.extractor))
+    metrics, missing = measure(judge.names, features, judge.reference.statistics)
+    if not metrics:
+        listed = "; ".join(f"{name}: {why}" for name, why in missing.items())
+        raise ValueError(f"no metric has a value: {listed}. The samples are kept in {out}.")
     codes = write_codes(folder, batches, bench.tokenizer.vocabulary)
     if asked.options.save_npz:
         write_npz(folder, batches, bench.samples.n, out / "samples.npz")
@@ -140,7 +144,7 @@ def finish(
     result = {
         "command": "evaluate",
         "metrics": metrics,
-        "left_out": judge.left_out,
+        "left_out": judge.left_out | missing,
         "samples": {**identity, "codes_sha256": codes, "grid_classes": shown},
         "reference": judge.reference.facts,
         "settings": {name: value for name, value in settings.items() if name not in NO_MATTER},

@@ -23,6 +23,10 @@ ROW_BLOCK = 512
 """Rows whose distances to all others are held at once."""
 ROUNDING = 1e-12
 """A Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0."""
+NEGATIVE = 1e-4
+"""A covariance may lack symmetry, or have a negative eigenvalue, by this share of its largest one: rounding."""
+CANCELLED = 1e-5
+"""Or by this share of |mean|^2: so much float32 leaves of E[x x^T] - mean mean^T where rows are nearly constant."""
 SAME_ROW = 1e-12
 """A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal."""
 
@@ -73,13 +77,13 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
 
     Raises:
         ValueError: shapes do not match, values are not finite, or a matrix is not a covariance (not symmetric, or with
-            an eigenvalue below -1e-4 of the largest; smaller negative ones are rounding and count as 0).
+            a negative eigenvalue, each beyond `_rounding`; smaller ones count as 0).
     """
     first, second = check_moments(mu, sigma, "first"), check_moments(mu2, sigma2, "second")
     if first[0].shape != second[0].shape:
         raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries; expected the same features.")
     offset = (first[0] - second[0]).square().sum()
-    return _frechet(float(offset), _factor(first[1]), _factor(second[1]))
+    return _frechet(float(offset), _factor(first[1], first[0]), _factor(second[1], second[0]))
 
 
 def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Tensor, Tensor]:
@@ -92,10 +96,14 @@ def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Ten
         )
     if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
         raise ValueError(f"{name} moments hold NaN or infinity; expected finite values.")
-    scale = float(covariance.abs().max()) if len(mean) else 0.0
-    if float((covariance - covariance.T).abs().max()) > 1e-4 * scale:
+    if len(mean) and float((covariance - covariance.T).abs().max()) > _rounding(float(covariance.abs().max()), mean):
         raise ValueError(f"{name} covariance is not symmetric.")
     return mean, (covariance + covariance.T) / 2
+
+
+def _rounding(largest: float, mean: Tensor | None) -> float:
+    """What a covariance with this largest entry, of rows around this mean (d,), may be wrong by."""
+    return NEGATIVE * largest + (0.0 if mean is None else CANCELLED * float(mean.square().sum()))
 
 
 def _stored_mean(rows: Tensor) -> np.ndarray:
@@ -111,10 +119,10 @@ def _factor_of_rows(rows: Tensor) -> Tensor:
     return _factor(rows.T.cov().reshape(rows.shape[1], rows.shape[1]))
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F (r, d) with F^T F = covariance, r the numerical rank."""
+def _factor(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
+    """F (r, d) with F^T F = covariance, r the numerical rank. mean: see `_rounding`."""
     values, vectors = torch.linalg.eigh(covariance)  # (d,) ascending, (d, d)
-    if values[0] < -1e-4 * values.abs().max():
+    if values[0] < -_rounding(float(values.abs().max()), mean):
         raise ValueError(
             f"not a covariance: its smallest eigenvalue is {float(values[0]):.3g}, its largest {float(values[-1]):.3g}."
         )

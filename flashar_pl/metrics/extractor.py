@@ -84,9 +84,18 @@ def device_of(extractor: FeatureExtractor) -> torch.device:
 
 @torch.no_grad()
 def extract_features(extractor: FeatureExtractor, images: Tensor) -> Features:
-    """Features in float32, whatever precision the caller has switched on. Raises ValueError: see `check_images`."""
+    """Features in float32, whatever precision the caller has switched on.
+
+    Raises:
+        ValueError: see `check_images`; or a feature is NaN or infinite.
+    """
     images = check_images(images).to(device_of(extractor))
     with strict_float32(images.device.type):
         features = extractor.extract(images)
     assert tuple(features.pool.shape) == (len(images), extractor.num_features)
+    for name, rows in vars(features).items():
+        if rows is not None and not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"the {name} features of {type(extractor).__name__} are NaN or infinite; its weights are broken."
+            )
     return features

@@ -55,11 +55,18 @@ class ReferenceStatistics:
 
 
 class Moments:
-    """Sums over feature rows in float64: mean and covariance, however many batches or ranks the rows come from."""
+    """Mean and covariance of feature rows in float64, however many batches the rows come from.
+
+    Products are taken around each batch's own mean (Chan et al., 1979): what is nearly constant keeps its digits, and
+    the covariance has no negative eigenvalues beyond rounding of itself.
+    """
 
     def __init__(self, columns: int) -> None:
-        self.products = torch.zeros(columns + 1, columns + 1, dtype=torch.float64)
-        """(D + 1, D + 1): sum of the outer products of (1, row). Those of several ranks may be added."""
+        self.count = 0
+        self.mean = torch.zeros(columns, dtype=torch.float64)
+        """(D,)."""
+        self.products = torch.zeros(columns, columns, dtype=torch.float64)
+        """(D, D): sum of the outer products of (row - mean)."""
 
     @classmethod
     def of(cls, rows: Tensor) -> Moments:
@@ -73,16 +80,22 @@ class Moments:
         """Add rows (B, D). Raises ValueError for values that are not finite."""
         if not bool(torch.isfinite(rows).all()):
             raise ValueError("features hold NaN or infinity; expected finite values.")
-        wide = torch.nn.functional.pad(rows.double(), (1, 0), value=1.0)  # (B, D + 1)
-        self.products = self.products.to(rows.device) + wide.T @ wide
+        if not len(rows):
+            return
+        wide = rows.double()
+        mean = wide.mean(dim=0)  # (D,)
+        offset, centred = mean - self.mean.to(rows.device), wide - mean
+        total = self.count + len(rows)
+        between = torch.outer(offset, offset) * (self.count * len(rows) / total)
+        self.products = self.products.to(rows.device) + centred.T @ centred + between
+        self.mean = self.mean.to(rows.device) + offset * (len(rows) / total)
+        self.count = total
 
     def statistics(self) -> tuple[Tensor, Tensor, int]:
         """Mean (D,), unbiased covariance (D, D) in float64, and n. Raises ValueError for fewer than 2 rows."""
-        count = int(self.products[0, 0])
-        if count < 2:
-            raise ValueError(f"{count} images are too few for a Fréchet distance; expected 2 or more.")
-        mean = self.products[0, 1:] / count
-        return mean, (self.products[1:, 1:] - count * torch.outer(mean, mean)) / (count - 1), count
+        if self.count < 2:
+            raise ValueError(f"{self.count} images are too few for a Fréchet distance; expected 2 or more.")
+        return self.mean, self.products / (self.count - 1), self.count
 
 
 def reference_from_batches(

@@ -5,11 +5,14 @@ Shapes: n samples, D pooled features, S spatial features, C classes.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
+from torch.linalg import LinAlgError
 
 from flashar_pl.metrics.distribution import (
     f1_score,
@@ -28,25 +31,38 @@ FEWEST = {**dict.fromkeys(("precision", "recall", "f1"), NEIGHBOURS + 1), "kid":
 """Metrics that compare feature rows, and the rows they need on either side; KID's subsets have as many."""
 
 
-def measure(names: Sequence[str], samples: Features, reference: ReferenceStatistics) -> dict[str, float]:
-    """Metrics of n samples, whose feature rows are in order; those that `choose_metrics` allows."""
+def measure(
+    names: Sequence[str], samples: Features, reference: ReferenceStatistics
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Metrics of n samples, whose feature rows are in order, and those that have no value here, with the reason.
+
+    names: of those that `choose_metrics` allows.
+    """
+    seen: Any = samples
+    real: Any = reference
+    cover = cache(lambda: precision_recall(seen.pool, real.features, NEIGHBOURS))
+    compute: dict[str, Callable[[], float]] = {
+        "fid": lambda: _frechet(seen.pool, real.mu, real.sigma, real.n),
+        "sfid": lambda: _frechet(seen.spatial, real.mu_s, real.sigma_s, real.n),
+        "is": lambda: inception_score(seen.logits, kind="logits"),
+        "precision": lambda: cover()[0],
+        "recall": lambda: cover()[1],
+        "f1": lambda: f1_score(*cover()),
+        "kid": lambda: kernel_distance(seen.pool, real.features, subset_size=FEWEST["kid"]),
+    }
     found: dict[str, float] = {}
-    if "fid" in names:
-        found["fid"] = _frechet(samples.pool, reference.mu, reference.sigma, reference.n)
-    if "sfid" in names:
-        assert samples.spatial is not None
-        found["sfid"] = _frechet(samples.spatial, reference.mu_s, reference.sigma_s, reference.n)
-    if "is" in names:
-        assert samples.logits is not None
-        found["is"] = inception_score(samples.logits, kind="logits")
-    if {"precision", "recall", "f1"} & set(names):
-        assert reference.features is not None
-        precision, recall = precision_recall(samples.pool, reference.features, NEIGHBOURS)
-        found |= {"precision": precision, "recall": recall, "f1": f1_score(precision, recall)}
-    if "kid" in names:
-        assert reference.features is not None
-        found["kid"] = kernel_distance(samples.pool, reference.features, subset_size=FEWEST["kid"])
-    return {name: found[name] for name in NAMES if name in names}
+    missing: dict[str, str] = {}
+    for name in (name for name in NAMES if name in names):
+        try:
+            value = compute[name]()
+        except (ValueError, LinAlgError) as error:
+            missing[name] = str(error)
+            continue
+        if math.isfinite(value):
+            found[name] = value
+        else:
+            missing[name] = f"it is {value}: the features are too large for its arithmetic"
+    return found, missing
 
 
 def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> float:
@@ -56,7 +72,7 @@ def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> float:
         warnings.warn(
             f"{few} rows for {rows.shape[1]} features: the covariance is singular and the distance biased upwards; "
             "compare only results of equal sample counts",
-            stacklevel=3,
+            stacklevel=4,
         )
     return frechet_distance_from_moments(mean, covariance, mu, sigma)
 
