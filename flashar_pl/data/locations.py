@@ -16,6 +16,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -62,8 +64,7 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
     if target.exists():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(target.with_suffix(".lock")):
         if target.exists():
             return target
         with replacing(target) as part:
@@ -75,6 +76,18 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
                     "it is damaged or was replaced there."
                 )
     return target
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One block at a time among the threads and processes of this machine; the file is only made, never changed."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not do it while a forked process has it open too
+        os.close(lock)
 
 
 def _copy(url: str, target: IO[bytes]) -> None:

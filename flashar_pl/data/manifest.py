@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashar_pl.data import forms
 from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
 from flashar_pl.files import write_text
 
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
 FORMAT = 1
 FILE_NAME = "manifest.json"
 SPLITS = ("train", "validation", "test")
-KINDS = {
-    "class": (("num_classes",), ("labels.npy",)),
-    "text": ((), ("texts.json",)),
-    "text-features": (("length", "width"), ("features.npy", "lengths.npy")),
+KINDS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "class": ({"num_classes": forms.CLASSES}, ("labels.npy",)),
+    "text": ({}, ("texts.json",)),
+    "text-features": ({"length": forms.SIDE, "width": forms.SIDE}, ("features.npy", "lengths.npy")),
 }
-"""Kind of condition -> the sizes it has, and the members of a record that hold it."""
+"""Kind of condition -> the sizes it has, with their limits, and the members of a record that hold it."""
 
 
 def code_dtype(vocabulary: int) -> np.dtype:
@@ -54,14 +56,16 @@ class ConditionSpec:
     """"text-features": feature width C."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"Condition kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
-        for name in ("num_classes", "length", "width"):
-            value = getattr(self, name)
-            if name in KINDS[self.kind][0]:
-                _positive(f"{name} of condition kind {self.kind!r}", value)
+        if not isinstance(self.kind, str) or self.kind not in KINDS:
+            raise ValueError(f"Condition kind {forms.shown(self.kind)}; expected one of {', '.join(KINDS)}.")
+        limits = KINDS[self.kind][0]
+        for size in ("num_classes", "length", "width"):
+            value = getattr(self, size)
+            if size in limits:
+                forms.integer(f"{size} of condition kind {self.kind!r}", value, 1, limits[size])
             elif value is not None:
-                raise ValueError(f"{name}={value!r} has no meaning for condition kind {self.kind!r}; leave it out.")
+                found = forms.shown(value)
+                raise ValueError(f"{size}={found} has no meaning for condition kind {self.kind!r}; leave it out.")
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -77,17 +81,33 @@ class Record:
     members: dict[str, tuple[int, int]]
     """Member name, such as "codes.npy" -> (offset of its first byte in the tar, number of bytes)."""
 
+    def __post_init__(self) -> None:
+        forms.integer("samples of a record", self.samples, 1, forms.SIZE)
+        for member, (offset, size) in self.members.items():
+            forms.integer(f"offset of {forms.shown(member)}", offset, 0, forms.SIZE)
+            forms.integer(f"size of {forms.shown(member)}", size, 0, forms.SIZE)
+
 
 @dataclass(frozen=True)
 class Shard:
     """One tar file."""
 
     path: str
-    """Relative to the manifest."""
+    """Name of the file, which lies beside the manifest."""
     samples: int
     bytes: int
     sha256: str
     records: tuple[Record, ...]
+
+    def __post_init__(self) -> None:
+        forms.file_name("shard path", self.path)
+        what = f"shard {self.path!r}"
+        forms.sha256(f"{what}: sha256", self.sha256)
+        forms.integer(f"{what}: bytes", self.bytes, 1, forms.SIZE)
+        if forms.integer(f"{what}: samples", self.samples, 1, forms.SIZE) != sum(r.samples for r in self.records):
+            raise ValueError(f"{what}: {self.samples} samples do not agree with its records")
+        if any(offset + size > self.bytes for record in self.records for offset, size in record.members.values()):
+            raise ValueError(f"{what}: a member of a record ends after the shard's {self.bytes} bytes")
 
 
 @dataclass(frozen=True)
@@ -112,14 +132,34 @@ class Manifest:
     """Location the shard paths are relative to; not stored."""
 
     def __post_init__(self) -> None:
+        forms.name("name", self.name)
+        if not isinstance(self.tokenizer, dict):
+            raise ValueError(f"tokenizer is {forms.shown(self.tokenizer)}; expected its settings by name.")
         if len(self.grid) != 2:
-            raise ValueError(f"grid {self.grid!r}; expected (height, width).")
-        for name, value in (("height", self.grid[0]), ("width", self.grid[1])):
-            _positive(f"grid {name}", value)
-        _positive("vocabulary", self.vocabulary)
-        _positive("crops", self.crops)
-        if self.evaluation_crop not in range(self.crops):
-            raise ValueError(f"evaluation_crop is {self.evaluation_crop!r}; expected 0 .. {self.crops - 1}.")
+            raise ValueError(f"grid {forms.shown(self.grid)}; expected (height, width).")
+        for side, value in zip(("height", "width"), self.grid, strict=True):
+            forms.integer(f"grid {side}", value, 1, forms.SIDE)
+        forms.integer("vocabulary", self.vocabulary, 1, forms.IDS)
+        forms.integer("crops", self.crops, 1, forms.SIDE)
+        forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        """No shard twice, in one split or in two; no record of more samples than its members have room for."""
+        sample = self.crops * self.grid[0] * self.grid[1] * code_dtype(self.vocabulary).itemsize
+        needed = {"codes.npy": sample, "ids.npy": np.dtype(np.int64).itemsize}
+        seen: dict[str, str] = {}
+        for split, shards in self.splits.items():
+            forms.name("a split", split)
+            for shard in shards:
+                what = f"shard {shard.path!r} of the {split} split"
+                if before := seen.get(shard.path) or seen.get(shard.sha256):
+                    raise ValueError(f"{what} is also {before}: no sample may be in two splits, or twice in one")
+                seen[shard.path] = seen[shard.sha256] = what
+                for record, (member, size) in product(shard.records, needed.items()):
+                    _, room = record.members.get(member, (0, record.samples * size))
+                    if record.samples * size > room:
+                        raise ValueError(f"{what}: {room} bytes of {member} cannot hold {record.samples} samples")
 
     @classmethod
     def load(cls, location: str | os.PathLike[str]) -> Manifest:
@@ -130,11 +170,11 @@ class Manifest:
         """
         if is_remote(str(location)):
             root = str(location).removesuffix(f"/{FILE_NAME}")
-            return cls.parse(read_bytes(root, FILE_NAME).decode(), root=root, source=f"{FILE_NAME} of {root}")
+            return cls.parse(read_bytes(root, FILE_NAME), root=root, source=f"{FILE_NAME} of {root}")
         folder = Path(location).parent if Path(location).name == FILE_NAME else Path(location)
         path = folder / FILE_NAME
         if path.is_file():
-            return cls.parse(path.read_text(encoding="utf-8"), root=str(folder), source=str(path))
+            return cls.parse(path.read_bytes(), root=str(folder), source=str(path))
         if inside := sub_manifests(folder):
             raise ValueError(
                 f"{folder} holds a data set for each grid; expected one of them, such as {inside[0].parent}."
@@ -150,18 +190,19 @@ class Manifest:
         )
 
     @classmethod
-    def parse(cls, text: str, root: str, source: str) -> Manifest:
+    def parse(cls, content: bytes, root: str, source: str) -> Manifest:
         """Build a manifest from its JSON; `source` names it in errors. Raises ValueError as `load` does."""
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(content.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{source} is not JSON ({error}). Restore it, or tokenize the data set again.") from error
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
-            raise ValueError(f"{source} has format {version!r}; this version of flashar-pl reads format {FORMAT}.")
+            found = forms.shown(version)
+            raise ValueError(f"{source} has format {found}; this version of flashar-pl reads format {FORMAT}.")
         try:
-            splits = {name: tuple(_shard(s) for s in shards) for name, shards in data["splits"].items()}
-            plain = {name: data[name] for name in ("name", "tokenizer", "vocabulary", "crops")}
+            splits = {split: tuple(_shard(s) for s in shards) for split, shards in data["splits"].items()}
+            plain = {key: data[key] for key in ("name", "tokenizer", "vocabulary", "crops")}
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
             return cls(
@@ -169,7 +210,7 @@ class Manifest:
             )
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{source} has a wrong field: {error}") from error
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
@@ -289,18 +330,7 @@ def check_matches(
 
 
 def _shard(data: dict[str, Any]) -> Shard:
-    path = data["path"]
-    if os.path.isabs(path) or ".." in Path(path).parts:
-        raise ValueError(f"shard path {path!r} leaves the directory of the manifest")
     records = tuple(
-        Record(r["samples"], {name: (int(at), int(size)) for name, (at, size) in r["members"].items()})
-        for r in data["records"]
+        Record(r["samples"], {key: tuple(place) for key, place in r["members"].items()}) for r in data["records"]
     )
-    if data["samples"] != sum(r.samples for r in records) or any(r.samples < 1 for r in records):
-        raise ValueError(f"shard {path!r}: {data['samples']} samples do not agree with its records")
-    return Shard(path, data["samples"], data["bytes"], data["sha256"], records)
-
-
-def _positive(what: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} is {value!r}; expected an integer >= 1.")
+    return Shard(data["path"], data["samples"], data["bytes"], data["sha256"], records)

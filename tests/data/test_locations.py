@@ -67,6 +67,22 @@ def test_a_damaged_copy_is_not_kept(toy: Manifest, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+def test_nothing_outside_the_cache_is_touched(toy: Manifest, tmp_path: Path) -> None:
+    """Guards a file that a manifest names by its hash, or that a link in the cache leads to."""
+    victim, cache, shard = tmp_path / "victim.lock", tmp_path / "cache" / "in", toy.shards("train")[0]
+    victim.write_text("kept")
+    manifest = Path(toy.root, "manifest.json")
+    manifest.write_text(manifest.read_text().replace(shard.sha256, "../../victim"))
+    with pytest.raises(ValueError, match="expected a SHA-256"):
+        ShardReader(Manifest.load(toy.root), "train", str(cache)).read(np.array([0]))
+    cache.mkdir(parents=True)
+    (cache / f"{shard.sha256}.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic link"):
+        locations.fetch(f"pipe:cat '{toy.root}'/{{path}}", shard.path, shard.sha256, cache)
+    assert victim.read_text() == "kept"
+    assert not list(cache.glob("*.tar"))
+
+
 def test_readers_of_one_machine_fetch_a_shard_once(toy: Manifest, tmp_path: Path) -> None:
     log = tmp_path / "log"
     location = f"pipe:echo x >> '{log}'; sleep 0.1; cat '{toy.root}'/{{path}}"

@@ -10,7 +10,7 @@ import webdataset
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones import Conditioning
-from flashar_pl.data.manifest import check_matches, code_dtype
+from flashar_pl.data.manifest import Record, Shard, check_matches, code_dtype
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, verify
 from flashar_pl.files import digest
 
@@ -214,18 +214,54 @@ def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
         (lambda d: d["condition"].update(colour=1), "wrong field: .*colour"),
         (lambda d: d["splits"]["train"][0].update(path="../x.tar"), "leaves the directory"),
         (lambda d: d["splits"]["train"][0].update(samples=3), "3 samples do not agree"),
+        (lambda d: d.update(name=3), "name is 3; expected a name"),
+        (lambda d: d.update(name="\ud800"), r"name is '\\ud800'; expected a name"),
+        (lambda d: d.update(tokenizer="x"), "tokenizer is 'x'; expected its settings"),
+        (lambda d: d.update(grid=[10**400, 4]), "grid height is 10{76}\\.\\.\\.; expected 1 .. 65536"),
+        (lambda d: d.update(vocabulary=10**30), "vocabulary is 10+; expected 1 .. 2147483648"),
+        (lambda d: d.update(vocabulary=True), "vocabulary is True; expected 1 .. 2147483648"),
+        (lambda d: d.update(crops=10**12), "crops is 10+; expected 1 .. 65536"),
+        (lambda d: d.update(crops=60_000), "608 bytes of codes.npy cannot hold 10 samples"),
+        (lambda d: d["condition"].update(num_classes=float("inf")), "num_classes .* is inf; expected"),
+        (lambda d: d["splits"]["train"][0].update(sha256="../../victim"), "sha256 is '../../victim'; expected a SHA"),
+        (lambda d: d["splits"]["train"][0].update(bytes=1 << 60), "bytes is 1152921504606846976; expected 1 .. 11"),
+        (lambda d: member(d, "codes.npy", [float("inf"), 5]), "offset of 'codes.npy' is inf; expected"),
+        (lambda d: member(d, "codes.npy", [-9, 5]), "offset of 'codes.npy' is -9; expected 0 .. 11"),
+        (lambda d: member(d, "ids.npy", [512, 10**6]), "a member of a record ends after the shard's"),
+        (lambda d: member(d, "ids.npy", [512, 79]), "79 bytes of ids.npy cannot hold 10 samples"),
+        (lambda d: d["splits"].update(test=d["splits"]["train"]), "'train-000000.tar' of the test split is also shard"),
+        (lambda d: d["splits"]["test"].append(d["splits"]["train"][0] | {"path": "a.tar"}), "'a.tar' .* is also shard"),
     ],
 )
-def test_damaged_manifest(toy: Manifest, change, message: str) -> None:
+def test_wrong_manifest(toy: Manifest, change, message: str) -> None:
     path = Path(toy.root) / "manifest.json"
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"manifest\.json has .*{message}"):
         Manifest.load(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        Manifest.load(path)
+
+
+def member(data: dict, name: str, place: list) -> None:
+    """Move a member of the first training record."""
+    data["splits"]["train"][0]["records"][0]["members"][name] = place
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff{}", b"[" * 100_000, b"1" * 5000])
+def test_a_manifest_that_is_not_json(toy: Manifest, content: bytes) -> None:
+    (Path(toy.root) / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is not JSON"):
+        Manifest.load(toy.root)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../victim", "/etc/passwd", "a/b.tar", "", ".", "..", ".hidden", "a\0.tar", "a\n", "x::file:///etc/x", "pipe:date",
+     "http://host/a.tar", "~", "*.tar", "{0..9}.tar", "-rf", "a;date", "$HOME", "a.tar?x", 3, None, ["a.tar"]],
+)  # fmt: skip
+def test_a_shard_is_one_plain_name(path) -> None:
+    with pytest.raises(ValueError, match=r"shard path .* expected a name such as train-000000\.tar"):
+        Shard(path, 1, 1, "0" * 64, (Record(1, {}),))
 
 
 def damage(manifest: Manifest, member: str, at: int, value: bytes) -> None:
