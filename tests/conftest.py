@@ -43,6 +43,14 @@ def _text(file: Path) -> str:
     return file.read_text()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _state_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The suite has its own key to mark run directories with, not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_seed_left() -> Iterator[None]:
     """Lightning keeps the seed of a run in the environment; strategies of later tests in this process would take it."""

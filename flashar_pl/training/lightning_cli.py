@@ -1,7 +1,8 @@
 """`flashar fit | validate | test | predict`: LightningCLI with a run directory, stored configuration and short errors.
 
-A run directory (`trainer.default_root_dir`) holds config.yaml, TensorBoard events and checkpoints/. Checkpoints carry
-the full configuration under "flashar_config"; a run that continues takes it as its defaults.
+A run directory (`trainer.default_root_dir`) holds config.yaml, TensorBoard events and checkpoints/. A run that continues
+takes that file as its defaults if this user's command wrote it. Checkpoints carry the same text under "flashar_config", of
+which numbers and known words are taken.
 """
 
 from __future__ import annotations
@@ -24,24 +25,28 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.files import write_text
+from flashar_pl.training.carried import carried, check_place, left_out
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.logger import RunLogger
+from flashar_pl.training.mark import marked
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
-    check_imports,
     check_run_directory,
     check_same_data,
     check_same_model,
+    config_beside,
     differences,
+    own_config,
     read_config,
 )
 from flashar_pl.training.strategies import check_checkpoint_kind
-from flashar_pl.training.words import Words, check_keys, explain
+from flashar_pl.training.words import Words, check_keys, data_classes, explain
 
 DATA: dict[str, type[LightningDataModule]] = {
     kind.__name__: kind for kind in (CodesDataModule, ImageNetDataModule, TextImageDataModule)
@@ -64,7 +69,7 @@ VERBS = {
     "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",
     "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
     "example:\n  flashar validate --ckpt_path runs/demo/flashar/checkpoints/last.ckpt\n\n"
-    "The configuration comes out of the checkpoint; options change it.",
+    "The configuration is that of the checkpoint's run directory, if it is yours; of a file alone only numbers are\ntaken, so say where the data is: --data.shards DIRECTORY. Options change it.",
     "test": "Losses, likelihood and, where configured, FID and samples on the test split.\n\n"
     "example:\n  flashar test --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
     "predict": "Likelihood of every test image, written as .npz into the run directory.\n\n"
@@ -82,7 +87,7 @@ class KeepConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        path, text = Path(trainer.default_root_dir) / self.config_filename, self.text()
+        path, text = Path(trainer.default_root_dir) / self.config_filename, marked(self.text())
         if path.exists() and path.read_text(encoding="utf-8") != text:
             path.rename(free_name(path))  # a continued run keeps the configuration it had before
         write_text(path, text)
@@ -131,11 +136,11 @@ class ExperimentCLI(LightningCLI):
     def __init__(self, verb: str, argv: list[str], parse_only: bool = False) -> None:
         self.verb, self.parse_only = verb, parse_only
         words = Words.read(argv)
-        self.checkpoint, self.stored = words.checkpoint(), {}
+        self.typed, self.checkpoint = words, words.checkpoint()
+        self.stored: dict[str, Any] = {}
+        self.foreign: dict[str, Any] | None = None
         if self.checkpoint is not None:
-            self.stored = read_config(self.checkpoint)
-            given = [{key.rpartition(".")[2]: value} for key, value in words.pairs()]
-            check_imports(self.checkpoint, self.stored, given)
+            self.stored = self._stored(self.checkpoint, words)
             words = words.before(self.stored)
         check_keys(words, FlashARModule, DATA)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))
@@ -160,6 +165,19 @@ class ExperimentCLI(LightningCLI):
             run=False,
             args=self.words.parsed(),
         )
+
+    def _stored(self, path: str, words: Words) -> dict[str, Any]:
+        """What a continued run takes over: the whole configuration of a run directory that this user's command wrote,
+        or else what a checkpoint alone may say."""
+        if (stored := own_config(path)) is not None:
+            return stored
+        self.foreign = read_config(path)
+        beside = config_beside(path)
+        hint = f"take it all: --config {beside or 'FILE'}"
+        check_place(path, hint, self.foreign, words)
+        *_, data = data_classes(words, DATA)
+        model = RunCheckpoint(path).description.model.get("backbone", {})
+        return carried(path, self.foreign, model, FlashARModule, data, words)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to continue or measure.")
@@ -187,16 +205,25 @@ class ExperimentCLI(LightningCLI):
         if self.verb == "fit" and not self.config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
             check_run_directory(root, self.checkpoint)
             self._new_directory = None if root.exists() else root
-        if self.checkpoint is not None:
-            lines = differences(self.stored, self.values)
-            what = ", with these changes:" if lines else ", unchanged."
-            for line in (f"Configuration of {self.checkpoint}{what}", *(f"  {line}" for line in lines)):
-                rank_zero_info(line)
+        self._say_what_is_taken()
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(explain(str(error))) from error
         self._check_files()
+
+    def _say_what_is_taken(self) -> None:
+        """What a continued run has of its checkpoint's settings: what is changed, or what is left out."""
+        if self.checkpoint is None:
+            return
+        if self.foreign is not None:
+            lines = left_out(self.foreign, self.values, self.typed)
+            what = ": numbers and known words are taken. Type what you trust of the rest:" if lines else "."
+        else:
+            lines = differences(self.stored, self.values)
+            what = ", with these changes:" if lines else ", unchanged."
+        for line in (f"Configuration of {self.checkpoint}{what}", *(f"  {line}" for line in lines)):
+            rank_zero_info(line)
 
     def _check_files(self) -> None:
         """ValueError for files that are missing or do not fit the model, now that it is made."""

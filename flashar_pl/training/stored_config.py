@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,12 @@ import yaml
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.models.lora import LoraConfig
+from flashar_pl.training.mark import own
 
-OURS = ("flashar_pl", "lightning", "torch")
-"""Packages whose classes the configuration of a checkpoint may name."""
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
+CONFIG_FILE = "config.yaml"
+"""Name of the configuration in a run directory."""
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -23,32 +23,32 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
         ValueError: the file is no checkpoint of ours.
     """
-    stored = yaml.safe_load(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"))
-    return {key: value for key, value in stored.items() if key not in ("config", "ckpt_path")}
+    return _settings(RunCheckpoint(path).content.get(CONFIG_KEY, "{}"), path)
 
 
-def check_imports(path: str, stored: dict[str, Any], given: Iterable[Any]) -> None:
-    """ValueError if the configuration of a checkpoint names a class of another package that the user did not `give`.
-
-    What a checkpoint says is never imported; the user's own YAML may name the same class.
-    """
-    strange = {name for name in _class_paths(stored) if name.split(".")[0] not in OURS} - {*_class_paths(list(given))}
-    if strange:
-        raise ValueError(
-            f"{path} was made with {min(strange)}, and a checkpoint never says what to import; give the run's YAML "
-            "too: --config FILE."
-        )
+def own_config(path: str) -> dict[str, Any] | None:
+    """The configuration of the run directory in which a checkpoint is, if a command of this user's wrote it."""
+    file = config_beside(path)
+    text = own(file.read_text(encoding="utf-8", errors="surrogateescape")) if file is not None else None
+    return None if text is None else _settings(text, str(file))
 
 
-def _class_paths(value: Any) -> Iterator[str]:
-    """Every class_path in nested values."""
-    if isinstance(value, dict):
-        if isinstance(value.get("class_path"), str):
-            yield value["class_path"]
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from _class_paths(item)
+def config_beside(path: str) -> Path | None:
+    """config.yaml of the run directory in which a checkpoint is; None = there is none."""
+    folder = Path(path).absolute().parent
+    file = folder.parent / CONFIG_FILE
+    return file if folder.name == "checkpoints" and file.is_file() else None
+
+
+def _settings(text: Any, path: str) -> dict[str, Any]:
+    """YAML text as settings of a run, without the options of one call. ValueError where it is none."""
+    try:
+        stored = yaml.safe_load(text) if isinstance(text, str) else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"the configuration in {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"the configuration in {path} has no keys; give the run's YAML: --config FILE.")
+    return {str(key): value for key, value in stored.items() if key not in ("config", "ckpt_path")}
 
 
 def check_same_data(path: str, name: str, grid: tuple[int, int]) -> None:

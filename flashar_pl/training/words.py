@@ -51,7 +51,7 @@ class Words:
 
     def before(self, stored: dict[str, Any]) -> Words:
         """The same words with a configuration that all others win over."""
-        return replace(self, files=((yaml.safe_dump(stored), stored), *self.files))
+        return replace(self, files=((yaml.safe_dump(stored, sort_keys=False), stored), *self.files))
 
     def parsed(self) -> list[str]:
         """The command line in the order in which later words win."""
@@ -153,7 +153,7 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
         if any(isinstance(kind, type) and issubclass(kind, Backbone) for kind in options):
             known |= {f"model.{name}.class_path", f"model.{name}.init_args"}
         groups |= {f"model.{name}"} if kinds else set()
-    for kind in [kind for owner in _data_classes(words, data) for kind in owner.__mro__ if "__init__" in vars(kind)]:
+    for kind in [kind for owner in data_classes(words, data) for kind in owner.__mro__ if "__init__" in vars(kind)]:
         names = list(inspect.signature(vars(kind)["__init__"]).parameters)[1:]
         known |= {f"data.{prefix}{name}" for name in names for prefix in ("", "init_args.")}
     for key, value in words.pairs():
@@ -170,7 +170,7 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
             raise ValueError(f"no configuration key {key!r}; closest: {', '.join(nearest(key, known))}.")
 
 
-def _data_classes(words: Words, short: dict[str, type[LightningDataModule]]) -> Iterator[type[LightningDataModule]]:
+def data_classes(words: Words, short: dict[str, type[LightningDataModule]]) -> Iterator[type[LightningDataModule]]:
     """The data modules that files and options name, and ours."""
     yield next(iter(short.values()))
     for key, value in words.pairs():

@@ -1,6 +1,7 @@
 """A backbone that a YAML names by class_path, through every command; a checkpoint never says what to import."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_a_backbone_of_ones_own(run, refused, forget, work, shards, monkeypatch)
     for words in (
         ("generate", "--checkpoint", last, "--classes", "3", "--out", "no"),
         ("score", "--checkpoint", last, "--data", shards),
-        ("validate", "--ckpt_path", last),
+        ("validate", "--ckpt_path", shutil.copy(last, "moved.ckpt"), "--data.shards", shards),
     ):
         assert "--backbone-class" in (message := refused(*words)) or "give the run's YAML too" in message
 

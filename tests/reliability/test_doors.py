@@ -1,0 +1,177 @@
+"""Nothing that a file says is imported, executed, fetched or written to: one test for each door."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from flashar_pl.cli import main
+from flashar_pl.data.datamodules import CodesDataModule
+from flashar_pl.data.shards import ConditionSpec, ShardWriter
+from flashar_pl.training.carried import carried
+from flashar_pl.training.lightning_cli import ExperimentCLI
+from flashar_pl.training.mark import key_file, marked, own
+from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.stored_config import CONFIG_KEY, flatten
+from flashar_pl.training.words import Words
+
+SIZES = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 8, "num_classes": 3}
+RUN = {
+    "seed_everything": 3,
+    "model": {"backbone": {"options": SIZES}, "flashar": {"branch_layer": 1}, "optimiser": {"lr": 0.01}},
+    "data": {"shards": "shards", "batch_size": 4, "validation_batch_size": 5},
+    "trainer": {"default_root_dir": "run", "max_steps": 1, "accelerator": "cpu", "limit_val_batches": 1},
+}
+EVIL = "from pathlib import Path\n\ndef call(*_, **__):\n    Path('DONE').touch()\n\ncall()\n"
+"""A module that leaves a trace when it is imported, and again when its function is called."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with shards and a run of one step."""
+    place = tmp_path_factory.mktemp("doors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        condition = ConditionSpec("class", num_classes=3)
+        with ShardWriter(
+            "shards", name="x", tokenizer={"kind": "pixels", "levels": 8}, grid=(4, 4), vocabulary=8,
+            condition=condition, block=4,
+        ) as writer:  # fmt: skip
+            for split in ("train", "validation"):
+                writer.write(split, np.arange(8 * 16).reshape(8, 4, 4) % 8, ids=range(8), labels=np.arange(8) % 3)
+        Path("evil.py").write_text(EVIL)
+        Path("run.yaml").write_text(yaml.safe_dump(RUN))
+        assert main(["fit", "--config", "run.yaml"]) == 0
+        patch.undo()
+    return place
+
+
+@pytest.fixture
+def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same directory as the current one, with the module `evil` within reach; it must not have been used."""
+    monkeypatch.chdir(home)
+    monkeypatch.syspath_prepend(str(home))
+    before = {path.name for path in home.iterdir()}
+    yield home
+    assert "evil" not in sys.modules
+    assert {path.name for path in home.iterdir()} - before <= {"foreign.ckpt", "runs"}, "it has left traces"
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr("flashar_pl.training.lightning_cli.rank_zero_info", lines.append)
+    return lines
+
+
+def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy of a configuration with another value at a dotted key."""
+    name, _, rest = key.partition(".")
+    return {**config, name: changed(config.get(name) or {}, rest, value) if rest else value}
+
+
+def stranger(*doors: str) -> str:
+    """The run's checkpoint as a stranger gives it, with the values of some doors in its configuration."""
+    [file] = Path("run/checkpoints").iterdir()
+    content = torch.load(file, weights_only=True)
+    config = yaml.safe_load(content[CONFIG_KEY])
+    for door in doors:
+        config = changed(config, *DOORS[door])
+    torch.save({**content, CONFIG_KEY: yaml.safe_dump(config)}, "foreign.ckpt")
+    return "foreign.ckpt"
+
+
+def called(kind: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": kind, "init_args": arguments}
+
+
+DOORS = {
+    "pipe": ("data.shards", "pipe:touch DONE; cat shards/{path}"),
+    "a url": ("data.shards", "file:///tmp/shards"),
+    "data by string": ("data", "evil.call"),
+    "data by class_path": ("data", called("evil.call")),
+    "a function by string": ("data.text_encoder", "evil.call"),
+    "a path of prompts": ("data.prompts", "/etc"),
+    "a path of a cache": ("data.cache", "DONE"),
+    "a logger": ("trainer.logger", called("lightning.pytorch.loggers.CSVLogger", save_dir="DONE")),
+    "a logger by string": ("trainer.logger", "evil.call"),
+    "a callback": (
+        "trainer.callbacks",
+        [called("lightning.pytorch.callbacks.LambdaCallback", on_validation_start="evil.call")],
+    ),
+    "a callback by string": ("trainer.callbacks", ["evil.call"]),
+    "a strategy by string": ("trainer.strategy", "evil.call"),
+    "a profiler": (
+        "trainer.profiler",
+        called("lightning.pytorch.profilers.SimpleProfiler", dirpath="DONE", filename="p"),
+    ),
+    "a run directory": ("trainer.default_root_dir", "DONE"),
+    "a backbone": ("model.backbone", called("evil.call")),
+    "weights to start from": ("model.init_from", "/etc/passwd"),
+    "features": ("model.validation", {"features": "/etc", "samples": 4}),
+    "a word as a number": ("data.num_workers", "evil.call"),
+    "a tag": ("trainer.max_steps", {"!!python/name:evil.call": 1}),
+}
+"""Key of a configuration, and a value that would do something."""
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_nothing_but_numbers_and_known_words_comes_from_a_checkpoint(door: str) -> None:
+    described = {"kind": "llamagen", **SIZES, "condition": "evil.call", "norm_eps": "1e-5 # x"}
+    taken = flatten(
+        carried("foreign.ckpt", changed(RUN, *DOORS[door]), described, FlashARModule, CodesDataModule, Words((), ()))
+    )
+    words = {"data.class_path": "flashar_pl.data.datamodules.CodesDataModule", "model.backbone.kind": "llamagen"}
+    for key, value in taken.items():
+        assert value in (None, {}) or isinstance(value, int | float) or words.get(key) == value, key
+    assert taken["model.backbone.options.dim"] == 16
+    assert taken["seed_everything"] == 3
+
+
+CLASSES = ("pipe", "a path of prompts", "a path of a cache", "a logger", "a callback", "a profiler", "a run directory",
+           "a backbone", "weights to start from", "features")  # fmt: skip
+STRINGS = ("a url", "a function by string", "a logger by string", "a callback by string", "a strategy by string",
+           "a word as a number", "a tag")  # fmt: skip
+
+
+@pytest.mark.parametrize("doors", [CLASSES, STRINGS, ("data by string",)], ids=("classes", "strings", "data"))
+def test_what_a_checkpoint_names_is_told_and_not_done(place: Path, said: list[str], doors: tuple[str, ...]) -> None:
+    """Guards `validate --ckpt_path FILE`, which ran the shell command that FILE named as its shards."""
+    with pytest.raises(ValueError, match=r"Type what you trust of it, such as --data\.shards DIRECTORY") as error:
+        ExperimentCLI("validate", ["--ckpt_path", stranger(*doors)])
+    assert str(DOORS[doors[0]][1]) in str(error.value)
+    command = ExperimentCLI("validate", ["--ckpt_path", "foreign.ckpt", "--data.shards", "shards"])
+    command.run()
+    for key, _ in [DOORS[door] for door in doors]:
+        assert key == "data.shards" or any(line.strip().startswith(f"--{key}") for line in said), key
+    assert command.values["model"]["flashar"]["branch_layer"] == 1
+    assert "data" in doors[0] or command.values["data"]["validation_batch_size"] == 5
+
+
+def test_a_run_directory_continues_itself_where_its_owner_has_written_it(place: Path, said: list[str]) -> None:
+    """Guards the way back: what the user's own command wrote is taken whole, of a stranger's directory only numbers."""
+    [file] = Path("run/checkpoints").iterdir()
+    config = Path("run/config.yaml")
+    text = config.read_text()
+    assert key_file().stat().st_mode & 0o777 == 0o600
+    try:
+        assert ExperimentCLI("fit", ["--ckpt_path", str(file)]).values["trainer"]["max_steps"] == 1
+        for other in (own(text), text.replace("max_steps: 1", "max_steps: 2"), text + "trainer: {}\n"):
+            config.write_text(other)
+            with pytest.raises(ValueError, match=r"take it all: --config \S+run/config\.yaml"):
+                ExperimentCLI("fit", ["--ckpt_path", str(file)])
+        config.write_text(own(text))
+        assert ExperimentCLI("fit", ["--ckpt_path", str(file), "--config", str(config)]).checkpoint
+    finally:
+        config.write_text(text)
+
+
+def test_a_run_without_a_place_for_the_key_has_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    assert marked("a: 1\n") == "a: 1\n"
+    assert own("a: 1\n") is None
