@@ -1,7 +1,7 @@
 """`flashar fit | validate | test | predict`: LightningCLI with a run directory, stored configuration and short errors.
 
 A run directory (`trainer.default_root_dir`) holds config.yaml, TensorBoard events and checkpoints/. A run that continues
-takes that file as its defaults if this user's command wrote it. Checkpoints carry the same text under "flashar_config", of
+takes that file as its defaults if this user's command wrote it. Checkpoints carry the same text as "flashar_config", of
 which numbers and known words are taken.
 """
 
@@ -69,7 +69,8 @@ VERBS = {
     "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",
     "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
     "example:\n  flashar validate --ckpt_path runs/demo/flashar/checkpoints/last.ckpt\n\n"
-    "The configuration is that of the checkpoint's run directory, if it is yours; of a file alone only numbers are\ntaken, so say where the data is: --data.shards DIRECTORY. Options change it.",
+    "The configuration is that of the checkpoint's run directory, if it is yours. Of a file alone only numbers and\n"
+    "known words are taken: say where the data is, --data.shards DIRECTORY. Options change it.",
     "test": "Losses, likelihood and, where configured, FID and samples on the test split.\n\n"
     "example:\n  flashar test --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
     "predict": "Likelihood of every test image, written as .npz into the run directory.\n\n"
