@@ -1,6 +1,6 @@
 """`flashar fit | validate | test | predict`: LightningCLI with a run directory, stored configuration and short errors.
 
-A run directory (`trainer.default_root_dir`) holds config.yaml, TensorBoard events and checkpoints/. A run that continues
+A run directory (`trainer.default_root_dir`) holds config.yaml, TensorBoard events and checkpoints/. A run that goes on
 takes that file as its defaults if this user's command wrote it. Checkpoints carry the same text as "flashar_config", of
 which numbers and known words are taken.
 """
