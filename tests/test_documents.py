@@ -1,0 +1,58 @@
+"""Every command that a page shows is one that its parser takes: verbs, options and values, without running it."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashar_pl.cli import COMMANDS, load, split_verb
+from flashar_pl.commands.arguments import parse
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").rglob("*.yaml"))]
+PAGES = [page for page in PAGES if page.name != "log.md"]  # that page says what was typed then
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command: lines of code that begin with `flashar`, continued by a backslash."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".yaml":
+        text = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    for found in re.finditer(
+        r"^(?: {2,}|\t)?(?:\.venv/bin/)?flashar +(\S(?:.|\\\n)*)$", text.replace("\\\n", " "), re.MULTILINE
+    ):
+        words = shlex.split(found[1], comments=True)
+        end = next((i for i, word in enumerate(words) if word in ("|", "&&", ">", ";", "&")), len(words))
+        yield words[:end]
+
+
+PLACEHOLDERS = {"SEED": "0", "STATE": "fp32", "FACTOR": "0.2"}
+FOUND = [(page.name, words) for page in PAGES for words in commands(page)]
+TYPED = [(name, words) for name, words in FOUND if " ".join(words[:1]) not in COMMANDS or not COMMANDS[words[0]].trains]
+TRAINING = [(name, words) for name, words in FOUND if (name, words) not in TYPED]
+
+
+def test_pages_show_commands() -> None:
+    assert len(FOUND) > 60
+    assert len(TRAINING) > 20
+
+
+@pytest.mark.parametrize(("page", "words"), TYPED, ids=[f"{page}:{' '.join(words)[:60]}" for page, words in TYPED])
+def test_a_command_is_taken(page: str, words: list[str]) -> None:
+    name, rest = split_verb(words)
+    parse(load(COMMANDS[name]), f"flashar {name}", rest)
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), TRAINING, ids=[f"{page}:{' '.join(words)[:60]}" for page, words in TRAINING]
+)
+def test_a_run_is_taken(page: str, words: list[str]) -> None:
+    from flashar_pl.training.lightning_cli import ExperimentCLI
+
+    words = [PLACEHOLDERS.get(word, word) for word in words]
+    if "--ckpt_path" in words:  # no such file here; it holds the settings of the run
+        at = words.index("--ckpt_path")
+        words[at : at + 2] = [] if "--config" in words else ["--config", str(ROOT / "experiments/demo_flashar.yaml")]
+    ExperimentCLI(words[0], words[1:], parse_only=True)
