@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.files import read_arrays, read_tensors
+from flashar_pl.files import read_arrays, read_lines, read_tensors
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
@@ -96,15 +96,14 @@ def read_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str] | 
         return None
     given = list(prompt or ())
     if file is not None:
-        path = Path(file)
-        if not path.is_file():
-            raise ValueError(f"no prompts at {path}; expected a text file with one prompt a line.")
-        try:
-            given += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is no UTF-8 text: {error}") from error
+        if not Path(file).is_file():
+            raise ValueError(f"no prompts at {file}; expected a text file with one prompt a line.")
+        given += [line for _, line in read_lines(file)]
     if not given:
         raise ValueError(f"{file} has no prompts; expected one a line.")
+    for number, text in enumerate(given, start=1):
+        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"prompt {number} is {ascii(text)[:80]}: a half of a character, no text in UTF-8.")
     return given
 
 

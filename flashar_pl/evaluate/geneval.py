@@ -26,6 +26,7 @@ from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
 from flashar_pl.files import read_json, require_new, write_json, write_text
 from flashar_pl.metrics import geneval_images
 from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
+from flashar_pl.metrics.geneval_entries import read_entries
 from flashar_pl.options import ShapeOptions, Subject
 from flashar_pl.pictures import save_png
 from flashar_pl.ranks import Rank
@@ -51,25 +52,14 @@ def geneval_on_rank(asked: GenEval, threads: int, rank: Rank) -> dict[str, Any] 
 
 
 def read_prompts(path: str | Path) -> list[dict[str, Any]]:
-    """GenEval's prompt entries. Raises ValueError for no such file, or a line without "tag", "prompt" and "include"."""
-    file = Path(path)
-    if not file.is_file():
+    """GenEval's prompt entries. Raises ValueError for no such file, or an entry that cannot be drawn and scored."""
+    if not Path(path).is_file():
         raise ValueError(
-            f"no prompts at {file}; expected evaluation_metadata.jsonl from github.com/djghosh13/geneval (prompts/)."
+            f"no prompts at {path}; expected evaluation_metadata.jsonl from github.com/djghosh13/geneval (prompts/)."
         )
-    entries = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            entry = None
-        if not isinstance(entry, dict) or not {"tag", "prompt", "include"} <= entry.keys():
-            raise ValueError(f'{file}, line {number}: expected a JSON object with "tag", "prompt" and "include".')
-        entries.append(entry)
+    entries = read_entries(path)
     if not entries:
-        raise ValueError(f"{file} holds no prompts.")
+        raise ValueError(f"{path} holds no prompts.")
     return entries
 
 
@@ -136,7 +126,7 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
         file = folder / "metadata.jsonl"
         if not file.exists():
             write_text(file, json.dumps(entry) + "\n")
-        elif json.loads(file.read_text()) != entry:
+        elif _entry_of(folder) != entry:
             raise ValueError(f"{file} is of another prompt; choose another --out.")
     if not (out / SETTINGS).exists():
         write_json(out / SETTINGS, {**identity, "versions": versions()})
@@ -150,7 +140,7 @@ def list_images(out: Path) -> list[tuple[Path, dict[str, Any]]]:
     found: list[tuple[Path, dict[str, Any]]] = []
     counts: dict[str, int] = {}
     for folder in sorted(p for p in out.glob("[0-9]*") if p.is_dir() and p.name.isdigit()):
-        entry = json.loads((folder / "metadata.jsonl").read_text(encoding="utf-8"))
+        entry = _entry_of(folder)
         files = sorted(p for p in (folder / "samples").glob("*.png") if p.stem.isdigit())
         counts[folder.name] = len(files)
         found += [(file, entry) for file in files]
@@ -164,6 +154,14 @@ def list_images(out: Path) -> list[tuple[Path, dict[str, Any]]]:
             "the command that draws them again."
         )
     return found
+
+
+def _entry_of(folder: Path) -> dict[str, Any]:
+    """The entry of a prompt's folder. Raises ValueError where its file does not hold one."""
+    entries = read_entries(folder / "metadata.jsonl")
+    if len(entries) != 1:
+        raise ValueError(f"{folder}/metadata.jsonl holds {len(entries)} entries; expected one, the prompt's.")
+    return entries[0]
 
 
 def score_images(out: Path, detector: str, clip: str, rank: Rank) -> dict[str, Any] | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
+from flashar_pl.metrics.geneval_entries import COLORS, RELATIONS, check_clauses
+
 COUNTING = "counting"
 
 
@@ -110,13 +110,13 @@ def score_image(
         colors_of: (class name, detections) -> one colour of `COLORS` per detection; called only where a colour counts.
 
     Raises:
-        ValueError: a clause names an unknown colour or relation, or refers to a clause that does not precede it.
+        ValueError: see `check_clauses`.
     """
+    check_clauses(metadata)
     kept = keep_detections(detections, metadata["tag"], settings)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # objects of each satisfied clause, None for a failed one
-    for number, clause in enumerate(metadata.get("include", ())):
-        _check_clause(clause, number)
+    for clause in metadata.get("include", ()):
         found = kept.get(clause["class"], [])[: clause["count"]]
         reason = _include_failure(clause, found, groups, colors_of, settings)
         if reason:
@@ -127,17 +127,6 @@ def score_image(
         if count >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
     return not reasons, "\n".join(reasons)
-
-
-def _check_clause(clause: Mapping[str, Any], number: int) -> None:
-    if "color" in clause and clause["color"] not in COLORS:
-        raise ValueError(f"colour is {clause['color']!r}; expected one of {', '.join(COLORS)}.")
-    if "position" in clause:
-        relation, target = clause["position"]
-        if relation not in RELATIONS:
-            raise ValueError(f"relation is {relation!r}; expected one of {', '.join(RELATIONS)}.")
-        if not 0 <= target < number:
-            raise ValueError(f"include clause {number} refers to clause {target}; expected one before it.")
 
 
 def _include_failure(

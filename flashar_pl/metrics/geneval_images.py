@@ -22,20 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from flashar_pl.console import needing
-from flashar_pl.metrics.geneval import COLORS, Detection
+from flashar_pl.metrics.geneval import Detection
+from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS
 
-CLASS_NAMES = (
-    *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
-    *("fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow"),
-    *("elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee"),
-    *("skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard"),
-    *("tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple"),
-    *("sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch"),
-    *("potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote"),
-    *("computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock"),
-    *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
-)
-"""COCO's 80 classes in its order, with GenEval's names."""
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 """The detector's input: the short side becomes 800 unless the long one would pass 1333; padded to multiples of 32."""
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

@@ -15,6 +15,7 @@ from flashar_pl.metrics.geneval import (
     score_image,
     summarise,
 )
+from flashar_pl.metrics.geneval_entries import read_entries
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "metrics" / "geneval.json").read_text())
 
@@ -81,9 +82,51 @@ def test_colour_is_asked_only_where_it_counts():
     )
 
 
+DOG = {"class": "dog", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": 3}, '"prompt" is 3; expected text'),
+        ({"tag": None}, '"tag" is None; expected text'),
+        ({"include": {"class": "dog"}}, '"include" is .* expected a list of clauses'),
+        ({"include": [DOG, 0]}, 'include clause 1: got 0; expected "class", "count"'),
+        ({"include": [{"class": "cup"}]}, "include clause 0: got {'class': 'cup'}; expected \"class\", \"count\""),
+        ({"include": [{**DOG, "count": "2"}]}, "\"count\" is '2'; expected a whole number"),
+        ({"include": [{**DOG, "count": True}]}, '"count" is True; expected a whole number'),
+        ({"include": [{**DOG, "class": "tvs"}]}, "class is 'tvs'; expected one of COCO's"),
+        ({"include": [{**DOG, "colour": "red"}]}, "no more than class, color, count, position"),
+        ({"include": [DOG, {**DOG, "position": ["above"]}]}, "position.*expected .relation, number"),
+        ({"include": [DOG, {**DOG, "position": ["above", "0"]}]}, "position.*expected .relation, number"),
+        ({"exclude": ["class"]}, "exclude clause 0: got 'class'"),
+        ({"exclude": [{**DOG, "count": [3]}]}, 'exclude clause 0: "count"'),
+        ({"exclude": [{**DOG, "color": "red"}]}, "exclude clause 0: .*no more than class, count"),
+    ],
+)
+def test_a_wrong_entry_is_refused_where_it_stands(change, message, tmp_path):
+    """Before any image, with file and line; not after all of them, as a miss or a KeyError."""
+    good = {"tag": "t", "prompt": "a dog", "include": [DOG]}
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\ufeff" + json.dumps(good) + "\n\n" + json.dumps(good | {"prompt": "a\u2028dog"}) + "\n")
+    assert [entry["prompt"] for entry in read_entries(file)] == ["a dog", "a\u2028dog"]
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    with pytest.raises(ValueError, match=rf"prompts\.jsonl, line 2: .*{message}"):
+        read_entries(file)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"tag": NaN}', "9" * 5000, '"\ud800', "\x00", "3"])
+def test_a_line_that_is_no_entry(line, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(line.encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 1: "):
+        read_entries(file)
+
+
 @pytest.mark.parametrize(
     ("clause", "message"),
     [
+        ({"class": "tvs"}, "include clause 1: class is 'tvs'"),
         ({"color": "mauve"}, "colour is 'mauve'"),
         ({"position": ["under", 0]}, "relation is 'under'"),
         ({"position": ["above", 1]}, "refers to clause 1"),
