@@ -102,9 +102,14 @@ def read_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str] | 
     if not given:
         raise ValueError(f"{file} has no prompts; expected one a line.")
     for number, text in enumerate(given, start=1):
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise ValueError(f"prompt {number} is {ascii(text)[:80]}: a half of a character, no text in UTF-8.")
+        check_text(text, f"prompt {number}")
     return given
+
+
+def check_text(text: str, what: str) -> None:
+    """ValueError for text with a surrogate, as a wrong encoding of the command line or "\\ud800" in JSON leaves it."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError(f"{what} is {ascii(text)[:80]}, which holds half a character; expected text of whole ones.")
 
 
 def ask(
@@ -129,8 +134,10 @@ def ask(
         raise ValueError(f"got {' and '.join(given) or 'nothing to draw'}; give one of {', '.join(kinds)}.")
     if prompts is None and text != TextOptions():
         raise ValueError("--negative-prompt, --assets and --text-encoder are for --prompt; leave them out.")
-    if text.negative_prompt is not None and not guided:
-        raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
+    if text.negative_prompt is not None:
+        check_text(text.negative_prompt, "--negative-prompt")
+        if not guided:
+            raise ValueError("--negative-prompt acts through guidance; add --cfg-scale, such as 5.")
     condition: Condition | Tensor
     unconditional = None
     if prompts is not None:

@@ -26,10 +26,13 @@ CLAUSES = {"include": {"class", "count", "color", "position"}, "exclude": {"clas
 """Lists of an entry, and what their clauses may hold; "class" and "count" always."""
 
 
-def read_entries(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a file, one a line. Raises ValueError with file and line for one that `check_entry` refuses."""
+def read_entries(path: str | Path, content: bytes | None = None) -> list[dict[str, Any]]:
+    """The entries of a file, one a line. Raises ValueError with file and line for one that `check_entry` refuses.
+
+    content: as in `read_lines`.
+    """
     entries = []
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, content):
         entry = parse_json(line, path, number)
         try:
             entries.append(check_entry(entry))

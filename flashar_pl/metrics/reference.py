@@ -131,6 +131,9 @@ def load_reference(path: str | Path, extractor: FeatureExtractor | None = None) 
     file = Path(path).expanduser()
     names = {field.name for field in fields(ReferenceStatistics)}
     arrays: dict[str, Any] = read_arrays(file, names=names if extractor is None else {*names, IMAGES})
+    for name, values in arrays.items():
+        if values.dtype.kind not in "fiu":
+            raise ValueError(f"{name} of {file} holds {values.dtype}; expected numbers.")
     images = arrays.pop(IMAGES, None)
     if extractor is not None and images is not None and not {"mu", "sigma", "features"} <= arrays.keys():
         computed = vars(reference_from_batches(extractor, _batches(images, file)))
@@ -149,9 +152,16 @@ def load_reference(path: str | Path, extractor: FeatureExtractor | None = None) 
             "extractor gives."
         )
     if "features" in arrays:
-        arrays["features"] = arrays["features"].astype(np.float32)
+        rows = arrays["features"] = arrays["features"].astype(np.float32)
+        if rows.ndim != 2 or rows.shape[1] != len(arrays["mu"]) or not np.isfinite(rows).all():
+            raise ValueError(
+                f"features of {file} are {rows.shape}; expected finite rows of {len(arrays['mu'])} columns."
+            )
     if "n" in arrays:
-        arrays["n"] = int(arrays["n"])
+        count = np.asarray(arrays["n"])
+        if count.size != 1 or not 2 <= count.item() < 2**53:
+            raise ValueError(f"n of {file} is {str(count)[:80]}; expected the number of images, 2 or more.")
+        arrays["n"] = int(count.item())
     return ReferenceStatistics(**arrays)
 
 

@@ -20,7 +20,7 @@ from flashar_pl import decoding
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import load_model, save_model
-from flashar_pl.decoding.prompts import ASPECT_RATIOS, scaled_grid
+from flashar_pl.decoding.prompts import ASPECT_RATIOS, read_prompts, scaled_grid
 from flashar_pl.models import FlashAR
 from flashar_pl.options import DeviceOptions, ModelOptions
 from flashar_pl.tokenizers import Emu35Text
@@ -93,6 +93,11 @@ def test_assets_lie_in_the_directory_and_prompts_in_a_file(run, refused, work, f
     assert not Path("empty").exists()
 
 
+def test_a_line_is_a_prompt_whatever_the_editor_left_in_it(work) -> None:
+    Path("prompts.txt").write_bytes("\ufeffa red\u2028fox\r\n\na blue\x85fox\n".encode())
+    assert read_prompts(["first"], "prompts.txt") == ["first", "a red\u2028fox", "a blue\x85fox"]
+
+
 def test_a_negative_prompt_replaces_the_unconditional_one(run, refused, work, files) -> None:
     base = ["generate", "--checkpoint", files / "flashar", "--assets", files / "base", "--codes-only", "--greedy"]
     base += ["--aspect-ratio", "4x4", "--prompt", "a fox", "--num-images", 1]
@@ -140,6 +145,9 @@ def test_bad_prompts_are_refused_and_nothing_is_written(refused, work, files, fl
     assert "leave out --image-size" in refused(*emu, *prompt, "--aspect-ratio", "4x4", "--image-size", 64)
     assert "image size is 8 pixels" in refused(*emu, *prompt, "--image-size", 8)
     assert "no prompts at nowhere.txt" in refused(*emu, "--prompts", "nowhere.txt")
+    Path("prompts.txt").write_bytes(b"a fox\n\xe4 fox\n")
+    assert "prompts.txt, line 2: byte 0xe4 is not UTF-8" in refused(*emu, "--prompts", "prompts.txt")
+    assert "prompt 1 is 'a \\udce4'" in refused(*emu, "--prompt", "a \udce4")
     assert "the tokenizer has 17 codes, the model 256" in refused(*emu, *prompt, *assets, "--tokenizer", "pixels:17")
     other = emu_files.write_assets(work / "other")
     with (other / "emu3.tiktoken").open("a") as ranks:

@@ -79,6 +79,17 @@ def test_unreadable_references_say_why(tmp_path):
         load_reference(stored(mu=np.zeros(5), sigma=np.eye(5)), Pixels())
     with pytest.raises(ValueError, match="can be read"):
         load_reference(stored(mu=np.array([{}] * 6), sigma=np.eye(6)))
+    good = {"mu": np.zeros(2), "sigma": np.eye(2)}
+    for wrong, message in (
+        ({"mu": np.array(["a", "b"])}, "mu of .*case.npz holds <U1; expected numbers"),
+        ({"n": np.array([3, 4])}, "n of .*case.npz is .3 4.; expected the number"),
+        ({"n": np.array(np.nan)}, "n of .* is nan"),
+        ({"features": np.zeros((4, 3))}, r"features of .*case.npz are \(4, 3\); expected finite rows of 2"),
+        ({"features": np.full((4, 2), np.inf)}, "expected finite rows of 2"),
+        ({"sigma": np.full((2, 2), np.nan)}, "case.npz moments hold NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_reference(stored(**good | wrong))
     with pytest.raises(ValueError, match="too few"):
         reference_from_batches(Pixels(), images(1, 0).split(16))
 

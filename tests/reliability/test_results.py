@@ -1,0 +1,54 @@
+"""Files behind results answer every damaged copy with values or one line: GenEval's entries, references."""
+
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashar_pl.metrics.geneval import score_image
+from flashar_pl.metrics.geneval_entries import read_entries
+from flashar_pl.metrics.reference import load_reference
+from tests.reliability.mutate import Target, short
+
+DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 2, "color": "red"}
+ENTRIES = [
+    {"tag": "colors", "include": [DOG, CAT], "prompt": "a dog and two red cats"},
+    {"tag": "position", "include": [DOG, {**CAT, "position": ["left of", 0]}], "prompt": "two red cats left of a dog"},
+    {"tag": "counting", "include": [CAT], "exclude": [{**DOG, "count": 3}], "prompt": "no dogs"},
+]
+
+
+def read_and_score(data: bytes) -> None:
+    """An entry that was read can be scored: what is wrong with it must be found in reading."""
+    entries = read_entries("it.jsonl", data)
+    try:
+        for entry in entries:
+            score_image({}, entry, lambda name, found: ["red"] * len(found))
+    except ValueError as error:
+        raise AssertionError("an entry that was read cannot be scored") from error
+
+
+def read_reference(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        Path(file.name).write_bytes(data)
+        load_reference(file.name)
+
+
+def moments() -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=np.zeros(3), sigma=np.eye(3), n=9, features=np.ones((4, 3), np.float32))
+    return buffer.getvalue()
+
+
+TARGETS = [
+    Target("geneval", read_and_score, ["\n".join(map(json.dumps, ENTRIES)).encode()]),
+    Target("reference", read_reference, [moments()]),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_damaged_files_are_read_or_refused(target):
+    short(target, 150)
