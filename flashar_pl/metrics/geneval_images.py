@@ -19,9 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import Tensor
 
 from flashar_pl.console import needing
+from flashar_pl.files import BROKEN, reason
 from flashar_pl.metrics.geneval import Detection
 from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS
 
@@ -112,9 +114,7 @@ class Detector:
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
         example = "facebook/mask2former-swin-small-coco-instance"
-        transformers, place = _pretrained(directory, "detector", example)
-        kind = transformers.Mask2FormerForUniversalSegmentation
-        self.model: Any = kind.from_pretrained(place, local_files_only=True, dtype=torch.float32)
+        self.model = _pretrained("Mask2FormerForUniversalSegmentation", directory, example, dtype=torch.float32)
         self.model.to(device).eval()
         self.device = device
 
@@ -175,10 +175,10 @@ class ColorClassifier:
     """
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
-        transformers, place = _pretrained(directory, "CLIP model", "openai/clip-vit-large-patch14")
-        self.model: Any = transformers.CLIPModel.from_pretrained(place, local_files_only=True, dtype=torch.float32)
+        example = "openai/clip-vit-large-patch14"
+        self.model = _pretrained("CLIPModel", directory, example, dtype=torch.float32)
         self.model.to(device).eval()
-        self.tokenizer: Any = transformers.CLIPTokenizer.from_pretrained(place, local_files_only=True)
+        self.tokenizer = _pretrained("CLIPTokenizer", directory, example)
         self.device = device
         self._weights: dict[str, Tensor] = {}
 
@@ -213,14 +213,25 @@ class ColorClassifier:
         return self._weights[name]
 
 
-def _pretrained(directory: str | Path, what: str, example: str) -> tuple[Any, Path]:
-    """transformers, and the directory with config.json. Raises ValueError where one is missing."""
+def _pretrained(kind: str, directory: str | Path, example: str, **options: Any) -> Any:
+    """What a class of transformers makes of a directory, as data: its own code is not run, pickled weights not read.
+
+    Raises:
+        ValueError: the directory holds no such thing, or transformers is not installed.
+    """
     place = Path(directory).expanduser()
     if not (place / "config.json").is_file():
         raise ValueError(
-            f"no {what} in {place}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing is "
+            f"no {kind} in {place}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing is "
             "downloaded for you."
         )
     with needing("GenEval", "emu"):
         import transformers
-    return transformers, place
+    options |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    try:
+        return getattr(transformers, kind).from_pretrained(place, **options)
+    except (*BROKEN, SafetensorError) as error:
+        raise ValueError(
+            f"{place} holds no {kind} that can be read ({reason(error)}); expected the files of {example}, the weights as "
+            "safetensors."
+        ) from error

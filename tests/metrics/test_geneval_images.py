@@ -1,7 +1,9 @@
 """What GenEval sees: crops as the official script makes them, detections as mmdet makes them, CLIP's input."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +123,27 @@ def test_missing_models_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=f"config.json is missing.*{name}"):
             build(tmp_path / "nothing")
+
+
+def test_a_directory_is_data(tmp_path: Path, monkeypatch) -> None:
+    """Code and pickles that stand in it are not run, and what transformers finds wrong is said in one line."""
+    asked: list[dict[str, object]] = []
+
+    class Reader:
+        @classmethod
+        def from_pretrained(cls, place: Path, **options: object) -> None:
+            asked.append(options)
+            raise OSError("no file named model.safetensors")
+
+    stub = SimpleNamespace(Mask2FormerForUniversalSegmentation=Reader, CLIPModel=Reader)
+    monkeypatch.setitem(sys.modules, "transformers", stub)
+    (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Model"}}')
+    for kind in (Detector, ColorClassifier):
+        with pytest.raises(ValueError, match=r"no file named model\.safetensors.*the weights as safetensors"):
+            kind(tmp_path)
+    assert len(asked) == 2
+    for options in asked:
+        assert (options["trust_remote_code"], options["use_safetensors"]) == (False, True)
 
 
 @pytest.mark.slow
