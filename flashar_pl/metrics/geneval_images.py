@@ -232,6 +232,6 @@ def _pretrained(kind: str, directory: str | Path, example: str, **options: Any) 
         return getattr(transformers, kind).from_pretrained(place, **options)
     except (*BROKEN, SafetensorError) as error:
         raise ValueError(
-            f"{place} holds no {kind} that can be read ({reason(error)}); expected the files of {example}, the weights as "
-            "safetensors."
+            f"{place} holds no {kind} that can be read ({reason(error)}); expected the files of {example}, the weights "
+            "as safetensors."
         ) from error
