@@ -65,6 +65,12 @@ class Cut:
     encoder: EncoderOf = lambda manifest: None
     cache: str | None = None
     """Of remote shards; None = the user's cache directory."""
+    verify: bool = True
+    """Compare each shard with its hash before its first use."""
+
+    def reader(self, manifest: Manifest, split: str) -> ShardReader:
+        """The reader of a split."""
+        return ShardReader(manifest, split, self.cache, self.verify)
 
 
 @dataclass
@@ -108,6 +114,7 @@ class TrainingBatches(Dataset):
         epoch = item[0] if self.reshuffle else 0
         k, g = self.order.place(epoch, item[1])
         grid = self.grids[k]
+        grid.reader.verify_ahead()
         index = grid.order.batch(epoch, g, self.rank, self.ranks)
         return grid.batch(index, grid.order.crops(epoch, index, grid.reader.manifest.crops))
 
@@ -151,7 +158,7 @@ def training_batches(
         if samples >= batch_size or not grids:  # the first has most samples; where they are too few, the order says so
             own_seed = seed if len(manifests) == 1 else stream(seed, *manifest.grid)
             order = TrainingOrder(manifest.block_sizes("train"), batch_size, own_seed, window)
-            grids.append(Grid(ShardReader(manifest, "train", cut.cache), order, cut.encoder(manifest), offset))
+            grids.append(Grid(cut.reader(manifest, "train"), order, cut.encoder(manifest), offset))
         elif samples and cut.rank == 0:
             warnings.warn(
                 f"{manifest.root} has {samples} training samples, fewer than one batch of {batch_size}: they are left "
@@ -171,7 +178,7 @@ def evaluation_batches(
         ValueError: the split does not exist in any of them, or a limit below 1.
     """
     there = [manifest for manifest in manifests if manifest.samples(split)] or manifests[:1]
-    readers = [ShardReader(manifest, split, cut.cache) for manifest in there]
+    readers = [cut.reader(manifest, split) for manifest in there]
     ends = np.cumsum([len(reader) for reader in readers])
     chosen = EvaluationOrder(int(ends[-1]), batch_size, limit).index  # (n,)
     counts = np.bincount(np.searchsorted(ends, chosen, side="right"), minlength=len(readers)).tolist()

@@ -20,13 +20,14 @@ from lightning.pytorch import LightningDataModule
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
 from flashar_pl.data.encode import tokenizer_of
+from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
 from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
-from flashar_pl.data.streaming import Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
+from flashar_pl.data.streaming import Arrivals, Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
 
@@ -58,6 +59,7 @@ class CodesDataModule(LightningDataModule):
         validation_batch_size: global batch of validation, test and prediction; empty = batch_size.
         limit_validation_samples: validate on at most this many samples, spread evenly over the split; empty = all.
         cache: directory for copies of shards that are not local; empty = the user's cache directory.
+        verify: compare every shard with its hash in the manifest, once a run, before its first sample is used.
         prompts: for captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
         max_prompt: longest prompt in tokens, template included; longer captions lose their end.
         text_encoder: in place of prompts, turns a caption into the 1-D int64 token ids of the whole prefix.
@@ -77,6 +79,7 @@ class CodesDataModule(LightningDataModule):
         validation_batch_size: int | None = None,
         limit_validation_samples: int | None = None,
         cache: str | None = None,
+        verify: bool = True,
         prompts: str | None = None,
         max_prompt: int = MAX_PROMPT,
         text_encoder: Callable | None = None,
@@ -96,6 +99,7 @@ class CodesDataModule(LightningDataModule):
         self.shuffle, self.resampled, self.epoch_samples = shuffle, resampled, epoch_samples
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.limit_validation_samples = limit_validation_samples
+        self.verify = verify
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
         self._manifests: list[Manifest] = []
         self._source: TrainingBatches | ImageBatches | Stream | None = None
@@ -141,6 +145,8 @@ class CodesDataModule(LightningDataModule):
         cut = self._cut()
         check_cut(self.validation_batch_size, cut.ranks, "validation_batch_size")
         self._encoder(self.manifest)
+        if cut.ranks > 1 and self.verify:
+            share_marks()
         if stage == "fit":
             self._training, self._restored = None, {}
             check_cut(self.batch_size, cut.ranks)
@@ -156,12 +162,19 @@ class CodesDataModule(LightningDataModule):
         """Training batches of webdataset's pipeline."""
         manifest = self._one_grid()
         collate = partial(collate_codes, manifest, self._encoder(manifest))
-        return self._stream(shard_urls(manifest), partial(code_rows, manifest), collate, cut, shuffle_rows=True)
+        arrivals = Arrivals(manifest) if self.verify else None
+        return self._stream(shard_urls(manifest), partial(code_rows, manifest), collate, cut, arrivals, True)
 
     def _stream(
-        self, urls: list[str], rows: Callable, collate: Callable, cut: Cut, shuffle_rows: bool = False
+        self,
+        urls: list[str],
+        rows: Callable,
+        collate: Callable,
+        cut: Cut,
+        arrivals: Arrivals | None = None,
+        shuffle_rows: bool = False,
     ) -> Stream:
-        mixing = (self.batch_size, self.seed, self.shuffle, self.resampled, shuffle_rows)
+        mixing = (self.batch_size, self.seed, self.shuffle, self.resampled, arrivals, shuffle_rows)
         return Stream(urls, rows, collate, *mixing, cut.rank, cut.ranks)
 
     def _one_grid(self) -> Manifest:
@@ -218,7 +231,7 @@ class CodesDataModule(LightningDataModule):
     def _cut(self) -> Cut:
         """This device's place among those that see different data: tensor-parallel devices share theirs."""
         place = {} if self.trainer is None else self.trainer.distributed_sampler_kwargs or {}
-        return Cut(place.get("rank", 0), place.get("num_replicas", 1), self._encoder, self.cache)
+        return Cut(place.get("rank", 0), place.get("num_replicas", 1), self._encoder, self.cache, self.verify)
 
 
 class _ImagesDataModule(CodesDataModule):

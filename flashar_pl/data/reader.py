@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from flashar_pl.data.first_use import FirstUse, check_size
 from flashar_pl.data.manifest import Manifest, Record, code_dtype
 from flashar_pl.files import BROKEN, reason
 
@@ -50,11 +50,16 @@ class ShardReader:
     """Random access to the samples of one split, numbered 0 .. len - 1 in the order of the manifest.
 
     Files are opened when first needed, so a reader can be sent to worker processes. `cache` is the directory for copies
-    of remote shards, None the user's cache directory. Raises ValueError if the split does not exist.
+    of remote shards, None the user's cache directory. `verify`: compare each shard with its hash before its first
+    sample is given; a `FirstUse` does it for several readers. Raises ValueError if the split does not exist.
     """
 
-    def __init__(self, manifest: Manifest, split: str, cache: str | None = None) -> None:
+    def __init__(
+        self, manifest: Manifest, split: str, cache: str | None = None, verify: bool | FirstUse = True
+    ) -> None:
         self.manifest, self.split, self.cache = manifest, split, cache
+        self._first_use = FirstUse(manifest, cache) if verify is True else verify
+        self._ahead = False
         self._records = [(shard, record) for shard in manifest.shards(split) for record in shard.records]
         self._starts = np.concatenate([[0], np.cumsum(manifest.block_sizes(split))])  # (M + 1,)
         self._map = lru_cache(OPEN_SHARDS)(map_shard)
@@ -64,7 +69,7 @@ class ShardReader:
         return int(self._starts[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.manifest, self.split, self.cache)
+        return ShardReader, (self.manifest, self.split, self.cache, self._first_use)
 
     def read(self, positions: np.ndarray, crops: np.ndarray | None = None) -> Samples:
         """The samples at `positions`, in that order.
@@ -74,7 +79,8 @@ class ShardReader:
             crops: (n,) int64, which crop of each; None = the manifest's evaluation crop.
 
         Raises:
-            ValueError: a shard is missing, truncated or damaged, or holds a code outside the vocabulary.
+            ValueError: a shard is missing, truncated or damaged, or holds a code outside the vocabulary; a shard that
+                `verify_ahead` has looked at is not as the manifest says.
         """
         blocks = np.searchsorted(self._starts, positions, side="right") - 1  # (n,)
         numbers = positions - self._starts[blocks]  # (n,)
@@ -83,7 +89,15 @@ class ShardReader:
         samples = gather(self.manifest, list(zip(records, numbers.tolist(), chosen.tolist(), strict=True)))
         worst = int(samples.codes.max(axis=(1, 2)).argmax())
         check_codes(samples.codes[worst], self.manifest, self._path(int(blocks[worst])))
+        if self._first_use:
+            self._first_use.check(self._records[block][0] for block in set(blocks.tolist()))
         return samples
+
+    def verify_ahead(self) -> None:
+        """Begin to verify the whole split, once in each process: for readers that will need most of it."""
+        if self._first_use and not self._ahead:
+            self._ahead = True
+            self._first_use.check_ahead(self.split)
 
     def _path(self, block: int) -> str:
         return self.manifest.local_path(self._records[block][0], self.cache)
@@ -97,14 +111,7 @@ class ShardReader:
 
 def map_shard(path: str, size: int) -> mmap.mmap:
     """Map a shard into memory. Raises ValueError if it is missing or has not `size` bytes."""
-    if not os.path.isfile(path):
-        raise ValueError(f"The shard {path} is missing: the manifest lists it. Copy it again, or tokenize again.")
-    found = os.path.getsize(path)
-    if found != size:
-        raise ValueError(
-            f"The shard {path} has {found} bytes, the manifest says {size}: it is truncated or was replaced. "
-            "Copy it again, or tokenize the data set again."
-        )
+    check_size(path, size)
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -5,13 +5,16 @@
 Every device makes the same number of batches, which distributed training needs. Against the exact way of reading this
 gives up: an order that does not depend on the number of devices and workers; resuming at the next sample (a resumed
 run continues with a fresh order, so a sample may be seen twice or not at all in a pass); every sample once in an epoch
-(which is a number of samples here); and a damaged tar ends at the damage, with a warning at best.
+(which is a number of samples here); and a tar without a manifest that is damaged ends at the damage, with a warning at
+best.
 
 Shapes: n samples of a record, b samples of a device's part of a global batch, K crops, H x W grid.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,9 +28,11 @@ import torch
 import webdataset
 from braceexpand import braceexpand
 from torch.utils.data import get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import TextEncoder, to_batch
+from flashar_pl.data.first_use import FirstUse, wrong_hash
 from flashar_pl.data.locations import address, is_remote
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import stream
@@ -75,6 +80,8 @@ class Stream:
     """Samples of the buffer from which a reader draws."""
     resampled: bool
     """Each reader draws tars with replacement; False: pass after pass over all tars, dealt out to the readers."""
+    arrivals: Arrivals | None = None
+    """Verifies the tars, where there is a manifest."""
     shuffle_rows: bool = False
     """Shuffle rows instead of records: where a record holds many samples."""
     rank: int = 0
@@ -108,11 +115,78 @@ class Stream:
         return webdataset.DataPipeline(
             tars,
             watch.tars,
-            webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
+            partial(_samples, self.arrivals),
             watch.samples,
             *((rows, mix) if self.shuffle_rows else (mix, rows)),
             webdataset.batched(self.batch_size // self.ranks, collation_fn=self.collate, partial=False),
         )
+
+
+def _samples(arrivals: Arrivals | None, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """webdataset's `tarfile_to_samples`, with a look at each tar before it is opened and after it was read."""
+    handler = webdataset.warn_and_continue
+    opened = url_opener(tars if arrivals is None else arrivals.files(tars), handler=handler)
+    files = tar_file_expander(opened if arrivals is None else arrivals.streams(opened), handler=handler)
+    return group_by_keys(files, handler=handler)
+
+
+class Arrivals:
+    """Compares shards with the hashes of their manifest, each once: files before they are opened, streams as they end.
+
+    A stream that breaks off is webdataset's business: it goes on with the next tar, and a warning.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._shards = dict(zip(shard_urls(manifest), manifest.shards("train"), strict=True))
+        self._first_use = FirstUse(manifest)
+        self._local, self._ahead = not is_remote(manifest.root), False
+        self._arrived: set[str] = set()
+
+    def files(self, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Tars on their way to the opener. Raises ValueError for a file that is not as the manifest says."""
+        for tar in tars:
+            if self._local and not self._ahead:
+                self._ahead = True
+                self._first_use.check_ahead("train")
+            if self._local:
+                self._first_use.check([self._shards[tar["url"]]])
+            yield tar
+
+    def streams(self, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Opened tars. Raises ValueError after one that came whole and is not as the manifest says."""
+        for tar in tars:
+            url = tar["url"]
+            if self._local or url in self._arrived:
+                yield tar
+                continue
+            stream = _Hashed(tar["stream"])
+            yield tar | {"stream": stream}
+            shard = self._shards[url]
+            if stream.finish() == shard.bytes:
+                if (found := stream.hash.hexdigest()) != shard.sha256:
+                    raise ValueError(wrong_hash(self.manifest, shard, url, found))
+                self._arrived.add(url)
+
+
+class _Hashed:
+    """A stream that hashes what is read from it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.hash, self.bytes = stream, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self.stream.read(size)
+        self.hash.update(data)
+        self.bytes += len(data)
+        return data
+
+    def finish(self) -> int:
+        """Read the rest. Returns the number of bytes of the whole."""
+        with contextlib.suppress(OSError):
+            while self.read(1 << 20):
+                pass
+        return self.bytes
 
 
 def _split_by_node(rank: int, ranks: int) -> Any:

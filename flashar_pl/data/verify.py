@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from flashar_pl.data.first_use import check_hash
 from flashar_pl.data.manifest import Manifest, Shard
 from flashar_pl.data.reader import check_codes, cut_members, map_shard, read_record
 from flashar_pl.data.tars import tar_records
-from flashar_pl.files import digest
 
 SHOWN = 20
 """Problems listed in an error."""
@@ -66,8 +66,7 @@ def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verifi
 def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> list[np.ndarray]:
     """The ids of the shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
     data = map_shard(path, shard.bytes)
-    if (found := digest(path)) != shard.sha256:
-        raise ValueError(f"The shard {path} has the SHA-256 {found}, the manifest says {shard.sha256}.")
+    check_hash(manifest, shard, path)
     inside = Counter(place for _, members in tar_records(Path(path)) for place in members.values())
     listed = Counter((offset, size) for record in shard.records for offset, size in record.members.values())
     if inside != listed:
