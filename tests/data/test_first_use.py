@@ -90,10 +90,14 @@ def test_what_is_found_ahead_stops_the_next_batch(toy: Manifest) -> None:
     flip(toy)
     reader = ShardReader(toy, "train")
     reader.verify_ahead()
-    with pytest.raises(ValueError, match=FLIPPED):
+
+    def train() -> None:
         for _ in range(1000):
             reader.read(np.array([0]))
             time.sleep(0.01)
+
+    with pytest.raises(ValueError, match=FLIPPED):
+        train()
 
 
 def test_readers_of_one_machine_hash_a_shard_once(toy: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
