@@ -9,6 +9,7 @@ import shlex
 import typing
 from collections.abc import Iterator
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union
 
@@ -119,6 +120,26 @@ def check_place(path: str, hint: str, stored: dict[str, Any], words: Words) -> N
         f"{path} does not say by itself which data to open: {named}, and nothing that a checkpoint names is opened, "
         f"imported or run. Type what you trust of it, such as --data.shards DIRECTORY, or {hint}."
     )
+
+
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+"""What the state of a ModelCheckpoint calls files that it may replace, and so remove."""
+
+
+def forget_strange_paths(checkpoint: dict[str, Any], folders: list[str | Path | None]) -> None:
+    """Drop, in place, the files outside the checkpoint folders of a run that its checkpoint counts as its own."""
+    for state in checkpoint.get("callbacks", {}).values():
+        if not isinstance(state, dict):
+            continue
+        state |= {name: "" for name in PATHS if name in state and not _inside(state[name], folders)}
+        if isinstance(best := state.get("best_k_models"), dict):
+            state["best_k_models"] = {path: score for path, score in best.items() if _inside(path, folders)}
+
+
+def _inside(path: Any, folders: list[str | Path | None]) -> bool:
+    if not isinstance(path, str) or "://" in path:
+        return isinstance(path, str) and ".." not in path and any(path.startswith(f"{each}/") for each in folders)
+    return any(Path(folder).resolve() in Path(path).resolve().parents for folder in folders if folder is not None)
 
 
 def left_out(stored: dict[str, Any], now: dict[str, Any], words: Words) -> list[str]:

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.files import write_text
-from flashar_pl.training.carried import carried, check_place, left_out
+from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.mark import marked
@@ -98,6 +98,9 @@ class KeepConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[CONFIG_KEY] = self.text()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        forget_strange_paths(checkpoint, [getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks])
 
 
 def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:

@@ -170,6 +170,25 @@ def test_a_run_directory_continues_itself_where_its_owner_has_written_it(place: 
         config.write_text(text)
 
 
+@pytest.mark.parametrize("name", ["best_model_path", "last_model_path"])
+def test_a_checkpoint_names_no_file_to_remove(place: Path, tmp_path: Path, name: str) -> None:
+    """Guards what ModelCheckpoint removes when it saves the next one: it took the path from the checkpoint, and `..`
+    in it led anywhere."""
+    [file] = Path("run/checkpoints").iterdir()
+    content = torch.load(file, weights_only=True)
+    victim, folder = tmp_path / "victim", tmp_path / "own" / "checkpoints"
+    victim.mkdir()
+    [state] = [state for key, state in content["callbacks"].items() if key.startswith("ModelCheckpoint")]
+    state |= {"dirpath": str(folder), name: f"{folder}/../../victim"}
+    torch.save(content, "foreign.ckpt")
+    words = ["--config", "run.yaml", "--ckpt_path", "foreign.ckpt", "--trainer.max_steps", "2"]
+    save = "{class_path: ModelCheckpoint, init_args: {save_last: true}}"
+    ExperimentCLI(
+        "fit", [*words, "--trainer.default_root_dir", str(tmp_path / "own"), f"--trainer.callbacks=[{save}]"]
+    ).run()
+    assert victim.exists()
+
+
 def test_a_run_without_a_place_for_the_key_has_no_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
