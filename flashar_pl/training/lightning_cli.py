@@ -46,14 +46,12 @@ from flashar_pl.training.stored_config import (
     read_config,
 )
 from flashar_pl.training.strategies import check_checkpoint_kind
-from flashar_pl.training.words import Words, check_keys, data_classes, explain
+from flashar_pl.training.words import DEFAULT_DATA, Words, check_keys, data_classes, explain
 
 DATA: dict[str, type[LightningDataModule]] = {
     kind.__name__: kind for kind in (CodesDataModule, ImageNetDataModule, TextImageDataModule)
 }
 """Data modules that a YAML may call by their short names."""
-DEFAULT_DATA = "CodesDataModule"
-"""What is meant where a YAML names none."""
 DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
 NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")

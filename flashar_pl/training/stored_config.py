@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.files import parse_yaml
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.training.mark import own
 
@@ -42,10 +41,7 @@ def config_beside(path: str) -> Path | None:
 
 def _settings(text: Any, path: str) -> dict[str, Any]:
     """YAML text as settings of a run, without the options of one call. ValueError where it is none."""
-    try:
-        stored = yaml.safe_load(text) if isinstance(text, str) else None
-    except yaml.YAMLError as error:
-        raise ValueError(f"the configuration in {path} is not YAML: {' '.join(str(error).split())}") from error
+    stored = parse_yaml(text, f"the configuration in {path}") if isinstance(text, str) else None
     if not isinstance(stored, dict):
         raise ValueError(f"the configuration in {path} has no keys; give the run's YAML: --config FILE.")
     return {str(key): value for key, value in stored.items() if key not in ("config", "ckpt_path")}

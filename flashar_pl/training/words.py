@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -17,7 +18,10 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer, loggers
 
 from flashar_pl.backbones import Backbone
+from flashar_pl.files import read_yaml
 
+DEFAULT_DATA = "CodesDataModule"
+"""Data module of a configuration that names none."""
 OPTIONS = "flashar_pl.training.config."
 """Where dataclasses of options are; a class_path of the user's is elsewhere."""
 
@@ -26,8 +30,8 @@ OPTIONS = "flashar_pl.training.config."
 class Words:
     """Configuration files, which come first whatever their place, and the options, which win over them."""
 
-    files: tuple[tuple[str, dict[str, Any]], ...]
-    """Path or YAML text, and its content."""
+    files: tuple[dict[str, Any], ...]
+    """What each file holds."""
     options: tuple[tuple[str, str | None], ...]
     """Dotted key and value; None = it has none, as --help."""
 
@@ -44,20 +48,24 @@ class Words:
             if not equals and pending and not pending[0].startswith("--"):
                 given = pending.pop(0)
             if word in ("--config", "-c") and given is not None:
-                files.append((given, read_yaml(given)))
+                files.append(read_configuration(given))
             else:
                 options.append((word.removeprefix("--"), given))
         return cls(tuple(files), tuple(options))
 
     def before(self, stored: dict[str, Any]) -> Words:
         """The same words with a configuration that all others win over."""
-        return replace(self, files=((yaml.safe_dump(stored, sort_keys=False), stored), *self.files))
+        return replace(self, files=(stored, *self.files))
 
     def parsed(self) -> list[str]:
-        """The command line in the order in which later words win."""
-        words = [word for file, _ in self.files for word in ("--config", file)]
+        """The command line in the order in which later words win, the files as one."""
+        together: dict[str, Any] = functools.reduce(merged, self.files, {})
+        words = ["--config", yaml.dump(together, Dumper=_WithoutAliases, sort_keys=False)] if self.files else []
         for key, value in self.options:
-            words += [key if key.startswith("-") else f"--{key}", *([] if value is None else [value])]
+            option = key if key.startswith("-") else f"--{key}"
+            if _is_classes(value) and not key.endswith("+"):
+                words += [option, "null"]  # else each class would keep settings of the one it takes the place of
+            words += [option, *([] if value is None else [value])]
         return words
 
     @property
@@ -72,7 +80,7 @@ class Words:
 
     def pairs(self) -> Iterator[tuple[str, Any]]:
         """Every dotted key that files and options give, and its value; the last one wins."""
-        for _, content in self.files:
+        for content in self.files:
             yield from _pairs(content)
         for key, text in self.options:
             if key.rpartition(".")[2] not in ("help", "-h", "print_config"):
@@ -98,14 +106,48 @@ class Words:
         return replace(self, options=(*before, ("trainer.logger", json.dumps(placed)), *after))
 
 
-def read_yaml(file: str) -> dict[str, Any]:
+class _WithoutAliases(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Two configurations as one, in which the newer wins. A list replaces a list, and a class another class with all
+    its settings, so that what a file says of a callback is all that the callback has."""
+    values = dict(older)
+    for key, value in newer.items():
+        values[key] = _over(values.get(key), value, DEFAULT_DATA if key == "data" else None)
+    return values
+
+
+def _over(old: Any, new: Any, usual: str | None) -> Any:
+    """usual: the class of settings that name none."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if "class_path" in new and "class_path" not in old and usual is not None:
+        old = {"class_path": usual, "init_args": old}
+    if "class_path" in old and "class_path" in new and not _same_class(old["class_path"], new["class_path"]):
+        return new
+    if "class_path" in old and not new.keys() & {"class_path", "init_args"}:
+        new = {"init_args": new}
+    return merged(old, new)
+
+
+def _same_class(*paths: Any) -> bool:
+    """Whether two import paths, of which one may be a bare name, mean one class."""
+    first, second = map(str, paths)
+    return first == second or (not ("." in first and "." in second) and _last(first) == _last(second))
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def read_configuration(file: str) -> dict[str, Any]:
     """The content of a YAML file with keys. ValueError where there is none."""
-    if not Path(file).is_file():
+    if not Path(file).expanduser().is_file():
         raise ValueError(f"no configuration {file}; expected a YAML such as experiments/demo_raster.yaml.")
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {error}") from error
+    content = read_yaml(Path(file).expanduser())
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {str(content)[:40]!r}; expected keys with values, as in experiments/.")
     return content
@@ -117,6 +159,12 @@ def _value(text: str | None) -> Any:
         return None if text is None else yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+
+
+def _is_classes(text: str | None) -> bool:
+    """Whether an option's text is a list of classes with their settings."""
+    value = _value(text) if text is not None and text.lstrip().startswith("[") else None
+    return isinstance(value, list) and any(isinstance(each, dict) for each in value)
 
 
 def _pairs(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,12 +1,15 @@
 """Lightning's loggers and callbacks by their class, from YAML and command line."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from flashar_pl.training.lightning_cli import parsed_config
 from flashar_pl.training.stored_config import read_config
+from flashar_pl.training.words import merged
 
 OPTIONS = {"dim": 16, "n_layer": 2, "n_head": 2, "multiple_of": 8, "vocab_size": 17, "num_classes": 10}
 RUN = {
@@ -71,6 +74,37 @@ def test_several_loggers_from_a_yaml(run, base) -> None:
     assert code == 0, err
     assert list(Path("run").rglob("metrics.csv"))
     assert list(Path("boards").rglob("events.out.tfevents.*"))
+
+
+def test_a_callback_given_anew_has_its_own_settings_only(base) -> None:
+    """Guards a ModelCheckpoint by a metric that kept every_n_train_steps of the recipe's, and was ranked by nothing."""
+    steps, best = ({"class_path": "ModelCheckpoint", "init_args": values} for values in (
+        {"filename": "last", "every_n_train_steps": 2}, {"monitor": "val/nll"},
+    ))  # fmt: skip
+    Path("steps.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [steps], "logger": "CSVLogger"}}))
+    Path("best.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [best]}, "data": {"seed": 5}}))
+    words = [*base[1:], "--config", "steps.yaml"]
+    for other in (["--config", "best.yaml"], [f"--trainer.callbacks=[{json.dumps(best)}]"]):
+        values = parsed_config([*words, *other])
+        [saver] = values["trainer"]["callbacks"]
+        assert (saver["init_args"]["monitor"], saver["init_args"]["every_n_train_steps"]) == ("val/nll", None)
+        assert values["trainer"]["logger"]["class_path"].endswith("CSVLogger")
+        assert values["data"]["batch_size"] == 32
+    both = parsed_config([*words, "--trainer.callbacks+=LearningRateMonitor"])["trainer"]["callbacks"]
+    assert [each["class_path"].rpartition(".")[2] for each in both] == ["ModelCheckpoint", "LearningRateMonitor"]
+
+
+def test_files_that_say_more_of_one_class() -> None:
+    """The same class under its short or long name is changed, another one replaced, a list too."""
+    old = {"class_path": "a.Sharded", "init_args": {"replicas": 1, "offload": True}}
+    assert merged({"s": old}, {"s": {"class_path": "Sharded", "init_args": {"replicas": 2}}})["s"]["init_args"] == {
+        "replicas": 2, "offload": True,
+    }  # fmt: skip
+    assert merged({"s": old}, {"s": {"replicas": 2}})["s"]["init_args"]["offload"]
+    assert merged({"s": old}, {"s": {"class_path": "b.Sharded"}})["s"] == {"class_path": "b.Sharded"}
+    assert merged({"data": {"seed": 1}}, {"data": {"class_path": "Codes", "init_args": {}}})["data"]["init_args"] == {}
+    mixed = merged({"data": {"seed": 1}}, {"data": {"class_path": "x.CodesDataModule", "init_args": {"window": 3}}})
+    assert mixed["data"]["init_args"] == {"seed": 1, "window": 3}
 
 
 @pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])

@@ -139,7 +139,7 @@ def test_changes_are_combined_where_one_is_not_enough():
         ([], "give either --config"),
         (["--config", "none.yaml"], "no configuration none.yaml"),
         (["--config", "list.yaml"], "expected keys with values"),
-        (["--config", "broken.yaml"], "is not YAML"),
+        (["--config", "broken.yaml"], "not YAML"),
         (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
         (["--config", "lora.yaml"], "model.init_from is null"),
         (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory -5; expected 1 or more GPUs with more than 0 GB"),

@@ -1,6 +1,9 @@
 """Nothing that a file says is imported, executed, fetched or written to: one test for each door."""
 
+import json
 import sys
+import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
+from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
+from flashar_pl.data.tars import tar_records
+from flashar_pl.files import read_arrays, read_tensors, read_torch, read_yaml
 from flashar_pl.training.carried import carried
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.mark import key_file, marked, own
@@ -51,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The same directory as the current one, with the module `evil` within reach; it must not have been used."""
     monkeypatch.chdir(home)
     monkeypatch.syspath_prepend(str(home))
@@ -194,3 +202,71 @@ def test_a_run_without_a_place_for_the_key_has_no_mark(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert marked("a: 1\n") == "a: 1\n"
     assert own("a: 1\n") is None
+
+
+# --- doors that are closed: readers that run nothing ------------------------------------------------------------------
+
+
+class Pickled:
+    """What unpickling would call."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("DONE"),)
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current directory in which nothing may be touched."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    assert not Path("DONE").exists()
+
+
+@pytest.mark.parametrize(
+    "read", [read_torch, read_tensors, RunCheckpoint, load_model, FlashARModule.load_from_checkpoint]
+)
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])
+def test_torch_files_are_data(empty: Path, read: Callable[..., Any], old: bool) -> None:
+    torch.save({"state_dict": {}, "flashar": Pickled()}, "x.ckpt", _use_new_zipfile_serialization=not old)
+    with pytest.raises(ValueError, match=r"x\.ckpt"):
+        read("x.ckpt")
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+def test_numpy_files_are_data(empty: Path, save: Callable[..., None]) -> None:
+    with Path("x.npz").open("wb") as file:
+        save(file, np.array([Pickled()], dtype=object))
+    with pytest.raises(ValueError, match=r"x\.npz"):
+        read_arrays("x.npz")
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:os.mkdir [DONE]", "!!python/name:os.mkdir", "!!python/module:os"]
+)
+def test_yaml_files_are_data(empty: Path, tag: str) -> None:
+    Path("x.yaml").write_text(f"data: !!python/{tag}\n")
+    for read in (lambda: read_yaml("x.yaml"), lambda: ExperimentCLI("fit", ["--config", "x.yaml"], parse_only=True)):
+        with pytest.raises(ValueError, match=r"x\.yaml.*not YAML"):
+            read()
+
+
+def test_json_names_kinds_of_models_never_what_to_import(empty: Path) -> None:
+    Path("model").mkdir()
+    for kind in ("os.system", "evil.call"):
+        described = {"format": 1, "model": {"kind": "raster", "backbone": {"kind": kind, **SIZES}}}
+        Path("model/config.json").write_text(json.dumps(described))
+        save_file({"x": torch.zeros(1)}, "model/model.safetensors")
+        with pytest.raises(ValueError, match="backbone kind is"):
+            load_model("model")
+
+
+def test_tars_are_read_in_place(empty: Path) -> None:
+    """Members that lead out of the directory are names of records; links and devices are no members."""
+    with tarfile.open("x.tar", "w") as tar:
+        for name, kind in (("../DONE", tarfile.REGTYPE), ("/a.jpg", tarfile.REGTYPE), ("b.jpg", tarfile.SYMTYPE),
+                           ("c.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.CHRTYPE)):  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert [key for key, _ in tar_records(Path("x.tar"))] == ["../DONE", "/a"]
+    assert [path.name for path in empty.iterdir()] == ["x.tar"]
