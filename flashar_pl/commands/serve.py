@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from flashar_pl.console import needing
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
 
+OTHERS = 64
+"""Connections, beside those of requests that may wait: pages, /health. More are told 503."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -35,13 +38,14 @@ def serve(
     """Draw images on request, over HTTP, until Ctrl-C.
 
     Open http://127.0.0.1:8000 for a page where images grow in both decoding orders. Programs POST the JSON of OpenAI's
-    images API to /v1/images/generations: "prompt" or "class", and where they want "n", "seed", "plan", a sampling
-    option, "negative_prompt". They get PNGs in base64 and the seconds that the codes took; with "stream" server-sent
-    events, "partial_images" times before the end. There is no authentication: stay local, or put a proxy in front.
+    images API to /v1/images/generations: "prompt" (of a class model: an id or a name) or "class", and where they want
+    "n", "seed", "plan", a sampling option, "negative_prompt". They get PNGs in base64 and the seconds that the codes
+    took; with "stream" server-sent events, "partial_images" times before the end. There is no authentication: stay
+    local, or put a proxy in front.
 
     Example:
         flashar serve --checkpoint runs/demo/flashar/checkpoints/last.ckpt --cfg-scale 1.5
-        curl -d '{"class": 3, "n": 2, "seed": 1}' http://127.0.0.1:8000/v1/images/generations
+        curl --json '{"class": 3, "n": 2, "seed": 1}' http://127.0.0.1:8000/v1/images/generations
     """
     with needing("serving", "serve"):
         import uvicorn
@@ -57,5 +61,7 @@ def serve(
         print(f"ready ({service.engine.runner}): http://{server.host}:{listener.getsockname()[1]}", flush=True)
         app = build_app(service, [server.host, *server.allowed_hosts.split(",")])
         with suppress(KeyboardInterrupt):
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)).run([listener])
+            most = server.most_requests + OTHERS
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=most)
+            uvicorn.Server(config).run([listener])
         service.thread.shutdown(cancel_futures=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from torch import Tensor
@@ -29,11 +28,13 @@ from flashar_pl.decoding.samples import SampleSet, decode_partial, draw_codes
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, Subject, TextOptions
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
+from flashar_pl.serving.border import Border
 
 MOST_BYTES = 16384
 """Longest request."""
 FIELDS: dict[str, type] = {
-    **dict.fromkeys(("prompt", "negative_prompt", "plan", "response_format", "model", "user"), str),  # last two: unused
+    **dict.fromkeys(("prompt", "negative_prompt", "plan", "response_format", "output_format", "size"), str),
+    **dict.fromkeys(("model", "user"), str),  # unused
     **dict.fromkeys(("class", "n", "seed", "cfg_interval", "top_k", "partial_images"), int),
     **dict.fromkeys(("cfg_scale", "temperature", "top_p"), float),
     **dict.fromkeys(("greedy", "stream"), bool),
@@ -66,6 +67,8 @@ class Service:
         self.tokenizer = self.source.matching_tokenizer(engine.device)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
+        self.classes: list[str] = self.source.description.training.get("class_names", [])
+        self.size = f"{self.grid[1] * self.tokenizer.downsample}x{self.grid[0] * self.tokenizer.downsample}"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
         fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2})
@@ -89,10 +92,13 @@ class Service:
         n, seed, parts = given.get("n", 1), given.get("seed", time.time_ns() % 2**31), given.get("partial_images", 8)
         if not (1 <= n <= most and 0 <= seed < 2**63 and 0 <= parts <= 64):
             raise ValueError(f"n is {n}, seed {seed}, partial_images {parts}; expected 1 to {most}, 63 bits, 0 to 64.")
+        if self.by == "class" and "prompt" in given and "class" not in given:  # as OpenAI's clients can say it
+            given["class"] = self.class_of(given.pop("prompt"))
         if given.keys() & {"class", "prompt"} != {self.by}:
             raise ValueError(f'this model is asked by "{self.by}"; got {json.dumps(body)[:200]}.')
-        if given.get("response_format", "b64_json") != "b64_json":
-            raise ValueError(f'"response_format" is {given["response_format"]!r}; expected "b64_json".')
+        for key, only in (("response_format", "b64_json"), ("output_format", "png"), ("size", self.size)):
+            if given.get(key, only) not in (only, "auto"):
+                raise ValueError(f'"{key}" is {given[key][:60]!r}; expected "{only}".')
         plan = check_plan(self.source.model, given.get("plan", self.plan), self.grid)
         sampling = replace(self.sampling, **{key: given[key] for key in asdict(self.sampling) if key in given})
         check_top_k(self.source.model, sampling.top_k)
@@ -104,11 +110,21 @@ class Service:
         samples = SampleSet(wanted.condition, self.grid, plan, sampling, size, seed, wanted.unconditional)
         return Job(wanted, samples, parts if given.get("stream") else 0)
 
+    def class_of(self, prompt: str) -> int:
+        """The class that a prompt names, by its id or its name."""
+        if prompt in self.classes:
+            return self.classes.index(prompt)
+        if prompt.isascii() and prompt.isdigit() and len(prompt) < 10:
+            return int(prompt)
+        raise ValueError(f'"prompt" is {prompt[:60]!r}; this model draws classes: expected an id or a name of one.')
+
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:
         """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises where it left."""
         steps, parts = self.steps[job.samples.plan], job.partial_images + 1
         shown = {-(-steps * i // parts) for i in range(1, parts)} - {steps}
         began = time.perf_counter()
+        if job.left:
+            raise ConnectionAbortedError
 
         def news(codes: Tensor, step: int) -> dict[str, Any]:
             nonlocal began
@@ -169,15 +185,27 @@ async def events(job: Job, told: AsyncIterator[dict[str, Any]]) -> AsyncIterator
             yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
 
 
-def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
-    """The application. hosts: names in a browser's address bar; a page that rebinds another name to us is refused."""
+def read(content: bytes) -> Any:
+    """JSON in which no name stands twice. Raises ValueError."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(values := dict(pairs)) < len(pairs):
+            raise ValueError("a name stands twice in an object; expected each once.")
+        return values
+
+    return json.loads(content, object_pairs_hook=once)
+
+
+def build_app(service: Service, hosts: list[str]) -> Border:
+    """The application. hosts: names in a browser's address bar."""
+    model = {"id": service.source.path, "object": "model", "created": int(time.time()), "owned_by": "flashar"}
 
     async def generations(request: Request) -> Response:
         content = b""
         async for chunk in request.stream():
             if len(content := content + chunk) > MOST_BYTES:
                 raise HTTPException(413, f"the request is longer than {MOST_BYTES} bytes.")
-        job = await asyncio.to_thread(service.job, json.loads(content))
+        job = await asyncio.to_thread(service.job, read(content))
         told = service.follow(request, job, service.start(job))
         if job.partial_images:
             return StreamingResponse(events(job, told), media_type="text/event-stream")
@@ -199,5 +227,6 @@ def build_app(service: Service, hosts: list[str]) -> TrustedHostMiddleware:
     app.add_route("/", lambda _: FileResponse(Path(__file__).with_name("page.html")))
     app.add_route("/metrics", metrics)
     app.add_route("/health", lambda _: JSONResponse({"status": "ok", "jobs": service.jobs, **service.facts}))
+    app.add_route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]}))
     app.add_route("/v1/images/generations", generations, ["POST"])
-    return TrustedHostMiddleware(app, hosts, www_redirect=False)
+    return Border(app, hosts)

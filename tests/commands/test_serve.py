@@ -30,7 +30,7 @@ from flashar_pl.decoding import generate
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
 from flashar_pl.serving.app import Service, build_app
 
-IMAGES = "/v1/images/generations"
+IMAGES, JSON = "/v1/images/generations", {"Content-Type": "application/json"}
 
 
 def serving(model: ModelOptions, sampling: SamplingSettings, engine: EngineOptions) -> Service:
@@ -46,7 +46,8 @@ def service(flashar_model: str) -> Iterator[Service]:
 
 @pytest.fixture
 def client(service: Service) -> TestClient:
-    return TestClient(build_app(service, ["localhost"]), "http://localhost", raise_server_exceptions=False)
+    app = build_app(service, ["localhost"])
+    return TestClient(app, "http://localhost", raise_server_exceptions=False, headers=JSON)
 
 
 def pixels(text: str) -> np.ndarray:
@@ -120,7 +121,12 @@ def test_streamed_images_grow(service: Service, client: TestClient, plan: str, s
         ({"class": 1, "plan": "spiral"}, "plan is 'spiral'"),
         ({"class": 1, "top_k": 18}, "top_k is 18"),
         ({"class": 1, "temperature": "hot"}, "expected float"),
-        ({"class": 1, "size": "64x64"}, "expected an object with some of prompt"),
+        ({"class": 1, "quality": "high"}, "expected an object with some of prompt"),
+        ({"class": 1, "size": "64x64"}, 'expected "8x8"'),
+        ({"class": 1, "output_format": "webp"}, 'expected "png"'),
+        ({"class": 1, "prompt": "1"}, 'asked by "class"'),
+        ({"prompt": "a dog"}, "expected an id or a name"),
+        (b'{"class": 1, "class": 2}', "a name stands twice"),
         ({"class": 1, "negative_prompt": "rain"}, "are for --prompt"),
         ({"class": 1, "cfg_scale": math.nan}, "expected 0 or more"),
         ([1], "expected an object"),
@@ -140,6 +146,8 @@ def test_other_requests(client: TestClient) -> None:
     found = client.get("/health").json()
     assert (found["status"], found["plans"], found["asked_by"]) == ("ok", {"diagonal": 15, "raster": 64}, "class")
     assert client.post(IMAGES, content=b" " * 20000).status_code == 413
+    models = client.get("/v1/models").json()
+    assert (models["object"], models["data"][0]["object"]) == ("list", "model")
     assert client.get(IMAGES).status_code == 405
     assert client.get("/other").json()["error"]["message"] == "Not Found"
 
@@ -149,6 +157,36 @@ def test_a_page_of_another_name_is_refused(client: TestClient) -> None:
     assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
     assert client.post(IMAGES, json={"class": 1}, headers={"Host": "evil.example:8000"}).status_code == 400
     assert client.get("/health", headers={"Host": "localhost:8000"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([("Origin", "http://localhost:8000")], 200),
+        ([("Content-Type", "application/json; charset=utf-8")], 200),
+        ([("Origin", "https://evil.example")], 403),
+        ([("Origin", "null")], 403),
+        ([("Origin", "http://[")], 403),
+        ([("Content-Type", "text/plain")], 415),  # what a page may send anywhere, without asking
+        ([("Content-Type", "application/x-www-form-urlencoded")], 415),
+        ([("Host", "localhost"), ("Host", "evil.example")], 400),
+        ([("Transfer-Encoding", "chunked"), ("Content-Length", "12")], 400),
+    ],
+)
+def test_requests_of_pages_and_of_two_meanings(client: TestClient, headers: list[tuple[str, str]], status: int) -> None:
+    """A page of another origin could draw, if not see it; a proxy in front could read another request than we do."""
+    own = [] if headers[0][0] == "Content-Type" else list(JSON.items())
+    del client.headers["Content-Type"]
+    assert client.post(IMAGES, content=b'{"class": 1}', headers=own + headers).status_code == status
+
+
+def test_openai_clients_draw_classes(service: Service, client: TestClient) -> None:
+    """They always send a prompt: a class's id, or its name where the model knows names."""
+    service.classes = ["zero", "one", "two", "golden retriever"]
+    for prompt in ("3", "golden retriever"):
+        asked = {"prompt": prompt, "n": 1, "size": "8x8", "seed": 1, "response_format": "b64_json", "model": "any"}
+        found = client.post(IMAGES, json=asked).json()["data"][0]
+        assert np.array_equal(pixels(found["b64_json"]), expected(service, [3])[0])
 
 
 def test_more_than_fit_the_queue_are_refused(
@@ -214,7 +252,8 @@ def test_graphs_are_for_two_shapes(service: Service, client: TestClient, monkeyp
 def leave(port: int, body: bytes) -> None:
     """Ask for images, and be gone before they are there."""
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        kind = "Content-Type: application/json"
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         time.sleep(0.1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
@@ -237,7 +276,7 @@ def test_nothing_is_drawn_for_those_who_left(service: Service, monkeypatch: pyte
             time.sleep(0.01)
         server.should_exit = True
         thread.join(30)
-    assert slow.steps == 3, "one step of each, and none after it"
+    assert slow.steps == 1, "the step that was being drawn, and none after it"
 
 
 def test_a_real_server(flashar_model: str, service: Service) -> None:
@@ -252,7 +291,7 @@ def test_a_real_server(flashar_model: str, service: Service) -> None:
         said = process.stdout.readline()
         where = re.search(r"http://\S+", said)
         assert where is not None, said
-        asked = urllib.request.Request(where[0] + IMAGES, b'{"class": 3, "n": 2, "seed": 1}')
+        asked = urllib.request.Request(where[0] + IMAGES, b'{"class": 3, "n": 2, "seed": 1}', JSON)
         found = json.loads(urllib.request.urlopen(asked, timeout=60).read())
         assert all(np.array_equal(pixels(a["b64_json"]), b) for a, b in zip(found["data"], expected(service, [3, 3])))
         with socket.create_connection(("127.0.0.1", int(where[0].split(":")[2]))) as silent:
@@ -290,4 +329,4 @@ def test_prompts(tmp_path: Path) -> None:
     assert pixels(plain).shape == (64, 64, 3)
     assert plain != negative
     for wrong in ({"prompt": 3}, {"class": 3}):
-        assert client.post(IMAGES, content=json.dumps(wrong)).status_code == 400
+        assert client.post(IMAGES, content=json.dumps(wrong), headers=JSON).status_code == 400
