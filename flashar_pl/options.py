@@ -199,8 +199,11 @@ class ShardOptions:
     """Which split to write."""
     workers: int = 4
     """Processes that read and decode, for each device."""
+    on_bad_sample: Literal["skip", "stop"] = "skip"
+    """What becomes of images, ready codes, labels and captions that cannot be used: left out, counted and named
+    (skip), or the first one ends the run (stop)."""
     max_bad_share: float = 0.01
-    """Abort if a larger share of the images cannot be read."""
+    """With skip, abort if it is a larger share of the samples."""
     block: int = 100
     """Images of a record, the unit training shuffles."""
     shard_images: int = 2000

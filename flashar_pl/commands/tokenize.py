@@ -122,8 +122,7 @@ def _tokenise(
         return None
     grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
     print(f"{shards.split}: {report['written']:,} of {report['samples']:,} images are in the shards ({grids})")
-    for reason, count in report["left_out"].items():
-        print(f"left out: {count:,} ({reason})")
+    print(report["account"])
     if report["unreadable"]:
         print(f"unreadable: {report['unreadable']:,}, listed in {shards.out}/bad_images.{shards.split}.txt")
     print(f"shards at {shards.out}; check them with: flashar tokenize check {shards.out} --out check.png")

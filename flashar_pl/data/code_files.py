@@ -6,16 +6,18 @@ Shapes: K crops of an image, H x W grid, N = H * W codes.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flashar_pl.data.images import Unreadable
+from flashar_pl.data.account import Account
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import Names, Source, read_file
 from flashar_pl.files import read_arrays, read_torch
+from flashar_pl.image_files import Unreadable
 
 
 class NpyFolders(Source):
@@ -26,13 +28,11 @@ class NpyFolders(Source):
     """
 
     def __init__(self, codes: str, labels: str, num_classes: int) -> None:
-        self.codes, self.labels = Path(codes), Path(labels)
-        self._n = len(_numbers(self.codes))
-        if len(_numbers(self.labels)) != self._n:
-            raise ValueError(
-                f"{codes} holds {self._n} files, {labels} holds {len(_numbers(self.labels))}; expected a label for "
-                "every image."
-            )
+        self.codes, self.labels = Path(codes).expanduser(), Path(labels).expanduser()
+        self.account = Account()
+        self._n = self.account.used = _numbered(self.codes, self.account)
+        if (n := _numbered(self.labels, Account())) != self._n:
+            raise ValueError(f"{codes} holds {self._n} files, {labels} holds {n}; expected a label for every image.")
         self.condition = ConditionSpec("class", num_classes=num_classes)
 
     def __len__(self) -> int:
@@ -42,10 +42,14 @@ class NpyFolders(Source):
         return str(self.codes / f"{index}.npy")
 
     def read(self, index: int) -> tuple[bytes, int]:
-        label = _load_npy(read_file(str(self.labels / f"{index}.npy")))
-        if label.size != 1:
-            raise Unreadable(f"the label file holds {label.size} values")
-        return read_file(self.where(index)), int(label.reshape(-1)[0])
+        file = self.labels / f"{index}.npy"
+        label, classes = _load_npy(read_file(str(file))), self.condition.num_classes
+        if label.size != 1 or label.dtype.kind not in "iu":
+            raise Unreadable(f"{file} holds {label.size} values of type {label.dtype}; expected one integer")
+        value = int(label.reshape(-1)[0])
+        if classes is None or not 0 <= value < classes:
+            raise Unreadable(f"{file} has the label {value}; expected 0 .. {(classes or 0) - 1} (see --num-classes)")
+        return read_file(self.where(index)), value
 
     def fingerprint(self) -> str:
         return Names([str(self._n)]).digest()
@@ -116,15 +120,21 @@ def checked(codes: np.ndarray, vocabulary: int) -> np.ndarray:
     return codes.astype(np.int64)
 
 
-def _numbers(folder: Path) -> set[int]:
+def _numbered(folder: Path, account: Account) -> int:
+    """How many files 0.npy, 1.npy, ... a folder holds; the others go to the account. Raises ValueError for a gap."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; expected files 0.npy, 1.npy, ...")
-    found = {int(path.stem) for path in folder.glob("*.npy") if path.stem.isdigit()}
+    names = {path.name for path in folder.iterdir()}
+    found = {name for name in names if re.fullmatch(r"(0|[1-9][0-9]{0,11})\.npy", name)}
     if not found:
         raise ValueError(f"{folder} holds no files named 0.npy, 1.npy, ...")
-    if missing := sorted(set(range(max(found) + 1)) - found):
-        raise ValueError(f"{folder} goes up to {max(found)}.npy but lacks {len(missing)}, such as {missing[0]}.npy.")
-    return found
+    missing = next((f"{i}.npy" for i in range(len(found)) if f"{i}.npy" not in found), None)
+    if missing is not None:
+        most = max(int(name.removesuffix(".npy")) for name in found)
+        raise ValueError(f"{folder} goes up to {most}.npy but lacks {most + 1 - len(found)}, such as {missing}.")
+    for name in sorted(names - found):
+        account.leave_out("not named NUMBER.npy", name)
+    return len(found)
 
 
 def _load_npy(data: bytes) -> np.ndarray:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule
 
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
+from flashar_pl.data.captions import captioned_images
 from flashar_pl.data.encode import tokenizer_of
 from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
@@ -26,7 +27,7 @@ from flashar_pl.data.manifest import Manifest, check_matches, load_grids
 from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
-from flashar_pl.data.sources import Source, captioned_images, class_images, read_classes
+from flashar_pl.data.sources import Source, class_images, read_classes
 from flashar_pl.data.streaming import Arrivals, Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
@@ -332,7 +333,8 @@ class ImageNetDataModule(_ImagesDataModule):
         self.crop_range, self.classes = crop_range, classes
 
     def _read_source(self) -> Source:
-        return class_images(self.images, self.classes, None, self.manifest.condition.num_classes)
+        known = self.manifest
+        return class_images(self.images, self.classes, None, known.condition.num_classes, known.class_names)
 
 
 class TextImageDataModule(_ImagesDataModule):

@@ -1,4 +1,4 @@
-"""Pixels before the tokenizer: decoding, centre crops, ten crops, aspect-ratio buckets.
+"""Pixels before the tokenizer: centre crops, ten crops, aspect-ratio buckets.
 
 Shapes: n images of h x w pixels, S side of a square crop, s side of a tokenised crop, f pixels per code,
 H = h / f rows and W = w / f columns of codes.
@@ -6,10 +6,7 @@ H = h / f rows and W = w / f columns of codes.
 
 from __future__ import annotations
 
-import io
 import math
-import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,32 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from flashar_pl.grid import grid_of_ratio
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""File names that count as images, in lower case: those torchvision's ImageFolder takes."""
-
-BROKEN = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, EOFError, struct.error, zlib.error)
-"""What Pillow raises for damaged files, besides DecompressionBombError."""
+from flashar_pl.image_files import Unreadable as Unreadable
+from flashar_pl.image_files import open_rgb
 
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
 """Width / height of the default buckets."""
-
-
-class Unreadable(Exception):
-    """An image that cannot be used; its message says why."""
-
-
-def open_rgb(data: bytes) -> Image.Image:
-    """A decoded RGB image; no orientation tag is applied and an alpha channel dropped, as in torchvision.
-
-    Raises `Unreadable`: not an image, truncated or damaged.
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image.convert("RGB")
-    except (*BROKEN, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+THINNEST = 8
+"""A longer side is cut to this many shorter ones before an image is resized: else a strip of 4,000 x 1 pixels would
+become 1,024,000 x 256 on the way to its centre."""
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -52,6 +31,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     The image is halved with a box filter while its shorter side is at least twice `size`, then resized bicubically
     so that the shorter side is `size`, then the centre is cut out (Dhariwal and Nichol 2021, data preparation).
     """
+    image = _cut_strip(image)
     width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
@@ -61,6 +41,16 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return to_array(image.crop((left, top, left + size, top + size)))
+
+
+def _cut_strip(image: Image.Image) -> Image.Image:
+    """The centre of an image that is thinner than `THINNEST`; others as they are."""
+    most = THINNEST * min(image.size)
+    width, height = (min(side, most) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

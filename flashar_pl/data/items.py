@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset
 
-from flashar_pl.data.images import Unreadable
 from flashar_pl.data.loader import read_ahead
 from flashar_pl.data.sources import Source
+from flashar_pl.image_files import Unreadable
 
 READ = 8
 """Samples a worker process sends at once."""

@@ -103,7 +103,7 @@ def imagenet_job(images: ClassImageOptions, codec: CodecOptions, shards: ShardOp
     from flashar_pl.data.encode import ImageEncoder, weights_hash
     from flashar_pl.data.images import SquareCrop
     from flashar_pl.data.sources import class_images
-    from flashar_pl.data.tokenise import Job
+    from flashar_pl.data.tokenise import Job, known_classes
 
     model = open_tokenizer(codec, "vq16", device)
     side = images.side(model.downsample)
@@ -111,7 +111,7 @@ def imagenet_job(images: ClassImageOptions, codec: CodecOptions, shards: ShardOp
     cells = images.image_size // model.downsample
     return Job(
         shards,
-        class_images(images.images, images.classes, images.num_classes, IMAGENET_CLASSES),
+        class_images(images.images, images.classes, images.num_classes, IMAGENET_CLASSES, known_classes(shards.out)),
         SquareCrop(side),
         encode=ImageEncoder(model, device, crops, images.image_size),
         name="imagenet",
@@ -157,9 +157,9 @@ def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device
 
 def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
     """Images with captions through a tokenizer, or tars of ready codes with captions."""
+    from flashar_pl.data.captions import captioned_images
     from flashar_pl.data.encode import ImageEncoder, weights_hash
     from flashar_pl.data.images import BucketCrop, default_grids
-    from flashar_pl.data.sources import captioned_images
     from flashar_pl.data.tokenise import Job
 
     if Path(images.data).suffix not in (".json", ".jsonl") and _holds_codes(images.data):

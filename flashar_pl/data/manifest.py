@@ -128,6 +128,10 @@ class Manifest:
     splits: dict[str, tuple[Shard, ...]] = field(default_factory=dict)
     evaluation_crop: int = 0
     """Which crop evaluation takes; the centre of ten is 4."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes in the order of their ids, where they are known; the same for every split."""
+    accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Split -> what the input held: {"found": entries, "used": n, "left_out": {reason: n}}."""
     root: str = ""
     """Location the shard paths are relative to; not stored."""
 
@@ -143,6 +147,11 @@ class Manifest:
         forms.integer("crops", self.crops, 1, forms.SIDE)
         forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
         self._check_splits()
+        names, known = self.class_names, self.condition.num_classes
+        if names and (not all(isinstance(name, str) for name in names) or not known == len(names) == len(set(names))):
+            raise ValueError(f"{len(names)} class names for {known} classes; expected another text for each.")
+        if not isinstance(self.accounts, dict):
+            raise ValueError(f"accounts is {forms.shown(self.accounts)}; expected one account for each split.")
 
     def _check_splits(self) -> None:
         """No shard twice, in one split or in two; no record of more samples than its members have room for."""
@@ -205,9 +214,11 @@ class Manifest:
             plain = {key: data[key] for key in ("name", "tokenizer", "vocabulary", "crops")}
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
+            later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
             return cls(
-                grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain
-            )
+                grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
+                **later,
+            )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -217,6 +228,7 @@ class Manifest:
         """Write `manifest.json` into `directory`, complete or not at all. Returns its path."""
         data = {"format": FORMAT} | asdict(self)
         del data["root"]
+        data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
         return write_text(Path(directory) / FILE_NAME, json.dumps(data, indent=1) + "\n")
 

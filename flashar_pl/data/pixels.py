@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 
 from flashar_pl.backbones.condition import ClassIds, Condition, Prompts
 from flashar_pl.data.batches import TextEncoder
-from flashar_pl.data.images import Unreadable, centre_crop, fit, open_rgb, views
+from flashar_pl.data.images import centre_crop, fit, views
 from flashar_pl.data.order import TrainingOrder
 from flashar_pl.data.sources import IMAGE_MEMBERS, Source, class_id
+from flashar_pl.image_files import Unreadable, open_rgb
 
 BAD_SHARE, BAD_START = 0.01, 100
 """A reader gives up when more than this share of its samples is unreadable, once it has seen so many."""
@@ -112,6 +113,13 @@ class ImageBatches(Dataset):
 
     def __post_init__(self) -> None:
         self._tolerance = _Tolerance()
+        bad = self.source.known_bad()
+        if len(bad) > BAD_SHARE * len(self.source):
+            try:
+                self.source.read(bad[0])
+            except Unreadable as error:
+                first = f"{self.source.where(bad[0])}: {error}"
+                raise ValueError(f"{len(bad)} of {len(self.source)} samples cannot be used, such as {first}") from error
 
     def __len__(self) -> int:
         return len(self.order)
@@ -164,4 +172,4 @@ class ImageRows:
             raise Unreadable("no image or no condition in the record")
         if classes is None:
             return data, given.decode("utf-8", "replace").strip()
-        return data, class_id(given, self.classes, classes, f"{sample['__url__']}: {sample['__key__']}.cls")
+        return data, class_id(given, self.classes, classes)

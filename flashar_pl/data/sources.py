@@ -1,4 +1,4 @@
-"""Where raw samples come from: image folders, WebDataset tars, caption lists. Nothing here knows a tokenizer.
+"""Where raw samples come from: image folders and WebDataset tars (captions.py: lists). Nothing here knows a tokenizer.
 
 A source numbers its samples 0 .. N - 1; the number is the sample's id for ever. Sources are sent to worker
 processes, so their lists are kept in numpy arrays, which forked workers share.
@@ -7,33 +7,34 @@ processes, so their lists are kept in numpy arrays, which forked workers share.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 
-from flashar_pl.data.images import EXTENSIONS, Unreadable
+from flashar_pl.data.account import Account, is_hidden
+from flashar_pl.data.folders import NO_IMAGE, list_images
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.tars import find_tars, read_range, tar_records
+from flashar_pl.files import read_lines
+from flashar_pl.image_files import EXTENSIONS, Unreadable
 
 IMAGE_MEMBERS = tuple(extension.lstrip(".") for extension in EXTENSIONS)
-CAPTION_KEYS = ("input_prompt", "caption", "prompt", "text")
-IMAGE_KEYS = ("output_image", "image", "image_path", "file_name")
-PLACEHOLDERS = ("<image>", "<img>")
+
+EMPTY = "folders without images"
 
 
 class Source(ABC):
     """Numbered raw samples with their conditions."""
 
     condition: ConditionSpec
-    skipped: Mapping[str, int] = MappingProxyType({})
-    """Samples that the source itself leaves out, by reason."""
+    account: Account
+    """What it found, and what of that are no samples."""
+    class_names: tuple[str, ...] = ()
+    """Where it knows them, in the order of their ids."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -49,6 +50,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of what the sources lists: names and conditions, not contents."""
+
+    def known_bad(self) -> list[int]:
+        """Samples that are known to be unusable before they are opened; `read` says why."""
+        return []
 
 
 class Names:
@@ -78,34 +83,40 @@ class ImageFolder(Source):
     """Images in one sub-folder for each class; `classes` names them in the order of their ids.
 
     Otherwise order and ids are those of torchvision's ImageFolder: classes sorted by name, within a class the folders
-    and the files sorted by name. Sub-folders of a class folder belong to the class.
+    and the files sorted by name. Sub-folders of a class folder belong to the class. Folders that are hidden or hold no
+    images are no classes.
 
     Raises:
-        ValueError: no class folders, no images, or a folder that `classes` does not list.
+        ValueError: no class folders, no images, or a folder of images that `classes`, the list of `whose`, lacks.
     """
 
-    def __init__(self, root: str, classes: list[str] | None = None) -> None:
-        self.root = Path(root)
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    def __init__(self, root: str, classes: Sequence[str] | None = None, whose: str = "the list of classes") -> None:
+        self.root = Path(root).expanduser()
+        self.account = Account()
+        folders: dict[str, list[str]] = {}
+        for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                self.account.leave_out("hidden", entry.name)
+            elif not entry.is_dir():
+                image = entry.name.lower().endswith(EXTENSIONS)
+                self.account.leave_out("images outside the class folders" if image else NO_IMAGE, entry.name)
+            elif images := list_images(self.root, self.account, entry.name):
+                folders[entry.name] = images
+            else:
+                self.account.leave_out(EMPTY, entry.name)
         if not folders:
+            found = "class folders and no tars" if EMPTY not in self.account.left_out else "images in its class folders"
+            raise ValueError(f"{root} has no {found}; expected ROOT/CLASS/IMAGE.JPEG ({self.account}).")
+        classes = list(folders) if classes is None else classes
+        if unknown := [name for name in folders if name not in classes]:
             raise ValueError(
-                f"{root} has no class folders and no tars; expected ROOT/CLASS/IMAGE.JPEG, one folder for each class."
+                f"{root} has folders that {whose} lacks: {', '.join(unknown[:5])}; it has {', '.join(classes[:10])}"
+                f"{' ...' if len(classes) > 10 else ''}."
             )
-        classes = folders if classes is None else classes
-        labels = {name: label for label, name in enumerate(classes)}
-        if unknown := [name for name in folders if name not in labels]:
-            raise ValueError(f"{root} has folders that the list of classes lacks: {', '.join(unknown[:5])}.")
-        paths: list[str] = []
-        ids = array("i")
-        for name in (name for name in classes if name in folders):
-            for folder, _, files in sorted(os.walk(self.root / name, followlinks=True)):
-                relative = os.path.relpath(folder, self.root)
-                paths += [f"{relative}/{file}" for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-            ids.extend([labels[name]] * (len(paths) - len(ids)))
-        if not paths:
-            raise ValueError(f"{root} has no images in its class folders (looked for {', '.join(EXTENSIONS)}).")
-        self._labels = np.array(ids, dtype=np.int32)
-        self._paths = Names(paths)
+        held = [(label, folders[name]) for label, name in enumerate(classes) if name in folders]
+        self._labels = np.repeat([label for label, _ in held], [len(paths) for _, paths in held]).astype(np.int32)
+        self._paths = Names(path for _, paths in held for path in paths)
+        self.class_names = tuple(classes)
         self.condition = ConditionSpec("class", num_classes=len(classes))
 
     def __len__(self) -> int:
@@ -124,6 +135,9 @@ class ImageFolder(Source):
 class TarSource(Source):
     """Records of WebDataset tars, in the order of the tars' names and of each tar.
 
+    A record without the sample, or without a usable condition, is a sample that cannot be read; one without both is
+    none.
+
     Args:
         location: as `find_tars` takes it.
         payload: extensions of the member that holds the sample, such as ("jpg", "jpeg", "png").
@@ -131,7 +145,7 @@ class TarSource(Source):
         classes: for "cls", class names in the order of their ids; None = the members hold ids below `num_classes`.
 
     Raises:
-        ValueError: no tars, a damaged tar, a class that is no id below `num_classes` or not among `classes`.
+        ValueError: no tars, a damaged tar, no records with both, or the two in different records of one key.
     """
 
     def __init__(
@@ -139,33 +153,70 @@ class TarSource(Source):
         location: str,
         payload: tuple[str, ...],
         label: str,
-        classes: list[str] | None = None,
+        classes: Sequence[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
         self._tars = find_tars(location)
-        self._label = label
-        ids = None
+        self._label, self._payload = label, payload
+        self._ids: dict[str, int] | None = None
         if classes is not None:
-            ids, num_classes = {name: i for i, name in enumerate(classes)}, len(classes)
+            self._ids, num_classes = {name: i for i, name in enumerate(classes)}, len(classes)
+            self.class_names = tuple(classes)
+        self.condition = ConditionSpec("class", num_classes=num_classes) if label == "cls" else ConditionSpec("text")
+        self.account = Account()
         names: list[str] = []
         columns = array("q")
         for tar, path in enumerate(self._tars):
-            for key, members in tar_records(path):
+            for key, members in tar_records(path, self.account):
                 sample = next((members[name] for name in payload if name in members), (0, -1))
                 given = members.get(label, (0, -1))
+                if sample[1] < 0 and given[1] < 0:
+                    held = ", ".join(list(members)[:4])
+                    reason = f"records without {payload[0]} and {label}"
+                    self.account.leave_out(reason, f"{key!r} of {path}, which holds {held}")
+                    continue
                 number = -1
                 if label == "cls" and given[1] >= 0:
-                    number = class_id(read_range(path, *given), ids, num_classes, f"{path}: {key}.cls")
+                    number = self._number(path, given)
                 columns.extend((tar, *sample, *given, number))
                 names.append(key)
-        if not names:
-            raise ValueError(f"The tars at {location} are empty.")
         self._rows = np.frombuffer(columns, dtype=np.int64).reshape(-1, 6)  # (N, 6)
-        if (self._rows[:, 2] < 0).all():
-            raise ValueError(f"The tars at {location} hold no {', '.join(payload)}; the first record is {names[0]!r}.")
         self._names = Names(names)
-        self._payload = payload
-        self.condition = ConditionSpec("class", num_classes=num_classes) if label == "cls" else ConditionSpec("text")
+        self.account.used = len(names)
+        self._check_records(location)
+
+    def _number(self, path: Path, place: tuple[int, int]) -> int:
+        """The class id in a tar's member, -1 for none."""
+        assert self.condition.num_classes is not None
+        try:
+            return class_id(read_range(path, *place), self._ids, self.condition.num_classes)
+        except (Unreadable, OSError):
+            return -1
+
+    def _check_records(self, location: str) -> None:
+        """Raises ValueError where nothing is as WebDataset has it, with the reason."""
+        lacks_sample, lacks_label = self._rows[:, 2] < 0, self._rows[:, 4] < 0
+        found = f"The tars at {location} hold no records of {self._payload[0]} and {self._label}"
+        if not len(self):
+            raise ValueError(
+                f"{found}: {self.account}. The members of a record have one name up to its first dot (img_v1.5.jpg is "
+                f"the member 5.jpg of img_v1): rename files with more dots."
+            )
+        halves = [
+            {(self._rows[i, 0], self._names[int(i)]) for i in np.flatnonzero(lacks)}
+            for lacks in (lacks_sample, lacks_label)
+        ]
+        if apart := halves[0] & halves[1]:
+            tar, key = min(apart)
+            raise ValueError(
+                f"{self._tars[tar]}: the members of {len(apart)} records do not stand side by side, such as those of "
+                f"{key!r}. Pack them again, sorted: tar --sort=name -cf NEW.tar FOLDER."
+            )
+        if (lacks_sample | lacks_label).all():
+            raise ValueError(
+                f"{found}; the first one, {self._names[0]!r}, lacks {self._label if lacks_label[0] else 'an image'}. "
+                f"Conditions are read from .{self._label} members only, not from .json."
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -181,71 +232,49 @@ class TarSource(Source):
             raise Unreadable(f"no {self._label} in the record")
         try:
             data = read_range(self._tars[tar], at, size)
-            if self._label == "cls":
+            if number >= 0:
                 return data, number
-            return data, read_range(self._tars[tar], label_at, label_size).decode("utf-8").strip()
+            given = read_range(self._tars[tar], label_at, label_size)
+            if self.condition.num_classes is not None:
+                return data, class_id(given, self._ids, self.condition.num_classes)
+            return data, given.decode("utf-8-sig").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+    def known_bad(self) -> list[int]:
+        needed = [2, 4, 5] if self._label == "cls" else [2, 4]
+        return np.flatnonzero((self._rows[:, needed] < 0).any(axis=1)).tolist()
 
     def fingerprint(self) -> str:
         return self._names.digest(self._rows)
 
 
-class CaptionList(Source):
-    """A JSON list or JSONL file of {caption, path of the image}, as in ShareGPT-4o-Image (input_prompt, output_image).
-
-    The paths start from the folder `images`, or from that of the list. The fields are `caption_key` and `image_key`, or
-    the first of the known names that the first item has.
-
-    Raises:
-        ValueError: not such a list, or an item without the fields (its number is named).
-    """
-
-    def __init__(
-        self, path: str, images: str | None = None, caption_key: str | None = None, image_key: str | None = None
-    ) -> None:
-        items = read_items(Path(path))
-        self.root = Path(path).parent if images is None else Path(images)
-        caption_key = caption_key or _pick(items[0], CAPTION_KEYS, "caption", path)
-        image_key = image_key or _pick(items[0], IMAGE_KEYS, "image", path)
-        # An item with an input image is an editing instruction, which does not describe the output.
-        kept = [i for i, item in enumerate(items) if not item.get("input_image")]
-        if not kept:
-            raise ValueError(f"Every item of {path} edits an input image; expected text-to-image pairs.")
-        captions = [_field(items[i], caption_key, i, path) for i in kept]
-        for placeholder in PLACEHOLDERS:
-            captions = [caption.replace(placeholder, "") for caption in captions]
-        self._captions = Names(caption.strip() for caption in captions)
-        self._paths = Names(_field(items[i], image_key, i, path) for i in kept)
-        self.condition = ConditionSpec("text")
-        if len(kept) < len(items):
-            self.skipped = {"edits an input image": len(items) - len(kept)}
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def where(self, index: int) -> str:
-        return str(self.root / self._paths[index])
-
-    def read(self, index: int) -> tuple[bytes, str]:
-        return read_file(self.where(index)), self._captions[index]
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256((self._captions.digest() + self._paths.digest()).encode()).hexdigest()[:16]
-
-
-def class_images(images: str, classes: str | None, num_classes: int | None, usual: int | None = None) -> Source:
+def class_images(
+    images: str,
+    classes: str | None,
+    num_classes: int | None,
+    usual: int | None = None,
+    known: tuple[str, ...] = (),
+) -> Source:
     """An image folder if `images` is a folder with sub-folders, else tars of jpg + cls.
 
-    classes: file of class names; num_classes: of tars with class ids, as typed, else it is `usual`.
+    classes: file of class names; num_classes: of tars with class ids, as typed, else it is `usual`; known: class names
+    of the shards these images belong to, which then fix the ids.
 
     Raises:
-        ValueError: both tars and folders, or options that do not go with what is there.
+        ValueError: both tars and folders, other classes than those known, or options that do not go with what is there.
     """
     names = read_classes(classes)
-    folder = Path(images)
+    if names is not None and known and tuple(names) != known:
+        both = [*zip(names, known), (f"{len(names)} names", f"{len(known)} names")]
+        given, there = next(pair for pair in both if pair[0] != pair[1])
+        raise ValueError(
+            f"{classes} has {given} where the shards that are there have {there}; splits share the classes."
+        )
+    folder = Path(images).expanduser()
     if folder.is_dir():
-        has_tars, has_folders = any(folder.glob("*.tar")), any(entry.is_dir() for entry in folder.iterdir())
+        entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
+        has_tars, has_folders = any(e.suffix == ".tar" for e in entries), any(e.is_dir() for e in entries)
         if has_tars and has_folders:
             raise ValueError(
                 f"{images} holds both tars and folders; give the tars as a pattern such as {images}/*.tar."
@@ -255,19 +284,12 @@ def class_images(images: str, classes: str | None, num_classes: int | None, usua
                 raise ValueError(
                     "--num-classes is for tars; the classes of a folder are its sub-folders, or --classes."
                 )
+            if names is None and known:
+                return ImageFolder(images, known, "the training split, or whichever is there,")
             return ImageFolder(images, names)
     if names is not None and num_classes is not None:
         raise ValueError("give --classes or --num-classes, not both.")
     return TarSource(images, IMAGE_MEMBERS, "cls", names, num_classes or usual)
-
-
-def captioned_images(data: str, images: str | None = None, *keys: str | None) -> Source:
-    """A .json or .jsonl list of captions and paths, else tars of jpg + txt. keys: as `CaptionList` takes them."""
-    if Path(data).suffix in (".json", ".jsonl"):
-        return CaptionList(data, images, *keys)
-    if images or any(keys):
-        raise ValueError("--caption-key, --image-key and --images are for .json and .jsonl lists; leave them out.")
-    return TarSource(data, IMAGE_MEMBERS, "txt")
 
 
 def read_file(path: str) -> bytes:
@@ -278,64 +300,29 @@ def read_file(path: str) -> bytes:
         raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
 
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .json list or a .jsonl file. Raises ValueError where it is neither."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; expected a .json list, a .jsonl file, or tars.")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".jsonl":
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            items = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix.lstrip('.') or 'JSON'}: {error}") from error
-    if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
-        raise ValueError(f"{path} holds no list of objects; expected [{{'input_prompt': ..., 'output_image': ...}}].")
-    return items
-
-
 def read_classes(path: str | None) -> list[str] | None:
     """Class names, one a line, the first is class 0. Raises ValueError for a missing file, no or repeated names."""
     if path is None:
         return None
-    file = Path(path)
+    file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{path} is no file; expected class names, one a line.")
-    names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line for _, line in read_lines(file)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path} holds {len(names)} class names, {len(set(names))} different ones; each must differ.")
     return names
 
 
-def class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int | None, where: str) -> int:
-    text = raw.decode("utf-8", "replace").strip()
-    assert num_classes is not None
+def class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int) -> int:
+    """The class that a label file names. Raises `Unreadable`."""
+    text = raw.decode("utf-8-sig", "replace").strip()
     if ids is not None:
         if text not in ids:
-            raise ValueError(f"{where} holds {text!r}, which the list of classes lacks.")
+            raise Unreadable(f"the label {text[:80]!r} is not in the list of classes")
         return ids[text]
-    if not text.isdigit() or int(text) >= num_classes:
-        raise ValueError(
-            f"{where} holds {text!r}; expected a class id 0 .. {num_classes - 1}. Add --num-classes N, or --classes "
-            "FILE if the tars hold class names."
+    if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) >= num_classes:
+        raise Unreadable(
+            f"the label {text[:80]!r} is no class id 0 .. {num_classes - 1}; add --num-classes N, or --classes FILE if "
+            "the labels are class names"
         )
     return int(text)
-
-
-def _pick(item: dict[str, Any], keys: tuple[str, ...], what: str, path: str) -> str:
-    if there := [key for key in keys if key in item]:
-        return there[0]
-    raise ValueError(
-        f"The first item of {path} has the fields {', '.join(item)}, none of which is known to hold the {what} "
-        f"({', '.join(keys)}). Add --{what}-key NAME."
-    )
-
-
-def _field(item: dict[str, Any], key: str, index: int, path: str) -> str:
-    value = item.get(key)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, str):
-        raise ValueError(f"Item {index} of {path} has {key} = {value!r}; expected text.")
-    return value

@@ -1,7 +1,7 @@
 """Foreign WebDataset tars, indexed once and then read by offset.
 
 A tar reader that meets a damaged header ends quietly, as if the tar were shorter. Here every tar must end with the
-block of zeros that tar writers put there.
+block of zeros that tar writers put there, and whatever follows it must be another tar (`cat a.tar b.tar > both.tar`).
 """
 
 from __future__ import annotations
@@ -11,27 +11,32 @@ import os
 import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
 from braceexpand import braceexpand
 
-ZEROS = bytes(512)
+from flashar_pl.data.account import Account, is_hidden
+from flashar_pl.files import BROKEN
+
+BLOCK = 512
+ZEROS = bytes(BLOCK)
+READ = 2048 * BLOCK
+"""Bytes read at once behind the end of a tar."""
+AGAIN = "Copy or download it again."
 
 
 def find_tars(location: str) -> list[Path]:
     """The tars that `location` names: a directory, one file, or a pattern such as "train-{0000..1023}.tar" or "*.tar".
 
-    Returns them sorted by name. Raises ValueError if there are none, or one is missing.
+    ~ is the home directory, and what exists under the name as it is given is no pattern: a file, or the folder that a
+    pattern begins with. Returns them sorted by name. Raises ValueError if there are none, or one is missing.
     """
-    path = Path(location)
+    path = Path(location).expanduser()
     if path.is_dir():
-        found = sorted(path.glob("*.tar"))
-    elif any(sign in location for sign in "*?["):
-        found = sorted(Path(name) for name in glob.glob(location))
+        found = sorted(tar for tar in path.glob("*.tar") if not is_hidden(tar.name))
     else:
-        found = [Path(name) for name in braceexpand(location)]
+        found = [path] if path.is_file() else _matches(path)
     if not found:
         raise ValueError(f"No tars at {location}; expected a directory of .tar files, a tar, or a pattern.")
     for tar in found:
@@ -42,35 +47,80 @@ def find_tars(location: str) -> list[Path]:
     return found
 
 
-def tar_records(path: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def _matches(pattern: Path) -> list[Path]:
+    """The files that a pattern means, below the longest folder of it that exists by its very name."""
+    folder = next(parent for parent in pattern.parents if parent.exists())
+    found: list[Path] = []
+    try:
+        names = list(braceexpand(str(pattern.relative_to(folder))))
+    except ValueError as error:  # braces that do not close
+        raise ValueError(f"No tars at {pattern}: {error}.") from error
+    for name in names:
+        if any(sign in name for sign in "*?[") and not (folder / name).exists():
+            found += sorted(folder / match for match in glob.glob(name, root_dir=folder))
+        else:
+            found.append(folder / name)
+    return found
+
+
+def tar_records(path: Path, account: Account | None = None) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """The records of a WebDataset tar: (key, {extension in lower case: (offset, bytes)}).
 
-    A record is a run of members whose names agree up to the first dot of the file name. Raises ValueError for a tar
-    that is compressed, truncated, or damaged in the middle.
+    A record is a run of members whose names agree up to the first dot of the file name; an extension that comes again
+    begins the next one, so that repeated keys lose nothing. Hidden members (._a.jpg) go to the account. Raises
+    ValueError for a tar that is compressed, truncated, or damaged in the middle.
     """
-    for key, group in groupby(_files(path), key=lambda file: file[0]):
-        yield key, {extension: place for _, extension, place in group}
+    key, members = "", dict[str, tuple[int, int]]()
+    for name, place in _files(path):
+        folder, slash, base = name.rpartition("/")
+        if any(map(is_hidden, name.split("/"))):
+            if account is not None:
+                account.leave_out("hidden", f"{path.name}: {name}")
+            continue
+        stem, _, extension = base.partition(".")
+        extension = extension.lower()
+        if members and (folder + slash + stem != key or extension in members):
+            yield key, members
+            members = {}
+        key = folder + slash + stem
+        members[extension] = place
+    if members:
+        yield key, members
 
 
-def _files(path: Path) -> Iterator[tuple[str, str, tuple[int, int]]]:
-    """(key, extension, (offset, bytes)) of the regular files of a tar."""
-    advice = "Copy or download it again."
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (info := tar.next()) is not None:
-                if info.isreg():
-                    folder, slash, base = info.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    yield folder + slash + stem, extension.lower(), (info.offset_data, info.size)
-                tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
-            end = tar.offset  # type: ignore[attr-defined]
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is no readable, uncompressed tar: {error}. {advice}") from error
+def _files(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(name, (offset, bytes)) of the regular files of a tar, or of several in one file."""
     with open(path, "rb") as file:
-        file.seek(end)
-        block = file.read(512)
-    if block != ZEROS:
-        raise ValueError(f"The tar {path} has no end mark at byte {end}: it is truncated or damaged there. {advice}")
+        begin: int | None = 0
+        while begin is not None:
+            file.seek(begin)
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (info := tar.next()) is not None:
+                        if info.size < 0:
+                            raise ValueError(f"{info.name!r} has a size of {info.size} bytes")
+                        if info.isreg():
+                            yield info.name, (info.offset_data, info.size)
+                        tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
+                    end = tar.offset  # type: ignore[attr-defined]
+            except (tarfile.TarError, *BROKEN) as error:
+                raise ValueError(f"{path} is no readable, uncompressed tar: {error}. {AGAIN}") from error
+            file.seek(end)
+            if file.read(BLOCK) != ZEROS:
+                raise ValueError(
+                    f"The tar {path} has no end mark at byte {end}: it is truncated or damaged there. {AGAIN}"
+                )
+            begin = _content(file, end)
+
+
+def _content(file: BinaryIO, begin: int) -> int | None:
+    """Where the first block that is not empty stands from `begin` on; None = nothing follows."""
+    file.seek(begin)
+    while data := file.read(READ):
+        if data.count(0) < len(data):
+            return begin + (len(data) - len(data.lstrip(b"\0"))) // BLOCK * BLOCK
+        begin += len(data)
+    return None
 
 
 def read_range(path: Path, offset: int, size: int) -> bytes:

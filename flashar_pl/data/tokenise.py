@@ -17,10 +17,13 @@ Shapes: n samples of one pass, K crops of an image, H x W grid.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashar_pl.data.account import Account
 from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
 from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
@@ -40,7 +44,8 @@ from flashar_pl.options import ShardOptions
 from flashar_pl.ranks import Rank
 
 NAMED = 5
-"""Unreadable samples named in an error."""
+"""Unusable samples named in an error."""
+UNREADABLE = "unreadable or without a usable condition"
 TYPED = {"part": "--shard-images"}
 """How settings are typed whose names in the files are others."""
 
@@ -116,11 +121,12 @@ def tokenise(build: Callable[[torch.device], Job], rank: Rank) -> dict[str, Any]
             samples than allowed; a label or code out of range.
     """
     job = build(rank.device)
-    report = rank.first(partial(_begin, job))
-    if report is None:
-        _run_parts(job, rank, rank.first(partial(_finished, job)))
-        rank.barrier()
-        report = rank.first(partial(_merge, job))
+    with ExitStack() as held:
+        report = rank.first(partial(_begin, job, held))
+        if report is None:
+            _run_parts(job, rank, rank.first(partial(_finished, job)))
+            rank.barrier()
+            report = rank.first(partial(_merge, job))
     return report if rank.rank == 0 else None
 
 
@@ -133,8 +139,43 @@ def manifests(out: Path) -> list[Path]:
     return [own] if own.is_file() else sub_manifests(out)
 
 
-def _begin(job: Job) -> dict[str, Any] | None:
-    """Make the working directory, or find the one of an earlier run. Returns the report if all is done already."""
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold a directory, which is made if needed. Raises ValueError where another process holds it."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    directory = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(directory)
+        raise ValueError(
+            f"another flashar tokenize is writing to {out}. Let it finish, or choose another --out; to share the work "
+            "among processes start them with torchrun or srun, as docs/cluster.md says."
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            if made:
+                out.rmdir()
+        os.close(directory)
+
+
+def known_classes(out: str) -> tuple[str, ...]:
+    """Class names of the shards that are at `out` already; their other splits must have the same."""
+    path = Path(out) / FILE_NAME
+    return Manifest.load(path).class_names if path.is_file() else ()
+
+
+def _begin(job: Job, held: ExitStack) -> dict[str, Any] | None:
+    """Make the working directory, or find the one of an earlier run. Returns the report if all is done already.
+
+    held: keeps other processes out while it is open.
+    """
+    held.enter_context(_alone(job.out))
     if job.report.exists():
         report = read_json(job.report)
         _compare(job, report["settings"], "is complete, but was made")
@@ -147,6 +188,9 @@ def _begin(job: Job) -> dict[str, Any] | None:
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())
     check_weights(job.out, job.settings.get("weights_hash"))
+    items = Items(job.source, job.prepare)
+    bad = job.source.known_bad()
+    _check_share(job, len(bad), [_named(job, items.read(number)) for number in bad[:NAMED]])
     job.work.mkdir(parents=True, exist_ok=True)
     settings = job.work / "job.json"
     if not settings.exists():
@@ -241,11 +285,10 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
             item = next(items)
             assert item.index == number, (item.index, number)
             if item.array is None:
-                bad.append({"id": number, "where": job.source.where(number), "reason": item.problem})
+                bad.append(_named(job, item))
                 _check_share(job, bad_before + len(bad), bad)
                 advance(1)
                 continue
-            _check_label(job, item)
             shape = item.array.shape[-2:]
             waiting.setdefault(shape, []).append(item)
             if len(waiting[shape]) == job.batch:
@@ -258,23 +301,23 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
     return len(bad)
 
 
+def _named(job: Job, item: Item) -> dict[str, Any]:
+    """What the lists say of a sample that cannot be used."""
+    return {"id": item.index, "where": job.source.where(item.index), "reason": item.problem}
+
+
 def _check_share(job: Job, bad: int, examples: list[dict[str, Any]]) -> None:
-    """Raises ValueError if `bad` unreadable samples are more than the job allows."""
-    if bad > job.shards.max_bad_share * len(job.source):
+    """Raises ValueError if `bad` unusable samples are more than the job allows."""
+    stop = job.shards.on_bad_sample == "stop"
+    if bad > (0 if stop else job.shards.max_bad_share * len(job.source)):
+        allowed = (
+            "and --on-bad-sample stop allows none" if stop
+            else f"more than the share of {job.shards.max_bad_share} that --max-bad-share allows"
+        )  # fmt: skip
         listed = "\n".join(f"  {entry['where']}: {entry['reason']}" for entry in examples[:NAMED])
         raise ValueError(
-            f"{bad} of {len(job.source)} samples cannot be read, more than the share of {job.shards.max_bad_share} "
-            f"that --max-bad-share allows. Repair them or raise it, and run the same command again: it continues.\n"
-            f"{listed}"
-        )
-
-
-def _check_label(job: Job, item: Item) -> None:
-    classes = job.source.condition.num_classes
-    if classes is not None and not 0 <= int(item.condition) < classes:
-        raise ValueError(
-            f"{job.source.where(item.index)} has the label {item.condition}; expected 0 .. {classes - 1}. "
-            "Set the number of classes."
+            f"{bad} of {len(job.source)} samples cannot be read, {allowed}. Repair them or "
+            f"{'take skip' if stop else 'raise it'}, and run the same command again: it continues.\n{listed}"
         )
 
 
@@ -294,10 +337,14 @@ def _merge(job: Job) -> dict[str, Any]:
     if not written:
         raise ValueError(f"None of the {len(job.source)} samples can be read, so there is nothing to put at {job.out}.")
     assert job.grid is None or len(pieces) == 1, list(pieces)
+    account = deepcopy(job.source.account)
+    account.used = written
+    if bad:
+        account.leave_out(UNREADABLE, bad[0]["where"], len(bad))
     grids = {}
     for name, group in sorted(pieces.items()):
         grids[name] = sum(manifest.samples(job.split) for manifest in group)
-        _merge_grid(job, job.out / name if job.grid is None else job.out, group)
+        _merge_grid(job, job.out / name if job.grid is None else job.out, group, account)
     bad.sort(key=lambda entry: entry["id"])
     if bad:
         lines = "".join(f"{entry['id']}\t{entry['where']}\t{entry['reason']}\n" for entry in bad)
@@ -307,7 +354,9 @@ def _merge(job: Job) -> dict[str, Any]:
         "samples": len(job.source),
         "written": written,
         "unreadable": len(bad),
-        "left_out": dict(job.source.skipped),
+        "found": account.found,
+        "left_out": account.left_out,
+        "account": str(account),
         "grids": grids,
         "settings": job.identity(),
     }
@@ -316,7 +365,7 @@ def _merge(job: Job) -> dict[str, Any]:
     return report
 
 
-def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> None:
+def _merge_grid(job: Job, target: Path, group: list[Manifest], account: Account) -> None:
     """Move the tars of one grid to `target` and write its manifest, keeping other splits that are there."""
     target.mkdir(parents=True, exist_ok=True)
     shards = tuple(shard for manifest in group for shard in manifest.shards(job.split))
@@ -326,9 +375,12 @@ def _merge_grid(job: Job, target: Path, group: list[Manifest]) -> None:
             if source.exists() or not goal.exists():  # else moved already, by a killed run
                 source.replace(goal)
     splits: dict[str, tuple[Shard, ...]] = {job.split: shards}
+    accounts: dict[str, Any] = {job.split: account.facts}
+    names = job.source.class_names
     if (target / FILE_NAME).exists():
         present = Manifest.load(target)
         _check_addition(job, present, overwrite=True)
-        splits = present.splits | splits
+        splits, accounts = present.splits | splits, present.accounts | accounts
+        names = present.class_names  # the job's, if it knows any
     splits = {split: splits[split] for split in SPLITS if split in splits}
-    replace(group[0], splits=splits).save(target)
+    replace(group[0], splits=splits, accounts=accounts, class_names=names).save(target)

@@ -16,22 +16,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib import format as npy
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from flashar_pl.data.account import Account
+from flashar_pl.data.folders import list_images
 from flashar_pl.data.locations import default_cache, is_remote
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
 from flashar_pl.evaluate.identity import tokenizer_identity
 from flashar_pl.files import BROKEN, digest, reason
+from flashar_pl.image_files import EXTENSIONS, Unreadable, open_rgb
 from flashar_pl.metrics.extractor import FeatureExtractor, device_of
 from flashar_pl.metrics.reference import BATCH, IMAGES, ReferenceStatistics, load_reference, reference_from_batches
 from flashar_pl.options import parse_tokenizer
 from flashar_pl.tokenizers import build_tokenizer
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 FORMAT = 1
 """Of stored statistics."""
+READER = 2
+"""Of image files: 1 took other pixels of 16-bit greys, transparency and turned pictures."""
 ORDER_SEED = 0
 """Of the order in which images are read: the first 10,000 serve precision and recall and must not be a few classes."""
 
@@ -126,11 +129,12 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _from_images(folder: Path, extractor: FeatureExtractor) -> Source:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    account = Account()
+    files = sorted(folder / name for name in list_images(folder, account))
     if len(files) < 2:
         raise ValueError(
-            f"{folder} holds {len(files)} images ({', '.join(IMAGE_SUFFIXES)}) and no manifest.json; expected a "
-            "directory of at least 2 images, or of shards."
+            f"{folder} holds {len(files)} images ({', '.join(EXTENSIONS)}) and no manifest.json; expected a directory "
+            f"of at least 2 images, or of shards ({account})."
         )
     listed = "".join(f"{file.relative_to(folder)} {digest(file)}\n" for file in files)
     sha256 = hashlib.sha256(listed.encode()).hexdigest()
@@ -147,8 +151,8 @@ def _from_images(folder: Path, extractor: FeatureExtractor) -> Source:
                     )
             yield torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2).copy())  # (B, 3, h, w)
 
-    facts = {"kind": "images", "path": str(folder), "sha256": sha256}
-    key = {"images": sha256}
+    facts = {"kind": "images", "path": str(folder), "sha256": sha256, **account.facts}
+    key = {"images": sha256, "reader": READER}
     return Source(facts, (side[0], side[1]), key, lambda: reference_from_batches(extractor, batches()))
 
 
@@ -161,9 +165,8 @@ def _shuffled(n: int) -> list[np.ndarray]:
 def _read_image(file: Path) -> np.ndarray:
     """Pixels (h, w, 3) uint8 of an image file."""
     try:
-        with Image.open(file) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        return np.asarray(open_rgb(file))
+    except Unreadable as error:
         raise ValueError(f"{file} is not a readable image: {error}.") from error
 
 

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
 from flashar_pl.console import needing
 from flashar_pl.files import BROKEN, reason
+from flashar_pl.image_files import Unreadable, open_rgb
 from flashar_pl.metrics.geneval import Detection
 from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS
 
@@ -48,9 +49,11 @@ class Segment(Detection):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, turned as its EXIF tag says."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    """An image file as RGB. Raises ValueError where it cannot be read."""
+    try:
+        return open_rgb(path)
+    except Unreadable as error:
+        raise ValueError(f"{path} cannot be scored: {error}") from error
 
 
 # --- detection --------------------------------------------------------------------------------------------------------

@@ -10,12 +10,10 @@ from PIL import Image
 from flashar_pl.data.images import (
     BucketCrop,
     SquareCrop,
-    Unreadable,
     centre_crop,
     default_grids,
     fit,
     nearest_grid,
-    open_rgb,
     ten_crop,
     views,
 )
@@ -70,18 +68,18 @@ def test_image_and_mirror():
     assert torch.equal(views(images, 2, 2)[0, 1], images[0].flip(-1))
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_every_colour_mode_becomes_rgb(mode):
-    kind = "JPEG" if mode == "CMYK" else "PNG"
-    assert SquareCrop(16)(encoded(noise(20, 30).convert(mode), kind)).shape == (3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"not an image", encoded(noise(40, 40), "JPEG")[:500], encoded(noise(40, 40))[:500]]
-)
-def test_broken_images_are_unreadable_not_a_crash(data):
-    with pytest.raises(Unreadable, match="Error"):
-        open_rgb(data)
+def test_a_strip_is_cut_before_it_is_resized(monkeypatch):
+    """92 bytes of 4,000 x 1 pixels took 1.3 GB: the strip was resized to 1,024,000 x 256."""
+    made, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *args: (made.append(size), resize(self, size, *args))[1]
+    )
+    for size in ((4_000, 1), (1, 4_000)):
+        assert SquareCrop(256)(encoded(noise(*size))).shape == (3, 256, 256)
+    assert made == [(2048, 256), (256, 2048)]
+    strip = noise(800, 16)
+    middle = strip.crop((400 - 64, 0, 400 + 64, 16))
+    np.testing.assert_array_equal(centre_crop(strip, 16), np.asarray(middle)[:, 56:72].transpose(2, 0, 1))
 
 
 def test_grids_of_one_area_mirror_each_other():

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from flashar_pl.data.captions import CaptionList
 from flashar_pl.data.code_files import NpyCodes, NpyFolders, PtCodes
+from flashar_pl.data.folders import LOOP
 from flashar_pl.data.images import Unreadable
-from flashar_pl.data.sources import CaptionList, ImageFolder, Names, TarSource, read_classes
+from flashar_pl.data.sources import EMPTY, ImageFolder, Names, TarSource, class_id, read_classes
 from flashar_pl.data.tars import find_tars, tar_records
 
 
@@ -23,9 +25,9 @@ def touch(root: Path, *names: str) -> None:
         path.write_bytes(name.encode())
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
@@ -61,8 +63,37 @@ def test_folders_without_classes_or_images_are_refused(tmp_path):
     touch(tmp_path, "flat/1.jpg", "empty/a/readme.txt")
     with pytest.raises(ValueError, match="no class folders"):
         ImageFolder(str(tmp_path / "flat"))
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="no images in its class folders"):
         ImageFolder(str(tmp_path / "empty"))
+
+
+def test_hidden_and_empty_folders_are_no_classes_and_all_is_accounted_for(tmp_path):
+    """Guards every label: .ipynb_checkpoints and @eaDir became classes 0 and 1."""
+    touch(
+        tmp_path, ".ipynb_checkpoints/x.jpg", "@eaDir/1.jpg/thumb.jpg", ".DS_Store", "empty/.keep", "top.jpg",
+        "list.txt", "b/1.JFIF", "b/2.avif", "b/3.Gif", "b/._4.jpg", "b/5.heic", "b/.git/6.jpg", "a/@eaDir/7.jpg",
+        "a/8.jpg",
+    )  # fmt: skip
+    source = ImageFolder(str(tmp_path))
+    assert [(source.where(i)[-6:], source.read(i)[1]) for i in range(len(source))] == [
+        ("/8.jpg", 0), ("1.JFIF", 1), ("2.avif", 1), ("/3.Gif", 1),
+    ]  # fmt: skip
+    assert source.class_names == ("a", "b")
+    left_out = {"hidden": 7, "not named as an image": 2, "images outside the class folders": 1, EMPTY: 1}
+    assert source.account.facts == {"found": 15, "used": 4, "left_out": left_out}
+    assert "2 not named as an image (such as b/5.heic)" in str(source.account)
+
+
+def test_looped_links_are_not_followed_twice(tmp_path):
+    """A link to a parent folder multiplied every image by the depth at which the system gives up."""
+    touch(tmp_path, "set/a/1.jpg", "set/a/sub/2.jpg", "set/b/3.jpg", "elsewhere/4.jpg")
+    (tmp_path / "set/a/up").symlink_to(tmp_path / "set")
+    (tmp_path / "set/a/sub/here").symlink_to(tmp_path / "set/a")
+    (tmp_path / "set/c").symlink_to(tmp_path / "set")
+    (tmp_path / "set/b/more").symlink_to(tmp_path / "elsewhere")
+    source = ImageFolder(str(tmp_path / "set"))
+    assert [Path(source.where(i)).name for i in range(len(source))] == ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
+    assert source.account.left_out == {LOOP: 3, EMPTY: 1}
 
 
 def test_the_fingerprint_sees_a_new_file(tmp_path):
@@ -75,9 +106,11 @@ def test_the_fingerprint_sees_a_new_file(tmp_path):
 
 def test_tars_of_images_and_class_ids(tmp_path):
     write_tar(tmp_path / "b.tar", {"z/3.jpg": b"three", "z/3.cls": b"4\n", "z/3.json": b"{}"})
-    write_tar(tmp_path / "a.tar", {"1.JPEG": b"one", "1.cls": b"0", "2.cls": b"1", "4.png": b"four"})
+    write_tar(tmp_path / "a.tar", {"1.JPEG": b"one", "1.cls": b"0", "2.cls": b"1", "4.png": b"four", "5.txt": b"five"})
     source = TarSource(str(tmp_path), ("jpg", "jpeg", "png"), "cls", num_classes=5)
     assert len(source) == 4
+    assert source.known_bad() == [1, 2]
+    assert source.account.facts == {"found": 5, "used": 4, "left_out": {"records without jpg and cls": 1}}
     assert source.read(0) == (b"one", 0)
     assert source.read(3) == (b"three", 4)
     assert pickle.loads(pickle.dumps(source)).read(3) == (b"three", 4)
@@ -85,15 +118,88 @@ def test_tars_of_images_and_class_ids(tmp_path):
     for index, message in [(1, "no jpg"), (2, "no cls")]:
         with pytest.raises(Unreadable, match=message):
             source.read(index)
-    with pytest.raises(ValueError, match=r"3.cls holds '4'; expected a class id 0 .. 3"):
-        TarSource(str(tmp_path), ("jpg", "jpeg", "png"), "cls", num_classes=4)
+    source = TarSource(str(tmp_path), ("jpg", "jpeg", "png"), "cls", num_classes=4)
+    assert source.known_bad() == [1, 2, 3]
+    with pytest.raises(Unreadable, match=r"'4' is no class id 0 .. 3"):
+        source.read(3)
 
 
 def test_tars_of_class_names(tmp_path):
     write_tar(tmp_path / "a.tar", {"1.jpg": b"one", "1.cls": b"dog"})
     assert TarSource(str(tmp_path), ("jpg",), "cls", ["cat", "dog"]).read(0)[1] == 1
-    with pytest.raises(ValueError, match="'dog', which the list of classes lacks"):
-        TarSource(str(tmp_path), ("jpg",), "cls", ["cat"])
+    assert TarSource(str(tmp_path), ("jpg",), "cls", ["cat", "dog"]).class_names == ("cat", "dog")
+    with pytest.raises(Unreadable, match="'dog' is not in the list of classes"):
+        TarSource(str(tmp_path), ("jpg",), "cls", ["cat"]).read(0)
+
+
+@pytest.mark.parametrize("text", [b"\xc2\xb2", b"-1", b"1.0", b"", b"9" * 5000, b"\xff"])
+def test_labels_that_are_no_ids(text):
+    """Guards against int(): a superscript two is a digit, too."""
+    with pytest.raises(Unreadable, match=r"no class id 0 \.\. 4"):
+        class_id(text, None, 5)
+    assert class_id(b"\xef\xbb\xbf3\r\n", None, 5) == 3
+
+
+def entries(*names: str) -> list[tuple[str, bytes]]:
+    return [(name, b"1" if name.endswith("cls") else name.encode()) for name in names]
+
+
+def test_repeated_keys_lose_no_image(tmp_path):
+    """Guards against a dictionary of members, in which the second of two images of one key wins."""
+    write_tar(tmp_path / "a.tar", [*entries("0.jpg", "0.cls"), ("0.jpg", b"other"), ("0.cls", b"2")])
+    source = TarSource(str(tmp_path), ("jpg",), "cls", num_classes=5)
+    assert [source.read(i) for i in range(len(source))] == [(b"0.jpg", 1), (b"other", 2)]
+
+
+def test_hidden_members_are_left_out_and_counted(tmp_path):
+    """Tars made on a Mac hold ._NAME beside NAME."""
+    names = ("._0.jpg", "0.jpg", "._0.cls", "0.cls", "__MACOSX/1.jpg", "./.git/2.jpg", "./a/3.jpg", "./a/3.cls")
+    write_tar(tmp_path / "a.tar", entries(*names))
+    write_tar(tmp_path / "._a.tar", entries("4.jpg", "4.cls"))
+    source = TarSource(str(tmp_path), ("jpg",), "cls", num_classes=5)
+    assert [source.read(i)[0] for i in range(len(source))] == [b"0.jpg", b"./a/3.jpg"]
+    assert str(source.account) == "found 6 entries, used 2, left out 4: 4 hidden (such as a.tar: ._0.jpg)"
+
+
+def test_concatenated_tars_are_read_to_the_end(tmp_path):
+    """cat a.tar b.tar > both.tar: tar readers stop at the first end mark."""
+    a = write_tar(tmp_path / "a", entries("0.jpg", "0.cls")).read_bytes()
+    b = write_tar(tmp_path / "b", entries("0.jpg", "0.cls", "1.jpg", "1.cls")).read_bytes()
+    (tmp_path / "both.tar").write_bytes(a + bytes(512 * 5) + b + b)
+    source = TarSource(str(tmp_path / "both.tar"), ("jpg",), "cls", num_classes=5)
+    assert [source.read(i)[0] for i in range(len(source))] == [b"0.jpg", b"0.jpg", b"1.jpg", b"0.jpg", b"1.jpg"]
+    (tmp_path / "both.tar").write_bytes(a + b"\xff" * 1024)
+    with pytest.raises(ValueError, match=r"both\.tar has no end mark at byte 10240"):
+        TarSource(str(tmp_path / "both.tar"), ("jpg",), "cls", num_classes=5)
+    (tmp_path / "both.tar").write_bytes(bytes(10240))
+    assert list(tar_records(tmp_path / "both.tar")) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("0.jpg", "1.jpg", "0.cls", "1.cls"), "2 records do not stand side by side, such as those of '0'.*--sort=name"),
+     (("0.jpg", "0.jpg", "0.cls", "0.cls"), "1 records do not stand side by side"),
+     (("v1.0.jpg", "v1.0.cls"), "'v1' of .*a.tar, which holds 0.jpg, 0.cls.*rename files with more dots"),
+     (("0.jpg", "0.json"), "the first one, '0', lacks cls.*not from .json"),
+     (("0.cls", "0.json"), "the first one, '0', lacks an image"),
+     (("._0.jpg",), "no records of jpg and cls: found 1 entries, used 0, left out 1: 1 hidden")],
+)  # fmt: skip
+def test_tars_that_are_not_webdatasets_say_why(tmp_path, names, message):
+    write_tar(tmp_path / "a.tar", entries(*names))
+    with pytest.raises(ValueError, match=message):
+        TarSource(str(tmp_path), ("jpg",), "cls", num_classes=5)
+
+
+@pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"\xff" * 12, b"\x80\0\0\0" + b"\x7f" * 8, b"77777777777\0"])
+def test_sizes_that_no_file_has(tmp_path, size):
+    """Sizes in base 256 may be negative, or overflow an offset."""
+    data = bytearray(write_tar(tmp_path / "a.tar", entries("0.jpg", "0.cls")).read_bytes())
+    data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.tar.*again"):
+        list(tar_records(tmp_path / "a.tar"))
 
 
 def test_patterns_of_tars(tmp_path):
@@ -106,6 +212,18 @@ def test_patterns_of_tars(tmp_path):
         find_tars(f"{tmp_path}/x-{{0..2}}.tar")
     with pytest.raises(ValueError, match="No tars"):
         find_tars(f"{tmp_path}/z*.tar")
+
+
+def test_what_exists_is_no_pattern(tmp_path, monkeypatch):
+    """Guards paths such as "my [v2] data", and ~ where no shell expands it."""
+    folder = tmp_path / "my [v2] {a,b} data"
+    folder.mkdir()
+    tar = write_tar(folder / "x-[0].tar", {"1.jpg": b""})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for location in (tar, folder, f"{folder}/x*.tar", f"{folder}/{{x,y}}-*.tar", f"~/{folder.name}"):
+        assert find_tars(str(location)) == [tar]
+    with pytest.raises(ValueError, match="No tars"):
+        find_tars(f"{tmp_path}/{{x-*.tar")
 
 
 @pytest.mark.parametrize("damage", ["header", "cut", "cut at a member", "gz", "text"])
@@ -143,7 +261,7 @@ def test_caption_lists(tmp_path):
     path.write_text(json.dumps(items))
     source = CaptionList(str(path))
     assert len(source) == 2
-    assert source.skipped == {"edits an input image": 1}
+    assert str(source.account) == "found 3 entries, used 2, left out 1: 1 edits an input image (such as item 1)"
     assert source.read(0) == (b"images/a.png", "a caption\u2028with breaks")
     assert source.read(1) == (b"images/b.png", "")
     lines = tmp_path / "list.jsonl"
@@ -158,15 +276,31 @@ def test_caption_lists(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read"), ("[]", "no list of objects"), ('{"a": 1}', "no list of objects"),
-     ('[{"caption": 3, "image": "a"}]', "Item 0 .* caption = 3"),
-     ('[{"caption": "a", "image": ["a", "b"]}]', "Item 0 .* expected text"),
+    [("{", r"list\.json, line 1: not JSON"), ("[]", "no list of objects"), ('{"a": 1}', "no list of objects"),
      ('[{"caption": "a", "image": "a", "input_image": "b"}]', "Every item .* edits")],
 )  # fmt: skip
 def test_bad_lists_name_the_item(tmp_path, text, message):
     (tmp_path / "list.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         CaptionList(str(tmp_path / "list.json"))
+
+
+def test_an_item_that_cannot_be_used_is_named_and_the_others_are(tmp_path):
+    """Also guards files elsewhere: a list names images below its folder only."""
+    items: list[dict[str, object]] = [{"caption": "caf\u00e9", "image": "a.png"}, {"caption": 3, "image": "a.png"}]
+    items += [{"caption": "half of \ud83d", "image": "a.png"}, {"caption": "", "image": ["a.png", "b.png"]}]
+    items += [{"caption": "", "image": name} for name in ("/etc/passwd", "../a.png", "x/../../a.png")]
+    touch(tmp_path, "set/a.png")
+    (tmp_path / "set/list.json").write_text(json.dumps(items), encoding="utf-8-sig")  # as Windows writes it
+    source = CaptionList(str(tmp_path / "set/list.json"))
+    assert source.read(0) == (b"set/a.png", "caf\u00e9")
+    assert source.known_bad() == list(range(1, 7))
+    for i, message in enumerate(
+        ["caption is '3'", "lone surrogate", "image is", "passwd is not below", "below", "below"]
+    ):
+        with pytest.raises(Unreadable, match=f"item {i + 1} of .*{message}"):
+            source.read(i + 1)
+    assert CaptionList(str(tmp_path / "set/list.json"), "/").known_bad() == [1, 2, 3], "typed: any file"
 
 
 def npy_folders(root: Path, n: int = 3) -> NpyFolders:
@@ -193,6 +327,17 @@ def test_npy_code_files(tmp_path):
     (tmp_path / "codes" / "1.npy").unlink()
     with pytest.raises(ValueError, match=r"lacks 1, such as 1.npy"):
         NpyFolders(str(tmp_path / "codes"), str(tmp_path / "labels"), 10)
+
+
+@pytest.mark.parametrize(
+    "label", [np.array(["cat"]), np.array([1.5]), np.array([10]), np.array([-1]), np.array([1, 2])]
+)
+def test_a_label_that_cannot_be_used_is_no_crash(tmp_path, label):
+    source = npy_folders(tmp_path)
+    np.save(tmp_path / "labels" / "1.npy", label)
+    with pytest.raises(Unreadable, match=r"labels/1.npy "):
+        source.read(1)
+    assert source.read(2)[1] == 2
 
 
 def test_pickled_npy_files_do_not_run(tmp_path):
