@@ -216,7 +216,7 @@ def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
             f"{present.root} has a {job.split} split already; nothing was written. Remove it, or choose another --out "
             "or --split."
         )
-    own = replace(present, **job.facts, grid=job.grid or present.grid)
+    own = replace(present, **job.facts, grid=job.grid or present.grid, splits={}, class_names=())
     there = present.shared | {"grid": present.grid}
     for name, value in (own.shared | {"grid": own.grid}).items():
         if there[name] != value:

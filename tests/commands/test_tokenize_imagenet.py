@@ -245,7 +245,8 @@ def test_an_image_that_was_away_is_read_after_a_restart(tmp_path, tokenize, imag
 def test_a_second_split_joins_the_first(tmp_path, tokenize, refused, images, vq):
     assert tokenize(tmp_path / "s")[0] == 0
     first = Manifest.load(tmp_path / "s").splits["train"]
-    assert tokenize(tmp_path / "s", "--split", "validation")[0] == 0
+    held_out = make_images(tmp_path / "held_out", each=EACH - 1)
+    assert tokenize(tmp_path / "s", "--split", "validation", source=held_out)[0] == 0
     manifest = Manifest.load(tmp_path / "s")
     assert list(manifest.splits) == ["train", "validation"]
     assert manifest.splits["train"] == first
@@ -257,6 +258,82 @@ def test_a_second_split_joins_the_first(tmp_path, tokenize, refused, images, vq)
     state["quantize.embedding.weight"][0, 0] += 1
     torch.save({"model": state}, tmp_path / "other.pt")
     assert "made with other weights" in refused(*words, "--weights", tmp_path / "other.pt")
+
+
+def test_another_split_has_the_same_classes(tmp_path, tokenize, refused, images, vq):
+    """Guards labels: cow got the id of dog, and a split of fewer classes was refused."""
+    assert tokenize(tmp_path / "s")[0] == 0
+    fewer = make_images(tmp_path / "fewer", each=2)
+    shutil.rmtree(fewer / "n1")
+    assert tokenize(tmp_path / "s", "--split", "validation", source=fewer)[0] == 0
+    manifest = Manifest.load(tmp_path / "s")
+    assert manifest.class_names == ("n0", "n1", "n2")
+    assert contents(tmp_path / "s", "validation")[1].tolist() == [0, 0, 2, 2]
+    (fewer / "n2").rename(fewer / "cow")
+    (tmp_path / "names.txt").write_text("n0\ncow\nn2\n")
+    words = ("tokenize", "imagenet", "--images", fewer, "--out", tmp_path / "s", "--split", "test", *SMALL)
+    assert "has folders that the training split" in refused(*words, "--weights", vq)
+    error = refused(*words, "--weights", vq, "--classes", tmp_path / "names.txt")
+    assert "has cow where the shards that are there have n1" in error
+    assert (Manifest.load(tmp_path / "s"), (tmp_path / "s" / ".test").exists()) == (manifest, False)
+
+
+def test_everything_is_accounted_for(tmp_path, tokenize):
+    source = make_images(tmp_path / "images")
+    (source / ".git").mkdir()
+    (source / "empty").mkdir()
+    (source / "n0" / "notes.txt").write_text("")
+    (source / "n1" / "3.JPEG").write_bytes(b"")
+    code, out, _ = tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)
+    assert code == 0
+    left_out = "1 hidden (such as .git), 1 folders without images (such as empty), 1 not named as an image (such as n0/"
+    assert f"found 30 entries, used 26, left out 4: {left_out}notes.txt), 1 unreadable or without" in out
+    account = Manifest.load(tmp_path / "s").accounts["train"]
+    assert (account["found"], account["used"], sum(account["left_out"].values())) == (30, 26, 4)
+    assert tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)[1].splitlines()[-4:] == out.splitlines()[-4:]
+
+
+def test_a_bad_sample_may_end_the_run(tmp_path, tokenize, images):
+    source = shutil.copytree(images, tmp_path / "images")
+    (source / "n1" / "3.JPEG").write_bytes(b"")
+    code, _, error = tokenize(tmp_path / "s", "--on-bad-sample", "stop", "--max-bad-share", 1, source=source)
+    assert code == 2
+    assert "1 of 27 samples cannot be read, and --on-bad-sample stop allows none" in error
+    assert f"{source}/n1/3.JPEG: its beginning is that of no JPEG" in error
+    assert tokenize(tmp_path / "s", "--max-bad-share", 1, source=source)[0] == 0
+
+
+def test_labels_known_to_be_bad_end_the_run_before_any_work(tmp_path, tokenize, images):
+    import webdataset
+
+    with webdataset.TarWriter(str(tmp_path / "t.tar"), encoder=False) as tar:
+        for file in sorted(images.glob("*/*.JPEG")):
+            key = f"{file.parent.name}_{file.stem}"
+            tar.write({"__key__": key, "jpg": file.read_bytes(), "cls": b"7" if key == "n1_3" else b"1"})
+    words = (tmp_path / "s", "--num-classes", 3)
+    code, _, error = tokenize(*words, source=tmp_path / "t.tar")
+    assert code == 2
+    assert "1 of 27 samples" in error
+    assert "t.tar: n1_3: the label '7' is no class id 0 .. 2" in error
+    assert not (tmp_path / "s").exists()
+    assert "26 of 27" in tokenize(*words, "--max-bad-share", 0.1, source=tmp_path / "t.tar")[1]
+
+
+def test_two_at_once_into_one_directory(tmp_path, tokenize, monkeypatch):
+    """Guards against srun without torchrun's variables: both took themselves for the only one, and clashed."""
+    from flashar_pl.data import tokenise
+
+    out, run_parts, second = tmp_path / "s", tokenise._run_parts, []
+
+    def interrupted(*words):
+        second.append(tokenize(out, "--split", "validation"))
+        run_parts(*words)
+
+    monkeypatch.setattr(tokenise, "_run_parts", interrupted)
+    assert tokenize(out)[0] == 0
+    assert second[0][0] == 2
+    assert f"another flashar tokenize is writing to {out}." in second[0][2]
+    assert list(Manifest.load(out).splits) == ["train"]
 
 
 def test_a_restart_with_other_settings_is_refused(tmp_path, tokenize, refused, images, vq):
