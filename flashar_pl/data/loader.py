@@ -18,7 +18,22 @@ from flashar_pl.data.pixels import ImageBatches
 def read_ahead(data: Dataset, items: Iterable[Any], num_workers: int) -> Iterator[Any]:
     """data[item] of each item, in that order, by worker processes that live for this one pass; 0 reads in this one."""
     # Its own generator: else each pass draws from the global one, and a resumed run would see other dropout.
-    return iter(DataLoader(data, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator()))
+    loader = DataLoader(data, sampler=items, batch_size=None, num_workers=num_workers, generator=torch.Generator())
+    return without_worker(iter(loader))
+
+
+def without_worker(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; a wrong input found by a worker is told as if this process had found it, in one line.
+
+    torch puts the worker's traceback into the message; it stays there as the cause.
+    """
+    try:
+        yield from batches
+    except (ValueError, OSError) as error:
+        _, worker, trace = str(error).partition("\nOriginal Traceback")
+        if not worker:
+            raise
+        raise type(error)(trace.rpartition(f"\n{type(error).__name__}: ")[2].strip()) from error
 
 
 class TrainingLoader:

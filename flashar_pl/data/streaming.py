@@ -33,6 +33,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import TextEncoder, to_batch
 from flashar_pl.data.first_use import FirstUse, wrong_hash
+from flashar_pl.data.loader import without_worker
 from flashar_pl.data.locations import address, is_remote
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import stream
@@ -249,7 +250,7 @@ class StreamedLoader:
         loader = webdataset.WebLoader(
             pipeline, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
         ).with_epoch(self._n)
-        for batch in loader:
+        for batch in without_worker(iter(loader)):
             self.position += 1
             yield batch
         if self.position < self._n:

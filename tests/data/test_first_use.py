@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from toy_shards import write_classes
 
+from flashar_pl import ranks
 from flashar_pl.data import first_use
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.first_use import FirstUse
+from flashar_pl.data.loader import without_worker
 from flashar_pl.data.shards import Manifest, ShardReader
 
 
@@ -58,14 +61,29 @@ def test_a_flipped_bit_and_swapped_shards_stop_training(toy: Manifest, spoil, me
     assert len(list(hurried.train_dataloader())) == 2
 
 
-@pytest.mark.slow  # torch waits five seconds for a worker that has failed
-@pytest.mark.parametrize("reading", ["exact", "streamed"])
+# torch waits five seconds for a worker that has failed in the middle of its stream
+@pytest.mark.parametrize("reading", ["exact", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_worker_processes_verify_too(toy: Manifest, reading) -> None:
     flip(toy)
     data = CodesDataModule(toy.root, reading=reading, batch_size=50, num_workers=1)
     data.setup("fit")
-    with pytest.raises(ValueError, match=FLIPPED):
+    with pytest.raises(ValueError, match=r"\AThe shard .*" + FLIPPED):
         list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_an_error_of_a_worker_is_told_in_one_line(kind: type[Exception]) -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise kind(
+            "Caught Error in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            f'  File "x.py", line 3\n{kind.__name__}: a: wrong\n  b\n'
+        )
+
+    got = without_worker(batches())
+    assert next(got) == 1
+    with pytest.raises(kind, match=r"\Aa: wrong\n  b\Z"):
+        next(got)
 
 
 def test_validation_is_verified_where_it_is_read(toy: Manifest) -> None:
@@ -116,6 +134,13 @@ def test_readers_of_one_machine_hash_a_shard_once(toy: Manifest, monkeypatch: py
     in_a_worker = pickle.loads(pickle.dumps(ShardReader(toy, "train")))
     in_a_worker.read(np.arange(107))
     assert sorted(hashed) == [shard.path for shard in toy.shards("train")]
+
+
+def test_devices_of_one_machine_share_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_use._Marks, "path", "own")
+    monkeypatch.setattr(ranks, "gather", lambda own: [("elsewhere", "its"), (own[0], "first"), own])
+    first_use.share_marks()
+    assert first_use._Marks.directory() == "first"
 
 
 def test_a_shard_that_was_changed_is_hashed_again(toy: Manifest) -> None:
