@@ -14,7 +14,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flashar_pl"
 ALLOWED = {
-    "training/lightning_private.py": {"_ddp_kwargs"},
+    "training/lightning_private.py": {
+        "_ddp_kwargs", "_defer_save_until_validation", "_save_on_train_epoch_end",
+    },
     "layers/torch_private.py": {
         "_python_dispatch", "_dynamo", "_reorder_linear_weight", "_linear_pointwise",
     },
@@ -123,7 +125,7 @@ def test_the_scan_finds_what_it_looks_for() -> None:
 # --- the libraries still have them -----------------------------------------------------------------------------------
 
 
-def test_lightning_still_has_its_name() -> None:
+def test_lightnings_strategy_still_has_its_name() -> None:
     from lightning.pytorch.strategies import DDPStrategy
 
     from flashar_pl.training.lightning_private import ddp_options
@@ -134,6 +136,14 @@ def test_lightning_still_has_its_name() -> None:
     ddp_options(strategy)["find_unused_parameters"] = True
     assert "_ddp_kwargs" in inspect.getsource(DDPStrategy), "DDPStrategy no longer hands _ddp_kwargs to DDP"
     assert ddp_options(strategy) == {"find_unused_parameters": True}
+
+
+def test_lightnings_checkpoints_still_have_their_names() -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    text = inspect.getsource(ModelCheckpoint)
+    for name in ("_defer_save_until_validation", "_save_on_train_epoch_end"):
+        assert text.count(f"self.{name}") > 2, f"ModelCheckpoint no longer decides by {name}"
 
 
 def test_torch_still_has_its_names() -> None:

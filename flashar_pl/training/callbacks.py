@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.ranks import gather
+from flashar_pl.training.logger import log_points, take_back
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
-from flashar_pl.training.steps import StepCallback
+from flashar_pl.training.steps import StepCallback, validation_follows
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
 
@@ -81,8 +82,9 @@ class StageSwitch(Callback):
         )
 
 
-class RandomState(Callback):
-    """Keeps every random number generator in the checkpoint, and validation away from them.
+class RandomState(StepCallback):
+    """Keeps every random number generator in the checkpoint, as it was after the last step, and validation away from
+    them.
 
     A run that continues on as many ranks draws the same numbers as one that was never interrupted. On another number of
     ranks, and at the start of a run, each rank seeds its own.
@@ -90,8 +92,11 @@ class RandomState(Callback):
 
     _restored: list[dict[str, Any]] | None = None
     _kept: dict[str, Any] | None = None
+    _after_step: dict[str, Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._after_step = None
         if self._restored is None and trainer.global_rank > 0:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
@@ -104,6 +109,9 @@ class RandomState(Callback):
         if not same:
             torch.manual_seed(int(torch.randint(2**62, ())) + trainer.global_rank)
 
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._after_step = get_random_state()
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._kept = get_random_state()
 
@@ -113,7 +121,7 @@ class RandomState(Callback):
         self._kept = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": gather(self._kept or get_random_state())}
+        return {"ranks": gather(self._after_step or self._kept or get_random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict["ranks"]
@@ -144,26 +152,45 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class TrainingLog(StepCallback):
-    """Logs the losses, the learning rate of every role, the stage, and the speed."""
+    """Logs the losses, the learning rate of every role, the stage, and the speed.
+
+    They reach the loggers before a checkpoint of their step is written, and a run that continues takes back what was
+    logged after it.
+    """
 
     def __init__(self) -> None:
         self._tokens, self._since = 0, 0.0
         self._losses: list[Tensor] = []
         """Of the batches of the step in progress, where it is logged."""
+        self._points: dict[str, float] = {}
+        """Of the step in progress, then of the last one."""
+        self._again: dict[str, float] | None = None
+        """Points of the last step while its validation is to come: it is taken back with them. None = it has been."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"again": self._again}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._again = state_dict["again"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._losses = []
+        if trainer.global_step > 0:
+            take_back(trainer, trainer.global_step - (self._again is not None))
+            log_points(trainer, self._again or {})
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._again = None
         self._restart()  # validation and what was done before it are not training time
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._points = {}
         if _logs(trainer, trainer.global_step + 1):
             rates = {f"lr/{group['role']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups}
             stage = trained(pl_module).built_schedule.stage(trainer.global_step)
-            pl_module.log_dict({**rates, "train/stage": float(stage)}, batch_size=1)
+            self._points = {**rates, "train/stage": float(stage)}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -177,12 +204,16 @@ class TrainingLog(StepCallback):
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._losses:  # means over the batches of the step and over all devices
             means, self._losses = torch.stack(self._losses).mean(0), []
-            for name, value in zip(LOSSES, means, strict=True):
-                pl_module.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1, sync_dist=True)
-        if _logs(trainer, trainer.global_step):
+            means = trainer.strategy.reduce(means, reduce_op="mean")
+            self._points |= {f"train/{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
-            pl_module.log("train/tokens_per_second", speed, batch_size=1)
+            self._points |= {"train/tokens_per_second": speed, "epoch": float(trainer.current_epoch)}
             self._restart()
+            log_points(trainer, self._points)
+            trainer.logged_metrics.update({name: torch.tensor(value) for name, value in self._points.items()})
+            for name, value in self._points.items():  # for other callbacks
+                pl_module.log(name, value, prog_bar=name == "train/loss", logger=False, batch_size=1)
+        self._again = self._points if validation_follows(trainer) else None
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer, callbacks
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import replacing
+from flashar_pl.training.lightning_private import save_after_validation, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
-from flashar_pl.training.steps import StepCallback
+from flashar_pl.training.steps import StepCallback, validation_follows
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -31,6 +30,63 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
+class ModelCheckpoint(callbacks.ModelCheckpoint):
+    """Lightning's, but it counts optimiser steps, and ranks a step by its own validation.
+
+    The original takes each batch whose gradients are only accumulated for the step before, and ranks by the value of an
+    earlier validation where the step's own comes after it.
+    """
+
+    step = -1
+    """Completed optimiser steps when the last batch ended."""
+
+    @classmethod
+    def adopt(cls, callback: Any) -> None:
+        """Make one of an original in place: whoever configured it keeps the object, and checkpoints its state."""
+        if type(callback) is callbacks.ModelCheckpoint:
+            callback.__class__ = cls
+            if callback.ranks_by_validation:
+                save_after_validation(callback)
+
+    @property
+    def ranks_by_validation(self) -> bool:
+        return self.monitor is not None and self.monitor.startswith("val")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        before, self.step = self.step, trainer.global_step
+        if before == self.step:
+            return
+        if not self.ranks_by_validation:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        assert self.monitor is not None
+        waited = waits_for_validation(self)
+        waits_for_validation(self, False)
+        earlier = trainer.callback_metrics.pop(self.monitor, None)  # without one it waits, if this is one of its steps
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if earlier is not None:
+            trainer.callback_metrics[self.monitor] = earlier
+        now = waits_for_validation(self)
+        waits_for_validation(self, waited or now)
+        if now and self.save_last is True and not validation_follows(trainer):
+            last = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
+            self.last_model_path = self.last_model_path or last  # it is in the file
+            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "waits_for_validation": waits_for_validation(self)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        waits_for_validation(self, state_dict.get("waits_for_validation", False))
+
+
 class LastCheckpoint(StepCallback):
     """Lets every ModelCheckpoint that monitors nothing hold the last step when training ends, not the last thousand."""
 
@@ -39,6 +95,9 @@ class LastCheckpoint(StepCallback):
         sharded = isinstance(strategy, ShardedStrategy)  # writes directories, in its own way
         if stage == "fit" and not sharded and type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = WholeFiles()
+        if stage == "fit":
+            for callback in trainer.checkpoint_callbacks:
+                ModelCheckpoint.adopt(callback)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -54,19 +113,10 @@ class LastCheckpoint(StepCallback):
                 if not trainer.strategy.broadcast(held):
                     trainer.save_checkpoint(path, weights_only=False)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Warn where gradients of some batches are accumulated: a checkpoint has none."""
-        if self.within_step:
-            rank_zero_warn(
-                f"A checkpoint is saved in the middle of step {trainer.global_step + 1}, between the batches of "
-                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: a run that continues from it "
-                "loses the gradients of the batches before. Save and validate after a whole number of steps."
-            )
-
 
 def _last_paths(trainer: Trainer, callback: Any) -> list[tuple[str, str]]:
     """(what it has saved last, where it would keep the present state if this were one of its steps)."""
-    if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
+    if not isinstance(callback, callbacks.ModelCheckpoint) or callback.save_weights_only:
         return []
     paths = []
     if callback.monitor is None and callback.save_top_k != 0:

@@ -71,7 +71,7 @@ class SplitCallback(Callback, ABC):
             if hasattr(logger, "log_image"):  # Weights & Biases
                 logger.log_image(tag, [image.permute(1, 2, 0).numpy()])
             elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(tag, image.numpy(), trainer.global_step)
+                logger.experiment.add_image(tag, image.numpy(), max(trainer.global_step - 1, 0))  # as scalars
         if directory is not None:
             name, step, fn = tag.split("/")[0], trainer.global_step, trainer.state.fn
             if fn is not None and fn != TrainerFn.FITTING:  # counts no steps; the pictures of the fit stay

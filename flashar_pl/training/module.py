@@ -47,9 +47,11 @@ from flashar_pl.training.drawn_samples import DrawnSamples
 from flashar_pl.training.evaluation import HeldOutLosses
 from flashar_pl.training.optim import adamw, staged_rates
 from flashar_pl.training.preemption import StopOnSignal
+from flashar_pl.training.save_point import SavePoint
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import check_cut, first_weights, new_model
 from flashar_pl.training.validation import LOSSES
+from flashar_pl.training.whole_steps import WholeSteps
 
 
 class FlashARModule(LightningModule):
@@ -98,7 +100,8 @@ class FlashARModule(LightningModule):
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
         samples = [DrawnSamples(validation)] if validation.samples or validation.grid_images else []
         self._run_callbacks: list[Callback] = [
-            RandomState(), StageSwitch(), TrainingLog(), *average, HeldOutLosses(), *samples, LastCheckpoint(),
+            WholeSteps(), RandomState(), StageSwitch(), TrainingLog(), *average, HeldOutLosses(), *samples,
+            LastCheckpoint(), SavePoint(),
         ]  # fmt: skip
 
     def configure_callbacks(self) -> list[Callback]:

@@ -27,3 +27,16 @@ class StepCallback(Callback):
         self.within_step, self.step = trainer.global_step == self.step, trainer.global_step
         if not self.within_step:
             self.on_step(trainer, pl_module)
+
+
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the batch that is ending, where it counts batches and not time."""
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or interval is None:
+        return False
+    if every is not None and (trainer.current_epoch + 1) % every:
+        return False
+    if trainer.should_stop or interval == float("inf"):
+        return trainer.should_stop or trainer.is_last_batch
+    batch = trainer.fit_loop.total_batch_idx if every is None else trainer.fit_loop.batch_idx
+    return (batch + 1) % interval == 0

@@ -120,14 +120,6 @@ def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(toy_shards: str, tmp
     assert torch.load(path, weights_only=True)["global_step"] == 1
 
 
-def test_a_checkpoint_between_accumulated_batches_warns(toy_shards: str, tmp_path: Path) -> None:
-    """Six batches an epoch, steps of two, a validation after three: the checkpoint lacks gradients of the third."""
-    save = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/nll")
-    options = {"accumulate_grad_batches": 2, "limit_val_batches": 1.0, "enable_checkpointing": True, "max_steps": 3}
-    with pytest.warns(UserWarning, match="in the middle of step 2"):
-        fit(tmp_path, toy_shards, make_module(), callbacks=[save], val_check_interval=3, **options)
-
-
 def test_a_run_that_is_asked_to_stop_saves_the_whole_step(whole, toy_shards: str, tmp_path: Path) -> None:
     """Callbacks of a YAML come before the module's: the averages of the step were not in the file."""
     stop = StopOnSignal()
