@@ -205,7 +205,8 @@ class TrainingLog(StepCallback):
         if self._losses:  # means over the batches of the step and over all devices
             means, self._losses = torch.stack(self._losses).mean(0), []
             means = trainer.strategy.reduce(means, reduce_op="mean")
-            self._points |= {f"train/{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
+            losses = {f"train/{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
+            self._points |= {name: value for name, value in losses.items() if math.isfinite(value)}  # else: left out
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             self._points |= {"train/tokens_per_second": speed, "epoch": float(trainer.current_epoch)}
             self._restart()

@@ -45,8 +45,8 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
         """Make one of an original in place: whoever configured it keeps the object, and checkpoints its state."""
         if type(callback) is callbacks.ModelCheckpoint:
             callback.__class__ = cls
-            if callback.ranks_by_validation:
-                save_after_validation(callback)
+        if isinstance(callback, cls) and callback.ranks_by_validation:
+            save_after_validation(callback)
 
     @property
     def ranks_by_validation(self) -> bool:

@@ -116,7 +116,12 @@ class OptimiserConfig:
     state: State = "fp32"
     """Moments: fp32 (8 bytes per parameter), bf16 (4, rounded at random), or 8bit (2, needs torchao)."""
 
+    skip_not_finite: int = 0
+    """How many steps with a loss or gradient that is not finite a run leaves out before the next one ends it."""
+
     def __post_init__(self) -> None:
+        if self.skip_not_finite < 0:
+            raise ValueError(f"optimiser.skip_not_finite is {self.skip_not_finite}; expected 0 or more steps.")
         if self.lr <= 0 or self.weight_decay < 0 or self.clip <= 0:
             raise ValueError(
                 f"lr is {self.lr}, weight_decay {self.weight_decay}, clip {self.clip}; expected lr > 0, "

@@ -5,6 +5,7 @@ Shapes: B samples, H, W grid, b samples generated at once, h x w pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,8 +97,8 @@ class DrawnSamples(SplitCallback):
     def finish(self, trainer: Trainer, module: Trained) -> dict[str, float]:
         """Generate; show the grid; return fid, is and accuracy where they are due."""
         config, fitting = self.config, trainer.state.fn == TrainerFn.FITTING
-        self.validations += fitting and self.split == "val"
-        measured = config.samples if not fitting or self.validations % config.fid_every == 0 else 0
+        due = not fitting or (self.validations + 1) % config.fid_every == 0
+        measured = config.samples if due else 0
         n = max(measured, config.grid_images)
         if n == 0:
             return {}
@@ -129,13 +130,17 @@ class DrawnSamples(SplitCallback):
         if fid is None:
             return {}
         logits = sum_over_ranks(trainer, logits)
-        scores = {"fid": float(fid.compute())}
+        scores: dict[str, Callable[[], float]] = {"fid": lambda: float(fid.compute())}
         if classes:
-            scores["is"] = inception_score(logits, split_size=ADM_SPLIT_SIZE, kind="logits")
+            scores["is"] = lambda: inception_score(logits, split_size=ADM_SPLIT_SIZE, kind="logits")
         if classes and classes == self.conditions.classes:
             wanted = torch.arange(measured, device=device) % classes
-            scores["accuracy"] = float((logits.argmax(1) == wanted).double().mean())
-        return scores
+            scores["accuracy"] = lambda: float((logits.argmax(1) == wanted).double().mean())
+        return self.measure(trainer, scores)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.validations += 1
 
 
 def _check_monitors(trainer: Trainer, fid_every: int) -> None:

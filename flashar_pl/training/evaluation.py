@@ -5,13 +5,16 @@ Shapes: B samples, H, W grid, h x w pixels.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
@@ -56,11 +59,41 @@ class SplitCallback(Callback, ABC):
         if trainer.sanity_checking:
             return
         for name, value in self.finish(trainer, trained(pl_module)).items():
+            if not math.isfinite(value):
+                self.miss(trainer, name, f"it is {value}")
+                continue
             shown = self.split == "val" and name == "nll"
             pl_module.log(f"{self.split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
+
+    def measure(self, trainer: Trainer, scores: dict[str, Callable[[], float]]) -> dict[str, float]:
+        """Compute scores; one that cannot be computed is missing in a fit, and an error of a validation or test."""
+        results = {}
+        for name, score in scores.items():
+            try:
+                results[name] = float(score())
+            except (ValueError, RuntimeError, ArithmeticError) as error:
+                if trainer.state.fn != TrainerFn.FITTING:
+                    raise
+                self.miss(trainer, name, " ".join(str(error).split()) or type(error).__name__)
+        return results
+
+    def miss(self, trainer: Trainer, name: str, reason: str) -> None:
+        """Say why a validation of a fit lacks a result: for those who monitor it it is no number. It is on all ranks.
+
+        Raises:
+            ValueError: it was what a validation or test is run for.
+        """
+        text = f"{self.split}/{name} of step {trainer.global_step} is missing: {reason}"
+        if trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError(text)
+        rank_zero_warn(text)
+        trainer.lightning_module.log(f"{self.split}/{name}", math.nan, logger=False, batch_size=1)
+        for logger in trainer.loggers:
+            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text(f"{self.split}/{name}", text, trainer.global_step - 1)
 
     def show(self, trainer: Trainer, tag: str, folder: str, image: Tensor) -> None:
         """A picture (3, h, w) uint8 for loggers that take any, and as PNG in `folder` of the log directory."""

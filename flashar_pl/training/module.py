@@ -45,8 +45,9 @@ from flashar_pl.training.config import (
 )
 from flashar_pl.training.drawn_samples import DrawnSamples
 from flashar_pl.training.evaluation import HeldOutLosses
+from flashar_pl.training.finite import FiniteSteps
 from flashar_pl.training.optim import adamw, staged_rates
-from flashar_pl.training.preemption import StopOnSignal
+from flashar_pl.training.preemption import SaveOnStop, StopOnSignal
 from flashar_pl.training.save_point import SavePoint
 from flashar_pl.training.stages import Schedule
 from flashar_pl.training.strategies import check_cut, first_weights, new_model
@@ -99,9 +100,10 @@ class FlashARModule(LightningModule):
         self._has_weights = False
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
         samples = [DrawnSamples(validation)] if validation.samples or validation.grid_images else []
+        self._finite, self._save_point = FiniteSteps(optimiser.skip_not_finite), SavePoint()
         self._run_callbacks: list[Callback] = [
             WholeSteps(), RandomState(), StageSwitch(), TrainingLog(), *average, HeldOutLosses(), *samples,
-            LastCheckpoint(), SavePoint(),
+            LastCheckpoint(), self._finite, self._save_point, SaveOnStop(self._save_point),
         ]  # fmt: skip
 
     def configure_callbacks(self) -> list[Callback]:
@@ -215,7 +217,9 @@ class FlashARModule(LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self._finite.check(self.trainer, self)
         self.clip_gradients(optimizer, self.optimiser.clip, "norm")
+        self._save_point.in_update = True
 
     # --- checkpoint -------------------------------------------------------------------------------------------------
 

@@ -1,25 +1,48 @@
-"""Ending a run when the cluster asks for its machines back: a checkpoint at the next step, on all devices together."""
+"""Ends of a run that come before its last step: the work is saved, and the run says where.
+
+A signal may reach the devices at different moments, or only one of them. So its handler only takes a note, and all
+devices compare notes after every step.
+"""
 
 from __future__ import annotations
 
 import signal
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from flashar_pl.training.finite import NotFinite
+from flashar_pl.training.save_point import SavePoint
 from flashar_pl.training.steps import StepCallback
 
 UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
 
 
+class Signals:
+    """Handlers that are set for the time of a training."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, Any] = {}
+
+    def watch(self, names: Iterable[str], note: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other set handlers
+        self._before = {name: signal.signal(signal.Signals[name], note) for name in names}
+
+    def restore(self) -> None:
+        for name, handler in self._before.items():
+            signal.signal(signal.Signals[name], handler)
+        self._before = {}
+
+
 class StopOnSignal(StepCallback):
     """After a signal, save `checkpoints/stopped.ckpt` at the end of the step and end the process with exit code 75.
-
-    A signal may reach the devices at different moments, or only one of them. So the handler only takes a note, and all
-    devices compare notes after every step.
 
     Args:
         names: signals, such as those of `#SBATCH --signal=USR1@300` and of a cancelled job.
@@ -31,24 +54,90 @@ class StopOnSignal(StepCallback):
             raise ValueError(f"names is {names!r}; expected signals, such as SIGUSR1.")
         self.names = tuple(names)
         self.asked = False
-        self._before: dict[str, Any] = {}
+        self._signals = Signals()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._before = {name: signal.signal(signal.Signals[name], self._note) for name in self.names}
+        self._signals.watch(self.names, self._note)
 
     def _note(self, *_: Any) -> None:
         self.asked = True
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.strategy.reduce_boolean_decision(self.asked, all=False):
-            return
-        path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
-        rank_zero_info(f"Asked to stop at step {trainer.global_step}; continue with --ckpt_path {path}")
-        raise SystemExit(UNFINISHED)
+        if trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            save_stopped(trainer, "Asked to stop")
+            raise SystemExit(UNFINISHED)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for name, handler in self._before.items():
-            signal.signal(signal.Signals[name], handler)
-        self._before = {}
+        self._signals.restore()
+
+
+class SaveOnStop(StepCallback):
+    """Saves `checkpoints/stopped.ckpt` when a run that keeps checkpoints ends by Ctrl-C, SIGTERM or an error.
+
+    The first signal ends the run after the step; a second one, or one outside of a step, at once. What is saved is the
+    state after the last whole step. An error of one device of several saves nothing: the others do not know of it.
+    """
+
+    def __init__(self, point: SavePoint) -> None:
+        self.point = point
+        self.asked = 0
+        """Number of the signal that came; 0 = none."""
+        self._signals = Signals()
+        self._alone, self._together = True, False
+        """Whether there is one device, and whether all devices end the run for the same reason."""
+        self._saved = 0
+        """Step of the newest checkpoint, or the first of this process."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.asked, self._saved = 0, trainer.global_step
+        self._alone, self._together = trainer.world_size == 1, False
+        others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        taken = {name for other in others if isinstance(other, StopOnSignal) for name in other.names}
+        self._signals.watch({"SIGINT", "SIGTERM"} - taken, self._note)
+
+    def _note(self, number: int, *_: Any) -> None:
+        again, self.asked = self.asked, number
+        if again or (self._alone and not self.point.in_step):
+            raise _end(number)
+        rank_zero_info("Ends after this step; a second signal ends it at once.")
+
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.reduce_boolean_decision(self.asked != 0, all=False):
+            self._together = True
+            raise _end(self.asked or signal.SIGTERM)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        keeps = trainer.checkpoint_callbacks and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if trainer.state.fn != TrainerFn.FITTING or not keeps or trainer.global_step == self._saved:
+            return
+        if not (self._alone or self._together or isinstance(exception, NotFinite)):
+            return
+        if self.point.in_update or self.point.noted is None:
+            rank_zero_warn(
+                f"Ended within step {trainer.global_step}: it is not saved; continue from the last checkpoint."
+            )
+            return
+        try:
+            save_stopped(trainer, f"Ended by {type(exception).__name__}")
+        except (OSError, RuntimeError, ValueError) as error:
+            rank_zero_warn(f"Step {trainer.global_step} could not be saved: {error}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._signals.restore()
+
+
+def save_stopped(trainer: Trainer, why: str) -> None:
+    """Save the last whole step as checkpoints/stopped.ckpt of the run directory, and say how to continue."""
+    path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
+    trainer.save_checkpoint(path, weights_only=False)
+    rank_zero_info(f"{why} at step {trainer.global_step}; continue with --ckpt_path {path}")
+
+
+def _end(number: int) -> BaseException:
+    """What ends the process as the signal would have."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)

@@ -52,7 +52,7 @@ def _batches(trainer: Trainer) -> int | None:
     """Batches of an epoch; None = not known before it ends."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
-    if data is None or trainer.overfit_batches or limit == 0:
+    if data is None or limit == 0:
         return None
     try:
         n = len(data.train_dataloader())

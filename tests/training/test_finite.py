@@ -1,0 +1,108 @@
+"""A loss or gradient that is not finite changes no weight, and a metric that cannot be computed ends no training."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
+
+from flashar_pl.metrics.fid import RowFID
+from flashar_pl.training.finite import NotFinite
+
+
+class Breaks(Callback):
+    """Makes a gradient infinite in some batches, counted from 0."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches, self.seen, self.before = batches, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.seen[trainer.global_step] = batch.index.tolist()
+
+    def on_after_backward(self, trainer, pl_module) -> None:
+        if trainer.fit_loop.total_batch_idx in self.batches:
+            self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            pl_module.net.dual_head.vertical.weight.grad[0, 0] = torch.inf
+
+
+def every_step(root: Path) -> dict:
+    save = ModelCheckpoint(root / "checkpoints", filename="last", every_n_train_steps=1, enable_version_counter=False)
+    return {"callbacks": [save], "enable_checkpointing": True}
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(toy_shards: str, tmp_path: Path) -> None:
+    """Step and samples are named, the checkpoint before stays, and what is saved replays the step: the same error."""
+    breaks, run = Breaks(3), every_step(tmp_path)
+    run["callbacks"].append(breaks)
+    with pytest.raises(NotFinite, match=r"step 4: the loss is \d.*gradients of net.dual_head.vertical.weight") as first:
+        fit(tmp_path, toy_shards, make_module(), **run)
+    assert ", ".join(map(str, breaks.seen[3])) in str(first.value)
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 3
+    assert all(torch.equal(value, breaks.before[name]) for name, value in kept["state_dict"].items())
+    again = Breaks(3)
+    with pytest.raises(NotFinite) as second:
+        fit(tmp_path, toy_shards, make_module(), tmp_path / "checkpoints" / "last.ckpt", callbacks=[again])
+    assert str(second.value) == str(first.value)
+
+
+def test_what_replays_the_step_is_saved(toy_shards: str, tmp_path: Path) -> None:
+    """Where no checkpoint is recent, with the generators as they were when the step began."""
+    run = every_step(tmp_path)
+    run["callbacks"] = [ModelCheckpoint(tmp_path, every_n_train_steps=100), Breaks(6)]
+    with pytest.raises(NotFinite) as first:
+        fit(tmp_path, toy_shards, make_module(), accumulate_grad_batches=2, **run)
+    stopped = tmp_path / "checkpoints" / "stopped.ckpt"
+    assert torch.load(stopped, weights_only=True)["global_step"] == 3
+    with pytest.raises(NotFinite) as second:
+        fit(tmp_path, toy_shards, make_module(), stopped, accumulate_grad_batches=2, callbacks=[Breaks(6)])
+    assert str(second.value) == str(first.value)
+
+
+def test_steps_may_be_left_out(toy_shards: str, tmp_path: Path) -> None:
+    """Weights and moments stay; the number is one of the whole run, kills included."""
+    breaks, run = Breaks(2, 5), every_step(tmp_path)
+    run["callbacks"].append(breaks)
+    optimiser = OptimiserConfig(lr=1e-2, skip_not_finite=1)
+    with pytest.warns(UserWarning, match="The step is left out, 1 of at most 1"), pytest.raises(NotFinite, match="6:"):
+        fit(tmp_path, toy_shards, make_module(optimiser=optimiser), **run)
+    start = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(start, weights_only=True)["global_step"] == 5
+    with pytest.raises(NotFinite, match="step 6"):
+        fit(tmp_path, toy_shards, make_module(optimiser=optimiser), start, callbacks=[Breaks(5)])
+
+
+def test_weights_that_are_not_finite_are_not_saved(toy_shards: str, tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+            if trainer.global_step == 2:
+                with torch.no_grad():
+                    pl_module.net.backbone.head.weight[0, 0] = torch.nan
+
+    run = every_step(tmp_path)
+    run["callbacks"].append(Spoil())
+    with pytest.raises(NotFinite, match=r"after step 2 weights are not finite: net\.dual_head\.horizontal"):
+        fit(tmp_path, toy_shards, make_module(), **run)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_a_metric_that_cannot_be_computed_is_missing(
+    toy_shards: str, toy_classifier: str, tmp_path: Path, monkeypatch
+) -> None:
+    """The other metrics are there, and who monitors it sees no number, not the one of an earlier validation."""
+
+    def fail(self) -> None:
+        raise ValueError("not a covariance")
+
+    monkeypatch.setattr(RowFID, "compute", fail)
+    module = make_module(validation=ValidationConfig(samples=6, features=toy_classifier))
+    validating = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    with pytest.warns(UserWarning, match="val/fid of step 2 is missing: not a covariance"):
+        fit(tmp_path, toy_shards, module, max_steps=2, **validating)
+    metrics = module.trainer.callback_metrics
+    assert metrics["val/fid"].isnan()
+    assert 1 <= metrics["val/is"] <= 3
+    assert metrics["val/nll"] > 0

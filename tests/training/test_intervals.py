@@ -1,0 +1,56 @@
+"""Intervals count optimiser steps, and a step is ranked by its own validation."""
+
+import re
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from training_toys import OptimiserConfig, fit, make_module
+
+
+class Validations(Callback):
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self.seen[trainer.global_step] = float(trainer.callback_metrics["val/nll"])
+
+
+VALIDATING = {"limit_val_batches": 1.0, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+
+
+def test_validations_count_steps_of_accumulated_batches(toy_shards: str, tmp_path: Path) -> None:
+    """Six batches an epoch, steps of four: two batches are left, and were a step of their own."""
+    watch = Validations()
+    options = {**VALIDATING, "enable_checkpointing": False}
+    module = fit(
+        tmp_path, toy_shards, make_module(), callbacks=[watch], accumulate_grad_batches=4, val_check_interval=2,
+        max_steps=5, **options,
+    )  # fmt: skip
+    assert list(watch.seen) == [2, 4]
+    assert (module.trainer.current_epoch, module.trainer.global_step) == (5, 5)
+    assert (module.trainer.val_check_interval, module.trainer.limit_train_batches) == (2, 1.0)  # put back
+
+
+def test_a_step_longer_than_an_epoch_is_refused(toy_shards: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accumulate_grad_batches is 7, but an epoch has 6 batches; expected at most"):
+        fit(tmp_path, toy_shards, make_module(), accumulate_grad_batches=7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path: Path, accumulate: int) -> None:
+    """Saved every second step, validated every third: at steps 3 and 6, with their values; the last one at its own."""
+    watch = Validations()
+    save = ModelCheckpoint(
+        tmp_path, filename="{step}-{val/nll:.6f}", auto_insert_metric_name=False, monitor="val/nll", save_top_k=-1,
+        every_n_train_steps=2, save_last=True,
+    )  # fmt: skip
+    fit(
+        tmp_path, toy_shards, make_module(optimiser=OptimiserConfig(lr=0.1)), callbacks=[watch, save],
+        val_check_interval=3, max_steps=8, accumulate_grad_batches=accumulate, **VALIDATING,
+    )  # fmt: skip
+    files = [re.fullmatch(r"(\d+)-(.*)\.ckpt", str(path.relative_to(tmp_path))) for path in tmp_path.rglob("*.ckpt")]
+    ranked = {int(found[1]): float(found[2]) for found in files if found}
+    assert ranked == {step: pytest.approx(watch.seen[step], abs=1e-6) for step in (3, 6)}
+    assert len(files) == 3
