@@ -23,7 +23,7 @@ from flashar_pl.ranks import gather
 from flashar_pl.training.logger import log_points, take_back
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
-from flashar_pl.training.steps import StepCallback, validation_follows
+from flashar_pl.training.steps import StepCallback, logs, validation_follows
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
 
@@ -187,7 +187,7 @@ class TrainingLog(StepCallback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._points = {}
-        if _logs(trainer, trainer.global_step + 1):
+        if logs(trainer, trainer.global_step + 1):
             rates = {f"lr/{group['role']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups}
             stage = trained(pl_module).built_schedule.stage(trainer.global_step)
             self._points = {**rates, "train/stage": float(stage)}
@@ -197,7 +197,7 @@ class TrainingLog(StepCallback):
     ) -> None:
         assert isinstance(batch, Batch)
         self._tokens += batch.codes.numel() * trainer.world_size
-        if _logs(trainer, self.step + 1):
+        if logs(trainer, self.step + 1):
             self._losses.append(outputs[LOGGED])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -218,9 +218,3 @@ class TrainingLog(StepCallback):
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()
-
-
-def _logs(trainer: Trainer, step: int) -> bool:
-    """Whether metrics of optimiser step `step`, counted from 1, reach the logger."""
-    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and step % every == 0

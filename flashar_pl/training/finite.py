@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from flashar_pl.training.sharded.units import local
-from flashar_pl.training.steps import StepCallback
+from flashar_pl.training.steps import StepCallback, logs
 
 NAMED = 4
 """How many parameters a message names."""
@@ -23,7 +23,11 @@ class NotFinite(ValueError):
 
 
 class FiniteSteps(StepCallback):
-    """Ends a run at a loss or gradient that is not finite, before its weights are changed, or leaves the step out.
+    """Ends a run at a loss or gradient that is not finite, or leaves the step out.
+
+    On a CPU, and where steps may be left out, it looks before the weights are changed. A GPU would wait for the host in
+    every step: there it looks when a step is logged, before a validation and before a checkpoint, which is not written
+    then; the run is replayed from the one before.
 
     Args:
         skip: how many such steps of a run are left out, weights and moments as they were; the next one ends it.
@@ -33,6 +37,11 @@ class FiniteSteps(StepCallback):
         self.skip, self.skipped = skip, 0
         self._losses: list[Tensor] = []
         self._samples: list[Tensor | None] = []
+        """Of the batches of the step in progress."""
+        self._unseen: dict[int, list[Tensor | None]] = {}
+        """Samples of the steps that were not looked at."""
+        self._first: Tensor | None = None
+        """() int64 on the device: the first of them that is not finite; 0 = none."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}
@@ -42,7 +51,7 @@ class FiniteSteps(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._losses, self._samples = [], []
+        self._losses, self._samples, self._unseen, self._first = [], [], {}, None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._samples.append(getattr(batch, "index", None))
@@ -52,6 +61,11 @@ class FiniteSteps(StepCallback):
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._losses, self._samples = [], []
+        if logs(trainer, trainer.global_step):
+            self._look(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look(trainer)
 
     def check(self, trainer: Trainer, module: LightningModule) -> None:
         """Before the optimiser's step: its losses and gradients. Where the step is left out, there are none after.
@@ -64,9 +78,15 @@ class FiniteSteps(StepCallback):
         norm = get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         numbers = torch.stack([norm.float(), *(loss.float().to(norm.device) for loss in self._losses)])
-        if trainer.strategy.reduce_boolean_decision(bool(numbers.isfinite().all()), all=True):
+        finite, step = numbers.isfinite().all(), trainer.global_step + 1
+        if self.skip == 0 and norm.device.type != "cpu":
+            before = torch.zeros((), dtype=torch.int64, device=norm.device) if self._first is None else self._first
+            self._first = before + (~finite & (before == 0)) * step
+            self._unseen[step] = self._samples
             return
-        what = f"step {trainer.global_step + 1}: {self._reason(module)}"
+        if trainer.strategy.reduce_boolean_decision(bool(finite), all=True):
+            return
+        what = f"step {step}: {self._reason(module)}"
         if self.skipped >= self.skip:
             raise NotFinite(f"{what} No weight was changed by it.")
         self.skipped += 1
@@ -74,23 +94,38 @@ class FiniteSteps(StepCallback):
         for parameter in module.parameters():
             parameter.grad = None
 
+    def _look(self, trainer: Trainer) -> None:
+        """Raises NotFinite for the first step that was not looked at and is not finite."""
+        first = 0 if self._first is None else int(self._first)
+        if not trainer.strategy.reduce_boolean_decision(first == 0, all=True):
+            samples = f"samples {_ids(self._unseen[first])}" if first else "samples of another device"
+            raise NotFinite(
+                f"step {first or trainer.global_step}: a loss or gradient is not finite; {samples}. It was seen after "
+                f"step {trainer.global_step}; the checkpoint before stays, and a run from there comes to the same step."
+            )
+        self._unseen = {}
+
     def _reason(self, module: LightningModule) -> str:
         """What is not finite, and in which batches."""
         wrong = [not bool(loss.isfinite()) for loss in self._losses]
         chosen = [ids for ids, bad in zip(self._samples, wrong, strict=True) if bad or not any(wrong)]
-        samples = ", ".join(str(i) for ids in chosen if ids is not None for i in ids.tolist())
         losses = ", ".join(f"{float(loss):g}" for loss in self._losses)
         named = not_finite({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
         gradients = f"gradients of {named} are not finite" if named else "gradients are finite"
-        return f"the loss is {losses}, and {gradients}; samples {samples or 'without ids'}."
+        return f"the loss is {losses}, and {gradients}; samples {_ids(chosen)}."
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raises NotFinite for weights that are not: the checkpoint before stays."""
         if not trainer.training and not trainer.validating:
             return
+        self._look(trainer)
         named = not_finite(dict(pl_module.named_parameters()))
         if not trainer.strategy.reduce_boolean_decision(not named, all=True):
             raise NotFinite(f"after step {trainer.global_step} weights are not finite: {named}. They are not saved.")
+
+
+def _ids(batches: list[Tensor | None]) -> str:
+    return ", ".join(str(i) for ids in batches if ids is not None for i in ids.tolist()) or "without ids"
 
 
 def not_finite(tensors: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from flashar_pl.training.finite import NotFinite
 from flashar_pl.training.save_point import SavePoint
-from flashar_pl.training.steps import StepCallback
+from flashar_pl.training.steps import StepCallback, logs
 
 UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
@@ -75,7 +75,8 @@ class StopOnSignal(StepCallback):
 class SaveOnStop(StepCallback):
     """Saves `checkpoints/stopped.ckpt` when a run that keeps checkpoints ends by Ctrl-C, SIGTERM or an error.
 
-    The first signal ends the run after the step; a second one, or one outside of a step, at once. What is saved is the
+    The first signal ends the run after the step, on several GPUs after the next one that is logged; a second one, or
+    with one device one outside of a step, ends it at once. What is saved is the
     state after the last whole step. An error of one device of several saves nothing: the others do not know of it.
     """
 
@@ -101,9 +102,12 @@ class SaveOnStop(StepCallback):
         again, self.asked = self.asked, number
         if again or (self._alone and not self.point.in_step):
             raise _end(number)
-        rank_zero_info("Ends after this step; a second signal ends it at once.")
+        rank_zero_info("The run ends after this step; a second signal ends it at once.")
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        on_gpus = not self._alone and trainer.strategy.root_device.type != "cpu"
+        if on_gpus and not logs(trainer, trainer.global_step):
+            return  # to compare notes they wait for each other
         if trainer.strategy.reduce_boolean_decision(self.asked != 0, all=False):
             self._together = True
             raise _end(self.asked or signal.SIGTERM)

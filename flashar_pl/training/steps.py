@@ -40,3 +40,9 @@ def validation_follows(trainer: Trainer) -> bool:
         return trainer.should_stop or trainer.is_last_batch
     batch = trainer.fit_loop.total_batch_idx if every is None else trainer.fit_loop.batch_idx
     return (batch + 1) % interval == 0
+
+
+def logs(trainer: Trainer, step: int) -> bool:
+    """Whether metrics of optimiser step `step`, counted from 1, reach the logger."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and step % every == 0

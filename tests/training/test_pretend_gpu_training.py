@@ -8,6 +8,7 @@ import tiny
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pretend_gpu import CUDA, PretendGPU
 from torch import Tensor
@@ -16,6 +17,7 @@ from training_toys import OptimiserConfig, ValidationConfig, fit, make_module, s
 from flashar_pl.backbones.condition import Batch, Condition, Prompts
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import STAGE1_ROLES, GridModel
+from flashar_pl.training.finite import NotFinite
 
 
 class Anywhere(CPUAccelerator):
@@ -64,6 +66,24 @@ def test_a_whole_fit(flashar: bool, moments: Any, precision: str, tmp_path: Path
         assert not steps.found
         for name, value in on_cpu.trainer.callback_metrics.items():
             torch.testing.assert_close(on_gpu.trainer.callback_metrics[name].cpu(), value, atol=1e-3, rtol=1e-2)
+
+
+def test_a_step_that_is_not_finite_is_found_when_the_host_waits_anyway(tmp_path: Path) -> None:
+    """Its step and samples are named later, and the checkpoint before it stays."""
+
+    class Breaks(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            if trainer.global_step == 3:
+                pl_module.net.dual_head.vertical.weight.grad.mul_(torch.inf)
+
+    shards = write_digit_like(tmp_path / "shards")
+    save = ModelCheckpoint(tmp_path, filename="last", every_n_train_steps=3, enable_version_counter=False)
+    with PretendGPU(), pytest.raises(NotFinite, match=r"^step 4: a loss .* samples \d+, .* seen after step 6"):
+        fit(
+            tmp_path, shards, callbacks=[Breaks(), save], accelerator="auto", devices="auto", enable_checkpointing=True,
+            strategy=SingleDeviceStrategy(CUDA, accelerator=Anywhere()),
+        )  # fmt: skip
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 3
 
 
 def losses_of(model: GridModel, codes: Tensor, condition: Condition, valid: Tensor) -> list[Tensor]:
