@@ -21,7 +21,7 @@ import numpy as np
 
 from flashar_pl.data import forms
 from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
-from flashar_pl.files import write_text
+from flashar_pl.files import read_json, write_text
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Conditioning
@@ -202,10 +202,10 @@ class Manifest:
     def parse(cls, content: bytes, root: str, source: str) -> Manifest:
         """Build a manifest from its JSON; `source` names it in errors. Raises ValueError as `load` does."""
         try:
-            data = json.loads(content.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source} is not JSON ({error}). Restore it, or tokenize the data set again.") from error
-        version = data.get("format") if isinstance(data, dict) else None
+            data = read_json(source, content)
+        except ValueError as error:
+            raise ValueError(f"{error} Restore it, or tokenize the data set again.") from error
+        version = data.get("format")
         if version != FORMAT:
             found = forms.shown(version)
             raise ValueError(f"{source} has format {found}; this version of flashar-pl reads format {FORMAT}.")
@@ -221,16 +221,20 @@ class Manifest:
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{source} has a wrong field: {error}") from error
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `manifest.json` into `directory`, complete or not at all. Returns its path."""
+        return write_text(Path(directory) / FILE_NAME, json.dumps(self.stored(), indent=1) + "\n")
+
+    def stored(self) -> dict[str, Any]:
+        """What the file holds."""
         data = {"format": FORMAT} | asdict(self)
         del data["root"]
         data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
-        return write_text(Path(directory) / FILE_NAME, json.dumps(data, indent=1) + "\n")
+        return data
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of a split. Raises ValueError for a split that is not there."""

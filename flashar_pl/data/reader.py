@@ -8,7 +8,7 @@ Shapes: n samples asked for, m samples of a record, K crops, H x W grid, T text 
 from __future__ import annotations
 
 import io
-import json
+import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy as np
 
 from flashar_pl.data.first_use import FirstUse, check_size
 from flashar_pl.data.manifest import Manifest, Record, code_dtype
-from flashar_pl.files import BROKEN, reason
+from flashar_pl.files import BROKEN, parse_json, reason
 
 OPEN_SHARDS = 128
 """Shards a reader keeps mapped; each holds one file descriptor."""
@@ -152,25 +152,38 @@ def read_record(
             raise ValueError(f"A record of {path} has no {name}, which {manifest.name!r} must have.")
         read = _texts if name == "texts.json" else _array
         found[name] = read(members[name], f"{name} of {path}")
-    m = len(found["ids.npy"]) if samples is None else samples
-    expected: dict[str, tuple[tuple[int, ...], list[str]]] = {}
-    for name in ("ids.npy", "labels.npy", "lengths.npy"):
-        expected[name] = ((m,), ["int64"])
-    expected["codes.npy"] = ((m, manifest.crops, *manifest.grid), [code_dtype(manifest.vocabulary).name])
-    if len(found.get("texts.json", range(m))) != m:
+    m = found["ids.npy"].size if samples is None else samples
+    _expect(found, path, "codes.npy", (m, manifest.crops, *manifest.grid), code_dtype(manifest.vocabulary).name)
+    for name in found.keys() & {"ids.npy", "labels.npy", "lengths.npy"}:
+        _expect(found, path, name, (m,), "int64")
+    texts = found.get("texts.json", [""] * m)
+    if len(texts) != m or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"texts.json in {path} does not hold {m} captions. Tokenize the data set again.")
-    if spec.kind == "text-features":
+    if spec.num_classes is not None:
+        _within(found["labels.npy"], 0, spec.num_classes - 1, f"{path} holds labels", f"{spec.num_classes} classes")
+    if spec.length is not None:
+        _within(found["lengths.npy"], 1, spec.length, f"{path} holds texts of length", f"{spec.length} places")
         found["stops"] = np.cumsum(found["lengths.npy"])  # (m,)
-        assert spec.width is not None
-        expected["features.npy"] = ((int(found["stops"][-1]), spec.width), ["float16", "float32"])
-    for name in found.keys() & expected.keys():
-        shape, types = expected[name]
-        if found[name].shape != shape or found[name].dtype.name not in types:
-            raise ValueError(
-                f"{name} of {path} has shape {found[name].shape} and type {found[name].dtype}; "
-                f"the manifest implies {shape} and {' or '.join(types)}. Tokenize the data set again."
-            )
+        _expect(found, path, "features.npy", (int(found["stops"][-1]), spec.width), "float16", "float32")
     return found
+
+
+def _expect(found: dict[str, Any], path: str, name: str, shape: tuple[int | None, ...], *types: str) -> None:
+    """Raises ValueError unless an array has this shape and one of these types."""
+    if found[name].shape != shape or found[name].dtype.name not in types or not found[name].size:
+        raise ValueError(
+            f"{name} of {path} has shape {found[name].shape} and type {found[name].dtype}; "
+            f"the manifest implies {shape} and {' or '.join(types)}. Tokenize the data set again."
+        )
+
+
+def _within(values: np.ndarray, low: int, high: int, what: str, room: str) -> None:
+    """Raises ValueError unless all values (m,) are from low to high."""
+    if values.min() < low or values.max() > high:
+        raise ValueError(
+            f"{what} {values.min()} .. {values.max()}; there are {room}: the shard is damaged. Copy it again, or "
+            "tokenize the data set again."
+        )
 
 
 def gather(manifest: Manifest, rows: list[Row]) -> Samples:
@@ -203,7 +216,7 @@ def _array(data: bytes | memoryview, what: str) -> np.ndarray:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
         if fortran or dtype.hasobject:
             raise ValueError("not a plain C-ordered array")
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         if head.tell() + count * dtype.itemsize != len(data):
             raise ValueError(f"{len(data)} bytes do not hold an array of shape {shape} and type {dtype}")
         return np.frombuffer(data, dtype, count, head.tell()).reshape(shape)
@@ -215,9 +228,9 @@ def _array(data: bytes | memoryview, what: str) -> np.ndarray:
 
 def _texts(data: bytes | memoryview, what: str) -> list[str]:
     try:
-        texts = json.loads(bytes(data))
+        texts = parse_json(bytes(data).decode(), what)
     except ValueError as error:
-        raise ValueError(f"Damaged {what}: {error}. Copy the shard again.") from error
+        raise ValueError(f"Damaged {what}: {error} Copy the shard again.") from error
     if not isinstance(texts, list):
         raise ValueError(f"{what} is no list of captions. Tokenize the data set again.")
     return texts

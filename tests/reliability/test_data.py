@@ -1,0 +1,73 @@
+"""Manifests and the records of shards answer every damaged copy with samples or one line."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashar_pl.data.manifest import ConditionSpec, Manifest
+from flashar_pl.data.order import TrainingOrder
+from flashar_pl.data.reader import check_codes, cut_members, gather, read_record
+from flashar_pl.data.shards import ShardWriter
+from tests.reliability.mutate import Target, short
+
+CONDITIONS: dict[str, tuple[ConditionSpec, dict[str, Any]]] = {
+    "class": (ConditionSpec("class", num_classes=5), {"labels": [0, 4, 2]}),
+    "text": (ConditionSpec("text"), {"texts": ["a cup", "une tasse n\u00b0 1", ""]}),
+    "features": (
+        ConditionSpec("text-features", length=3, width=2),
+        {"features": [np.full((n, 2), n, np.float32) for n in (1, 3, 2)]},
+    ),
+}
+
+
+@cache
+def shards(kind: str) -> tuple[Manifest, bytes, bytes]:
+    """A small data set: its manifest, the manifest's file, and its one tar."""
+    condition, columns = CONDITIONS[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        facts = {"name": "toy", "tokenizer": {"kind": "none"}, "grid": (2, 3), "vocabulary": 300, "crops": 2}
+        with ShardWriter(Path(folder, "toy"), condition=condition, **facts) as writer:
+            writer.write("train", np.arange(36).reshape(3, 2, 2, 3), ids=range(3), **columns)
+        root = Path(folder, "toy")
+        return Manifest.load(root), (root / "manifest.json").read_bytes(), (root / "train-000000.tar").read_bytes()
+
+
+def read_manifest(data: bytes) -> None:
+    """What was read can be planned with, and written again."""
+    manifest = Manifest.parse(data, "toy", "manifest.json")
+    for split in manifest.splits:
+        if manifest.samples(split):
+            TrainingOrder(manifest.block_sizes(split), 1, 0, 4).batch(0, 0)
+            manifest.fingerprint(split)
+    assert Manifest.parse(json.dumps(manifest.stored()).encode(), "toy", "manifest.json") == manifest
+
+
+def read_samples(kind: str) -> Callable[[bytes], None]:
+    """A reader of a damaged tar by the offsets of the good manifest, and without them, as a stream is read."""
+
+    def read(data: bytes) -> None:
+        manifest = shards(kind)[0]
+        [record] = manifest.shards("train")[0].records
+        for samples in (record.samples, None):
+            members = read_record(manifest, cut_members(data, record), "toy.tar", samples)
+            check_codes(members["codes.npy"], manifest, "toy.tar")
+            gather(manifest, [(members, row, 1) for row in range(len(members["ids.npy"]))])
+
+    return read
+
+
+TARGETS = [
+    Target("manifest", read_manifest, [shards(kind)[1] for kind in CONDITIONS]),
+    *(Target(f"shard, {kind}", read_samples(kind), [shards(kind)[2]]) for kind in CONDITIONS),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_damaged_files_are_read_or_refused(target: Target) -> None:
+    short(target)
