@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
 
-.PHONY: help setup constraints test test-slow test-rounding mutants lint demo demo-full clean
+.PHONY: help setup constraints test test-slow test-rounding mutants load-test lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -46,6 +46,9 @@ test-rounding: setup  ## the numerical tests as on other processors: fewest inst
 
 mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15 minutes); ARGS="--seed 1" for others
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+load-test: setup  ## a server asked by 8 clients for 3 minutes: errors, times, memory; SECONDS_OF_LOAD=20 for fewer
+	$(BIN)/python -m tests.reliability.load $(or $(SECONDS_OF_LOAD),180)
 
 lint: setup  ## ruff, import directions, types
 	$(BIN)/ruff check .

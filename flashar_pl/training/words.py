@@ -19,6 +19,7 @@ from lightning.pytorch import LightningDataModule, Trainer, loggers
 
 from flashar_pl.backbones import Backbone
 from flashar_pl.files import read_yaml
+from flashar_pl.recipes import find_recipe
 
 DEFAULT_DATA = "CodesDataModule"
 """Data module of a configuration that names none."""
@@ -145,9 +146,10 @@ def _last(path: str) -> str:
 
 def read_configuration(file: str) -> dict[str, Any]:
     """The content of a YAML file with keys. ValueError where there is none."""
-    if not Path(file).expanduser().is_file():
+    path = find_recipe(file)
+    if not path.is_file():
         raise ValueError(f"no configuration {file}; expected a YAML such as experiments/demo_raster.yaml.")
-    content = read_yaml(Path(file).expanduser())
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {str(content)[:40]!r}; expected keys with values, as in experiments/.")
     return content

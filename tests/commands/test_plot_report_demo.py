@@ -180,9 +180,6 @@ def leave(stage):
 @pytest.fixture
 def staged(work, monkeypatch):
     """A demo whose sub-processes only leave the files that mark them as done; yields their command lines."""
-    Path("experiments").mkdir()
-    for name in ("raster", "flashar", "scratch"):
-        Path(f"experiments/demo_{name}.yaml").touch()
     calls: list[list[str]] = []
 
     class Finished:
@@ -286,5 +283,26 @@ def test_the_demo_yamls_name_the_places_the_demo_expects():
             assert config["model"]["init_from"] == f"{demo_module.OUT}/raster/{demo_module.LAST}"
 
 
-def test_demo_outside_a_checkout(refused, work):
-    assert "experiments/demo_raster.yaml" in refused("demo")
+def test_recipes_are_found_outside_a_checkout(work):
+    """Beside the package or in it; a file of the current directory comes first, and no other name is looked for."""
+    from flashar_pl.recipes import find_recipe
+    from flashar_pl.training.words import read_configuration
+
+    name = "experiments/demo_raster.yaml"
+    own = Path(__file__).parents[2] / name
+    assert find_recipe(name) == own
+    assert read_configuration(name)["trainer"]["default_root_dir"] == "runs/demo/raster"
+    for other in ("experiments/none.yaml", "other/demo_raster.yaml", "experiments/../pyproject.toml"):
+        assert find_recipe(other) == Path(other)
+    Path("experiments").mkdir()
+    Path(name).write_text("seed_everything: 3")
+    assert read_configuration(name) == {"seed_everything": 3}
+
+
+def test_the_recipes_travel_in_the_wheel():
+    import tomllib
+
+    wheel = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["tool"]["hatch"]["build"][
+        "targets"
+    ]
+    assert wheel["wheel"]["force-include"] == {"experiments": "flashar_pl/experiments"}
