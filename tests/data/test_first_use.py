@@ -165,3 +165,20 @@ def test_a_streamed_remote_shard_is_verified_at_its_end(toy: Manifest) -> None:
                 assert len(list(data.train_dataloader())) == 2
     finally:
         store.rm("/streamed", recursive=True)
+
+
+def test_a_link_is_followed_for_reading_only(toy: Manifest, tmp_path: Path) -> None:
+    """As the Hugging Face cache links into its blobs; what a link leads to must have size and hash of the manifest."""
+    shard = toy.shards("train")[0]
+    path, blob = Path(toy.root, shard.path), tmp_path / "blobs" / shard.sha256
+    blob.parent.mkdir()
+    shutil.move(path, blob)
+    path.symlink_to(blob)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in [*blob.parent.iterdir(), *Path(toy.root).iterdir()])
+    assert ShardReader(toy, "train").read(np.array([3])).ids == [3]
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in [*blob.parent.iterdir(), *Path(toy.root).iterdir()])
+    for other in (tmp_path, tmp_path / "nothing", Path("/dev/zero")):
+        path.unlink()
+        path.symlink_to(other)
+        with pytest.raises(ValueError, match=r"train-000000\.tar is missing"):
+            ShardReader(toy, "train").read(np.array([3]))
