@@ -13,20 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
-from flashar_pl.console import needing
-from flashar_pl.files import BROKEN, reason
 from flashar_pl.image_files import Unreadable, open_rgb
 from flashar_pl.metrics.geneval import Detection
 from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS
+from flashar_pl.pretrained import pretrained
 
 SHORT_SIDE, LONG_SIDE, DIVISOR = 800, 1333, 32
 """The detector's input: the short side becomes 800 unless the long one would pass 1333; padded to multiples of 32."""
@@ -117,7 +114,9 @@ class Detector:
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
         example = "facebook/mask2former-swin-small-coco-instance"
-        self.model = _pretrained("Mask2FormerForUniversalSegmentation", directory, example, dtype=torch.float32)
+        self.model = pretrained(
+            "Mask2FormerForUniversalSegmentation", directory, example, "detector", dtype=torch.float32
+        )
         self.model.to(device).eval()
         self.device = device
 
@@ -179,9 +178,9 @@ class ColorClassifier:
 
     def __init__(self, directory: str | Path, device: torch.device | str = "cpu") -> None:
         example = "openai/clip-vit-large-patch14"
-        self.model = _pretrained("CLIPModel", directory, example, dtype=torch.float32)
+        self.model = pretrained("CLIPModel", directory, example, "CLIP model", dtype=torch.float32)
         self.model.to(device).eval()
-        self.tokenizer = _pretrained("CLIPTokenizer", directory, example)
+        self.tokenizer = pretrained("CLIPTokenizer", directory, example, "CLIP model")
         self.device = device
         self._weights: dict[str, Tensor] = {}
 
@@ -214,27 +213,3 @@ class ColorClassifier:
                 rows.append(F.normalize(embedded.mean(0), dim=0))
             self._weights[name] = torch.stack(rows, dim=1)
         return self._weights[name]
-
-
-def _pretrained(kind: str, directory: str | Path, example: str, **options: Any) -> Any:
-    """What a class of transformers makes of a directory, as data: its own code is not run, pickled weights not read.
-
-    Raises:
-        ValueError: the directory holds no such thing, or transformers is not installed.
-    """
-    place = Path(directory).expanduser()
-    if not (place / "config.json").is_file():
-        raise ValueError(
-            f"no {kind} in {place}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing is "
-            "downloaded for you."
-        )
-    with needing("GenEval", "emu"):
-        import transformers
-    options |= {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-    try:
-        return getattr(transformers, kind).from_pretrained(place, **options)
-    except (*BROKEN, SafetensorError) as error:
-        raise ValueError(
-            f"{place} holds no {kind} that can be read ({reason(error)}); expected the files of {example}, the weights "
-            "as safetensors."
-        ) from error

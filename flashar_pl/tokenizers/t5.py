@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashar_pl.console import needing
+from flashar_pl.pretrained import pretrained
 
+EXAMPLE, WHAT = "google/flan-t5-xl", "T5 encoder of captions"
 POSITIONS = 120
 """Positions of a caption; longer ones are cut, shorter ones padded."""
 
@@ -32,19 +33,8 @@ def encode_captions(
     Raises:
         ValueError: transformers is not installed, or `directory` holds no T5.
     """
-    with needing("the text encoder of captions", "emu"):
-        from transformers import AutoTokenizer, T5EncoderModel
-    folder = Path(directory).expanduser()
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"no config.json at {folder}; expected the directory of a T5 encoder, for LlamaGen google/flan-t5-xl from "
-            "huggingface.co; nothing is downloaded for you."
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, padding_side="left")
-        encoder = T5EncoderModel.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} holds no T5 encoder with its tokenizer: {error}") from error
+    tokenizer = pretrained("AutoTokenizer", directory, EXAMPLE, WHAT, padding_side="left")
+    encoder = pretrained("T5EncoderModel", directory, EXAMPLE, WHAT, dtype=dtype)
     encoder.to(torch.device(device)).eval()  # type: ignore[arg-type]
     parts, masks = [], []
     for start in range(0, len(captions), batch_size):

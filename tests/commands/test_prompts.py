@@ -258,6 +258,8 @@ def test_llamagen_prompts_without_transformers(refused, work, monkeypatch) -> No
     words = ["generate", "--checkpoint", "t2i.pt", "--n-head", 2, "--grid", 4, "--plan", "raster", "--codes-only"]
     words += ["--prompt", "a fox", "--out", "out"]
     assert "--text-encoder DIR" in refused(*words)
+    Path("t5").mkdir()
+    Path("t5/config.json").write_text("{}")
     assert "pip install 'flashar-pl[emu]'" in refused(*words, "--text-encoder", "t5")
 
 
@@ -292,7 +294,7 @@ def test_llamagen_prompts_through_a_t5(run, refused, work) -> None:
     assert (drawn("plain") != drawn("dog")).any()
     Path("empty").mkdir()
     base[base.index("t5")] = "empty"
-    assert "expected the directory of a T5 encoder" in refused(*base, "--out", "more")
+    assert "empty holds no T5 encoder of captions: config.json is missing" in refused(*base, "--out", "more")
 
 
 def test_half_precision_survives_conversion(run, work) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flashar_pl import pretrained
 from flashar_pl.metrics.geneval import COLORS, Detection
 from flashar_pl.metrics.geneval_images import (
     ColorClassifier,
@@ -141,9 +142,12 @@ def test_a_directory_is_data(tmp_path: Path, monkeypatch) -> None:
     for kind in (Detector, ColorClassifier):
         with pytest.raises(ValueError, match=r"no file named model\.safetensors.*the weights as safetensors"):
             kind(tmp_path)
-    assert len(asked) == 2
-    for options in asked:
-        assert (options["trust_remote_code"], options["use_safetensors"]) == (False, True)
+    assert [(each["trust_remote_code"], each["use_safetensors"]) for each in asked] == [(False, True)] * 2
+
+
+def test_no_other_file_reads_directories_of_transformers() -> None:
+    package = Path(pretrained.__file__).parent
+    assert [file.name for file in package.rglob("*.py") if "local_files_only" in file.read_text()] == ["pretrained.py"]
 
 
 @pytest.mark.slow

@@ -1,0 +1,38 @@
+"""Networks of transformers from a local directory, which is data: its code is not run, its pickles are not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashar_pl.console import needing
+from flashar_pl.files import BROKEN, reason
+
+
+def pretrained(kind: str, directory: str | Path, example: str, what: str, **options: Any) -> Any:
+    """What the class `kind` of transformers makes of a directory.
+
+    example: a repository of huggingface.co with such a directory. what: the network is, for messages.
+
+    Raises:
+        ValueError: the directory holds no such thing, or transformers is not installed.
+    """
+    place = Path(directory).expanduser()
+    if not (place / "config.json").is_file():
+        raise ValueError(
+            f"{place} holds no {what}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing "
+            "is downloaded for you."
+        )
+    with needing(f"the {what}", "emu"):
+        import transformers
+        from safetensors import SafetensorError
+    if not kind.endswith("Tokenizer"):
+        options["use_safetensors"] = True
+    try:
+        loader = getattr(transformers, kind)
+        return loader.from_pretrained(place, local_files_only=True, trust_remote_code=False, **options)
+    except (*BROKEN, SafetensorError) as error:
+        raise ValueError(
+            f"{place} holds no {what} that can be read ({reason(error)}); expected the files of {example}, the weights "
+            "as safetensors."
+        ) from error
