@@ -1,6 +1,7 @@
 """Manifests and the records of shards answer every damaged copy with samples or one line."""
 
 import json
+import random
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -13,7 +14,7 @@ import pytest
 from flashar_pl.data.manifest import ConditionSpec, Manifest
 from flashar_pl.data.order import TrainingOrder
 from flashar_pl.data.reader import check_codes, cut_members, gather, read_record
-from flashar_pl.data.shards import ShardWriter
+from flashar_pl.data.shards import ShardReader, ShardWriter
 from tests.reliability.mutate import Target, short
 
 CONDITIONS: dict[str, tuple[ConditionSpec, dict[str, Any]]] = {
@@ -26,16 +27,20 @@ CONDITIONS: dict[str, tuple[ConditionSpec, dict[str, Any]]] = {
 }
 
 
+ODD = (0, -1, 1, 2, 7, 1 << 31, 10**30, 0.5, -0.0, True, None, "", "x", "../x", "a\0", [], {}, [[]], [0, 1 << 40])
+"""What a field is replaced by."""
+FOLDER = tempfile.TemporaryDirectory(prefix="damaged-")
+
+
 @cache
 def shards(kind: str) -> tuple[Manifest, bytes, bytes]:
     """A small data set: its manifest, the manifest's file, and its one tar."""
     condition, columns = CONDITIONS[kind]
-    with tempfile.TemporaryDirectory() as folder:
-        facts = {"name": "toy", "tokenizer": {"kind": "none"}, "grid": (2, 3), "vocabulary": 300, "crops": 2}
-        with ShardWriter(Path(folder, "toy"), condition=condition, **facts) as writer:
-            writer.write("train", np.arange(36).reshape(3, 2, 2, 3), ids=range(3), **columns)
-        root = Path(folder, "toy")
-        return Manifest.load(root), (root / "manifest.json").read_bytes(), (root / "train-000000.tar").read_bytes()
+    facts = {"name": "toy", "tokenizer": {"kind": "none"}, "grid": (2, 3), "vocabulary": 300, "crops": 2}
+    root = Path(FOLDER.name, kind)
+    with ShardWriter(root, condition=condition, **facts) as writer:
+        writer.write("train", np.arange(36).reshape(3, 2, 2, 3), ids=range(3), **columns)
+    return Manifest.load(root), (root / "manifest.json").read_bytes(), (root / "train-000000.tar").read_bytes()
 
 
 def read_manifest(data: bytes) -> None:
@@ -46,6 +51,28 @@ def read_manifest(data: bytes) -> None:
             TrainingOrder(manifest.block_sizes(split), 1, 0, 4).batch(0, 0)
             manifest.fingerprint(split)
     assert Manifest.parse(json.dumps(manifest.stored()).encode(), "toy", "manifest.json") == manifest
+
+
+def read_with_odd_fields(kind: str) -> Callable[[bytes], None]:
+    """A good tar read by a manifest with some fields replaced; the bytes say which, and by what."""
+
+    def read(data: bytes) -> None:
+        chance, stored = random.Random(data), json.loads(shards(kind)[1])
+        for _ in range(chance.choice((1, 1, 2, 4))):
+            held = stored
+            while True:
+                key = chance.choice(list(held) if isinstance(held, dict) else range(len(held)))
+                if not isinstance(held[key], dict | list) or not held[key] or chance.random() < 0.1:
+                    break
+                held = held[key]
+            number = type(held[key]) is int and chance.random() < 0.5
+            held[key] = held[key] + chance.choice((-1, 1, 64)) if number else chance.choice(ODD)
+        manifest = Manifest.parse(json.dumps(stored).encode(), shards(kind)[0].root, "manifest.json")
+        for split in manifest.splits:
+            reader = ShardReader(manifest, split, verify=False)
+            reader.read(np.arange(len(reader)), np.full(len(reader), manifest.crops - 1))
+
+    return read
 
 
 def read_samples(kind: str) -> Callable[[bytes], None]:
@@ -64,6 +91,7 @@ def read_samples(kind: str) -> Callable[[bytes], None]:
 
 TARGETS = [
     Target("manifest", read_manifest, [shards(kind)[1] for kind in CONDITIONS]),
+    *(Target(f"fields, {kind}", read_with_odd_fields(kind), [random.Random(0).randbytes(4096)]) for kind in CONDITIONS),
     *(Target(f"shard, {kind}", read_samples(kind), [shards(kind)[2]]) for kind in CONDITIONS),
 ]
 
