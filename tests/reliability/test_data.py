@@ -4,6 +4,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,17 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damaged_files_are_read_or_refused(target: Target) -> None:
     short(target)
+
+
+def test_every_flipped_bit_is_found_before_a_sample_is_given() -> None:
+    """In headers, padding, codes, labels and ids alike."""
+    manifest, _, tar = shards("class")
+    shard = replace(manifest.shards("train")[0], path="flipped.tar")
+    manifest = replace(manifest, splits={"train": (shard,)})
+    chance = random.Random(0)
+    for _ in range(30):
+        damaged = bytearray(tar)
+        damaged[chance.randrange(len(tar))] ^= 1 << chance.randrange(8)
+        Path(manifest.root, shard.path).write_bytes(damaged)
+        with pytest.raises(ValueError, match="flipped"):
+            ShardReader(manifest, "train").read(np.arange(3))
