@@ -212,6 +212,7 @@ class ShardOptions:
     """Keep the order of the images, if they are shuffled already."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "out", str(Path(self.out).expanduser()))
         check_least(self, block=1, shard_images=1, workers=0)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")

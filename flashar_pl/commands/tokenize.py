@@ -36,7 +36,7 @@ def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
     """
     from flashar_pl.data import digits
 
-    manifest = digits.tokenize_digits(out, seed)
+    manifest = digits.tokenize_digits(str(Path(out).expanduser()), seed)
     counts = ", ".join(f"{manifest.samples(split):,} {split}" for split in manifest.splits)
     print(f"{manifest.name}: {counts} images, {manifest.grid[0]} x {manifest.grid[1]} codes of {manifest.vocabulary}")
     print(f"wrote {out}/manifest.json and its shards")
@@ -167,7 +167,7 @@ def tokenize_check(
         raise ValueError(f"decode is {decode}; expected 1 or more samples.")
     if out is not None:
         require_new(out, "picture")
-    root = Path(shards)
+    root = Path(shards).expanduser()
     found = [path.parent for path in manifests(root)] if root.is_dir() else []
     result: dict[str, Any] = {}
     folders: list[Any] = [*found] or [shards]  # none found: a URL, or `load` says what it looked for

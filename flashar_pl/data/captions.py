@@ -31,7 +31,7 @@ class CaptionList(Source):
     def __init__(
         self, path: str, images: str | None = None, caption_key: str | None = None, image_key: str | None = None
     ) -> None:
-        file = Path(path).expanduser()
+        self.file = file = Path(path).expanduser()
         items = read_items(file)
         self.root = file.parent if images is None else Path(images).expanduser()
         caption_key = caption_key or _pick(items[0], CAPTION_KEYS, "caption", path)
@@ -48,7 +48,7 @@ class CaptionList(Source):
             try:
                 caption, image = _text(item, caption_key), self._inside(_text(item, image_key))
             except Unreadable as error:
-                self._problems[len(paths)] = f"item {number} of {path}: {error}"
+                self._problems[len(paths)] = str(error)
                 caption, image = "", f"item {number}"
             for placeholder in PLACEHOLDERS:
                 caption = caption.replace(placeholder, "")
@@ -70,7 +70,7 @@ class CaptionList(Source):
         return len(self._paths)
 
     def where(self, index: int) -> str:
-        return str(self.root / self._paths[index])
+        return f"{self.file}, {self._paths[index]}" if index in self._problems else str(self.root / self._paths[index])
 
     def read(self, index: int) -> tuple[bytes, str]:
         if index in self._problems:

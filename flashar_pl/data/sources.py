@@ -199,8 +199,8 @@ class TarSource(Source):
         found = f"The tars at {location} hold no records of {self._payload[0]} and {self._label}"
         if not len(self):
             raise ValueError(
-                f"{found}: {self.account}. The members of a record have one name up to its first dot (img_v1.5.jpg is "
-                f"the member 5.jpg of img_v1): rename files with more dots."
+                f"{found}. Members of a record have one name up to its first dot; rename files with more dots. There "
+                f"are: {self.account}."
             )
         halves = [
             {(self._rows[i, 0], self._names[int(i)]) for i in np.flatnonzero(lacks)}
