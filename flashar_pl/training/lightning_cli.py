@@ -23,7 +23,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
@@ -35,9 +36,9 @@ from flashar_pl.training.mark import marked
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
+from flashar_pl.training.run_directory import check_own, continued, is_finished, only_one
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
-    check_run_directory,
     check_same_data,
     check_same_model,
     config_beside,
@@ -54,6 +55,8 @@ DATA: dict[str, type[LightningDataModule]] = {
 """Data modules that a YAML may call by their short names."""
 DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
+TERMINATED = 143
+"""Exit code of a run that SIGTERM has ended, as of any other process."""
 NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")
 """Advertisements and hardware lines of Lightning that are not shown."""
 KNOWN_WARNINGS = ("does not have many workers", "LeafSpec", "exists and is not empty")
@@ -202,17 +205,31 @@ class ExperimentCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         if self.parse_only:
             return
-        root = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT).expanduser()
-        self._new_directory: Path | None = None
-        if self.verb == "fit" and not self.config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
-            check_run_directory(root, self.checkpoint)
-            self._new_directory = None if root.exists() else root
+        self._directory = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT).expanduser()
+        self._new_directory = not self._directory.exists()
+        if self.verb == "fit" and not self.config.trainer.fast_dev_run:
+            self._find_run()
         self._say_what_is_taken()
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(explain(str(error))) from error
         self._check_files()
+
+    def _find_run(self) -> None:
+        """Continue the run that is in the run directory, if this command is its own. SystemExit if it is finished."""
+        if self.checkpoint is not None:
+            return check_own(self._directory, self.checkpoint)
+        self.checkpoint = continued(self._directory, self.values)
+        if self.checkpoint is not None:
+            self.stored = self.values
+            rank_zero_info(f"The run in {self._directory} continues from {self.checkpoint}.")
+            if is_finished(self.checkpoint):
+                rank_zero_info(
+                    f"The run in {self._directory} has all its steps, in {self.checkpoint}: nothing is left to do. For "
+                    "a new run choose another --trainer.default_root_dir."
+                )
+                raise SystemExit(0)
 
     def _say_what_is_taken(self) -> None:
         """What a continued run has of its checkpoint's settings: what is changed, or what is left out."""
@@ -270,9 +287,17 @@ class ExperimentCLI(LightningCLI):
 
     def run(self) -> None:
         """Fit, validate, test or predict. SystemExit with its code for a run that was asked to stop."""
+        if self.verb != "fit" or self.config.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            return self._run()
+        with only_one(self._directory, new=self._new_directory):
+            self._run()
+
+    def _run(self) -> None:
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": self.checkpoint}
         try:
             getattr(self if self.verb == "predict" else self.trainer, self.verb)(**arguments, weights_only=True)
+        except SIGTERMException:
+            raise SystemExit(TERMINATED) from None
         except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
             if self.trainer.interrupted and end.code == 1:
                 if self.verb == "fit":
@@ -280,8 +305,8 @@ class ExperimentCLI(LightningCLI):
                 raise KeyboardInterrupt from None
             raise
         except (ValueError, MisconfigurationException):
-            if self._new_directory is not None and self.trainer.global_step == 0:
-                shutil.rmtree(self._new_directory, ignore_errors=True)  # made by this call, nothing was trained
+            if self._new_directory and self.verb == "fit" and self.trainer.global_step == 0:
+                shutil.rmtree(self._directory, ignore_errors=True)  # made by this call, nothing was trained
             raise
 
     def predict(self, **arguments: Any) -> None:
@@ -312,7 +337,10 @@ def _where_to_continue(trainer: Trainer) -> str:
         return f"Interrupted at step {trainer.global_step}, before the first checkpoint."
     newest, here = max(kept, key=lambda path: path.stat().st_mtime), Path.cwd()
     newest = newest.relative_to(here) if newest.is_relative_to(here) else newest
-    return f"Interrupted at step {trainer.global_step}. Continue with: flashar fit --ckpt_path {newest}"
+    return (
+        f"Interrupted at step {trainer.global_step}. Continue with the same command, or with: "
+        f"flashar fit --ckpt_path {newest}"
+    )
 
 
 class _RunHelp(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

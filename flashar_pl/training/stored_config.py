@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
-from flashar_pl.files import parse_yaml
+from flashar_pl.files import parse_yaml, read_text
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.training.mark import own
 
@@ -37,6 +37,11 @@ def config_beside(path: str) -> Path | None:
     folder = Path(path).absolute().parent
     file = folder.parent / CONFIG_FILE
     return file if folder.name == "checkpoints" and file.is_file() else None
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """What config.yaml of a run directory says, whoever wrote it."""
+    return _settings(read_text(file), str(file))
 
 
 def _settings(text: Any, path: str) -> dict[str, Any]:
@@ -98,21 +103,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def check_run_directory(directory: Path, checkpoint: str | None) -> None:
-    """ValueError if a new fit would write into a directory with files, or a continued one into another run's."""
-    if not directory.is_dir() or not any(directory.iterdir()):
-        return
-    last = directory / "checkpoints" / "last.ckpt"
-    if checkpoint is None:
-        hint = f"continue with --ckpt_path {last}" if last.exists() else "remove it"
-        raise ValueError(
-            f"the run directory {directory} exists; nothing was written. Choose another "
-            f"--trainer.default_root_dir, or {hint}."
-        )
-    if directory.resolve() not in Path(checkpoint).resolve().parents:
-        raise ValueError(
-            f"the run directory {directory} holds another run than {checkpoint}; choose a new "
-            "--trainer.default_root_dir."
-        )

@@ -18,6 +18,8 @@ from command_toys import tiny_backbone
 
 from flashar_pl.data.shards import Manifest, ShardWriter
 from flashar_pl.training.mark import own
+from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.run_directory import continued
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
 from flashar_pl.training.words import Words
 
@@ -105,11 +107,64 @@ def test_a_fit_leaves_events_checkpoints_and_its_full_configuration(runs):
 
 
 def test_a_new_fit_never_writes_into_an_existing_run(refused, runs):
+    """Nor into a run of other settings, which are named, or over one whose checkpoints are gone."""
     before = listing(runs)
-    message = refused("fit", "--config", "raster.yaml")
+    message = refused("fit", "--config", "raster.yaml", "--data.validation_batch_size", 20, "--model.ema_decay", 0.9)
     assert "runs/raster exists" in message
+    assert ": data.validation_batch_size: 50 -> 20; model.ema_decay: None -> 0.9. Nothing was written" in message
     assert "--ckpt_path runs/raster/checkpoints/last.ckpt" in message
     assert listing(runs) == before
+    Path(LAST).rename(Path(LAST).with_name(".last.ckpt.7.part"))
+    assert "has no whole checkpoint, but runs/raster/checkpoints/.last" in refused("fit", "--config", "raster.yaml")
+    Path("runs/raster/config.yaml").unlink()
+    assert "without the config.yaml of a run" in refused("fit", "--config", "raster.yaml")
+
+
+def test_the_same_command_continues_a_run_until_it_is_finished(run, runs, monkeypatch):
+    """Guards a user, or a queue, that has to know which checkpoint is the last; the weights are those of one go."""
+    whole = torch.load(LAST, weights_only=True)["state_dict"]
+    shutil.rmtree("runs/raster")
+    step = FlashARModule.training_step
+
+    def interrupted(self, *batch):
+        if self.trainer.global_step == 3:
+            raise KeyboardInterrupt
+        return step(self, *batch)
+
+    monkeypatch.setattr(FlashARModule, "training_step", interrupted)
+    assert run("fit", "--config", "raster.yaml")[0] == 130
+    monkeypatch.setattr(FlashARModule, "training_step", step)
+    assert run("fit", "--config", "raster.yaml", "--data.num_workers", 0)[0] == 0
+    content = torch.load(LAST, weights_only=True)
+    assert content["global_step"] == 4
+    assert all(torch.equal(value, content["state_dict"][name]) for name, value in whole.items())
+    before = listing(runs)
+    assert run("fit", "--config", "raster.yaml")[0] == 0
+    assert listing(runs) == before
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
+    (tmp_path / "config.yaml").write_text("trainer: {max_steps: 1}\n")
+    assert continued(tmp_path, {"trainer": {"max_steps": 1}}) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert continued(tmp_path, {"trainer": {"max_steps": 1, "devices": 2}}) is None
+    for name in ("a.ckpt", "b.ckpt"):
+        (tmp_path / "checkpoints" / name).write_text("torn")
+    with pytest.raises(ValueError, match=r"is not a torch file.* The one before it: --ckpt_path .*[ab]\.ckpt"):
+        continued(tmp_path, {"trainer": {"max_steps": 1}})
+
+
+def test_a_second_process_in_a_run_directory_is_refused(refused, runs):
+    """Guards two processes that continue one run: the last writer won, silently."""
+    before = torch.load(LAST, weights_only=True)["global_step"]
+    hold = "import fcntl, sys; f = open('runs/raster/.lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX)\n"
+    hold += "print('process 7 on node3', file=f, flush=True); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        message = refused("fit", "--ckpt_path", LAST, "--trainer.max_steps", 6)
+        other.communicate()
+    assert "runs/raster is in use by process 7 on node3" in message
+    assert torch.load(LAST, weights_only=True)["global_step"] == before
 
 
 def test_continuing_takes_checkpoint_then_yaml_then_command_line(run, runs, caplog):
@@ -376,4 +431,4 @@ def test_ctrl_c_exits_130_without_traceback(runs):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert re.search(r"Interrupted at step \d+. Continue with: flashar fit --ckpt_path runs/kept/last.ckpt", err)
+    assert re.search(r"Interrupted at step \d+\. Continue .* with: flashar fit --ckpt_path runs/kept/last\.ckpt", err)

@@ -1,0 +1,134 @@
+"""The directory of a run: one process at a time, and the same command goes on where it was stopped."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.training.stored_config import CONFIG_FILE, differences, read_settings
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes apart
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""File of a run directory that the process in it has locked, with its name."""
+PLACE = (
+    *("trainer.default_root_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy.init_args.replicas"),
+    *("data.num_workers", "data.init_args.num_workers"),
+)
+"""Settings that say where a run is computed, not what: a run continues with others."""
+
+
+@contextmanager
+def only_one(directory: Path, new: bool = False) -> Iterator[None]:
+    """Keep other fits out of a run directory until this one ends, in whatever way. new: there was nothing in it.
+
+    Raises:
+        ValueError: another process is in it, or was.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers that outlive the process do not hold it
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise ValueError(
+                f"the run directory {directory} is in use by {file.read().strip() or 'another process'}; wait for it, "
+                "or choose another --trainer.default_root_dir."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        if new and is_used(directory):
+            raise ValueError(f"another process made the run directory {directory} meanwhile; start again.")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def is_used(directory: Path) -> bool:
+    """Whether there is anything in a directory but the lock."""
+    return directory.is_dir() and any(path.name != LOCK for path in directory.iterdir())
+
+
+def check_own(directory: Path, checkpoint: str) -> None:
+    """ValueError if a run that continues from a checkpoint would write into another run's directory."""
+    if is_used(directory) and directory.resolve() not in Path(checkpoint).resolve().parents:
+        raise ValueError(
+            f"the run directory {directory} holds another run than {checkpoint}; choose a new "
+            "--trainer.default_root_dir."
+        )
+
+
+def continued(directory: Path, values: dict[str, Any]) -> str | None:
+    """The checkpoint from which a command goes on in its run directory; None = it has none yet, so the run begins.
+
+    values: what the command would run, as config.yaml has it.
+
+    Raises:
+        ValueError: the directory holds something else, a run of other settings (which), or checkpoints none of which
+            is whole: a run that has lost them must not begin again in silence.
+    """
+    if not is_used(directory):
+        return None
+    other = "choose another --trainer.default_root_dir, or remove it"
+    if not (directory / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"the run directory {directory} exists, without the {CONFIG_FILE} of a run; nothing was written: {other}."
+        )
+    folders = [directory / "checkpoints", *_other_folders(values)]
+    found = newest(folders)
+    stored = read_settings(directory / CONFIG_FILE)
+    changed = [line for line in differences(stored, values) if line.partition(":")[0] not in PLACE]
+    if changed:
+        how = f"to change them, continue it with --ckpt_path {found} and these options; or " if found else ""
+        raise ValueError(
+            f"the run directory {directory} exists, and its run has other settings than this command: "
+            f"{'; '.join(changed)}. Nothing was written: {how}{other}."
+        )
+    if found is None and (left := [path for folder in folders if folder.is_dir() for path in folder.iterdir()]):
+        raise ValueError(
+            f"the run directory {directory} has no whole checkpoint, but {left[0]}; nothing was written. To begin "
+            f"again, {other}."
+        )
+    return found
+
+
+def newest(folders: list[Path]) -> str | None:
+    """The newest checkpoint in some folders from which a run can continue.
+
+    Raises:
+        ValueError: it is damaged; the one before it is named.
+    """
+    files = {path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if path.name[0] != "."}
+    ordered = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path, before in itertools.zip_longest(ordered, ordered[1:]):
+        try:
+            if "callbacks" in RunCheckpoint(path).content:  # else it has weights only
+                return str(path)
+        except ValueError as error:
+            hint = "" if before is None else f" The one before it: --ckpt_path {before}"
+            raise ValueError(f"{error}{hint}") from error
+    return None
+
+
+def is_finished(checkpoint: str) -> bool:
+    """Whether a run has done all its steps."""
+    stored = RunCheckpoint(checkpoint)
+    return stored.content["global_step"] == stored.description.training.get("total_steps")
+
+
+def _other_folders(values: dict[str, Any]) -> list[Path]:
+    """Where the callbacks of a configuration keep checkpoints, if they say it."""
+    callbacks = values["trainer"].get("callbacks") or []
+    settings = [each.get("init_args") or {} for each in callbacks if isinstance(each, dict)]
+    return [Path(each["dirpath"]).expanduser() for each in settings if each.get("dirpath")]
