@@ -72,33 +72,23 @@ def test_only_a_run_that_was_asked_to_stop_is_queued_again(tmp_path: Path, code:
     assert run("emu35_34b.sbatch", tmp_path, **slurm) == code
     said = (tmp_path / "said.txt").read_text().splitlines()
     assert said[0] == (
-        "srun --kill-on-bad-exit=1 flashar fit --config experiments/emu35_34b.yaml --trainer.num_nodes 4 "
-        "--trainer.strategy.init_args.replicas 4"
+        "srun --kill-on-bad-exit=1 flashar fit --config experiments/emu35_34b.yaml --trainer.default_root_dir "
+        "runs/emu35_34b --trainer.num_nodes 4 --trainer.strategy.init_args.replicas 4"
     )
     assert said[1:] == (["scontrol requeue 7"] if again else [])
 
 
-def test_continues_from_the_newest_finished_checkpoint(tmp_path: Path) -> None:
+def test_no_run_is_moved_and_no_checkpoint_chosen(tmp_path: Path) -> None:
+    """Guards a job that began again at step 0 because it saw no checkpoint at that moment: `fit` knows better."""
     programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS)
-    for age, name in ((3, "stopped.ckpt"), (2, "last.ckpt"), (1, ".last.ckpt.part")):
-        folder = tmp_path / "runs/x/checkpoints" / name
-        folder.mkdir(parents=True)
-        os.utime(folder, (10**9 - age, 10**9 - age))
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
-    assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
-    words = " flashar fit --config runs/x/config.yaml --ckpt_path runs/x/checkpoints/last.ckpt --trainer"
-    assert words in (tmp_path / "said.txt").read_text()
-
-
-def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
-    """Guards a job whose node died early: `flashar fit` refuses its directory, and every requeue would fail."""
-    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS)
-    (tmp_path / "runs/x").mkdir(parents=True)
-    (tmp_path / "runs/x/config.yaml").write_text("a: 1")
-    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
-    assert run("emu35_34b.sbatch", tmp_path, **slurm, SLURM_RESTART_COUNT="2") == 0
-    assert " flashar fit --config " in (tmp_path / "said.txt").read_text()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x.7.2"]
+    (tmp_path / "a.yaml").write_text("trainer: {devices: 8}\n")
+    assert run("emu35_34b.sbatch", tmp_path, **slurm, CONFIG="a.yaml") == 0
+    (tmp_path / "runs/x/checkpoints/last.ckpt").mkdir(parents=True)
+    assert run("emu35_34b.sbatch", tmp_path, **slurm, CONFIG="a.yaml", SLURM_RESTART_COUNT="2") == 0
+    first, second = (tmp_path / "said.txt").read_text().splitlines()
+    assert first == second
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x"]
 
 
 def test_a_recipe_without_shards_gets_no_replicas(tmp_path: Path) -> None:
@@ -109,7 +99,8 @@ def test_a_recipe_without_shards_gets_no_replicas(tmp_path: Path) -> None:
     assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
     assert run("torchrun.sh", tmp_path, "node0", "2", "a.yaml") == 0
     said = (tmp_path / "said.txt").read_text().splitlines()
-    assert all(line.endswith("fit --config a.yaml --trainer.num_nodes 2") for line in said)
+    assert said[0].endswith("fit --config a.yaml --trainer.default_root_dir runs/emu35_34b --trainer.num_nodes 2")
+    assert said[1].endswith("fit --config a.yaml --trainer.num_nodes 2")
 
 
 def test_torchrun_takes_a_configuration_or_a_checkpoint(tmp_path: Path) -> None:
