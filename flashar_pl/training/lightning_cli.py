@@ -23,7 +23,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
@@ -287,7 +287,8 @@ class ExperimentCLI(LightningCLI):
 
     def run(self) -> None:
         """Fit, validate, test or predict. SystemExit with its code for a run that was asked to stop."""
-        if self.verb != "fit" or self.config.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer may learn its rank when it starts
+        if self.verb != "fit" or self.config.trainer.fast_dev_run or not first:
             return self._run()
         with only_one(self._directory, new=self._new_directory):
             self._run()

@@ -122,8 +122,8 @@ def place(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-HERE = Path(__file__).parents[:2]
-"""Where the callback of the next test and what it imports are."""
+HERE = Path(__file__).parents[:3]
+"""Where the callback of the next test, what it imports and the package are."""
 
 
 @pytest.mark.slow
