@@ -30,7 +30,7 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
-class ModelCheckpoint(callbacks.ModelCheckpoint):
+class StepCheckpoint(callbacks.ModelCheckpoint):
     """Lightning's, but it counts optimiser steps, and ranks a step by its own validation.
 
     The original takes each batch whose gradients are only accumulated for the step before, and ranks by the value of an
@@ -47,6 +47,11 @@ class ModelCheckpoint(callbacks.ModelCheckpoint):
             callback.__class__ = cls
         if isinstance(callback, cls) and callback.ranks_by_validation:
             save_after_validation(callback)
+
+    @property
+    def state_key(self) -> str:
+        """The original's: it is the same callback to a checkpoint, and `ModelCheckpoint` is one class in a YAML."""
+        return super().state_key.replace(type(self).__qualname__, callbacks.ModelCheckpoint.__qualname__, 1)
 
     @property
     def ranks_by_validation(self) -> bool:
@@ -97,7 +102,7 @@ class LastCheckpoint(StepCallback):
             strategy.checkpoint_io = WholeFiles()
         if stage == "fit":
             for callback in trainer.checkpoint_callbacks:
-                ModelCheckpoint.adopt(callback)
+                StepCheckpoint.adopt(callback)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

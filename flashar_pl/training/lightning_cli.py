@@ -220,7 +220,7 @@ class ExperimentCLI(LightningCLI):
         """Continue the run that is in the run directory, if this command is its own. SystemExit if it is finished."""
         if self.checkpoint is not None:
             return check_own(self._directory, self.checkpoint)
-        self.checkpoint = continued(self._directory, self.values)
+        self.checkpoint = continued(self._directory, self.values, [key for key, _ in self.typed.pairs()])
         if self.checkpoint is not None:
             self.stored = self.values
             rank_zero_info(f"The run in {self._directory} continues from {self.checkpoint}.")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
-from flashar_pl.training.stored_config import CONFIG_FILE, differences, read_settings
+from flashar_pl.training.stored_config import CONFIG_FILE, differences, flatten, read_settings
 
 try:
     import fcntl
@@ -69,10 +69,11 @@ def check_own(directory: Path, checkpoint: str) -> None:
         )
 
 
-def continued(directory: Path, values: dict[str, Any]) -> str | None:
+def continued(directory: Path, values: dict[str, Any], typed: Collection[str] = ()) -> str | None:
     """The checkpoint from which a command goes on in its run directory; None = it has none yet, so the run begins.
 
-    values: what the command would run, as config.yaml has it.
+    values: what the command would run, as config.yaml has it. typed: keys that the user gives; others that config.yaml
+    lacks are new in this version, and have their defaults.
 
     Raises:
         ValueError: the directory holds something else, a run of other settings (which), or checkpoints none of which
@@ -88,7 +89,8 @@ def continued(directory: Path, values: dict[str, Any]) -> str | None:
     folders = [directory / "checkpoints", *_other_folders(values)]
     found = newest(folders)
     stored = read_settings(directory / CONFIG_FILE)
-    changed = [line for line in differences(stored, values) if line.partition(":")[0] not in PLACE]
+    skipped = {*PLACE, *(flatten(values).keys() - flatten(stored).keys() - set(typed))}
+    changed = [line for line in differences(stored, values) if line.partition(":")[0] not in skipped]
     if changed:
         how = f"to change them, continue it with --ckpt_path {found} and these options; or " if found else ""
         raise ValueError(

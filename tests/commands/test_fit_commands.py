@@ -147,7 +147,10 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
     (tmp_path / "config.yaml").write_text("trainer: {max_steps: 1}\n")
     assert continued(tmp_path, {"trainer": {"max_steps": 1}}) is None
     (tmp_path / "checkpoints").mkdir()
-    assert continued(tmp_path, {"trainer": {"max_steps": 1, "devices": 2}}) is None
+    now = {"trainer": {"max_steps": 1, "devices": 2, "new": 3}}
+    assert continued(tmp_path, now) is None, "an option that a new version has"
+    with pytest.raises(ValueError, match=r": trainer\.new: None -> 3\. Nothing"):
+        continued(tmp_path, now, ["trainer.new"])
     for name in ("a.ckpt", "b.ckpt"):
         (tmp_path / "checkpoints" / name).write_text("torn")
     with pytest.raises(ValueError, match=r"is not a torch file.* The one before it: --ckpt_path .*[ab]\.ckpt"):
