@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 from torch import Tensor
 
 from flashar_pl.data.account import Account
@@ -24,7 +23,7 @@ from flashar_pl.data.locations import default_cache, is_remote
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
 from flashar_pl.evaluate.identity import tokenizer_identity
-from flashar_pl.files import BROKEN, digest, reason
+from flashar_pl.files import BROKEN, array_header, digest, reason
 from flashar_pl.image_files import EXTENSIONS, Unreadable, open_rgb
 from flashar_pl.metrics.extractor import FeatureExtractor, device_of
 from flashar_pl.metrics.reference import BATCH, IMAGES, ReferenceStatistics, load_reference, reference_from_batches
@@ -119,10 +118,9 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     try:
         with zipfile.ZipFile(file) as archive:
-            for name in archive.namelist():
-                with archive.open(name) as stream:
-                    read = npy.read_array_header_1_0 if npy.read_magic(stream) == (1, 0) else npy.read_array_header_2_0
-                    shapes[name.removesuffix(".npy")] = read(stream)[0]
+            for member in archive.infolist():
+                with archive.open(member) as stream:
+                    shapes[member.filename.removesuffix(".npy")] = array_header(stream, member.file_size)[0]
     except BROKEN as error:
         raise ValueError(f"{file} is not an .npz that can be read: {reason(error)}.") from error
     return shapes

@@ -125,6 +125,7 @@ class Detector:
         """All detections in an image, by class name."""
         pixels, size = detector_input(image)
         output = self.model(pixel_values=pixels.to(self.device))
+        _check_finite("detector", output.class_queries_logits, output.masks_queries_logits)
         padded = (pixels.shape[2], pixels.shape[3])
         original = (image.height, image.width)
         return detections_of(output.class_queries_logits[0], output.masks_queries_logits[0], padded, size, original)
@@ -192,6 +193,7 @@ class ColorClassifier:
         crops = [object_crop(image, d.box, d.mask if isinstance(d, Segment) else None) for d in found]
         features = self.image_features(clip_input(crops).to(self.device))  # (n, E)
         scores = F.normalize(features, dim=-1) @ self._classifier(name)  # (n, colours)
+        _check_finite("CLIP model", scores)
         return [COLORS[i] for i in scores.argmax(1).tolist()]
 
     def image_features(self, pixels: Tensor) -> Tensor:
@@ -213,3 +215,9 @@ class ColorClassifier:
                 rows.append(F.normalize(embedded.mean(0), dim=0))
             self._weights[name] = torch.stack(rows, dim=1)
         return self._weights[name]
+
+
+def _check_finite(what: str, *outputs: Tensor) -> None:
+    """ValueError for NaN or infinity, which would count as an image without objects, or as the first colour."""
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise ValueError(f"the {what} gives NaN or infinity; its weights are broken.")

@@ -1,6 +1,7 @@
 """What GenEval sees: crops as the official script makes them, detections as mmdet makes them, CLIP's input."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +144,21 @@ def test_a_directory_is_data(tmp_path: Path, monkeypatch) -> None:
         with pytest.raises(ValueError, match=r"no file named model\.safetensors.*the weights as safetensors"):
             kind(tmp_path)
     assert [(each["trust_remote_code"], each["use_safetensors"]) for each in asked] == [(False, True)] * 2
+
+
+def test_broken_networks_see_nothing_silently() -> None:
+    """NaN is above no threshold, and its largest entry is the first: no objects, red ones."""
+    image, nan = random_image(8, 8), torch.full((1, 5, 81), math.nan)
+    detector = Detector.__new__(Detector)
+    detector.device = "cpu"
+    detector.model = lambda pixel_values: SimpleNamespace(class_queries_logits=nan, masks_queries_logits=nan)
+    with pytest.raises(ValueError, match="the detector gives NaN or infinity"):
+        detector(image)
+    colors = ColorClassifier.__new__(ColorClassifier)
+    colors.device, colors._weights = "cpu", {"car": torch.ones(4, 10)}
+    colors.image_features = lambda pixels: torch.full((1, 4), math.inf)
+    with pytest.raises(ValueError, match="the CLIP model gives NaN or infinity"):
+        colors(image, "car", [Detection((0, 0, 4, 4), 0.5)])
 
 
 def test_no_other_file_reads_directories_of_transformers() -> None:
