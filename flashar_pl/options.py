@@ -257,7 +257,7 @@ class Subject:
     prompts: str | None = None
     """File with one prompt a line."""
     classes: str | list[int] | None = None
-    """Class ids of a class-conditional model, such as 3,7 or 0-9."""
+    """Classes of a class-conditional model: ids such as 3,7 or 0-9, or the names that its training data had."""
     text_features: str | None = None
     """Text features of a text-conditional model: .npy (N, T, C) or (T, C), or .npz or .safetensors with "features" and,
     where captions are left-padded, "mask" (N, T)."""

@@ -33,6 +33,12 @@ class Description:
     lora: dict[str, Any] | None = None
     """`LoraConfig` of the weights beside this; None = a plain model's, as all that `load_model` returns."""
 
+    @property
+    def class_names(self) -> list[str]:
+        """What the training data called its classes, by their ids; empty = not known."""
+        names = self.training.get("class_names")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types."""
         return {"format": FORMAT, **asdict(self), "grid": None if self.grid is None else list(self.grid)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.files import read_arrays, read_lines, read_tensors
+from flashar_pl.files import closest, read_arrays, read_lines, read_tensors
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def ask(
     elif source.model.backbone.conditioning.kind == "prompt":
         raise ValueError("this model takes prompts; give --prompt.")
     elif classes is not None:
-        ids = parse_classes(classes)
+        ids = class_ids(source, classes)
         condition, labels = torch.tensor(ids), [f"class{i}" for i in ids]
     else:
         assert subject.text_features is not None
@@ -160,6 +160,23 @@ def ask(
         [labels[i] for i in each],
         None if prompts is None else [prompts[i] for i in each],
     )
+
+
+def class_ids(source: Source, classes: str | list[int] | int) -> list[int]:
+    """Ids of classes that are given by id, by range, or by the name that the training data had for them.
+
+    Digits are an id, whatever the names.
+    """
+    names = {name: i for i, name in enumerate(source.description.class_names) if not name.isdigit()}
+    if isinstance(classes, str) and classes.strip() in names:  # a name may hold commas
+        return [names[classes.strip()]]
+    if not isinstance(classes, str) or not names:
+        return parse_classes(classes)
+    parts = [part.strip() for part in classes.split(",")]
+    unknown = [part for part in parts if part not in names and not part[:1].isdigit()]
+    if unknown:
+        raise ValueError(f"no class is called {unknown[0]!r}; {closest(unknown[0], names)[:200]}")
+    return [i for part in parts for i in ([names[part]] if part in names else parse_classes(part))]
 
 
 def from_prompts(

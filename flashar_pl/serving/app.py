@@ -67,7 +67,7 @@ class Service:
         self.tokenizer = self.source.matching_tokenizer(engine.device)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
-        self.classes: list[str] = self.source.description.training.get("class_names", [])
+        self.classes = self.source.description.class_names
         self.size = f"{self.grid[1] * self.tokenizer.downsample}x{self.grid[0] * self.tokenizer.downsample}"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
@@ -112,10 +112,10 @@ class Service:
 
     def class_of(self, prompt: str) -> int:
         """The class that a prompt names, by its id or its name."""
-        if prompt in self.classes:
-            return self.classes.index(prompt)
         if prompt.isascii() and prompt.isdigit() and len(prompt) < 10:
             return int(prompt)
+        if prompt in self.classes:
+            return self.classes.index(prompt)
         raise ValueError(f'"prompt" is {prompt[:60]!r}; this model draws classes: expected an id or a name of one.')
 
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:

@@ -229,12 +229,14 @@ class FlashARModule(LightningModule):
 
     def description(self) -> Description:
         """Model, grid and tokenizer, and under "training" the step, the length, the stage, all settings and what the
-        data module adds: the grids where there are several, and the prompts of Emu3.5."""
+        data module adds: the grids where there are several, the names of classes, and the prompts of Emu3.5."""
         step, data, manifest = self.trainer.global_step, self.trainer.datamodule, self.manifest  # type: ignore[attr-defined]
         training: dict[str, Any] = {"step": step, "total_steps": self.total_steps, "settings": self.settings()}
         grids = [list(each.grid) for each in getattr(data, "manifests", ())]
         if len(grids) > 1:
             training["grids"] = grids
+        if manifest is not None and manifest.class_names:
+            training["class_names"] = list(manifest.class_names)
         if getattr(data, "prompts", None) is not None:
             training |= {"prompts": data.prompts, "max_prompt": data.max_prompt}
         if self.total_steps is not None:

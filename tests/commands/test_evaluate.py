@@ -260,7 +260,8 @@ def _without_test_split(work: Path, shards: str) -> str:
 
 def test_reference_images_of_another_size_are_refused(refused, base, work):
     """Inception resizes whatever it gets: 256-pixel statistics against 384-pixel samples would pass unseen."""
-    np.savez("larger.npz", arr_0=np.zeros((40, 16, 16, 3), np.uint8), mu=np.zeros(32), sigma=np.eye(32), features=[[0]])
+    moments = {"mu": np.zeros(32), "sigma": np.eye(32), "features": np.zeros((40, 32))}
+    np.savez("larger.npz", arr_0=np.zeros((40, 16, 16, 3), np.uint8), **moments)
     words = [*base, "--out", "eval"]
     words[words.index("--reference") + 1] = "larger.npz"
     assert "samples are 8 x 8 pixels, the reference images 16 x 16" in refused(*words)

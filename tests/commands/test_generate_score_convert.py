@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flashar_pl import decoding, devices
-from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.commands.score import held_out, image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.models import FlashAR
@@ -112,6 +113,22 @@ def test_the_null_class_is_no_secret(run, flashar_model, work):
     assert code == 0
     assert "note: class 10 means no class" in err
     assert "note" not in run("generate", *words, "--classes", "9", "--out", "nine")[2]
+
+
+def test_classes_go_by_the_names_of_the_training_data(run, refused, work):
+    """Names with commas too; digits stay ids, as folders that are called 0, 1, 10, 2 stand in another order."""
+    model = FlashAR(tiny_backbone(num_classes=4), 1)
+    names = ["tench, a fish", "golden retriever", "0", "macaw"]
+    note = Description(
+        model.config(), grid=(8, 8), tokenizer={"kind": "pixels", "levels": 17}, training={"class_names": names}
+    )
+    save_model(work / "named", model, note)
+    words = ("generate", "--checkpoint", "named", "--num-images", 1, "--codes-only")
+    for given, ids in (("tench, a fish", [0]), ("golden retriever,3, macaw", [1, 3, 3]), ("0-1,macaw", [0, 1, 3])):
+        assert run(*words, "--classes", given, "--out", given)[0] == 0
+        images = json.loads(Path(given, "settings.json").read_text())["images"]
+        assert [image["label"] for image in images] == [f"class{i}" for i in ids]
+    assert "did you mean macaw?" in refused(*words, "--classes", "mackaw", "--out", "none")
 
 
 def test_generate_from_official_weights_needs_grid_and_tokenizer(run, refused, work):
