@@ -16,7 +16,7 @@ NUMERICAL := backbones decoding layers metrics models planner sampling tokenizer
 .PHONY: help setup constraints test test-slow test-rounding mutants load-test lint demo demo-full clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 setup: $(STAMP)  ## create .venv and install flashar-pl with its development tools
 
@@ -49,6 +49,11 @@ mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15
 
 load-test: setup  ## a server asked by 8 clients for 3 minutes: errors, times, memory; SECONDS_OF_LOAD=20 for fewer
 	$(BIN)/python -m tests.reliability.load $(or $(SECONDS_OF_LOAD),180)
+
+.PHONY: reliability-files
+reliability-files: setup  ## 100,000 damaged copies for each reader of files (an hour); ROOM=data COUNT=1000 for fewer
+	for room in $(or $(ROOM),$(patsubst tests/reliability/test_%.py,%,$(shell grep -l '^TARGETS' tests/reliability/test_*.py))); do \
+		$(BIN)/python -m tests.reliability.mutate $$room $(or $(COUNT),100000) || exit 1; done
 
 lint: setup  ## ruff, import directions, types
 	$(BIN)/ruff check .
