@@ -323,6 +323,10 @@ def parse_tokenizer(text: str | dict[str, Any] | None) -> dict[str, Any] | None:
     return {"kind": kind, "weights": value}
 
 
+MOST_CLASSES = 100_000
+"""Of one range."""
+
+
 def parse_classes(classes: str | list[int] | int) -> list[int]:
     """ "3,7", "0-9" or a list of ints as class ids. Raises ValueError for anything else."""
     if not isinstance(classes, str):
@@ -330,7 +334,7 @@ def parse_classes(classes: str | list[int] | int) -> list[int]:
     ids: list[int] = []
     for part in classes.strip("[] ").split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
-            raise ValueError(f"classes is {classes!r}; expected ids such as 3,7 or a range such as 0-9.")
+        if not first.isdigit() or (dash and not (last.isdigit() and 0 <= int(last) - int(first) < MOST_CLASSES)):
+            raise ValueError(f"classes is {classes[:80]!r}; expected ids such as 3,7 or a range such as 0-9.")
         ids += range(int(first), int(last or first) + 1)
     return ids

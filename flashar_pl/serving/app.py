@@ -23,7 +23,7 @@ from torch import Tensor
 from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.loop import Progress
-from flashar_pl.decoding.prompts import Wanted, ask, choose_grid
+from flashar_pl.decoding.prompts import Wanted, ask, choose_grid, class_ids
 from flashar_pl.decoding.samples import SampleSet, decode_partial, draw_codes
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, Subject, TextOptions
 from flashar_pl.pictures import png_bytes
@@ -67,7 +67,6 @@ class Service:
         self.tokenizer = self.source.matching_tokenizer(engine.device)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
-        self.classes = self.source.description.class_names
         self.size = f"{self.grid[1] * self.tokenizer.downsample}x{self.grid[0] * self.tokenizer.downsample}"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
@@ -93,7 +92,10 @@ class Service:
         if not (1 <= n <= most and 0 <= seed < 2**63 and 0 <= parts <= 64):
             raise ValueError(f"n is {n}, seed {seed}, partial_images {parts}; expected 1 to {most}, 63 bits, 0 to 64.")
         if self.by == "class" and "prompt" in given and "class" not in given:  # as OpenAI's clients can say it
-            given["class"] = self.class_of(given.pop("prompt"))
+            ids = class_ids(self.source, given.pop("prompt"))
+            if len(ids) > 1:
+                raise ValueError(f'"prompt" is {body["prompt"][:60]!r}; expected one class, and "n" for more images.')
+            given["class"] = ids[0]
         if given.keys() & {"class", "prompt"} != {self.by}:
             raise ValueError(f'this model is asked by "{self.by}"; got {json.dumps(body)[:200]}.')
         for key, only in (("response_format", "b64_json"), ("output_format", "png"), ("size", self.size)):
@@ -109,14 +111,6 @@ class Service:
         size = n if "graphs" not in self.engine.runner or n == 1 else self.most_images
         samples = SampleSet(wanted.condition, self.grid, plan, sampling, size, seed, wanted.unconditional)
         return Job(wanted, samples, parts if given.get("stream") else 0)
-
-    def class_of(self, prompt: str) -> int:
-        """The class that a prompt names, by its id or its name."""
-        if prompt.isascii() and prompt.isdigit() and len(prompt) < 10:
-            return int(prompt)
-        if prompt in self.classes:
-            return self.classes.index(prompt)
-        raise ValueError(f'"prompt" is {prompt[:60]!r}; this model draws classes: expected an id or a name of one.')
 
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:
         """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises where it left."""

@@ -125,7 +125,9 @@ def test_streamed_images_grow(service: Service, client: TestClient, plan: str, s
         ({"class": 1, "size": "64x64"}, 'expected "8x8"'),
         ({"class": 1, "output_format": "webp"}, 'expected "png"'),
         ({"class": 1, "prompt": "1"}, 'asked by "class"'),
-        ({"prompt": "a dog"}, "expected an id or a name"),
+        ({"prompt": "0-3"}, "expected one class"),
+        ({"prompt": "0-99999999999"}, "expected ids such as"),
+        ({"prompt": "a dog"}, "expected ids such as"),
         (b'{"class": 1, "class": 2}', "a name stands twice"),
         ({"class": 1, "negative_prompt": "rain"}, "are for --prompt"),
         ({"class": 1, "cfg_scale": math.nan}, "expected 0 or more"),
@@ -182,7 +184,7 @@ def test_requests_of_pages_and_of_two_meanings(client: TestClient, headers: list
 
 def test_openai_clients_draw_classes(service: Service, client: TestClient) -> None:
     """They always send a prompt: a class's id, or its name where the model knows names."""
-    service.classes = ["zero", "one", "two", "golden retriever"]
+    service.source.description.training["class_names"] = ["zero", "one", "two", "golden retriever"]
     for prompt in ("3", "golden retriever"):
         asked = {"prompt": prompt, "n": 1, "size": "8x8", "seed": 1, "response_format": "b64_json", "model": "any"}
         found = client.post(IMAGES, json=asked).json()["data"][0]
