@@ -5,6 +5,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -55,12 +56,12 @@ class Check:
     what: str
     limit: float
     difference: float | None = None
-    """None = it could not run; `remark` says why."""
+    """None = it could not run, or is not finite; `remark` says which."""
     remark: str = ""
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within its limit; NaN is not."""
+        """Whether there is a difference within its limit."""
         return self.difference is not None and self.difference <= self.limit
 
 
@@ -211,9 +212,12 @@ def check(
 
     def tried(what: str, limit: float, measure: Callable[[], tuple[float, str]]) -> Check:
         try:
-            return Check(name, dtype, what, limit, *measure())
+            difference, remark = measure()
         except FAILURES as error:
             return Check(name, dtype, what, limit, None, first_line(error))
+        if math.isfinite(difference):
+            return Check(name, dtype, what, limit, difference, remark)
+        return Check(name, dtype, what, limit, None, f"the difference is {difference} {remark}".strip())
 
     subject = subject_of(name, asked, place, dtype)
     try:

@@ -1,6 +1,7 @@
 """`flashar doctor`: it passes here, and it fails where decoding is wrong."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def test_faults_are_found(one_model: None, monkeypatch: pytest.MonkeyPatch, wher
     monkeypatch.setattr(where, fault)
     with pytest.raises(Missed, match=found):
         doctor(ALL, PLAIN, FP32)
+
+
+def test_a_difference_that_is_no_number_is_written(
+    one_model: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The file of a machine that computes NaN is the one that is wanted most."""
+    monkeypatch.setattr("flashar_pl.benchmarking.plain_loss.AUX_WEIGHT", math.nan)
+    with pytest.raises(Missed, match="1 of 5 checks failed"):
+        doctor(ALL, PLAIN, FP32, out=str(tmp_path / "doctor.json"))
+    failed = [each for each in json.loads((tmp_path / "doctor.json").read_text())["checks"] if not each["passed"]]
+    assert [(each["difference"], each["remark"][:21]) for each in failed] == [(None, "the difference is nan")]
 
 
 def test_what_cannot_run_is_said(one_model: None, capsys: pytest.CaptureFixture[str]) -> None:
