@@ -87,10 +87,12 @@ class ImageFolder(Source):
     images are no classes.
 
     Raises:
-        ValueError: no class folders, no images, or a folder of images that `classes`, the list of `whose`, lacks.
+        ValueError: no class folders, no images, or a folder of images that `classes` lacks; `lack` says whose list that is.
     """
 
-    def __init__(self, root: str, classes: Sequence[str] | None = None, whose: str = "the list of classes") -> None:
+    def __init__(
+        self, root: str, classes: Sequence[str] | None = None, lack: str = "the list of classes lacks"
+    ) -> None:
         self.root = Path(root).expanduser()
         self.account = Account()
         folders: dict[str, list[str]] = {}
@@ -110,7 +112,7 @@ class ImageFolder(Source):
         classes = list(folders) if classes is None else classes
         if unknown := [name for name in folders if name not in classes]:
             raise ValueError(
-                f"{root} has folders that {whose} lacks: {', '.join(unknown[:5])}; it has {', '.join(classes[:10])}"
+                f"{root} has folders that {lack}: {', '.join(unknown[:5])}; expected {', '.join(classes[:10])}"
                 f"{' ...' if len(classes) > 10 else ''}."
             )
         held = [(label, folders[name]) for label, name in enumerate(classes) if name in folders]
@@ -285,7 +287,7 @@ def class_images(
                     "--num-classes is for tars; the classes of a folder are its sub-folders, or --classes."
                 )
             if names is None and known:
-                return ImageFolder(images, known, "the training split, or whichever is there,")
+                return ImageFolder(images, known, "the shards that are there lack")
             return ImageFolder(images, names)
     if names is not None and num_classes is not None:
         raise ValueError("give --classes or --num-classes, not both.")

@@ -45,6 +45,8 @@ from flashar_pl.ranks import Rank
 
 NAMED = 5
 """Unusable samples named in an error."""
+LOCK = ".lock"
+"""In the output directory, of the process that writes there."""
 UNREADABLE = "unreadable or without a usable condition"
 TYPED = {"part": "--shard-images"}
 """How settings are typed whose names in the files are others."""
@@ -144,24 +146,32 @@ def _alone(out: Path) -> Iterator[None]:
     """Hold a directory, which is made if needed. Raises ValueError where another process holds it."""
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    directory = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(directory)
-        raise ValueError(
-            f"another flashar tokenize is writing to {out}. Let it finish, or choose another --out; to share the work "
-            "among processes start them with torchrun or srun, as docs/cluster.md says."
-        ) from error
-    except OSError:  # a file system without locks
-        pass
+    while True:
+        lock = (out / LOCK).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise ValueError(
+                f"another flashar tokenize is writing to {out}. Let it finish, or choose another --out; to share the "
+                "work among processes start them with torchrun or srun, as docs/cluster.md says."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(out / LOCK)):
+                break
+        lock.close()  # the one before has just removed it
     try:
         yield
     finally:
+        (out / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not do it while a forked process has it open too
+        lock.close()
         with suppress(OSError):  # it holds something
             if made:
                 out.rmdir()
-        os.close(directory)
 
 
 def known_classes(out: str) -> tuple[str, ...]:
@@ -183,7 +193,7 @@ def _begin(job: Job, held: ExitStack) -> dict[str, Any] | None:
         return report
     found = manifests(job.out)
     unfinished = any((job.out / f".{split}").is_dir() for split in SPLITS)
-    if job.out.exists() and not found and not unfinished and any(job.out.iterdir()):
+    if not found and not unfinished and any(path.name != LOCK for path in job.out.iterdir()):
         raise ValueError(f"{job.out} exists and holds no shards; nothing was written. Choose another --out.")
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())

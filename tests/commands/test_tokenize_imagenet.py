@@ -272,7 +272,9 @@ def test_another_split_has_the_same_classes(tmp_path, tokenize, refused, images,
     (fewer / "n2").rename(fewer / "cow")
     (tmp_path / "names.txt").write_text("n0\ncow\nn2\n")
     words = ("tokenize", "imagenet", "--images", fewer, "--out", tmp_path / "s", "--split", "test", *SMALL)
-    assert "has folders that the training split" in refused(*words, "--weights", vq)
+    assert "has folders that the shards that are there lack: cow; expected n0, n1, n2." in refused(
+        *words, "--weights", vq
+    )
     error = refused(*words, "--weights", vq, "--classes", tmp_path / "names.txt")
     assert "has cow where the shards that are there have n1" in error
     assert (Manifest.load(tmp_path / "s"), (tmp_path / "s" / ".test").exists()) == (manifest, False)
