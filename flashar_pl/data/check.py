@@ -86,12 +86,16 @@ def show(manifest: Manifest, facts: dict[str, Any]) -> None:
             f"perplexity {found['codes_perplexity']:,.0f}"
         )
         if labels := found.get("labels"):
-            absent = labels["without_samples"]
+            absent = [_class(manifest, number) for number in labels["without_samples"]]
+            (fewest, least), (most, greatest) = labels["fewest"], labels["most"]
             print(
-                f"    {labels['classes']} classes, {labels['fewest'][1]:,} (class {labels['fewest'][0]}) to "
-                f"{labels['most'][1]:,} (class {labels['most'][0]}) samples each; {len(absent)} without any"
-                + (f": {', '.join(map(str, absent[:10]))}{' ...' if len(absent) > 10 else ''}" if absent else "")
+                f"    {labels['classes']} classes, {least:,} (class {_class(manifest, fewest)}) to {greatest:,} (class "
+                f"{_class(manifest, most)}) samples each; {len(absent)} without any"
+                + (f": {', '.join(absent[:10])}{' ...' if len(absent) > 10 else ''}" if absent else "")
             )
+        if account := manifest.accounts.get(split):
+            left_out = "".join(f"; {n} {why}" for why, n in account["left_out"].items())
+            print(f"    of {account['found']} entries of the input {account['used']} were used{left_out}")
         if captions := found.get("captions"):
             for line in captions["lines"]:
                 print(f"    {line}")
@@ -113,12 +117,17 @@ def draw(manifest: Manifest, tokenizer: Tokenizer, number: int, path: Path, seed
     print(f"  {path}: {len(index)} samples of the {split} split, id (condition):")
     for begin in range(0, len(index), COLUMNS):
         rows = range(begin, min(begin + COLUMNS, len(index)))
-        print("    " + "  ".join(f"{samples.ids[i]} ({_condition(samples, i)})" for i in rows))
+        print("    " + "  ".join(f"{samples.ids[i]} ({_condition(manifest, samples, i)})" for i in rows))
     print(f"  {agree:.0%} of their codes are unchanged after decoding and encoding")
     return str(path)
 
 
-def _condition(samples: Any, i: int) -> str:
+def _class(manifest: Manifest, number: int) -> str:
+    """A class by id, and by name where it is known."""
+    return f"{number} {manifest.class_names[number]}" if manifest.class_names else str(number)
+
+
+def _condition(manifest: Manifest, samples: Any, i: int) -> str:
     if samples.labels is not None:
-        return str(samples.labels[i])
+        return _class(manifest, int(samples.labels[i]))
     return samples.texts[i][:40] if samples.texts is not None else "features"

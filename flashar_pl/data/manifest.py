@@ -147,11 +147,13 @@ class Manifest:
         forms.integer("crops", self.crops, 1, forms.SIDE)
         forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
         self._check_splits()
-        names, known = self.class_names, self.condition.num_classes
-        if names and (not all(isinstance(name, str) for name in names) or not known == len(names) == len(set(names))):
-            raise ValueError(f"{len(names)} class names for {known} classes; expected another text for each.")
-        if not isinstance(self.accounts, dict):
-            raise ValueError(f"accounts is {forms.shown(self.accounts)}; expected one account for each split.")
+        check_names(self.class_names, self.condition.num_classes)
+        for split, account in self.accounts.items():
+            forms.name("a split of the accounts", split)
+            for what in ("found", "used"):
+                forms.integer(f"{what} of the account of {split}", account[what], 0, forms.SIZE)
+            for reason, number in account["left_out"].items():
+                forms.integer(forms.name("a reason in the accounts", reason), number, 1, forms.SIZE)
 
     def _check_splits(self) -> None:
         """No shard twice, in one split or in two; no record of more samples than its members have room for."""
@@ -273,6 +275,12 @@ class Manifest:
         """A short hash of the contents of a split: equal for equal shards, wherever they lie."""
         listed = "".join(f"{shard.samples} {shard.sha256}\n" for shard in self.shards(split))
         return hashlib.sha256(listed.encode()).hexdigest()[:16]
+
+
+def check_names(names: tuple[str, ...], classes: int | None) -> None:
+    """Raises ValueError unless there is another plain name for each class, or none at all."""
+    if names and not classes == len(names) == len({forms.name("a class", name) for name in names}):
+        raise ValueError(f"{len(names)} class names for {classes} classes; expected another one for each.")
 
 
 def without_path(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -87,11 +87,11 @@ class ImageFolder(Source):
     images are no classes.
 
     Raises:
-        ValueError: no class folders, no images, or a folder of images that `classes` lacks; `lack` says whose list that is.
+        ValueError: no class folders, no images, or a folder of images that `classes` lacks.
     """
 
     def __init__(
-        self, root: str, classes: Sequence[str] | None = None, lack: str = "the list of classes lacks"
+        self, root: str, classes: Sequence[str] | None = None, who_lacks: str = "the list of classes lacks"
     ) -> None:
         self.root = Path(root).expanduser()
         self.account = Account()
@@ -112,7 +112,7 @@ class ImageFolder(Source):
         classes = list(folders) if classes is None else classes
         if unknown := [name for name in folders if name not in classes]:
             raise ValueError(
-                f"{root} has folders that {lack}: {', '.join(unknown[:5])}; expected {', '.join(classes[:10])}"
+                f"{root} has folders that {who_lacks}: {', '.join(unknown[:5])}; expected {', '.join(classes[:10])}"
                 f"{' ...' if len(classes) > 10 else ''}."
             )
         held = [(label, folders[name]) for label, name in enumerate(classes) if name in folders]

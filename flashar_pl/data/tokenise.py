@@ -35,7 +35,7 @@ import torch
 from flashar_pl.data.account import Account
 from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
-from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, sub_manifests, without_path
+from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, check_names, sub_manifests, without_path
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
 from flashar_pl.data.writer import ShardWriter
@@ -198,6 +198,7 @@ def _begin(job: Job, held: ExitStack) -> dict[str, Any] | None:
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())
     check_weights(job.out, job.settings.get("weights_hash"))
+    check_names(job.source.class_names, job.source.condition.num_classes)
     items = Items(job.source, job.prepare)
     bad = job.source.known_bad()
     _check_share(job, len(bad), [_named(job, items.read(number)) for number in bad[:NAMED]])

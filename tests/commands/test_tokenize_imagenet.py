@@ -272,15 +272,14 @@ def test_another_split_has_the_same_classes(tmp_path, tokenize, refused, images,
     (fewer / "n2").rename(fewer / "cow")
     (tmp_path / "names.txt").write_text("n0\ncow\nn2\n")
     words = ("tokenize", "imagenet", "--images", fewer, "--out", tmp_path / "s", "--split", "test", *SMALL)
-    assert "has folders that the shards that are there lack: cow; expected n0, n1, n2." in refused(
-        *words, "--weights", vq
-    )
+    error = refused(*words, "--weights", vq)
+    assert "has folders that the shards that are there lack: cow; expected n0, n1, n2." in error
     error = refused(*words, "--weights", vq, "--classes", tmp_path / "names.txt")
     assert "has cow where the shards that are there have n1" in error
     assert (Manifest.load(tmp_path / "s"), (tmp_path / "s" / ".test").exists()) == (manifest, False)
 
 
-def test_everything_is_accounted_for(tmp_path, tokenize):
+def test_everything_is_accounted_for(tmp_path, tokenize, run):
     source = make_images(tmp_path / "images")
     (source / ".git").mkdir()
     (source / "empty").mkdir()
@@ -292,6 +291,9 @@ def test_everything_is_accounted_for(tmp_path, tokenize):
     assert f"found 30 entries, used 26, left out 4: {left_out}notes.txt), 1 unreadable or without" in out
     account = Manifest.load(tmp_path / "s").accounts["train"]
     assert (account["found"], account["used"], sum(account["left_out"].values())) == (30, 26, 4)
+    checked = run("tokenize", "check", tmp_path / "s")[1]
+    assert "3 classes, 8 (class 1 n1) to 9 (class 0 n0) samples each" in checked
+    assert "of 30 entries of the input 26 were used; 1 hidden; " in checked
     assert tokenize(tmp_path / "s", "--max-bad-share", 0.1, source=source)[1].splitlines()[-4:] == out.splitlines()[-4:]
 
 

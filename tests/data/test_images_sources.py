@@ -14,6 +14,7 @@ from flashar_pl.data.captions import CaptionList
 from flashar_pl.data.code_files import NpyCodes, NpyFolders, PtCodes
 from flashar_pl.data.folders import LOOP
 from flashar_pl.data.images import Unreadable
+from flashar_pl.data.manifest import ConditionSpec, Manifest
 from flashar_pl.data.sources import EMPTY, ImageFolder, Names, TarSource, class_id, read_classes
 from flashar_pl.data.tars import find_tars, tar_records
 
@@ -377,3 +378,20 @@ def test_names_survive_unusual_bytes():
     names = ["a", "", "é/ü", b"\xff\xfe".decode("utf-8", "surrogateescape")]
     packed = Names(names)
     assert [packed[i] for i in range(len(packed))] == names
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"class_names": ["a"]}, {"class_names": ["a", "a"]}, {"class_names": ["a", 1]}, {"class_names": ["a", "\x1b[2J"]},
+     {"class_names": 3}, {"accounts": []}, {"accounts": {"train": {}}}, {"accounts": {"train": 1}},
+     {"accounts": {"train": {"found": 1, "used": -1, "left_out": {}}}},
+     {"accounts": {"train": {"found": 1, "used": 1, "left_out": {"x": "y"}}}}],
+)  # fmt: skip
+def test_names_and_accounts_of_a_manifest_are_checked_for_form(tmp_path, wrong):
+    condition = ConditionSpec("class", num_classes=2)
+    facts = {"name": "x", "tokenizer": {}, "grid": (1, 1), "vocabulary": 2, "condition": condition}
+    path = Manifest(**facts, class_names=("a", "b")).save(tmp_path)
+    assert Manifest.load(tmp_path).class_names == ("a", "b")
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        Manifest.load(tmp_path)
