@@ -134,7 +134,7 @@ def _samples(arrivals: Arrivals | None, tars: Iterator[dict[str, Any]]) -> Itera
 class Arrivals:
     """Compares shards with the hashes of their manifest, each once: files before they are opened, streams as they end.
 
-    A stream that breaks off is webdataset's business: it goes on with the next tar, and a warning.
+    A stream that breaks off does not end the run, as connections do: it goes on with the next tar, and a warning.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -155,7 +155,7 @@ class Arrivals:
             yield tar
 
     def streams(self, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """Opened tars. Raises ValueError after one that came whole and is not as the manifest says."""
+        """Opened tars. Raises ValueError after one that did not break off and is not as the manifest says."""
         for tar in tars:
             url = tar["url"]
             if self._local or url in self._arrived:
@@ -164,9 +164,13 @@ class Arrivals:
             stream = _Hashed(tar["stream"])
             yield tar | {"stream": stream}
             shard = self._shards[url]
-            if stream.finish() == shard.bytes:
-                if (found := stream.hash.hexdigest()) != shard.sha256:
-                    raise ValueError(wrong_hash(self.manifest, shard, url, found))
+            if (length := stream.finish()) < shard.bytes:
+                warnings.warn(
+                    f"{url} broke off after {length} of {shard.bytes} bytes: the rest is left out.", stacklevel=2
+                )
+            elif (found := stream.hash.hexdigest()) != shard.sha256:
+                raise ValueError(wrong_hash(self.manifest, shard, url, found))
+            else:
                 self._arrived.add(url)
 
 

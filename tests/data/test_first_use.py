@@ -3,7 +3,7 @@
 import pickle
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from toy_shards import write_classes
 
 from flashar_pl import ranks
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.data import first_use
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.first_use import FirstUse
@@ -150,21 +151,35 @@ def test_a_shard_that_was_changed_is_hashed_again(toy: Manifest) -> None:
         FirstUse(toy).check(toy.shards("train"))
 
 
-def test_a_streamed_remote_shard_is_verified_at_its_end(toy: Manifest) -> None:
-    flip(toy)
+@pytest.fixture
+def streamed(toy: Manifest):
+    """Batches of the toy shards streamed from a memory file system, after one of them was changed there."""
     store = fsspec.filesystem("memory")
-    store.put(toy.root, "/streamed/toy", recursive=True)
-    try:
-        for verify in (False, True):
-            data = CodesDataModule("memory://streamed/toy", reading="streamed", batch_size=50, verify=verify)
-            data.setup("fit")
-            if verify:
-                with pytest.raises(ValueError, match=r"memory://streamed/toy/train-000002\.tar has the SHA-256"):
-                    list(data.train_dataloader())
-            else:
-                assert len(list(data.train_dataloader())) == 2
-    finally:
-        store.rm("/streamed", recursive=True)
+
+    def read(change: Callable[[bytes], bytes] = bytes, **options) -> list[Batch]:
+        store.put(toy.root, "/streamed/toy", recursive=True)
+        store.pipe_file("/streamed/toy/train-000002.tar", change(store.cat_file("/streamed/toy/train-000002.tar")))
+        data = CodesDataModule("memory://streamed/toy", reading="streamed", batch_size=50, resampled=False, **options)
+        data.setup("fit")
+        return list(data.train_dataloader())
+
+    yield read
+    store.rm("/streamed", recursive=True)
+
+
+def test_a_streamed_remote_shard_is_verified_at_its_end(toy: Manifest, streamed) -> None:
+    flip(toy)
+    assert len(streamed(verify=False)) == 2
+    with pytest.raises(ValueError, match=r"memory://streamed/toy/train-000002\.tar has the SHA-256"):
+        streamed()
+
+
+def test_a_streamed_remote_shard_may_not_be_longer_and_warns_where_it_breaks_off(toy: Manifest, streamed) -> None:
+    with pytest.raises(ValueError, match=r"train-000002\.tar has the SHA-256"):
+        streamed(lambda data: data + bytes(512))
+    end = min(offset for offset, _ in toy.shards("train")[2].records[1].members.values()) - 512
+    with pytest.warns(UserWarning, match=rf"train-000002\.tar broke off after {end} of \d+ bytes"):
+        streamed(lambda data: data[:end])
 
 
 def test_a_link_is_followed_for_reading_only(toy: Manifest, tmp_path: Path) -> None:
