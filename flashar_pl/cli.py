@@ -77,12 +77,19 @@ start here:
 """
 
 
+IN_SLURM = (
+    "This shell is inside a Slurm allocation: start the command with srun, or let it not see the allocation: env -u "
+    "SLURM_NTASKS flashar ..."
+)
+"""What to do about Lightning's complaints about variables of Slurm."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (None = that of the process) and return its exit code: 0, 1 (a bound was missed), 2
     (wrong input) or 130 (interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("FLASHAR_DEBUG", "") not in ("", "0") or "--traceback" in words
-    words = [word for word in words if word != "--traceback"]
+    words = [at_home(word) for word in words if word != "--traceback"]
     try:
         return dispatch(words)
     except SystemExit as end:  # a help text was printed
@@ -98,13 +105,22 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:  # an interrupt in the middle of torch.save surfaces as the writer's own error
         if interrupted(error):
             return 130
-        raise
+        if debug or "SLURM" not in str(error):
+            raise
+        print(f"flashar: error: {' '.join(str(error).split())} {IN_SLURM}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError) as error:
         if debug or (getattr(error, "name", None) or "").startswith("flashar_pl"):  # a missing module of ours: a bug
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"flashar: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def at_home(word: str) -> str:
+    """A word with ~ in front of its path as the home directory, which a shell does not do in --option=~/x."""
+    name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{name}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
 def interrupted(error: BaseException | None) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import LearningRateFinder
+
 from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
 from flashar_pl.models.lora import LoraConfig
@@ -50,7 +52,7 @@ PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")
 
 
 def check_trainer(trainer: Any, clip: float) -> None:
-    """ValueError for a Trainer without float32 master weights, without batches, or with its own clipping of gradients.
+    """ValueError for a Trainer without float32 master weights, without batches, or with its own rates or clipping.
 
     clip: at which norm of the gradients the module clips.
     """
@@ -61,6 +63,11 @@ def check_trainer(trainer: Any, clip: float) -> None:
         )
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected 1 or more.")
+    if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):
+        raise ValueError(
+            "trainer.callbacks has a LearningRateFinder; expected none: every role has a rate of its own, scaled from "
+            "model.optimiser.lr by the schedule. Compare short runs with other values of it."
+        )
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if value is not None or algorithm is not None:
         raise ValueError(

@@ -196,6 +196,11 @@ class ExperimentCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ValueError(explain(str(error))) from error
+        if self.config.seed_everything is True:
+            raise ValueError(
+                "seed_everything is true, which is another seed on each device and at each start; expected a number "
+                "such as 0, or false for none."
+            )
         self.values = plain(parser, self.config)
         if self.parse_only:
             self.config["seed_everything"] = False

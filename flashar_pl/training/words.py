@@ -7,6 +7,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import re
 import typing
 from collections.abc import Iterator
@@ -149,10 +150,19 @@ def read_configuration(file: str) -> dict[str, Any]:
     path = find_recipe(file)
     if not path.is_file():
         raise ValueError(f"no configuration {file}; expected a YAML such as experiments/demo_raster.yaml.")
-    content = read_yaml(path)
+    content = _at_home(read_yaml(path))
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {str(content)[:40]!r}; expected keys with values, as in experiments/.")
     return content
+
+
+def _at_home(value: Any) -> Any:
+    """Values of a YAML in which paths that begin with ~/ are in the home directory."""
+    if isinstance(value, dict):
+        return {key: _at_home(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _value(text: str | None) -> Any:

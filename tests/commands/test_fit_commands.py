@@ -381,6 +381,29 @@ def damage(directory: str, split: str) -> None:
                     file.write(bytes([200]))
 
 
+def test_tools_of_lightning_are_refused_in_words(refused, runs, monkeypatch):
+    base = ("fit", "--config", "raster.yaml", "--trainer.default_root_dir", "runs/new")
+    assert "LearningRateFinder; expected none" in refused(*base, "--trainer.callbacks+=LearningRateFinder")
+    assert "seed_everything is true" in refused(*base, "--seed_everything", "true")
+    for name, value in {"JOB_ID": 1, "NTASKS": 2, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "job"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    assert "start the command with srun, or" in refused(*base)
+    assert not Path("runs/new").exists()
+
+
+def test_paths_in_the_home_directory(run, trained, work, monkeypatch):
+    """Where no shell expands ~: in a YAML, behind an equals sign, in quotes."""
+    monkeypatch.setenv("HOME", str(trained))
+    config = yaml.safe_load((trained / "flashar.yaml").read_text())
+    Path("run.yaml").write_text(yaml.safe_dump(change(config, model__init_from=f"~/{LAST}", trainer__max_steps=2)))
+    code, _, err = run("fit", "--config", "run.yaml", "--trainer.default_root_dir=~/runs/mine")
+    assert code == 0, err
+    last = "~/runs/mine/checkpoints/last.ckpt"
+    assert run("generate", f"--checkpoint={last}", "--classes", 1, "--codes-only", "--out", "~/codes")[0] == 0
+    assert (trained / "codes").is_dir()
+    assert sorted(path.name for path in work.iterdir()) == ["run.yaml"]
+
+
 # --- pieces ----------------------------------------------------------------------------------------------------------
 
 
