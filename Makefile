@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
 
-.PHONY: help setup constraints test test-slow test-rounding mutants load-test lint demo demo-full clean
+.PHONY: help setup constraints test test-slow test-rounding mutants load-test reliability-kills lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -54,6 +54,9 @@ load-test: setup  ## a server asked by 8 clients for 3 minutes: errors, times, m
 reliability-files: setup  ## 100,000 damaged copies for each reader of files (an hour); ROOM=data COUNT=1000 for fewer
 	for room in $(or $(ROOM),$(patsubst tests/reliability/test_%.py,%,$(shell grep -l '^TARGETS' tests/reliability/test_*.py))); do \
 		$(BIN)/python -m tests.reliability.mutate $$room $(or $(COUNT),100000) || exit 1; done
+
+reliability-kills: setup  ## kill and continue small runs at random moments, compare their ends (10 minutes); ARGS="--single 100"
+	$(BIN)/python tests/reliability/kills.py $(ARGS)
 
 lint: setup  ## ruff, import directions, types
 	$(BIN)/ruff check .

@@ -176,9 +176,8 @@ class TrainingLog(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._losses = []
-        if trainer.global_step > 0:
-            take_back(trainer, trainer.global_step - (self._again is not None))
-            log_points(trainer, self._again or {})
+        take_back(trainer, trainer.global_step - (self._again is not None))
+        log_points(trainer, self._again or {})
         self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import replacing
 from flashar_pl.training.lightning_private import save_after_validation, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
-from flashar_pl.training.steps import StepCallback, validation_follows
+from flashar_pl.training.steps import StepCallback, is_last_step, validation_follows
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -30,10 +31,10 @@ class WholeFiles(TorchCheckpointIO):
             torch.save(checkpoint, part)
 
 
-class StepCheckpoint(callbacks.ModelCheckpoint):
-    """Lightning's, but it counts optimiser steps, and ranks a step by its own validation.
+class StepCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint that counts optimiser steps, and ranks a step by its own validation.
 
-    The original takes each batch whose gradients are only accumulated for the step before, and ranks by the value of an
+    Lightning's takes each batch whose gradients are only accumulated for the step before, and ranks by the value of an
     earlier validation where the step's own comes after it.
     """
 
@@ -42,16 +43,16 @@ class StepCheckpoint(callbacks.ModelCheckpoint):
 
     @classmethod
     def adopt(cls, callback: Any) -> None:
-        """Make one of an original in place: whoever configured it keeps the object, and checkpoints its state."""
-        if type(callback) is callbacks.ModelCheckpoint:
+        """Make one of a ModelCheckpoint in place: whoever configured it keeps the object."""
+        if type(callback) is ModelCheckpoint:
             callback.__class__ = cls
         if isinstance(callback, cls) and callback.ranks_by_validation:
             save_after_validation(callback)
 
     @property
     def state_key(self) -> str:
-        """The original's: it is the same callback to a checkpoint, and `ModelCheckpoint` is one class in a YAML."""
-        return super().state_key.replace(type(self).__qualname__, callbacks.ModelCheckpoint.__qualname__, 1)
+        """That of a ModelCheckpoint, under which earlier checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     @property
     def ranks_by_validation(self) -> bool:
@@ -65,8 +66,8 @@ class StepCheckpoint(callbacks.ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         before, self.step = self.step, trainer.global_step
-        if before == self.step:
-            return
+        if before == self.step or (is_last_step(trainer) and validation_follows(trainer)):
+            return  # the last step is saved when training ends, not as done while it is to be validated
         if not self.ranks_by_validation:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             return
@@ -121,7 +122,7 @@ class LastCheckpoint(StepCallback):
 
 def _last_paths(trainer: Trainer, callback: Any) -> list[tuple[str, str]]:
     """(what it has saved last, where it would keep the present state if this were one of its steps)."""
-    if not isinstance(callback, callbacks.ModelCheckpoint) or callback.save_weights_only:
+    if not isinstance(callback, ModelCheckpoint) or callback.save_weights_only:
         return []
     paths = []
     if callback.monitor is None and callback.save_top_k != 0:

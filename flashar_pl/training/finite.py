@@ -88,7 +88,7 @@ class FiniteSteps(StepCallback):
             return
         what = f"step {step}: {self._reason(module)}"
         if self.skipped >= self.skip:
-            raise NotFinite(f"{what} No weight was changed by it.")
+            raise NotFinite(f"{what} No weight was changed by it; a run that continues comes to the same step.")
         self.skipped += 1
         rank_zero_warn(f"{what} The step is left out, {self.skipped} of at most {self.skip}.")
         for parameter in module.parameters():

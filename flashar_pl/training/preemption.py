@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from flashar_pl.training.finite import NotFinite
 from flashar_pl.training.save_point import SavePoint
-from flashar_pl.training.steps import StepCallback, logs
+from flashar_pl.training.steps import StepCallback, is_last_step, logs
 
 UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
@@ -87,12 +87,14 @@ class SaveOnStop(StepCallback):
         self._signals = Signals()
         self._alone, self._together = True, False
         """Whether there is one device, and whether all devices end the run for the same reason."""
+        self._ends = False
+        """Whether this was the last step: the run ends by itself."""
         self._saved = 0
         """Step of the newest checkpoint, or the first of this process."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.asked, self._saved = 0, trainer.global_step
+        self.asked, self._saved, self._ends = 0, trainer.global_step, False
         self._alone, self._together = trainer.world_size == 1, False
         others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         taken = {name for other in others if isinstance(other, StopOnSignal) for name in other.names}
@@ -100,11 +102,14 @@ class SaveOnStop(StepCallback):
 
     def _note(self, number: int, *_: Any) -> None:
         again, self.asked = self.asked, number
-        if again or (self._alone and not self.point.in_step):
+        if again or (self._alone and not self.point.in_step and not self._ends):
             raise _end(number)
         rank_zero_info("The run ends after this step; a second signal ends it at once.")
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_last_step(trainer):
+            self._ends = True
+            return
         on_gpus = not self._alone and trainer.strategy.root_device.type != "cpu"
         if on_gpus and not logs(trainer, trainer.global_step):
             return  # to compare notes they wait for each other

@@ -29,6 +29,11 @@ class StepCallback(Callback):
             self.on_step(trainer, pl_module)
 
 
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the run ends after the step that is ending."""
+    return trainer.global_step >= trainer.estimated_stepping_batches
+
+
 def validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning validates after the batch that is ending, where it counts batches and not time."""
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_batch
