@@ -28,8 +28,8 @@ class SavePoint(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.in_step, self.in_update, self.in_validation, self.noted = False, False, False, None
-        loop, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress
-        if loop.restarted_mid_epoch and epochs.current.processed == epochs.current.ready:
+        epochs: Any = trainer.fit_loop.epoch_progress
+        if trainer.fit_loop.restarted_mid_epoch and epochs.current.processed == epochs.current.ready:
             # the checkpoint was of an epoch's last batch: Lightning has ended that epoch, and would not count the next
             epochs.increment_ready()
             epochs.increment_started()
