@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,16 @@ def test_a_checkpoint_is_a_module(tmp_path: Path, toy_shards: str) -> None:
     assert typed_settings(plain_settings({"optimiser": OptimiserConfig()}))["optimiser"] == OptimiserConfig()
     with pytest.raises(ValueError, match="no file"):
         FlashARModule.load_from_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_names_of_classes_go_with_a_checkpoint(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
+    module = make_module()
+    fit(tmp_path, toy_shards, module, max_steps=1)
+    assert module.description().class_names == []
+    names = tuple(f"class {i}" for i in range(module.manifest.condition.num_classes))
+    named = replace(module.manifest, class_names=names)
+    monkeypatch.setattr(FlashARModule, "manifest", named)
+    assert tuple(module.description().class_names) == names
 
 
 def test_averages_added_to_a_loaded_module_are_its_own(raster_checkpoint: Path, tmp_path: Path, toy_shards) -> None:
