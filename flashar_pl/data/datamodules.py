@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
@@ -287,6 +288,8 @@ class _ImagesDataModule(CodesDataModule):
             raise ValueError(
                 f"{self.images} has {source.condition.num_classes} classes, the shards at {self.location} have {known}."
             )
+        if source.account.left_out:
+            rank_zero_info(f"{self.images}: {source.account}")
         blocks = np.diff([*range(0, len(source), BLOCK), len(source)])  # (M,)
         order = TrainingOrder(blocks, self.batch_size, self.seed, self.window)
         return ImageBatches(source, self._prepare(), order, cut.rank, cut.ranks, self._reshuffle())

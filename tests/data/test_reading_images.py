@@ -246,13 +246,22 @@ def test_tars_without_samples_end_in_an_error_not_in_an_endless_loop(tmp_path):
             next(iter(stream_of([str(tmp_path / "empty.tar")], resampled=resampled).pipeline(0)))
 
 
-def test_wrong_input(tmp_path, shards):
+def test_wrong_input(tmp_path, shards, caplog):
     tars = write_tars(tmp_path / "tars", tars=1)
     with pytest.raises(ValueError, match="at least one batch of 8"):
         ImageNetDataModule(tars, shards, reading="streamed", epoch_samples=7, batch_size=8)
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="no class folders and no tars"):
         ImageNetDataModule(str(tmp_path / "none"), shards, batch_size=4).setup("fit")
+    for k in range(20):
+        (tmp_path / "set" / f"n{k}").mkdir(parents=True)
+        (tmp_path / "set" / f"n{k}" / "0.jpg").write_bytes(jpeg(k))
+    (tmp_path / "set" / ".git").mkdir()
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        data = ImageNetDataModule(str(tmp_path / "set"), shards, batch_size=2, num_workers=0)
+        data.setup("fit")
+        data.train_dataloader()
+    assert "found 21 entries, used 20, left out 1: 1 hidden (such as .git)" in caplog.text
     rows = ImageRows(Prepare(16, 16, 1.0, 3))([{"jpg": jpeg(0), "cls": b"5", "__key__": "7", "__url__": "u"}], random)
     with pytest.warns(UserWarning, match=r"skipped u: 7: the label '5' is no class id 0 \.\. 2"):
         assert list(rows) == []
