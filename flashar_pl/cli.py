@@ -13,7 +13,8 @@ from pkgutil import resolve_name
 from typing import Any
 
 from flashar_pl.console import Missed
-from flashar_pl.files import closest
+from flashar_pl.files import closest, interrupted
+from flashar_pl.integrity import SWITCH
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Command] = {
     "benchmark train": Command("benchmark_train:benchmark_train", "time and memory of a training step of both stages"),
     "plan": Command("plan:plan", "memory, time and decoding floor of a training run, by arithmetic"),
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
+    "checkpoint verify": Command("checkpoint:checkpoint_verify", "compare checkpoints with the checksums they carry"),
     "plot": Command("plot:plot", "convergence curves of training runs, and a table of their results and settings"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),
 }
@@ -68,6 +70,7 @@ options:
   --help        this text; after a command: its options
   --version     print the version
   --traceback   show where an error comes from (or set FLASHAR_DEBUG=1)
+  --no-verify   read checkpoints without comparing their checksums (or set FLASHAR_NO_VERIFY=1)
 
 start here:
   flashar demo                                                   everything on 1,797 small images, about 6 minutes
@@ -89,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     (wrong input) or 130 (interrupted)."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("FLASHAR_DEBUG", "") not in ("", "0") or "--traceback" in words
-    words = [at_home(word) for word in words if word != "--traceback"]
+    if "--no-verify" in words:
+        os.environ[SWITCH] = "1"  # other ranks inherit it
+    words = [at_home(word) for word in words if word not in ("--traceback", "--no-verify")]
     try:
         return dispatch(words)
     except SystemExit as end:  # a help text was printed
@@ -121,13 +126,6 @@ def at_home(word: str) -> str:
     """A word with ~ in front of its path as the home directory, which a shell does not do in --option=~/x."""
     name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return f"{name}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else word
-
-
-def interrupted(error: BaseException | None) -> bool:
-    """Whether an error came up while a Ctrl-C was being handled."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def dispatch(words: list[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -15,18 +16,29 @@ import math
 import os
 import pickle
 import shutil
+import struct
+import sys
 import tempfile
+import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.integrity import check_safetensors, check_torch_file, records, view, zip_entries
+
 if TYPE_CHECKING:
     import numpy as np
 
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
+"""In what torch says where its file cannot be written, whatever the reason."""
+WAITS = (10, 30, 60, 120, 300)
+"""Seconds between attempts to write a checkpoint to a full disk."""
 
 # --- writing ---------------------------------------------------------------------------------------------------------
 
@@ -53,6 +65,29 @@ def _part(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.part")
 
 
+def interrupted(error: BaseException | None) -> bool:
+    """Whether an error came up while a Ctrl-C was being handled."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+@contextmanager
+def naming_full_disk(target: Path) -> Iterator[None]:
+    """What writers raise where a disk is full, each its own way, as an OSError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        writer = isinstance(error, RuntimeError) and any(mark in text for mark in TORCH_WRITER)
+        if interrupted(error):
+            raise
+        if (isinstance(error, OSError) and error.errno in FULL) or writer or "No space left" in text:
+            code = (isinstance(error, OSError) and error.errno) or errno.ENOSPC
+            raise OSError(code, os.strerror(code), str(target)) from error
+        raise
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary file name that becomes `path` when the block ends well, and vanishes otherwise.
@@ -62,9 +97,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     part = _part(target)
     try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        with naming_full_disk(target):
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -81,11 +117,52 @@ def new_directory(path: str | Path, what: str) -> Iterator[Path]:
     part = _part(target)
     part.mkdir()
     try:
-        yield part
+        with naming_full_disk(target):
+            yield part
         require_new(target, what)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def patiently(write: Callable[[], object], waits: Iterable[float] = WAITS) -> None:
+    """Call `write`, again after each of `waits` seconds while the disk is full. OSError if it still is then."""
+    for seconds in waits:
+        try:
+            write()
+            return
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            print(f"flashar: {error}; trying again in {seconds:.0f} s.", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+    write()
+
+
+def exchange(new: Path, target: Path) -> None:
+    """Let the directory `new` change places with `target`, in one step of the file system where Linux has one.
+
+    If there is nothing at `target`, it is a renaming. Elsewhere than on Linux, and on file systems without that step,
+    there is nothing at `target` for a moment; a process killed in it leaves both whole beside its place.
+    """
+    if not target.exists():
+        new.rename(target)
+        return
+    if not _exchanged(new, target):
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        new.rename(target)
+        old.rename(new)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether renameat2 let two paths change places."""
+    import ctypes
+
+    here, exchanging = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of <linux/fs.h>
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchanging) == 0
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -124,6 +201,7 @@ def _not_finite(values: Any, at: str = "") -> Iterator[str]:
 BROKEN = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
     *(LookupError, TypeError, ValueError, AttributeError, AssertionError, SyntaxError, ArithmeticError, MemoryError),
+    struct.error,
 )
 """What readers raise for a damaged or foreign file. torch's unpickler has no error type of its own; numpy's reader
 of headers raises SyntaxError or tokenize.TokenError, as the version of Python has it; RecursionError is a RuntimeError,
@@ -285,17 +363,45 @@ def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = Fals
     mmap: leave the tensors on the disk until they are used.
 
     Raises:
-        ValueError: no such file, damaged, or holding anything else.
+        ValueError: no such file, damaged (see `check_torch_file`), or holding anything else.
     """
     import torch
 
-    source: Any = need_file(path) if content is None else io.BytesIO(content)
+    source: Any = io.BytesIO(content) if content is not None else need_file(path)
+    if content is None:
+        check_torch_file(source)
     try:
+        _no_announced_bytes(source)
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
             mmap = mmap and zipfile.is_zipfile(source)
-            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+            found = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        for tensor in _tensors_in(found):
+            if tensor.nbytes > SMALL + tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has fewer values in the file")
+        return found
     except BROKEN as error:
         raise ValueError(f"{path} is not a torch file that can be read safely: {reason(error)}") from error
+
+
+def _tensors_in(values: Any) -> Iterator[Any]:
+    """The tensors in plain values."""
+    if hasattr(values, "untyped_storage"):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for each in values.values() if isinstance(values, dict) else values:
+            yield from _tensors_in(each)
+
+
+def _no_announced_bytes(source: Path | io.BytesIO) -> None:
+    """ValueError for a torch file that makes its reader allocate as many bytes as it says, which no tensor needs."""
+    if not zipfile.is_zipfile(source):
+        return
+    with contextlib.nullcontext(source.getbuffer()) if isinstance(source, io.BytesIO) else view(source) as content:
+        for each in records("it", content, zip_entries("it", source)):
+            if each.name.endswith("data.pkl") and b"bytearray" in bytes(content[each.begin : each.end]):
+                raise ValueError("it asks for memory by size")
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
 
 
 def read_tensors(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -309,6 +415,7 @@ def read_tensors(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     file = need_file(path)
     if file.suffix == ".safetensors":
+        check_safetensors(file)
         try:
             return dict(load_file(file))
         except (SafetensorError, OSError) as error:

@@ -41,7 +41,7 @@ class ModelOptions(ArchitectureOptions):
     checkpoint: str
     """Lightning checkpoint, converted directory, official .pt or .safetensors file, or released directory."""
     weights: Weights = "auto"
-    """Which weights of a Lightning checkpoint: averaged ones where present (auto), raw, or ema."""
+    """Which weights of a file that may have two: averaged ones where present (auto), raw, or ema."""
     n_head: int | None = None
     """Attention heads, for official files of unpublished sizes."""
     tokenizer: str | None = None

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-WRAPPERS = ("module.", "_orig_mod.")
-"""Name prefixes that DDP and torch.compile leave behind."""
+from flashar_pl.options import Weights
+
+WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+"""What DDP, torch.compile, activation checkpointing and FSDP leave behind in names, wherever they wrapped a part."""
+CONTAINERS = ("model", "module", "state_dict")
+"""Under which of these names a file has its state dict, the first that is there."""
+AVERAGED = "ema"
+"""Name of the state dict of averaged weights beside it, or instead of it."""
 
 T = TypeVar("T", bound=nn.Module)
 
@@ -47,13 +53,11 @@ class TensorSource(ABC):
 
 
 class StateDict(TensorSource):
-    """A state dict in memory. Names lose the prefixes `wrappers`. ValueError for what is no tensor."""
+    """A state dict in memory. Names lose what wrappers left behind. ValueError for what is no tensor."""
 
-    def __init__(
-        self, tensors: Mapping[str, Tensor], name: str = "the state dict", wrappers: tuple[str, ...] = WRAPPERS
-    ) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], name: str = "the state dict") -> None:
         self.name = name
-        self.tensors = {unwrapped(key, wrappers): value for key, value in tensors.items()}
+        self.tensors = {unwrapped(key): value for key, value in tensors.items()}
         if odd := sorted(key for key, value in self.tensors.items() if not torch.is_tensor(value)):
             raise ValueError(f"{name} is not the expected checkpoint: {_some('entries that are no tensors', odd)}.")
 
@@ -70,17 +74,25 @@ class StateDict(TensorSource):
         return self.tensors[key].detach()[begin:end]
 
 
-def official_state_dict(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The state dict inside an official container: under "model", "module" or "state_dict", or the content itself."""
-    inner = (content.get(key) for key in ("model", "module", "state_dict"))
-    return next((found for found in inner if isinstance(found, Mapping)), content)
+def official_state_dict(content: Mapping[str, Any], weights: Weights = "auto") -> tuple[Mapping[str, Tensor], str]:
+    """(state dict inside an official container, or the content itself; "raw" or "ema", which one was chosen).
+
+    weights: auto = the averaged ones where there are any. ValueError where the wanted ones are not there.
+    """
+    averaged = content.get(AVERAGED)
+    if isinstance(averaged, Mapping) and weights != "raw":
+        return averaged, "ema"
+    if weights == "ema":
+        raise ValueError("the file holds no averaged weights; use --weights auto.")
+    found = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+    if found is None and isinstance(averaged, Mapping):
+        raise ValueError("the file holds averaged weights only; use --weights ema.")
+    return content if found is None else found, "raw"
 
 
-def unwrapped(key: str, wrappers: tuple[str, ...] = WRAPPERS) -> str:
-    """A name without the prefixes that wrappers leave behind."""
-    while key.startswith(wrappers):
-        key = key.split(".", 1)[1]
-    return key
+def unwrapped(key: str) -> str:
+    """A name without what wrappers leave behind."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from flashar_pl.backbones import build_backbone
+from flashar_pl.files import BROKEN, reason
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
 
@@ -50,14 +52,35 @@ class Description:
             raise ValueError(f"the checkpoint has format {values.get('format')!r}; this version reads {FORMAT}.")
         if not isinstance(values.get("model"), dict):
             raise ValueError("the checkpoint does not describe its model.")
-        grid = values.get("grid")
+        grid, optional = values.get("grid"), {key: values.get(key) for key in ("tokenizer", "lora")}
+        if grid is not None and not (
+            isinstance(grid, list | tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
+        ):
+            raise ValueError(f"the checkpoint's grid is {str(grid)[:60]}; expected two whole numbers above 0.")
+        for key, value in optional.items():
+            if not isinstance(value, dict | None):
+                raise ValueError(f"the checkpoint's {key} is {str(value)[:60]!r}; expected named values.")
         return cls(
             model=values["model"],
-            grid=None if grid is None else (int(grid[0]), int(grid[1])),
-            tokenizer=values.get("tokenizer"),
+            grid=None if grid is None else (grid[0], grid[1]),
             training=values.get("training", {}),
-            lora=values.get("lora"),
+            **optional,
         )
+
+
+def check_layers(config: Any, field_name: str, tensors: int) -> None:
+    """ValueError for a configuration of more layers than its file has tensors: to build them would take for ever."""
+    layers = config.get(field_name) if isinstance(config, dict) else None
+    if isinstance(layers, int) and layers > tensors:
+        raise ValueError(f"{field_name} is {layers:,}, more than the {tensors:,} tensors; it describes another model.")
+
+
+def lora_config(values: dict[str, Any]) -> LoraConfig:
+    """Of plain values. ValueError for others than its fields."""
+    try:
+        return LoraConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"the checkpoint's lora cannot be used: {error}.") from error
 
 
 def build_model(config: dict[str, Any]) -> GridModel:
@@ -80,6 +103,11 @@ def build_model(config: dict[str, Any]) -> GridModel:
 
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:
-    """`build_model` without memory for weights."""
-    with torch.device("meta"):
-        return build_model(config)
+    """`build_model` without memory for weights. ValueError for any configuration that no model can be built from."""
+    try:
+        with torch.device("meta"):
+            return build_model(config)
+    except BROKEN as error:
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"no model can be built from its description: {reason(error)}.") from error

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
+from flashar_pl.checkpoints.description import check_layers
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.files import read_json
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
@@ -67,6 +68,8 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
         ValueError: a needed field is missing, or a feature that Emu3.5 does not have is switched on.
     """
     outer, values = values, values.get("backbone_config", values)
+    if not isinstance(values, dict):
+        raise ValueError("config.json holds no settings of a model; expected an Emu3.5 config.json.")
     rope = values.get("rope_parameters") or {}
     found = {**values, "rope_theta": values.get("rope_theta", rope.get("rope_theta"))}
     found["head_dim"] = values.get("head_dim") or head_dim
@@ -85,7 +88,7 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
     if absent:
         raise ValueError(f"config.json lacks {', '.join(absent)}; expected an Emu3.5 config.json.")
     unsupported = {
-        "rope_scaling": values.get("rope_scaling") or (rope.get("rope_type", "default") != "default" and rope),
+        "rope_scaling": _changes(values.get("rope_scaling")) or _changes(rope),
         "tie_word_embeddings": values.get("tie_word_embeddings"),
         "hidden_act": values.get("hidden_act", "silu") != "silu" and values["hidden_act"],
     }
@@ -99,6 +102,14 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
         boi_token_id=values.get("boi_token_id"),
         heads=heads,
     )
+
+
+def _changes(rope: Any) -> Any:
+    """A block about rotary positions, if it changes them; the default kind and a factor of 1 do not."""
+    if not rope:
+        return None
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "unknown"
+    return None if kind == "default" or (kind == "linear" and rope.get("factor") == 1) else rope
 
 
 def _visual_offset(*configs: dict[str, Any]) -> int | None:
@@ -115,6 +126,10 @@ def found_head_dim(source: TensorSource, prefix: str = "model.") -> int | None:
     return source.shape(key)[0] if key in set(source.keys()) else None
 
 
+def _check_layers(values: dict[str, Any], source: TensorSource) -> None:
+    check_layers(values.get("backbone_config", values), "num_hidden_layers", len(list(source.keys())))
+
+
 class OfficialDirectory(SafetensorsDirectory):
     """A published directory, of the base model or of its FlashAR: config.json and safetensors files."""
 
@@ -122,6 +137,7 @@ class OfficialDirectory(SafetensorsDirectory):
         self.values = read_json(Path(directory) / "config.json")
         self.released = self.values.get("model_type") == MODEL_TYPE
         super().__init__(directory)
+        _check_layers(self.values, self)
 
     def config(self, heads: Heads) -> Emu35Config:
         """Of the backbone."""
@@ -131,6 +147,7 @@ class OfficialDirectory(SafetensorsDirectory):
 def read_official(state_dict: dict[str, Tensor], values: dict[str, Any], heads: Heads) -> Emu35:
     """See `Emu35.from_official`."""
     source = StateDict(state_dict)
+    _check_layers(values, source)
     return read_backbone(source, parse_config(values, heads, found_head_dim(source)))
 
 

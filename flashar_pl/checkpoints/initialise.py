@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
@@ -24,6 +25,8 @@ from flashar_pl.renames import fill
 
 NOT_ARCHITECTURE = ("unconditional_prompt", "multiple_of", "ffn_dim_multiplier", "backbone")
 """Fields that, besides dropouts, may differ between a file and the run that starts from it."""
+CLASSES, TABLE = "num_classes", "backbone.condition_embedding.table.weight"
+"""Field of the number of classes, and the weight that depends on nothing else."""
 
 
 @dataclass
@@ -55,36 +58,50 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
         ValueError: the file's architecture is not the model's; the message names the fields that differ.
     """
     with without_adapters(model):
-        source, whole = _take_over(model, path, weights)
+        source, whole, table = _take_over(model, path, weights)
         sizes = dict.fromkeys(ROLES, 0)
         for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
             sizes[role] += parameter.numel()
     cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
     loaded = sum(sizes.values()) - cloned - new
-    return InitReport(f"{path} ({source})", loaded, cloned, new + added_parameters(model))
+    fresh = 0 if table is None else table.numel()
+    return InitReport(f"{path} ({source})", loaded - fresh, cloned, new + fresh + added_parameters(model))
 
 
-def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[str, bool]:
-    """What kind of file it was; whether it held all parameters, not only those of backbone and horizontal head."""
+def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[str, bool, Tensor | None]:
+    """What kind of file it was; whether it held all parameters, not only those of backbone and horizontal head; the
+    table of classes, where it stays new because the file has another number of classes."""
     own = model.config()["backbone"]
     if is_official_directory(path):
         check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
-        return "official directory", stream_weights(model, path)
+        return "official directory", stream_weights(model, path), None
     loaded = load_model(path, weights, n_head=own["n_head"] if own["kind"] == LlamaGen.kind else None)
     source = loaded.model
-    check_same("backbone", source.config()["backbone"], own, path)
+    found = source.config()["backbone"]
+    chosen, state, table = loaded.source, source.state_dict(), None
+    check_same("backbone", found, own, path, (CLASSES,) if TABLE in state else ())
+    if TABLE in state and _classes(found) != _classes(own):
+        table = model.state_dict()[TABLE]
+        state[TABLE] = table  # keeps its new values
+        chosen += f", its {_classes(found):,} classes are other ones: the table of {_classes(own):,} classes is new"
     if isinstance(source, FlashAR):
         if isinstance(model, RasterAR):
             raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
-        check_same("model", source.config(), model.config(), path)
-        model.load_state_dict(source.state_dict())
-        return loaded.source, True
+        check_same("model", {**source.config(), "backbone": own}, model.config(), path)
+        model.load_state_dict(state)
+        return chosen, True, table
     expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
-    model.backbone.load_state_dict({k: v for k, v in source.backbone.state_dict().items() if k in expected})
+    within = {key.removeprefix("backbone."): value for key, value in state.items()}
+    model.backbone.load_state_dict({key: value for key, value in within.items() if key in expected})
     model.backbone.head.load_state_dict(source.backbone.head.state_dict())
     if isinstance(model, FlashAR):
         model.init_vertical_from_backbone()
-    return loaded.source, isinstance(model, RasterAR)
+    return chosen, isinstance(model, RasterAR), table
+
+
+def _classes(config: dict[str, Any]) -> int | None:
+    """Number of classes of a backbone's configuration; None where it has no classes."""
+    return _resolved(config).get(CLASSES)
 
 
 def stream_weights(model: GridModel, directory: str | Path, device: torch.device | str = "cpu") -> bool:
@@ -119,15 +136,17 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
     return not flashar
 
 
-def check_same(what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path) -> None:
+def check_same(
+    what: str, found: dict[str, Any], expected: dict[str, Any], path: str | Path, free: tuple[str, ...] = ()
+) -> None:
     """ValueError naming the fields in which the config `found` at `path` differs from the `expected` one.
 
-    what: which config, for the message, such as "backbone".
+    what: which config, for the message, such as "backbone". free: fields that may differ.
     """
     found, expected = _resolved(found), _resolved(expected)
     different = [
         f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
-        for key in sorted((found.keys() | expected.keys()) - set(NOT_ARCHITECTURE))
+        for key in sorted((found.keys() | expected.keys()) - {*NOT_ARCHITECTURE, *free})
         if not key.endswith("dropout") and found.get(key) != expected.get(key)
     ]
     if different:

@@ -28,13 +28,13 @@ BLOCK = (
 IGNORED = re.compile(r"(^freqs_cis$|\.kv_cache\.[kv]_cache$|^causal_mask$)")
 """Tables and caches that some saved files carry; they are not weights."""
 NAME = "the LlamaGen state dict"
-WRAPPERS = ("module.", "_orig_mod.", "model.")
-"""Name prefixes that DDP, torch.compile and wrappers leave behind."""
+PREFIX = "model."
+"""What a module around the model leaves before every name."""
 
 
 def clean_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without wrapper prefixes, tables and caches."""
-    cleaned = {unwrapped(key, WRAPPERS): value for key, value in state_dict.items()}
+    """The state dict without what wrappers left behind, tables and caches."""
+    cleaned = {unwrapped(key).removeprefix(PREFIX): value for key, value in state_dict.items()}
     return {key: value for key, value in cleaned.items() if not IGNORED.search(key)}
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashar_pl.backbones.base import plain
@@ -24,7 +23,7 @@ from flashar_pl.checkpoints.emu35 import OfficialDirectory, read_backbone
 from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
-from flashar_pl.checkpoints.safetensors_files import write_shards
+from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
 from flashar_pl.files import new_directory, read_json, replacing
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
@@ -141,7 +140,7 @@ def write_official(target: Path, model: GridModel, path: str | Path, original: s
         target = target if target.suffix in FILE_SUFFIXES else target / "model.pt"
         with replacing(target) as part:
             if target.suffix == ".safetensors":
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+                save_checked(tensors, part)
             else:
                 torch.save({"model": tensors}, part)
         return target

@@ -5,6 +5,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from flashar_pl.checkpoints.description import Description
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Tokenizer
-
-OFFICIAL_FILE = "official file"
-"""What `load_model` calls a file without a configuration."""
 
 
 @dataclass
@@ -101,7 +99,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
     """
     from flashar_pl.backbones import import_backbone
     from flashar_pl.checkpoints.official import is_official_directory
-    from flashar_pl.checkpoints.weights import load_model
+    from flashar_pl.checkpoints.weights import OFFICIAL_FILE, load_model
     from flashar_pl.devices import find_device
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.numerics import dtype_from_name
@@ -117,8 +115,10 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
     with naming(Path(path)):
         loaded = load_model(path, options.weights, options.n_head, place, dtype)
+    if loaded.source.startswith(f"{OFFICIAL_FILE} ("):
+        print(f"{path}: {loaded.source}.", file=sys.stderr)
     model = loaded.model
-    if options.n_head is not None and loaded.source != OFFICIAL_FILE:
+    if options.n_head is not None and not loaded.source.startswith(OFFICIAL_FILE):
         raise ValueError(
             f"--n-head is for official files of unpublished sizes, {path} is a {loaded.source}; leave it out."
         )

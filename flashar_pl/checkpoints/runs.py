@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_sharded
+from flashar_pl.checkpoints.verify import offering
 from flashar_pl.files import read_tensors
 
 CHECKPOINT_KEY = "flashar"
@@ -35,7 +36,8 @@ class RunCheckpoint:
         file = self.path / META if self.path.is_dir() else self.path
         if not file.is_file():
             raise ValueError(f"{path} is no Lightning checkpoint: no file {file}.{nearest(self.path)}")
-        self.content = read_tensors(file, mmap=True)
+        with offering(self.path):
+            self.content = read_tensors(file, mmap=True)
         """Everything, or of a sharded checkpoint everything but tensors."""
         if CHECKPOINT_KEY not in self.content:
             raise ValueError(
@@ -51,5 +53,6 @@ class RunCheckpoint:
     def tensors(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Weights by new names, on the CPU in memory of their own. names: what to call one -> its name here."""
         if self.sharded:
-            return read_sharded(self.path, names)
+            with offering(self.path):
+                return read_sharded(self.path, names)
         return {name: self.content["state_dict"][other].clone() for name, other in names.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flashar_pl.files import read_json, write_json
+from flashar_pl.integrity import crc_metadata
 from flashar_pl.renames import TensorSource, unwrapped
 
 INDEX = "model.safetensors.index.json"
@@ -64,7 +65,7 @@ class SafetensorsDirectory(TensorSource):
             raise ValueError(f"{directory} holds neither {SINGLE} nor {INDEX}; expected a checkpoint directory.")
         self.stored: dict[str, _Stored] = {}
         for file in files:
-            for key, entry in _read_header(directory / file).items():
+            for key, entry in read_header(directory / file).items():
                 if weight_map is None or weight_map.get(key) == file:
                     self.stored[unwrapped(key)] = entry
         absent = sorted(unwrapped(key) for key in weight_map or {} if unwrapped(key) not in self.stored)
@@ -91,7 +92,7 @@ class SafetensorsDirectory(TensorSource):
         return raw.view(at.dtype).view(end - begin, *at.shape[1:])
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
+def read_header(path: Path) -> dict[str, _Stored]:
     """Name -> place of every tensor of a safetensors file."""
     if not path.exists():
         raise ValueError(f"no file {path}; the download is incomplete.")
@@ -131,7 +132,14 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], shard_bytes: int =
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: tensors[key].contiguous() for key in shard}, directory / name, metadata={"format": "pt"})
+        save_checked({key: tensors[key] for key in shard}, directory / name)
+
+
+def save_checked(tensors: Mapping[str, Tensor], path: Path, beside: Iterable[Path] = ()) -> None:
+    """Write a safetensors file with the CRC-32 of every tensor, and of texts `beside` it, in its header."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    crcs = crc_metadata({key: tensor.flatten().view(torch.uint8).numpy() for key, tensor in tensors.items()}, beside)
+    save_file(tensors, path, metadata={"format": "pt", **crcs})
 
 
 def _cut(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:

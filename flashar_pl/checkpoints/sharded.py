@@ -6,10 +6,13 @@ file says. It is read here with a list of the few classes an index needs, and mu
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from flashar_pl.files import BROKEN, read_tensors, reason
+from flashar_pl.files import BROKEN, exchange, naming_full_disk, need_file, read_tensors, reason
+from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
 
 META = "meta.pt"
 """Everything but tensors, plain types."""
@@ -52,7 +56,9 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / META).is_file() and (Path(path) / INDEX).is_file()
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """Python's own: the one in C makes a list of any length that a file of nine bytes announces."""
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
@@ -63,20 +69,19 @@ class SafeReader(dcp.FileSystemReader):
     """Reads a sharded checkpoint without running code from it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
-        """The index. Raises ValueError if it is damaged, or refers to anything but tensors."""
-        file = Path(self.path) / INDEX
+        """The index. Raises ValueError if it is damaged, or refers to anything but tensors of this directory."""
+        file = need_file(Path(self.path) / INDEX)
         try:
-            with file.open("rb") as stream:
-                index = _Unpickler(stream).load()
+            index = _Unpickler(io.BytesIO(file.read_bytes())).load()
+            if not isinstance(index, metadata.Metadata):
+                raise TypeError(f"it holds a {type(index).__name__}")
+            _check_index(index, file.parent)
         except BROKEN as error:
             raise ValueError(
                 f"{file} is not the index of a sharded checkpoint that can be read safely: {reason(error)}"
             ) from error
-        if not isinstance(index, metadata.Metadata):
-            raise ValueError(f"{file} is not the index of a sharded checkpoint.")
-        for name, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, metadata.TensorStorageMetadata):
-                raise ValueError(f"{file} has an entry {name!r} that is no tensor.")
+        if listed(file.parent) is not None:
+            check_directory(file.parent, [INDEX])
         index.storage_meta = getattr(index, "storage_meta", None) or metadata.StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
@@ -87,7 +92,74 @@ class SafeReader(dcp.FileSystemReader):
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Read into tensors that exist, each process its own shards. All processes call it, or a single one."""
-        dcp.load(tensors, storage_reader=self, no_dist=not torch.distributed.is_initialized())
+        directory, together = Path(self.path), torch.distributed.is_initialized()
+        check_shards(directory)
+        with _one_line(directory):
+            dcp.load(tensors, storage_reader=self, no_dist=not together)
+
+
+def _check_index(index: metadata.Metadata, directory: Path) -> None:
+    """ValueError unless an index names tensors only, and bytes of files that are in its directory."""
+    wanted = 0
+    for name, entry in index.state_dict_metadata.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            raise ValueError(f"an entry {name!r} is no tensor")
+        if not isinstance(entry.size, torch.Size) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"an entry {name!r} has no sizes")
+        wanted += math.prod(entry.size) * entry.properties.dtype.itemsize
+    sizes = {each.name: each.stat().st_size for each in directory.iterdir() if each.is_file()}
+    for place in index.storage_data.values():
+        file, begin, length = place.relative_path, place.offset, place.length
+        if file not in sizes:
+            raise ValueError(f"it names {str(file)[:80]!r}, which is no file of this directory")
+        if not 0 <= begin <= begin + length <= sizes[file]:
+            raise ValueError(f"{file} has {sizes[file]:,} bytes, fewer than it says")
+    if wanted > sum(sizes.values()):
+        raise ValueError(f"its tensors have {wanted:,} bytes, more than all files together")
+
+
+@contextmanager
+def _one_line(directory: Path) -> Iterator[None]:
+    """torch's errors of one rank or several, which are tables of tracebacks, as one line that names the directory."""
+    try:
+        yield
+    except dcp.api.CheckpointException as error:
+        rank, (found, _) = next(iter(error.failures.items()))
+        raise ValueError(f"{directory} cannot be read (process {rank}): {reason(found)}.") from error
+    except BROKEN as error:
+        raise ValueError(f"{directory} cannot be read: {reason(error)}.") from error
+
+
+def check_shards(directory: Path, again: bool = False) -> bool:
+    """Compare all files with their digests, each process its share; whether there are any. All processes call it.
+
+    Raises Damaged in all of them, naming the first damaged file. again: also what has been compared before.
+    """
+    rank, world = _process()
+    problem, found = None, False
+    try:
+        names = sorted(listed(directory) or ())
+        found = check_directory(directory, names[rank::world], again)
+    except ValueError as error:
+        problem = str(error)
+    if problem := next(filter(None, _of_all(problem)), None):
+        raise Damaged(problem)
+    return found
+
+
+def _process() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _of_all(value: Any) -> list[Any]:
+    """What each process has."""
+    values = [value] * _process()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -98,13 +170,14 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:
     """Whole tensors, on the CPU, of a sharded checkpoint. names: what to call a tensor -> its name there."""
     reader = SafeReader(path)
+    check_directory(Path(path))
     entries = reader.read_metadata().state_dict_metadata
     tensors = {}
     for name in names.values():
         entry = entries[name]
         assert isinstance(entry, metadata.TensorStorageMetadata)
         tensors[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _one_line(Path(path)):
         warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return {name: tensors[other] for name, other in names.items()}
@@ -113,23 +186,43 @@ def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:
 def write_sharded(
     path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], first: bool, barrier: Callable[[], object]
 ) -> None:
-    """Write a checkpoint, every process its shards, under a temporary name; the old one goes when the new one is whole.
+    """Write a checkpoint, every process its shards, under a temporary name, which then changes places with the old one.
+
+    So there is a whole checkpoint at `path` at any time, and the old one goes when the new one is there.
 
     rest: everything but tensors. first: whether this is the first process. barrier: waits for all of them.
+
+    Raises:
+        OSError: in all processes, where one of them found no room; the old checkpoint stays and nothing is left behind.
     """
-    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    part = path.with_name(f".{path.name}.part")
     if first:
         _remove(part)
         part.mkdir(parents=True)
     barrier()
-    dcp.save(tensors, checkpoint_id=part)
+    problem, digests = None, {}
+    try:
+        with naming_full_disk(path):
+            dcp.save(tensors, checkpoint_id=part)
+            rank = _process()[0]
+            digests = {each.name: file_digests(each) for each in part.glob(f"__{rank}_*.distcp")}
+            if first:
+                torch.save(rest, part / META)
+                digests |= {name: file_digests(part / name) for name in (META, INDEX)}
+    except OSError as error:
+        problem = error
+    except dcp.api.CheckpointException as error:
+        problem = OSError(f"{path} cannot be written: {reason(next(iter(error.failures.values()))[0])}")
+    gathered = _of_all((problem, digests))
+    if problem := next((each for each, _ in gathered if each is not None), None):
+        if first:
+            _remove(part)
+        barrier()
+        raise problem
     if first:
-        torch.save(rest, part / META)
-        _remove(old)
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-        _remove(old)
+        write_list(part, {name: crcs for _, each in gathered for name, crcs in each.items()})
+        exchange(part, path)
+        _remove(part)
     barrier()
 
 

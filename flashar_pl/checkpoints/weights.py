@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from flashar_pl.checkpoints.description import Description, build_on_meta
+from flashar_pl.checkpoints.description import Description, build_on_meta, check_layers, lora_config
 from flashar_pl.checkpoints.official import is_official_directory, read_directory, read_official_model
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
+from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.files import new_directory, read_json, read_tensors, write_json
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.lora import LoraConfig, merge
+from flashar_pl.models.lora import merge
 from flashar_pl.options import Weights
-from flashar_pl.renames import official_state_dict
+from flashar_pl.renames import AVERAGED, official_state_dict
+
+OFFICIAL_FILE = "official file"
+"""What a file without a configuration is called, with the choice of weights where it has a choice."""
 
 
 @dataclass
@@ -38,8 +41,8 @@ class Loaded:
 def save_model(directory: str | Path, model: GridModel, description: Description) -> None:
     """Write `config.json` and `model.safetensors`; the directory must not exist. It appears complete or not at all."""
     with new_directory(directory, "model") as part:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-        write_json(part / "config.json", description.to_dict())
+        config = write_json(part / "config.json", description.to_dict())
+        save_checked(model.state_dict(), part / "model.safetensors", beside=[config])
 
 
 def load_model(
@@ -52,8 +55,9 @@ def load_model(
     """A model from any file: our directory, a Lightning checkpoint (one file or shards), an official LlamaGen or
     NAR file, or an Emu3.5 directory.
 
-    weights concerns Lightning checkpoints. n_head is needed only for official files of unpublished sizes. device and
-    dtype concern Emu3.5 directories, which are read straight to where they are used; the rest is read as it is stored.
+    weights concerns files that may have averaged weights too. n_head is needed only for official files of unpublished
+    sizes. device and dtype concern Emu3.5 directories, which are read straight to where they are used; the rest is read
+    as it is stored.
 
     Raises:
         ValueError: the path does not exist, is none of these, or its keys and shapes do not fit.
@@ -77,10 +81,10 @@ def load_model(
         stored, kind = _stored_names(run.names(), weights, path)
         model = _fill(run.description, run.tensors(stored))
         return Loaded(model, run.description, f"{'sharded ' * run.sharded}checkpoint ({kind} weights)")
-    if weights == "ema":
-        raise ValueError(f"{path} is an official file without averaged weights; use --weights auto.")
-    model = read_official_model(official_state_dict(content), n_head, content.get("args"))
-    return Loaded(model, Description(model=model.config()), "official file")
+    state, kind = official_state_dict(content, weights)
+    model = read_official_model(state, n_head, content.get("args"))
+    chosen = f"{OFFICIAL_FILE} ({kind} weights)" if AVERAGED in content else OFFICIAL_FILE
+    return Loaded(model, Description(model=model.config()), chosen)
 
 
 def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[dict[str, str], str]:
@@ -99,7 +103,8 @@ def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[d
 def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
     """The model of a description with these weights, not copied, low-rank updates merged. ValueError if they differ."""
     if description.lora is not None:
-        state, description.lora = dict(merge(state, LoraConfig(**description.lora))), None
+        state, description.lora = dict(merge(state, lora_config(description.lora))), None
+    check_layers(description.model.get("backbone"), "n_layer", len(state))
     model = build_on_meta(description.model)
     expected = model.state_dict()
     for key, value in state.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.console import needing, table
-from flashar_pl.files import replacing, require_new
+from flashar_pl.files import read_yaml, replacing, require_new
 
 Curve = tuple[list[int], list[float]]
 """Steps and values."""
@@ -99,7 +99,6 @@ def side_by_side(curves: dict[str, dict[str, Curve]], settings: dict[str, dict[s
 
 def read_settings(file: Path) -> dict[str, Any]:
     """config.yaml of a run with dotted keys, without empty values; {} where there is none."""
-    import yaml
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -107,8 +106,8 @@ def read_settings(file: Path) -> dict[str, Any]:
             found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
         return found
 
-    values = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return {key: value for key, value in flat(values or {}).items() if value is not None}
+    values = read_yaml(file) if file.is_file() else None
+    return {key: value for key, value in flat(values if isinstance(values, dict) else {}).items() if value is not None}
 
 
 def draw_curves(curves: dict[str, dict[str, Curve]], panels: list[Panel], path: Path, kind: str, width: float) -> None:

@@ -161,7 +161,7 @@ def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], what: str) 
     with torch.device("meta"):
         empty = build()
     renames = [Rename(name, (empty.official_name(name),)) for name in empty.state_dict()]
-    model = build_filled(build, StateDict(state, what, wrappers=()), renames, dtype=torch.float32)
+    model = build_filled(build, StateDict(state, what), renames, dtype=torch.float32)
     return model.requires_grad_(False)
 
 

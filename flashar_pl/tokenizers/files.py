@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from flashar_pl.files import read_tensors, read_yaml
+from flashar_pl.renames import AVERAGED
 
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:
@@ -28,14 +32,17 @@ def naming(file: Path) -> Iterator[None]:
         raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
+def read_weights(file: Path) -> dict[str, Any]:
+    """Content of a weights file, left on the disk until it is used; says so where there are averaged weights."""
+    content = read_tensors(file, mmap=True)
+    if AVERAGED in content:
+        print(f"{file}: its averaged weights (ema) are taken.", file=sys.stderr)
+    return content
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file (JSON is YAML)."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} is not YAML or JSON: {error}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}; expected a mapping of settings.")
     return content

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.files import read_tensors
 from flashar_pl.renames import official_state_dict
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec
-from flashar_pl.tokenizers.files import naming, read_settings, require_file
+from flashar_pl.tokenizers.files import naming, read_settings, read_weights, require_file
 
 ADVICE = (
     "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "
@@ -39,13 +38,13 @@ class IBQ(ConvTokenizer):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any], ddconfig: Mapping[str, Any]) -> IBQ:
-        """Loads a state dict in the published layout, bare or under "state_dict"; weights are copied.
+        """Loads a state dict in the published layout, bare or under "ema" (wins) or "state_dict"; copied.
 
         ddconfig: the published settings, flat (config.json) or with a "ddconfig" entry somewhere (config.yaml).
         The codebook's size is read from its tensor. Raises ValueError where settings and tensors disagree, and for
         any tensor that is missing, left over or of another shape.
         """
-        state = official_state_dict(state_dict)
+        state = official_state_dict(state_dict)[0]
         spec = read_ibq_settings(ddconfig, *codebook_shape(state, "an Emu3.5 IBQ state dict"))
         what = f"the Emu3.5 IBQ state dict (settings: {spec})"
         return load_strict(lambda: cls(spec), state, what)
@@ -63,7 +62,7 @@ class IBQ(ConvTokenizer):
         beside = file.with_name(names.get(file.name, "config.json" if file.suffix == ".safetensors" else "config.yaml"))
         config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
         with naming(file):
-            model = cls.from_official(read_tensors(file, mmap=True), read_settings(config))
+            model = cls.from_official(read_weights(file), read_settings(config))
         model.opened(weights, decode_dtype)
         model.settings = None if settings is None else str(settings)
         return model

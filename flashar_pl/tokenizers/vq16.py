@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.files import read_tensors
 from flashar_pl.renames import official_state_dict
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, read_spec
-from flashar_pl.tokenizers.files import naming, require_file
+from flashar_pl.tokenizers.files import naming, read_weights, require_file
 
 USED = "quantize.codebook_used"
 WHAT = "a LlamaGen VQ state dict"
@@ -50,12 +49,12 @@ class VQ16(ConvTokenizer):
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any]) -> VQ16:
-        """Loads a state dict in the published layout, bare or under "model" / "state_dict"; weights are copied.
+        """Loads a state dict in the published layout, bare or under "ema" (wins), "model" or "state_dict"; copied.
 
         Every size is read from the tensors: f is 2^(levels - 1). The buffer "quantize.codebook_used" may be missing.
         Raises ValueError for any tensor that is missing, left over or of another shape.
         """
-        state = official_state_dict(state_dict)
+        state = official_state_dict(state_dict)[0]
         used = state.get(USED)
         encoder, decoder = read_spec(state, "encoder"), read_spec(state, "decoder")
         spec = TokenizerSpec(encoder, decoder, *codebook_shape(state, WHAT))
@@ -73,7 +72,7 @@ class VQ16(ConvTokenizer):
         """Loads a published file. Raises ValueError where it is missing, or is the other one of VQ-16 and VQ-8."""
         file = require_file(weights, "VQ weights file", ADVICE)
         with naming(file):
-            model = cls.from_official(read_tensors(file, mmap=True))
+            model = cls.from_official(read_weights(file))
         for other, spec in VQ_PRESETS.items():
             if model.spec == spec and other != kind:
                 raise ValueError(f"{file} holds {other} ({model.downsample} pixels per code), not {kind}: use {other}.")

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
-from flashar_pl.files import replacing
+from flashar_pl.files import patiently, replacing
 from flashar_pl.training.lightning_private import save_after_validation, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.steps import StepCallback, is_last_step, validation_follows
@@ -27,6 +27,9 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
+        patiently(lambda: self._write(checkpoint, path))
+
+    def _write(self, checkpoint: dict[str, Any], path: Any) -> None:
         with replacing(path) as part:
             torch.save(checkpoint, part)
 

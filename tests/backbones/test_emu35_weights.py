@@ -111,8 +111,20 @@ def test_config_variants(state):
     newer = {k: v for k, v in CONFIG.items() if k not in ("rope_theta", "head_dim")}
     newer["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     assert Emu35.from_official(state, newer).config == plain.config
+    for harmless in (
+        None,
+        {"rope_type": "default"},
+        {"type": "default", "factor": 4.0},
+        {"type": "linear", "factor": 1.0},
+    ):
+        assert Emu35.from_official(state, {**CONFIG, "rope_scaling": harmless}).config == plain.config
     assert Emu35.from_official(state, {**CONFIG, "visual_token_offset": 130}).vocabulary == 382
     assert Emu35.from_official(state, {**CONFIG, "rms_norm_eps": 1e-5}).norm.eps == 1e-5  # type: ignore[union-attr]
+
+
+def test_more_layers_than_tensors_are_refused_before_anything_is_built(state):
+    with pytest.raises(ValueError, match=r"num_hidden_layers is 1,000,000, more than the \d+ tensors"):
+        Emu35.from_official(state, {**CONFIG, "num_hidden_layers": 10**6})
 
 
 def test_broken_directories_are_named(state, tmp_path):

@@ -102,6 +102,36 @@ def test_official_containers(container: str | None, tmp_path: Path) -> None:
     assert all(torch.equal(value, state[key]) for key, value in official_weights(loaded.model).items())
 
 
+@pytest.mark.parametrize("word", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])
+def test_wrappers_leave_names_behind_anywhere(word: str, tmp_path: Path) -> None:
+    state, _ = llamagen_golden("gpt_c2i_gqa_tiny")
+    wrapped = {f"{word}.{key.replace('layers.0.', f'layers.0.{word}.')}": value for key, value in state.items()}
+    torch.save({"model": wrapped}, tmp_path / "wrapped.pt")
+    found = official_weights(load_model(tmp_path / "wrapped.pt", n_head=4).model)
+    assert all(torch.equal(value, state[key]) for key, value in found.items())
+
+
+def test_averaged_weights_of_official_files(tmp_path: Path) -> None:
+    """Beside the raw ones or instead of them; which ones were read is said."""
+    state, _ = llamagen_golden("gpt_c2i_gqa_tiny")
+    raw = {key: value + 1 for key, value in state.items()}
+    torch.save({"model": raw, "ema": state}, tmp_path / "both.pt")
+    torch.save({"ema": state}, tmp_path / "ema.pt")
+    torch.save({"model": raw}, tmp_path / "raw.pt")
+    for name, weights, expected in (
+        *(("both", "auto", "ema"), ("both", "raw", "raw"), ("both", "ema", "ema")),
+        *(("ema", "auto", "ema"), ("raw", "auto", "")),
+    ):
+        loaded = load_model(tmp_path / f"{name}.pt", weights, n_head=4)  # type: ignore[arg-type]
+        assert loaded.source == f"official file ({expected} weights)" if expected else "official file"
+        key = "norm.weight"
+        assert torch.equal(official_weights(loaded.model)[key], (state if expected == "ema" else raw)[key])
+    with pytest.raises(ValueError, match="no averaged weights"):
+        load_model(tmp_path / "raw.pt", "ema", n_head=4)
+    with pytest.raises(ValueError, match="averaged weights only"):
+        load_model(tmp_path / "ema.pt", "raw", n_head=4)
+
+
 def test_official_nar_file_and_safetensors(tmp_path: Path) -> None:
     state, _ = llamagen_golden("nar_tiny")
     save_file(state, tmp_path / "nar.safetensors")
@@ -173,6 +203,15 @@ def test_a_description_says_what_to_build_and_nothing_else(change: dict, message
         build_model({**MODELS["raster"]().config(), **change})
 
 
+def test_more_layers_than_tensors_are_refused_before_anything_is_built(tmp_path: Path) -> None:
+    config = saved(tmp_path / "m", MODELS["raster"]()) / "config.json"
+    values = json.loads(config.read_text())
+    values["model"]["backbone"]["n_layer"] = 10**6
+    config.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"n_layer is 1,000,000, more than the \d+ tensors"):
+        load_model(tmp_path / "m")
+
+
 def test_weights_that_do_not_fit_their_description_are_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "model", MODELS["raster"]())
     config = json.loads((path / "config.json").read_text())
@@ -212,6 +251,21 @@ def test_flashar_run_from_flashar_file(tmp_path: Path) -> None:
     report = initialise(model, saved(tmp_path / "m", source))
     assert_same_model(model, source)
     assert (report.cloned, report.new) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["raster", "flashar"])
+def test_weights_of_other_classes_start_a_run(kind: str, tmp_path: Path) -> None:
+    """Everything but the table of classes is taken over, which the report says."""
+    source, backbone = MODELS[kind](), tiny.backbone(seed=9, num_classes=3)
+    model = FlashAR(backbone, 1, 2, corner="fused") if kind == "flashar" else RasterAR(backbone)
+    table = model.backbone.condition_embedding.table.weight.clone()  # type: ignore[union-attr]
+    report = initialise(model, saved(tmp_path / "m", source))
+    key = "backbone.condition_embedding.table.weight"
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], table if name == key else value), name
+    assert report.new == table.numel()
+    assert report.loaded == sum(p.numel() for p in model.parameters()) - table.numel()
+    assert "its 5 classes are other ones: the table of 3 classes is new" in str(report)
 
 
 def test_run_from_official_file(tmp_path: Path) -> None:

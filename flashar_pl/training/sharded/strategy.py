@@ -28,6 +28,8 @@ from flashar_pl.checkpoints.initialise import InitReport, initialise
 from flashar_pl.checkpoints.official import is_official_directory
 from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
 from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta, write_sharded
+from flashar_pl.checkpoints.verify import offering
+from flashar_pl.files import patiently
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
 from flashar_pl.training.new_parts import new_parts
@@ -175,7 +177,8 @@ class ShardedStrategy(ModelParallelStrategy):
         tensors = checkpoint.pop("state_dict")
         for states in checkpoint.pop("optimizer_states", []):
             tensors |= {OPTIMISER + name: value for name, value in states.items()}
-        write_sharded(Path(self.broadcast(filepath)), tensors, checkpoint, self.is_global_zero, self.barrier)
+        path = Path(self.broadcast(filepath))
+        patiently(lambda: write_sharded(path, tensors, checkpoint, self.is_global_zero, self.barrier))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read weights and moments into the shards; returns everything else. Runs no code from it."""
@@ -199,7 +202,8 @@ class ShardedStrategy(ModelParallelStrategy):
         for optimizer in self.optimizers:
             self._make_states(optimizer, [name for name in stored if name.startswith(OPTIMISER)])
             state |= {OPTIMISER + name: value for name, value in self.optimizer_state(optimizer).items()}
-        reader.load(state)
+        with offering(path):
+            reader.load(state)
         everything = self.lightning_module_state_dict()
         for name in new:
             everything[name].copy_(everything[NET_PREFIX + name.removeprefix(EMA_PREFIX)])

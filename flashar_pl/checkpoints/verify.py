@@ -1,0 +1,64 @@
+"""Whether a checkpoint is whole, and which one beside a damaged one is."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
+from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
+from flashar_pl.files import need_file, read_json, read_tensors
+from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, listed
+
+
+def verify(path: Path) -> str:
+    """Compare a checkpoint of any kind with its checksums; what was compared. ValueError naming what is damaged."""
+    if not path.is_dir():
+        if need_file(path).suffix == ".safetensors":
+            return _safetensors([path])
+        check_torch_file(path, again=True)
+        read_tensors(path, mmap=True)
+        with_crc = zipfile.is_zipfile(path) and any(each.CRC for each in zipfile.ZipFile(path).infolist())
+        return "every tensor has its CRC-32" if with_crc else "it can be read; it was saved without checksums"
+    if check_directory(path, again=True):
+        return f"{len(listed(path) or ())} files have their CRC-32s"
+    if is_sharded(path):
+        check_torch_file(path / META, again=True)
+        return f"{len(SafeReader(path).names())} tensors have their places; it was saved without checksums"
+    if (path / "config.json").is_file():
+        read_json(path / "config.json")
+    SafetensorsDirectory(path)
+    return _safetensors(sorted(path.glob("*.safetensors")))
+
+
+def _safetensors(files: list[Path]) -> str:
+    tensors = sum(len(read_header(file)) for file in files)
+    checked = [check_safetensors(file, again=True) for file in files]
+    if all(checked):
+        return f"{tensors} tensors have their CRC-32s"
+    return f"{tensors} tensors have their sizes; it was saved without checksums"
+
+
+@contextmanager
+def offering(path: Path) -> Iterator[None]:
+    """An error about the damaged checkpoint `path` ends with the newest whole one beside it."""
+    try:
+        yield
+    except Damaged as error:
+        whole = whole_beside(path)
+        end = f" The newest whole checkpoint beside it is {whole}." if whole else " There is no whole one beside it."
+        raise Damaged(f"{error}{end}") from error
+
+
+def whole_beside(path: Path) -> Path | None:
+    """The newest checkpoint in the same directory that is whole; None = there is none."""
+    others = [each for each in path.parent.glob("*.ckpt") if each.name != path.name]
+    for each in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+        try:
+            verify(each)
+        except (ValueError, OSError):
+            continue
+        return each
+    return None

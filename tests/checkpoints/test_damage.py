@@ -1,0 +1,217 @@
+"""A damaged checkpoint is never used: file, place and the newest whole one are named."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashar_pl import files
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.sharded import SafeReader, read_sharded, write_sharded
+from flashar_pl.checkpoints.verify import verify
+from flashar_pl.checkpoints.weights import load_model, save_model
+from flashar_pl.cli import main
+from flashar_pl.files import read_torch
+from flashar_pl.integrity import SWITCH, Damaged
+from tests import tiny
+
+TENSORS = {"net.a": torch.arange(3000.0).view(30, 100), "net.b": torch.ones(5)}
+
+
+@pytest.fixture
+def torch_file(tmp_path: Path) -> Path:
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": TENSORS, "global_step": 7}, path)
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    model = tiny.flashar()
+    save_model(tmp_path / "model", model, Description(model.config()))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    path = tmp_path / "sharded.ckpt"
+    write_sharded(path, dict(TENSORS), {"global_step": 7}, True, lambda: None)
+    return path
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+def same(found, expected) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_no_flipped_bit_of_a_torch_file_is_used(torch_file: Path) -> None:
+    whole, found = torch_file.read_bytes(), 0
+    for seed in range(100):
+        torch_file.write_bytes(whole)
+        flip(torch_file, random.Random(seed).randrange(8 * len(whole)))
+        try:
+            content = read_torch(torch_file)
+        except ValueError as error:
+            assert str(torch_file) in str(error)  # noqa: PT017
+            found += 1
+        else:  # a byte between records, which nothing reads
+            assert same(content["state_dict"], TENSORS)
+            assert content["global_step"] == 7
+    assert found > 50
+
+
+def test_no_flipped_bit_of_a_converted_model_is_used(directory: Path, capsys) -> None:
+    path = directory / "model.safetensors"
+    expected, whole, found = load_model(directory).model.state_dict(), path.read_bytes(), 0
+    for seed in range(40):
+        flip(path, random.Random(seed).randrange(8 * len(whole)))
+        try:
+            assert same(load_model(directory).model.state_dict(), expected)  # a bit that nothing depends on
+        except ValueError as error:
+            found += "model" in str(error)
+        path.write_bytes(whole)
+    assert found == 40
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace("10000.0", "10001.0"))
+    load_model(directory)
+    assert "config.json is not what was written with model.safetensors: edited, or damaged." in capsys.readouterr().err
+    flip(path, 8 * len(whole) - 30)
+    with pytest.raises(Damaged, match=r"model\.safetensors is damaged: .*weight is not what was written"):
+        load_model(directory)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "meta.pt", ".metadata"])
+def test_no_flipped_bit_of_a_sharded_checkpoint_is_used(sharded: Path, name: str) -> None:
+    names = {key: key for key in TENSORS}
+    assert same(read_sharded(sharded, names), TENSORS)
+    path = sharded / name
+    whole = path.read_bytes()
+    for seed in range(20):
+        flip(path, random.Random(seed).randrange(8 * len(whole)))
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            read_sharded(sharded, names)
+        path.write_bytes(whole)
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{name} is missing|no file .*{name}"):
+        read_sharded(sharded, names)
+
+
+def test_shards_without_a_list_end_in_one_line(sharded: Path) -> None:
+    (sharded / "digests.json").unlink()
+    names = {key: key for key in TENSORS}
+    assert same(read_sharded(sharded, names), TENSORS)  # as older versions wrote them
+    shard = sharded / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(ValueError, match="fewer than it says") as error:
+        read_sharded(sharded, names)
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_checkpoint_names_the_newest_whole_one(torch_file: Path, capsys) -> None:
+    older = torch_file.with_name("step=5.ckpt")
+    older.write_bytes(torch_file.read_bytes())
+    torch_file.with_name("step=6.ckpt").write_bytes(b"PK nothing")
+    assert main(["checkpoint", "verify", str(older), str(torch_file)]) == 0
+    assert "last.ckpt: whole; every tensor has its CRC-32." in capsys.readouterr().out
+    data = torch_file.read_bytes()
+    flip(torch_file, 8 * data.index(TENSORS["net.a"].numpy().tobytes()) + 20)
+    assert main(["checkpoint", "verify", str(torch_file)]) == 2
+    said = capsys.readouterr().err
+    assert "last.ckpt is damaged: " in said
+    assert f"The newest whole checkpoint beside it is {older}." in said
+
+
+def test_the_comparison_can_be_switched_off(directory: Path, monkeypatch) -> None:
+    weights = directory / "model.safetensors"
+    flip(weights, 8 * weights.stat().st_size - 30)
+    monkeypatch.setenv(SWITCH, "1")
+    load_model(directory)
+    with pytest.raises(Damaged):
+        verify(directory)
+
+
+def test_files_saved_without_checksums_are_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(TENSORS, tmp_path / "other.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torch.save(TENSORS, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("other.pt", "old.pt"):
+        assert same(read_torch(tmp_path / name), TENSORS)
+        assert "without checksums" in verify(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "index", [b"\x80\x04r\xff\xff\xff\x7f", b"\x80\x04Nr\xff\xff\xff\x0f.", b"\x80\x04\x8e" + b"\xff" * 8]
+)
+def test_an_index_cannot_ask_for_memory(tmp_path: Path, index: bytes) -> None:
+    (tmp_path / ".metadata").write_bytes(index)
+    with pytest.raises(ValueError, match="not the index of a sharded checkpoint"):
+        SafeReader(tmp_path).names()
+
+
+@pytest.mark.parametrize("place", ["/etc/hostname", "../secret", "sub/x"])
+def test_an_index_names_files_of_its_directory_only(sharded: Path, place: str) -> None:
+    import pickle
+
+    (sharded / "digests.json").unlink()
+    path = sharded / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    for each in index.storage_data.values():
+        each.relative_path = place
+    path.write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="no file of this directory"):
+        read_sharded(sharded, {key: key for key in TENSORS})
+
+
+def test_a_torch_file_cannot_ask_for_memory(tmp_path: Path) -> None:
+    class Announced:
+        def __reduce__(self):
+            return bytearray, (10**12,)
+
+    torch.save({"a": Announced()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="asks for memory"):
+        read_torch(tmp_path / "a.pt")
+    torch.save({"a": torch.ones(1).expand(10**9)}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match="fewer values in the file"):
+        read_torch(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_sharded_checkpoint_is_never_absent(sharded: Path, monkeypatch, swap: bool) -> None:
+    if not swap:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    seen = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (rename(self, to), seen.append(sharded.exists()))[0])
+    changed = {key: value + 1 for key, value in TENSORS.items()}
+    write_sharded(sharded, dict(changed), {"global_step": 8}, True, lambda: None)
+    assert same(read_sharded(sharded, {key: key for key in TENSORS}), changed)
+    assert all(seen) or not swap
+    assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Path, capsys) -> None:
+    before, tries = torch_file.read_bytes(), []
+
+    def write() -> None:
+        tries.append(1)
+        with files.replacing(torch_file) as part:
+            part.write_bytes(b"half")
+            if len(tries) < 3:
+                torch.save(TENSORS, "/dev/full")
+
+    with pytest.raises(OSError, match=rf"No space left on device: '{torch_file}'"):
+        files.patiently(write, waits=[0])
+    assert torch_file.read_bytes() == before
+    assert [each.name for each in torch_file.parent.iterdir()] == ["last.ckpt"]
+    assert "trying again" in capsys.readouterr().err
+    files.patiently(write, waits=[0])
+    assert torch_file.read_bytes() == b"half"
