@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.integrity import check_safetensors, check_torch_file, records, view, zip_entries
+from flashar_pl.integrity import check_safetensors, check_torch_file, is_archive, records, view, zip_entries
 
 if TYPE_CHECKING:
     import numpy as np
@@ -373,7 +373,7 @@ def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = Fals
     try:
         _no_announced_bytes(source)
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
-            mmap = mmap and zipfile.is_zipfile(source)
+            mmap = mmap and is_archive(source)
             found = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         for tensor in _tensors_in(found):
             if tensor.nbytes > SMALL + tensor.untyped_storage().nbytes():
@@ -394,7 +394,7 @@ def _tensors_in(values: Any) -> Iterator[Any]:
 
 def _no_announced_bytes(source: Path | io.BytesIO) -> None:
     """ValueError for a torch file that makes its reader allocate as many bytes as it says, which no tensor needs."""
-    if not zipfile.is_zipfile(source):
+    if not is_archive(source):
         return
     with contextlib.nullcontext(source.getbuffer()) if isinstance(source, io.BytesIO) else view(source) as content:
         for each in records("it", content, zip_entries("it", source)):

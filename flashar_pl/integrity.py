@@ -65,7 +65,7 @@ def check_torch_file(path: Path, again: bool = False) -> None:
     """
     if _settled(path, again):
         return
-    if not zipfile.is_zipfile(path):
+    if not is_archive(path):
         with path.open("rb") as file:
             if file.read(2) == b"PK":
                 raise Damaged(f"{path} is damaged or cut off: its list of tensors is not at its end. {ADVICE}")
@@ -77,6 +77,14 @@ def check_torch_file(path: Path, again: bool = False) -> None:
         pieces = list(records(path, content, entries))
         _compare(path, content, pieces)
     _whole.add(_identity(path))
+
+
+def is_archive(source: Any) -> bool:
+    """Whether a file, or its bytes, end as a zip archive does."""
+    try:
+        return zipfile.is_zipfile(source)
+    except zipfile.BadZipFile:
+        return True
 
 
 def zip_entries(path: str | Path, source: Any) -> list[zipfile.ZipInfo]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
 from flashar_pl.files import need_file, read_json, read_tensors
-from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, listed
+from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, is_archive, listed
 
 
 def verify(path: Path) -> str:
@@ -20,7 +20,7 @@ def verify(path: Path) -> str:
             return _safetensors([path])
         check_torch_file(path, again=True)
         read_tensors(path, mmap=True)
-        with_crc = zipfile.is_zipfile(path) and any(each.CRC for each in zipfile.ZipFile(path).infolist())
+        with_crc = is_archive(path) and any(each.CRC for each in zipfile.ZipFile(path).infolist())
         return "every tensor has its CRC-32" if with_crc else "it can be read; it was saved without checksums"
     if check_directory(path, again=True):
         return f"{len(listed(path) or ())} files have their CRC-32s"

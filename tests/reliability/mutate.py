@@ -101,6 +101,8 @@ def mutate(good: Sequence[bytes], seed: int) -> bytes:
 def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Outcome:
     """Read `count` damaged files. memory: measure it, which takes several times as long."""
     outcome = Outcome(target.name)
+    for data in target.good:  # they can be read, and everything is imported then
+        target.read(data)
     for seed in range(first, first + count):
         data = mutate(target.good, seed)
         begin = time.perf_counter()
