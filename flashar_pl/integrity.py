@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 CRC_KEY, BESIDE_KEY = "crc32", "crc32.beside"
 """Of the metadata of a safetensors file."""
 LIST = "digests.json"
-PIECE = 16 * 2**20
+PIECE, CHUNK = 16 * 2**20, 2**18
+"""Bytes of a file that have a CRC-32 of their own, and that are read at once."""
 SWITCH = "FLASHAR_NO_VERIFY"
 """Environment variable that switches the comparison off, as `flashar ... --no-verify` does, also for other ranks."""
 THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -75,8 +76,7 @@ def check_torch_file(path: Path, again: bool = False) -> None:
         return
     with view(path) as content:
         pieces = list(records(path, content, entries))
-        _compare(path, content, pieces)
-    _whole.add(_identity(path))
+    _compare(path, pieces)
 
 
 def is_archive(source: Any) -> bool:
@@ -147,10 +147,9 @@ def check_safetensors(path: Path, again: bool = False) -> bool:
             raise Damaged(
                 f"{path} is not a safetensors file, or is damaged at its beginning ({error}). {ADVICE}"
             ) from error
-        _compare(path, content, pieces)
     for name in odd:
         print(f"{path.with_name(name)} is not what was written with {path.name}: edited, or damaged.", file=sys.stderr)
-    _whole.add(_identity(path))
+    _compare(path, pieces)
     return bool(crcs)
 
 
@@ -170,9 +169,9 @@ def write_list(directory: Path, digests: dict[str, list[int]]) -> None:
 
 def file_digests(path: Path) -> list[int]:
     """CRC-32 of every piece of a file."""
-    with view(path) as content, ThreadPoolExecutor(THREADS) as pool:
-        places = range(0, len(content), PIECE)
-        return list(pool.map(lambda begin: zlib.crc32(content[begin : begin + PIECE]), places))
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+        places = range(0, path.stat().st_size, PIECE)
+        return list(pool.map(lambda begin: _crc(file.fileno(), begin, begin + PIECE), places))
 
 
 def listed(directory: Path) -> dict[str, Any] | None:
@@ -223,9 +222,7 @@ def check_directory(directory: Path, names: Iterable[str] | None = None, again: 
         pieces = [
             Piece(f"MiB {i * 16} to {i * 16 + 16}", i * PIECE, (i + 1) * PIECE, crc) for i, crc in enumerate(crcs)
         ]
-        with view(path) as content:
-            _compare(path, content, pieces)
-        _whole.add(_identity(path))
+        _compare(path, pieces)
     return True
 
 
@@ -244,10 +241,21 @@ def view(path: Path) -> Iterator[memoryview]:
             yield view
 
 
-def _compare(path: Path, content: memoryview, pieces: list[Piece]) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda piece: zlib.crc32(content[piece.begin : piece.end]), pieces)
+def _crc(file: int, begin: int, end: int) -> int:
+    """CRC-32 of some bytes of an open file; read, not mapped, since pages that are mapped hinder the other readers."""
+    crc = 0
+    while begin < end and (data := os.pread(file, min(CHUNK, end - begin), begin)):
+        crc, begin = zlib.crc32(data, crc), begin + len(data)
+    return crc
+
+
+def _compare(path: Path, pieces: list[Piece]) -> None:
+    """Compare pieces of a file, and remember it if it is whole."""
+    identity = _identity(path)
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
+        found = pool.map(lambda piece: _crc(file.fileno(), piece.begin, piece.end), pieces)
         different = [piece for piece, crc in zip(pieces, found, strict=True) if crc != piece.crc]
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise Damaged(f"{path} is damaged: {different[0].name}{more} is not what was written. {ADVICE}")
+    _whole.add(identity)

@@ -12,6 +12,8 @@ from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
 from flashar_pl.files import need_file, read_json, read_tensors
 from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, is_archive, listed
 
+BESIDE = "among the checkpoints beside it."
+
 
 def verify(path: Path) -> str:
     """Compare a checkpoint of any kind with its checksums; what was compared. ValueError naming what is damaged."""
@@ -43,13 +45,14 @@ def _safetensors(files: list[Path]) -> str:
 
 @contextmanager
 def offering(path: Path) -> Iterator[None]:
-    """An error about the damaged checkpoint `path` ends with the newest whole one beside it."""
+    """An error about the damaged checkpoint `path` ends with the newest whole one beside it, once."""
     try:
         yield
     except Damaged as error:
+        if str(error).endswith(BESIDE):
+            raise
         whole = whole_beside(path)
-        end = f" The newest whole checkpoint beside it is {whole}." if whole else " There is no whole one beside it."
-        raise Damaged(f"{error}{end}") from error
+        raise Damaged(f"{error} {f'{whole} is whole' if whole else 'None is whole'} {BESIDE}") from error
 
 
 def whole_beside(path: Path) -> Path | None:

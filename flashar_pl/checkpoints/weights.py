@@ -18,6 +18,7 @@ from flashar_pl.checkpoints.official import is_official_directory, read_director
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
 from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
+from flashar_pl.checkpoints.verify import offering
 from flashar_pl.files import new_directory, read_json, read_tensors, write_json
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import merge
@@ -65,6 +66,13 @@ def load_model(
     path = Path(path)
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights is {weights!r}; expected auto, raw or ema.")
+    with offering(path):
+        return _load(path, weights, n_head, device, dtype)
+
+
+def _load(
+    path: Path, weights: Weights, n_head: int | None, device: torch.device | str, dtype: torch.dtype | None
+) -> Loaded:
     if is_official_directory(path):
         model = read_directory(path, "visual", device, dtype)
         return Loaded(model, Description(model=model.config()), "official directory (visual heads)")

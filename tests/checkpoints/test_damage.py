@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one(torch_file: Path, capsy
     assert main(["checkpoint", "verify", str(torch_file)]) == 2
     said = capsys.readouterr().err
     assert "last.ckpt is damaged: " in said
-    assert f"The newest whole checkpoint beside it is {older}." in said
+    assert f"{older} is whole among the checkpoints beside it." in said
 
 
 def test_the_comparison_can_be_switched_off(directory: Path, monkeypatch) -> None:
