@@ -4,7 +4,7 @@ A torch file is a zip archive with a CRC-32 of every tensor, which torch writes 
 of ours has them in the metadata of its header. A sharded checkpoint has a list, `digests.json`, with the CRC-32 of
 every 16 MiB of every file. CRC-32, not SHA-256: it finds damage,
 which is all that is asked of it (whoever forges a file forges its digest), at several times the speed; what it costs
-says docs/reliability.md. A few threads read the pieces, which then lie in memory when the file is read for use.
+says docs/training.md. A few threads read the pieces, which then lie in memory when the file is read for use.
 
 Standard library only.
 """

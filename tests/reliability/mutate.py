@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 SECONDS = 2.0
 """A reader that takes longer hangs."""
@@ -136,6 +137,7 @@ def short(target: Target, count: int = 200) -> None:
 
 def main(room: str, count: str = "100000") -> int:
     """Run all TARGETS of tests/reliability/test_ROOM.py."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does, for what tests share
     wrong = 0
     for target in importlib.import_module(f"tests.reliability.test_{room}").TARGETS:
         begin = time.perf_counter()
