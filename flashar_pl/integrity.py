@@ -143,7 +143,7 @@ def check_safetensors(path: Path, again: bool = False) -> bool:
             odd = [name for name, crc in texts.items() if _text_differs(path.with_name(name), crc)]
             places = {name: each["data_offsets"] for name, each in header.items()}
             pieces = [Piece(name, begin + at[0], begin + at[1], crcs[name]) for name, at in places.items() if crcs]
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise Damaged(
                 f"{path} is not a safetensors file, or is damaged at its beginning ({error}). {ADVICE}"
             ) from error
@@ -189,7 +189,7 @@ def listed(directory: Path) -> dict[str, Any] | None:
             raise ValueError("another format")
         if any(len(crcs) != -(-size // PIECE) for size, crcs in files.values()):
             raise ValueError("a file has another number of pieces than its size says")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise Damaged(
             f"{path} is damaged ({error}). Copy the directory again; --no-verify reads it as it is."
         ) from error
