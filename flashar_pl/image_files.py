@@ -54,7 +54,7 @@ TURNS = {
 }
 """Value of the EXIF tag -> what turns the picture upright."""
 
-DAMAGED = (*BROKEN, struct.error, Image.DecompressionBombError)
+DAMAGED = (*BROKEN, Image.DecompressionBombError)
 """What Pillow raises."""
 
 

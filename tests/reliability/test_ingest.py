@@ -16,7 +16,7 @@ from flashar_pl.data.captions import CaptionList
 from flashar_pl.data.code_files import NpyCodes, PtCodes
 from flashar_pl.data.sources import TarSource, class_id, read_classes
 from flashar_pl.image_files import READABLE, Unreadable, open_rgb
-from tests.reliability.mutate import Target, short
+from tests.reliability.mutate import Target, run, short
 
 CLEAN = (ValueError, Unreadable)
 
@@ -107,3 +107,8 @@ TARGETS = [
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damaged_files_end_clean(target: Target) -> None:
     short(target, 80)
+
+
+def test_an_unpickler_that_ends_within_a_number():
+    """struct.error is no ValueError."""
+    assert not run(next(target for target in TARGETS if target.name == "pt codes"), 1, first=64081).wrong
