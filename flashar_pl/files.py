@@ -125,9 +125,9 @@ def new_directory(path: str | Path, what: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def patiently(write: Callable[[], object], waits: Iterable[float] = WAITS) -> None:
-    """Call `write`, again after each of `waits` seconds while the disk is full. OSError if it still is then."""
-    for seconds in waits:
+def patiently(write: Callable[[], object]) -> None:
+    """Call `write`, again after each of `WAITS` seconds while the disk is full. OSError if it still is then."""
+    for seconds in WAITS:
         try:
             write()
             return

@@ -51,13 +51,14 @@ def offering(path: Path) -> Iterator[None]:
     except Damaged as error:
         if str(error).endswith(BESIDE):
             raise
-        whole = whole_beside(path)
-        raise Damaged(f"{error} {f'{whole} is whole' if whole else 'None is whole'} {BESIDE}") from error
+        others = [each for each in path.parent.glob("*.ckpt") if each.name != path.name]
+        if not others:
+            raise
+        raise Damaged(f"{error} {newest_whole(others) or 'None'} is whole {BESIDE}") from error
 
 
-def whole_beside(path: Path) -> Path | None:
-    """The newest checkpoint in the same directory that is whole; None = there is none."""
-    others = [each for each in path.parent.glob("*.ckpt") if each.name != path.name]
+def newest_whole(others: list[Path]) -> Path | None:
+    """The newest of several checkpoints that is whole; None = there is none."""
     for each in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
         try:
             verify(each)

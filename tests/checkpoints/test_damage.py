@@ -198,7 +198,8 @@ def test_a_sharded_checkpoint_is_never_absent(sharded: Path, monkeypatch, swap: 
     assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Path, capsys) -> None:
+def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(files, "WAITS", [0])
     before, tries = torch_file.read_bytes(), []
 
     def write() -> None:
@@ -209,9 +210,9 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Pat
                 torch.save(TENSORS, "/dev/full")
 
     with pytest.raises(OSError, match=rf"No space left on device: '{torch_file}'"):
-        files.patiently(write, waits=[0])
+        files.patiently(write)
     assert torch_file.read_bytes() == before
     assert [each.name for each in torch_file.parent.iterdir()] == ["last.ckpt"]
     assert "trying again" in capsys.readouterr().err
-    files.patiently(write, waits=[0])
+    files.patiently(write)
     assert torch_file.read_bytes() == b"half"

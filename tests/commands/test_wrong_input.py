@@ -31,7 +31,7 @@ def test_damaged_files_and_wrong_kinds_are_said_in_plain_words(refused, flashar_
     Path("text.pt").write_text("hello")
     torch.save({"a": torch.zeros(1000)}, "whole.pt")
     Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:1000])
-    assert "the file is truncated or damaged" in refused("convert", "cut.pt", "--out", "model")
+    assert "cut.pt is damaged or cut off" in refused("convert", "cut.pt", "--out", "model")
     assert "it is no torch file, or a part of one" in refused("convert", "text.pt", "--out", "model")
     words = ("generate", "--checkpoint", flashar_model, "--classes", "3", "--tokenizer", "vq16:whole.pt", "--out", "s")
     assert "error: whole.pt: " in refused(*words)
