@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -167,6 +168,8 @@ def read_scalars(directory: Path) -> dict[str, Curve]:
     """
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+    # A continued run takes points back that came after its checkpoint, which TensorBoard reports as if it were a fault.
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     events = EventAccumulator(str(directory), size_guidance={SCALARS: 0})  # 0 = every point
     events.Reload()
     curves: dict[str, Curve] = {}

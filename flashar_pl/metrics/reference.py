@@ -95,7 +95,8 @@ class Moments:
         """Mean (D,), unbiased covariance (D, D) in float64, and n. Raises ValueError for fewer than 2 rows."""
         if self.count < 2:
             raise ValueError(f"{self.count} images are too few for a Fréchet distance; expected 2 or more.")
-        return self.mean, self.products / (self.count - 1), self.count
+        symmetric = (self.products + self.products.T) / 2  # products of matrices are so but for rounding
+        return self.mean, symmetric / (self.count - 1), self.count
 
 
 def reference_from_batches(

@@ -88,7 +88,7 @@ def test_diagonal_positions_leave_the_row_end_free():
 
 def test_loss_is_the_cross_entropy_of_the_logits():
     """Visual heads: chunked losses are normalised over the codes, and equal those of the materialised logits."""
-    model = emu_flashar(heads="visual")
+    model = emu_flashar(heads="visual").double()
     codes = codes_of(3, 2, 5)
     with torch.no_grad():
         out, losses = model(codes, PREFIXES), model.loss(codes, PREFIXES)

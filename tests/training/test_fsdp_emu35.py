@@ -41,7 +41,8 @@ def test_the_recipe_runs_on_two_processes(said: str, folder: Path) -> None:
     assert len(list((run / "samples").glob("*.png"))) == 2
     for step in (10, 20):
         checkpoint = run / "checkpoints" / f"step={step}.ckpt"
-        assert {file.name for file in checkpoint.iterdir()} == {".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"}
+        names = {".metadata", "meta.pt", "digests.json", "__0_0.distcp", "__1_0.distcp"}
+        assert {file.name for file in checkpoint.iterdir()} == names
     assert read_meta(checkpoint)["flashar"]["training"]["stage"] == 2
     losses = [float(x) for x in re.findall(r"val/nll ([\d.]+)", said)]
     assert losses[-1] < losses[0] - 10
