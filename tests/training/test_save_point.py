@@ -14,7 +14,7 @@ from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.logger import RunLogger
 
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10000)
-"""TensorBoard reads files in the order of their names: of two that one process makes in one second, 9 comes after 10."""
+"""TensorBoard reads files in the order of their names: of two that a process makes in one second, 9 comes after 10."""
 RUN = {
     "accumulate_grad_batches": 2, "max_steps": 7, "limit_val_batches": 1.0, "val_check_interval": 2,
     "check_val_every_n_epoch": None, "log_every_n_steps": 1, "enable_checkpointing": True,
