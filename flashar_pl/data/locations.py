@@ -10,7 +10,6 @@ against its hash there, and read from the copy.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -23,6 +22,7 @@ from typing import IO
 
 import fsspec
 
+from flashar_pl import locks
 from flashar_pl.files import digest, replacing
 
 
@@ -83,10 +83,10 @@ def locked(path: Path) -> Iterator[None]:
     """One block at a time among the threads and processes of this machine; the file is only made, never changed."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.take(lock, wait=True)
         yield
     finally:
-        fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not do it while a forked process has it open too
+        locks.release(lock)
         os.close(lock)
 
 

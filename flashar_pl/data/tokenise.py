@@ -17,7 +17,6 @@ Shapes: n samples of one pass, K crops of an image, H x W grid.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashar_pl import locks
 from flashar_pl.data.account import Account
 from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
@@ -149,15 +149,13 @@ def _alone(out: Path) -> Iterator[None]:
     while True:
         lock = (out / LOCK).open("w")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(lock)
         except BlockingIOError as error:
             lock.close()
             raise ValueError(
                 f"another flashar tokenize is writing to {out}. Let it finish, or choose another --out; to share the "
                 "work among processes start them with torchrun or srun, as docs/cluster.md says."
             ) from error
-        except OSError:  # a file system without locks
-            pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(out / LOCK)):
                 break
@@ -166,8 +164,7 @@ def _alone(out: Path) -> Iterator[None]:
         yield
     finally:
         (out / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_UN)  # closing does not do it while a forked process has it open too
+        locks.release(lock)
         lock.close()
         with suppress(OSError):  # it holds something
             if made:

@@ -7,7 +7,6 @@ Shapes: b samples of a batch, H x W grid, D pooled features, S spatial features,
 
 from __future__ import annotations
 
-import fcntl
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flashar_pl import locks
 from flashar_pl.decoding.samples import Drawn
 from flashar_pl.evaluate.identity import SETTINGS, check_folder, check_settings
 from flashar_pl.files import replacing, write_json
@@ -49,7 +49,7 @@ class PartFolder:
         self.parts.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("w")  # held, not only opened: closing it lets go of the lock
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(self._lock)
         except BlockingIOError as error:
             raise ValueError(f"another process is drawing samples into {self.path}.") from error
         if not (self.path / SETTINGS).exists():

@@ -10,13 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flashar_pl import locks
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.training.stored_config import CONFIG_FILE, differences, flatten, read_settings
-
-try:
-    import fcntl
-except ImportError:  # Windows: nothing keeps two processes apart
-    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 """File of a run directory that the process in it has locked, with its name."""
@@ -37,16 +33,13 @@ def only_one(directory: Path, new: bool = False) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+") as file:
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # workers that outlive the process do not hold it
-        except (BlockingIOError, PermissionError) as error:
+            locks.take(file, alone=True)
+        except BlockingIOError as error:
             file.seek(0)
             raise ValueError(
                 f"the run directory {directory} is in use by {file.read().strip() or 'another process'}; wait for it, "
                 "or choose another --trainer.default_root_dir."
             ) from error
-        except OSError:  # a file system without locks
-            pass
         if new and is_used(directory):
             raise ValueError(f"another process made the run directory {directory} meanwhile; start again.")
         file.truncate(0)

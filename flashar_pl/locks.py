@@ -1,0 +1,38 @@
+"""Locks between processes, on open files. On Windows and on file systems without locks they keep nobody out."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+def take(file: Any, *, wait: bool = False, alone: bool = False) -> None:
+    """Lock an open file, or its descriptor.
+
+    alone: this process has the lock, whichever of its threads asks, and its children have not: those that outlive it
+    do not hold it. Otherwise whoever has the file open has it, until `release`.
+
+    Raises:
+        BlockingIOError: another one has it, and `wait` is false.
+    """
+    if fcntl is None:
+        return
+    call = fcntl.lockf if alone else fcntl.flock
+    try:
+        call(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError) as error:  # POSIX allows either for lockf
+        raise BlockingIOError(*error.args) from error
+    except OSError:  # a file system without locks
+        pass
+
+
+def release(file: Any) -> None:
+    """Let go of a lock; closing does not do it while a forked process has the file open too."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
