@@ -7,6 +7,7 @@ all of them, with one message. Lightning is imported only where several ranks ar
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,16 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def leave_group_at_exit() -> None:
+    """End this process's group before the interpreter ends: threads of gloo that outlive it abort the process."""
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto") -> T:
     """Call `work(rank)` on every rank; returns what the call of this machine's first rank returned.
 
@@ -160,6 +171,7 @@ def _launch(work: Callable[[Rank], T], kind: str, devices: int, nodes: int) -> T
 
 def _of_rank(work: Callable[[Rank], T], fabric: Fabric) -> tuple[T | None, str | None]:
     """(what `work` returned, what went wrong on this or any other rank)."""
+    leave_group_at_exit()
     rank = Rank(fabric.global_rank, fabric.world_size, fabric.device)
     try:
         value = work(rank)

@@ -58,11 +58,14 @@ def test_an_error_of_a_spawned_rank_ends_all(tmp_path: Path) -> None:
 
 
 SCRIPT = """
+import atexit
 import sys
 from functools import partial
 from test_ranks import record
 from flashar_pl.ranks import run_on_ranks
 from flashar_pl.options import RankOptions
+import torch.distributed as dist
+atexit.register(lambda: sys.stderr.write(f"group left: {not dist.is_initialized()}\\n"))  # runs last
 number = run_on_ranks(partial(record, sys.argv[1], None), RankOptions(), device="cpu")
 sys.stdout.write(f"{number}\\n")  # one write each: two ranks share the pipe
 """
@@ -78,6 +81,7 @@ def test_ranks_of_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split()) == ["10", "11"]
+    assert done.stderr.count("group left: True") == 2  # else gloo's threads abort one end in five ("terminate called")
 
 
 @pytest.mark.parametrize(("devices", "message"), [(0, "devices is 0; expected 1 or more with device cpu")])

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.files import write_text
+from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.logger import RunLogger
@@ -292,6 +293,7 @@ class ExperimentCLI(LightningCLI):
 
     def run(self) -> None:
         """Fit, validate, test or predict. SystemExit with its code for a run that was asked to stop."""
+        leave_group_at_exit()
         first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer may learn its rank when it starts
         if self.verb != "fit" or self.config.trainer.fast_dev_run or not first:
             return self._run()
