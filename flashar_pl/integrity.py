@@ -253,7 +253,8 @@ def _compare(path: Path, pieces: list[Piece]) -> None:
     """Compare pieces of a file, and remember it if it is whole."""
     identity = _identity(path)
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
-        found = pool.map(lambda piece: _crc(file.fileno(), piece.begin, piece.end), pieces)
+        each = pool.map if sum(piece.end - piece.begin for piece in pieces) > CHUNK else map  # threads for large files
+        found = each(lambda piece: _crc(file.fileno(), piece.begin, piece.end), pieces)
         different = [piece for piece, crc in zip(pieces, found, strict=True) if crc != piece.crc]
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""

@@ -43,6 +43,9 @@ class RunCheckpoint:
             raise ValueError(
                 f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"
             )
+        state = self.content.get("state_dict", {})
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError(f'{path} is damaged: its "state_dict" holds other things than tensors.')
         self.description = Description.from_dict(self.content[CHECKPOINT_KEY])
 
     def names(self) -> list[str]:

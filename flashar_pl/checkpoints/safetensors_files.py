@@ -5,7 +5,6 @@ Files are read with plain reads, not memory maps: mapped pages would count as us
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashar_pl.files import read_json, write_json
+from flashar_pl.files import parse_json, read_json, write_json
 from flashar_pl.integrity import crc_metadata
 from flashar_pl.renames import TensorSource, unwrapped
 
@@ -55,10 +54,8 @@ class SafetensorsDirectory(TensorSource):
         directory = Path(directory)
         self.name = str(directory)
         if (directory / INDEX).exists():
-            weight_map = read_json(directory / INDEX).get("weight_map", {})
+            weight_map = _files_by_key(directory)
             files = sorted(set(weight_map.values()))
-            if outside := [file for file in files if Path(file).name != file]:
-                raise ValueError(f"{directory / INDEX} names {outside[0]}; expected files of this directory.")
         elif (directory / SINGLE).exists():
             weight_map, files = None, [SINGLE]
         else:
@@ -92,6 +89,18 @@ class SafetensorsDirectory(TensorSource):
         return raw.view(at.dtype).view(end - begin, *at.shape[1:])
 
 
+def _files_by_key(directory: Path) -> dict[str, str]:
+    """Name of every tensor -> its file, from the index. ValueError for other than files that are there."""
+    stored = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(stored, dict) or not all(isinstance(file, str) for file in stored.values()):
+        raise ValueError(f'{directory / INDEX} holds no "weight_map"; expected the file of every tensor.')
+    present = {each.name for each in directory.iterdir() if each.is_file()}
+    if absent := sorted(set(stored.values()) - present):
+        found = f"{directory / INDEX}: no file {absent[0][:200]}; expected files of this directory"
+        raise ValueError(f"{found}. If it should be there, the download is incomplete.")
+    return stored
+
+
 def read_header(path: Path) -> dict[str, _Stored]:
     """Name -> place of every tensor of a safetensors file."""
     if not path.exists():
@@ -104,7 +113,7 @@ def read_header(path: Path) -> dict[str, _Stored]:
         text = file.read(length)
     entries = {}
     try:
-        for key, value in json.loads(text).items():
+        for key, value in parse_json(text.decode(), "its header").items():
             if key == "__metadata__":
                 continue
             if value["dtype"] not in DTYPES:

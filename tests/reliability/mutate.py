@@ -1,20 +1,30 @@
 """Damaged files, made from good ones: every reader answers with a value or a ValueError, fast and in little memory.
 
 `short` runs a few hundred mutations in a test; `python -m tests.reliability.mutate ROOM COUNT` the targets of
-tests/reliability/test_ROOM.py at length, and prints how many inputs were tried and what went wrong.
+tests/reliability/test_ROOM.py at length, prints how many inputs were tried and what went wrong, and keeps that in
+benchmarks/results/damaged_files.json. Files lie in memory (/dev/shm, where there is one): a disk takes ten times as
+long.
 """
 
 from __future__ import annotations
 
 import importlib
+import json
+import logging
+import os
 import random
+import resource
 import sys
 import time
 import tracemalloc
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
 
 SECONDS = 2.0
 """A reader that takes longer hangs."""
@@ -58,7 +68,7 @@ class Target:
     clean: tuple[type[BaseException], ...] = (ValueError,)
     """What it may raise."""
     memory: int = 64 * 2**20
-    """Bytes of Python's and numpy's memory that it may take beside four times the file."""
+    """Bytes of memory that it may take beside four times the file."""
 
 
 @dataclass
@@ -71,6 +81,18 @@ class Outcome:
     refused: int = 0
     wrong: list[str] = field(default_factory=list)
     """Unclean ends, hangs and bombs; each with what repeats it."""
+    slowest: float = 0.0
+    """Seconds."""
+    grown: int = 0
+    """Most bytes by which the process grew over what it had before the first damaged file."""
+
+    def record(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **{name: getattr(self, name) for name in ("tried", "read", "refused")},
+            **{"unclean": len(self.wrong), "wrong": self.wrong[:5]},
+            **{"slowest_ms": round(1000 * self.slowest), "grown_mib": self.grown >> 20},
+        }
 
 
 def mutate(good: Sequence[bytes], seed: int) -> bytes:
@@ -100,12 +122,21 @@ def mutate(good: Sequence[bytes], seed: int) -> bytes:
     return bytes(data)
 
 
+def peak(fresh: bool = False) -> int:
+    """Most resident bytes that this process has had. fresh: forget, where Linux can, what it had before."""
+    if fresh:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Outcome:
-    """Read `count` damaged files. memory: measure it, which takes several times as long."""
+    """Read `count` damaged files. memory: of Python and numpy, not of the process: finer, and several times as slow."""
     outcome = Outcome(target.name)
     for data in target.good:  # everything is imported then
         with suppress(*target.clean):
             target.read(data)
+    before = peak(fresh=True)
     for seed in range(first, first + count):
         data = mutate(target.good, seed)
         begin = time.perf_counter()
@@ -119,11 +150,14 @@ def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Out
         except BaseException as error:  # noqa: BLE001
             outcome.wrong.append(f"{target.name}, seed {seed}: {type(error).__name__}: {str(error)[:120]}")
         taken = time.perf_counter() - begin
+        most = peak() - before
         if memory:
-            peak = tracemalloc.get_traced_memory()[1]
+            most = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            if peak > target.memory + 4 * len(data):
-                outcome.wrong.append(f"{target.name}, seed {seed}: {peak:,} bytes of memory for {len(data):,}")
+        outcome.slowest, outcome.grown = max(outcome.slowest, taken), max(outcome.grown, most)
+        if most > target.memory + 4 * len(data):
+            outcome.wrong.append(f"{target.name}, seed {seed}: {most:,} bytes of memory for {len(data):,}")
+            peak(fresh=True)
         if taken > SECONDS:
             outcome.wrong.append(f"{target.name}, seed {seed}: {taken:.1f} s")
         outcome.tried += 1
@@ -137,14 +171,22 @@ def short(target: Target, count: int = 200) -> None:
     assert outcome.refused > 0, f"{target.name} read every damaged file"
 
 
-def main(room: str, count: str = "100000") -> int:
-    """Run all TARGETS of tests/reliability/test_ROOM.py."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest does, for what tests share
+def main(room: str, count: str = "100000", first: str = "0", out: str = "") -> int:
+    """Run all TARGETS of tests/reliability/test_ROOM.py, with seeds from `first` on."""
+    sys.path.insert(0, str(ROOT / "tests"))  # as pytest does, for what tests share
+    if Path("/dev/shm").is_dir():
+        os.environ["TMPDIR"] = "/dev/shm"  # before the first temporary file
+    warnings.simplefilter("ignore")
+    logging.disable()
+    path = Path(out) if out else ROOT / "benchmarks" / "results" / "damaged_files.json"
     wrong = 0
     for target in importlib.import_module(f"tests.reliability.test_{room}").TARGETS:
         begin = time.perf_counter()
-        outcome = run(target, int(count))
+        outcome = run(target, int(count), int(first))
         wrong += len(outcome.wrong)
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored.setdefault(room, {})[target.name] = {"first_seed": int(first), **outcome.record()}
+        path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         print(
             f"{target.name}: {outcome.tried:,} tried, {outcome.read:,} read, {outcome.refused:,} refused, "
             f"{len(outcome.wrong)} unclean, {time.perf_counter() - begin:.0f} s",

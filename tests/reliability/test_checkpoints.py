@@ -14,10 +14,15 @@ from safetensors.torch import save
 
 from flashar_pl.checkpoints.description import Description, build_on_meta, check_layers
 from flashar_pl.checkpoints.emu35 import parse_config
-from flashar_pl.checkpoints.safetensors_files import read_header
+from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.checkpoints.safetensors_files import INDEX as LISTING
+from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
 from flashar_pl.checkpoints.sharded import INDEX, SafeReader, write_sharded
+from flashar_pl.checkpoints.verify import verify
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.files import read_json, read_tensors
 from flashar_pl.integrity import LIST, listed
+from tests.reliability.containers import inside_safetensors, inside_zip
 from tests.reliability.mutate import Target, short
 
 PLACE = Path(tempfile.mkdtemp())
@@ -51,9 +56,46 @@ def content(values: object, **options) -> bytes:
     return buffer.getvalue()
 
 
-CONFIG = Description(tiny.flashar().config(), (4, 4), {"kind": "pixels", "levels": 17}).to_dict()
+TINY = tiny.flashar(k=1, dim=4, n_layer=1, n_head=1)
+CONFIG = Description(TINY.config(), (4, 4), {"kind": "pixels", "levels": 17}).to_dict()
 DIGESTS = b'{"format": 1, "piece": 16777216, "files": {"a": {"size": 3, "crc32": ["0123abcd"]}}}'
+WEIGHTS = save({"a": torch.ones(3), "b": torch.ones(2, 2)})
+
+
+def directory(data: bytes) -> None:
+    """Every row of the files that an index names."""
+    (PLACE / "d" / LISTING).write_bytes(data)
+    found = SafetensorsDirectory(PLACE / "d")
+    for key in found.stored:
+        found.rows(key, 0, found.shape(key)[0] if found.shape(key) else 1)
+
+
+def listing() -> bytes:
+    (PLACE / "d").mkdir()
+    (PLACE / "d" / "1.safetensors").write_bytes(WEIGHTS)
+    return b'{"metadata": {"total_size": 28}, "weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}'
+
+
+def converted(data: bytes) -> None:
+    """A model of ours with its weights, whatever its description says."""
+    (PLACE / "m" / "config.json").write_bytes(data)
+    load_model(PLACE / "m")
+
+
+def description_of_weights() -> bytes:
+    save_model(PLACE / "m", TINY, Description.from_dict(CONFIG))
+    return (PLACE / "m" / "config.json").read_bytes()
+
+
+def run_with_weights(path: Path) -> None:
+    """As a training is continued, and as a model is loaded."""
+    run = RunCheckpoint(path)
+    run.tensors({name: name for name in run.names()})
+    load_model(path)
+
+
 CKPT = {"state_dict": {"net.a": torch.ones(2, 3)}, "global_step": 3, "flashar": CONFIG}
+RUN = CKPT | {"state_dict": {f"net.{name}": value for name, value in TINY.state_dict().items()}}
 TARGETS = [
     Target("description", description, [json.dumps(CONFIG).encode()]),
     Target(
@@ -65,13 +107,20 @@ TARGETS = [
     Target(
         "safetensors",
         placed("a.safetensors", lambda path: (read_header(path), read_tensors(path))),
-        [save({"a": torch.ones(3), "b": torch.ones(2, 2)})],
+        [WEIGHTS],
     ),
+    Target(
+        "safetensors, header",
+        *inside_safetensors(WEIGHTS, placed("b.safetensors", lambda path: (verify(path), read_tensors(path)))),
+    ),
+    Target("safetensors, index", directory, [listing()]),
+    Target("converted model", converted, [description_of_weights()]),
     Target(
         "torch file",
         placed("a.ckpt", read_tensors),
         [content(CKPT), content(CKPT, _use_new_zipfile_serialization=False)],
     ),
+    Target("torch file, pickle", *inside_zip(content(RUN), "data.pkl", placed("b.ckpt", run_with_weights))),
     Target("list of digests", placed(LIST, lambda path: listed(path.parent)), [DIGESTS]),
 ]
 
@@ -85,3 +134,24 @@ def test_a_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(ValueError, match="cut off"):
         read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("listed", [b"[1]", b'{"a": 1}', b'{"a": "."}', b'{"a": "%s"}' % (b"x" * 300)], ids=repr)
+def test_an_index_names_files_of_its_directory(tmp_path: Path, listed: bytes) -> None:
+    """Other kinds of values, folders and names that no file system takes ended in tracebacks."""
+    (tmp_path / LISTING).write_bytes(b'{"weight_map": %s}' % listed)
+    with pytest.raises(ValueError, match="expected"):
+        SafetensorsDirectory(tmp_path)
+
+
+def test_a_header_that_is_nested_too_deep(tmp_path: Path) -> None:
+    text = b'{"a":' + b"[" * 100_000
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ValueError, match="nested too deep"):
+        read_header(tmp_path / "a.safetensors")
+
+
+def test_weights_of_a_run_are_tensors(tmp_path: Path) -> None:
+    torch.save(RUN | {"state_dict": {"net.a": (1, 2)}}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="other things than tensors"):
+        load_model(tmp_path / "a.ckpt")

@@ -16,6 +16,7 @@ from flashar_pl.data.captions import CaptionList
 from flashar_pl.data.code_files import NpyCodes, PtCodes
 from flashar_pl.data.sources import TarSource, class_id, read_classes
 from flashar_pl.image_files import READABLE, Unreadable, open_rgb
+from tests.reliability.containers import inside_zip, summed_png, summed_tar
 from tests.reliability.mutate import Target, run, short
 
 CLEAN = (ValueError, Unreadable)
@@ -81,16 +82,17 @@ LINE = b'{"text":"a","image":"b"}'
 ITEMS = [{"caption": "a caf\u00e9", "image": "a.png"}, {"caption": "b", "image": ["b/c.png"], "input_image": "d"}]
 IMAGES = [("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "I;16"), ("PNG", "P"), ("WEBP", "RGB")]
 IMAGES += [("GIF", "P"), ("TIFF", "RGB"), ("BMP", "RGB"), ("PPM", "L"), ("AVIF", "RGB")]
+PNG = [image(*kind) for kind in IMAGES if kind[0] == "PNG"]
+READ_TAR = from_file("a.tar", lambda path: read_all(TarSource(path, ("jpg",), "cls", num_classes=2)))
 CODES = np.arange(24).reshape(1, 2, 12)
 TARGETS = [
     Target("images", open_rgb, [image(*kind) for kind in IMAGES if kind[0] in READABLE], CLEAN, memory=80 * 2**20),
-    Target(
-        "tars",
-        from_file("a.tar", lambda path: read_all(TarSource(path, ("jpg",), "cls", num_classes=2))),
-        [tar(), tar() + tar()],
-    ),
+    Target("tars", READ_TAR, [tar(), tar() + tar()]),
+    Target("images, PNG", lambda data: open_rgb(summed_png(data)), PNG, CLEAN, memory=80 * 2**20),
+    Target("tars, headers", lambda data: READ_TAR(summed_tar(data)), [tar()]),
     Target("npy codes", NpyCodes(2, (3, 4), 24), [npy_file(CODES)], CLEAN),
     Target("pt codes", PtCodes(24), [pt_file(CODES[0])], CLEAN),
+    Target("pt codes, pickle", *inside_zip(pt_file(CODES[0]), "data.pkl", PtCodes(24)), CLEAN),
     Target(
         "captions",
         from_file("a.json", lambda path: read_all(CaptionList(path))),

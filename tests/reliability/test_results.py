@@ -3,14 +3,20 @@
 import io
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
+from flashar_pl.decoding.prompts import read_text_features
+from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures
 from flashar_pl.metrics.geneval import score_image
 from flashar_pl.metrics.geneval_entries import read_entries
 from flashar_pl.metrics.reference import load_reference
+from tests.reliability.containers import inside_zip
 from tests.reliability.mutate import Target, short
 
 DOG, CAT = {"class": "dog", "count": 1}, {"class": "cat", "count": 2, "color": "red"}
@@ -43,9 +49,46 @@ def moments() -> bytes:
     return buffer.getvalue()
 
 
+def read_features(ending: str) -> Callable[[bytes], object]:
+    def read(data: bytes) -> None:
+        with tempfile.NamedTemporaryFile(suffix=f".{ending}") as file:
+            Path(file.name).write_bytes(data)
+            read_text_features(file.name)
+
+    return read
+
+
+def feature_files() -> dict[str, list[bytes]]:
+    features, mask = np.ones((2, 3, 4), np.float32), np.array([[0, 1, 1], [1, 1, 1]], bool)
+    npy, npz = io.BytesIO(), io.BytesIO()
+    np.save(npy, features)
+    np.savez(npz, features=features, mask=mask)
+    tensors = {"features": torch.from_numpy(features), "mask": torch.from_numpy(mask)}
+    return {"npy": [npy.getvalue()], "npz": [npz.getvalue()], "safetensors": [save(tensors)]}
+
+
+def classifier() -> bytes:
+    ClassifierFeatures((4, 4), 2, 3).save(FOLDER / "classifier")
+    return (FOLDER / "classifier" / CONFIG_FILE).read_bytes()
+
+
+def read_classifier(data: bytes) -> None:
+    """Weights that a configuration does not fit."""
+    (FOLDER / "classifier" / CONFIG_FILE).write_bytes(data)
+    ClassifierFeatures.load(FOLDER / "classifier")
+
+
+FOLDER = Path(tempfile.mkdtemp())
+FEATURES = feature_files()
 TARGETS = [
     Target("geneval", read_and_score, ["\n".join(map(json.dumps, ENTRIES)).encode()]),
     Target("reference", read_reference, [moments()]),
+    *(
+        Target(f"reference, {name}", *inside_zip(moments(), name, read_reference))
+        for name in ("mu.npy", "features.npy")
+    ),
+    *(Target(f"text features, {name}", read_features(name), good) for name, good in FEATURES.items()),
+    Target("classifier", read_classifier, [classifier()]),
 ]
 
 
