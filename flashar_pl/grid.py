@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ PREFIX = -1
 NONE = -2
 """Source of a cell that this head does not predict."""
 ROW_END = -1
-"""Entry of `DecodePlan.cell` for a forced row-end token."""
+"""Entry of `DecodePlan.cell` for a slot that holds no cell: a forced row-end token, or a learnable one (regions)."""
 
 
 @contextmanager
@@ -39,10 +40,11 @@ def plain_tensors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """A decoding order. Build one with `raster_plan` or `diagonal_plan`; equal arguments give the same object."""
+    """A decoding order. Build one with `raster_plan`, `diagonal_plan` or `region_plan`; equal arguments give the same
+    object."""
 
     name: str
-    """"raster" or "diagonal"."""
+    """"raster", "diagonal" or "regions"."""
     height: int
     width: int
     order: Tensor
@@ -107,6 +109,11 @@ class DecodePlan:
     def cells_of_step(self) -> tuple[Tensor, ...]:
         """For each step, the raster cells it decodes, rows ascending."""
         return torch.split(self.order, torch.bincount(self.step, minlength=self.n_steps).tolist())
+
+    @cached_property
+    def cells_before(self) -> tuple[int, ...]:
+        """For each step, how many cells are decoded before it."""
+        return tuple(accumulate((len(cells) for cells in self.cells_of_step[:-1]), initial=0))
 
     @cached_property
     @plain_tensors()
@@ -239,6 +246,59 @@ def _raster_plan(height: int, width: int, row_end: bool) -> DecodePlan:
         slot_step=held.long().cumsum(0) - 1,
         visible=torch.ones(cell.numel(), cell.numel(), dtype=torch.bool).tril() if row_end else "step",
     )
+
+
+def region_plan(height: int, width: int, tokens: int) -> DecodePlan:
+    """PAR's order (Wang et al., 2024): `tokens` = M * M regions, after their first cells one cell of each per step.
+
+    A region has (H / M) x (W / M) cells. Cells are sorted by their place inside a region, then by region, both in
+    raster order. The first M * M are decoded one by one, so there are M * M + (N - M * M) / (M * M) steps. A slot
+    predicts the next one; to the last of the first cells M * M - 1 learnable tokens are joined, so that from there on
+    a slot predicts the next cell of its own region.
+
+    Raises:
+        ValueError: `tokens` is no square of 2 or more, or M does not divide H and W.
+    """
+    return _region_plan(height, width, tokens)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _region_plan(height: int, width: int, tokens: int) -> DecodePlan:
+    _check(height, width)
+    side = check_regions(tokens)
+    if height % side or width % side:
+        raise ValueError(
+            f"grid is {height} x {width}, and {tokens} tokens per step are {side} x {side} regions; expected a grid "
+            f"whose height and width are multiples of {side}."
+        )
+    n = height * width
+    regions = torch.arange(n).view(side, height // side, side, width // side)  # (a, u, b, v)
+    order = regions.permute(1, 3, 0, 2).flatten()  # (u, v, a, b)
+    k = torch.arange(n)
+    step_of_k = torch.where(k < tokens, k, tokens - 1 + k // tokens)
+    step, source = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64)
+    step[order], source[order] = step_of_k, k - 1  # slot p - 1 predicts the p-th cell; the prefix, -1, the first
+    learnable = torch.full((tokens - 1,), ROW_END)
+    return DecodePlan(
+        name="regions",
+        height=height,
+        width=width,
+        order=order,
+        step=step,
+        n_steps=tokens - 1 + n // tokens,
+        cell=torch.cat([order[:tokens], learnable, order[tokens:]]),
+        h_source=source,
+        v_source=torch.full((n,), NONE),
+        slot_step=torch.cat([step_of_k[:tokens], step_of_k[tokens - 1].expand(tokens - 1), step_of_k[tokens:]]),
+    )
+
+
+def check_regions(tokens: int) -> int:
+    """M, the regions of a side, of M * M tokens per step. ValueError if there is no M of 2 or more."""
+    if int(tokens) != tokens or tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
+        raise ValueError(f"{tokens} tokens per step are no square of regions; expected 4, 9, 16 and so on.")
+    return math.isqrt(tokens)
 
 
 PLANS = ("diagonal", "raster")

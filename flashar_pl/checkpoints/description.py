@@ -10,13 +10,18 @@ import torch
 from flashar_pl.backbones import build_backbone
 from flashar_pl.files import BROKEN, reason
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.baselines import PAR
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
 
 FORMAT = 1
-FIELDS = {"raster": set(), "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"}}
+FIELDS = {
+    "raster": set(),
+    "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"},
+    "par": {"tokens_per_step"},
+}
 """Kinds of models, and what describes them besides their backbone."""
 
 
@@ -90,12 +95,14 @@ def build_model(config: dict[str, Any]) -> GridModel:
     unknown = values.keys() - FIELDS.get(kind, set())
     if kind not in FIELDS or unknown or (kind == "flashar" and "branch_layer" not in values):
         raise ValueError(
-            f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", or "flashar" with '
-            f"branch_layer and some of {', '.join(sorted(FIELDS['flashar']))}."
+            f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", "par" with '
+            f'tokens_per_step, or "flashar" with branch_layer and some of {", ".join(sorted(FIELDS["flashar"]))}.'
         )
     backbone = build_backbone(described)
     if kind == "raster":
         return RasterAR(backbone)
+    if kind == "par":
+        return PAR(backbone, **values)
     values.pop("compatibility", None)  # named the conventions of a released model once
     if values.get("corner") == "released":
         return ReleasedFlashAR(backbone, values["branch_layer"], values["vertical_layers"])

@@ -19,13 +19,16 @@ from torch import Tensor
 from flashar_pl.backbones.base import plain
 from flashar_pl.backbones.emu35 import Emu35, Heads
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
+from flashar_pl.checkpoints.baselines import read_par_file
 from flashar_pl.checkpoints.emu35 import OfficialDirectory, read_backbone
 from flashar_pl.checkpoints.llamagen import clean_official
+from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
 from flashar_pl.files import new_directory, read_json, replacing
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.baselines import PAR
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
@@ -39,7 +42,7 @@ FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 def read_official_model(
     state_dict: Mapping[str, Tensor], n_head: int | None, arguments: argparse.Namespace | None = None
 ) -> GridModel:
-    """RasterAR from LlamaGen weights, FlashAR from NAR and LlamaGen-FlashAR weights.
+    """RasterAR from LlamaGen weights, PAR from PAR's, FlashAR from NAR and LlamaGen-FlashAR weights.
 
     n_head None = that of the published size. arguments: of the training script, where the file holds them.
     """
@@ -47,6 +50,8 @@ def read_official_model(
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
         return read_nar(cleaned, n_head, arguments=arguments)
+    if method_of(cleaned) == "PAR":
+        return read_par_file(cleaned, n_head)
     return RasterAR(LlamaGen.from_official(cleaned, n_head))
 
 
@@ -64,7 +69,7 @@ def _published_heads(state_dict: dict[str, Tensor]) -> int:
 
 
 def official_weights(model: GridModel, source: str | Path | None = None) -> dict[str, Tensor]:
-    """The official state dict of a raster, NAR-shaped or released model.
+    """The official state dict of a raster, PAR, NAR-shaped or released model.
 
     source: directory that an Emu3.5 model with visual heads came from, for the text rows of its heads.
     """
@@ -72,6 +77,8 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
         return model.to_released(source)
     if isinstance(model, FlashAR):
         return model.to_nar()
+    if isinstance(model, PAR):
+        return model.to_official()
     if isinstance(model.backbone, Emu35):
         return model.backbone.to_official(source)
     assert isinstance(model.backbone, LlamaGen)

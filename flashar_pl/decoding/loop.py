@@ -110,19 +110,18 @@ def decode(
     mask = model.backbone.sequence_mask(plan, prefix, 0)
     states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)
     done = 0
+    guided = model.guided_steps(plan, settings)
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
-        guided = settings.guides(done)
         logits = model.step_logits(states, plan, t)  # (R, n, V)
-        if guided:
-            logits = guide(logits[:batch], logits[batch:], settings.cfg_scale)
+        logits = guide(logits[:batch], logits[batch:], settings.cfg_scale) if guided[t] else logits[:batch]
         buffers.broken[t] = unusable(logits)
         drawn[:, done : done + n] = choose(logits, inputs.noise[:, done : done + n], settings)
         done += n
         yield t
         if t + 1 == plan.n_steps:
             break
-        if guided and not settings.guides(done):  # guidance never comes back
+        if guided[t] and not any(guided[t + 1 :]):  # guidance does not come back
             rows, rope = batch, rope[:batch]
             cache.keep_rows(batch)
         slots = plan.slots_of_step[t]

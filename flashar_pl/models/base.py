@@ -24,6 +24,7 @@ from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import DualHead, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
+from flashar_pl.options import SamplingSettings
 
 States = tuple[Tensor, Tensor | None]
 """Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
@@ -79,6 +80,14 @@ class GridModel(nn.Module, ABC):
     def rope(self, plan: DecodePlan, prefix: Prefix, guided: bool = False) -> Rope:
         """The rotation of every position. guided: the rows are B conditional ones, then their B unconditional ones."""
         return self.backbone.rope(plan, prefix)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (R, n) int64 in slot order, -1 where a slot holds no cell -> (R, n, D)."""
+        return self.backbone.embed(codes)
+
+    def guided_steps(self, plan: DecodePlan, settings: SamplingSettings) -> list[bool]:
+        """Which decoding steps are guided."""
+        return [settings.guides(done) for done in plan.cells_before]
 
     @classmethod
     def from_pretrained(
@@ -146,7 +155,7 @@ class GridModel(nn.Module, ABC):
         if codes.shape[1:] != (plan.height, plan.width):
             raise ValueError(f"codes are a {tuple(codes.shape[1:])} grid; the plan is {plan!r}.")
         prefix = self.backbone.prefix(self.backbone.check_condition(condition, codes.shape[0]))
-        x = torch.cat([prefix.x, self.backbone.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
+        x = torch.cat([prefix.x, self.embed(slot_codes(codes, plan)[:, :n_slots])], dim=1)
         length = x.shape[1]
         rope = self.rope(plan, prefix)[:, :length]
         mask = self.backbone.attention_mask(plan, prefix, n_slots)
@@ -220,7 +229,7 @@ class GridModel(nn.Module, ABC):
 
     def step(self, codes: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed one step's slots, codes (R, n) int64; their states (R, n, D)."""
-        states = self.states(self.backbone.embed(codes), rope, mask, cache, cache.n_prefix, vertical)
+        states = self.states(self.embed(codes), rope, mask, cache, cache.n_prefix, vertical)
         cache.advance(codes.shape[1])
         return states
 
