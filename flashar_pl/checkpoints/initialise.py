@@ -16,6 +16,7 @@ from flashar_pl.checkpoints.official import backbone_config, is_official_directo
 from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
+from flashar_pl.models.baselines import PAR
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import added_parameters, without_adapters
 from flashar_pl.models.raster import RasterAR
@@ -87,6 +88,12 @@ def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[st
     if isinstance(source, FlashAR):
         if isinstance(model, RasterAR):
             raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
+        check_same("model", {**source.config(), "backbone": own}, model.config(), path)
+        model.load_state_dict(state)
+        return chosen, True, table
+    if isinstance(source, PAR):
+        if not isinstance(model, PAR):
+            raise ValueError(f"{path} is a PAR model, whose head predicts no right neighbour; expected raster weights.")
         check_same("model", {**source.config(), "backbone": own}, model.config(), path)
         model.load_state_dict(state)
         return chosen, True, table

@@ -12,6 +12,7 @@ from tiny import CLOSE, GOLDEN
 from torch import Tensor
 
 from flashar_pl.backbones import LlamaGen, LlamaGenConfig
+from flashar_pl.checkpoints.initialise import initialise
 from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import Engine
@@ -197,3 +198,5 @@ def test_files_are_read_written_and_described(tmp_path: Path) -> None:
     assert all(torch.equal(written[key], state[key]) for key in state)
     with pytest.raises(ValueError, match=r"PAR model, not a FlashAR"):
         FlashAR.from_pretrained(tmp_path / "par.pt", n_head=3)
+    with pytest.raises(ValueError, match="PAR model.*expected raster weights"):
+        initialise(FlashAR(loaded.model.backbone, 1), tmp_path / "converted")
