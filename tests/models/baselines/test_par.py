@@ -198,5 +198,5 @@ def test_files_are_read_written_and_described(tmp_path: Path) -> None:
     assert all(torch.equal(written[key], state[key]) for key in state)
     with pytest.raises(ValueError, match=r"PAR model, not a FlashAR"):
         FlashAR.from_pretrained(tmp_path / "par.pt", n_head=3)
-    with pytest.raises(ValueError, match="PAR model.*expected raster weights"):
+    with pytest.raises(ValueError, match=r"PAR model.*expected raster weights"):
         initialise(FlashAR(loaded.model.backbone, 1), tmp_path / "converted")
