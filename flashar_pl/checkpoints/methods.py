@@ -26,11 +26,11 @@ def method_of(keys: Iterable[str]) -> str | None:
     return next((method for method, mark in MARKS.items() if any(name.startswith(mark) for name in names)), None)
 
 
-def check_method(keys: Iterable[str], expected: str, also: Iterable[str] = ()) -> None:
-    """ValueError that names the method found, unless that is `expected` or one of `also`."""
+def check_method(keys: Iterable[str], expected: str) -> None:
+    """ValueError that names the method found, unless that is `expected`."""
     names = list(keys)
     found = method_of(names)
-    if found == expected or found in also:
+    if found == expected:
         return
     if found is None:
         example = f" (names such as {', '.join(sorted(names)[:2])})" if names else ", it is empty"
