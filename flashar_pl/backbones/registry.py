@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.decoder import Decoder
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen
 from flashar_pl.files import closest
 
-FAMILIES: dict[str, type[Backbone]] = {LlamaGen.kind: LlamaGen, Emu35.kind: Emu35}
+FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (LlamaGen, Emu35, Decoder)}
 DEFAULT = LlamaGen.kind
 """Of a configuration that names neither a kind nor a preset."""
 

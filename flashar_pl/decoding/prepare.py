@@ -44,15 +44,15 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     known: dict[int, Any] = {}  # what stands in the copy for a module of the model, by id
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for linear in (module for module in block.modules() if isinstance(module, nn.Linear)):
-            known[id(linear)] = change(linear.weight)
+            known[id(linear)] = change(linear.weight, linear.bias)
     for linear in (part for part in (head.horizontal, head.vertical) if part is not None):
-        known[id(linear)] = change(linear.weight[head.first_code :])
+        known[id(linear)] = change(*head.code_rows(linear))
     made = copy.deepcopy(model, known)
     made.dual_head.first_code = made.backbone.first_code = 0
     return made.eval().requires_grad_(False)
 
 
-def _packer(model: GridModel) -> Callable[[Tensor], nn.Module]:
+def _packer(model: GridModel) -> Callable[[Tensor, Tensor | None], nn.Module]:
     if model.device.type != "cpu":
         raise ValueError(
             f"weight format is 'packed', which is for processors, and the model is on {model.device}; use plain."
@@ -63,7 +63,7 @@ def _packer(model: GridModel) -> Callable[[Tensor], nn.Module]:
     return PackedLinear
 
 
-def _quantiser(weights: str, device: torch.device) -> Callable[[Tensor], nn.Module]:
+def _quantiser(weights: str, device: torch.device) -> Callable[[Tensor, Tensor | None], nn.Module]:
     if importlib.util.find_spec("torchao") is None:
         raise ValueError(f"weight format is {weights!r}, which needs torchao: pip install 'flashar-pl[large]'.")
     if weights == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
@@ -74,9 +74,11 @@ def _quantiser(weights: str, device: torch.device) -> Callable[[Tensor], nn.Modu
 
     config = Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
 
-    def change(weight: Tensor) -> nn.Module:
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    def change(weight: Tensor, bias: Tensor | None) -> nn.Module:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         zero = (weight == 0).all(1)
         if weights == "fp8" and zero.any():  # torchao would divide 0 by the largest weight of an output, 0
             linear.weight[zero] = 1.0

@@ -25,17 +25,17 @@ def unsupported(dtype: torch.dtype) -> str | None:
 
 
 class PackedLinear(nn.Module):
-    """x W^T with a packed copy of W. For inference: no gradients, no state dict, no move to another device or dtype."""
+    """x W^T + b with a packed copy of W. For inference: no gradients, no state dict, no other device or dtype."""
 
-    def __init__(self, weight: Tensor) -> None:
-        """weight (n_out, n_in) on the CPU, of a dtype that `unsupported` has nothing against."""
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight (n_out, n_in) on the CPU, of a dtype that `unsupported` has nothing against; bias (n_out,)."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         packed = pack_linear(weight.detach().contiguous(), ROWS)
         assert packed is not None
-        self._packed = packed
+        self._packed, self._bias = packed, None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., n_in) -> (..., n_out)."""
-        return packed_linear(x, self._packed)
+        return packed_linear(x, self._packed, self._bias)

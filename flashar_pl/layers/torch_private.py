@@ -24,9 +24,9 @@ def pack_linear(weight: Tensor, rows: int) -> Tensor | None:
     return operators._reorder_linear_weight(weight, rows)
 
 
-def packed_linear(x: Tensor, packed: Tensor) -> Tensor:
-    """x (..., n_in) times a weight of `pack_linear` -> (..., n_out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., n_in) times a weight of `pack_linear`, plus bias (n_out,) -> (..., n_out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def recompile_limit(n: int) -> AbstractContextManager[Any]:

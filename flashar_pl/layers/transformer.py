@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that both backbones share.
+"""The transformer block that all backbones share; what differs between them is `BlockConfig`.
 
 Shapes: R rows, L positions of this forward, K visible positions, D width, A query heads, G key/value heads,
 E head width, F feed-forward width.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,10 @@ from flashar_pl.numerics import wider
 Mask = Tensor | Literal["causal"] | None
 """Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
 position i sees 0..i, which needs L = K; a tensor could say the same, but no fused kernel runs with one on a GPU."""
+
+
+QKNorm = Literal["none", "rms", "layer"]
+NormPlace = Literal["before", "after", "both"]
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,17 @@ class BlockConfig:
     """Feed-forward width F."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm over each head's query and key, before RoPE."""
+    qk_norm: QKNorm | bool = "none"
+    """Norm over each head's query and key, before RoPE: "rms" with one weight for all heads, "layer" with mean, and
+    weight and bias of every head. True = "rms"."""
+    norm_place: NormPlace = "before"
+    """Where norms stand: "before" attention and feed-forward, "after" them, inside the residual branch, or "both"."""
+    qkv_bias: bool = False
+    """Biases of the projection of queries, keys and values."""
+    output_bias: bool = False
+    """A bias of the attention's output projection."""
+    ffn_bias: bool = False
+    """Biases of both feed-forward projections."""
     rope_interleaved: bool = True
     """RoPE pairs: (2i, 2i + 1) if true, (i, i + E / 2) otherwise."""
     attn_dropout: float = 0.0
@@ -54,6 +67,11 @@ class BlockConfig:
     def __post_init__(self) -> None:
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
+        if isinstance(self.qk_norm, bool):
+            object.__setattr__(self, "qk_norm", "rms" if self.qk_norm else "none")
+        for name, words in (("qk_norm", get_args(QKNorm)), ("norm_place", get_args(NormPlace))):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(words)}.")
 
 
 class RMSNorm(nn.Module):
@@ -67,6 +85,28 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = wider(x.dtype, self.weight.dtype)
         return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over the width E of each head, with weight and bias (heads, E) of their own (Chameleon)."""
+
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, L, heads, E) -> the same, in its dtype."""
+        dtype = wider(x.dtype, self.weight.dtype)
+        normed = F.layer_norm(x.to(dtype), x.shape[-1:], eps=1e-5)  # the published one is fixed
+        return normed * self.weight.to(dtype) + self.bias.to(dtype)
+
+
+def head_norm(config: BlockConfig, heads: int) -> nn.Module:
+    """The norm of queries or keys of `heads` heads."""
+    if config.qk_norm == "layer":
+        return HeadNorm(heads, config.head_dim)
+    return RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm == "rms" else nn.Identity()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
@@ -99,16 +139,17 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]
-        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.wqkv = nn.Linear(config.dim, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_head * config.head_dim, config.dim, bias=config.output_bias)
+        self.q_norm = head_norm(config, config.n_head)
+        self.k_norm = head_norm(config, config.n_kv_head)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (R, A, L, E), keys and values (R, G, L, E) of x (R, L, D)."""
         joint = self.wqkv(x).unflatten(-1, (-1, self.config.head_dim))  # (R, L, A + 2G, E)
         q, k, v = joint.split(self.heads, dim=2)
-        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2) if self.config.qk_norm else joint[:, :, : -v.shape[2]]
+        normed = self.config.qk_norm != "none"
+        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2) if normed else joint[:, :, : -v.shape[2]]
         q, k = apply_rope(qk, rope, self.config.rope_interleaved).split(self.heads[:2], dim=2)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
@@ -129,8 +170,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.dropout = config.ffn_dropout
-        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
@@ -138,17 +179,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """h = x + attention(norm(x)); out = h + feed_forward(norm(h)).
+    """h = x + attention(norm(x)); out = h + feed_forward(norm(h)), norms placed by `norm_place`.
 
     `before` and `after` are all of it that depends neither on the cache nor on the mask: what is worth compiling.
     """
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
         self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
         self.feed_forward = FeedForward(config)
+        self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.recompute = False
         """Keep only the inputs for the backward pass, which runs the block again (activation checkpointing)."""
 
@@ -158,8 +202,8 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """(R, L, D) from x (R, L, D) and the attention outputs y (R, L, A * E)."""
-        x = x + self.attention.output(y)
-        return x + self.feed_forward(self.ffn_norm(x))
+        x = x + self.attention_post_norm(self.attention.output(y))
+        return x + self.ffn_post_norm(self.feed_forward(self.ffn_norm(x)))
 
     def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x (R, L, D) -> (R, L, D).

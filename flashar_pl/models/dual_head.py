@@ -200,9 +200,11 @@ class DualHead(nn.Module):
 
     def _code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
         """Logits (..., V) of the codes for states (..., D), in their dtype."""
-        if self.first_code:
-            return nn.functional.linear(states, head.weight[self.first_code :])
-        return head(states)
+        return nn.functional.linear(states, *self.code_rows(head)) if self.first_code else head(states)
+
+    def code_rows(self, head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the codes."""
+        return head.weight[self.first_code :], None if head.bias is None else head.bias[self.first_code :]
 
     def weigh(self, h: Tensor, v: Tensor, corner: bool) -> Tensor:
         """Gate (R, M) float32 for pairs of states (R, M, D): Eq. 7, or 0.5 without a gate.
@@ -266,7 +268,10 @@ class DualHead(nn.Module):
 
         def inputs(head: nn.Linear, states: Tensor, rows: Tensor, scale: Tensor, *cells: Tensor) -> HeadInputs:
             x = torch.cat([states[:, rows[part]].flatten(0, 1) for part in cells])  # (B * M, D)
-            return HeadInputs(x, head.weight, spread(codes, *cells), spread(scale, *cells))
+            weight = head.weight
+            if head.bias is not None:  # one more input, always 1
+                x, weight = nn.functional.pad(x, (0, 1), value=1.0), torch.cat([weight, head.bias[:, None]], dim=1)
+            return HeadInputs(x, weight, spread(codes, *cells), spread(scale, *cells))
 
         if v is None or self.vertical is None:
             cells = where.only_h

@@ -77,9 +77,9 @@ class FlashAR(GridModel):
         with torch.device("meta"):
             blocks = [backbone.make_block() for _ in range(self.vertical_layers)]
             self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
-            vertical_head = nn.Linear(head.in_features, head.out_features, bias=False)
+            vertical_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.device(like.device):
-            gate = FusionGate(backbone.dim).to(like.dtype) if fusion == "gate" else None
+            gate = FusionGate(head.in_features).to(like.dtype) if fusion == "gate" else None
         self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code)
         if like.device.type != "meta":
             self.vertical.to_empty(device=like.device).to(like.dtype)

@@ -177,10 +177,11 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
     dim, query, keys = block.dim, block.n_head * block.head_dim, block.n_kv_head * block.head_dim
     norms = 2 * ((residual + compute) * dim + 4)  # input, result for the GEMM, 1 / rms: the fused kernel of GPUs
     attention = compute * ((query + 2 * keys) + query + keys + query)  # qkv, rotated q and k, output
-    upcast = block.qk_norm and compute < residual  # autocast keeps q and k in float32 from their norms to the kernel
+    normed = block.qk_norm != "none"
+    upcast = normed and compute < residual  # autocast keeps q and k in float32 from their norms to the kernel
     if block.n_head != block.n_kv_head:  # output and q in the order of heads; a cast from float32 is that copy too
         attention += compute * query * (1 if upcast else 2)
-    if block.qk_norm:
+    if normed:
         attention += 4 * (query + keys) * upcast + 4 * (block.n_head + block.n_kv_head)
     log_sums = 4 * block.n_head
     feed_forward = compute * 4 * block.ffn_dim  # both halves of w13, silu, product

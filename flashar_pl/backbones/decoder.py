@@ -1,0 +1,380 @@
+"""Any decoder over text tokens and image codes, by configuration: where its codes stand, and what its blocks are like.
+
+Shapes: B samples, R rows, P prefix, S slots, D width, E head width, T token ids, V codes, C width of code vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from flashar_pl.backbones.base import Backbone, check_dropout, initialise
+from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
+from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
+from flashar_pl.layers.rope import Rope, angles_1d, rotations
+from flashar_pl.layers.transformer import BlockConfig, NormPlace, QKNorm, RMSNorm
+from flashar_pl.numerics import wide
+
+Heads = Literal["full", "visual"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that defines a decoder. The vocabulary holds text tokens, and the codes unless they have their own
+    vectors (`code_width`)."""
+
+    dim: int
+    """Width D."""
+    n_layer: int
+    """Number of blocks L."""
+    n_head: int
+    """Query heads."""
+    n_kv_head: int
+    """Key/value heads."""
+    head_dim: int
+    """Head width E; n_head * E need not equal D."""
+    ffn_dim: int
+    """Feed-forward width."""
+    vocab_size: int
+    """Text tokens, and the codes where they are tokens."""
+    rope_base: float
+    """Base of the RoPE frequencies."""
+    norm_eps: float
+    """Added to the mean square in RMSNorm."""
+    visual_token_offset: int | None = None
+    """Token id of code 0; the others follow. None = unknown, text only."""
+    eol_token_id: int | None = None
+    """Token id of the row end that the raster plan forces after every row but the last; None = no row ends."""
+    boi_token_id: int | None = None
+    """Token id that begins an image. From here on the unconditional prefix equals the conditional one."""
+    heads: Heads = "full"
+    """"full": the heads score the whole vocabulary, and losses are normalised over it. "visual": codes only."""
+    dropout: float = 0.0
+    """Dropout on the embedded sequence, attention probabilities and both residual branches."""
+    condition_dropout: float = 0.0
+    """Probability that a training sample sees the unconditional prompt instead of its own."""
+    unconditional_prompt: tuple[int, ...] | None = None
+    """Token ids of the unconditional prompt, up to the begin of the image; None = guidance needs it given."""
+    num_visual_codes: int | None = None
+    """Number of codes V; None = as many as token ids from `visual_token_offset` on."""
+    code_ids: tuple[int, ...] | None = None
+    """Token id of every code, where they do not follow one another."""
+    qk_norm: QKNorm = "none"
+    """Norm of each head's query and key."""
+    norm_place: NormPlace = "before"
+    """Norms before attention and feed-forward, after them, or both."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    output_bias: bool = False
+    """A bias of the attention's output projection."""
+    ffn_bias: bool = False
+    """Biases of the feed-forward projections."""
+    code_width: int | None = None
+    """Width C of vectors that codes have beside the vocabulary, brought to D by an MLP, and scored by an MLP (Janus);
+    None = codes are tokens."""
+    code_layers: int = 2
+    """Linear layers of the MLP that embeds codes."""
+    code_hidden: int | None = None
+    """Width of the MLP that scores codes; None = D."""
+    model_type: str = "llama"
+    """Family whose names `to_transformers` gives."""
+    text_prefix: str = "model."
+    """What stands before their names of the language model."""
+    tied_head: bool = False
+    """Whether their state dict has no head, because it is the embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("unconditional_prompt", "code_ids"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.unconditional_prompt is not None and self.boi_token_id is None:
+            raise ValueError("unconditional_prompt is given and boi_token_id is not; expected both.")
+        if self.heads not in ("full", "visual"):
+            raise ValueError(f'heads is {self.heads!r}; expected "full" or "visual".')
+        check_dropout(self)
+        if self.condition_dropout and self.unconditional_prompt is None:
+            raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        if self.code_width is not None:
+            if self.heads == "full" or self.num_visual_codes is None:
+                raise ValueError('codes with their own vectors need heads="visual" and num_visual_codes.')
+            return
+        if self.visual_token_offset is not None and self.code_ids is not None:
+            raise ValueError("visual_token_offset and code_ids are given; expected one of them.")
+        if self.visual_token_offset is None and self.code_ids is None and self.heads == "visual":
+            raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
+        first, last = self.visual_token_offset, self.vocab_size - 1
+        if first is not None and not 0 <= first <= last:
+            raise ValueError(f"visual_token_offset is {first}; expected 0 to {last}.")
+        if first is not None and not 0 < self.n_codes <= self.vocab_size - first:
+            left = self.vocab_size - first
+            raise ValueError(f"num_visual_codes is {self.n_codes}; expected 1 to {left}, the tokens from {first} on.")
+        if self.code_ids and (len({*self.code_ids}) < len(self.code_ids) or not {*self.code_ids} <= {*range(last + 1)}):
+            raise ValueError(f"code_ids are not {len(self.code_ids)} different token ids from 0 to {last}.")
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it is known where codes are."""
+        return self.code_width is not None or self.code_ids is not None or self.visual_token_offset is not None
+
+    @property
+    def n_codes(self) -> int:
+        """Number of codes V; 0 if their place in the vocabulary is unknown."""
+        if self.code_ids is not None:
+            return len(self.code_ids)
+        if self.num_visual_codes is not None:
+            return self.num_visual_codes
+        return 0 if self.visual_token_offset is None else self.vocab_size - self.visual_token_offset
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of each head."""
+        return self.vocab_size if self.heads == "full" else self.n_codes
+
+    @property
+    def head_order(self) -> tuple[int, ...] | None:
+        """Token id of every row of a full head: what is no code, then the codes. None = rows are token ids."""
+        return _head_order(self)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        usual = 50  # tokens of a prompt, the image prefix included
+        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset)
+
+    @property
+    def block(self) -> BlockConfig:
+        """Sizes of one block."""
+        return BlockConfig(
+            dim=self.dim,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            head_dim=self.head_dim,
+            ffn_dim=self.ffn_dim,
+            norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            norm_place=self.norm_place,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            ffn_bias=self.ffn_bias,
+            rope_interleaved=False,
+            attn_dropout=self.dropout,
+            resid_dropout=self.dropout,
+            ffn_dropout=self.dropout,
+        )
+
+
+@lru_cache(maxsize=64)
+def _head_order(config: DecoderConfig) -> tuple[int, ...] | None:
+    if config.code_width is not None or not config.has_codes:
+        return None
+    first, n = config.visual_token_offset or 0, config.n_codes
+    codes = config.code_ids or tuple(range(first, first + n))
+    known = {*codes}
+    order = (*(token for token in range(config.vocab_size) if token not in known), *codes)
+    return None if order == tuple(range(config.vocab_size)) else order
+
+
+class CodeMLP(nn.Module):
+    """Codes (R, n) to vectors (R, n, D): their own vectors (V, C), then linear layers with GELU between them."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.code_width is not None
+        self.vectors = nn.Embedding(config.n_codes, config.code_width)
+        widths = [config.code_width, *[config.dim] * config.code_layers]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.layers[0](self.vectors(codes))
+        for layer in list(self.layers)[1:]:
+            x = layer(F.gelu(x))
+        return x
+
+
+class ProjectedNorm(RMSNorm):
+    """The final norm and the first half of an MLP head: gelu(W norm(x) + b). The head's linear layer follows."""
+
+    def __init__(self, dim: int, hidden: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.projection = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.projection(super().forward(x)))
+
+
+class Decoder(Backbone):
+    """A decoder that draws an image as tokens after a prompt; see `DecoderConfig`.
+
+    Condition: a list of B 1-D id tensors, each the whole prefix of an image (prompt, image begin, size), of any
+    lengths. Codes are 0-based; their place in the vocabulary is known here only. The embedding table always holds the
+    whole vocabulary, for the prompts; `heads` concerns the output heads.
+
+    Positions are those of pre-training: with a prefix of n tokens, the code of (row, column) stands at
+    n + row * (W + 1) + column where every row ends with a token, else at n + row * W + column, each sample counted from
+    its own prefix.
+    """
+
+    kind = "decoder"
+    config_type: ClassVar[type | None] = DecoderConfig
+    example: ClassVar[Mapping[str, Any]] = {
+        "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
+        "visual_token_offset": 1024, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
+    }  # fmt: skip
+    many_grids = True
+    config: DecoderConfig
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.n_codes
+        self.first_code = config.vocab_size - config.n_codes if config.heads == "full" and config.has_codes else 0
+        self.row_ends = config.eol_token_id is not None
+        self.conditioning, self.block = config.conditioning, config.block
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
+        if config.code_width is None:
+            self.norm: nn.Module = RMSNorm(config.dim, config.norm_eps)
+            self.head = nn.Linear(config.dim, config.head_rows, bias=False)
+        else:
+            self.code_mlp = CodeMLP(config)
+            hidden = config.code_hidden or config.dim
+            self.norm = ProjectedNorm(config.dim, hidden, config.norm_eps)
+            self.head = nn.Linear(hidden, config.n_codes)
+        self.rest: dict[str, Tensor] = {}
+        """What `from_transformers` was given beside this model (image encoders, a VQ), to be written back unchanged."""
+        self.apply(initialise)
+
+    @classmethod
+    def training_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Heads of the codes alone, and a tenth of the captions dropped, for guidance, where the unconditional prompt
+        is known."""
+        known = options.get("unconditional_prompt") is not None
+        return {"heads": "visual", "condition_dropout": 0.1 if known else 0.0}
+
+    def to_transformers(self) -> dict[str, Tensor]:
+        """The state dict that `from_transformers` read, under the same keys, bit-exact."""
+        return resolve_name("flashar_pl.checkpoints.transformers:write_transformers")(self)
+
+    @property
+    def null_prompt(self) -> tuple[int, ...] | None:
+        return self.config.unconditional_prompt
+
+    def embed(self, codes: Tensor) -> Tensor:
+        config = self.config
+        if not config.has_codes:
+            raise ValueError("config.json has neither visual_token_offset nor eoi_token_id; codes need one of them.")
+        row_end = 0 if config.eol_token_id is None else config.eol_token_id  # `rope` refuses such plans
+        if config.code_width is not None:
+            x = self.code_mlp(codes.clamp_min(0))
+            return torch.where((codes == ROW_END)[..., None], self.embedding.weight[row_end], x)
+        if config.code_ids is None:
+            assert config.visual_token_offset is not None
+            ids = codes + config.visual_token_offset
+        else:
+            ids = code_table(config.code_ids, codes.device)[codes.clamp_min(0)]
+        return self.embedding(ids.masked_fill(codes == ROW_END, row_end))
+
+    def input_dropout(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def prefix(self, condition: Given) -> Prefix:
+        """Left-padded, so that image slots start at the same column in every row."""
+        assert isinstance(condition, list)
+        rows = self._drop_condition(condition)
+        counts = [len(ids) for ids in rows]
+        device = rows[0].device
+        lengths = torch.tensor(counts, device=device)
+        x = self.embedding(pad_sequence(rows, batch_first=True, padding_side="left"))  # (R, P, D)
+        if min(counts) == max(counts):
+            return Prefix(x, lengths)
+        return Prefix(x, lengths, torch.arange(max(counts), device=device) >= (max(counts) - lengths)[:, None])
+
+    def _drop_condition(self, condition: list[Tensor]) -> list[Tensor]:
+        """In training, replace each sample's prompt by the unconditional one with probability `condition_dropout`."""
+        if not self.training or self.config.condition_dropout == 0:
+            return condition
+        dropped = torch.rand(len(condition)) < self.config.condition_dropout
+        return [self.null_prefix(ids) if drop else ids for ids, drop in zip(condition, dropped.tolist())]
+
+    def null_prefix(self, ids: Tensor) -> Tensor:
+        """The prefix (T,) with its prompt replaced by the unconditional one; the image header stays."""
+        assert self.config.boi_token_id is not None
+        begins = ids.eq(self.config.boi_token_id).nonzero()
+        if not len(begins):
+            raise ValueError(f"a prefix lacks the image begin token {self.config.boi_token_id}; expected it once.")
+        return torch.cat([ids.new_tensor(self.config.unconditional_prompt), ids[int(begins[-1]) :]])
+
+    def null_condition(self, condition: Condition) -> Condition:
+        assert isinstance(condition, Prompts)
+        if self.config.unconditional_prompt is None:
+            raise ValueError(
+                "guidance needs the unconditional prefix of every sample; give unconditional=[ids, ...], or use "
+                "cfg_scale=1."
+            )
+        return Prompts(self.null_prefix(ids) for ids in condition)
+
+    def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
+        return self.rope_at(plan, prefix, prefix.lengths, plan.width + self.row_ends)
+
+    def rope_at(self, plan: DecodePlan, prefix: Prefix, start: Tensor, row_stride: int) -> Rope:
+        """1-D RoPE with the slot of (row, column) at start + row * row_stride + column; start (R,) int64."""
+        if plan.n_slots > plan.n_cells and self.config.eol_token_id is None:
+            raise ValueError("config.json has no eol_token_id; the raster plan needs it to end rows.")
+        device = prefix.x.device
+        column = torch.arange(len(prefix), device=device)
+        in_prefix = (column - (len(prefix) - prefix.lengths)[:, None]).clamp_min(0)  # (R, P)
+        slots = plan.on("row", device) * row_stride + plan.on("column", device)  # (S,)
+        position = torch.cat([in_prefix, start[:, None] + slots], dim=1)  # (R, P + S)
+        return rotations(angles_1d(position, self.config.head_dim, self.config.rope_base))
+
+    @torch.no_grad()
+    def token_logits(self, ids: list[Tensor]) -> list[Tensor]:
+        """Causal text logits: for each 1-D id tensor (T,), (T, vocabulary) float32; row t predicts token t + 1."""
+        if self.config.heads != "full":
+            raise ValueError('token_logits scores the whole vocabulary; load the model with heads="full".')
+        self.check_condition(ids)
+        prefix = self.prefix(ids)
+        plan = raster_plan(1, 1)
+        rope = self.rope(plan, prefix)[:, : len(prefix)]
+        x = self.layers(self.input_dropout(prefix.x), rope, self.attention_mask(plan, prefix, 0))
+        x = self.norm(x)
+        logits = [wide(self.head(row[len(prefix) - len(own) :])) for row, own in zip(x, ids)]
+        if self.config.head_order is None:
+            return logits
+        by_token = torch.tensor(self.config.head_order, device=x.device).argsort()
+        return [each[:, by_token] for each in logits]
+
+
+@lru_cache(maxsize=64)
+def code_table(code_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """(V,) int64: the token id of every code."""
+    return torch.tensor(code_ids, device=device)
+
+
+def from_transformers(state_dict: Mapping[str, Tensor], config: Mapping[str, Any], heads: Heads = "full") -> Decoder:
+    """A decoder from the state dict of a `transformers` model and its config.json, whose `model_type` picks the family.
+
+    Where codes are tokens and config.json does not say which, it may hold `visual_token_offset`, `num_visual_codes`,
+    `eol_token_id` (none = no row ends) and `boi_token_id` beside what it has.
+
+    Args:
+        state_dict: names and tensors; those of image encoders and decoders are kept aside, see `Decoder.rest`.
+        config: content of config.json.
+        heads: see `DecoderConfig`; a family whose codes are no tokens always has "visual".
+
+    Raises:
+        ValueError: an unknown model_type, a feature that decoders lack; missing, unknown or misshapen tensors.
+    """
+    return resolve_name("flashar_pl.checkpoints.transformers:read_transformers")(state_dict, config, heads)

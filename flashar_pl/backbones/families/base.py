@@ -1,0 +1,84 @@
+"""What a family of published decoders is: how its config.json is read, and where its weights stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flashar_pl.backbones.decoder import DecoderConfig
+
+Values = Mapping[str, Any]
+"""Content of a config.json."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Decoders with one kind of config.json."""
+
+    model_types: tuple[str, ...]
+    """`model_type` in config.json."""
+    read: Callable[[Values], DecoderConfig]
+    """The configuration, from the whole config.json. Raises ValueError."""
+    code_names: Callable[[DecoderConfig], dict[str, str]] = lambda config: {}
+    """Modules that embed and score codes beside the vocabulary: ours, theirs."""
+
+
+def text_settings(values: Values, family: str, defaults: Values) -> dict[str, Any]:
+    """Options of `DecoderConfig` that a Llama-shaped config.json gives; where it is silent, `defaults` of the family.
+
+    Raises:
+        ValueError: a size that is nowhere, or a feature that this decoder does not have.
+    """
+    found = {**defaults, **{name: value for name, value in values.items() if value is not None}}
+    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
+    found["rope_theta"] = rope.get("rope_theta") or found.get("rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needed = {
+        "dim": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "ffn_dim": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "rope_base": "rope_theta",
+        "norm_eps": "rms_norm_eps",
+    }
+    if absent := [name for name in needed.values() if found.get(name) is None]:
+        raise ValueError(f"config.json lacks {', '.join(absent)}; expected that of a model of type {family}.")
+    unsupported = {
+        "hidden_act": found.get("hidden_act", "silu") != "silu" and found["hidden_act"],
+        "rope_type": kind != "default" and kind,
+        "use_sliding_window": found.get("use_sliding_window"),
+    }
+    for name, value in unsupported.items():
+        if value:
+            raise ValueError(f"config.json sets {name} to {value!r}, which this decoder does not have.")
+    return {
+        **{ours: found[theirs] for ours, theirs in needed.items()},
+        "rope_base": float(found["rope_theta"]),
+        "n_kv_head": found.get("num_key_value_heads") or found["num_attention_heads"],
+        "head_dim": found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
+        "qkv_bias": bool(found.get("attention_bias")),
+        "output_bias": bool(found.get("attention_bias")),
+        "ffn_bias": bool(found.get("mlp_bias")),
+    }
+
+
+def code_settings(values: Values, codes: Mapping[int, int] | None = None) -> dict[str, Any]:
+    """Options of `DecoderConfig` about codes: those that config.json names, else the token ids `codes` by code.
+
+    Raises:
+        ValueError: codes that are not 0, 1, 2, ...
+    """
+    named = {name: values.get(name) for name in ("eol_token_id", "boi_token_id") if name in values}
+    if values.get("visual_token_offset") is not None:
+        number = values.get("num_visual_codes")
+        return {**named, "visual_token_offset": values["visual_token_offset"], "num_visual_codes": number}
+    if not codes:
+        return named
+    if sorted(codes) != list(range(len(codes))):
+        raise ValueError(f"vocabulary_map has {len(codes)} codes from {min(codes)} to {max(codes)}; expected all.")
+    ids = tuple(int(codes[code]) for code in range(len(codes)))
+    if ids == tuple(range(ids[0], ids[0] + len(ids))):
+        return {**named, "visual_token_offset": ids[0], "num_visual_codes": len(ids)}
+    return {**named, "code_ids": ids}

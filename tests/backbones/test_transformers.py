@@ -1,0 +1,231 @@
+"""Decoders by configuration against `transformers`' own modules with random weights: logits, drawing, weights back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashar_pl.backbones import Decoder, build_backbone, from_transformers
+from flashar_pl.decoding import generate
+from flashar_pl.decoding.prepare import prepare
+from flashar_pl.models import FlashAR
+from flashar_pl.models.lora import LoraConfig, adapt
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+CODES = {"visual_token_offset": 40, "num_visual_codes": 30}
+"""In the middle of the vocabulary: tokens follow."""
+VQ = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "embed_dim": 8, "attn_resolutions": []}
+PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
+
+
+def chameleon_map() -> dict[str, int]:
+    """30 codes in no order, with gaps."""
+    ids = torch.randperm(60, generator=torch.Generator().manual_seed(3))[:30] + 20
+    letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+    return {
+        "<image>": 3, "<racm3:break>": 4, **{f"IMGIMG{str(i).translate(letters)}Z": int(id) for i, id in enumerate(ids)}
+    }  # fmt: skip
+
+
+def emu3_map() -> dict[str, int]:
+    codes = {f"<|visual token {i:06d}|>": 50 + i for i in range(30)}
+    return {"<image>": 3, "<|image start|>": 4, "<|extra_200|>": 12, **codes}
+
+
+def language(kind: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    config = getattr(transformers, f"{kind}Config")(**{**TEXT, **changes})
+    return getattr(transformers, f"{kind}ForCausalLM")(config), {**config.to_dict(), **CODES}
+
+
+def emu3() -> tuple[Any, dict[str, Any]]:
+    vq = {**VQ, "codebook_size": 30, "latent_channels": 4, "temporal_downsample_factor": 1}
+    config = transformers.Emu3Config(vq_config=vq, text_config=TEXT, vocabulary_map=emu3_map())
+    return transformers.Emu3ForConditionalGeneration(config), config.to_dict()
+
+
+def chameleon(**changes: Any) -> tuple[Any, dict[str, Any]]:
+    vq = {**VQ, "num_embeddings": 30, "latent_channels": 32, "resolution": 16}
+    config = transformers.ChameleonConfig(**{**TEXT, **changes}, vq_config=vq, vocabulary_map=chameleon_map())
+    return transformers.ChameleonForConditionalGeneration(config), config.to_dict()
+
+
+def janus() -> tuple[Any, dict[str, Any]]:
+    vq = {**VQ, "num_embeddings": 30, "projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32}
+    vision = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
+        "projection_dim": 32, "num_image_tokens": 6,
+    }  # fmt: skip
+    text = {**TEXT, "model_type": "llama", "rms_norm_eps": 1e-6}
+    config = transformers.JanusConfig(text_config=text, vq_config=vq, vision_config=vision, image_token_id=3)
+    return transformers.JanusForConditionalGeneration(config), config.to_dict()
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
+    "llama": lambda: language("Llama", attention_bias=True, mlp_bias=True, head_dim=16),
+    "llama_tied": lambda: language("Llama", tie_word_embeddings=True),
+    "qwen2": lambda: language("Qwen2"),
+    "qwen3": lambda: language("Qwen3", head_dim=16),
+    "emu3": emu3,
+    "chameleon": chameleon,
+    "chameleon_swin": lambda: chameleon(swin_norm=True),
+    "janus": janus,
+}
+
+
+class Judge:
+    """A `transformers` model in float64, far from uniform, and what we read of it."""
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        self.model, self.config = FAMILIES[name]()
+        self.model.double().eval()
+        for key, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and "norm" not in key:
+                parameter.data.normal_(0, 0.15)
+            elif "norm" in key:
+                parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        if name == "llama_tied":
+            self.model.tie_weights()
+        self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.ours = from_transformers(self.state, self.config)
+        self.janus, self.eol = name == "janus", self.ours.config.eol_token_id
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """(1, n, D) of codes (n,), by their modules."""
+        if self.janus:
+            return self.model.prepare_embeddings_for_image_generation(codes[None])
+        return self.model.get_input_embeddings()(self.tokens(codes))[None]
+
+    def tokens(self, codes: Tensor) -> Tensor:
+        config = self.ours.config
+        if config.code_ids is not None:
+            return torch.tensor(config.code_ids)[codes]
+        assert config.visual_token_offset is not None
+        return codes + config.visual_token_offset
+
+    @torch.no_grad()
+    def logits(self, codes: Tensor, prompt: Tensor) -> Tensor:
+        """(H, W, V) teacher-forced: one forward of their language model over prompt, rows and row ends."""
+        x = [self.model.get_input_embeddings()(prompt)[None]]
+        for row in codes:
+            x.append(self.embed(row))
+            if self.eol is not None:
+                x.append(self.model.get_input_embeddings()(torch.tensor([[self.eol]])))
+        body = self.model.model
+        body = getattr(body, "language_model", getattr(body, "text_model", body))
+        states = body(inputs_embeds=torch.cat(x, dim=1), use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+        stride = codes.shape[1] + (self.eol is not None)
+        at = torch.arange(codes.shape[0])[:, None] * stride + torch.arange(codes.shape[1])
+        if self.janus:
+            return self.model.model.generation_head(states)[at]
+        return self.model.lm_head(states)[at][..., self.tokens(torch.arange(self.ours.vocabulary))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def judge(request: pytest.FixtureRequest) -> Judge:
+    return Judge(request.param)
+
+
+def test_teacher_forced_logits_equal_theirs(judge: Judge) -> None:
+    """Guards names, biases, norms, positions with and without row ends, and where codes are."""
+    assert judge.ours.vocabulary == 30
+    for height, width in ((3, 3), (2, 5)):
+        codes = torch.randint(0, 30, (2, height, width), generator=torch.Generator().manual_seed(height))
+        found = judge.ours.raster_logits(codes, PROMPTS)
+        for i, prompt in enumerate(PROMPTS):
+            expected = judge.logits(codes[i], prompt)
+            torch.testing.assert_close(found[i].double(), expected, atol=1e-5, rtol=1e-5)
+            assert expected.std() > 0.05
+
+
+def test_weights_come_back_under_their_names(judge: Judge) -> None:
+    back = judge.ours.to_transformers()
+    assert back.keys() == judge.state.keys()
+    assert all(torch.equal(back[key], value) for key, value in judge.state.items())
+
+
+def test_text_logits_are_in_the_order_of_token_ids(judge: Judge) -> None:
+    if judge.janus:
+        pytest.skip("its heads score codes only")
+    with torch.no_grad():
+        states = judge.model.model(input_ids=PROMPTS[1][None]).last_hidden_state[0]
+        expected = judge.model.lm_head(states)
+    torch.testing.assert_close(judge.ours.token_logits(PROMPTS)[1].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_cached_drawing_follows_teacher_forcing(judge: Judge) -> None:
+    """Greedy and guided, in both orders: each code is the best one under the logits of the whole image."""
+    null = [torch.tensor([1, 4, 9])] * 2
+    model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1)
+    codes = generate(judge.ours, PROMPTS, (3, 4), plan="raster", cfg_scale=3.0, greedy=True, unconditional=null)
+    logits = [judge.ours.raster_logits(codes, prompts) for prompts in (PROMPTS, null)]
+    assert torch.equal((logits[1] + 3.0 * (logits[0] - logits[1])).argmax(-1), codes)
+    codes = generate(model, PROMPTS, (3, 4), cfg_scale=3.0, greedy=True, unconditional=null)
+    with torch.no_grad():
+        fused = [model(codes, prompts).fused for prompts in (PROMPTS, null)]
+    assert torch.equal((fused[1] + 3.0 * (fused[0] - fused[1])).argmax(-1), codes)
+
+
+def test_training_moves_both_heads_and_biases(judge: Judge) -> None:
+    """The chunked loss equals a plain cross-entropy, gradients of biases included."""
+    model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).train()
+    codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(5))
+    losses = model.loss(codes, PROMPTS)
+    losses["loss"].backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    silent = [name for name, grad in found.items() if grad is None or not grad.abs().sum() > 0]
+    assert [name for name in silent if name != "dual_head.gate.hidden.weight"] == []  # behind the zeros of its output
+    logits = model(codes, PROMPTS).fused
+    if judge.ours.config.heads == "visual":
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten())
+        torch.testing.assert_close(losses["fused"].double(), expected.double(), atol=1e-6, rtol=1e-6)
+
+
+def test_packed_weights_and_adapters_know_biases(judge: Judge) -> None:
+    """Packed weights compute the same logits; LoRA changes nothing before it is trained."""
+    model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).eval()
+    codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(6))
+    with torch.no_grad():
+        expected = model(codes, PROMPTS).fused
+        found = prepare(model.float(), "packed")(codes, PROMPTS).fused
+        torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
+        adapt(model, LoraConfig(rank=2))
+        torch.testing.assert_close(model(codes, PROMPTS).fused, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_configuration_survives_as_plain_values(judge: Judge) -> None:
+    again = build_backbone(judge.ours.config_dict())
+    assert isinstance(again, Decoder)
+    assert again.config == judge.ours.config
+    assert again.state_dict().keys() == judge.ours.state_dict().keys()
+
+
+def test_wrong_input_is_named() -> None:
+    judge = Judge("qwen2")
+    with pytest.raises(ValueError, match=r"model_type in config.json is 'qwen2_moe'; did you mean qwen2"):
+        from_transformers(judge.state, {**judge.config, "model_type": "qwen2_moe"})
+    with pytest.raises(ValueError, match=r"config.json sets rope_type to 'yarn'"):
+        from_transformers(judge.state, {**judge.config, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
+    without = {key: value for key, value in judge.state.items() if "layers.1.mlp.up_proj" not in key}
+    with pytest.raises(ValueError, match=r"1 missing keys \(model.layers.1.mlp.up_proj.weight\)"):
+        from_transformers(without, judge.config)
+    with pytest.raises(ValueError, match="num_visual_codes is 51; expected 1 to 50"):
+        from_transformers(judge.state, {**judge.config, "num_visual_codes": 51})
+    with pytest.raises(ValueError, match='expected one loaded with heads="full"'):
+        from_transformers(judge.state, judge.config, heads="visual").to_transformers()
+    tied = Judge("llama_tied")
+    tied.ours.head.weight.data.add_(1.0)
+    del tied.state["lm_head.weight"]
+    apart = from_transformers(tied.state, tied.config)
+    apart.head.weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="training has parted them"):
+        apart.to_transformers()
