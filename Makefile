@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
 
-.PHONY: help setup constraints test test-slow test-rounding mutants load-test reliability-kills lint demo demo-full clean
+.PHONY: help setup constraints test test-slow test-rounding docs-check mutants load-test reliability-kills lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -43,6 +43,9 @@ test-slow: setup  ## the tests marked slow
 
 test-rounding: setup  ## the numerical tests as on other processors: fewest instructions, products that round another way
 	ATEN_CPU_CAPABILITY=default $(PYTEST) -p tests.other_blas $(addprefix tests/,$(NUMERICAL))
+
+docs-check: setup  ## run the commands of README and docs in scratch directories, parse those that need weights; ARGS=data.md
+	$(BIN)/python -m tests.docs_check $(ARGS)
 
 mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15 minutes); ARGS="--seed 1" for others
 	$(BIN)/python tests/mutants.py $(ARGS)

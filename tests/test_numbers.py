@@ -1,0 +1,94 @@
+"""Numbers of the pages' tables are those of the committed result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of every row of the Markdown table whose header begins with `header`."""
+    found: list[list[str]] = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        if re.sub(r" +", " ", line).startswith(header):
+            next(lines)
+            for row in lines:
+                if not row.startswith("|"):
+                    return found
+                found.append([cell.strip() for cell in row.strip("|").split("|")])
+    return found
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def shows(cell: str, value: float) -> bool:
+    """Whether the first number of a cell is the value at that number of digits, half a last digit off at most."""
+    number = re.search(r"[-+]?[\d,]*\.?\d+", cell)
+    assert number is not None, cell
+    text = number[0].replace(",", "")
+    digits = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.5001 * 10**-digits
+
+
+def test_a_number_that_was_not_measured_is_seen() -> None:
+    """The tests below must be able to fail."""
+    assert shows("1.47", 1.4671)
+    assert shows("35 %", 35.4)
+    assert not shows("1.46", 1.4671)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_decoding_times(dtype: str) -> None:
+    measured = (RESULTS / f"decode_llamagen_b_{dtype}_cpu" / "table.md").read_text(encoding="utf-8")
+    by_key = {(row[2], row[0]): row for row in rows(measured, "| plan ")}
+    by_key["-", "plain raster"] = by_key.pop(("plain", "plain raster"))
+    shown = [row for row in rows(page("performance.md"), "| dtype | weights | plan |") if row[0] == dtype]
+    assert {(row[1], row[2]) for row in shown} == set(by_key)
+    columns = {3: 4, 4: 5, 5: 7, 6: 9, 7: 10, 8: 12, 9: 13, 10: 14, 13: 15}  # of the page: of the file
+    for row in shown:
+        found = by_key[row[1], row[2]]
+        for here, there in columns.items():
+            if row[here] != "-":
+                assert shows(row[here], float(found[there].rstrip("%"))), (row, here, found[there])
+
+
+def test_rounded_weights() -> None:
+    found = json.loads((RESULTS / "formats_demo.json").read_text())["rows"]
+    shown = rows(page("performance.md"), "| weights | MB | NLL")
+    assert [row[0] for row in shown] == [each["format"] for each in found]
+    for row, each in zip(shown, found, strict=True):
+        assert shows(row[1], each["bytes"] / 1e6)
+        assert shows(row[2], each["nll"])
+        for cell, name in zip(row[3:], ("nll_change", "same_first", "same_greedy", "same_drawn"), strict=True):
+            assert not cell or shows(cell, each[name] * (1 if name == "nll_change" else 100)), (row, name)
+
+
+def test_training_steps() -> None:
+    shown = rows(page("performance.md"), "| model, batch | stage |")
+    assert len(shown) == 12
+    for row in shown:
+        size, batch = row[0].lower().split(", ")
+        found = json.loads((RESULTS / f"train_llamagen_{size}_{batch}_cpu.json").read_text())["rows"]
+        each = next(x for x in found if (str(x["stage"]), x["loss"]) == (row[1], row[2]))
+        assert shows(row[3], 1000 * each["time"]["cpu_s"]), row
+        assert shows(row[4], each["tokens_per_s"]), row
+        for cell, name in zip(row[5:8], ("step_bytes", "loss_bytes", "loss_resident_bytes"), strict=True):
+            assert shows(cell, each[name] / 2**20), (row, name)
+        assert shows(row[8], each["time"]["repeats"]), row
+
+
+def test_killed_runs() -> None:
+    seeds = [json.loads((RESULTS / f"kills_seed{seed}.json").read_text()) for seed in (1, 2)]
+    shown = rows(page("reliability.md"), "| | runs | kills")
+    for row, kinds in zip(shown, ("single", "ddp", "fsdp"), strict=True):
+        parts = [each[kinds] for each in seeds if each.get(kinds)]
+        sums = [sum(part[name] for part in parts) for name in ("trials", "kills", "SIGKILL", "SIGTERM", "SIGINT",
+                                                                "same_end", "same_curves", "left_over")]  # fmt: skip
+        assert [int(number) for number in re.findall(r"\d+", " ".join(row[1:]))] == sums
