@@ -1,6 +1,6 @@
 """Run the commands of README and docs as written, page by page, and say which were only parsed.
 
-`make docs-check` calls it. Every page gets a directory of its own that holds what a short `make demo` leaves: data/digits
+`make docs-check` calls it. Every page gets a directory of its own with what a short `make demo` leaves: data/digits
 and runs of 20 steps. A command runs if everything it reads is there, so chains run from their own files; where weights,
 downloads or other machines are missing it is parsed. Training is cut to 20 steps without samples.
 
