@@ -170,14 +170,17 @@ def fill(
 
 
 def split_rows(tensors: Mapping[str, Tensor], renames: Iterable[Rename]) -> dict[str, Tensor]:
-    """The official state dict from ours: the inverse of `fill` where no rows were skipped. All tensors are copies."""
-    official = {}
+    """The official state dict from ours, all copies: the inverse of `fill` where the renames name every official row.
+
+    An official tensor whose rows lie in several of ours is put together in the order of their `skip`.
+    """
+    parts: dict[str, dict[int, Tensor]] = {}
     for rename in renames:
         whole = tensors[rename.ours].detach()
         pieces = rename.split(len(whole))
         for (key, _), part in zip(pieces, whole.split([n for _, n in pieces]), strict=True):
-            official[key] = part.clone()
-    return official
+            parts.setdefault(key, {})[rename.skip] = part
+    return {key: torch.cat([found[skip] for skip in sorted(found)]) for key, found in parts.items()}
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +189,10 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _check(source: TensorSource, renames: Sequence[Rename], tensors: dict[str, Tensor], ignored: set[str]) -> None:
     shapes = {rename: tensors[rename.ours].shape for rename in renames}
-    wanted = {key: (n + r.skip, *shape[1:]) for r, shape in shapes.items() for key, n in r.split(shape[0])}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for rename, shape in shapes.items():
+        for key, n in rename.split(shape[0]):
+            wanted[key] = max(wanted.get(key, ()), (n + rename.skip, *shape[1:]))
     found = set(source.keys())
     real = {key for key in found & wanted.keys() if source.dtype(key).is_floating_point}
     missing, unknown = sorted(wanted.keys() - found), sorted(found - wanted.keys() - ignored)

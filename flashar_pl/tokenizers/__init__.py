@@ -10,6 +10,7 @@ from typing import Any
 from flashar_pl.files import closest
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
+from flashar_pl.tokenizers.multi_scale_vq import MultiScaleVQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.tokenizers.vq16 import VQ16
@@ -18,6 +19,7 @@ __all__ = [
     "IBQ",
     "VQ16",
     "Emu35Text",
+    "MultiScaleVQ",
     "PixelTokenizer",
     "PromptTokenizer",
     "Tokenizer",

@@ -1,4 +1,4 @@
-"""A tokenizer made of encoder, codebook and decoder: what the LlamaGen VQ and the Emu3.5 IBQ have in common.
+"""A tokenizer made of encoder, codebook and decoder: what the LlamaGen VQ, the Emu3.5 IBQ and VAR's VQ have in common.
 
 Shapes: B images of h x w pixels, f pixels per code, H = h / f, W = w / f, N codes of dimension D, Z latent channels,
 M = B * H * W vectors to look up.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashar_pl.numerics import strict_float32
-from flashar_pl.renames import Rename, StateDict, build_filled
+from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.convnet import ConvNet, NetSpec
 
@@ -39,6 +39,8 @@ class TokenizerSpec:
     """N."""
     dim: int
     """D."""
+    kernel: int = 1
+    """Side of the two convolutions beside the quantiser."""
 
 
 class Codebook(nn.Module):
@@ -53,7 +55,7 @@ class Codebook(nn.Module):
 
 
 class ConvTokenizer(Tokenizer):
-    """Encoder, 1x1 convolution, codebook, 1x1 convolution, decoder.
+    """Encoder, convolution, codebook, convolution, decoder.
 
     Encoding always runs in float32 (no autocast, no TF32): lower precision flips codes. Decoding runs in
     `decode_dtype`, under autocast where that is bfloat16. Weights are float32 and frozen; `.to(device)` moves them.
@@ -75,9 +77,9 @@ class ConvTokenizer(Tokenizer):
         self.downsample = spec.encoder.downsample
         self.encoder = ConvNet(spec.encoder, decodes=False)
         self.decoder = ConvNet(spec.decoder, decodes=True)
-        self.quantize = Codebook(spec.codes, spec.dim)
-        self.quant_conv = nn.Conv2d(spec.encoder.latent, spec.dim, 1)
-        self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, 1)
+        self.quantize = self.make_codebook()
+        self.quant_conv = nn.Conv2d(spec.encoder.latent, spec.dim, spec.kernel, padding=spec.kernel // 2)
+        self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, spec.kernel, padding=spec.kernel // 2)
         self.requires_grad_(False)
         self.eval()
 
@@ -86,6 +88,10 @@ class ConvTokenizer(Tokenizer):
         if decode_dtype not in DECODE_DTYPES:
             raise ValueError(f"decode_dtype is {decode_dtype!r}; expected one of {', '.join(DECODE_DTYPES)}.")
         self.weights, self.decode_dtype = str(weights), decode_dtype
+
+    def make_codebook(self) -> Codebook:
+        """The code vectors, random."""
+        return Codebook(self.spec.codes, self.spec.dim)
 
     @abstractmethod
     def from_uint8(self, images: Tensor) -> Tensor:
@@ -99,9 +105,13 @@ class ConvTokenizer(Tokenizer):
         """The published name of one of our parameters."""
         return name
 
+    def renames(self) -> list[Rename]:
+        """The published name of every tensor."""
+        return [Rename(name, (self.official_name(name),)) for name in self.state_dict()]
+
     def to_official(self) -> dict[str, Tensor]:
         """The state dict in the published layout, bit for bit the one that was loaded (float32)."""
-        return {self.official_name(name): tensor.detach().clone() for name, tensor in self.state_dict().items()}
+        return split_rows(self.state_dict(), self.renames())
 
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images, floating=False)
@@ -113,27 +123,34 @@ class ConvTokenizer(Tokenizer):
     @torch.no_grad()
     def encode_float(self, images: Tensor) -> Tensor:
         self.check_images(images, floating=True)
-        self._check_weights()
+        self.check_weights()
         with strict_float32(images.device.type):
-            z = self.quant_conv(self.encoder(images.float()))  # (B, D, H, W)
-            rows = z.movedim(1, -1).flatten(0, 2)  # (M, D)
-            codes = best_codes(self._unit(rows), self._unit(self.quantize.embedding.weight))  # (M,)
-        return codes.view(z.shape[0], *z.shape[2:])  # (B, H, W)
+            return self.look_up(self.quant_conv(self.encoder(images.float())))  # (B, H, W)
 
     @torch.no_grad()
     def decode_float(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
-        self._check_weights()
+        self.check_weights()
         device = codes.device.type
         exact = self.decode_dtype == "float32"
         with strict_float32(device) if exact else torch.autocast(device, torch.bfloat16):
-            z = self._unit(F.embedding(codes, self.quantize.embedding.weight)).movedim(-1, 1)  # (B, D, H, W)
-            return self.decoder(self.post_quant_conv(z.contiguous())).float()  # (B, 3, h, w)
+            return self.decoder(self.post_quant_conv(self.latents(codes))).float()  # (B, 3, h, w)
+
+    def look_up(self, z: Tensor) -> Tensor:
+        """Codes (B, H, W) of latents (B, D, H, W)."""
+        rows = z.movedim(1, -1).flatten(0, 2)  # (M, D)
+        codes = best_codes(self._unit(rows), self._unit(self.quantize.embedding.weight))  # (M,)
+        return codes.view(z.shape[0], *z.shape[2:])
+
+    def latents(self, codes: Tensor) -> Tensor:
+        """What the decoder gets for codes (B, H, W): (B, D, H, W)."""
+        return self._unit(F.embedding(codes, self.quantize.embedding.weight)).movedim(-1, 1).contiguous()
 
     def _unit(self, rows: Tensor) -> Tensor:
         return F.normalize(rows, dim=-1) if self.unit_norm else rows
 
-    def _check_weights(self) -> None:
+    def check_weights(self) -> None:
+        """Raises ValueError unless the weights are float32."""
         if self.quantize.embedding.weight.dtype != torch.float32:
             raise ValueError(
                 f"the tokenizer's weights are {self.quantize.embedding.weight.dtype}; they must stay float32, because "
@@ -160,8 +177,7 @@ def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], what: str) 
     """
     with torch.device("meta"):
         empty = build()
-    renames = [Rename(name, (empty.official_name(name),)) for name in empty.state_dict()]
-    model = build_filled(build, StateDict(state, what), renames, dtype=torch.float32)
+    model = build_filled(build, StateDict(state, what), empty.renames(), dtype=torch.float32)
     return model.requires_grad_(False)
 
 

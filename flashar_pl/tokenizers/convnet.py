@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder of the VQGAN family, shared by the LlamaGen VQ and the Emu3.5 IBQ tokenizers.
+"""The convolutional encoder and decoder of the VQGAN family, shared by the LlamaGen VQ, the Emu3.5 IBQ and VAR's VQ.
 
 Shapes: B images, C channels, h x w pixels, L levels, f = 2^(L-1), latents (B, Z, h/f, w/f).
 Source: Esser et al. 2021 (VQGAN); parameter names are those of LlamaGen's published VQ files.
@@ -6,6 +6,7 @@ Source: Esser et al. 2021 (VQGAN); parameter names are those of LlamaGen's publi
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -176,3 +177,15 @@ def read_spec(state: Mapping[str, Tensor], side: str) -> NetSpec:
         attention=tuple(attention),
         latent=conv_out[0] if encoder else conv_in[1],
     )
+
+
+def taming_name(name: str, levels: int) -> str:
+    """A parameter's name in the layout of the first VQGAN files, from that of this module; `levels` of the decoder.
+
+    Levels are `down.l` and `up.l`, both from full resolution on; the middle is block_1, attn_1, block_2.
+    """
+    middle = ("block_1", "attn_1", "block_2")
+    name = re.sub(r"^encoder\.conv_blocks\.", "encoder.down.", name)
+    name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda m: f"decoder.up.{levels - 1 - int(m[1])}", name)
+    name = re.sub(r"^((?:encoder\.down|decoder\.up)\.\d+)\.res\.", r"\1.block.", name)
+    return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)

@@ -6,7 +6,6 @@ Source: Shi et al. 2024 (index backpropagation quantisation); the files of BAAI/
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from flashar_pl.renames import official_state_dict
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
-from flashar_pl.tokenizers.convnet import NetSpec
+from flashar_pl.tokenizers.convnet import NetSpec, taming_name
 from flashar_pl.tokenizers.files import naming, read_settings, read_weights, require_file
 
 ADVICE = (
@@ -68,12 +67,7 @@ class IBQ(ConvTokenizer):
         return model
 
     def official_name(self, name: str) -> str:
-        """Levels are `down.l` and `up.l`, both from full resolution on; the middle is block_1, attn_1, block_2."""
-        last, middle = len(self.spec.decoder.widths) - 1, ("block_1", "attn_1", "block_2")
-        name = re.sub(r"^encoder\.conv_blocks\.", "encoder.down.", name)
-        name = re.sub(r"^decoder\.conv_blocks\.(\d+)", lambda m: f"decoder.up.{last - int(m[1])}", name)
-        name = re.sub(r"^((?:encoder\.down|decoder\.up)\.\d+)\.res\.", r"\1.block.", name)
-        return re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{middle[int(m[2])]}.", name)
+        return taming_name(name, len(self.spec.decoder.widths))
 
     def config(self) -> dict[str, Any]:
         stored = {"weights": self.weights, "settings": self.settings, "decode_dtype": self.decode_dtype}

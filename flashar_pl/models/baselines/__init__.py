@@ -1,3 +1,4 @@
-"""Other methods on the same backbones, for comparison (docs/baselines.md)."""
+"""Other methods on the same backbones, and VAR with one of its own, for comparison (docs/baselines.md)."""
 
 from flashar_pl.models.baselines.par import PAR
+from flashar_pl.models.baselines.var import VAR
