@@ -25,8 +25,10 @@ def read_config(state: StateDict, config: Mapping[str, Any]) -> VARConfig:
     known = {each.name for each in fields(VARConfig)} - {"code_dim"}
     given = {key: value for key, value in config.items() if key in known}
     given["patch_nums"] = tuple(int(p) for p in config["patch_nums"])
-    embedding = state.tensors.get("word_embed.weight")  # without it, or of another shape, the strict load names it
-    return VARConfig(**given, **({} if embedding is None or embedding.ndim != 2 else {"code_dim": embedding.shape[1]}))
+    embedding = state.tensors.get("word_embed.weight")
+    if embedding is not None and embedding.ndim == 2:  # otherwise the strict load names it
+        given["code_dim"] = embedding.shape[1]
+    return VARConfig(**given)
 
 
 def tables(model: VAR) -> dict[str, Tensor]:

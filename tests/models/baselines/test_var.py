@@ -190,7 +190,7 @@ def test_strict_loading_names_the_tensors():
     refuse(r"unknown keys \(blocks\.0\.attn\.scale_mul_1H11", attn_l2_norm=False)
     refuse("embed_dim 48 is not a multiple of num_heads 5", num_heads=5)
     refuse(r"missing keys \(word_embed\.weight\)", without="word_embed.weight")
-    with pytest.raises(ValueError, match="the checkpoint holds multi-scale VQ .* weights; expected VAR"):
+    with pytest.raises(ValueError, match=r"the checkpoint holds multi-scale VQ .* weights; expected VAR"):
         VAR.from_official(var_golden.read("vqvae_tiny").state, config)
     with pytest.raises(ValueError, match="lack depth"):
         VAR.from_official(state, {key: value for key, value in config.items() if key != "depth"})
