@@ -16,17 +16,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.ranks import gather
-from flashar_pl.training.logger import log_points, take_back
+from flashar_pl.training.logger import log_points, show_layout, take_back, tensorboards
+from flashar_pl.training.meters import RunClock, epochs_done, peak_memory
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.steps import StepCallback, logs, validation_follows
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
 
+NOT_REPEATED = ("train/tokens_per_second", "train/memory_gib", "train/hours", "train/device_hours")
+"""Curves of the machine. All others of a run are the same points whenever it is stopped and continued."""
 LOGGED = "logged"
 """Key of the losses (4,), in the order of `LOSSES`, in what a training step returns."""
 
@@ -71,15 +76,17 @@ class StageSwitch(Callback):
             return
         self.stage = schedule.stage(step)
         names = {}
+        start = "Training" if schedule.stage1_steps == 0 else f"Stage {self.stage}"
         for group in trainer.optimizers[0].param_groups:
             role, trains = group["role"], schedule.trains(group["role"], step)
             for parameter in group["params"]:
                 parameter.requires_grad_(trains)
             if trains:
                 names[role] = f"{role} (LoRA)" if module.lora is not None and role == "backbone" else role
-        rank_zero_info(
-            f"Stage {self.stage} at step {step} of {schedule.total_steps}: {', '.join(names.values())} train."
-        )
+        text = f"{start} at step {step} of {schedule.total_steps}: {', '.join(names.values())} train."
+        rank_zero_info(text)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_text("train/stage", text, step)
 
 
 class RandomState(StepCallback):
@@ -152,10 +159,10 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class TrainingLog(StepCallback):
-    """Logs the losses, the learning rate of every role, the stage, and the speed.
+    """Logs the losses, the gradient norm, the learning rate of every role, the stage, speed, memory and time.
 
-    They reach the loggers before a checkpoint of their step is written, and a run that continues takes back what was
-    logged after it.
+    The first step of stage 2 is logged whatever the interval, and what is 0 in every step never. The points reach the
+    loggers before a checkpoint of their step is written, and a run that continues takes back what was logged after it.
     """
 
     def __init__(self) -> None:
@@ -166,37 +173,53 @@ class TrainingLog(StepCallback):
         """Of the step in progress, then of the last one."""
         self._again: dict[str, float] | None = None
         """Points of the last step while its validation is to come: it is taken back with them. None = it has been."""
+        self._norm: Tensor | None = None
+        """() of all gradients of the step in progress, before clipping, where it is logged."""
+        self._clock = RunClock()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"again": self._again}
+        return {"again": self._again, "clock": self._clock.read()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._again = state_dict["again"]
+        self._again, self._clock = state_dict["again"], RunClock(**state_dict.get("clock", {}))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._losses = []
-        take_back(trainer, trainer.global_step - (self._again is not None))
+        self._losses, self._norm = [], None
+        take_back(trainer, trainer.global_step + (self._again is None))
         log_points(trainer, self._again or {})
+        if trainer.global_step == 0:
+            show_layout(trainer)
+        self._clock.start(trainer.world_size)
         self._restart()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.trains(False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._again = None
+        self._clock.trains(True)
         self._restart()  # validation and what was done before it are not training time
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._points = {}
-        if logs(trainer, trainer.global_step + 1):
-            rates = {f"lr/{group['role']}": float(group["lr"]) for group in trainer.optimizers[0].param_groups}
-            stage = trained(pl_module).built_schedule.stage(trainer.global_step)
-            self._points = {**rates, "train/stage": float(stage)}
+        self._points, step, schedule = {}, trainer.global_step, trained(pl_module).built_schedule
+        if self._due(trainer, pl_module, step + 1):
+            groups = [group for group in trainer.optimizers[0].param_groups if schedule.ever_trains(group["role"])]
+            self._points = {f"lr/{group['role']}": float(group["lr"]) for group in groups}
+            if schedule.stage1_steps > 0:
+                self._points["train/stage"] = float(schedule.stage(step))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self._due(trainer, pl_module, trainer.global_step + 1):
+            norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(batch, Batch)
         self._tokens += batch.codes.numel() * trainer.world_size
-        if logs(trainer, self.step + 1):
+        if self._due(trainer, pl_module, self.step + 1):
             self._losses.append(outputs[LOGGED])
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
@@ -205,15 +228,27 @@ class TrainingLog(StepCallback):
             means, self._losses = torch.stack(self._losses).mean(0), []
             means = trainer.strategy.reduce(means, reduce_op="mean")
             losses = {f"train/{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
+            if trained(pl_module).net.dual_head.vertical is None:
+                del losses["train/vertical"]
+            losses["train/gradient_norm"] = math.nan if self._norm is None else float(self._norm)
             self._points |= {name: value for name, value in losses.items() if math.isfinite(value)}  # else: left out
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             self._points |= {"train/tokens_per_second": speed, "epoch": float(trainer.current_epoch)}
+            self._points |= {f"train/{name}": value for name, value in self._clock.read().items()}
+            self._points |= {f"train/{name}": value for name, value in peak_memory(pl_module.device).items()}
+            self._points["train/epochs"] = epochs_done(trainer)
+            self._norm = None
             self._restart()
             log_points(trainer, self._points)
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in self._points.items()})
             for name, value in self._points.items():  # for other callbacks
                 pl_module.log(name, value, prog_bar=name == "train/loss", logger=False, batch_size=1)
         self._again = self._points if validation_follows(trainer) else None
+
+    def _due(self, trainer: Trainer, module: LightningModule, step: int) -> bool:
+        """Whether step `step`, counted from 1, is logged."""
+        switch = trained(module).built_schedule.stage1_steps
+        return logs(trainer, step) or (logs(trainer, 0) and 0 < switch == step - 1)
 
     def _restart(self) -> None:
         self._tokens, self._since = 0, time.perf_counter()

@@ -179,6 +179,8 @@ class ValidationConfig(SamplingSettings):
     """File (.npz) with the moments of real images; None = the images of the validated split."""
     fid_every: int = 1
     """Compute FID and Inception Score in every such validation of a fit."""
+    at_start: bool = False
+    """Also validate before the first step, as step 0: FlashAR is then the training-free model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -80,7 +80,8 @@ class DrawnSamples(SplitCallback):
     def begin(self, trainer: Trainer, module: Trained) -> None:
         self.plan = None
         self.conditions = SampleConditions(module.net, max(self.config.samples, self.config.grid_images))
-        self.sees_real = bool(self.fid) and not self.fid[self.split].has_real and not trainer.sanity_checking
+        self.sees_real = bool(self.fid) and not self.fid[self.split].has_real
+        self.sees_real &= not trainer.sanity_checking or module.validation.at_start
 
     def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)

@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.pictures import gate_picture, save_png
+from flashar_pl.training.logger import log_points, take_back, tensorboards
 from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.validation import LossSums
 
@@ -33,7 +34,7 @@ class SplitCallback(Callback, ABC):
 
     @abstractmethod
     def begin(self, trainer: Trainer, module: Trained) -> None:
-        """A pass over a split starts; of a sanity check the end is not reported."""
+        """A pass over a split starts."""
 
     @abstractmethod
     def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
@@ -42,6 +43,10 @@ class SplitCallback(Callback, ABC):
     @abstractmethod
     def finish(self, trainer: Trainer, module: Trained) -> dict[str, float]:
         """The pass is over; what to log below the split's name, equal on every rank."""
+
+    def reports(self, trainer: Trainer, module: LightningModule) -> bool:
+        """Whether the pass counts: not a sanity check, unless that is the validation before the first step."""
+        return not trainer.sanity_checking or trained(module).validation.at_start
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.loaded_step = int(checkpoint.get("global_step", 0))
@@ -56,14 +61,21 @@ class SplitCallback(Callback, ABC):
         self.add(trained(pl_module), outputs, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if not self.reports(trainer, pl_module):
             return
+        points = {}
         for name, value in self.finish(trainer, trained(pl_module)).items():
             if not math.isfinite(value):
                 self.miss(trainer, name, f"it is {value}")
                 continue
             shown = self.split == "val" and name == "nll"
-            pl_module.log(f"{self.split}/{name}", value, prog_bar=shown, sync_dist=True, batch_size=1)
+            points[f"{self.split}/{name}"] = value
+            own = trainer.state.fn == TrainerFn.FITTING  # Lightning counts steps in another way
+            logger = False if own else None
+            pl_module.log(f"{self.split}/{name}", value, shown, logger, sync_dist=True, batch_size=1)
+        if points and trainer.state.fn == TrainerFn.FITTING:
+            log_points(trainer, {**points, "epoch": float(trainer.current_epoch)})
+            trainer.logged_metrics.update({name: torch.tensor(value) for name, value in points.items()})
 
     on_test_epoch_start, on_test_epoch_end = on_validation_epoch_start, on_validation_epoch_end
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
@@ -91,9 +103,8 @@ class SplitCallback(Callback, ABC):
             raise ValueError(text)
         rank_zero_warn(text)
         trainer.lightning_module.log(f"{self.split}/{name}", math.nan, logger=False, batch_size=1)
-        for logger in trainer.loggers:
-            if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text(f"{self.split}/{name}", text, trainer.global_step - 1)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_text(f"{self.split}/{name}", text, trainer.global_step)
 
     def show(self, trainer: Trainer, tag: str, folder: str, image: Tensor) -> None:
         """A picture (3, h, w) uint8 for loggers that take any, and as PNG in `folder` of the log directory."""
@@ -102,9 +113,9 @@ class SplitCallback(Callback, ABC):
             return
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):  # Weights & Biases
-                logger.log_image(tag, [image.permute(1, 2, 0).numpy()])
-            elif isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(tag, image.numpy(), max(trainer.global_step - 1, 0))  # as scalars
+                logger.log_image(tag, [image.permute(1, 2, 0).numpy()], step=trainer.global_step)
+        for logger in tensorboards(trainer):
+            logger.experiment.add_image(tag, image.numpy(), trainer.global_step)
         if directory is not None:
             name, step, fn = tag.split("/")[0], trainer.global_step, trainer.state.fn
             if fn is not None and fn != TrainerFn.FITTING:  # counts no steps; the pictures of the fit stay
@@ -120,8 +131,14 @@ class HeldOutLosses(SplitCallback):
 
     sums: LossSums | None = None
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trained(pl_module).validation.at_start and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.num_sanity_val_steps = math.inf  # the whole split
+
     def begin(self, trainer: Trainer, module: Trained) -> None:
         self.sums = None
+        if trainer.sanity_checking and module.validation.at_start:
+            take_back(trainer, 0)  # of a run that was stopped before its first checkpoint
 
     def add(self, module: Trained, losses: dict[str, Tensor], batch: Batch) -> None:
         plan = module.evaluation_plan(batch.codes)

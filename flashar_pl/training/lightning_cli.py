@@ -32,7 +32,7 @@ from flashar_pl.files import write_text
 from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
 from flashar_pl.training.checks import check_initial_file
-from flashar_pl.training.logger import RunLogger
+from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.mark import marked
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
@@ -44,6 +44,7 @@ from flashar_pl.training.stored_config import (
     check_same_model,
     config_beside,
     differences,
+    flatten,
     own_config,
     read_config,
 )
@@ -86,14 +87,21 @@ class KeepConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Any, **_: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
+        self._shown = False
+        """Whether the run has had this configuration before."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         path, text = Path(trainer.default_root_dir) / self.config_filename, marked(self.text())
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        self._shown = path.exists() and path.read_text(encoding="utf-8") == text
+        if path.exists() and not self._shown:
             path.rename(free_name(path))  # a continued run keeps the configuration it had before
         write_text(path, text)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not (self._shown and trainer.global_step):
+            show_settings(trainer, self.text(), flatten(plain(self.parser, self.config)))
 
     def text(self) -> str:
         return yaml.safe_dump(plain(self.parser, self.config), sort_keys=False)

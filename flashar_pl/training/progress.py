@@ -54,7 +54,8 @@ class RunProgress(ProgressBar):
             self._done = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._steps is None or trainer.sanity_checking:
+        at_start = trainer.sanity_checking and trained(pl_module).validation.at_start
+        if not at_start and (self._steps is None or trainer.sanity_checking):
             return
         metrics = trainer.callback_metrics
         if text := ", ".join(f"{name} {float(metrics[name]):.4g}" for name in SHOWN if name in metrics):

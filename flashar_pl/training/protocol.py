@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig
-from flashar_pl.training.config import OptimiserConfig, ScheduleConfig
+from flashar_pl.training.config import OptimiserConfig, ScheduleConfig, ValidationConfig
 from flashar_pl.training.stages import Schedule
 
 
@@ -21,6 +21,7 @@ class Trained(Protocol):
     lora: LoraConfig | None
     optimiser: OptimiserConfig
     schedule: ScheduleConfig
+    validation: ValidationConfig
     total_steps: int | None
 
     @property

@@ -53,6 +53,10 @@ class Schedule:
         """Whether a role has gradients at a step."""
         return self.factor(role, self.stage(step)) > 0
 
+    def ever_trains(self, role: str) -> bool:
+        """Whether a role has gradients at any step."""
+        return any(self.factor(role, self.stage(step)) > 0 for step in (0, self.total_steps))
+
     def scale(self, role: str, step: int) -> float:
         """Learning rate relative to the base: factor * (1 + cos(pi step / total)) / 2, after the warm-up; 0 from
         `total_steps` on."""

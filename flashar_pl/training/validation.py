@@ -52,8 +52,9 @@ class LossSums:
     def reduce(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means over all samples of all ranks; `total` sums a tensor over ranks. Also joins `gate`.
 
-        Keys: loss, fused, horizontal, vertical (nats per target), nll (nats per image) and, where the plan has
-        targets that both heads predict, gate_mean and gate_entropy (nats) over those targets.
+        Keys: loss, fused, horizontal, and vertical if the plan has such sources (nats per target), nll (nats per
+        image) and, where the plan has targets that both heads predict, gate_mean and gate_entropy (nats) over those
+        targets.
         """
         scalars, self.gate = total(self.scalars), total(self.gate)
         *means, count = scalars.tolist()
@@ -63,6 +64,8 @@ class LossSums:
         result = {name: value / count for name, value in zip(names, means, strict=True)}
         if not bool(_interior(self.plan).any()):
             del result["gate_mean"], result["gate_entropy"]
+        if not self.plan.has_vertical:
+            del result["vertical"]
         return result
 
     @property

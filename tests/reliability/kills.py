@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from processes import free_port  # noqa: E402
 from training_toys import ValidationConfig, fit, make_module, write_digit_like  # noqa: E402
 
+from flashar_pl.training.callbacks import NOT_REPEATED  # noqa: E402
 from flashar_pl.training.logger import RunLogger  # noqa: E402
 from flashar_pl.training.sharded.strategy import ShardedStrategy  # noqa: E402
 
@@ -165,7 +166,7 @@ def curves(root: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(root), size_guidance={"scalars": 0}).Reload()
-    tags = set(events.Tags()["scalars"]) - {"train/tokens_per_second"}
+    tags = set(events.Tags()["scalars"]) - set(NOT_REPEATED)
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in sorted(tags)}
 
 

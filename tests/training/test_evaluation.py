@@ -232,3 +232,55 @@ def test_samples_of_a_mixed_run_are_drawn_in_bfloat16(tmp_path: Path, toy_shards
     roles = module.net.roles()
     wanted = {name: torch.float32 if role == "gate" else torch.bfloat16 for name, role in roles.items()}
     assert seen == [wanted, wanted]
+
+
+def events_of(directory: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(directory), size_guidance={"images": 0, "tensors": 0}).Reload()
+
+
+def test_the_validation_before_the_first_step(tmp_path: Path, toy_shards: str, toy_classifier: str) -> None:
+    """Step 0 is the whole split on the first weights, its points stand at 0, and training is what it is without it.
+    Points, pictures and texts of one step have one number."""
+    found = {}
+    for at_start in (True, False):
+        config = ValidationConfig(samples=6, grid_images=4, features=toy_classifier, at_start=at_start)
+        logger = TensorBoardLogger(str(tmp_path / str(at_start)), name="", version="")
+        module = fit(
+            tmp_path / str(at_start), toy_shards, make_module(validation=config), max_steps=10, logger=logger,
+            log_every_n_steps=4, limit_val_batches=1.0, val_check_interval=5, check_val_every_n_epoch=None,
+        )  # fmt: skip
+        found[at_start] = (events_of(tmp_path / str(at_start)), module)
+    events, module = found[True]
+    for tag in ("val/nll", "val/fid"):
+        assert [event.step for event in events.Scalars(tag)] == [0, 5, 10]
+        other = [(event.step, event.value) for event in found[False][0].Scalars(tag)]
+        assert [(event.step, event.value) for event in events.Scalars(tag)][1:] == other
+    for tag in ("val/samples", "val/gate_map"):
+        assert [event.step for event in events.Images(tag)] == [0, 5, 10]
+    assert events.Scalars("val/gate_mean")[0].value == 0.5  # an untrained gate
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 4, 8]  # 3 is the first step of stage 2
+    assert [event.value for event in events.Scalars("train/stage")] == [2, 2, 2]
+    assert [event.step for event in events.Tensors("train/stage/text_summary")] == [0, 2]
+    assert [event.value for event in events.Scalars("train/gradient_norm")] > [0.0] * 3
+    hours = [event.value for event in events.Scalars("train/device_hours")]
+    assert 0 < hours[0] < hours[1] < hours[2] < events.Scalars("train/hours")[2].value + 1e-9
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    for (name, a), b in zip(module.state_dict().items(), found[False][1].state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_raster_run_has_no_stage_and_no_vertical_curve(tmp_path: Path, toy_shards: str, caplog) -> None:
+    """Guards curves that are zero or constant in every run of their kind."""
+    logger = TensorBoardLogger(str(tmp_path), name="", version="")
+    fit(
+        tmp_path, toy_shards, make_module(flashar=False), max_steps=2, logger=logger, log_every_n_steps=1,
+        limit_val_batches=1.0,
+    )  # fmt: skip
+    events = events_of(tmp_path)
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "lr/backbone"} <= tags
+    assert not {"train/stage", "train/vertical", "val/vertical", "val/gate_mean"} & tags
+    texts = [bytes(event.tensor_proto.string_val[0]).decode() for event in events.Tensors("train/stage/text_summary")]
+    assert texts == ["Training at step 0 of 2: backbone, horizontal_head train."]
