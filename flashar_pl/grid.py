@@ -40,11 +40,10 @@ def plain_tensors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """A decoding order. Build one with `raster_plan`, `diagonal_plan` or `region_plan`; equal arguments give the same
-    object."""
+    """A decoding order. Build one with a function of this module; equal arguments give the same object."""
 
     name: str
-    """"raster", "diagonal" or "regions"."""
+    """"raster", "diagonal", "regions", or "blocks"."""
     height: int
     width: int
     order: Tensor
@@ -299,6 +298,70 @@ def check_regions(tokens: int) -> int:
     if int(tokens) != tokens or tokens < 4 or math.isqrt(tokens) ** 2 != tokens:
         raise ValueError(f"{tokens} tokens per step are no square of regions; expected 4, 9, 16 and so on.")
     return math.isqrt(tokens)
+
+
+BLOCKS = ("mdlm", "row", "sub4x4")
+"""Names that `block_plan` knows."""
+BLOCK_SIDE = 4
+"""Height and width of a block of "sub4x4"."""
+
+
+def block_plan(height: int, width: int, strategy: str) -> DecodePlan:
+    """Block diffusion: one block of cells per step, each cell predicted at its own slot, which holds a mask token.
+
+    strategy: "mdlm", the whole grid is one block; "row", every row; "sub4x4", squares of 4 x 4 in raster order. A cell
+    sees its own block and those before.
+
+    Raises:
+        ValueError: another strategy, or a grid that squares do not tile.
+    """
+    return _block_plan(height, width, strategy)
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _block_plan(height: int, width: int, strategy: str) -> DecodePlan:
+    _check(height, width)
+    n, side = height * width, BLOCK_SIDE
+    if strategy not in BLOCKS:
+        raise ValueError(f"strategy is {strategy!r}; expected one of {', '.join(BLOCKS)}.")
+    if strategy == "sub4x4" and (height % side or width % side):
+        raise ValueError(
+            f"grid is {height} x {width}; {strategy} expects a height and a width that are multiples of {side}."
+        )
+    p, q = torch.arange(n) // width, torch.arange(n) % width
+    block = {"mdlm": torch.zeros_like(p), "row": p, "sub4x4": p // side * (width // side) + q // side}[strategy]
+    order = torch.argsort(block, stable=True)
+    slot = torch.empty(n, dtype=torch.int64)
+    slot[order] = torch.arange(n)
+    return DecodePlan(
+        name="blocks",
+        height=height,
+        width=width,
+        order=order,
+        step=block,
+        n_steps=int(block[-1]) + 1,
+        cell=order,
+        h_source=slot,
+        v_source=torch.full((n,), NONE),
+        slot_step=block[order],
+    )
+
+
+def doubled_mask(plan: DecodePlan, prefix: int, device: torch.device | str = "cpu") -> Tensor:
+    """(P + 2S, P + 2S) bool for [prefix | slots | slots again, clean] (BD3-LM, Arriola et al., 2025).
+
+    A slot sees the slots of its own step and, in the clean copy, those of earlier steps; a clean slot sees the clean
+    ones up to its own step.
+    """
+    n, step = plan.n_slots, plan.on("slot_step", device)
+    mask = torch.zeros(prefix + 2 * n, prefix + 2 * n, dtype=torch.bool, device=device)
+    mask[:prefix, :prefix] = torch.ones_like(mask[:prefix, :prefix]).tril()
+    mask[prefix:, :prefix] = True
+    mask[prefix : prefix + n, prefix : prefix + n] = step[:, None] == step
+    mask[prefix : prefix + n, prefix + n :] = step[:, None] > step
+    mask[prefix + n :, prefix + n :] = step[:, None] >= step
+    return mask
 
 
 PLANS = ("diagonal", "raster")

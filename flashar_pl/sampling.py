@@ -20,10 +20,13 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return (conditional - unconditional).mul_(scale).add_(unconditional)
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def filter_logits(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, crossing: bool = True
+) -> Tensor:
     """Logits (..., V) divided by the temperature, with removed codes at -inf: top-k first, then top-p on the rest.
 
-    Ties with the k-th largest logit are kept. Top-p keeps the code that crosses the threshold, so at least one.
+    Ties with the k-th largest logit are kept. Top-p keeps the code that crosses the threshold, so at least one; without
+    `crossing` it keeps that one only if it is the first.
     """
     logits = wide(logits)
     if temperature != 1:
@@ -34,8 +37,8 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
         logits = logits.masked_fill(logits < threshold, float("-inf"))
     if top_p < 1.0:
         ordered, index = logits.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-        removed = before > top_p
+        below = ordered.softmax(-1).cumsum(-1)
+        removed = (below.roll(1, -1) if crossing else below) > top_p
         removed[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(removed).scatter(-1, index, removed), float("-inf"))
     return logits

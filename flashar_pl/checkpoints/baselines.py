@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.checkpoints.llamagen import backbone_renames, clean_official, count_layers, infer_config
 from flashar_pl.checkpoints.methods import check_method
-from flashar_pl.models.baselines import PAR
+from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
 SIZES = ("dim", "n_layer", "n_head", "vocab_size", "num_classes")
@@ -22,6 +23,14 @@ SIZES = ("dim", "n_layer", "n_head", "vocab_size", "num_classes")
 OTHERS = ("n_kv_head", "multiple_of", "ffn_dim_multiplier", "ffn_dim", "rope_base", "norm_eps")
 """What it may have, where it is not None."""
 LEARNABLE = Rename("learnable.weight", ("spe_tok_embeddings.special_embeddings.weight",))
+
+EMBEDDING = "tok_embeddings.weight"
+"""BlockDiffusion keeps the mask token in its last row."""
+TIME = tuple(
+    Rename(f"time.{ours}.{part}", (f"t_embedder.mlp.{theirs}.{part}",))
+    for ours, theirs in (("hidden", 0), ("out", 2))
+    for part in ("weight", "bias")
+)
 
 
 def llamagen_config(config: Mapping[str, Any]) -> LlamaGenConfig:
@@ -76,3 +85,24 @@ def _filled_par(cleaned: dict[str, Tensor], sizes: LlamaGenConfig, n: int, grid:
 def write_par(model: PAR) -> dict[str, Tensor]:
     """See `PAR.to_official`."""
     return split_rows(model.state_dict(), [*_backbone_renames(model.backbone.n_layer), LEARNABLE])
+
+
+def read_block_diffusion(
+    state_dict: Mapping[str, Tensor], config: Mapping[str, Any], strategy: str, clean_context: bool
+) -> BlockDiffusion:
+    """See `BlockDiffusion.from_official`."""
+    cleaned, sizes = clean_official(state_dict), llamagen_config(config)
+    check_method(cleaned, "BlockDiffusion")
+    mask = Rename("mask.weight", (EMBEDDING,), skip=sizes.vocab_size)
+    return build_filled(
+        lambda: BlockDiffusion(LlamaGen(sizes), strategy, clean_context, square_grid(config)),
+        StateDict(cleaned, "the BlockDiffusion state dict"),
+        [*_backbone_renames(sizes.n_layer), *TIME, mask],  # the mask last: its row is the whole table's last
+    )
+
+
+def write_block_diffusion(model: BlockDiffusion) -> dict[str, Tensor]:
+    """See `BlockDiffusion.to_official`."""
+    official = split_rows(model.state_dict(), [*_backbone_renames(model.backbone.n_layer), *TIME])
+    official[EMBEDDING] = torch.cat([official[EMBEDDING], model.mask.weight.detach()])
+    return official
