@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from flashar_pl.console import Missed
-from flashar_pl.files import closest, interrupted
+from flashar_pl.console import Missed, closest
+from flashar_pl.files import interrupted
 from flashar_pl.integrity import SWITCH
 
 

@@ -5,10 +5,11 @@ Standard library only at module level: every `--help` imports this file.
 
 from __future__ import annotations
 
+import difflib
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -104,3 +105,10 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """'did you mean ...?' with the nearest known names, or all of them where none is near."""
+    names = list(known)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}."

@@ -58,11 +58,12 @@ def _identity(path: Path) -> tuple[str, int, int, int]:
     return str(path.resolve()), about.st_ino, about.st_size, about.st_mtime_ns
 
 
-def check_torch_file(path: Path, again: bool = False) -> None:
+def check_torch_file(path: Path, again: bool = False, tensors: bool = True) -> None:
     """Compare the records of a torch file with their CRC-32. Raises Damaged naming the first that differs.
 
-    again: also if this process has done so before, or is told not to. Files of before 2020, which are no archives, and
-    those that were saved without CRC-32 are not compared.
+    again: also if this process has done so before, or is told not to. tensors: False leaves them for when they are
+    used (`tensor_crcs`). Files of before 2020, which are no archives, and those that were saved without CRC-32 are not
+    compared.
     """
     if _settled(path, again):
         return
@@ -72,11 +73,27 @@ def check_torch_file(path: Path, again: bool = False) -> None:
                 raise Damaged(f"{path} is damaged or cut off: its list of tensors is not at its end. {ADVICE}")
         return
     entries = zip_entries(path, path)
-    if not entries or not any(each.CRC for each in entries):
+    if not _have_crcs(entries):
         return
     with view(path) as content:
-        pieces = list(records(path, content, entries))
-    _compare(path, pieces)
+        pieces = list(records(path, content, [each for each in entries if tensors or not _is_tensor(each)]))
+    _compare(path, pieces, whole=tensors)
+
+
+def tensor_crcs(path: Path) -> set[tuple[int, int]] | None:
+    """(bytes, CRC-32) of every tensor of a torch file; None = it has none, or they need not be compared again."""
+    if _settled(path, False) or not is_archive(path):
+        return None
+    entries = zip_entries(path, path)
+    return {(each.file_size, each.CRC) for each in entries if _is_tensor(each)} if _have_crcs(entries) else None
+
+
+def _is_tensor(entry: zipfile.ZipInfo) -> bool:
+    return entry.filename.rpartition("/")[0].endswith("/data")
+
+
+def _have_crcs(entries: list[zipfile.ZipInfo]) -> bool:
+    return any(each.CRC for each in entries)
 
 
 def is_archive(source: Any) -> bool:
@@ -249,8 +266,8 @@ def _crc(file: int, begin: int, end: int) -> int:
     return crc
 
 
-def _compare(path: Path, pieces: list[Piece]) -> None:
-    """Compare pieces of a file, and remember it if it is whole."""
+def _compare(path: Path, pieces: list[Piece], whole: bool = True) -> None:
+    """Compare pieces of a file, and remember it if they are the whole of it and as they were written."""
     identity = _identity(path)
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(THREADS) as pool:
         each = pool.map if sum(piece.end - piece.begin for piece in pieces) > CHUNK else map  # threads for large files
@@ -259,4 +276,5 @@ def _compare(path: Path, pieces: list[Piece]) -> None:
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         raise Damaged(f"{path} is damaged: {different[0].name}{more} is not what was written. {ADVICE}")
-    _whole.add(identity)
+    if whole:
+        _whole.add(identity)

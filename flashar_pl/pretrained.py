@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.console import needing
-from flashar_pl.files import BROKEN, reason
+from flashar_pl.text_files import BROKEN, reason
 
 
 def pretrained(kind: str, directory: str | Path, example: str, what: str, **options: Any) -> Any:

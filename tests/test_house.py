@@ -58,7 +58,7 @@ def test_weights_are_read_and_written_in_one_room() -> None:
                 found.add(name)
     rooms = {name for name in found if not name.startswith("flashar_pl.checkpoints.")}
     own = {"training.checkpoints", "metrics.classifier", "evaluate.parts"}
-    assert rooms == {"flashar_pl.files", *(f"flashar_pl.{name}" for name in own)}
+    assert rooms == {"flashar_pl.tensor_files", *(f"flashar_pl.{name}" for name in own)}
 
 
 def test_every_option_group_is_declared_once() -> None:

@@ -26,7 +26,7 @@ from flashar_pl.backbones.condition import (
     as_condition,
     kind_of,
 )
-from flashar_pl.files import closest
+from flashar_pl.console import closest
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope

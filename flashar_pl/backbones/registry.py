@@ -15,7 +15,7 @@ from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.decoder import Decoder
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen
-from flashar_pl.files import closest
+from flashar_pl.console import closest
 
 FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (LlamaGen, Emu35, Decoder)}
 DEFAULT = LlamaGen.kind

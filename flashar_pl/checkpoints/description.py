@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from flashar_pl.backbones import build_backbone
-from flashar_pl.files import BROKEN, reason
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.text_files import BROKEN, reason
 
 FORMAT = 1
 FIELDS = {

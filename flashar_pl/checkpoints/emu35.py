@@ -12,8 +12,8 @@ from torch import Tensor
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.description import check_layers
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
-from flashar_pl.files import read_json
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
+from flashar_pl.text_files import read_json
 
 HEAD = "lm_head.weight"
 MODEL_TYPE = "emu3_flashar"

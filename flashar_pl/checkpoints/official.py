@@ -26,12 +26,13 @@ from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
-from flashar_pl.files import new_directory, read_json, replacing
+from flashar_pl.files import new_directory, replacing
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.text_files import read_json
 
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 """Endings of official files."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_sharded
 from flashar_pl.checkpoints.verify import offering
-from flashar_pl.files import read_tensors
+from flashar_pl.integrity import check_torch_file, tensor_crcs
+from flashar_pl.tensor_files import copied, read_tensors
 
 CHECKPOINT_KEY = "flashar"
 """Key of the description inside a Lightning checkpoint."""
@@ -24,7 +25,7 @@ def nearest(directory: Path) -> str:
 
 
 class RunCheckpoint:
-    """A checkpoint that a training run wrote. Its weights are read when they are asked for.
+    """A checkpoint that a training run wrote. Its weights are read, and compared, when they are asked for.
 
     Raises:
         ValueError: nothing there, damaged, holding more than tensors and plain values, or another program's.
@@ -37,7 +38,8 @@ class RunCheckpoint:
         if not file.is_file():
             raise ValueError(f"{path} is no Lightning checkpoint: no file {file}.{nearest(self.path)}")
         with offering(self.path):
-            self.content = read_tensors(file, mmap=True)
+            self._crcs = None if self.sharded else tensor_crcs(file)
+            self.content = read_tensors(file, mmap=True, whole=self.sharded)
         """Everything, or of a sharded checkpoint everything but tensors."""
         if CHECKPOINT_KEY not in self.content:
             raise ValueError(
@@ -48,6 +50,17 @@ class RunCheckpoint:
             raise ValueError(f'{path} is damaged: its "state_dict" holds other things than tensors.')
         self.description = Description.from_dict(self.content[CHECKPOINT_KEY])
 
+    def check_whole(self) -> RunCheckpoint:
+        """Compare all of a file with its CRC-32s, since another program will read it; of shards each process its own.
+
+        Raises:
+            Damaged: naming what is, and the newest whole checkpoint beside it.
+        """
+        if not self.sharded:
+            with offering(self.path):
+                check_torch_file(self.path)
+        return self
+
     def names(self) -> list[str]:
         """Names of the weights, raw and averaged."""
         names = SafeReader(self.path).names() if self.sharded else self.content.get("state_dict", {})
@@ -55,7 +68,8 @@ class RunCheckpoint:
 
     def tensors(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Weights by new names, on the CPU in memory of their own. names: what to call one -> its name here."""
-        if self.sharded:
-            with offering(self.path):
+        with offering(self.path):
+            if self.sharded:
                 return read_sharded(self.path, names)
-        return {name: self.content["state_dict"][other].clone() for name, other in names.items()}
+            stored = self.content["state_dict"]
+            return copied(self.path, {name: stored[other] for name, other in names.items()}, self._crcs)

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flashar_pl.files import parse_json, read_json, write_json
+from flashar_pl.files import write_json
 from flashar_pl.integrity import crc_metadata
 from flashar_pl.renames import TensorSource, unwrapped
+from flashar_pl.text_files import parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -21,8 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from flashar_pl.files import BROKEN, exchange, naming_full_disk, need_file, read_tensors, reason
+from flashar_pl.files import exchange, naming_full_disk
 from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import BROKEN, need_file, reason
 
 META = "meta.pt"
 """Everything but tensors, plain types."""

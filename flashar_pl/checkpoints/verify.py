@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
-from flashar_pl.files import need_file, read_json, read_tensors
 from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, is_archive, listed
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import need_file, read_json
 
 BESIDE = "among the checkpoints beside it."
 
@@ -51,15 +52,21 @@ def offering(path: Path) -> Iterator[None]:
     except Damaged as error:
         if str(error).endswith(BESIDE):
             raise
-        others = [each for each in path.parent.glob("*.ckpt") if each.name != path.name]
+        others = [each for each in by_age([path.parent]) if each.name != path.name]
         if not others:
             raise
         raise Damaged(f"{error} {newest_whole(others) or 'None'} is whole {BESIDE}") from error
 
 
-def newest_whole(others: list[Path]) -> Path | None:
-    """The newest of several checkpoints that is whole; None = there is none."""
-    for each in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True):
+def by_age(folders: Iterable[str | Path]) -> list[Path]:
+    """The checkpoints in some folders, newest first; hidden ones are being written."""
+    files = {path for folder in folders for path in Path(folder).glob("*.ckpt") if path.name[0] != "."}
+    return sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def newest_whole(others: Iterable[Path]) -> Path | None:
+    """The first of several checkpoints that is whole; None = there is none."""
+    for each in others:
         try:
             verify(each)
         except (ValueError, OSError):

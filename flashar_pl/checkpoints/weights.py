@@ -19,11 +19,14 @@ from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, 
 from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.checkpoints.verify import offering
-from flashar_pl.files import new_directory, read_json, read_tensors, write_json
+from flashar_pl.files import new_directory, write_json
+from flashar_pl.integrity import check_torch_file
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import merge
 from flashar_pl.options import Weights
 from flashar_pl.renames import AVERAGED, official_state_dict
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import read_json
 
 OFFICIAL_FILE = "official file"
 """What a file without a configuration is called, with the choice of weights where it has a choice."""
@@ -83,12 +86,13 @@ def _load(
             )
         description = Description.from_dict(read_json(path / "config.json"))
         return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
-    content = {} if path.is_dir() else read_tensors(path, mmap=True)
+    content = {} if path.is_dir() else read_tensors(path, mmap=True, whole=False)
     if path.is_dir() or CHECKPOINT_KEY in content:
         run = RunCheckpoint(path)
         stored, kind = _stored_names(run.names(), weights, path)
         model = _fill(run.description, run.tensors(stored))
         return Loaded(model, run.description, f"{'sharded ' * run.sharded}checkpoint ({kind} weights)")
+    check_torch_file(path)
     state, kind = official_state_dict(content, weights)
     model = read_official_model(state, n_head, content.get("args"))
     chosen = f"{OFFICIAL_FILE} ({kind} weights)" if AVERAGED in content else OFFICIAL_FILE

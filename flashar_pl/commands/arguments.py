@@ -22,7 +22,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
-from flashar_pl.files import closest
+from flashar_pl.console import closest
 
 
 @dataclass(frozen=True)

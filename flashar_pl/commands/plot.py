@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.console import needing, table
-from flashar_pl.files import read_yaml, replacing, require_new
+from flashar_pl.files import replacing, require_new
+from flashar_pl.text_files import read_yaml
 
 Curve = tuple[list[int], list[float]]
 """Steps and values."""

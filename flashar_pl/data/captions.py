@@ -10,8 +10,8 @@ from typing import Any
 from flashar_pl.data.account import Account
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import IMAGE_MEMBERS, Names, Source, TarSource, read_file
-from flashar_pl.files import parse_json, read_lines, read_text
 from flashar_pl.image_files import Unreadable
+from flashar_pl.text_files import parse_json, read_lines, read_text
 
 CAPTION_KEYS = ("input_prompt", "caption", "prompt", "text")
 IMAGE_KEYS = ("output_image", "image", "image_path", "file_name")

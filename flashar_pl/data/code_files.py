@@ -16,8 +16,8 @@ import torch
 from flashar_pl.data.account import Account
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import Names, Source, read_file
-from flashar_pl.files import read_arrays, read_torch
 from flashar_pl.image_files import Unreadable
+from flashar_pl.tensor_files import read_arrays, read_torch
 
 
 class NpyFolders(Source):

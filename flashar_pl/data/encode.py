@@ -14,7 +14,7 @@ import torch
 
 from flashar_pl.data.images import views
 from flashar_pl.data.manifest import Manifest
-from flashar_pl.files import read_json
+from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from flashar_pl.data import forms
 from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
-from flashar_pl.files import read_json, write_text
+from flashar_pl.files import write_text
+from flashar_pl.text_files import read_json
 
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Conditioning

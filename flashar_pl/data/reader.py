@@ -19,7 +19,7 @@ import numpy as np
 
 from flashar_pl.data.first_use import FirstUse, check_size
 from flashar_pl.data.manifest import Manifest, Record, code_dtype
-from flashar_pl.files import BROKEN, parse_json, reason
+from flashar_pl.text_files import BROKEN, parse_json, reason
 
 OPEN_SHARDS = 128
 """Shards a reader keeps mapped; each holds one file descriptor."""

@@ -19,8 +19,8 @@ from flashar_pl.data.account import Account, is_hidden
 from flashar_pl.data.folders import NO_IMAGE, list_images
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.tars import find_tars, read_range, tar_records
-from flashar_pl.files import read_lines
 from flashar_pl.image_files import EXTENSIONS, Unreadable
+from flashar_pl.text_files import read_lines
 
 IMAGE_MEMBERS = tuple(extension.lstrip(".") for extension in EXTENSIONS)
 

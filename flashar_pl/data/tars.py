@@ -17,7 +17,7 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 
 from flashar_pl.data.account import Account, is_hidden
-from flashar_pl.files import BROKEN
+from flashar_pl.text_files import BROKEN
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)

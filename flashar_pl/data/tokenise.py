@@ -39,9 +39,10 @@ from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, check_n
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
 from flashar_pl.data.writer import ShardWriter
-from flashar_pl.files import new_directory, read_json, write_json, write_text
+from flashar_pl.files import new_directory, write_json, write_text
 from flashar_pl.options import ShardOptions
 from flashar_pl.ranks import Rank
+from flashar_pl.text_files import read_json
 
 NAMED = 5
 """Unusable samples named in an error."""

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flashar_pl.files import closest, read_arrays, read_lines, read_tensors
+from flashar_pl.console import closest
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
+from flashar_pl.tensor_files import read_arrays, read_tensors
+from flashar_pl.text_files import read_lines
 
 if TYPE_CHECKING:
     import torch

@@ -23,13 +23,14 @@ from flashar_pl.decoding.prompts import ask, choose_grid
 from flashar_pl.decoding.samples import SampleSet, draw
 from flashar_pl.evaluate.identity import SETTINGS, check_settings, path_digest, tokenizer_identity
 from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
-from flashar_pl.files import read_json, require_new, write_json, write_text
+from flashar_pl.files import require_new, write_json, write_text
 from flashar_pl.metrics import geneval_images
 from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
 from flashar_pl.metrics.geneval_entries import read_entries
 from flashar_pl.options import ShapeOptions, Subject
 from flashar_pl.pictures import save_png
 from flashar_pl.ranks import Rank
+from flashar_pl.text_files import read_json
 
 RESULTS, SUMMARY = "results.jsonl", "geneval.json"
 

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import digest, read_json
+from flashar_pl.files import digest
+from flashar_pl.text_files import read_json
 
 SETTINGS = "settings.json"
 """What the samples of a directory depend on."""

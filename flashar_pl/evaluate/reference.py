@@ -23,11 +23,13 @@ from flashar_pl.data.locations import default_cache, is_remote
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
 from flashar_pl.evaluate.identity import tokenizer_identity
-from flashar_pl.files import BROKEN, array_header, digest, reason
+from flashar_pl.files import digest
 from flashar_pl.image_files import EXTENSIONS, Unreadable, open_rgb
 from flashar_pl.metrics.extractor import FeatureExtractor, device_of
 from flashar_pl.metrics.reference import BATCH, IMAGES, ReferenceStatistics, load_reference, reference_from_batches
 from flashar_pl.options import parse_tokenizer
+from flashar_pl.tensor_files import array_header
+from flashar_pl.text_files import BROKEN, reason
 from flashar_pl.tokenizers import build_tokenizer
 
 FORMAT = 1

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flashar_pl.files import read_json, read_tensors, replacing, write_json
+from flashar_pl.files import replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import read_json
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
 SMALLEST_IMAGE = 4

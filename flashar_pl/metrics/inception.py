@@ -16,8 +16,8 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from flashar_pl.files import read_tensors
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, state_digest
+from flashar_pl.tensor_files import read_tensors
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"

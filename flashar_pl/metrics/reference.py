@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashar_pl.files import read_arrays, replacing
+from flashar_pl.files import replacing
 from flashar_pl.metrics.distribution import check_moments
 from flashar_pl.metrics.extractor import FeatureExtractor, extract_features
+from flashar_pl.tensor_files import read_arrays
 
 KEEP_FEATURES = 10_000
 """Rows kept for precision, recall and KID, as many as the ADM reference batches hold."""

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import closest
+from flashar_pl.console import closest
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.multi_scale_vq import MultiScaleVQ

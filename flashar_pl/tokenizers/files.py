@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.files import read_tensors, read_yaml
 from flashar_pl.renames import AVERAGED
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import read_yaml
 
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:

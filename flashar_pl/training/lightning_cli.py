@@ -37,7 +37,7 @@ from flashar_pl.training.mark import marked
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
-from flashar_pl.training.run_directory import check_own, continued, is_finished, only_one
+from flashar_pl.training.run_directory import check_own, continued, is_finished, only_one, where_to_continue
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
     check_same_data,
@@ -262,6 +262,7 @@ class ExperimentCLI(LightningCLI):
         """ValueError for files that are missing or do not fit the model, now that it is made."""
         manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
         if self.checkpoint is not None:
+            RunCheckpoint(self.checkpoint).check_whole()
             check_same_model(self.checkpoint, self.model.model_config, self.model.lora)
             check_checkpoint_kind(self.checkpoint, self.trainer.strategy)
             if manifest is not None:
@@ -317,7 +318,8 @@ class ExperimentCLI(LightningCLI):
         except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
             if self.trainer.interrupted and end.code == 1:
                 if self.verb == "fit":
-                    rank_zero_info(_where_to_continue(self.trainer))
+                    folders = {getattr(each, "dirpath", None) for each in self.trainer.checkpoint_callbacks}
+                    rank_zero_info(where_to_continue(self.trainer.global_step, filter(None, folders)))
                 raise KeyboardInterrupt from None
             raise
         except (ValueError, MisconfigurationException):
@@ -343,20 +345,6 @@ def parsed_config(argv: list[str]) -> dict[str, Any]:
         ValueError: an unknown key at any depth (the closest ones are named), or a value of the wrong type.
     """
     return ExperimentCLI("fit", argv, parse_only=True).values
-
-
-def _where_to_continue(trainer: Trainer) -> str:
-    """What an interrupted run has kept."""
-    folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
-    kept = [path for folder in folders if folder is not None for path in Path(folder).glob("*.ckpt")]
-    if not kept:
-        return f"Interrupted at step {trainer.global_step}, before the first checkpoint."
-    newest, here = max(kept, key=lambda path: path.stat().st_mtime), Path.cwd()
-    newest = newest.relative_to(here) if newest.is_relative_to(here) else newest
-    return (
-        f"Interrupted at step {trainer.global_step}. Continue with the same command, or with: "
-        f"flashar fit --ckpt_path {newest}"
-    )
 
 
 class _RunHelp(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

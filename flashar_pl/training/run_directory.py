@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flashar_pl import locks
 from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.checkpoints.verify import by_age, newest_whole
+from flashar_pl.integrity import Damaged
 from flashar_pl.training.stored_config import CONFIG_FILE, differences, flatten, read_settings
 
 LOCK = ".lock"
@@ -102,16 +103,16 @@ def newest(folders: list[Path]) -> str | None:
     """The newest checkpoint in some folders from which a run can continue.
 
     Raises:
-        ValueError: it is damaged; the one before it is named.
+        ValueError: it is damaged; the newest whole one is named.
     """
-    files = {path for folder in folders if folder.is_dir() for path in folder.glob("*.ckpt") if path.name[0] != "."}
-    ordered = sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path, before in itertools.zip_longest(ordered, ordered[1:]):
+    ordered = by_age(folders)
+    for i, path in enumerate(ordered):
         try:
-            if "callbacks" in RunCheckpoint(path).content:  # else it has weights only
+            if "callbacks" in RunCheckpoint(path).check_whole().content:  # else it has weights only
                 return str(path)
         except ValueError as error:
-            hint = "" if before is None else f" The one before it: --ckpt_path {before}"
+            whole = None if isinstance(error, Damaged) else newest_whole(ordered[i + 1 :])  # else it is named already
+            hint = "" if whole is None else f" To continue from the newest whole one: --ckpt_path {whole}"
             raise ValueError(f"{error}{hint}") from error
     return None
 
@@ -127,3 +128,12 @@ def _other_folders(values: dict[str, Any]) -> list[Path]:
     callbacks = values["trainer"].get("callbacks") or []
     settings = [each.get("init_args") or {} for each in callbacks if isinstance(each, dict)]
     return [Path(each["dirpath"]).expanduser() for each in settings if each.get("dirpath")]
+
+
+def where_to_continue(step: int, folders: Iterable[str]) -> str:
+    """What a run that is interrupted at a step has kept in its folders of checkpoints."""
+    kept, here = by_age(folders), Path.cwd()
+    if not kept:
+        return f"Interrupted at step {step}, before the first checkpoint."
+    newest = kept[0].relative_to(here) if kept[0].is_relative_to(here) else kept[0]
+    return f"Interrupted at step {step}. Continue with the same command, or with: flashar fit --ckpt_path {newest}"

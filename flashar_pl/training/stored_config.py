@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
-from flashar_pl.files import parse_yaml, read_text
 from flashar_pl.models.lora import LoraConfig
+from flashar_pl.text_files import parse_yaml, read_text
 from flashar_pl.training.mark import own
 
 CONFIG_KEY = "flashar_config"

@@ -19,8 +19,8 @@ import yaml
 from lightning.pytorch import LightningDataModule, Trainer, loggers
 
 from flashar_pl.backbones import Backbone
-from flashar_pl.files import read_yaml
 from flashar_pl.recipes import find_recipe
+from flashar_pl.text_files import read_yaml
 
 DEFAULT_DATA = "CodesDataModule"
 """Data module of a configuration that names none."""

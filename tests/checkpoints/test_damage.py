@@ -1,6 +1,7 @@
 """A damaged checkpoint is never used: file, place and the newest whole one are named."""
 
 import random
+import zlib
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 
 from flashar_pl import files
 from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.checkpoints.sharded import SafeReader, read_sharded, write_sharded
 from flashar_pl.checkpoints.verify import verify
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.cli import main
-from flashar_pl.files import read_torch
-from flashar_pl.integrity import SWITCH, Damaged
+from flashar_pl.integrity import SWITCH, Damaged, tensor_crcs
+from flashar_pl.tensor_files import copied, read_torch
 from tests import tiny
 
 TENSORS = {"net.a": torch.arange(3000.0).view(30, 100), "net.b": torch.ones(5)}
@@ -111,6 +113,50 @@ def test_shards_without_a_list_end_in_one_line(sharded: Path) -> None:
     with pytest.raises(ValueError, match="fewer than it says") as error:
         read_sharded(sharded, names)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """What a fit with averages leaves: weights, averages and moments."""
+    model, path = tiny.flashar(), tmp_path / "run.ckpt"
+    state = model.state_dict()
+    averages, moments = ({name: value + n for name, value in state.items()} for n in (1, 2))
+    weights = {f"net.{name}": value for name, value in state.items()} | {f"ema.{n}": v for n, v in averages.items()}
+    about = Description(model.config()).to_dict()
+    torch.save({"state_dict": weights, "optimizer_states": [moments], "flashar": about}, path)
+    return path
+
+
+def test_loading_compares_what_it_uses(run_file: Path, monkeypatch) -> None:
+    """Comparing moments and averages too took longer than loading the weights."""
+    whole, checked, crc32 = run_file.read_bytes(), [], zlib.crc32
+    stored = {name: value.clone() for name, value in RunCheckpoint(run_file).content["state_dict"].items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(zlib, "crc32", lambda data, *crc: (checked.append(len(data)), crc32(data, *crc))[1])
+        raw = load_model(run_file, "raw").model.state_dict()
+    assert same({f"net.{name}": value for name, value in raw.items()}, {n: stored[n] for n in stored if n[0] == "n"})
+    assert sum(checked) < len(whole) / 2
+    for used, other, name in (("raw", "ema", "net.backbone"), ("ema", "raw", "ema.backbone")):
+        tensor = next(value for each, value in stored.items() if each.startswith(name) and value.numel() > 100)
+        flip(run_file, 8 * whole.index(tensor.numpy().tobytes()) + 100)
+        load_model(run_file, other)
+        with pytest.raises(Damaged, match=rf"run\.ckpt is damaged: {name[4:]}.* is not what was written"):
+            load_model(run_file, used)
+        with pytest.raises(Damaged):
+            RunCheckpoint(run_file).check_whole()  # before a run continues from it
+        run_file.write_bytes(whole)
+
+
+def test_weights_that_share_memory_share_it_when_loaded(tmp_path: Path) -> None:
+    both = torch.arange(6.0)
+    content = {"a": both[:3], "b": both.view(2, 3).T, "none": torch.empty(0, 2)}
+    torch.save(content, tmp_path / "a.pt")
+    crcs = tensor_crcs(tmp_path / "a.pt")
+    found = copied(tmp_path / "a.pt", read_torch(tmp_path / "a.pt", mmap=True, whole=False), crcs)
+    assert same(found, content)
+    assert found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match="holds a str as a; expected a tensor"):
+        copied(tmp_path / "a.pt", {"a": "b"}, crcs)
 
 
 def test_a_damaged_checkpoint_names_the_newest_whole_one(torch_file: Path, capsys) -> None:

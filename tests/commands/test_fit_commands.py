@@ -151,9 +151,12 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
     assert continued(tmp_path, now) is None, "an option that a new version has"
     with pytest.raises(ValueError, match=r": trainer\.new: None -> 3\. Nothing"):
         continued(tmp_path, now, ["trainer.new"])
-    for name in ("a.ckpt", "b.ckpt"):
-        (tmp_path / "checkpoints" / name).write_text("torn")
-    with pytest.raises(ValueError, match=r"is not a torch file.* The one before it: --ckpt_path .*[ab]\.ckpt"):
+    torch.save({"a": torch.ones(1)}, tmp_path / "checkpoints" / "whole.ckpt")
+    for at, name in enumerate(("whole.ckpt", "a.ckpt", "b.ckpt"), start=1):
+        if at > 1:
+            (tmp_path / "checkpoints" / name).write_text("torn")
+        os.utime(tmp_path / "checkpoints" / name, (at, at))
+    with pytest.raises(ValueError, match=r"b\.ckpt is not a torch file.* whole one: --ckpt_path .*whole\.ckpt"):
         continued(tmp_path, {"trainer": {"max_steps": 1}})
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from flashar_pl.checkpoints.nar import branch_of
 from flashar_pl.checkpoints.weights import load_model
-from flashar_pl.files import read_tensors
 from flashar_pl.models import FlashAR
+from flashar_pl.tensor_files import read_tensors
 
 GATED = tiny.GOLDEN / "flashar" / "llamagen_flashar_tiny_gate_last_version.pt"
 

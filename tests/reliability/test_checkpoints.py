@@ -20,8 +20,9 @@ from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_
 from flashar_pl.checkpoints.sharded import INDEX, SafeReader, write_sharded
 from flashar_pl.checkpoints.verify import verify
 from flashar_pl.checkpoints.weights import load_model, save_model
-from flashar_pl.files import read_json, read_tensors
 from flashar_pl.integrity import LIST, listed
+from flashar_pl.tensor_files import read_tensors
+from flashar_pl.text_files import read_json
 from tests.reliability.containers import inside_safetensors, inside_zip
 from tests.reliability.mutate import Target, short
 

@@ -19,7 +19,8 @@ from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.data.tars import tar_records
-from flashar_pl.files import read_arrays, read_tensors, read_torch, read_yaml
+from flashar_pl.tensor_files import read_arrays, read_tensors, read_torch
+from flashar_pl.text_files import read_yaml
 from flashar_pl.training.carried import carried
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.mark import key_file, marked, own

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from flashar_pl.files import read_arrays, read_json, read_lines, read_text, read_torch, read_yaml, write_json
+from flashar_pl.files import write_json
+from flashar_pl.tensor_files import read_arrays, read_torch
+from flashar_pl.text_files import read_json, read_lines, read_text, read_yaml
 from tests.reliability.mutate import Target, short
 
 VALUES = {"name": "ä", "grid": [16, 16], "shards": [{"path": "train/0.tar", "samples": 12, "share": 0.5}], "on": True}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashar_pl.backbones.families import chameleon, emu3, janus, llama
 from flashar_pl.backbones.families.base import Family, Values
-from flashar_pl.files import closest
+from flashar_pl.console import closest
 
 KNOWN: dict[str, Family] = {
     name: family

@@ -1,0 +1,219 @@
+"""Readers of tensors and arrays that run nothing a file says, and take no more memory than it has bytes.
+
+torch, safetensors and numpy are imported where they are used: every `--help` imports this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.integrity import (
+    ADVICE,
+    CHUNK,
+    THREADS,
+    Damaged,
+    check_safetensors,
+    check_torch_file,
+    is_archive,
+    records,
+    view,
+    zip_entries,
+)
+from flashar_pl.text_files import BROKEN, need_file, reason
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, UntypedStorage
+
+
+def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = False, whole: bool = True) -> Any:
+    """What a torch file holds, on the CPU, without running code from it: tensors and plain values.
+
+    content: the file's bytes where they are in memory already; `path` is then a name for messages.
+    mmap: leave the tensors on the disk until they are used. whole: compare all of them with their CRC-32s; else
+    `copied` compares those that are used.
+
+    Raises:
+        ValueError: no such file, damaged (see `check_torch_file`), or holding anything else.
+    """
+    import torch
+
+    source: Any = io.BytesIO(content) if content is not None else need_file(path)
+    if content is None:
+        check_torch_file(source, tensors=whole)
+    try:
+        _no_announced_bytes(source)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
+            mmap = mmap and is_archive(source)
+            found = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
+        for tensor in _tensors_in(found):
+            if tensor.nbytes > SMALL + tensor.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has fewer values in the file")
+        return found
+    except BROKEN as error:
+        raise ValueError(f"{path} is not a torch file that can be read safely: {reason(error)}") from error
+
+
+def _tensors_in(values: Any) -> Iterator[Any]:
+    """The tensors in plain values."""
+    if hasattr(values, "untyped_storage"):
+        yield values
+    elif isinstance(values, dict | list | tuple):
+        for each in values.values() if isinstance(values, dict) else values:
+            yield from _tensors_in(each)
+
+
+def _no_announced_bytes(source: Path | io.BytesIO) -> None:
+    """ValueError for a torch file that makes its reader allocate as many bytes as it says, which no tensor needs."""
+    if not is_archive(source):
+        return
+    with contextlib.nullcontext(source.getbuffer()) if isinstance(source, io.BytesIO) else view(source) as content:
+        for each in records("it", content, zip_entries("it", source)):
+            if each.name.endswith("data.pkl") and b"bytearray" in bytes(content[each.begin : each.end]):
+                raise ValueError("it asks for memory by size")
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+
+
+def read_tensors(path: str | Path, mmap: bool = False, whole: bool = True) -> dict[str, Any]:
+    """Content of a .pt/.pth/.ckpt/.safetensors file, on the CPU, without running code from it.
+
+    mmap, whole: as in `read_torch`.
+
+    Raises:
+        ValueError: no such file, damaged, holding more than tensors and plain values, or no dictionary.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = need_file(path)
+    if file.suffix == ".safetensors":
+        check_safetensors(file)
+        try:
+            return dict(load_file(file))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a safetensors file, or is cut off: {reason(error)}") from error
+    content = read_torch(file, mmap=mmap, whole=whole)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a checkpoint, which is a dictionary.")
+    return content
+
+
+def read_arrays(
+    path: str | Path, content: bytes | None = None, names: Collection[str] | None = None
+) -> dict[str, np.ndarray]:
+    """Arrays of a .npz file by name, or that of a .npy file under "array", without unpickling.
+
+    content: the file's bytes where they are in memory already; `path` is then a name for messages. names: of the arrays
+    to read; None = all.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    source: Any = need_file(path) if content is None else io.BytesIO(content)
+    size = len(content) if content is not None else Path(path).stat().st_size
+    try:
+        with _opened(source) as stream:
+            if stream.read(2) != b"PK":
+                return {"array": _array(stream, size)}
+        with zipfile.ZipFile(source) as archive:
+            arrays = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
+            wanted = {name: each for name, each in arrays.items() if names is None or name in names}
+            unpacked = sum(each.file_size for each in wanted.values())
+            if unpacked > SMALL + LARGEST_RATIO * size:
+                raise ValueError(
+                    f"{size:,} bytes unpack to {unpacked:,}; save so many equal values with numpy.savez, uncompressed"
+                )
+            found = {}
+            for name, each in wanted.items():
+                with archive.open(each) as stream:
+                    found[name] = _array(stream, each.file_size)
+            return found
+    except BROKEN as error:
+        raise ValueError(f"{path} is not a file of arrays that can be read: {reason(error)}") from error
+
+
+def copied(path: Path, tensors: dict[str, Any], crcs: set[tuple[int, int]] | None) -> dict[str, Tensor]:
+    """Copies, in memory, of tensors that `read_torch` left on the disk; those that share memory still do.
+
+    crcs: `tensor_crcs` of the file, with which they are compared while they are copied; None = they are not.
+
+    Raises:
+        ValueError: one of them is no tensor, or damaged, which is named.
+    """
+    import torch
+
+    if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"{path} holds a {type(tensors[odd[0]]).__name__} as {odd[0]}; expected a tensor.")
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors.values()}
+    with ThreadPoolExecutor(THREADS) as pool:
+        each = pool.map if sum(storage.nbytes() for storage in storages.values()) > CHUNK else map
+        copies = dict(zip(storages, each(lambda storage: _copied(storage, crcs), storages.values()), strict=True))
+    found = {}
+    for name, tensor in tensors.items():
+        storage = copies[tensor.untyped_storage().data_ptr()]
+        if storage is None:
+            raise Damaged(f"{path} is damaged: {name} is not what was written. {ADVICE}")
+        place = tensor.storage_offset(), tensor.size(), tensor.stride()
+        found[name] = torch.empty(0, dtype=tensor.dtype).set_(storage, *place)
+    return found
+
+
+def _copied(storage: UntypedStorage, crcs: set[tuple[int, int]] | None) -> UntypedStorage | None:
+    """A copy in memory of a tensor's bytes; None = their CRC-32 is not among those of the file."""
+    import numpy as np
+    import torch
+
+    new = torch.UntypedStorage(storage.nbytes())
+    source, target = (torch.empty(0, dtype=torch.uint8).set_(each).numpy() for each in (storage, new))
+    crc = 0
+    for begin in range(0, len(source), CHUNK):
+        piece = target[begin : begin + CHUNK]
+        np.copyto(piece, source[begin : begin + CHUNK])
+        crc = crc if crcs is None else zlib.crc32(piece.data, crc)
+    return new if crcs is None or not len(source) or (len(source), crc) in crcs else None
+
+
+SMALL, LARGEST_RATIO = 64 * 2**20, 4
+"""Bytes that any file may unpack to, and how many times its own size a larger one may."""
+
+
+def _opened(source: Any) -> Any:
+    return source.open("rb") if isinstance(source, Path) else contextlib.nullcontext(source)
+
+
+def _array(stream: Any, size: int) -> np.ndarray:
+    """The array of a .npy file of `size` bytes."""
+    import numpy as np
+
+    stream.seek(0)
+    array_header(stream, size)
+    stream.seek(0)
+    return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def array_header(stream: Any, size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """(shape, dtype) of the .npy file that begins in `stream` and has `size` bytes; nothing is allocated for it.
+
+    Raises an error of `BROKEN` for what is no such file, holds Python objects, or announces more than its size.
+    """
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"it has version {version[0]}.{version[1]} of the .npy format; expected 1.0 or 2.0")
+    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are never read")
+    if any(type(n) is not int or n < 0 for n in shape) or stream.tell() + math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"it has {size:,} bytes and announces an array of shape {shape} and type {dtype}")
+    return shape, dtype
