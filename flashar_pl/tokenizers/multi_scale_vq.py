@@ -267,6 +267,17 @@ def check_ids(ids: Tensor, length: int, vocabulary: int, what: str) -> None:
             raise ValueError(f"ids lie in {low} .. {high}; {what} has codes 0 .. {vocabulary - 1}.")
 
 
+def published_settings(side: int = 256) -> dict[str, Any]:
+    """Settings of the published file for images of `side` x `side` pixels, as `MultiScaleVQ.from_official` takes them.
+
+    One file serves both sides; only the scales differ. ValueError for a side without published scales.
+    """
+    if side not in PATCH_NUMS:
+        raise ValueError(f"side is {side}; expected one of {', '.join(map(str, PATCH_NUMS))}.")
+    sizes = {"ch": 160, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 32, "vocab_size": 4096}
+    return {**sizes, "patch_nums": list(PATCH_NUMS[side])}
+
+
 def read_spec(config: Mapping[str, Any], codes: int, dim: int) -> MultiScaleSpec:
     """Sizes from published settings; `codes` and `dim` are those of the codebook's tensor, and must agree with them."""
     needed = ("ch", "ch_mult", "num_res_blocks", "z_channels", "patch_nums")

@@ -1,7 +1,5 @@
 """VAR's multi-scale VQ: parity with its authors' code, the order of residuals, strict loading."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 import var_golden
@@ -9,15 +7,9 @@ from torch import nn
 
 from flashar_pl.tokenizers import MultiScaleVQ
 from flashar_pl.tokenizers.convnet import NetSpec
-from flashar_pl.tokenizers.multi_scale_vq import MultiScaleSpec, phi_index
+from flashar_pl.tokenizers.multi_scale_vq import MultiScaleSpec, phi_index, published_settings, read_spec
 
 PIXELS = {"atol": 2e-4, "rtol": 0.0}
-
-
-def published(side: int) -> MultiScaleVQ:
-    encoder = NetSpec(160, (160, 160, 320, 320, 640), 2, (False,) * 4 + (True,), 32)
-    with torch.device("meta"):
-        return MultiScaleVQ(MultiScaleSpec(encoder, replace(encoder, stem=640, blocks=3), 4096, 32, kernel=3))
 
 
 def test_ids_and_images_are_the_official_ones():
@@ -78,11 +70,15 @@ def test_export_is_bit_exact():
 
 
 def test_published_size():
-    model = published(256)
+    with torch.device("meta"):
+        model = MultiScaleVQ(read_spec(published_settings(256), 4096, 32))
     assert sum(p.numel() for p in model.parameters()) == 108_948_355
     assert len(model.to_official()) == 324
     assert (model.downsample, model.length) == (16, 680)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert sum(p * p for p in published_settings(512)["patch_nums"]) == 2240
+    with pytest.raises(ValueError, match="side is 384; expected one of 256, 512"):
+        published_settings(384)
     assert (counts["encoder"], counts["decoder"], counts["quantize"]) == (44_107_872, 64_653_923, 168_064)
 
 
