@@ -2,7 +2,7 @@
 
 `make docs-check` calls it. Every page gets a directory of its own with what a short `make demo` leaves: data/digits
 and runs of 20 steps. A command runs if everything it reads is there, so chains run from their own files; where weights,
-downloads or other machines are missing it is parsed. Training is cut to 20 steps without samples.
+downloads or other machines are missing it is parsed. Training is cut to 20 steps and 20 samples.
 
     python -m tests.docs_check [PAGE...]
 """
@@ -25,7 +25,7 @@ import yaml
 from tests.test_documents import ROOT, commands, parse_words
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHORT = ["--trainer.max_steps", "20", "--model.validation.samples", "0"]
+SHORT = ["--trainer.max_steps", "20", "--model.validation.samples", "20"]
 """Added to every training run."""
 SECONDS = 600
 """A command may take."""

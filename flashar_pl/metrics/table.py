@@ -24,11 +24,23 @@ from flashar_pl.metrics.distribution import (
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.metrics.reference import Moments, ReferenceStatistics
 
-NAMES = ("fid", "sfid", "is", "precision", "recall", "f1", "kid")
 NEIGHBOURS = 3
 """k of precision and recall."""
 FEWEST = {**dict.fromkeys(("precision", "recall", "f1"), NEIGHBOURS + 1), "kid": 1000}
 """Metrics that compare feature rows, and the rows they need on either side; KID's subsets have as many."""
+
+Metric = Callable[[Any, Any, Callable[[], tuple[float, float]]], float]
+"""(features of the samples, reference, precision and recall of both) -> value."""
+METRICS: dict[str, Metric] = {
+    "fid": lambda seen, real, cover: _frechet(seen.pool, real.mu, real.sigma, real.n),
+    "sfid": lambda seen, real, cover: _frechet(seen.spatial, real.mu_s, real.sigma_s, real.n),
+    "is": lambda seen, real, cover: inception_score(seen.logits, kind="logits"),
+    "precision": lambda seen, real, cover: cover()[0],
+    "recall": lambda seen, real, cover: cover()[1],
+    "f1": lambda seen, real, cover: f1_score(*cover()),
+    "kid": lambda seen, real, cover: kernel_distance(seen.pool, real.features, subset_size=FEWEST["kid"]),
+}
+"""By the name that --metrics takes, in the order of reports. What one needs is `_problem`'s business."""
 
 
 def measure(
@@ -38,23 +50,13 @@ def measure(
 
     names: of those that `choose_metrics` allows.
     """
-    seen: Any = samples
     real: Any = reference
-    cover = cache(lambda: precision_recall(seen.pool, real.features, NEIGHBOURS))
-    compute: dict[str, Callable[[], float]] = {
-        "fid": lambda: _frechet(seen.pool, real.mu, real.sigma, real.n),
-        "sfid": lambda: _frechet(seen.spatial, real.mu_s, real.sigma_s, real.n),
-        "is": lambda: inception_score(seen.logits, kind="logits"),
-        "precision": lambda: cover()[0],
-        "recall": lambda: cover()[1],
-        "f1": lambda: f1_score(*cover()),
-        "kid": lambda: kernel_distance(seen.pool, real.features, subset_size=FEWEST["kid"]),
-    }
+    cover = cache(lambda: precision_recall(samples.pool, real.features, NEIGHBOURS))
     found: dict[str, float] = {}
     missing: dict[str, str] = {}
-    for name in (name for name in NAMES if name in names):
+    for name in (name for name in METRICS if name in names):
         try:
-            value = compute[name]()
+            value = METRICS[name](samples, reference, cover)
         except (ValueError, LinAlgError) as error:
             missing[name] = str(error)
             continue
@@ -94,10 +96,10 @@ def choose_metrics(
     Raises:
         ValueError: a metric asked for is not possible, or there are too few samples for FID or sFID.
     """
-    unknown = sorted(set(names or ()) - set(NAMES))
+    unknown = sorted(set(names or ()) - set(METRICS))
     if unknown or (names is not None and not names):
-        raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(NAMES)}.")
-    wanted = [name for name in NAMES if names is None or name in names]
+        raise ValueError(f"metrics: unknown {', '.join(unknown) or 'empty list'}; expected of {', '.join(METRICS)}.")
+    wanted = [name for name in METRICS if names is None or name in names]
     problems = {name: _problem(name, extractor, reference, n) for name in wanted}
     left_out = {name: problem for name, problem in problems.items() if problem is not None}
     if names is not None and left_out:
