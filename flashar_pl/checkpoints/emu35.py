@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,55 +9,20 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
+from flashar_pl.backbones.families.base import text_settings
 from flashar_pl.checkpoints.description import check_layers
+from flashar_pl.checkpoints.llama_names import HEAD, body_renames, head_rename, is_table
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 from flashar_pl.text_files import read_json
 
-HEAD = "lm_head.weight"
 MODEL_TYPE = "emu3_flashar"
 """`model_type` in the config.json of the FlashAR authors' checkpoints."""
-
-
-def block_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
-    """Names of one block under the given prefixes, with the rows of each official tensor."""
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    table: dict[str, dict[str, int] | tuple[str, ...]] = {
-        "attention_norm": ("input_layernorm",),
-        "attention.wqkv": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
-        "attention.wo": ("self_attn.o_proj",),
-        "attention.q_norm": ("self_attn.q_norm",),
-        "attention.k_norm": ("self_attn.k_norm",),
-        "ffn_norm": ("post_attention_layernorm",),
-        "feed_forward.w13": ("mlp.gate_proj", "mlp.up_proj"),
-        "feed_forward.w2": ("mlp.down_proj",),
-    }
-    for key, pieces in table.items():
-        sizes = tuple(pieces.values()) if isinstance(pieces, dict) else None
-        yield Rename(f"{ours}{key}.weight", tuple(f"{official}{name}.weight" for name in pieces), sizes)
-
-
-def body_renames(config: Emu35Config, ours: str, official: str) -> Iterator[Rename]:
-    """Names of embedding, blocks and final norm under the given prefixes."""
-    yield Rename(f"{ours}embedding.weight", (f"{official}embed_tokens.weight",))
-    for i in range(config.n_layer):
-        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.")
-    yield Rename(f"{ours}norm.weight", (f"{official}norm.weight",))
-
-
-def head_rename(config: Emu35Config, ours: str, official: str) -> Rename:
-    """Name of a head; heads="visual" skips the text rows."""
-    return Rename(ours, (official,), skip=config.vocab_size - config.head_rows)
 
 
 def backbone_renames(config: Emu35Config, ours: str = "", head: str = "head.weight") -> list[Rename]:
     """Names of a whole official checkpoint; `ours` is the prefix of our names, `head` our name of the head."""
     return [*body_renames(config, ours, "model."), head_rename(config, head, HEAD)]
-
-
-def is_table(key: str) -> bool:
-    """Whether an official entry is a RoPE table that some saved files carry, and no weight."""
-    return key.endswith("rotary_emb.inv_freq")
 
 
 def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = None) -> Emu35Config:
@@ -70,46 +34,16 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
     outer, values = values, values.get("backbone_config", values)
     if not isinstance(values, dict):
         raise ValueError("config.json holds no settings of a model; expected an Emu3.5 config.json.")
-    rope = values.get("rope_parameters") or {}
-    found = {**values, "rope_theta": values.get("rope_theta", rope.get("rope_theta"))}
-    found["head_dim"] = values.get("head_dim") or head_dim
-    needed = {
-        "dim": "hidden_size",
-        "n_layer": "num_hidden_layers",
-        "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads",
-        "head_dim": "head_dim",
-        "ffn_dim": "intermediate_size",
-        "vocab_size": "vocab_size",
-        "rope_base": "rope_theta",
-        "norm_eps": "rms_norm_eps",
-    }
-    absent = [name for name in needed.values() if found.get(name) is None]
-    if absent:
-        raise ValueError(f"config.json lacks {', '.join(absent)}; expected an Emu3.5 config.json.")
-    unsupported = {
-        "rope_scaling": _changes(values.get("rope_scaling")) or _changes(rope),
-        "tie_word_embeddings": values.get("tie_word_embeddings"),
-        "hidden_act": values.get("hidden_act", "silu") != "silu" and values["hidden_act"],
-    }
-    for name, value in unsupported.items():
-        if value:
-            raise ValueError(f"config.json sets {name} to {value!r}, which Emu3.5 does not use.")
+    if values.get("tie_word_embeddings"):
+        raise ValueError("config.json sets tie_word_embeddings, which Emu3.5 does not use.")
+    values = {**values, "head_dim": values.get("head_dim") or head_dim}
     return Emu35Config(
-        **{ours: found[name] for ours, name in needed.items()},
+        **text_settings(values, "Emu3.5", {}, needed=("num_key_value_heads", "head_dim")),
         visual_token_offset=_visual_offset(outer, values),
         eol_token_id=values.get("eol_token_id"),
         boi_token_id=values.get("boi_token_id"),
         heads=heads,
     )
-
-
-def _changes(rope: Any) -> Any:
-    """A block about rotary positions, if it changes them; the default kind and a factor of 1 do not."""
-    if not rope:
-        return None
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else "unknown"
-    return None if kind == "default" or (kind == "linear" and rope.get("factor") == 1) else rope
 
 
 def _visual_offset(*configs: dict[str, Any]) -> int | None:

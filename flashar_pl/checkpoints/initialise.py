@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
-from flashar_pl.checkpoints.emu35 import OfficialDirectory, backbone_renames, is_table
+from flashar_pl.checkpoints.emu35 import OfficialDirectory, backbone_renames
+from flashar_pl.checkpoints.llama_names import is_table
 from flashar_pl.checkpoints.official import backbone_config, is_official_directory
 from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
-from flashar_pl.checkpoints.emu35 import (
-    MODEL_TYPE,
-    OfficialDirectory,
-    block_renames,
-    body_renames,
-    head_rename,
-    is_table,
-    with_text_rows,
-)
+from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, with_text_rows
+from flashar_pl.checkpoints.llama_names import block_renames, body_renames, head_rename, is_table
 from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.renames import Rename, TensorSource, build_filled, split_rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,45 +12,20 @@ from torch import Tensor
 from flashar_pl.backbones.decoder import Decoder, DecoderConfig, Heads
 from flashar_pl.backbones.families import KNOWN, Family, family_of
 from flashar_pl.checkpoints.description import check_layers
-from flashar_pl.checkpoints.emu35 import is_table
+from flashar_pl.checkpoints.llama_names import HEAD, body_renames, head_rename, is_table
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
 OTHER_PARTS = {"vqmodel", "vision_model", "aligner", "visual"}
 """Image encoders and decoders beside the language model, by a part of their tensors' names."""
-
-
-def block_renames(config: DecoderConfig, ours: str, theirs: str) -> Iterator[Rename]:
-    """Names of one block under the given prefixes, with the rows of each of their tensors."""
-    q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-    qkv, kinds = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, ("weight", "bias")
-    post = config.norm_place == "after"
-    table: list[tuple[str, Mapping[str, int] | tuple[str, ...], int]] = [
-        ("attention.wqkv", qkv, 1 + config.qkv_bias),
-        ("attention.wo", ("self_attn.o_proj",), 1 + config.output_bias),
-        ("feed_forward.w13", ("mlp.gate_proj", "mlp.up_proj"), 1 + config.ffn_bias),
-        ("feed_forward.w2", ("mlp.down_proj",), 1 + config.ffn_bias),
-        ("attention_post_norm" if post else "attention_norm", ("input_layernorm",), 1),
-        ("ffn_post_norm" if post else "ffn_norm", ("post_attention_layernorm",), 1),
-    ]
-    if config.qk_norm != "none":
-        n = 2 if config.qk_norm == "layer" else 1
-        table += [(f"attention.{name}", (f"self_attn.{name}",), n) for name in ("q_norm", "k_norm")]
-    for key, pieces, n in table:
-        sizes = tuple(pieces.values()) if isinstance(pieces, Mapping) else None
-        for kind in kinds[:n]:
-            yield Rename(f"{ours}{key}.{kind}", tuple(f"{theirs}{name}.{kind}" for name in pieces), sizes)
 
 
 def renames(config: DecoderConfig, family: Family) -> list[Rename]:
     """Names of everything that a decoder reads. Rows of a full head: see `DecoderConfig.head_order`."""
     text = config.text_prefix
-    found = [Rename("embedding.weight", (text + EMBEDDING,))]
-    for i in range(config.n_layer):
-        found += block_renames(config, f"blocks.{i}.", f"{text}layers.{i}.")
-    found.append(Rename("norm.weight", (f"{text}norm.weight",)))
+    found = [*body_renames(config, "", text)]
     if config.code_width is None:
-        return [*found, Rename("head.weight", (HEAD,), skip=config.vocab_size - config.head_rows)]
+        return [*found, head_rename(config, "head.weight", HEAD)]
     outer = text.removesuffix("language_model.")
     for ours, theirs in family.code_names(config).items():
         kinds = ("weight",) if ours == "code_mlp.vectors" else ("weight", "bias")

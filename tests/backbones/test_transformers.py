@@ -213,7 +213,7 @@ def test_wrong_input_is_named() -> None:
     judge = Judge("qwen2")
     with pytest.raises(ValueError, match=r"model_type in config.json is 'qwen2_moe'; did you mean qwen2"):
         from_transformers(judge.state, {**judge.config, "model_type": "qwen2_moe"})
-    with pytest.raises(ValueError, match=r"config.json sets rope_type to 'yarn'"):
+    with pytest.raises(ValueError, match=r"config.json sets rope_parameters to {'rope_type': 'yarn'"):
         from_transformers(judge.state, {**judge.config, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})
     without = {key: value for key, value in judge.state.items() if "layers.1.mlp.up_proj" not in key}
     with pytest.raises(ValueError, match=r"1 missing keys \(model.layers.1.mlp.up_proj.weight\)"):

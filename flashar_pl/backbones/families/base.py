@@ -24,17 +24,22 @@ class Family:
     """Modules that embed and score codes beside the vocabulary: ours, theirs."""
 
 
-def text_settings(values: Values, family: str, defaults: Values) -> dict[str, Any]:
+def text_settings(values: Values, family: str, defaults: Values, needed: tuple[str, ...] = ()) -> dict[str, Any]:
     """Options of `DecoderConfig` that a Llama-shaped config.json gives; where it is silent, `defaults` of the family.
+
+    needed: what it must say beside the sizes that have no usual value.
 
     Raises:
         ValueError: a size that is nowhere, or a feature that this decoder does not have.
     """
     found = {**defaults, **{name: value for name, value in values.items() if value is not None}}
-    rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    found["rope_theta"] = rope.get("rope_theta") or found.get("rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    needed = {
+    field = "rope_parameters" if found.get("rope_parameters") else "rope_scaling"
+    rope = found.get(field) or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "unknown"
+    if isinstance(rope, Mapping) and rope.get("rope_theta"):
+        found["rope_theta"] = rope["rope_theta"]
+    plain = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
+    sizes = {
         "dim": "hidden_size",
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
@@ -43,18 +48,18 @@ def text_settings(values: Values, family: str, defaults: Values) -> dict[str, An
         "rope_base": "rope_theta",
         "norm_eps": "rms_norm_eps",
     }
-    if absent := [name for name in needed.values() if found.get(name) is None]:
+    if absent := [name for name in (*sizes.values(), *needed) if found.get(name) is None]:
         raise ValueError(f"config.json lacks {', '.join(absent)}; expected that of a model of type {family}.")
     unsupported = {
         "hidden_act": found.get("hidden_act", "silu") != "silu" and found["hidden_act"],
-        "rope_type": kind != "default" and kind,
+        field: not plain and rope,
         "use_sliding_window": found.get("use_sliding_window"),
     }
     for name, value in unsupported.items():
         if value:
             raise ValueError(f"config.json sets {name} to {value!r}, which this decoder does not have.")
     return {
-        **{ours: found[theirs] for ours, theirs in needed.items()},
+        **{ours: found[theirs] for ours, theirs in sizes.items()},
         "rope_base": float(found["rope_theta"]),
         "n_kv_head": found.get("num_key_value_heads") or found["num_attention_heads"],
         "head_dim": found.get("head_dim") or found["hidden_size"] // found["num_attention_heads"],
