@@ -263,6 +263,19 @@ class Subject:
     where captions are left-padded, "mask" (N, T)."""
 
 
+@dataclass(frozen=True)
+class SampleOptions(Subject):
+    """What to draw"""
+
+    num_images: int = 4
+    """Images of each prompt, class or caption."""
+    seed: int = 0
+    """Of the first sample; sample i uses seed + i."""
+
+    def __post_init__(self) -> None:
+        check_least(self, num_images=1)
+
+
 def check_least(group: Any, **least: int) -> None:
     """ValueError where an option of a group is a number below the least that is told for it."""
     for name, low in least.items():

@@ -16,12 +16,11 @@ from flashar_pl.files import new_directory, require_new, write_json
 from flashar_pl.options import (
     EngineOptions,
     ModelOptions,
+    SampleOptions,
     SamplingSettings,
     ShapeOptions,
-    Subject,
     TextOptions,
     as_settings,
-    check_least,
 )
 
 if TYPE_CHECKING:
@@ -32,25 +31,14 @@ if TYPE_CHECKING:
     from flashar_pl.tokenizers import Tokenizer
 
 
-PIXELS = 2**20
-"""Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
-
-
 @dataclass(frozen=True)
-class GenerateOptions(Subject):
+class GenerateOptions(SampleOptions):
     """What to draw"""
 
     out: str = field(kw_only=True)
     """Directory to make; it must not exist."""
-    num_images: int = 4
-    """Images of each prompt, class or caption."""
-    seed: int = 0
-    """Of the first sample; sample i uses seed + i."""
     codes_only: bool = False
     """Write codes.npy and settings.json, no images; needs no tokenizer."""
-
-    def __post_init__(self) -> None:
-        check_least(self, num_images=1)
 
 
 def generate(
@@ -76,7 +64,7 @@ def generate(
 
     from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
     from flashar_pl.decoding.build import build_engine, choose_format
-    from flashar_pl.decoding.prompts import ask, choose_grid
+    from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
     from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.devices import peak_memory
     from flashar_pl.planner.room import fitting_batch
@@ -87,8 +75,7 @@ def generate(
     check_top_k(source.model, sampling.top_k)
     plan = check_plan(source.model, engine.plan, grid)
     wanted = ask(source, grid, draw.num_images, sampling.guided, draw, text)
-    if not -(2**63) <= draw.seed <= 2**64 - len(wanted):
-        raise ValueError(f"seed is {draw.seed}; expected a whole number of 64 bits, as seed + {len(wanted) - 1} too.")
+    check_seed(draw.seed, len(wanted))
     _notes(source, wanted, sampling, grid)
     decoder = None if draw.codes_only else source.matching_tokenizer(engine.device)
     form = choose_format(source.model, engine, plan)
@@ -148,14 +135,10 @@ def _write_images(
     folder: Path, codes: Tensor, decoder: Tokenizer, wanted: Wanted, seeds: list[int], columns: int
 ) -> list[str]:
     """Decode and write every image and the contact sheet; names of the files."""
-    import torch
-
+    from flashar_pl.decoding.samples import decode_all
     from flashar_pl.pictures import save_png, tile
 
-    device = next((t.device for t in (*decoder.parameters(), *decoder.buffers())), torch.device("cpu"))
-    together = max(1, PIXELS // (codes[0].numel() * decoder.downsample**2))
-    with torch.no_grad():
-        images = torch.cat([decoder.decode(part.to(device)).cpu() for part in codes.split(together)])
+    images = decode_all(decoder, codes)  # (N, 3, h, w)
     names = [f"{i:05d}_{label}_seed{seed}.png" for i, (label, seed) in enumerate(zip(wanted.labels, seeds))]
     for image, name in zip(images, names, strict=True):
         save_png(image, folder / name)

@@ -164,6 +164,12 @@ def ask(
     )
 
 
+def check_seed(seed: int, n: int) -> None:
+    """ValueError where seed .. seed + n - 1 are not all seeds."""
+    if not -(2**63) <= seed <= 2**64 - n:
+        raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, as seed + {n - 1} too.")
+
+
 def class_ids(source: Source, classes: str | list[int] | int) -> list[int]:
     """Ids of classes that are given by id, by range, or by the name that the training data had for them.
 

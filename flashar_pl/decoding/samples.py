@@ -25,6 +25,9 @@ from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 
+PIXELS = 2**20
+"""Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
+
 
 @dataclass(frozen=True)
 class SampleSet:
@@ -173,6 +176,13 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) 
     convolutional = check_resize(tokenizer, (codes.shape[1], codes.shape[2]), side)
     resized = F.interpolate(tokenizer.decode_float(codes), size=(side, side), mode="bicubic")
     return convolutional.to_uint8(resized)
+
+
+def decode_all(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
+    """Codes (n, H, W) to uint8 images (n, 3, h, w) on the CPU, a few at a time on the tokenizer's device."""
+    device = next((t.device for t in (*tokenizer.parameters(), *tokenizer.buffers())), torch.device("cpu"))
+    together = max(1, PIXELS // (codes[0].numel() * tokenizer.downsample**2))
+    return torch.cat([decode_images(tokenizer, part.to(device)).cpu() for part in codes.split(together)])
 
 
 def decode_partial(tokenizer: Tokenizer, codes: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ from flashar_pl.training.config import (
 from flashar_pl.training.drawn_samples import DrawnSamples
 from flashar_pl.training.evaluation import HeldOutLosses
 from flashar_pl.training.finite import FiniteSteps
+from flashar_pl.training.nested import typed_options
 from flashar_pl.training.optim import adamw, staged_rates
 from flashar_pl.training.preemption import SaveOnStop, StopOnSignal
 from flashar_pl.training.save_point import SavePoint
@@ -56,7 +57,7 @@ from flashar_pl.training.whole_steps import WholeSteps
 
 
 class FlashARModule(LightningModule):
-    """Trains a raster model, or post-trains FlashAR from one.
+    """Trains a raster model, or post-trains FlashAR from one. Nested options may be dictionaries, as in a YAML.
 
     Args:
         backbone: the raster model; or {class_path: mine.Backbone, init_args: ...}, a backbone of your own.
@@ -84,6 +85,9 @@ class FlashARModule(LightningModule):
         validation: ValidationConfig = VALIDATION,
     ) -> None:
         super().__init__()
+        given = {"backbone": backbone, "flashar": flashar, "lora": lora, "optimiser": optimiser, "schedule": schedule,
+                 "validation": validation}  # fmt: skip
+        backbone, flashar, lora, optimiser, schedule, validation = typed_options(FlashARModule, given).values()
         backbone = BackboneConfig.of(backbone)
         self.model_config = model_config(backbone, flashar)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from

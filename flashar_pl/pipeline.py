@@ -1,0 +1,232 @@
+"""Images from a checkpoint in two lines of Python, shaped like a pipeline of diffusers.
+
+    pipeline = FlashARPipeline.from_pretrained("runs/demo/flashar/checkpoints/last.ckpt").to("cuda")
+    pipeline(classes=[3, 7], num_images=4, seed=1).images[0].save("three.png")
+
+Options have the names, defaults and meanings of `flashar generate` (`flashar_pl.options`), and equal seeds
+give the codes that it writes.
+
+Shapes: N samples in all, H x W grid.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+from PIL.Image import Image, fromarray
+from torch import Tensor
+
+from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
+from flashar_pl.console import needing, progress_bar
+from flashar_pl.decoding.build import build_engine
+from flashar_pl.decoding.engine import Engine
+from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
+from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
+from flashar_pl.devices import find_device
+from flashar_pl.files import closest
+from flashar_pl.options import EngineOptions, ModelOptions, SampleOptions, SamplingSettings, ShapeOptions, TextOptions
+from flashar_pl.pictures import tile
+from flashar_pl.planner.room import fitting_batch
+from flashar_pl.tokenizers import Tokenizer
+
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)*")
+"""owner/name, or owner/name/path/of/a/file."""
+DATA_FILES = ("*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.model")
+"""What is fetched of a repository: weights, configurations and vocabularies, never code."""
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """N samples, those of one class or prompt side by side."""
+
+    images: list[Image]
+    """Of the decoder's own size; empty with codes_only."""
+    codes: Tensor
+    """(N, H, W) int64, on the CPU."""
+    labels: list[str]
+    seeds: list[int]
+    prompts: list[str] | None
+    """None where samples have none."""
+    plan: str
+    steps: int
+    """Decoding steps of one image."""
+    seconds: float
+    """For all codes, without the decoder. The first call also warms up."""
+    settings: dict[str, Any]
+    """What drew them, as in settings.json of `flashar generate`."""
+
+    def sheet(self, columns: int | None = None) -> Image:
+        """All images as one. Raises ValueError without images."""
+        import numpy as np
+        import torch
+
+        if not self.images:
+            raise ValueError("these samples are codes without images; leave out codes_only.")
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in self.images])).permute(0, 3, 1, 2)
+        return fromarray(tile(pixels, columns).permute(1, 2, 0).numpy())
+
+
+class FlashARPipeline:
+    """A checkpoint with its grid and tokenizer, and what decodes it; made by `from_pretrained`."""
+
+    def __init__(self, model: ModelOptions, engine: EngineOptions = EngineOptions(), text: TextOptions = TextOptions()):
+        self._model, self._options, self._text = model, engine, text
+        self._source = open_checkpoint(model, engine)
+        self._engine: Engine | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    @classmethod
+    def from_pretrained(cls, path_or_repo: str | Path, **options: Any) -> Self:
+        """A checkpoint of any kind: a path, or owner/name of a Hugging Face repository that holds a model directory,
+        or owner/name/FILE, which are fetched once into its cache.
+
+        Args:
+            options: of `ModelOptions`, `EngineOptions` and `TextOptions`, such as device="cuda", dtype="bf16",
+                grid="16x16", tokenizer="vq16:vq_ds16_c2i.pt", branch_layer=11, assets=DIRECTORY.
+
+        Raises:
+            ValueError: nothing there, an unknown option, or a file that is no checkpoint.
+        """
+        known = _options_of(ModelOptions, EngineOptions, TextOptions) - {"checkpoint"}
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(f"from_pretrained has no option {unknown[0]!r}; {closest(unknown[0], sorted(known))}")
+        groups = [{name: options[name] for name in _options_of(kind) & options.keys()}
+                  for kind in (ModelOptions, EngineOptions, TextOptions)]  # fmt: skip
+        model = ModelOptions(checkpoint=_locate(path_or_repo), **groups[0])
+        return cls(model, EngineOptions(**groups[1]), TextOptions(**groups[2]))
+
+    @property
+    def source(self) -> Source:
+        """Model, grid, tokenizer and everything else that the checkpoint says."""
+        return self._source
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(H, W); None = the checkpoint does not say it."""
+        return self._source.grid
+
+    @property
+    def device(self) -> str:
+        return str(self._source.model.device)
+
+    def to(self, device: str) -> Self:
+        """The same pipeline on another device (auto, cpu, cuda, cuda:N or mps). ValueError where there is none."""
+        place = find_device(str(device))
+        self._options = replace(self._options, device=str(place))
+        if self._engine is None:
+            self._source.model.to(place)
+        else:  # its weights may be laid out for the device it was on
+            self._engine = None
+            self._source = open_checkpoint(self._model, self._options)
+        self._tokenizer = None
+        return self
+
+    def __call__(
+        self,
+        classes: int | str | Sequence[int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_images: int = SampleOptions.num_images,
+        seed: int = SampleOptions.seed,
+        plan: str | None = None,
+        cfg_scale: float | None = None,
+        negative_prompt: str | None = None,
+        batch_size: int | None = None,
+        codes_only: bool = False,
+        progress: bool = True,
+        **options: Any,
+    ) -> PipelineOutput:
+        """Draw num_images samples of each class or prompt; sample i from seed + i.
+
+        Args:
+            classes: ids, "3,7", "0-9", or names that the training data had.
+            prompt: one text, or several.
+            plan: raster or diagonal; None = the checkpoint's own.
+            cfg_scale: guidance; None = the model's own.
+            batch_size: images computed together; None = 16, or fewer where fewer fit.
+            codes_only: no images; needs no tokenizer.
+            progress: show a progress bar.
+            options: others of `SamplingSettings` (temperature, top_k, top_p, greedy, cfg_interval) and `ShapeOptions`
+                (aspect_ratio, image_size), and text_features, a file.
+
+        Raises:
+            ValueError: an unknown option, or one that does not fit the model.
+        """
+        known = _options_of(SamplingSettings, ShapeOptions) | {"text_features"}
+        if unknown := [name for name in options if name not in known]:
+            raise ValueError(f"the pipeline has no option {unknown[0]!r}; {closest(unknown[0], sorted(known))}")
+        texts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
+        ids = [classes] if isinstance(classes, int) else classes
+        subject = SampleOptions(
+            prompt=texts, classes=ids if isinstance(ids, str | None) else [int(each) for each in ids],
+            text_features=options.pop("text_features", None), num_images=num_images, seed=seed,
+        )  # fmt: skip
+        shape = ShapeOptions(**{name: options.pop(name) for name in _options_of(ShapeOptions) & options.keys()})
+        sampling = SamplingSettings(**({} if cfg_scale is None else {"cfg_scale": cfg_scale}), **options)
+        text = replace(self._text, negative_prompt=negative_prompt or self._text.negative_prompt)
+        engine = replace(
+            self._options, batch_size=batch_size or self._options.batch_size, plan=plan or self._options.plan
+        )
+        return self._draw(subject, sampling, shape, text, engine, codes_only, progress)
+
+    def _draw(
+        self, subject: SampleOptions, sampling: SamplingSettings, shape: ShapeOptions, text: TextOptions,
+        engine: EngineOptions, codes_only: bool, progress: bool,
+    ) -> PipelineOutput:  # fmt: skip
+        source = self._source
+        grid = choose_grid(source, shape)
+        check_top_k(source.model, sampling.top_k)
+        plan = check_plan(source.model, engine.plan, grid)
+        wanted = ask(source, grid, subject.num_images, sampling.guided, subject, text)
+        check_seed(subject.seed, len(wanted))
+        if not codes_only and self._tokenizer is None:
+            self._tokenizer = source.matching_tokenizer(engine.device)
+        if self._engine is None:
+            self._engine = build_engine(source, engine, plan)
+        size = fitting_batch(source, wanted, grid, plan, sampling, engine.batch_size, self._engine.prefix_bucket)
+        samples = SampleSet(wanted.condition, grid, plan, sampling, size, subject.seed, wanted.unconditional)
+        steps = source.model.make_plan(plan, *grid).n_steps
+        bar = progress_bar(samples.batches * steps, "steps") if progress else nullcontext(lambda _: None)
+        with bar as advance:
+            began = time.perf_counter()
+            codes = draw_codes(self._engine, samples, on_step=lambda _: advance(1))  # (N, H, W)
+            seconds = time.perf_counter() - began
+        pixels = [] if codes_only or self._tokenizer is None else decode_all(self._tokenizer, codes)
+        settings = {**asdict(subject), **asdict(sampling), **asdict(engine), "plan": plan, "batch_size": size,
+                    "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
+        seeds = [subject.seed + i for i in range(len(wanted))]
+        images = [fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        return PipelineOutput(images, codes, wanted.labels, seeds, wanted.prompts, plan, steps, seconds, settings)
+
+
+def _options_of(*groups: type) -> set[str]:
+    return {field.name for group in groups for field in fields(group)}
+
+
+def _locate(path_or_repo: str | Path) -> str:
+    """A local path: the one given, or where the Hugging Face cache has the repository or the file."""
+    path = Path(path_or_repo).expanduser()
+    name = str(path_or_repo)
+    if path.exists() or path.is_absolute() or path.suffix == ".ckpt" or not REPOSITORY.fullmatch(name):
+        return str(path)
+    owner, repository, *inside = name.split("/")
+    if owner in (".", "..", "~") or Path(owner).exists():
+        return str(path)
+    with needing(f"{name}, which is no local path and so a repository,", "emu"):
+        import huggingface_hub
+    try:
+        if inside:
+            return huggingface_hub.hf_hub_download(f"{owner}/{repository}", "/".join(inside))
+        return huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=list(DATA_FILES))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"no file or directory {name}, and as a repository of huggingface.co: {said} Expected the path of a "
+            "checkpoint, OWNER/NAME, or OWNER/NAME/FILE."
+        ) from error
