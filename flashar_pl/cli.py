@@ -73,10 +73,11 @@ options:
   --no-verify   read checkpoints without comparing their checksums (or set FLASHAR_NO_VERIFY=1)
 
 start here:
-  flashar demo                                                   everything on 1,797 small images, about 6 minutes
-  flashar fit --config experiments/demo_raster.yaml --trainer.default_root_dir runs/mine
-                                                                 one training run
-  flashar generate --checkpoint CKPT --classes 3,7 --out samples/
+  flashar demo  # everything on 1,797 small images, about 6 minutes
+  flashar fit --config experiments/demo_raster.yaml --trainer.default_root_dir runs/mine  # one training run
+  flashar generate --checkpoint runs/demo/flashar/checkpoints/last.ckpt --classes 3,7 --out samples/
+
+dashes and underscores are the same in every option: --num-images, --num_images, --trainer.max-steps
 """
 
 

@@ -6,12 +6,17 @@ import ctypes
 import gc
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+USUAL_MEMORY = 2**33
+"""Bytes that a machine is taken to have where its system does not tell."""
+KNOWN = "auto, cpu, cuda, cuda:N or mps"
 
 
 def find_device(name: str) -> torch.device:
@@ -21,9 +26,12 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise ValueError(f"device is {name!r}; expected auto, cpu, cuda or cuda:N.")
+        raise ValueError(f"device is {name!r}; expected {KNOWN}.") from error
+    if device.type not in ("cpu", "cuda", "mps") or (device.type != "cuda" and device.index):
+        raise ValueError(f"device is {name!r}; expected {KNOWN}.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        why = "finds no Apple GPU" if torch.backends.mps.is_built() else "is built without Apple's GPUs (Metal)"
+        raise ValueError(f"device is {name!r}, but torch {torch.__version__} {why}; use --device cpu.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch {torch.__version__} finds no CUDA device; use --device cpu.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -35,6 +43,8 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU of {platform.machine()}"
     return _from_proc("cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
@@ -43,7 +53,16 @@ def available_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return _bytes("meminfo", "MemAvailable") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return _bytes("meminfo", "MemAvailable") or _physical_memory() // 2
+
+
+def _physical_memory() -> int:
+    """Bytes of the machine; where it does not tell (Windows), `USUAL_MEMORY`."""
+    if not hasattr(os, "sysconf"):
+        return USUAL_MEMORY
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _from_proc(file: str, key: str) -> str:
@@ -75,7 +94,7 @@ class Peak:
 def resident_memory() -> int:
     """Bytes that this process holds, freed memory given back to the system; 0 where it does not tell."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
     return _bytes("self/status", "VmRSS")

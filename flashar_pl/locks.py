@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+
+def _fcntl() -> ModuleType | None:
+    """None where the system has none: Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    return fcntl
 
 
 def take(file: Any, *, wait: bool = False, alone: bool = False) -> None:
@@ -20,7 +25,7 @@ def take(file: Any, *, wait: bool = False, alone: bool = False) -> None:
     Raises:
         BlockingIOError: another one has it, and `wait` is false.
     """
-    if fcntl is None:
+    if (fcntl := _fcntl()) is None:
         return
     call = fcntl.lockf if alone else fcntl.flock
     try:
@@ -33,6 +38,6 @@ def take(file: Any, *, wait: bool = False, alone: bool = False) -> None:
 
 def release(file: Any) -> None:
     """Let go of a lock; closing does not do it while a forked process has the file open too."""
-    if fcntl is not None:
+    if (fcntl := _fcntl()) is not None:
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)

@@ -86,6 +86,15 @@ def sample_seeds(seeds: int | Tensor | list[int] | None, batch: int) -> list[int
     return listed
 
 
+WITHOUT_FLOAT64 = ("mps",)
+"""Kinds of devices."""
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 of a device's computations is: on it, or on the CPU for Apple's GPUs, which have none."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
 def uniforms(seeds: list[int], n_cells: int) -> Tensor:
     """(B, N) float64 in [0, 1) on the CPU: row i is drawn in raster order from a generator seeded with seeds[i]."""
     rows = [torch.rand(n_cells, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

@@ -101,7 +101,7 @@ class PlaceOptions:
     """Where it is computed"""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps (Apple); auto is the GPU of CUDA where there is one, else the CPU."""
 
 
 @dataclass(frozen=True)

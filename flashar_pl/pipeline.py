@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
@@ -30,7 +32,15 @@ from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
 from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.devices import find_device
 from flashar_pl.files import closest
-from flashar_pl.options import EngineOptions, ModelOptions, SampleOptions, SamplingSettings, ShapeOptions, TextOptions
+from flashar_pl.options import (
+    EngineOptions,
+    ModelOptions,
+    Plan,
+    SampleOptions,
+    SamplingSettings,
+    ShapeOptions,
+    TextOptions,
+)
 from flashar_pl.pictures import tile
 from flashar_pl.planner.room import fitting_batch
 from flashar_pl.tokenizers import Tokenizer
@@ -63,9 +73,6 @@ class PipelineOutput:
 
     def sheet(self, columns: int | None = None) -> Image:
         """All images as one. Raises ValueError without images."""
-        import numpy as np
-        import torch
-
         if not self.images:
             raise ValueError("these samples are codes without images; leave out codes_only.")
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in self.images])).permute(0, 3, 1, 2)
@@ -134,7 +141,7 @@ class FlashARPipeline:
         *,
         num_images: int = SampleOptions.num_images,
         seed: int = SampleOptions.seed,
-        plan: str | None = None,
+        plan: Plan | None = None,
         cfg_scale: float | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
@@ -168,7 +175,8 @@ class FlashARPipeline:
             text_features=options.pop("text_features", None), num_images=num_images, seed=seed,
         )  # fmt: skip
         shape = ShapeOptions(**{name: options.pop(name) for name in _options_of(ShapeOptions) & options.keys()})
-        sampling = SamplingSettings(**({} if cfg_scale is None else {"cfg_scale": cfg_scale}), **options)
+        guidance: dict[str, Any] = {} if cfg_scale is None else {"cfg_scale": cfg_scale}
+        sampling = SamplingSettings(**guidance, **options)
         text = replace(self._text, negative_prompt=negative_prompt or self._text.negative_prompt)
         engine = replace(
             self._options, batch_size=batch_size or self._options.batch_size, plan=plan or self._options.plan
@@ -197,7 +205,8 @@ class FlashARPipeline:
             began = time.perf_counter()
             codes = draw_codes(self._engine, samples, on_step=lambda _: advance(1))  # (N, H, W)
             seconds = time.perf_counter() - began
-        pixels = [] if codes_only or self._tokenizer is None else decode_all(self._tokenizer, codes)
+        decoder = None if codes_only else self._tokenizer
+        pixels = torch.empty(0) if decoder is None else decode_all(decoder, codes)  # (N, 3, h, w)
         settings = {**asdict(subject), **asdict(sampling), **asdict(engine), "plan": plan, "batch_size": size,
                     "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
         seeds = [subject.seed + i for i in range(len(wanted))]

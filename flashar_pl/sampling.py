@@ -54,11 +54,13 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: the first code k with cdf[k] > u * cdf[-1], in vocabulary order.
 
     weights: (..., V) non-negative, any positive sum; uniform: (...) float64 in [0, 1). Returns (...) int64.
-    The CDF is float64, so that a code depends on rounding only where u lies at a CDF edge.
+    The CDF is float64, so that a code depends on rounding only where u lies at a CDF edge. It is computed where
+    `uniform` is: on the CPU for devices without float64 (`numerics.float64_device`).
     """
-    cdf = weights.double().cumsum(-1)  # (..., V)
+    cdf = weights.to(uniform.device).double().cumsum(-1)  # (..., V)
     threshold = uniform.unsqueeze(-1) * cdf[..., -1:]
-    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(weights.shape[-1] - 1)
+    codes = torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(weights.shape[-1] - 1)
+    return codes.to(weights.device)
 
 
 def choose(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:

@@ -37,8 +37,8 @@ def parse_words(words: list[str]) -> None:
         from flashar_pl.training.lightning_cli import ExperimentCLI
 
         words = [PLACEHOLDERS.get(word, word) for word in words]
-        if "--ckpt_path" in words:  # no such file here; it holds the settings of the run
-            at = words.index("--ckpt_path")
+        if "--checkpoint" in words:  # no such file here; it holds the settings of the run
+            at = words.index("--checkpoint")
             config = [] if "--config" in words else ["--config", str(ROOT / "experiments/demo_flashar.yaml")]
             words[at : at + 2] = config
         ExperimentCLI(words[0], words[1:], parse_only=True)

@@ -164,7 +164,7 @@ def _as_typed(example: str) -> str:
     """An example that a shell takes as it is: a line that starts no command continues the one before it."""
     lines: list[str] = []
     for line in filter(None, example.splitlines()):
-        if lines and not line.startswith(("flashar ", "torchrun ")):
+        if lines and not line.startswith(("flashar ", "torchrun ", "curl ")):
             lines[-1] += " \\"
             line = "  " + line.strip()
         lines.append(line)
@@ -199,6 +199,36 @@ def _add(parser: Any, option: Option) -> None:
     parser.add_argument(option.typed, action=action, default=option.default, metavar=option.metavar, help=text)
 
 
+ELSEWHERE = {
+    "--guidance-scale": "--cfg-scale", "--guidance": "--cfg-scale", "--cfg": "--cfg-scale", "--model": "--checkpoint",
+    "--ckpt": "--checkpoint", "--num-images-per-prompt": "--num-images", "--num-samples": "--num-images",
+    "--class": "--classes", "--labels": "--classes", "--output": "--out", "--output-dir": "--out",
+    "--bs": "--batch-size", "--precision": "--dtype", "--text": "--prompt", "--shards": "--data",
+    "--vae": "--tokenizer",
+}  # fmt: skip
+"""What other programs call an option -> its name here."""
+
+
+def _in_our_words(word: str, known: list[str]) -> str:
+    """An option typed with underscores, or by Lightning's name for --checkpoint, as it is declared."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--"):
+        return word
+    name = name.replace("_", "-")
+    if name == "--ckpt-path" and "--checkpoint" in known:
+        name = "--checkpoint"
+    return f"{name}{equals}{value}"
+
+
+def _suggested(typed: str, known: list[str]) -> str:
+    """What may have been meant, the likeliest first."""
+    meant = ELSEWHERE.get(typed)
+    if meant in known:
+        return f"did you mean {meant}?"
+    longer = [name for name in known if name.startswith(typed)]
+    return f"did you mean {' or '.join(longer[:3])}?" if longer and len(typed) > 3 else closest(typed, known)
+
+
 def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments for `function` from a command line.
 
@@ -208,10 +238,11 @@ def parse(function: Callable[..., Any], prog: str, argv: list[str]) -> tuple[lis
     """
     options = options_of(function)
     known = [option.typed for option in options if not option.positional]
+    argv = [_in_our_words(word, known) for word in argv]
     for word in argv:
         typed = word.split("=", 1)[0]
         if typed.startswith("--") and typed not in (*known, "--help"):
-            raise ValueError(f"{prog} has no option {typed}; {closest(typed, known)}")
+            raise ValueError(f"{prog} has no option {typed}; {_suggested(typed, known)}")
     words = vars(build_parser(function, prog).parse_args(argv))
     if missing := [option.typed for option in options if words[option.name] in (MISSING, [])]:
         raise ValueError(f"{prog} needs {' and '.join(missing)}. See {prog} --help.")

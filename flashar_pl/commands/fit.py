@@ -13,7 +13,7 @@ def fit(verb: str, argv: list[str]) -> int:
     """
     if not argv:
         raise ValueError(
-            f"flashar {verb} needs a configuration: --config experiments/demo_raster.yaml, or --ckpt_path of a "
+            f"flashar {verb} needs a configuration: --config experiments/demo_raster.yaml, or --checkpoint of a "
             f"checkpoint. See flashar {verb} --help."
         )
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -181,7 +181,7 @@ def image_nll(
             order = model.make_plan(plan, *batch.codes.shape[1:])
             valid = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
             nll = model.loss(batch.codes, batch.condition, order, batch.valid)["nll"]
-            parts.append(nll[valid].double().cpu())  # (B,)
+            parts.append(nll[valid].cpu().double())  # (B,)
             _check_finite(parts[-1], batch, valid, plan)
             advance(len(parts[-1]))
     return torch.cat(parts)

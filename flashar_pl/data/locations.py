@@ -25,6 +25,9 @@ import fsspec
 from flashar_pl import locks
 from flashar_pl.files import digest, replacing
 
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Flags of `os.open` that Windows has not."""
+
 
 def is_remote(location: str) -> bool:
     """True for a URL or a `pipe:` command."""
@@ -81,7 +84,7 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One block at a time among the threads and processes of this machine; the file is only made, never changed."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o600)
     try:
         locks.take(lock, wait=True)
         yield

@@ -29,7 +29,7 @@ from flashar_pl.layers.torch_private import compile_errors, recompile_limit
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
-from flashar_pl.numerics import full_precision, sample_seeds, uniforms
+from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
 from flashar_pl.options import Runner, SamplingSettings
 from flashar_pl.sampling import check_usable
 
@@ -102,7 +102,7 @@ class Engine:
             if backbone.conditioning.kind == "prompt":  # of many lengths
                 prefix = pad_prefix(prefix, self.prefix_bucket)
             rope = self.model.rope(order, prefix, settings.guided)
-            noise = uniforms(listed, order.n_cells)[:, order.order].to(device)  # (B, N)
+            noise = uniforms(listed, order.n_cells)[:, order.order].to(float64_device(device))  # (B, N)
             inputs = Inputs(prefix, rope, noise)
             buffers = self._run(order, settings, inputs, on_step or (lambda progress: None))
         check_usable(buffers.broken, prefix.x.dtype)

@@ -71,7 +71,7 @@ class Buffers:
         """For batches of the same shapes as `inputs`."""
         x = inputs.prefix.x
         cache = KVCache(model.cache_spec(), len(x), x.shape[1] + plan.n_inputs, x.dtype, x.device)
-        drawn = torch.empty(inputs.noise.shape, dtype=torch.int64, device=inputs.noise.device)
+        drawn = torch.empty(inputs.noise.shape, dtype=torch.int64, device=x.device)
         return cls(cache, drawn, torch.empty(plan.n_steps, dtype=torch.bool, device=drawn.device))
 
 

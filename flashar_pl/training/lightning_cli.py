@@ -65,19 +65,19 @@ KNOWN_WARNINGS = ("does not have many workers", "LeafSpec", "exists and is not e
 VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
-    "  flashar fit --ckpt_path runs/demo/raster/checkpoints/last.ckpt    (continue a run that was stopped)\n"
-    "  flashar fit --data.help CodesDataModule    (shards, batch size; also ImageNetDataModule, TextImageDataModule)\n"
-    "  flashar fit --model.flashar.help    (branch layer, fusion, corner; --model.lora.help: LoRA)\n\n"
+    "  flashar fit --checkpoint runs/demo/raster/checkpoints/last.ckpt    # continue a run that was stopped\n"
+    "  flashar fit --data.help CodesDataModule    # shards, batch size; also ImageNetDataModule ...\n"
+    "  flashar fit --model.flashar.help    # branch layer, fusion, corner; --model.lora.help: LoRA\n\n"
     "Options win over files, files over the configuration of the checkpoint that is continued. A run keeps the\n"
     "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",
     "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
-    "example:\n  flashar validate --ckpt_path runs/demo/flashar/checkpoints/last.ckpt\n\n"
+    "example:\n  flashar validate --checkpoint runs/demo/flashar/checkpoints/last.ckpt\n\n"
     "The configuration is that of the checkpoint's run directory, if it is yours. Of a file alone only numbers and\n"
     "known words are taken: say where the data is, --data.shards DIRECTORY. Options change it.",
     "test": "Losses, likelihood and, where configured, FID and samples on the test split.\n\n"
-    "example:\n  flashar test --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
+    "example:\n  flashar test --checkpoint runs/demo/flashar/checkpoints/last.ckpt",
     "predict": "Likelihood of every test image, written as .npz into the run directory.\n\n"
-    "example:\n  flashar predict --ckpt_path runs/demo/flashar/checkpoints/last.ckpt",
+    "example:\n  flashar predict --checkpoint runs/demo/flashar/checkpoints/last.ckpt",
 }
 """What each verb does, for its --help."""
 
@@ -171,7 +171,7 @@ class ExperimentCLI(LightningCLI):
                 "exit_on_error": False,
                 "allow_abbrev": False,
                 "formatter_class": _RunHelp,
-                "usage": f"flashar {verb} [--config FILE.yaml ...] [--ckpt_path PATH] [--key value ...]",
+                "usage": f"flashar {verb} [--config FILE.yaml ...] [--checkpoint PATH] [--key value ...]",
                 "description": VERBS[verb],
             },
             auto_configure_optimizers=False,
@@ -194,7 +194,13 @@ class ExperimentCLI(LightningCLI):
         return carried(path, self.foreign, model, FlashARModule, data, words)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint to continue or measure.")
+        parser.add_argument(
+            "--ckpt_path",
+            "--checkpoint",
+            type=str | None,
+            default=None,
+            help="Checkpoint to continue or measure; --checkpoint is the same.",
+        )
         data: dict[str, Any] = {"class_path": f"flashar_pl.data.datamodules.{DEFAULT_DATA}"}
         if self.parse_only:
             data["init_args"] = {"shards": ""}  # a run needs them, its arithmetic does not
@@ -270,7 +276,7 @@ class ExperimentCLI(LightningCLI):
         elif self.model.init_from is not None:
             check_initial_file(self.model.init_from)
         elif self.verb != "fit":
-            rank_zero_info("Neither --ckpt_path nor model.init_from is given: the model has random weights.")
+            rank_zero_info("Neither --checkpoint nor model.init_from is given: the model has random weights.")
         features = self.model.validation.features
         if features is not None and not Path(features).expanduser().exists():
             raise ValueError(

@@ -24,6 +24,10 @@ UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
 
 
+USUAL = ("SIGUSR1", "SIGTERM")
+"""What a scheduler sends; those that a system does not have never come."""
+
+
 class Signals:
     """Handlers that are set for the time of a training."""
 
@@ -33,7 +37,8 @@ class Signals:
     def watch(self, names: Iterable[str], note: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other set handlers
-        self._before = {name: signal.signal(signal.Signals[name], note) for name in names}
+        known = signal.Signals.__members__  # Windows has no SIGUSR1
+        self._before = {name: signal.signal(known[name], note) for name in names if name in known}
 
     def restore(self) -> None:
         for name, handler in self._before.items():
@@ -48,8 +53,8 @@ class StopOnSignal(StepCallback):
         names: signals, such as those of `#SBATCH --signal=USR1@300` and of a cancelled job.
     """
 
-    def __init__(self, names: tuple[str, ...] = ("SIGUSR1", "SIGTERM")) -> None:
-        unknown = [name for name in names if name not in signal.Signals.__members__]
+    def __init__(self, names: tuple[str, ...] = USUAL) -> None:
+        unknown = [name for name in names if name not in (*signal.Signals.__members__, *USUAL)]
         if unknown or not names:
             raise ValueError(f"names is {names!r}; expected signals, such as SIGUSR1.")
         self.names = tuple(names)
@@ -144,7 +149,7 @@ def save_stopped(trainer: Trainer, why: str) -> None:
     """Save the last whole step as checkpoints/stopped.ckpt of the run directory, and say how to continue."""
     path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
     trainer.save_checkpoint(path, weights_only=False)
-    rank_zero_info(f"{why} at step {trainer.global_step}; continue with --ckpt_path {path}")
+    rank_zero_info(f"{why} at step {trainer.global_step}; continue with --checkpoint {path}")
 
 
 def _end(number: int) -> BaseException:

@@ -86,7 +86,7 @@ def continued(directory: Path, values: dict[str, Any], typed: Collection[str] = 
     skipped = {*PLACE, *(flatten(values).keys() - flatten(stored).keys() - set(typed))}
     changed = [line for line in differences(stored, values) if line.partition(":")[0] not in skipped]
     if changed:
-        how = f"to change them, continue it with --ckpt_path {found} and these options; or " if found else ""
+        how = f"to change them, continue it with --checkpoint {found} and these options; or " if found else ""
         raise ValueError(
             f"the run directory {directory} exists, and its run has other settings than this command: "
             f"{'; '.join(changed)}. Nothing was written: {how}{other}."
@@ -112,7 +112,7 @@ def newest(folders: list[Path]) -> str | None:
                 return str(path)
         except ValueError as error:
             whole = None if isinstance(error, Damaged) else newest_whole(ordered[i + 1 :])  # else it is named already
-            hint = "" if whole is None else f" To continue from the newest whole one: --ckpt_path {whole}"
+            hint = "" if whole is None else f" To continue from the newest whole one: --checkpoint {whole}"
             raise ValueError(f"{error}{hint}") from error
     return None
 
@@ -136,4 +136,4 @@ def where_to_continue(step: int, folders: Iterable[str]) -> str:
     if not kept:
         return f"Interrupted at step {step}, before the first checkpoint."
     newest = kept[0].relative_to(here) if kept[0].is_relative_to(here) else kept[0]
-    return f"Interrupted at step {step}. Continue with the same command, or with: flashar fit --ckpt_path {newest}"
+    return f"Interrupted at step {step}. Continue with the same command, or with: flashar fit --checkpoint {newest}"

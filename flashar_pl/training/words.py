@@ -26,6 +26,13 @@ DEFAULT_DATA = "CodesDataModule"
 """Data module of a configuration that names none."""
 OPTIONS = "flashar_pl.training.config."
 """Where dataclasses of options are; a class_path of the user's is elsewhere."""
+ELSEWHERE = {
+    "learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "max_train_steps": "max_steps",
+    "gpus": "devices", "num_gpus": "devices", "seed": "seed_everything", "output_dir": "default_root_dir",
+    "out": "default_root_dir", "guidance_scale": "cfg_scale", "grad_clip": "clip", "data": "shards",
+    "mixed_precision": "precision", "resume_from_checkpoint": "ckpt_path", "warmup_steps": "warmup",
+}  # fmt: skip
+"""What other programs call a key -> its last part here."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ class Words:
             if word in ("--config", "-c") and given is not None:
                 files.append(read_configuration(given))
             else:
-                options.append((word.removeprefix("--"), given))
+                key = word.removeprefix("--")  # "" for a bare --
+                key = key if key.startswith("-") else key.replace("-", "_")
+                options.append(("ckpt_path" if key == "checkpoint" else key, given))
         return cls(tuple(files), tuple(options))
 
     def before(self, stored: dict[str, Any]) -> Words:
@@ -93,7 +102,7 @@ class Words:
         path = self.given("ckpt_path")
         if path and not Path(str(path)).exists():
             raise ValueError(
-                f"--ckpt_path {path}: no such checkpoint; a fit writes them to checkpoints/ of its directory."
+                f"--checkpoint {path}: no such checkpoint; a fit writes them to checkpoints/ of its directory."
             )
         return str(path) if path else None
 
@@ -251,9 +260,13 @@ def data_classes(words: Words, short: dict[str, type[LightningDataModule]]) -> I
 
 def nearest(word: str, known: set[str]) -> list[str]:
     """Known keys of the same group whose last part resembles that of `word`, else those that resemble it as a whole."""
+    last = word.rpartition(".")[2]
+    meant = ELSEWHERE.get(last, last)
+    if exact := sorted((key for key in known if key.rpartition(".")[2] == meant), key=len)[:3]:
+        return exact  # the right word in another place, or another program's word
     group = [key for key in known if key.startswith(f"{word.split('.')[0]}.")] or known
     ends = {key.rpartition(".")[2]: key for key in sorted(group, key=len, reverse=True)}  # the shortest key of an end
-    alike = difflib.get_close_matches(word.rpartition(".")[2], ends, n=3, cutoff=0.5)
+    alike = difflib.get_close_matches(last, ends, n=3, cutoff=0.5)
     whole = difflib.get_close_matches(word, sorted(known), n=3, cutoff=0.4)
     return [ends[end] for end in alike] or whole or ["model", "data", "trainer"]
 

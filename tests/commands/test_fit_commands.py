@@ -112,7 +112,7 @@ def test_a_new_fit_never_writes_into_an_existing_run(refused, runs):
     message = refused("fit", "--config", "raster.yaml", "--data.validation_batch_size", 20, "--model.ema_decay", 0.9)
     assert "runs/raster exists" in message
     assert ": data.validation_batch_size: 50 -> 20; model.ema_decay: None -> 0.9. Nothing was written" in message
-    assert "--ckpt_path runs/raster/checkpoints/last.ckpt" in message
+    assert "--checkpoint runs/raster/checkpoints/last.ckpt" in message
     assert listing(runs) == before
     Path(LAST).rename(Path(LAST).with_name(".last.ckpt.7.part"))
     assert "has no whole checkpoint, but runs/raster/checkpoints/.last" in refused("fit", "--config", "raster.yaml")
@@ -156,7 +156,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
         if at > 1:
             (tmp_path / "checkpoints" / name).write_text("torn")
         os.utime(tmp_path / "checkpoints" / name, (at, at))
-    with pytest.raises(ValueError, match=r"b\.ckpt is not a torch file.* whole one: --ckpt_path .*whole\.ckpt"):
+    with pytest.raises(ValueError, match=r"b\.ckpt is not a torch file.* whole one: --checkpoint .*whole\.ckpt"):
         continued(tmp_path, {"trainer": {"max_steps": 1}})
 
 
@@ -415,6 +415,7 @@ def test_a_checkpoint_named_in_a_yaml_is_found(work):
     Path("run.yaml").write_text("ckpt_path: last.ckpt\n")
     assert Words.read(["--config", "run.yaml"]).checkpoint() == "last.ckpt"
     assert Words.read(["--config=run.yaml", "--ckpt_path=null"]).checkpoint() is None
+    assert Words.read(["--config=run.yaml", "--checkpoint", "null"]).checkpoint() is None
 
 
 # --- true processes --------------------------------------------------------------------------------------------------
@@ -460,4 +461,4 @@ def test_ctrl_c_exits_130_without_traceback(runs):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert re.search(r"Interrupted at step \d+\. Continue .* with: flashar fit --ckpt_path runs/kept/last\.ckpt", err)
+    assert re.search(r"Interrupted at step \d+\. Continue .* with: flashar fit --checkpoint runs/kept/last\.ckpt", err)

@@ -14,7 +14,8 @@ from flashar_pl import console, files
     ("words", "message"),
     [
         (["--top-k", "18"], "top_k is 18; expected 0 (off) to 17"),
-        (["--device", "mps"], "device is 'mps'; expected auto, cpu, cuda or cuda:N"),
+        (["--device", "tpu"], "device is 'tpu'; expected auto, cpu, cuda, cuda:N or mps"),
+        (["--device", "mps"], "built without Apple's GPUs (Metal); use --device cpu"),
         (["--n-head", "3"], "--n-head is for official files of unpublished sizes"),
         (["--grid", "1000x1000"], "1,000,000 codes; expected at most 65,536"),
         (["--seed", "99999999999999999999"], "seed is 99999999999999999999; expected a whole number of 64 bits"),

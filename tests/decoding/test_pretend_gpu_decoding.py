@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pretend_gpu import PretendGPU
+from pretend_gpu import GPUTensor, PretendGPU
 
+from flashar_pl import numerics
 from flashar_pl.backbones import Condition
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.graphs import Recording
@@ -99,3 +100,24 @@ def test_a_wait_ends_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
             codes = fast.generate(batches[0], (2, 3), seeds=0)
         assert fast.runner == "eager"
         assert torch.equal(codes.cpu(), generate(model, batches[0], (2, 3), seeds=0).cpu())
+
+
+def test_a_device_without_float64_draws_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards Apple's GPUs, which refuse tensors of float64: the CDF is computed on the CPU for them."""
+    model, batches, _ = make("class")
+    expected = [generate(model, batches[0], (2, 3), "diagonal", seeds=3, **each) for each in SETTINGS]
+    made = GPUTensor.__init__
+
+    def refuse(self: GPUTensor, inner: torch.Tensor) -> None:
+        assert inner.dtype != torch.float64, "float64 on the device"
+        made(self, inner)
+
+    with PretendGPU():
+        model.to("cuda")
+        monkeypatch.setattr(GPUTensor, "__init__", refuse)
+        with pytest.raises(AssertionError, match="float64 on the device"):
+            generate(model, batches[0], (2, 3), "diagonal", seeds=3)
+        monkeypatch.setattr(numerics, "WITHOUT_FLOAT64", ("cuda",))
+        for each, codes in zip(SETTINGS, expected, strict=True):
+            found = Engine(model, "eager").generate(batches[0], (2, 3), "diagonal", seeds=3, **each)
+            assert torch.equal(found.cpu(), codes)
