@@ -25,13 +25,12 @@ from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
-from flashar_pl.console import needing, progress_bar
+from flashar_pl.console import closest, needing, progress_bar
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
 from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.devices import find_device
-from flashar_pl.files import closest
 from flashar_pl.options import (
     EngineOptions,
     ModelOptions,
