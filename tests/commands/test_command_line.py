@@ -53,7 +53,8 @@ def test_every_command_is_a_typed_function_with_a_described_help(name, run):
     example = text.split("example:")[1]
     assert f"flashar {name}" in example
     for line, before in zip(example.splitlines()[2:], example.splitlines()[1:], strict=False):
-        assert line.startswith(("  flashar ", "  torchrun ", "  curl ")) != before.endswith("\\"), f"not to be pasted: {line}"
+        starts = line.startswith(("  flashar ", "  torchrun ", "  curl "))
+        assert starts != before.endswith("\\"), f"not to be pasted: {line}"
     for parameter in inspect.signature(function).parameters.values():
         assert parameter.annotation is not parameter.empty
     code, out, _ = run(*name.split(), "--help")
