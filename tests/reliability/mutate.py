@@ -8,6 +8,7 @@ long.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import logging
@@ -130,8 +131,13 @@ def peak(fresh: bool = False) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Outcome:
-    """Read `count` damaged files. memory: of Python and numpy, not of the process: finer, and several times as slow."""
+def run(
+    target: Target, count: int, first: int = 0, memory: bool = False, until: float = float("inf")
+) -> Outcome:  # fmt: skip
+    """Read `count` damaged files, or as many as can be read `until` then on the clock `time.perf_counter`.
+
+    memory: measure that of Python and numpy, not of the process: finer, and several times as slow.
+    """
     outcome = Outcome(target.name)
     for data in target.good:  # everything is imported then
         with suppress(*target.clean):
@@ -140,6 +146,8 @@ def run(target: Target, count: int, first: int = 0, memory: bool = False) -> Out
     for seed in range(first, first + count):
         data = mutate(target.good, seed)
         begin = time.perf_counter()
+        if begin > until:
+            break
         if memory:
             tracemalloc.start()
         try:
@@ -171,21 +179,30 @@ def short(target: Target, count: int = 200) -> None:
     assert outcome.refused > 0, f"{target.name} read every damaged file"
 
 
-def main(room: str, count: str = "100000", first: str = "0", out: str = "") -> int:
-    """Run all TARGETS of tests/reliability/test_ROOM.py, with seeds from `first` on."""
+def main() -> int:
+    """Run all TARGETS of tests/reliability/test_ROOM.py."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("room", help="tests/reliability/test_ROOM.py")
+    parser.add_argument("count", type=int, nargs="?", default=100_000, help="damaged files for each reader")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each reader; fewer files then")
+    parser.add_argument("--only", default="", help="readers whose name contains this")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "damaged_files.json")
+    asked = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))  # as pytest does, for what tests share
     if Path("/dev/shm").is_dir():
         os.environ["TMPDIR"] = "/dev/shm"  # before the first temporary file
     warnings.simplefilter("ignore")
     logging.disable()
-    path = Path(out) if out else ROOT / "benchmarks" / "results" / "damaged_files.json"
-    wrong = 0
-    for target in importlib.import_module(f"tests.reliability.test_{room}").TARGETS:
+    wrong, path = 0, asked.out
+    for target in importlib.import_module(f"tests.reliability.test_{asked.room}").TARGETS:
+        if asked.only not in target.name:
+            continue
         begin = time.perf_counter()
-        outcome = run(target, int(count), int(first))
+        outcome = run(target, asked.count, asked.first, until=begin + asked.seconds)
         wrong += len(outcome.wrong)
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        stored.setdefault(room, {})[target.name] = {"first_seed": int(first), **outcome.record()}
+        stored.setdefault(asked.room, {})[target.name] = {"first_seed": asked.first, **outcome.record()}
         path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
         print(
             f"{target.name}: {outcome.tried:,} tried, {outcome.read:,} read, {outcome.refused:,} refused, "
@@ -198,4 +215,4 @@ def main(room: str, count: str = "100000", first: str = "0", out: str = "") -> i
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())
