@@ -58,6 +58,10 @@ reliability-files: setup  ## 100,000 damaged copies for each reader of files (an
 	for room in $(or $(ROOM),$(patsubst tests/reliability/test_%.py,%,$(shell grep -l '^TARGETS' tests/reliability/test_*.py))); do \
 		$(BIN)/python -m tests.reliability.mutate $$room $(or $(COUNT),100000) || exit 1; done
 
+.PHONY: reliability-bits
+reliability-bits: setup  ## 1,000 flipped bits, cuts and exchanged pieces in every file of a run: found or not; COUNT=100 for fewer
+	$(BIN)/python -m tests.reliability.bits $(or $(COUNT),1000)
+
 reliability-kills: setup  ## kill and continue small runs at random moments, compare their ends (10 minutes); ARGS="--single 100"
 	$(BIN)/python tests/reliability/kills.py $(ARGS)
 

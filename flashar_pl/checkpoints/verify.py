@@ -58,6 +58,17 @@ def offering(path: Path) -> Iterator[None]:
         raise Damaged(f"{error} {newest_whole(others) or 'None'} is whole {BESIDE}") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A ValueError about what `path` says begins with it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
 def by_age(folders: Iterable[str | Path]) -> list[Path]:
     """The checkpoints in some folders, newest first; hidden ones are being written."""
     files = {path for folder in folders for path in Path(folder).glob("*.ckpt") if path.name[0] != "."}

@@ -18,7 +18,7 @@ from flashar_pl.checkpoints.official import is_official_directory, read_director
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
 from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
-from flashar_pl.checkpoints.verify import offering
+from flashar_pl.checkpoints.verify import naming, offering
 from flashar_pl.files import new_directory, write_json
 from flashar_pl.integrity import check_torch_file
 from flashar_pl.models.base import GridModel
@@ -69,7 +69,7 @@ def load_model(
     path = Path(path)
     if weights not in ("auto", "raw", "ema"):
         raise ValueError(f"weights is {weights!r}; expected auto, raw or ema.")
-    with offering(path):
+    with offering(path), naming(path):
         return _load(path, weights, n_head, device, dtype)
 
 
@@ -84,8 +84,10 @@ def _load(
             raise ValueError(
                 f"{path} holds no config.json and model.safetensors; expected a converted model.{nearest(path)}"
             )
-        description = Description.from_dict(read_json(path / "config.json"))
-        return Loaded(_fill(description, read_tensors(path / "model.safetensors")), description, "converted model")
+        state = read_tensors(path / "model.safetensors")
+        with naming(path / "config.json"):
+            description = Description.from_dict(read_json(path / "config.json"))
+            return Loaded(_fill(description, state), description, "converted model")
     content = {} if path.is_dir() else read_tensors(path, mmap=True, whole=False)
     if path.is_dir() or CHECKPOINT_KEY in content:
         run = RunCheckpoint(path)
