@@ -84,10 +84,10 @@ def _load(
             raise ValueError(
                 f"{path} holds no config.json and model.safetensors; expected a converted model.{nearest(path)}"
             )
-        state = read_tensors(path / "model.safetensors")
+        tensors = read_tensors(path / "model.safetensors")
         with naming(path / "config.json"):
             description = Description.from_dict(read_json(path / "config.json"))
-            return Loaded(_fill(description, state), description, "converted model")
+            return Loaded(_fill(description, tensors), description, "converted model")
     content = {} if path.is_dir() else read_tensors(path, mmap=True, whole=False)
     if path.is_dir() or CHECKPOINT_KEY in content:
         run = RunCheckpoint(path)

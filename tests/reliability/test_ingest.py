@@ -15,11 +15,13 @@ from PIL import Image
 from flashar_pl.data.captions import CaptionList
 from flashar_pl.data.code_files import NpyCodes, PtCodes
 from flashar_pl.data.sources import TarSource, class_id, read_classes
-from flashar_pl.image_files import READABLE, Unreadable, open_rgb
+from flashar_pl.image_files import FLAT_PIXELS, READABLE, Unreadable, open_rgb
 from tests.reliability.containers import inside_zip, summed_png, summed_tar
 from tests.reliability.mutate import Target, run, short
 
 CLEAN = (ValueError, Unreadable)
+PICTURE = 12 * FLAT_PIXELS
+"""Bytes that a picture may take whose file has few: 2 to 4 a pixel as it is stored, and several copies of that."""
 
 
 def image(kind: str, mode: str) -> bytes:
@@ -86,9 +88,9 @@ PNG = [image(*kind) for kind in IMAGES if kind[0] == "PNG"]
 READ_TAR = from_file("a.tar", lambda path: read_all(TarSource(path, ("jpg",), "cls", num_classes=2)))
 CODES = np.arange(24).reshape(1, 2, 12)
 TARGETS = [
-    Target("images", open_rgb, [image(*kind) for kind in IMAGES if kind[0] in READABLE], CLEAN, memory=80 * 2**20),
+    Target("images", open_rgb, [image(*kind) for kind in IMAGES if kind[0] in READABLE], CLEAN, memory=PICTURE),
     Target("tars", READ_TAR, [tar(), tar() + tar()]),
-    Target("images, PNG", lambda data: open_rgb(summed_png(data)), PNG, CLEAN, memory=80 * 2**20),
+    Target("images, PNG", lambda data: open_rgb(summed_png(data)), PNG, CLEAN, memory=PICTURE),
     Target("tars, headers", lambda data: READ_TAR(summed_tar(data)), [tar()]),
     Target("npy codes", NpyCodes(2, (3, 4), 24), [npy_file(CODES)], CLEAN),
     Target("pt codes", PtCodes(24), [pt_file(CODES[0])], CLEAN),
