@@ -37,6 +37,9 @@ from flashar_pl.text_files import read_json
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 """Endings of official files."""
 
+PYTHON_ONLY = ("VAR", "multi-scale VQ (VAR's tokenizer)")
+"""Methods of `method_of` that no command draws."""
+
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -48,6 +51,8 @@ def read_official_model(
     n_head None = that of the published size. arguments: of the training script, where the file holds them.
     """
     cleaned = clean_official(state_dict)
+    if (found := method_of(cleaned)) in PYTHON_ONLY:
+        raise ValueError(f"the file holds {found} weights, which are used from Python only: docs/baselines.md.")
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
         return read_nar(cleaned, n_head, arguments=arguments)

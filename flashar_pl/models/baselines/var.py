@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import log, sqrt
+from math import inf, log, sqrt
 from pkgutil import resolve_name
 from typing import Any
 
@@ -24,7 +24,7 @@ from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.transformer import Mask, attention
 from flashar_pl.numerics import sample_seeds, strict_float32, uniforms, wide
 from flashar_pl.options import SamplingSettings
-from flashar_pl.sampling import choose, guide
+from flashar_pl.sampling import check_usable, choose, guide, unusable
 from flashar_pl.tokenizers.multi_scale_vq import PATCH_NUMS, MultiScaleVQ, check_ids, check_patch_nums
 
 MAX_LOG_SCALE = log(100)
@@ -257,9 +257,12 @@ class VAR(nn.Module):
         second row). The other settings and `seeds` are those of `flashar_pl.decoding.generate`; a sample's uniforms
         belong to its positions 0 .. L - 1. on_scale: called with k and the guided logits (B, p_k^2, V) of the scale.
 
-        Raises ValueError for a tokenizer that is not the model's, and for settings out of range.
+        Raises ValueError for a tokenizer that is not the model's, for settings out of range, and where logits are NaN
+        or infinite.
         """
         self.check_tokenizer(tokenizer)
+        if not 0 <= cfg_scale < inf:
+            raise ValueError(f"cfg_scale is {cfg_scale}; expected 0 or more (0 = no guidance).")
         settings = SamplingSettings(cfg_scale, None, temperature, top_k, top_p, greedy)
         condition = self._embed_classes(classes, len(classes))
         noise = uniforms(sample_seeds(seeds, len(classes)), self.config.length).to(condition.device)
@@ -281,7 +284,8 @@ class VAR(nn.Module):
         config, batch, rows = self.config, len(noise), len(condition)
         spec = CacheSpec(config.depth, config.num_heads, config.embed_dim // config.num_heads)
         cache = KVCache(spec, rows, config.length, self.dtype, condition.device)
-        x, total, drawn = self._start(condition), None, []
+        x, total = self._start(condition), None
+        drawn, broken = [], []
         for k, side in enumerate(config.patch_nums):
             begin, n = cache.filled, side * side
             logits = self._forward(x, condition, begin, cache=cache)  # (R, n, V)
@@ -290,6 +294,7 @@ class VAR(nn.Module):
                 logits = guide(given, null, 1 + settings.cfg_scale * k / (len(config.patch_nums) - 1))
             if on_scale is not None:
                 on_scale(k, logits)
+            broken.append(unusable(logits))
             ids = choose(logits, noise[:, begin : begin + n], settings)  # (B, n)
             drawn.append(ids)
             if k + 1 < len(config.patch_nums):
@@ -298,6 +303,7 @@ class VAR(nn.Module):
                     total = added if total is None else total + added  # (B, C, P, P)
                     seen = tokenizer.next_input(total, k)  # (B, p_(k+1)^2, C)
                 x = self.word_embed(seen.to(self.dtype)).repeat(rows // batch, 1, 1)
+        check_usable(torch.stack(broken), self.dtype)
         return drawn
 
     def check_tokenizer(self, tokenizer: MultiScaleVQ) -> None:

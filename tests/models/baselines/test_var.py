@@ -215,11 +215,30 @@ def test_wrong_input_is_named():
         (lambda: model.logits(ids[:, 1:], x, classes), r"this VAR model expects \(B, 30\)"),
         (lambda: model.logits(ids, x[:, 1:], classes), r"x has shape \(3, 28, 8\); expected \(3, 29, 8\)"),
         (lambda: model.logits(ids, x, classes + 9), r"classes lie in .* this model has 0 \.\. 9, and 10 = no class"),
-        (lambda: model.generate(TWO, tokenizer=vq, cfg_scale=-1.0), r"cfg_scale is -1.0"),
+        (
+            lambda: model.generate(TWO, tokenizer=vq, cfg_scale=-1.0),
+            r"cfg_scale is -1.0; expected 0 or more \(0 = no guidance\)",
+        ),
         (lambda: model.generate(TWO.float(), tokenizer=vq), r"classes is \(2,\) torch.float32"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_broken_logits_end_the_drawing():
+    """Some legal code would be drawn from NaN."""
+    model = var_golden.model()
+    model.lvl_embed.weight.data[2] = float("nan")
+    with pytest.raises(ValueError, match="logits of decoding step 2 are NaN or infinite"):
+        model.generate(TWO, tokenizer=var_golden.tokenizer(), cfg_scale=0, greedy=True)
+
+
+def test_commands_name_what_the_file_holds(tmp_path):
+    from flashar_pl.checkpoints.weights import load_model
+
+    torch.save(var_golden.read("var_tiny").state, tmp_path / "var.pth")
+    with pytest.raises(ValueError, match=r"holds VAR weights, which are used from Python only: docs/baselines\.md"):
+        load_model(tmp_path / "var.pth")
 
 
 def test_a_first_scale_of_several_positions():
