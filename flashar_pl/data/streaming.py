@@ -5,8 +5,7 @@
 Every device makes the same number of batches, which distributed training needs. Against the exact way of reading this
 gives up: an order that does not depend on the number of devices and workers; resuming at the next sample (a resumed
 run continues with a fresh order, so a sample may be seen twice or not at all in a pass); every sample once in an epoch
-(which is a number of samples here); and a tar without a manifest that is damaged ends at the damage, with a warning at
-best.
+(which is a number of samples here); and a tar without a manifest that is damaged ends at the damage, with a warning.
 
 Shapes: n samples of a record, b samples of a device's part of a global batch, K crops, H x W grid.
 """
@@ -16,19 +15,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import re
+import tarfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 import torch
 import webdataset
 from braceexpand import braceexpand
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+from webdataset.tariterators import base_plus_ext, group_by_keys, url_opener
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import TextEncoder, to_batch
@@ -42,6 +43,8 @@ from flashar_pl.data.tars import find_tars
 
 Rows = Callable[[Iterator[dict[str, Any]], random.Random], Iterator[Any]]
 """webdataset's samples and a reader's random numbers -> rows of a batch."""
+META = re.compile(r"__[^/]*__($|/)")
+"""Members that are not of a record, by webdataset's rule."""
 
 
 def _fsspec(url: str, mode: str = "rb", bufsize: int = 0, **options: Any) -> Any:
@@ -127,8 +130,51 @@ def _samples(arrivals: Arrivals | None, tars: Iterator[dict[str, Any]]) -> Itera
     """webdataset's `tarfile_to_samples`, with a look at each tar before it is opened and after it was read."""
     handler = webdataset.warn_and_continue
     opened = url_opener(tars if arrivals is None else arrivals.files(tars), handler=handler)
-    files = tar_file_expander(opened if arrivals is None else arrivals.streams(opened), handler=handler)
-    return group_by_keys(files, handler=handler)
+    return group_by_keys(_files(opened if arrivals is None else arrivals.streams(opened)), handler=handler)
+
+
+def _files(streams: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The files of opened tars as webdataset groups them; {} ends a record.
+
+    webdataset's own stops at the first end mark, without a word about what `cat a.tar b.tar` has put behind it, and
+    leaves out a record whose key is that of the one before. What is damaged ends a tar, with a warning.
+    """
+    for source in streams:
+        try:
+            with tarfile.open(fileobj=source["stream"], mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
+                yield from _members(tar, source["url"])
+        except Exception as error:  # noqa: BLE001 - what reads a URL has errors of its own
+            warnings.warn(f"{source['url']} ends in an error: {error}; the rest is left out.", stacklevel=2)
+        yield {}
+
+
+def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
+    current, extensions = "", set[str]()
+    for info in tar:
+        tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
+        key, extension = base_plus_ext(info.name)
+        if not info.isreg() or key is None or META.match(info.name):
+            continue
+        if key != current or extension.lower() in extensions:
+            current, extensions = key, set()
+            yield {}
+        extensions.add(extension.lower())
+        file = tar.extractfile(info)
+        assert file is not None
+        yield {"fname": info.name, "data": file.read(), "__url__": url}
+
+
+class _Header(tarfile.TarInfo):
+    """A damaged header is an error; tarfile takes it for the end, or looks for the next one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) < tarfile.BLOCKSIZE or not any(buf):
+                raise
+            raise tarfile.ReadError(f"no header of a file where one is expected ({error})") from error
 
 
 class Arrivals:
