@@ -56,6 +56,7 @@ COMMANDS: dict[str, Command] = {
     "convert": Command("convert:convert", "turn official or Lightning checkpoints into model directories and back"),
     "checkpoint verify": Command("checkpoint:checkpoint_verify", "compare checkpoints with the checksums they carry"),
     "plot": Command("plot:plot", "convergence curves of training runs, and a table of their results and settings"),
+    "animate": Command("animate:animate", "raster and diagonal decoding side by side as an animation"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),
 }
 

@@ -276,7 +276,7 @@ class SampleOptions(Subject):
         check_least(self, num_images=1)
 
 
-def check_least(group: Any, **least: int) -> None:
+def check_least(group: Any, **least: float) -> None:
     """ValueError where an option of a group is a number below the least that is told for it."""
     for name, low in least.items():
         value = getattr(group, name)
