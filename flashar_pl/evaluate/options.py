@@ -9,6 +9,8 @@ from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, Te
 
 Labels = Literal["balanced", "random"]
 Split = Literal["train", "validation", "test"]
+MEASURED = "evaluation/checkpoints.json"
+"""In a run directory: what its kept checkpoints were measured with."""
 BATCH_SIZE, GENEVAL_BATCH_SIZE = 32, 4
 """Samples decoded together where the user says nothing."""
 

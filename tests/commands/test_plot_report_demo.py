@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flashar_pl.commands import demo as demo_module
-from flashar_pl.commands.plot import find_runs, read_scalars
+from flashar_pl.commands.plot import by_seed, find_runs, on_axis, read_scalars
 from flashar_pl.commands.report import check_bounds
 from flashar_pl.console import Missed
 
@@ -84,7 +84,57 @@ def test_plot_shows_runs_side_by_side(run, work):
     assert code == 0, err
     lines = [line.split() for line in out.replace("|", " ").splitlines()]
     assert lines[0] == ["run", "steps", "val/nll", "flashar.branch_layer", "flashar.fusion"]
-    assert lines[2:5] == [["a", "8", "77", "3", "gate"], ["b", "8", "77", "3", "average"], ["c", "3", "-", "-", "-"]]
+    assert lines[2:5] == [["a", "7", "77", "3", "gate"], ["b", "7", "77", "3", "average"], ["c", "2", "-", "-", "-"]]
+
+
+def test_the_axis_of_a_plot():
+    """Where a validation stands between and after the logged steps; stage 2 begins after the last step of stage 1."""
+    found = {
+        "train/device_hours": ([10, 20], [1.0, 3.0]),
+        "train/stage": ([10, 13, 20], [1.0, 2.0, 2.0]),
+        "val/fid": ([0, 15, 40], [9.0, 8.0, 7.0]),
+    }
+    placed = on_axis("a", found, "gpu-hours")
+    assert placed.curves["val/fid"] == ([0, 15, 40], [0.0, 2.0, 6.0], [9.0, 8.0, 7.0])
+    assert placed.switch == pytest.approx([1.4])
+    assert on_axis("a", found, "step").switch == [12]
+    with pytest.raises(ValueError, match=r"run a has no curve train/epochs.*expected --axis step"):
+        on_axis("a", found, "epoch")
+
+
+def test_seeds_are_one_line_and_other_settings_are_not():
+    own = {"model.lr": 1, "trainer.default_root_dir": "x"}
+    settings = {
+        "a": own | {"seed_everything": 0}, "b": own | {"seed_everything": 1, "trainer.default_root_dir": "y"},
+        "c": own | {"model.lr": 2}, "d": {}, "e": {},
+    }  # fmt: skip
+    assert by_seed(settings) == {"a (2 seeds)": ["a", "b"], "c": ["c"], "d": ["d"], "e": ["e"]}
+
+
+def test_plot_of_seeds_with_a_baseline(run, refused, work):
+    """A result that is older than the run says its step, and what evaluate measured is a curve of the run."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for seed in (0, 1):
+        place = Path(f"runs/s{seed}")
+        with SummaryWriter(str(place)) as writer:
+            for step in range(4):
+                writer.add_scalar("train/fused", 2.0 + seed, step)
+                writer.add_scalar("train/epochs", step / 4, step)
+            writer.add_scalar("val/nll", 71.0, 1)
+        (place / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{flashar: {{branch_layer: 3}}}}\n")
+    Path("runs/s0/evaluation").mkdir()
+    entries = [{"step": 2, "metrics": {"fid": 9.0}}, {"step": 3, "metrics": {"fid": 8.0, "is": 1.5}}]
+    Path("runs/s0/evaluation/checkpoints.json").write_text(json.dumps({"checkpoints": entries}))
+    write_events(Path("base"), 3, val__nll=60.0)
+    code, out, err = run("plot", "runs", "--baseline", "base", "--axis", "epoch", "--out", "curves.png")
+    assert code == 0, err
+    assert "4 panels of 2 runs" in out  # losses, nll, fid and is of evaluate
+    rows = {line.split()[1]: [cell.strip() for cell in line.split("|")[2:]] for line in out.splitlines()[2:4]}
+    assert rows["s0"][:3] == ["3", "71 (step 1)", "8"]
+    assert rows["s1"][:3] == ["3", "71 (step 1)", "-"]
+    assert Image.open("curves.png").size[0] > 1000
+    assert "--baseline runs holds 2 runs (s0, s1)" in refused("plot", "base", "--baseline", "runs", "--out", "x.png")
 
 
 def test_plot_bad_input(refused, work, monkeypatch):
