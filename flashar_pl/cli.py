@@ -32,10 +32,12 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "tokenize images": Command("tokenize:tokenize_images", "a folder of your own pictures as shards of codes"),
     "tokenize imagenet": Command("tokenize:tokenize_imagenet", "image folders or tars as shards of codes"),
     "tokenize text-image": Command("tokenize:tokenize_text_image", "captioned images as shards of codes"),
     "tokenize check": Command("tokenize:tokenize_check", "verify shards and draw decoded samples"),
     "tokenize npy": Command("tokenize:tokenize_npy", ".npy code files and labels as shards of codes"),
+    "tokenizer train": Command("tokenizer:tokenizer_train", "train a small VQ tokenizer on your own pictures"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),
     "fit": Command("fit:fit", "train a raster model or post-train FlashAR, from a YAML in experiments/", trains=True),
     "validate": Command("fit:fit", "losses, likelihood and FID on the validation split", trains=True),

@@ -179,7 +179,8 @@ class CodecOptions(PlaceOptions):
     """Tokenizer"""
 
     tokenizer: str | None = None
-    """vq16, vq8 or ibq, or KIND:FILE. Default: vq16, for captioned images ibq."""
+    """vq16, vq8 or ibq, or KIND:FILE, or pixels:LEVELS: grey levels as codes, for tiny images. Default: vq16, for
+    captioned images ibq."""
     weights: str | None = None
     """Weights file, or directory, of the tokenizer."""
     batch_size: int | None = None
@@ -190,13 +191,11 @@ class CodecOptions(PlaceOptions):
 
 
 @dataclass(frozen=True)
-class ShardOptions:
+class PackOptions:
     """Shards"""
 
     out: str
-    """Directory of the shards, made if needed; a run with the same --out adds another split."""
-    split: Literal["train", "validation", "test"] = "train"
-    """Which split to write."""
+    """Directory of the shards, made if needed."""
     workers: int = 4
     """Processes that read and decode, for each device."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
@@ -216,6 +215,14 @@ class ShardOptions:
         check_least(self, block=1, shard_images=1, workers=0)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class ShardOptions(PackOptions):
+    """Shards"""
+
+    split: Literal["train", "validation", "test"] = "train"
+    """Which split to write; a run with the same --out adds another one."""
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ class Backbone(nn.Module, ABC):
         """Options that a training run changes unless it says otherwise."""
         return {}
 
+    @classmethod
+    def data_options(cls, vocabulary: int, classes: int | None) -> dict[str, Any]:
+        """Options that follow from the data of a model of no published size: V codes, and classes if it has such."""
+        return {}
+
     def config_dict(self) -> dict[str, Any]:
         """Plain types from which `build_backbone` makes an equal backbone: its kind and all options."""
         assert self.config_type is not None, "a backbone without a config_type has its own config_dict"

@@ -172,6 +172,10 @@ class LlamaGen(Backbone):
         nn.init.zeros_(self.head.weight)  # uniform logits at step 0: loss = ln V
 
     @classmethod
+    def data_options(cls, vocabulary: int, classes: int | None) -> dict[str, int]:
+        return {"vocab_size": vocabulary} | ({} if classes is None else {"num_classes": classes})
+
+    @classmethod
     def from_official(
         cls, state_dict: dict[str, Tensor], n_head: int, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
     ) -> LlamaGen:

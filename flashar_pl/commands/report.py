@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,24 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.console import Missed, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
+from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashar_pl.backbones.condition import Batch, Condition
+    from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge
     from flashar_pl.models import GridModel
 
-PICTURE_CFG, PICTURE_COLUMNS = 1.5, 8
+PICTURE_CFG, PICTURE_COLUMNS, PICTURE_LINES = 1.5, 8, 10
+CAPTIONS = 64
+"""Captions of the test split that samples are drawn for."""
+CLASSIFIER = "classifier"
+"""Directory of the report with a metric network that was trained for it."""
+BOUND = "digits"
+"""Name of the data set that the bounds are about."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +44,12 @@ class ReportOptions:
     flashar: str
     """Checkpoint of the FlashAR model that was post-trained from it."""
     data: str
-    """Directory of class-conditional shards with their manifest.json; the test split is scored."""
-    classifier: str
-    """Directory of the classifier behind FID and accuracy (`flashar classifier` makes it)."""
+    """Directory of shards with their manifest.json, of classes or captions; the test split is scored."""
     out: str
     """Directory to make; it must not exist."""
+    classifier: str | None = None
+    """Directory of the classifier behind FID and accuracy. Default: one is trained on the training split and kept in
+    --out, as `flashar classifier` does."""
     scratch: str | None = None
     """Checkpoint of a FlashAR model trained from random weights with the same budget."""
     samples: int = 1000
@@ -49,7 +61,7 @@ class ReportOptions:
     threads: int = 1
     """CPU threads; models this small are fastest on one."""
     check: bool = False
-    """Exit with 1 where a bound of the digits demo is missed."""
+    """Exit with 1 where a bound of the digits demo is missed; of other data there are none."""
 
     def __post_init__(self) -> None:
         check_least(self, samples=2, timed_images=1, threads=1)
@@ -67,20 +79,63 @@ class Row:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-def report(asked: ReportOptions) -> dict[str, Any]:
+@dataclass
+class Subject:
+    """What is drawn and scored."""
+
+    manifest: Manifest
+    encoder: Callable[[str], Tensor] | None
+    """What turns captions into prompts, for a model that takes such."""
+    conditions: Condition
+    """One entry for each class, or those of the first test images."""
+
+    @classmethod
+    def of(cls, model: GridModel, manifest: Manifest, encoder: Callable[[str], Tensor] | None) -> Subject:
+        """What this data has for a model."""
+        import torch
+
+        from flashar_pl.backbones.condition import ClassIds, Condition
+        from flashar_pl.commands.score import held_out
+
+        if manifest.condition.num_classes is not None:
+            return cls(manifest, encoder, ClassIds(torch.arange(manifest.condition.num_classes)))
+        batches = held_out(manifest, "test", CAPTIONS, CAPTIONS, encoder, torch.device("cpu"))
+        found = [each.condition if each.valid is None else each.condition.rows(each.valid.nonzero()[:, 0].tolist())
+                 for each in batches]  # fmt: skip
+        return cls(manifest, encoder, Condition.cat(found))
+
+    @property
+    def picture_cfg(self) -> float:
+        """Guidance of the pictures: captions have none, as not every model knows what leads away from one."""
+        return PICTURE_CFG if self.manifest.condition.num_classes is not None else 1.0
+
+    def held_out(self) -> Iterator[Batch]:
+        """Batches of the test split."""
+        import torch
+
+        from flashar_pl.commands.score import held_out
+
+        return held_out(self.manifest, "test", 256, None, self.encoder, torch.device("cpu"))
+
+
+def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
     Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
     (red where the horizontal head decides). The training-free row is the raster checkpoint decoded diagonally with an
-    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. For the curves of training runs
-    see `flashar plot`, for models of photographs `flashar evaluate`.
+    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. Samples have all classes in
+    turn, with captions the first of the test split. For the curves of training runs see `flashar plot`, for models of
+    photographs `flashar evaluate`.
 
     Example:
         flashar report --raster runs/demo/raster/checkpoints/last.ckpt --data data/digits --out runs/demo/report
             --flashar runs/demo/flashar/checkpoints/last.ckpt --classifier runs/demo/classifier
+        flashar report --raster runs/own/raster/checkpoints/best.ckpt --data data/mine --out runs/own/report
+            --flashar runs/own/flashar/checkpoints/best.ckpt
     """
     import torch
 
+    from flashar_pl.commands.classifier import learn
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge, mean_gate
     from flashar_pl.metrics.classifier import ClassifierFeatures
@@ -91,27 +146,40 @@ def report(asked: ReportOptions) -> dict[str, Any]:
     seeds = parse_classes(asked.seeds)
     torch.set_num_threads(asked.threads)
     manifest = Manifest.load(asked.data)
-    judge = Judge.build(ClassifierFeatures.load(asked.classifier), manifest)
-    rows = _rows(asked, manifest)
-    measure(rows, manifest, judge, asked, seeds)
-    bounds = check_bounds({row.key: row.results for row in rows})
+    if asked.check and manifest.name != BOUND:
+        raise ValueError(f"--check compares with bounds of {BOUND}, the data is {manifest.name!r}; leave it out.")
+    network = None if asked.classifier is None else ClassifierFeatures.load(asked.classifier)
+    rows, encoder = _rows(asked, manifest, text)
+    network = network or learn(manifest)
+    subject = Subject.of(rows[0].model, manifest, encoder)
+    judge = Judge.build(network, manifest)
+    measure(rows, subject, judge, asked, seeds)
+    bounds = check_bounds({row.key: row.results for row in rows}) if manifest.name == BOUND else []
     values = {
         "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
         "bounds": bounds,
-        "settings": {"samples": asked.samples, "seeds": seeds, "cfg_scale": 1.0, "picture_cfg_scale": PICTURE_CFG},
+        "settings": {
+            "samples": asked.samples,
+            "seeds": seeds,
+            "cfg_scale": 1.0,
+            "picture_cfg_scale": subject.picture_cfg,
+            "metric_network": asked.classifier or CLASSIFIER,
+        },
         "data": {"path": asked.data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
         "threads": asked.threads,
         "versions": versions(),
     }
     with new_directory(target, "report") as folder:
-        draw_samples(rows, manifest, judge, folder / "samples.png")
-        gate = mean_gate(rows[1].model, manifest, "test")
+        if asked.classifier is None:
+            network.save(folder / CLASSIFIER)
+        draw_samples(rows, subject, judge, folder / "samples.png")
+        gate = mean_gate(rows[1].model, subject.held_out(), manifest.grid)
         values["gate_map"] = gate.tolist()
         save_png(gate_picture(gate), folder / "gate.png")
-        text = markdown(rows, values)
-        write_text(folder / "report.md", text)
+        page = markdown(rows, values)
+        write_text(folder / "report.md", page)
         write_json(folder / "report.json", values)
-    print(text)
+    print(page)
     print(f"wrote {target}/: report.md, report.json, samples.png, gate.png")
     missed = [bound["text"] for bound in bounds if not bound["met"]]
     if asked.check and missed:
@@ -119,12 +187,14 @@ def report(asked: ReportOptions) -> dict[str, Any]:
     return values
 
 
-def _rows(asked: ReportOptions, manifest: Manifest) -> list[Row]:
-    """The rows, each model checked against the data."""
+def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple[list[Row], PromptEncoder | None]:
+    """The rows, each model checked against the data, and what encodes its captions."""
     from flashar_pl.checkpoints.opening import open_checkpoint
-    from flashar_pl.commands.score import check_data
+    from flashar_pl.commands.score import caption_encoder, check_data
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.raster import RasterAR
+
+    encoders: list[PromptEncoder | None] = []
 
     def row(key: str, name: str, checkpoint: str, branch_layer: int | None = None) -> Row:
         source = open_checkpoint(ModelOptions(checkpoint, branch_layer=branch_layer), DeviceOptions("cpu"))
@@ -133,6 +203,8 @@ def _rows(asked: ReportOptions, manifest: Manifest) -> list[Row]:
             kind = source.model.config()["kind"]
             raise ValueError(f"--{key} {source.path} is a {kind} model; expected {expected.__name__}.")
         check_data(source.model, manifest, source.grid, source.tokenizer)
+        if not encoders:
+            encoders.append(caption_encoder(source, manifest, text.assets))
         return Row(key, name, source.model, source.model.plan_name, source.path)
 
     rows = [row("raster", "raster", asked.raster), row("flashar", "FlashAR", asked.flashar)]
@@ -140,32 +212,31 @@ def _rows(asked: ReportOptions, manifest: Manifest) -> list[Row]:
     rows.append(row("training_free", "training-free diagonal", asked.raster, branch))
     if asked.scratch is not None:
         rows.append(row("scratch", "FlashAR from scratch, same budget", asked.scratch))
-    return rows
+    return rows, encoders[0]
 
 
-def measure(rows: list[Row], manifest: Manifest, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
+def measure(rows: list[Row], subject: Subject, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
     """Fill in every row's results."""
-    import torch
-
     from flashar_pl.checkpoints.opening import count_parameters
-    from flashar_pl.commands.score import held_out, image_nll, summary
+    from flashar_pl.commands.score import image_nll, summary
     from flashar_pl.evaluate.quality import sample_quality, time_per_image
 
-    grid = manifest.grid
+    grid, conditions = subject.manifest.grid, subject.conditions
     with progress_bar(len(rows) * asked.samples * len(seeds), "samples") as advance:
         for row in rows:
-            quality, left_out = sample_quality(row.model, row.plan, grid, judge, asked.samples, seeds, advance)
-            batches = held_out(manifest, "test", 256, None, None, torch.device("cpu"))
+            quality, left_out = sample_quality(
+                row.model, row.plan, grid, judge, conditions, asked.samples, seeds, advance
+            )
             row.results = {
                 "parameters": count_parameters(row.model),
                 "steps": row.model.make_plan(row.plan, *grid).n_steps,
-                **summary(image_nll(row.model, batches, row.plan), grid[0] * grid[1]),
+                **summary(image_nll(row.model, subject.held_out(), row.plan), grid[0] * grid[1]),
                 "fid": statistics.mean(quality["fid"]) if quality["fid"] else None,
-                "accuracy": statistics.mean(quality["accuracy"]),
+                "accuracy": statistics.mean(quality["accuracy"]) if quality["accuracy"] else None,
                 "per_seed": quality,
                 "left_out": left_out,
             }
-    times = time_per_image([(row.model, row.plan) for row in rows], grid, asked.timed_images)
+    times = time_per_image([(row.model, row.plan) for row in rows], grid, asked.timed_images, conditions)
     for row, measured in zip(rows, times, strict=True):
         row.results["ms_per_image"] = measured
         row.results["speed_up"] = times[0]["median"] / measured["median"]
@@ -206,13 +277,14 @@ def check_bounds(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 def markdown(rows: list[Row], values: dict[str, Any]) -> str:
     """The table with its notes."""
     seeds, threads = values["settings"]["seeds"], values["threads"]
+    guidance = values["settings"]["picture_cfg_scale"]
     head = ["", "decoding steps", "test NLL, nats/image", "FID", "class accuracy", "ms/image (batch 1)", "speed-up"]
     lines = []
     for row in rows:
         found, ms = row.results, row.results["ms_per_image"]
         lines.append([
             row.name, str(found["steps"]),
-            f"{found['nll_nats_per_image']:.2f} ± {found['standard_error']:.2f}",
+            _with_error(found["nll_nats_per_image"], found["standard_error"]),
             _with_spread(found["per_seed"]["fid"], 1), _with_spread(found["per_seed"]["accuracy"], 3),
             f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
             f"{found['speed_up']:.2f}x",
@@ -226,12 +298,17 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         "  With so few images FID has a spread of 2 to 7 and a large bias: compare orders of magnitude only.",
         f"- Time: one image at a time, median (quartiles) after warm-up, CPU threads: {threads}. The claim is latency: "
         "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
-        f"- Pictures: samples.png (guidance {PICTURE_CFG}), gate.png (horizontal head red, vertical blue).",
+        f"- Pictures: samples.png (guidance {guidance}), gate.png (horizontal head red, vertical blue).",
     ]
     notes += missing
     bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
     title = "# Raster and diagonal decoding"
-    return "\n".join([title, "", table(head, lines), "", *notes, "", "Bounds:", "", *bounds, ""])
+    tail = ["Bounds:", "", *bounds, ""] if bounds else []
+    return "\n".join([title, "", table(head, lines), "", *notes, "", *tail])
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
 
 
 def _with_spread(values: list[float], digits: int) -> str:
@@ -244,24 +321,23 @@ def _with_spread(values: list[float], digits: int) -> str:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw_samples(rows: list[Row], manifest: Manifest, judge: Judge, path: Path) -> None:
-    """The rows' sample grids side by side, one line of images per class, equal seeds."""
-    import torch
-
-    from flashar_pl.backbones import ClassIds
+def draw_samples(rows: list[Row], subject: Subject, judge: Judge, path: Path) -> None:
+    """The rows' sample grids side by side, one line of images per class or caption, equal seeds."""
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, draw_codes
+    from flashar_pl.evaluate.quality import decode
     from flashar_pl.pictures import tile
 
-    classes = min(manifest.condition.num_classes or 1, 10)
-    labels = torch.arange(classes).repeat_interleave(PICTURE_COLUMNS)
-    settings = SamplingSettings(cfg_scale=PICTURE_CFG)
+    shown = subject.conditions.rows(slice(0, PICTURE_LINES))
+    settings = SamplingSettings(cfg_scale=subject.picture_cfg)
     pyplot = require_pyplot()
-    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.2 * len(rows), 6.2), squeeze=False, layout="constrained")
+    size = (4.2 * len(rows), 0.7 + 0.55 * len(shown))
+    figure, axes = pyplot.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
     for axis, row in zip(axes[0], rows, strict=True):
-        samples = SampleSet(ClassIds(labels), manifest.grid, row.plan, settings, len(labels))
+        n = PICTURE_COLUMNS * len(shown)
+        samples = SampleSet(shown, subject.manifest.grid, row.plan, settings, n, every=PICTURE_COLUMNS)
         codes = draw_codes(Engine(row.model), samples)
-        sheet = tile(judge.tokenizer.decode(codes), PICTURE_COLUMNS)  # (3, h, w)
+        sheet = tile(decode(judge.tokenizer, codes), PICTURE_COLUMNS)  # (3, h, w)
         axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)
         axis.set_axis_off()

@@ -10,6 +10,9 @@ from flashar_pl.data.jobs import (
     CaptionedOptions,
     ClassImageOptions,
     NpyOptions,
+    PictureOptions,
+    PicturePackOptions,
+    SmallVQOptions,
     captioned_job,
     imagenet_job,
     npy_job,
@@ -60,6 +63,50 @@ def tokenize_imagenet(
           --weights vq_ds16_c2i.pt --ten-crop --crop-range 1.1
     """
     return _tokenise(partial(imagenet_job, images, codec, shards), shards, codec, ranks)
+
+
+def tokenize_images(
+    pictures: PictureOptions,
+    /,
+    shards: PicturePackOptions,
+    codec: CodecOptions = CodecOptions(),
+    trained: SmallVQOptions = SmallVQOptions(),
+    ranks: RankOptions = RankOptions(),
+) -> dict[str, Any] | None:
+    """Turn a folder of your own pictures, of any sizes and modes, into shards of codes, with their manifest.
+
+    Writes all three splits: FOLDER/train, FOLDER/val and FOLDER/test as they are, otherwise 90, 5 and 5 % by content,
+    so that equal files are never in two splits. Of every picture the centre square is taken, upright as its EXIF tag
+    says, with transparency on white; it and its mirror image are stored. Without --weights or --tokenizer a small VQ
+    tokenizer is trained on the training split first and kept in OUT/tokenizer (`flashar tokenizer train` has the same
+    options). A killed run continues when the same command is given again.
+
+    Example:
+        flashar tokenize images photos --out data/mine
+        flashar tokenize images icons --out data/icons --tokenizer pixels:16 --image-size 16
+        flashar tokenize images photos --out data/photos_256 --weights vq_ds16_c2i.pt
+    """
+    from flashar_pl.data.own_pictures import tokenise_pictures
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.ranks import run_on_ranks
+
+    reports = run_on_ranks(partial(tokenise_pictures, pictures, codec, trained, shards), ranks, codec.device)
+    if reports is None:
+        return None
+    for split, report in reports.items():
+        print(f"{split}: {report['written']:,} of {report['samples']:,} pictures are in the shards")
+        if report["unreadable"]:
+            print(f"unreadable: {report['unreadable']:,}, listed in {shards.out}/bad_images.{split}.txt")
+    print(reports["train"]["account"])
+    manifest = Manifest.load(shards.out)
+    classes = ", ".join(manifest.class_names[:10]) + (" ..." if len(manifest.class_names) > 10 else "")
+    print(
+        f"{manifest.grid[0]} x {manifest.grid[1]} codes of {manifest.vocabulary}, {manifest.condition.num_classes} "
+        f"classes: {classes}"
+    )
+    print(f"shards at {shards.out}; look at them: flashar tokenize check {shards.out} --out check.png")
+    print(f"train on them: flashar fit --config experiments/own_images.yaml --data.shards {shards.out}")
+    return reports
 
 
 def tokenize_npy(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.options import CodecOptions, ShardOptions, check_least, parse_grid, parse_tokenizer
+from flashar_pl.options import CodecOptions, PackOptions, ShardOptions, check_least, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,52 @@ class ClassImageOptions:
             )
         # As in LlamaGen, the product is truncated: 256 x 1.1 gives 281.
         return int(self.image_size * (self.crop_range or 1.1)) if self.ten_crop else self.image_size
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """Pictures"""
+
+    folder: str
+    """Folder of pictures: a sub-folder for each class, or none; below FOLDER/train and FOLDER/val the same, if they are
+    split already."""
+    image_size: int | None = None
+    """Side of the centre square in pixels. Default: 64; with --weights 256, or what they were trained on here; with
+    pixels:LEVELS 16."""
+    one_class: bool = False
+    """Sub-folders are no classes."""
+    no_mirror: bool = False
+    """Do not store mirror images, which training takes as often as the pictures themselves."""
+
+    def __post_init__(self) -> None:
+        check_least(self, image_size=1)
+
+
+@dataclass(frozen=True)
+class SmallVQOptions:
+    """Tokenizer to train"""
+
+    downsample: int = 8
+    """Pixels of a code along each side: 2, 4, 8 or 16."""
+    codes: int = 512
+    """Number of codes."""
+    width: int = 32
+    """Channels at full resolution, a multiple of 32; the published VQ-16 has 128."""
+    steps: int = 1000
+    """Training steps, of 16 parts of pictures each."""
+    seed: int = 0
+    """Of its first weights and of the parts."""
+
+    def __post_init__(self) -> None:
+        check_least(self, steps=2)
+
+
+@dataclass(frozen=True)
+class PicturePackOptions(PackOptions):
+    """Shards"""
+
+    max_bad_share: float = 0.5
+    """With skip, abort if it is a larger share of a split."""
 
 
 @dataclass(frozen=True)

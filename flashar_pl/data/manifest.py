@@ -133,6 +133,8 @@ class Manifest:
     """Names of the classes in the order of their ids, where they are known; the same for every split."""
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Split -> what the input held: {"found": entries, "used": n, "left_out": {reason: n}}."""
+    preparation: dict[str, str] = field(default_factory=dict)
+    """What was done to the images before they were tokenised, such as {"crop": "centre square"}, where it is known."""
     root: str = ""
     """Location the shard paths are relative to; not stored."""
 
@@ -149,6 +151,8 @@ class Manifest:
         forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
         self._check_splits()
         check_names(self.class_names, self.condition.num_classes)
+        for what, done in self.preparation.items():
+            forms.name(forms.name("a step of the preparation", what), done)
         for split, account in self.accounts.items():
             forms.name("a split of the accounts", split)
             for what in ("found", "used"):
@@ -218,6 +222,7 @@ class Manifest:
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
             later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
+            later["preparation"] = data.get("preparation", {})
             return cls(
                 grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
                 **later,
@@ -236,6 +241,8 @@ class Manifest:
         data = {"format": FORMAT} | asdict(self)
         del data["root"]
         data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
+        if not self.preparation:
+            del data["preparation"]
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
         return data
 

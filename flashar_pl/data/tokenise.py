@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,8 @@ NAMED = 5
 LOCK = ".lock"
 """In the output directory, of the process that writes there."""
 UNREADABLE = "unreadable or without a usable condition"
+TOKENIZER = "tokenizer"
+"""Folder of the output directory with a tokenizer that was trained for it."""
 TYPED = {"part": "--shard-images"}
 """How settings are typed whose names in the files are others."""
 
@@ -77,6 +79,8 @@ class Job:
     """(H, W) of every sample; None = grids differ, and each gets a data set of its own in OUT/HxW."""
     evaluation_crop: int = 0
     """Which crop evaluation takes."""
+    preparation: dict[str, str] = field(default_factory=dict)
+    """As in the manifest."""
 
     def __post_init__(self) -> None:
         self.order = np.arange(len(self.source))
@@ -95,7 +99,7 @@ class Job:
     @property
     def facts(self) -> dict[str, Any]:
         """What its manifests say."""
-        names = ("name", "tokenizer", "vocabulary", "crops", "evaluation_crop")
+        names = ("name", "tokenizer", "vocabulary", "crops", "evaluation_crop", "preparation")
         return {name: getattr(self, name) for name in names} | {"condition": self.source.condition}
 
     def identity(self) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _begin(job: Job, held: ExitStack) -> dict[str, Any] | None:
         return report
     found = manifests(job.out)
     unfinished = any((job.out / f".{split}").is_dir() for split in SPLITS)
-    if not found and not unfinished and any(path.name != LOCK for path in job.out.iterdir()):
+    if not found and not unfinished and any(path.name not in (LOCK, TOKENIZER) for path in job.out.iterdir()):
         raise ValueError(f"{job.out} exists and holds no shards; nothing was written. Choose another --out.")
     for path in found:
         _check_addition(job, Manifest.load(path), job.work.is_dir())

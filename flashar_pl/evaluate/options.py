@@ -8,6 +8,7 @@ from typing import Literal
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, TextOptions, check_least
 
 Labels = Literal["balanced", "random"]
+Crop = Literal["none", "centre"]
 Split = Literal["train", "validation", "test"]
 MEASURED = "evaluation/checkpoints.json"
 """In a run directory: what its kept checkpoints were measured with."""
@@ -41,6 +42,9 @@ class EvaluateOptions:
     size they have."""
     split: Split = "test"
     """Which images of a reference that is shards."""
+    reference_crop: Crop = "none"
+    """What is done to a directory of reference images: none, they must be of the samples' size; or centre, the centre
+    square at the samples' side, as `flashar tokenize images` and ADM's data preparation cut it."""
     min_samples: int | None = None
     """Fewest samples and reference images for FID and sFID. Default: more than they have features."""
     save_npz: bool = False

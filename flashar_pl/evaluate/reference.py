@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashar_pl.data.account import Account
 from flashar_pl.data.folders import list_images
+from flashar_pl.data.images import centre_crop
 from flashar_pl.data.locations import default_cache, is_remote
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
@@ -69,6 +70,7 @@ def load_reference_images(
     *,
     tokenizer: str | dict[str, Any] | None = None,
     cache: str | Path | None = None,
+    crop: int | None = None,
 ) -> Reference:
     """Reference statistics of whatever lies at `path`; what has to be computed is stored in `cache`.
 
@@ -78,15 +80,21 @@ def load_reference_images(
         tokenizer: decodes the shards' codes; None = the one their manifest names.
         cache: directory; None = references/ below the user's cache directory. Statistics are stored there under a hash
             of the images and the extractor's weights.
+        crop: of a directory of images, the side in pixels of the centre squares that are taken of them; None = they are
+            taken as they are.
 
     Raises:
-        ValueError: nothing usable there, images of unequal sizes, no such split.
+        ValueError: nothing usable there, images of unequal sizes that are not cropped, no such split, or a crop of what
+            is no directory of images.
     """
     place = Path(path).expanduser()
-    if is_remote(path) or (place / "manifest.json").is_file():
+    shards = is_remote(path) or (place / "manifest.json").is_file()
+    if crop is not None and (shards or not place.is_dir()):
+        raise ValueError(f"--reference-crop is for a directory of images; {path} is none. Leave it out.")
+    if shards:
         found = _from_shards(path, split, extractor, tokenizer)
     else:
-        found = _from_images(place, extractor) if place.is_dir() else _from_npz(place, extractor)
+        found = _from_images(place, extractor, crop) if place.is_dir() else _from_npz(place, extractor)
     if found.key is None:
         statistics = found.compute()
     else:
@@ -128,7 +136,7 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _from_images(folder: Path, extractor: FeatureExtractor) -> Source:
+def _from_images(folder: Path, extractor: FeatureExtractor, crop: int | None) -> Source:
     account = Account()
     files = sorted(folder / name for name in list_images(folder, account))
     if len(files) < 2:
@@ -138,21 +146,23 @@ def _from_images(folder: Path, extractor: FeatureExtractor) -> Source:
         )
     listed = "".join(f"{file.relative_to(folder)} {digest(file)}\n" for file in files)
     sha256 = hashlib.sha256(listed.encode()).hexdigest()
-    side = _read_image(files[0]).shape[:2]
+    side = _read_image(files[0], crop).shape[:2]
 
     def batches() -> Iterator[Tensor]:
         for numbers in _shuffled(len(files)):
-            arrays = [_read_image(files[i]) for i in numbers]
+            arrays = [_read_image(files[i], crop) for i in numbers]
             for i, array in zip(numbers, arrays):
                 if array.shape[:2] != side:
                     raise ValueError(
                         f"{files[i]} has {array.shape[0]} x {array.shape[1]} pixels, {files[0]} {side[0]} x {side[1]}; "
-                        "expected reference images of one size: crop and resize them first."
+                        "expected reference images of one size: --reference-crop centre takes the centre squares."
                     )
             yield torch.from_numpy(np.stack(arrays).transpose(0, 3, 1, 2).copy())  # (B, 3, h, w)
 
-    facts = {"kind": "images", "path": str(folder), "sha256": sha256, **account.facts}
-    key = {"images": sha256, "reader": READER}
+    facts: dict[str, Any] = {"kind": "images", "path": str(folder), "sha256": sha256, **account.facts}
+    key: dict[str, Any] = {"images": sha256, "reader": READER}
+    if crop is not None:
+        key["crop"] = facts["crop"] = f"centre square of {crop} pixels"
     return Source(facts, (side[0], side[1]), key, lambda: reference_from_batches(extractor, batches()))
 
 
@@ -162,10 +172,11 @@ def _shuffled(n: int) -> list[np.ndarray]:
     return [order[start : start + BATCH] for start in range(0, n, BATCH)]
 
 
-def _read_image(file: Path) -> np.ndarray:
-    """Pixels (h, w, 3) uint8 of an image file."""
+def _read_image(file: Path, crop: int | None) -> np.ndarray:
+    """Pixels (h, w, 3) uint8 of an image file, or of its centre square."""
     try:
-        return np.asarray(open_rgb(file))
+        image = open_rgb(file)
+        return np.asarray(image) if crop is None else centre_crop(image, crop).transpose(1, 2, 0)
     except Unreadable as error:
         raise ValueError(f"{file} is not a readable image: {error}.") from error
 

@@ -16,7 +16,7 @@ from flashar_pl.console import versions
 from flashar_pl.decoding.build import EXACT
 from flashar_pl.decoding.samples import draw
 from flashar_pl.evaluate.identity import path_digest, tokenizer_identity
-from flashar_pl.evaluate.options import Evaluation
+from flashar_pl.evaluate.options import Crop, Evaluation
 from flashar_pl.evaluate.parts import PartFolder
 from flashar_pl.evaluate.reference import Reference, load_reference_images
 from flashar_pl.evaluate.results import draw_grid, write_codes, write_npz
@@ -81,7 +81,12 @@ def find_judge(asked: Evaluation, bench: Bench) -> Judge:
     """The reference, whose features may take long, and the metrics that it allows."""
     options, size = asked.options, bench.size
     reference = load_reference_images(
-        options.reference, options.split, bench.extractor, tokenizer=asked.model.tokenizer, cache=options.cache
+        options.reference,
+        options.split,
+        bench.extractor,
+        tokenizer=asked.model.tokenizer,
+        cache=options.cache,
+        crop=_reference_side(options.reference_crop, size),
     )
     if reference.side not in (None, size):
         raise ValueError(
@@ -92,6 +97,18 @@ def find_judge(asked: Evaluation, bench: Bench) -> Judge:
         options.metric_names, bench.extractor, reference.statistics, options.num_samples, options.min_samples
     )
     return Judge(reference, names, left_out)
+
+
+def _reference_side(crop: Crop, size: tuple[int, int]) -> int | None:
+    """The side of the centre squares of reference images; None = they stay as they are."""
+    if crop == "none":
+        return None
+    if size[0] != size[1]:
+        raise ValueError(
+            f"--reference-crop {crop} cuts squares, the samples are {size[0]} x {size[1]} pixels; leave it out, and "
+            "give reference images of that size."
+        )
+    return size[0]
 
 
 def sample_identity(asked: Evaluation, bench: Bench) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from flashar_pl.files import write_text
 from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
 from flashar_pl.training.checks import check_initial_file
+from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.mark import marked
 from flashar_pl.training.module import FlashARModule
@@ -157,6 +158,8 @@ class ExperimentCLI(LightningCLI):
             self.stored = self._stored(self.checkpoint, words)
             words = words.before(self.stored)
         check_keys(words, FlashARModule, DATA)
+        if verb == "fit" and not (parse_only or words.wants_help):
+            words = with_data_sizes(words)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))
         _quiet()
         set_parsing_settings(docstring_parse_attribute_docstrings=words.wants_help)  # text under a field; slow

@@ -269,7 +269,31 @@ def test_reference_images_of_another_size_are_refused(refused, base, work):
     for i, side in enumerate((8, 8, 9)):
         Image.new("RGB", (side, side)).save(f"mixed/{i}.png")
     words[words.index("--reference") + 1] = "mixed"
-    assert "expected reference images of one size" in refused(*words)
+    assert "expected reference images of one size: --reference-crop centre" in refused(*words)
+
+
+def test_reference_images_of_mixed_sizes_are_cropped_by_rule(run, refused, base, work):
+    """Guards the place of the crop and its note: a stretched or corner-cut reference gives another distance."""
+    from flashar_pl.data.images import centre_crop
+
+    rng = np.random.default_rng(0)
+    for name in ("mixed", "cut"):
+        Path(name).mkdir()
+    for i in range(40):
+        image = Image.fromarray(rng.integers(0, 256, (9 + i % 3, 8 + i % 5, 3), dtype=np.uint8))
+        image.save(f"mixed/{i:02d}.png")
+        Image.fromarray(centre_crop(image, 8).transpose(1, 2, 0)).save(f"cut/{i:02d}.png")
+    found = {}
+    for name, more in (("mixed", ("--reference-crop", "centre")), ("cut", ())):
+        words = [*base, "--metrics", "fid", "--cache", "cache", "--out", f"eval-{name}", *more]
+        words[words.index("--reference") + 1] = name
+        code, _, err = run(*words)
+        assert code == 0, err
+        found[name] = json.loads(Path(f"eval-{name}/evaluation.json").read_text())
+    assert found["mixed"]["metrics"] == found["cut"]["metrics"]
+    assert found["mixed"]["reference"]["crop"] == "centre square of 8 pixels"
+    words = [*base, "--out", "e", "--reference-crop", "centre"]
+    assert "--reference-crop is for a directory of images" in refused(*words)
 
 
 def test_a_finished_or_foreign_directory_is_never_touched(run, refused, base):

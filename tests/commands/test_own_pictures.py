@@ -1,0 +1,104 @@
+"""`flashar tokenize images`, `tokenizer train`, and the three commands on one's own pictures."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from own_pictures import make_pictures
+from PIL import Image
+
+from flashar_pl.data.shards import Manifest, verify
+
+TINY = ("--image-size", 16, "--downsample", 4, "--codes", 16, "--steps", 3, "--workers", 0)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("own") / "photos")
+
+
+def test_grey_levels_of_any_pictures(run, photos, work):
+    """Modes, sizes and orientations in one folder; names, splits and what was done to the pixels in the manifest."""
+    code, out, err = run(
+        "tokenize", "images", photos, "--out", "icons", "--tokenizer", "pixels:8", "--image-size", 8, "--workers", 0
+    )
+    assert code == 0, err
+    assert "54 train, 3 validation, 3 test (by content)" in out
+    assert "exif: turned upright" in out
+    manifest = Manifest.load("icons")
+    assert (manifest.grid, manifest.vocabulary, manifest.crops) == ((8, 8), 8, 2)
+    assert manifest.class_names == ("bee", "cup", "owl")
+    assert manifest.preparation["side"] == "8 pixels"
+    assert manifest.preparation["crop"].startswith("centre square")
+    assert verify("icons").samples == {"train": 54, "validation": 3, "test": 3}
+    assert run("tokenize", "images", photos, "--out", "icons", "--tokenizer", "pixels:8", "--image-size", 8)[0] == 0
+
+
+def test_a_tokenizer_is_trained_once_and_kept(run, refused, photos, work):
+    code, out, err = run("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY)
+    assert code == 0, err
+    assert "PSNR" in out
+    assert sorted(path.name for path in Path("mine/tokenizer").iterdir()) == [
+        "reconstructions.png", "tokenizer.json", "tokenizer.safetensors",
+    ]  # fmt: skip
+    manifest = Manifest.load("mine")
+    assert (manifest.grid, manifest.vocabulary, manifest.crops, manifest.class_names) == ((4, 4), 16, 1, ("photos",))
+    assert manifest.tokenizer["weights"] == "mine/tokenizer/tokenizer.safetensors"
+    code, out, err = run("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY)
+    assert code == 0, err
+    assert "PSNR" not in out, "trained again"
+    words = ("--weights", "mine/tokenizer/tokenizer.safetensors", "--workers", 0)
+    code, _, err = run("tokenize", "images", photos / "bee", "--out", "other", *words)
+    assert code == 0, err
+    assert Manifest.load("other").grid == (4, 4), "the side is that of the tokenizer's training"
+
+
+def test_tokenizer_train_refuses(run, refused, photos, work):
+    Path("there").mkdir()
+    assert "there exists" in refused("tokenizer", "train", photos, "--out", "there")
+    assert "expected downsample one of" in refused("tokenizer", "train", photos, "--out", "t", "--downsample", 5)
+    assert "is no folder" in refused("tokenizer", "train", "nowhere", "--out", "t")
+    assert "needs FOLDER" in refused("tokenizer", "train", "--out", "t")
+    assert "has no weights" in refused("tokenize", "images", photos, "--out", "x", "--tokenizer", "vq16")
+    assert [path.name for path in work.iterdir()] == ["there"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("classes", [1, 2, 3, 12])
+def test_own_pictures_in_three_commands(run, photos, work, classes):
+    """The documented commands, with fewer steps: no error and no hand-made file, for any number of classes."""
+    if classes in (1, 12):
+        names = ("",) if classes == 1 else tuple(f"c{i:02d}" for i in range(classes))
+        photos = make_pictures(work / "photos", names, each=60 // classes)
+    else:
+        shutil.copytree(photos, work / "photos")
+        if classes == 2:
+            shutil.rmtree(work / "photos" / "owl")
+    few = ("--trainer.max_steps", 4, "--trainer.val_check_interval", 2, "--trainer.accelerator", "cpu")
+    mine = ("--data.shards", "data/mine")
+    commands = [
+        ("tokenize", "images", "photos", "--out", "data/mine", *TINY),
+        ("fit", "--config", "experiments/own_images.yaml", *mine, *few),
+        ("fit", "--config", "experiments/own_images_flashar.yaml", *mine, *few),
+        (
+            "report", "--raster", "runs/own/raster/checkpoints/best.ckpt", "--data", "data/mine", "--samples", 40,
+            "--flashar", "runs/own/flashar/checkpoints/best.ckpt", "--out", "runs/own/report", "--timed-images", 1,
+        ),
+    ]  # fmt: skip
+    for words in commands:
+        code, _, err = run(*words)
+        assert code == 0, err
+    values = json.loads(Path("runs/own/report/report.json").read_text())
+    assert [row["steps"] for row in values["rows"].values()] == [16, 7, 7]
+    assert (values["rows"]["flashar"]["accuracy"] is None) == (classes == 1)
+    assert values["bounds"] == []
+    assert Path("runs/own/report/classifier/classifier.safetensors").is_file()
+    assert Image.open("runs/own/report/samples.png").size[0] > 300
+    if classes == 3:
+        code, out, err = run(
+            "evaluate", "--checkpoint", "runs/own/flashar/checkpoints/best.ckpt", "--reference", "photos", "--out", "e",
+            "--reference-crop", "centre", "--features", "runs/own/report/classifier", "--num-samples", 40,
+        )  # fmt: skip
+        assert code == 0, err
+        assert "fid" in out
