@@ -25,11 +25,12 @@ from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.pictures import split_pictures
 from flashar_pl.data.sources import Source
 from flashar_pl.data.tokenise import TOKENIZER, Job, tokenise
-from flashar_pl.files import new_directory, read_json, require_new, write_json
+from flashar_pl.files import new_directory, require_new, write_json
 from flashar_pl.image_files import Unreadable
 from flashar_pl.options import CodecOptions, PackOptions, ShardOptions
 from flashar_pl.pictures import save_png, tile
 from flashar_pl.ranks import Rank
+from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers.small_vq import psnr, small_spec, train_small_vq
 
 WEIGHTS = "tokenizer.safetensors"
