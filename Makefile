@@ -54,13 +54,17 @@ load-test: setup  ## a server asked by 8 clients for 3 minutes: errors, times, m
 	$(BIN)/python -m tests.reliability.load $(or $(SECONDS_OF_LOAD),180)
 
 .PHONY: reliability-files
-reliability-files: setup  ## 100,000 damaged copies for each reader of files (an hour); ROOM=data COUNT=1000 for fewer
+reliability-files: setup  ## 100,000 damaged copies for each reader of files (half an hour); ROOM=data COUNT=1000 for fewer
 	for room in $(or $(ROOM),$(patsubst tests/reliability/test_%.py,%,$(shell grep -l '^TARGETS' tests/reliability/test_*.py))); do \
 		$(BIN)/python -m tests.reliability.mutate $$room $(or $(COUNT),100000) || exit 1; done
 
 .PHONY: reliability-bits
-reliability-bits: setup  ## 1,000 flipped bits, cuts and exchanged pieces in every file of a run: found or not; COUNT=100 for fewer
+reliability-bits: setup  ## 1,000 damaged copies of every file of a run: found or silent (2 minutes); COUNT=100 for fewer
 	$(BIN)/python -m tests.reliability.bits $(or $(COUNT),1000)
+
+.PHONY: reliability-long
+reliability-long: setup  ## 2,000 small training steps without growth of memory, open files or processes (2 minutes)
+	$(BIN)/python -m tests.reliability.long_run $(ARGS)
 
 reliability-kills: setup  ## kill and continue small runs at random moments, compare their ends (10 minutes); ARGS="--single 100"
 	$(BIN)/python tests/reliability/kills.py $(ARGS)
