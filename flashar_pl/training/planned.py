@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from flashar_pl.planner.sizes import ModelSizes, model_sizes
 from flashar_pl.planner.training import TrainingSetup
+from flashar_pl.text_files import read_json
 from flashar_pl.training.config import BackboneConfig, typed_settings
 from flashar_pl.training.lightning_cli import parsed_config
 from flashar_pl.training.module import FlashARModule
@@ -83,16 +83,25 @@ def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _stored_grid(path: Path) -> tuple[int, int]:
+    """(H, W) of a manifest. ValueError where it says none."""
+    match read_json(path).get("grid"):
+        case [int(height), int(width)] if min(height, width) > 0:
+            return height, width
+        case other:
+            raise ValueError(f"{path} has the grid {str(other)[:60]}; expected two whole numbers above 0.")
+
+
 def _grid(sizes: ModelSizes, shards: str, notes: list[str]) -> tuple[int, int]:
     """The grid of the shards: from their manifest, from a name such as imagenet_256, or the family's usual one."""
     place = Path(shards)
     manifests = [place / "manifest.json", *sorted(place.glob("*/manifest.json"))] if shards else []
-    grids = [json.loads(path.read_text(encoding="utf-8"))["grid"] for path in manifests if path.is_file()]
+    grids = [_stored_grid(path) for path in manifests if path.is_file()]
     if grids:
         height, width = max(grids, key=lambda grid: grid[0] * grid[1])
         if len(grids) > 1:
             notes.append(f"grid {height}x{width} is the largest of {len(grids)} in {shards}")
-        return int(height), int(width)
+        return height, width
     if found := re.search(r"_(\d{2,4})$", shards.rstrip("/")):
         side = int(found[1]) // 16
         notes.append(f"grid {side}x{side} guessed from the name {shards} ({found[1]} pixels, 16 per code)")

@@ -38,6 +38,9 @@ def test_the_largest_of_several_grids_counts(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     result = plan(RunOptions(config=str(tmp_path / "run.yaml")), HardwareOptions(gpus=8))
     assert list(result["setup"]["grid"]) == [27, 40]
+    (tmp_path / "manifest.json").write_text('{"grid": [16, "16"]}')
+    with pytest.raises(ValueError, match=r"manifest.json has the grid"):
+        plan(RunOptions(config=str(tmp_path / "run.yaml")), HardwareOptions(gpus=8))
 
 
 def test_the_published_recipe(run, work):
