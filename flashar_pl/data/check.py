@@ -54,6 +54,7 @@ def split_facts(manifest: Manifest, split: str, verified: Verification) -> dict[
     share = np.bincount(samples.codes.reshape(-1), minlength=manifest.vocabulary) / samples.codes.size  # (V,)
     used = share[share > 0]
     facts: dict[str, Any] = {
+        "also_in": verified.shared[split],
         "codes_used": len(used),
         "codes_perplexity": float(np.exp(-(used * np.log(used)).sum())),
     }
@@ -85,6 +86,8 @@ def show(manifest: Manifest, facts: dict[str, Any]) -> None:
             f"  {split}: {count:,} samples; {found['codes_used']:,} different codes in {looked:,} of them, "
             f"perplexity {found['codes_perplexity']:,.0f}"
         )
+        for other, number in found["also_in"].items():
+            print(f"    WARNING: {number:,} of them have the codes of one in the {other} split: they are not held out")
         if labels := found.get("labels"):
             absent = [_class(manifest, number) for number in labels["without_samples"]]
             (fewest, least), (most, greatest) = labels["fewest"], labels["most"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,11 +31,13 @@ class Verification:
     bytes: int
     labels: dict[str, list[int]]
     """Samples of each class in each split; empty unless class-conditional."""
+    shared: dict[str, dict[str, int]]
+    """Split -> other split -> how many of its samples have the codes of one there, if any."""
 
 
 def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verification:
     """Check every byte of a set of shards: sizes, hashes, the members of each tar, shapes and types, code range,
-    label range, ids unique within a split.
+    label range, ids unique within a split. Samples that two splits have are counted, whatever their ids.
 
     location and cache are those of `Manifest.load` and `ShardReader`.
 
@@ -42,40 +47,56 @@ def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verifi
     manifest = Manifest.load(location)
     problems: list[str] = []
     labels: dict[str, list[int]] = {}
+    digests: dict[str, np.ndarray] = {}
     for split, shards in manifest.splits.items():
-        ids, counts = [], np.zeros(manifest.condition.num_classes or 0, dtype=np.int64)
+        ids, contents, counts = [], [], np.zeros(manifest.condition.num_classes or 0, dtype=np.int64)
         for shard in shards:
             try:
                 path = manifest.local_path(shard, cache)
-                ids += _check_contents(manifest, shard, path, counts)
+                for record in _check_contents(manifest, shard, path, counts):
+                    ids.append(np.array(record["ids.npy"]))
+                    contents.append(_digests(record["codes.npy"]))
             except ValueError as error:
                 problems.append(str(error))
         if ids and len(np.unique(np.concatenate(ids))) < sum(map(len, ids)):
             problems.append(f"The {split} split holds a sample id more than once.")
         if len(counts):
             labels[split] = counts.tolist()
+        digests[split] = np.concatenate(contents or [np.zeros(0, np.uint64)])
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         listed = "".join(f"\n  {p}" for p in problems[:SHOWN])
         raise ValueError(f"The shards at {manifest.root} are not as the manifest says:{listed}{more}")
     every = [shard for shards in manifest.splits.values() for shard in shards]
     samples = {split: manifest.samples(split) for split in manifest.splits}
-    return Verification(samples, len(every), sum(shard.bytes for shard in every), labels)
+    return Verification(samples, len(every), sum(shard.bytes for shard in every), labels, _shared(digests))
 
 
-def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> list[np.ndarray]:
-    """The ids of the shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
+def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> Iterator[dict[str, Any]]:
+    """The shard's records; adds its labels to `counts`. Raises ValueError at the first problem."""
     data = map_shard(path, shard.bytes)
     check_hash(manifest, shard, path)
     inside = Counter(place for _, members in tar_records(Path(path)) for place in members.values())
     listed = Counter((offset, size) for record in shard.records for offset, size in record.members.values())
     if inside != listed:
         raise ValueError(f"The members of the tar {path} are not those the manifest lists.")
-    ids = []
     for record in shard.records:
         members = read_record(manifest, cut_members(data, record), path, record.samples)
         check_codes(members["codes.npy"], manifest, path)
         if len(counts):
             counts += np.bincount(members["labels.npy"], minlength=len(counts))
-        ids.append(np.array(members["ids.npy"]))
-    return ids
+        yield members
+
+
+def _digests(codes: np.ndarray) -> np.ndarray:
+    """64 bits of all the codes of each sample: (n, K, H, W) -> (n,) uint64."""
+    return np.frombuffer(b"".join(blake2b(row, digest_size=8).digest() for row in codes.copy()), dtype=np.uint64)
+
+
+def _shared(digests: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    """Split -> other split -> how many of its samples are there too, where there are any."""
+    counts = {
+        split: {other: int(np.isin(own, digests[other]).sum()) for other in digests if other != split}
+        for split, own in digests.items()
+    }
+    return {split: {other: n for other, n in others.items() if n} for split, others in counts.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,29 @@ NAMED = 4
 
 class NotFinite(ValueError):
     """A loss, a gradient or a weight is infinite or no number, equally on every rank."""
+
+
+class PatientStopping(EarlyStopping):
+    """An EarlyStopping for which a metric that a validation could not compute says nothing.
+
+    Lightning's ends the run there, or counts it as a validation without improvement.
+    """
+
+    @property
+    def state_key(self) -> str:
+        """That of an EarlyStopping, under which earlier checkpoints have it."""
+        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._lacks(trainer):
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._lacks(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def _lacks(self, trainer: Trainer) -> bool:
+        return bool(trainer.callback_metrics.get(self.monitor, torch.zeros(())).isnan().any())
 
 
 class FiniteSteps(StepCallback):
@@ -42,6 +66,11 @@ class FiniteSteps(StepCallback):
         """Samples of the steps that were not looked at."""
         self._first: Tensor | None = None
         """() int64 on the device: the first of them that is not finite; 0 = none."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for callback in trainer.early_stopping_callbacks:
+            if type(callback) is EarlyStopping:  # whoever configured it keeps the object
+                callback.__class__ = PatientStopping
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}

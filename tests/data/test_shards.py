@@ -323,6 +323,16 @@ def test_verify_reports_what_it_checked(toy: Manifest) -> None:
     assert got.labels["train"] == np.bincount(np.arange(107) % 5).tolist()
 
 
+def test_verify_counts_samples_of_two_splits(tmp_path: Path) -> None:
+    """Another packing of the training samples passed as a validation split."""
+    codes = sample_codes(np.arange(12))
+    with writer_for(tmp_path / "t", ConditionSpec("class", num_classes=5)) as writer:
+        writer.write("train", codes[:9], ids=range(9), labels=[1] * 9)
+        writer.write("validation", codes[[3, 11, 5, 8]], ids=range(20, 24), labels=[2] * 4)
+        writer.write("test", codes[[10]], ids=[0], labels=[1])
+    assert verify(tmp_path / "t").shared == {"train": {"validation": 3}, "validation": {"train": 3}, "test": {}}
+
+
 def test_verify_finds_one_flipped_bit(toy: Manifest) -> None:
     damage(toy, "codes.npy", 130, b"\x07")
     with pytest.raises(ValueError, match=r"train-000000.tar has the SHA-256 \w{64}, the manifest says"):

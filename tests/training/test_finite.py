@@ -1,11 +1,12 @@
 """A loss or gradient that is not finite changes no weight, and a metric that cannot be computed ends no training."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
 
 from flashar_pl.metrics.fid import RowFID
@@ -106,3 +107,25 @@ def test_a_metric_that_cannot_be_computed_is_missing(
     assert metrics["val/fid"].isnan()
     assert 1 <= metrics["val/is"] <= 3
     assert metrics["val/nll"] > 0
+
+
+def test_a_missing_metric_stops_no_run_and_replaces_no_best(toy_shards: str, tmp_path: Path) -> None:
+    """EarlyStopping ended the run at the first Fréchet distance that could not be computed."""
+    values = [math.nan, 5.0, math.nan, 7.0, math.nan, math.nan, 9.0]
+
+    class Scores(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module) -> None:
+            pl_module.log("val/score", values[trainer.global_step - 1], batch_size=1)
+
+    stop = EarlyStopping("val/score", patience=2)
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/score", save_top_k=1)
+    module = make_module()
+    validating = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    options = {"enable_checkpointing": True, "callbacks": [Scores(), stop, best], **validating}
+    fit(tmp_path, toy_shards, module, max_steps=7, **options)
+    assert module.trainer.global_step == 7
+    assert (float(stop.best_score), stop.wait_count) == (5.0, 2)
+    assert float(best.best_model_score) == 5.0
+    assert best.best_model_path.endswith("step=2.ckpt")
+    assert "EarlyStopping" in stop.state_key
+    assert "PatientStopping" not in stop.state_key
