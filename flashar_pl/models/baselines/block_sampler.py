@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.numerics import sample_seeds, uniforms, wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import check_usable, draw, filter_logits, guide, unusable
-
-if TYPE_CHECKING:
-    from flashar_pl.models.baselines.block_diffusion import BlockDiffusion
 
 SMALLEST = 1e-10
 """Of the uniforms of Gumbel noise."""
@@ -78,11 +75,11 @@ class Draws:
 
 
 class BlockSampler:
-    """One batch on its way through the blocks."""
+    """One batch on its way through the blocks. model: a `BlockDiffusion`, whose module imports this one."""
 
     def __init__(
         self,
-        model: BlockDiffusion,
+        model: Any,
         condition: Condition,
         plan: DecodePlan,
         settings: SamplingSettings,

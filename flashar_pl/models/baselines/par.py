@@ -45,7 +45,7 @@ class PAR(RasterAR):
         check_regions(tokens_per_step)
         if backbone.row_ends:
             raise ValueError(
-                f"{backbone.kind} has row-end tokens, which regions leave no place for; expected LlamaGen."
+                f"{backbone.kind} has row-end tokens, which regions leave no place for; expected a backbone without."
             )
         super().__init__(backbone)
         self.tokens_per_step = tokens_per_step
