@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 Plan = Literal["raster", "diagonal"]
 Weights = Literal["auto", "raw", "ema"]
@@ -66,8 +66,9 @@ class SamplingSettings:
     Invalid values raise ValueError on construction.
     """
 
-    cfg_scale: float = 1.0
-    """Classifier-free guidance s in u + s (c - u); 1 is off (one pass), 0 unconditional."""
+    cfg_scale: float | None = None
+    """Classifier-free guidance s in u + s (c - u); 1 is off (one pass), 0 unconditional. Default: what the published
+    weights of the model's family need (5 for Emu3.5), else 1."""
     cfg_interval: int | None = None
     """k: guide only steps with at most k + 1 cells decoded before them. Default: every step."""
     temperature: float = 1.0
@@ -80,7 +81,7 @@ class SamplingSettings:
     """Take the most likely code after guidance instead of drawing."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
+        if self.cfg_scale is not None and not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
             raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
         check_least(self, cfg_interval=0, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
@@ -89,7 +90,16 @@ class SamplingSettings:
     @property
     def guided(self) -> bool:
         """Whether a second, unconditional row is needed at all."""
-        return self.cfg_scale != 1.0
+        return self.scale != 1.0
+
+    @property
+    def scale(self) -> float:
+        """Guidance as a number."""
+        return 1.0 if self.cfg_scale is None else self.cfg_scale
+
+    def of(self, usual: float | None) -> Self:
+        """The same settings with the guidance of a model in place of None; usual: None = it does without."""
+        return replace(self, cfg_scale=usual or 1.0) if self.cfg_scale is None else self
 
     def guides(self, decoded: int) -> bool:
         """Whether a step with `decoded` cells before it is guided."""

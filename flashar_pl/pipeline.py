@@ -174,8 +174,7 @@ class FlashARPipeline:
             text_features=options.pop("text_features", None), num_images=num_images, seed=seed,
         )  # fmt: skip
         shape = ShapeOptions(**{name: options.pop(name) for name in _options_of(ShapeOptions) & options.keys()})
-        guidance: dict[str, Any] = {} if cfg_scale is None else {"cfg_scale": cfg_scale}
-        sampling = SamplingSettings(**guidance, **options)
+        sampling = SamplingSettings(cfg_scale, **options)
         text = replace(self._text, negative_prompt=negative_prompt or self._text.negative_prompt)
         engine = replace(
             self._options, batch_size=batch_size or self._options.batch_size, plan=plan or self._options.plan
@@ -187,6 +186,7 @@ class FlashARPipeline:
         engine: EngineOptions, codes_only: bool, progress: bool,
     ) -> PipelineOutput:  # fmt: skip
         source = self._source
+        sampling = sampling.of(source.model.backbone.published_cfg_scale)
         grid = choose_grid(source, shape)
         check_top_k(source.model, sampling.top_k)
         plan = check_plan(source.model, engine.plan, grid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Rank:
     def share(self, n: int) -> range:
         """The numbers of 0 .. n - 1 that are this rank's."""
         return range(self.rank, n, self.world)
+
+    def say(self, news: str) -> None:
+        """Tell what comes next, once, on standard error."""
+        if self.rank == 0:
+            print(news, file=sys.stderr, flush=True)
 
     def first(self, build: Callable[[], T]) -> T:
         """What `build` returns on rank 0, on every rank. Every rank must call this; only rank 0 calls `build`."""

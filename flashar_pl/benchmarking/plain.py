@@ -75,7 +75,7 @@ def generate_plain(
         drawn = []
         for t, slots in enumerate(plan.slots_of_step):
             logits = [model.step_logits(each.states, plan, t) for each in passes]  # (B, 1, V)
-            mixed = guide(logits[0], logits[1], settings.cfg_scale) if settings.guided else logits[0]
+            mixed = guide(logits[0], logits[1], settings.scale) if settings.guided else logits[0]
             drawn.append(choose(mixed, noise[:, t : t + 1], settings))  # (B, 1)
             if t + 1 < plan.n_steps:
                 fed = torch.nn.functional.pad(drawn[-1], (0, slots.stop - slots.start - 1), value=ROW_END)

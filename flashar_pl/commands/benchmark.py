@@ -61,6 +61,7 @@ def benchmark(
     Example:
         flashar benchmark --preset llamagen-b --cfg-scale 2 --batch-sizes 1,8 --threads 1 --out benchmark/
     """
+    from flashar_pl.backbones import describe_backbone
     from flashar_pl.benchmarking.measure import circumstances, cpu_threads
     from flashar_pl.benchmarking.rows import Job, measure_all
     from flashar_pl.benchmarking.subjects import Subject
@@ -78,6 +79,7 @@ def benchmark(
         require_new(measured.out, "benchmark")
     device, kind = find_device(compute.device), compute.dtype or "fp32"
     dtype, subject = dtype_from_name(kind), Subject.of(model, device, kind)
+    sampling = sampling.of(describe_backbone(subject.sizes.config["backbone"]).published_cfg_scale)
     if subject.loaded is not None:
         for name in names:
             check_plan(subject.loaded, name, subject.grid)

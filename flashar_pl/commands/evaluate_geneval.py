@@ -12,7 +12,7 @@ from flashar_pl.options import EngineOptions, RankOptions, SamplingSettings, Tex
 def evaluate_geneval(
     options: GenEvalOptions,
     model: DrawnModelOptions = DrawnModelOptions(),
-    sampling: SamplingSettings = SamplingSettings(cfg_scale=5.0),
+    sampling: SamplingSettings = SamplingSettings(),
     text: TextOptions = TextOptions(),
     engine: EngineOptions = EngineOptions(),
     ranks: RankOptions = RankOptions(),
@@ -48,6 +48,7 @@ def evaluate_geneval(
             print(f"{name:<14} {task['correct'] / task['images']:.4f}  ({task['correct']} of {task['images']})")
         print(f"mean over tasks (the official score)  {report['overall']:.4f}")
         print(f"mean over images                      {report['image_mean']:.4f}")
+        print(f"wrote {options.out}/geneval.json, {options.out}/results.jsonl")
     return report
 
 

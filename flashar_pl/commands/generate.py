@@ -71,6 +71,7 @@ def generate(
 
     target = require_new(draw.out, "samples")
     source = open_checkpoint(model, engine)
+    sampling = sampling.of(source.model.backbone.published_cfg_scale)
     grid = choose_grid(source, shape)
     check_top_k(source.model, sampling.top_k)
     plan = check_plan(source.model, engine.plan, grid)

@@ -6,6 +6,7 @@ Shapes: N images of the split, B of a batch, H x W grid.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,6 +99,7 @@ def score(
     print(json_text({name: value for name, value in result.items() if name not in FILE_ONLY}, "scores"))
     if out is not None:
         write_json(out, result)
+        print(f"wrote {out}", file=sys.stderr)
     return result
 
 

@@ -114,7 +114,7 @@ def decode(
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
         logits = model.step_logits(states, plan, t)  # (R, n, V)
-        logits = guide(logits[:batch], logits[batch:], settings.cfg_scale) if guided[t] else logits[:batch]
+        logits = guide(logits[:batch], logits[batch:], settings.scale) if guided[t] else logits[:batch]
         buffers.broken[t] = unusable(logits)
         drawn[:, done : done + n] = choose(logits, inputs.noise[:, done : done + n], settings)
         done += n

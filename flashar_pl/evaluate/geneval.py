@@ -76,6 +76,7 @@ def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> No
     rank.first(lambda: _open(asked, source, entries, samples))
     files = [out / f"{i // every:05d}" / "samples" / f"{i % every:04d}.png" for i in range(samples.n)]
     engine = build_engine(source, asked.engine, samples.plan)
+    rank.say(f"drawing {samples.n:,} images of {len(entries):,} prompts into {out}")
     todo = [batch for batch in rank.share(samples.batches) if not all(files[i].exists() for i in samples.wanted(batch))]
     with rank.progress(len(todo) * samples.batch_size, "images") as advance:
         for drawn in draw(engine, decoder, samples, todo):
@@ -87,15 +88,16 @@ def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> No
 
 def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> SampleSet:
     """The numbered images of all prompts. Raises ValueError for a model or prompt assets that do not fit."""
-    check_top_k(source.model, asked.sampling.top_k)
+    sampling = asked.sampling.of(source.model.backbone.published_cfg_scale)
+    check_top_k(source.model, sampling.top_k)
     grid = choose_grid(source, ShapeOptions())
-    wanted = ask(source, grid, 1, asked.sampling.guided, Subject(prompt=prompts), asked.text)
+    wanted = ask(source, grid, 1, sampling.guided, Subject(prompt=prompts), asked.text)
     every = asked.options.num_images
     return SampleSet(
         wanted.condition,
         grid=grid,
         plan=check_plan(source.model, asked.engine.plan, grid),
-        sampling=asked.sampling,
+        sampling=sampling,
         batch_size=batch_size(asked.engine, GENEVAL_BATCH_SIZE, len(prompts) * every),
         seed=asked.options.seed,
         unconditional=wanted.unconditional,
@@ -107,7 +109,7 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
     """Make the folders, or check that those there are of the same images."""
     out = Path(asked.options.out)
     identity = {
-        **asdict(asked.sampling),
+        **asdict(samples.sampling),
         "negative_prompt": asked.text.negative_prompt,
         "num_images": asked.options.num_images,
         "seed": samples.seed,
@@ -168,6 +170,7 @@ def _entry_of(folder: Path) -> dict[str, Any]:
 def score_images(out: Path, detector: str, clip: str, rank: Rank) -> dict[str, Any] | None:
     """Score this rank's share of the images; the first rank writes results.jsonl and geneval.json."""
     images = list_images(out)
+    rank.say(f"scoring {len(images):,} images of {out}; reading {detector} and {clip}")
     detect = geneval_images.Detector(detector, rank.device)
     colors = geneval_images.ColorClassifier(clip, rank.device)
     mine = rank.share(len(images))

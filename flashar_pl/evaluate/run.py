@@ -124,7 +124,7 @@ def sample_identity(asked: Evaluation, bench: Bench) -> dict[str, Any]:
         "dtype": bench.source.dtype,
         "weight_format": "plain" if engine.weight_format in EXACT else engine.weight_format,
         "plan": bench.samples.plan,
-        **as_settings(asked.sampling),
+        **as_settings(bench.samples.sampling),
         "number": options.num_samples,
         "labels": options.labels,
         "seed": options.seed,
@@ -157,7 +157,7 @@ def finish(
     if asked.options.save_npz:
         write_npz(folder, batches, bench.samples.n, out / "samples.npz")
     shown = draw_grid(bench, out / "grid.png")
-    settings = as_settings(asked.options, asked.model, asked.sampling, asked.engine)
+    settings = as_settings(asked.options, asked.model, bench.samples.sampling, asked.engine)
     result = {
         "command": "evaluate",
         "metrics": metrics,

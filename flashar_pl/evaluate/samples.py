@@ -18,6 +18,7 @@ from flashar_pl.decoding.samples import SampleSet, check_resize
 from flashar_pl.evaluate.options import BATCH_SIZE, Evaluation, Labels, batch_size
 from flashar_pl.metrics.extractor import FeatureExtractor
 from flashar_pl.metrics.features import load_extractor
+from flashar_pl.numerics import float64_device
 from flashar_pl.tokenizers import Tokenizer
 
 HIGH_SIDE, EVALUATION_SIDE = 384, 256
@@ -42,19 +43,22 @@ class Bench:
     def load(cls, asked: Evaluation, device: torch.device) -> Bench:
         """Load everything onto one device. Raises ValueError for whatever does not exist or does not fit."""
         options, n = asked.options, asked.options.num_samples
+        if float64_device(device) != device:
+            raise ValueError(f"metrics are computed in float64, which {device.type} does not have; use --device cpu.")
         extractor = load_extractor(options.features)
         source = open_checkpoint(asked.model, replace(asked.engine, device=str(device)))
         grid, takes = source.need_grid(), source.model.backbone.conditioning
         if takes.kind != "class":
             raise ValueError("evaluate draws samples by class; this model is conditioned on text.")
-        check_top_k(source.model, asked.sampling.top_k)
+        sampling = asked.sampling.of(source.model.backbone.published_cfg_scale)
+        check_top_k(source.model, sampling.top_k)
         plan = check_plan(source.model, asked.engine.plan, grid)
         decoder = source.matching_tokenizer(str(device))
         resize, size = image_size(decoder, grid, options.resize)
         engine = build_engine(source, asked.engine, plan)
         labels = torch.tensor(sample_labels(options.labels, n, takes.size, options.seed))
         size_of_batch = batch_size(asked.engine, BATCH_SIZE, n)
-        samples = SampleSet(ClassIds(labels), grid, plan, asked.sampling, size_of_batch, options.seed)
+        samples = SampleSet(ClassIds(labels), grid, plan, sampling, size_of_batch, options.seed)
         return cls(source, engine, decoder, extractor.to(device), samples, resize, size)
 
 

@@ -58,8 +58,9 @@ class Service:
         self, model: ModelOptions, sampling: SamplingSettings, shape: ShapeOptions, text: TextOptions,
         engine: EngineOptions, most_jobs: int,
     ) -> None:  # fmt: skip
-        self.source, self.sampling, self.text = open_checkpoint(model, engine), sampling, text
+        self.source, self.text = open_checkpoint(model, engine), text
         network = self.source.model
+        self.sampling = sampling.of(network.backbone.published_cfg_scale)
         self.grid = choose_grid(self.source, shape)
         self.plan = check_plan(network, engine.plan, self.grid)
         plans = ("diagonal", "raster") if network.dual_head.vertical is not None else ("raster",)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 
 from flashar_pl.backbones import Backbone
@@ -13,6 +15,7 @@ from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.tokenizers.text import RANK_FILE
 from flashar_pl.training.config import ValidationConfig
+from flashar_pl.training.stages import Schedule
 
 
 def check_initial_file(path: str | Path) -> None:
@@ -76,10 +79,41 @@ def check_trainer(trainer: Any, clip: float) -> None:
         )
 
 
+def idle_parts(trainer: Trainer, schedule: Schedule, roles: Iterable[str]) -> list[str]:
+    """What a run that starts would leave out without a word: validations, and the training of some of its roles."""
+    notes, total = [], schedule.total_steps
+    first, last = first_validation(trainer), total * trainer.accumulate_grad_batches
+    if first is not None and first > last:
+        notes.append(
+            f"no validation: the first would come after batch {first:,.0f}, the run has {last:,}. Lower "
+            f"trainer.val_check_interval (now {trainer.val_check_interval}) or check_val_every_n_epoch (now "
+            f"{trainer.check_val_every_n_epoch})."
+        )
+    idle = [role for role in sorted(set(roles)) if not (schedule.trains(role, 0) or schedule.trains(role, total - 1))]
+    if idle:
+        notes.append(
+            f"the learning rate of {', '.join(idle)} is 0 in all {total:,} steps: schedule.stage1_share is "
+            f"{schedule.stage1_share}, backbone_factor {schedule.backbone_factor}."
+        )
+    if schedule.warmup > total:
+        notes.append(
+            f"the learning rate stays low: schedule.warmup is {schedule.warmup:,} steps, the run has {total:,}."
+        )
+    return notes
+
+
+def first_validation(trainer: Trainer) -> float | None:
+    """After how many batches of a fit the first validation comes; None = there is none, or a clock tells."""
+    interval, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or trainer.fast_dev_run or interval is None:  # type: ignore[attr-defined]
+        return None
+    return interval if epochs is None else (epochs - 1) * trainer.num_training_batches + interval
+
+
 def check_guidance(backbone: Backbone, validation: ValidationConfig) -> None:
     """ValueError if a validation would draw guided samples of a model that does not know its unconditional prompt."""
     draws, cfg_scale = validation.samples or validation.grid_images, validation.cfg_scale
-    if draws and cfg_scale != 1 and not backbone.knows_null:
+    if draws and cfg_scale not in (None, 1) and not backbone.knows_null:
         raise ValueError(
             f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "
             f"model.backbone.options.unconditional_prompt, or a model.backbone.directory with {RANK_FILE}."

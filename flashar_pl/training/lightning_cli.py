@@ -35,6 +35,7 @@ from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.mark import marked
+from flashar_pl.training.measured import report
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress
@@ -71,11 +72,13 @@ VERBS = {
     "  flashar fit --model.flashar.help    # branch layer, fusion, corner; --model.lora.help: LoRA\n\n"
     "Options win over files, files over the configuration of the checkpoint that is continued. A run keeps the\n"
     "schedule it was started with; to train longer, start a new one with --model.init_from CHECKPOINT.",
-    "validate": "Losses, likelihood and, where configured, FID and samples on the validation split.\n\n"
+    "validate": "Losses, likelihood and, where configured, FID and samples on the validation split:\n"
+    "a table, and validate.json in the run directory.\n\n"
     "example:\n  flashar validate --checkpoint runs/demo/flashar/checkpoints/last.ckpt\n\n"
     "The configuration is that of the checkpoint's run directory, if it is yours. Of a file alone only numbers and\n"
     "known words are taken: say where the data is, --data.shards DIRECTORY. Options change it.",
-    "test": "Losses, likelihood and, where configured, FID and samples on the test split.\n\n"
+    "test": "Losses, likelihood and, where configured, FID and samples on the test split:\n"
+    "a table, and test.json in the run directory.\n\n"
     "example:\n  flashar test --checkpoint runs/demo/flashar/checkpoints/last.ckpt",
     "predict": "Likelihood of every test image, written as .npz into the run directory.\n\n"
     "example:\n  flashar predict --checkpoint runs/demo/flashar/checkpoints/last.ckpt",
@@ -321,7 +324,7 @@ class ExperimentCLI(LightningCLI):
     def _run(self) -> None:
         arguments = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": self.checkpoint}
         try:
-            getattr(self if self.verb == "predict" else self.trainer, self.verb)(**arguments, weights_only=True)
+            getattr(self.trainer if self.verb == "fit" else self, self.verb)(**arguments, weights_only=True)
         except SIGTERMException:
             raise SystemExit(TERMINATED) from None
         except SystemExit as end:  # Lightning turns Ctrl-C into exit(1); a run that was asked to stop has its own code
@@ -335,6 +338,17 @@ class ExperimentCLI(LightningCLI):
             if self._new_directory and self.verb == "fit" and self.trainer.global_step == 0:
                 shutil.rmtree(self._directory, ignore_errors=True)  # made by this call, nothing was trained
             raise
+
+    def validate(self, **arguments: Any) -> None:
+        """Print rounded numbers and write validate.json or test.json into the run directory."""
+        getattr(self.trainer, self.verb)(**arguments, verbose=False)
+        if self.trainer.is_global_zero:
+            manifest = getattr(self.datamodule, "manifest", None)
+            facts = {"checkpoint": self.checkpoint, "data": None if manifest is None else manifest.name}
+            target = free_name(Path(self.trainer.default_root_dir) / f"{self.verb}.json")
+            report(self.verb, self.trainer.callback_metrics, target, facts)
+
+    test = validate
 
     def predict(self, **arguments: Any) -> None:
         """Write predictions.npz: of every test image its "index" (N,), ascending, and "nll" (N,) in nats."""

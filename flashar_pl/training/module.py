@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from flashar_pl.backbones import Backbone, Batch, describe_backbone
@@ -29,7 +29,14 @@ from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, keep_frozen_once
 from flashar_pl.training.callbacks import LOGGED, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
-from flashar_pl.training.checks import check_data, check_guidance, check_initial_file, check_model, check_trainer
+from flashar_pl.training.checks import (
+    check_data,
+    check_guidance,
+    check_initial_file,
+    check_model,
+    check_trainer,
+    idle_parts,
+)
 from flashar_pl.training.config import (
     OPTIMISER,
     SCHEDULE,
@@ -94,7 +101,9 @@ class FlashARModule(LightningModule):
         check_model(lora, flashar, init_from, aux_weight)
         self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
-        self.optimiser, self.validation = optimiser, validation
+        own = describe_backbone(self.model_config["backbone"])
+        self.optimiser = optimiser
+        self.validation = validation = validation.of(own.published_cfg_scale if own.knows_null else None)
         self.aux_weight, self.ema_decay = aux_weight, ema_decay
         self.net: GridModel
         self.ema: GridModel | None = None
@@ -183,8 +192,15 @@ class FlashARModule(LightningModule):
 
     def on_train_start(self) -> None:
         self.load_initial_weights()
+        if self.trainer.ckpt_path is None:
+            roles = [group["role"] for each in self.trainer.optimizers for group in each.param_groups]
+            for note in idle_parts(self.trainer, self.built_schedule, roles):
+                rank_zero_warn(note)
 
-    on_validation_start = on_test_start = on_predict_start = on_train_start
+    def on_validation_start(self) -> None:
+        self.load_initial_weights()
+
+    on_test_start = on_predict_start = on_validation_start
 
     # --- steps ------------------------------------------------------------------------------------------------------
 

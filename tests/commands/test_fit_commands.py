@@ -205,7 +205,8 @@ def test_validate_needs_the_path_only_and_agrees_with_score(run, trained, work):
     checkpoint = trained / "runs/flashar/checkpoints/last.ckpt"
     code, out, err = run("validate", "--ckpt_path", checkpoint, "--trainer.limit_val_batches", "1.0")
     assert code == 0, err
-    nll = float(re.search(r"val/nll\s*│\s*([\d.]+)", out)[1])
+    assert re.search(r"\| val/nll +\| +\d[\d.]{,5} \|", out)
+    nll = json.loads(Path("runs/flashar/validate.json").read_text())["metrics"]["val/nll"]
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert [p.name for p in Path("runs/flashar/gate").iterdir()] == [f"validate_step_{step:07d}.png"]
     data = read_config(str(checkpoint))["data"]["shards"]
@@ -216,7 +217,8 @@ def test_validate_needs_the_path_only_and_agrees_with_score(run, trained, work):
 def test_test_and_predict_need_the_path_only(run, runs):
     code, out, err = run("test", "--ckpt_path", LAST)
     assert code == 0, err
-    nll = float(re.search(r"test/nll\s*│\s*([\d.]+)", out)[1])
+    assert "wrote runs/raster/test.json" in out
+    nll = json.loads(Path("runs/raster/test.json").read_text())["metrics"]["test/nll"]
     code, out, err = run("predict", "--ckpt_path", LAST)
     assert code == 0, err
     with np.load("runs/raster/predictions.npz") as found:

@@ -1,13 +1,19 @@
 """The same option everywhere: spelling, names, suggestions, and examples that can be pasted."""
 
+import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
+from command_toys import DIGITS, TINY
 
-from flashar_pl import cli
+from flashar_pl import FlashARPipeline, cli
+from flashar_pl.backbones import LlamaGen
 from flashar_pl.commands.arguments import build_parser, options_of, parse
+from flashar_pl.options import EngineOptions, SamplingSettings, ShapeOptions, TextOptions
 from flashar_pl.training.lightning_cli import DATA, VERBS, ExperimentCLI
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.words import Words, check_keys
@@ -124,3 +130,33 @@ def test_words_of_other_programs_are_known(typed, meant, refused):
 def test_keys_of_a_run_are_suggested_where_they_are(typed, first):
     with pytest.raises(ValueError, match=rf"no configuration key '{typed}'; closest: {first}[,.]"):
         check_keys(Words.read([f"--{typed}", "1"]), FlashARModule, DATA)
+
+
+# --- guidance ------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_the_models_own_where_nothing_is_said(run, flashar_model, work, monkeypatch):
+    """Guards a default of one command: GenEval drew with 5 what `generate` drew with 1."""
+    model = LlamaGen
+    for usual, expected in ((None, 1.0), (3.0, 3.0)):
+        monkeypatch.setattr(model, "published_cfg_scale", usual)
+        code, _, err = run("generate", "--checkpoint", flashar_model, "--classes", 3, "--out", f"drawn{usual}")
+        assert code == 0, err
+        assert json.loads(Path(f"drawn{usual}/settings.json").read_text())["settings"]["cfg_scale"] == expected
+        drawn = FlashARPipeline.from_pretrained(flashar_model)(3, progress=False)
+        assert drawn.settings["cfg_scale"] == expected
+        assert drawn.codes.tolist() == np.load(f"drawn{usual}/codes.npy").tolist()
+        module = FlashARModule({"options": TINY | DIGITS})
+        assert module.validation.cfg_scale == expected
+        assert FlashARModule({"options": TINY | DIGITS}, validation={"cfg_scale": 2.0}).validation.cfg_scale == 2.0
+    assert np.load("drawnNone/codes.npy").tolist() != np.load("drawn3.0/codes.npy").tolist()
+
+
+def test_every_command_has_one_default_for_each_option():
+    """Guards two defaults of one option; what differs says so in its help, as `evaluate`'s tokenizer batch does."""
+    shared = SamplingSettings, EngineOptions, ShapeOptions, TextOptions
+    defaults = {field.name: field.default for group in shared for field in fields(group)}
+    for name in TYPED:
+        for option in options_of(cli.load(cli.COMMANDS[name])):
+            if option.name in defaults and not name.startswith("tokenize"):
+                assert option.default == defaults[option.name], f"{name} {option.typed}"

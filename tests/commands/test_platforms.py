@@ -15,6 +15,9 @@ from command_toys import DIGITS, TINY
 
 import flashar_pl
 from flashar_pl import devices, locks
+from flashar_pl.evaluate.options import EvaluateOptions, Evaluation
+from flashar_pl.evaluate.samples import Bench
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings
 from flashar_pl.training.preemption import StopOnSignal
 
 POSIX = {"fcntl", "resource", "pwd", "grp", "termios", "pty", "syslog"}
@@ -88,3 +91,11 @@ def test_an_apple_gpu_is_taken_where_torch_has_one(monkeypatch):
         devices.find_device("mps")
     with pytest.raises(ValueError, match="expected auto, cpu, cuda, cuda:N or mps"):
         devices.find_device("mps:1")
+
+
+def test_metrics_refuse_a_device_without_float64():
+    """Guards torch's own words, after all samples were drawn."""
+    options = EvaluateOptions(reference="r", features="f", out="o")
+    asked = Evaluation(options, ModelOptions("c"), SamplingSettings(), EngineOptions())
+    with pytest.raises(ValueError, match="metrics are computed in float64, which mps does not have; use --device cpu"):
+        Bench.load(asked, torch.device("mps"))

@@ -108,7 +108,7 @@ class BlockSampler:
                 logits = self.model.head_logits(h)  # (R, n, V)
                 if self.settings.guided:
                     batch = len(self.tokens)
-                    logits = guide(logits[:batch], logits[batch:], self.settings.cfg_scale)
+                    logits = guide(logits[:batch], logits[batch:], self.settings.scale)
                 broken.append(unusable(logits))
                 shown = self.draws.reveal[:, cells] == s
                 self.tokens[:, cells] = torch.where(shown, self._choose(logits, block, s), self.tokens[:, cells])

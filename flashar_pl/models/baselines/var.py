@@ -291,7 +291,7 @@ class VAR(nn.Module):
             logits = self._forward(x, condition, begin, cache=cache)  # (R, n, V)
             if rows > batch:
                 given, null = logits.chunk(2)
-                logits = guide(given, null, 1 + settings.cfg_scale * k / (len(config.patch_nums) - 1))
+                logits = guide(given, null, 1 + settings.scale * k / (len(config.patch_nums) - 1))
             if on_scale is not None:
                 on_scale(k, logits)
             broken.append(unusable(logits))
