@@ -1,6 +1,7 @@
 """What the pages name is there: files, links, make targets, functions, commands written within a sentence."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,13 @@ def test_functions_stand_in_the_files_that_the_method_names() -> None:
 def test_the_map_shows_every_page() -> None:
     linked = set(re.findall(r"\]\(([\w./-]+)\)", text_of("docs/index.md")))
     assert {Path(page).name for page in DOCS} - {"index.md"} <= linked
+
+
+def test_rooms_stand_in_the_order_of_the_contract() -> None:
+    """Guards the table of rooms: a module that is gone, or that may not be imported from where the table says."""
+    contract = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"][0]["layers"]
+    layers = [set(layer.replace("flashar_pl.", "").split(" | ")) for layer in reversed(contract)]
+    table = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    rooms = [set(re.findall(r"\w+", row)) for row in table]
+    assert len(rooms) == len(layers)
+    assert all(room <= layer for room, layer in zip(rooms, layers, strict=True)), rooms
