@@ -24,6 +24,10 @@ def nearest(directory: Path) -> str:
     return f" Did you mean {inside[-1]}?" if inside else ""
 
 
+def _is_weight(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
 class RunCheckpoint:
     """A checkpoint that a training run wrote. Its weights are read, and compared, when they are asked for.
 
@@ -46,8 +50,8 @@ class RunCheckpoint:
                 f"{path} was not written by `flashar fit`. To start from its weights: --model.init_from {path}"
             )
         state = self.content.get("state_dict", {})
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-            raise ValueError(f'{path} is damaged: its "state_dict" holds other things than tensors.')
+        if not isinstance(state, dict) or not all(map(_is_weight, state.items())):
+            raise ValueError(f'{path} is damaged: its "state_dict" holds other things than tensors by name.')
         self.description = Description.from_dict(self.content[CHECKPOINT_KEY])
 
     def check_whole(self) -> RunCheckpoint:
@@ -71,5 +75,5 @@ class RunCheckpoint:
         with offering(self.path):
             if self.sharded:
                 return read_sharded(self.path, names)
-            stored = self.content["state_dict"]
+            stored = self.content.get("state_dict", {})
             return copied(self.path, {name: stored[other] for name, other in names.items()}, self._crcs)

@@ -152,7 +152,11 @@ def test_a_header_that_is_nested_too_deep(tmp_path: Path) -> None:
         read_header(tmp_path / "a.safetensors")
 
 
-def test_weights_of_a_run_are_tensors(tmp_path: Path) -> None:
-    torch.save(RUN | {"state_dict": {"net.a": (1, 2)}}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match="other things than tensors"):
-        load_model(tmp_path / "a.ckpt")
+def test_weights_of_a_run_are_tensors_by_name(tmp_path: Path) -> None:
+    for state in ({"net.a": (1, 2)}, {3: torch.ones(2)}, [torch.ones(2)]):
+        torch.save(RUN | {"state_dict": state}, tmp_path / "a.ckpt")
+        with pytest.raises(ValueError, match="other things than tensors"):
+            load_model(tmp_path / "a.ckpt")
+    torch.save({name: value for name, value in RUN.items() if name != "state_dict"}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="more than the 0 tensors"):
+        load_model(tmp_path / "b.ckpt")
