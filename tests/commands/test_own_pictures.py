@@ -4,11 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from own_pictures import make_pictures
 from PIL import Image
 
+from flashar_pl.backbones import LlamaGen
+from flashar_pl.backbones.llamagen import LlamaGenConfig
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.shards import Manifest, verify
+from flashar_pl.data.writer import ShardWriter
+from flashar_pl.models import FlashAR, RasterAR
 
 TINY = ("--image-size", 16, "--downsample", 4, "--codes", 16, "--steps", 3, "--workers", 0)
 
@@ -62,6 +70,37 @@ def test_tokenizer_train_refuses(run, refused, photos, work):
     assert "needs FOLDER" in refused("tokenizer", "train", "--out", "t")
     assert "has no weights" in refused("tokenize", "images", photos, "--out", "x", "--tokenizer", "vq16")
     assert [path.name for path in work.iterdir()] == ["there"]
+
+
+@pytest.mark.slow
+def test_report_of_captioned_images(run, work, tiny_text):
+    """Guards a report that knows classes only: samples are drawn for the test split's captions."""
+    raster, flashar, shards = tiny_text
+    words = ("--raster", raster, "--flashar", flashar, "--data", shards, "--out", "report", "--samples", 40)
+    code, _, err = run("report", *words, "--timed-images", 1)
+    assert code == 0, err
+    rows = json.loads(Path("report/report.json").read_text())["rows"]
+    assert [row["accuracy"] for row in rows.values()] == [None, None, None]
+    assert all(row["fid"] is not None and row["images"] == 5 for row in rows.values())
+    assert "knows no classes" in Path("report/report.md").read_text()
+
+
+@pytest.fixture
+def tiny_text(tmp_path) -> tuple[str, str, str]:
+    """A raster model, a FlashAR model and shards of images with text features."""
+    sizes = {"dim": 32, "n_layer": 2, "n_head": 2, "multiple_of": 32, "vocab_size": 8}
+    config = LlamaGenConfig(**sizes, condition="text", caption_dim=6, caption_positions=5)
+    rng = np.random.default_rng(0)
+    facts = {"tokenizer": {"kind": "pixels", "levels": 8}, "grid": (4, 4), "vocabulary": 8, "name": "captions"}
+    condition = ConditionSpec("text-features", length=5, width=6)
+    with ShardWriter(tmp_path / "shards", condition=condition, **facts) as writer:
+        for split, n in (("train", 40), ("validation", 5), ("test", 5)):
+            texts = [rng.normal(size=(1 + i % 5, 6)).astype(np.float32) for i in range(n)]
+            writer.write(split, rng.integers(0, 8, (n, 4, 4)), ids=np.arange(n), features=texts)
+    for name, each in (("raster", RasterAR(LlamaGen(config))), ("flashar", FlashAR(LlamaGen(config), 1))):
+        note = Description(each.config(), grid=(4, 4), tokenizer=facts["tokenizer"])
+        save_model(tmp_path / "models" / name, each, note)
+    return str(tmp_path / "models/raster"), str(tmp_path / "models/flashar"), str(tmp_path / "shards")
 
 
 @pytest.mark.slow
