@@ -54,7 +54,7 @@ class Steps:
             if kind == "plain":
                 loss = plain_loss(self.model, self.codes, self.condition, self.plan)
             else:
-                loss = self.model.loss(self.codes, self.condition, self.plan)["loss"]
+                loss = self.model.loss(self.codes, self.condition, plan=self.plan)["loss"]
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from flashar_pl.backbones import build_backbone
+from flashar_pl.grid import DecodePlan, block_plan, make_plan, region_plan
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.baselines import PAR
+from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
@@ -21,6 +22,7 @@ FIELDS = {
     "raster": set(),
     "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"},
     "par": {"tokens_per_step"},
+    "block_diffusion": {"strategy", "clean_context", "steps"},
 }
 """Kinds of models, and what describes them besides their backbone."""
 
@@ -96,17 +98,29 @@ def build_model(config: dict[str, Any]) -> GridModel:
     if kind not in FIELDS or unknown or (kind == "flashar" and "branch_layer" not in values):
         raise ValueError(
             f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", "par" with '
-            f'tokens_per_step, or "flashar" with branch_layer and some of {", ".join(sorted(FIELDS["flashar"]))}.'
+            f'tokens_per_step, "block_diffusion" with some of {", ".join(sorted(FIELDS["block_diffusion"]))}, or '
+            f'"flashar" with branch_layer and some of {", ".join(sorted(FIELDS["flashar"]))}.'
         )
     backbone = build_backbone(described)
     if kind == "raster":
         return RasterAR(backbone)
     if kind == "par":
         return PAR(backbone, **values)
+    if kind == "block_diffusion":
+        return BlockDiffusion(backbone, **values)
     values.pop("compatibility", None)  # named the conventions of a released model once
     if values.get("corner") == "released":
         return ReleasedFlashAR(backbone, values["branch_layer"], values["vertical_layers"])
     return FlashAR(backbone, **values)
+
+
+def plan_of(config: dict[str, Any], name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
+    """The plan called `name` of the model that `config` describes; PAR and BlockDiffusion have one of their own."""
+    if config["kind"] == "par":
+        return region_plan(height, width, config["tokens_per_step"])
+    if config["kind"] == "block_diffusion":
+        return block_plan(height, width, config["strategy"])
+    return make_plan(name, height, width, row_end)
 
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:

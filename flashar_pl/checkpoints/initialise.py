@@ -17,7 +17,7 @@ from flashar_pl.checkpoints.official import backbone_config, is_official_directo
 from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
-from flashar_pl.models.baselines import PAR
+from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import added_parameters, without_adapters
 from flashar_pl.models.raster import RasterAR
@@ -92,10 +92,13 @@ def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[st
         check_same("model", {**source.config(), "backbone": own}, model.config(), path)
         model.load_state_dict(state)
         return chosen, True, table
-    if isinstance(source, PAR):
-        if not isinstance(model, PAR):
-            raise ValueError(f"{path} is a PAR model, whose head predicts no right neighbour; expected raster weights.")
-        check_same("model", {**source.config(), "backbone": own}, model.config(), path)
+    if isinstance(source, PAR | BlockDiffusion):
+        if type(model) is not type(source):
+            raise ValueError(
+                f"{path} is a {type(source).__name__} model, whose head does not predict the next code; expected "
+                "raster weights."
+            )
+        check_same("model", {**source.config(), "backbone": own}, model.config(), path, ("steps",))
         model.load_state_dict(state)
         return chosen, True, table
     expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it

@@ -28,7 +28,7 @@ from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
 from flashar_pl.files import new_directory, replacing
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.baselines import PAR
+from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
@@ -51,12 +51,12 @@ def read_official_model(
     n_head None = that of the published size. arguments: of the training script, where the file holds them.
     """
     cleaned = clean_official(state_dict)
-    if (found := method_of(cleaned)) in PYTHON_ONLY:
-        raise ValueError(f"the file holds {found} weights, which are used from Python only: docs/baselines.md.")
+    if (method := method_of(cleaned)) in PYTHON_ONLY:
+        raise ValueError(f"the file holds {method} weights, which are used from Python only: docs/baselines.md.")
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
         return read_nar(cleaned, n_head, arguments=arguments)
-    if method_of(cleaned) == "PAR":
+    if method == "PAR":
         return read_par_file(cleaned, n_head)
     return RasterAR(LlamaGen.from_official(cleaned, n_head))
 
@@ -75,7 +75,7 @@ def _published_heads(state_dict: dict[str, Tensor]) -> int:
 
 
 def official_weights(model: GridModel, source: str | Path | None = None) -> dict[str, Tensor]:
-    """The official state dict of a raster, PAR, NAR-shaped or released model.
+    """The official state dict of a raster, PAR, BlockDiffusion, NAR-shaped or released model.
 
     source: directory that an Emu3.5 model with visual heads came from, for the text rows of its heads.
     """
@@ -83,7 +83,7 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
         return model.to_released(source)
     if isinstance(model, FlashAR):
         return model.to_nar()
-    if isinstance(model, PAR):
+    if isinstance(model, PAR | BlockDiffusion):
         return model.to_official()
     if isinstance(model.backbone, Emu35):
         return model.backbone.to_official(source)

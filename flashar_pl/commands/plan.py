@@ -158,7 +158,8 @@ def decode_floors(sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, 
     """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run."""
     from flashar_pl.planner.decode import DecodeJob
 
-    plans = ("raster", "diagonal") if sizes.flashar else ("raster",)
+    own = {"par": ("regions",), "block_diffusion": ()}  # what a denoising call needs is not counted
+    plans = own.get(sizes.config["kind"], ("raster", "diagonal") if sizes.flashar else ("raster",))
     return [
         {
             "plan": job.plan,

@@ -17,7 +17,8 @@ from itertools import accumulate
 
 import torch
 
-from flashar_pl.grid import DecodePlan, make_plan
+from flashar_pl.checkpoints.description import plan_of
+from flashar_pl.grid import DecodePlan
 from flashar_pl.models.dual_head import StepSources, step_sources
 from flashar_pl.planner.sizes import Linear, ModelSizes
 
@@ -90,7 +91,7 @@ class DecodeJob:
     @cached_property
     def order(self) -> DecodePlan:
         """The plan. Raises ValueError for an unknown one, or a diagonal one of a raster model."""
-        order = make_plan(self.plan, *self.grid, row_end=self.sizes.row_ends)
+        order = plan_of(self.sizes.config, self.plan, *self.grid, row_end=self.sizes.row_ends)
         if order.has_vertical and not self.sizes.flashar:
             raise ValueError(f"the {self.plan} plan needs a vertical head, and this is a raster model.")
         return order

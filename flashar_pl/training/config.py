@@ -102,6 +102,26 @@ class FlashARConfig:
 
 
 @dataclass(frozen=True)
+class PARConfig:
+    """PAR instead of FlashAR (docs/baselines.md)."""
+
+    tokens_per_step: int = 4
+    """n, cells of one parallel step, a square number: 4 or 16 in the published models."""
+
+
+@dataclass(frozen=True)
+class BlockDiffusionConfig:
+    """BlockDiffusion instead of FlashAR (docs/baselines.md)."""
+
+    strategy: Literal["mdlm", "row", "sub4x4"] = "mdlm"
+    """What a block is: the whole grid, a row, or a square of 4 x 4."""
+    clean_context: bool = False
+    """Train with a clean copy of the codes and cache finished blocks; the authors do neither."""
+    steps: int = 16
+    """Calls of the model per block when samples are drawn."""
+
+
+@dataclass(frozen=True)
 class OptimiserConfig:
     """AdamW on float32 weights."""
 
@@ -203,9 +223,21 @@ class ValidationConfig(SamplingSettings):
         return SamplingSettings(**{each.name: getattr(self, each.name) for each in fields(SamplingSettings)})
 
 
-def model_config(backbone: BackboneConfig, flashar: FlashARConfig | None) -> dict[str, Any]:
-    """The argument of `flashar_pl.checkpoints.description.build_model`."""
+def model_config(
+    backbone: BackboneConfig,
+    flashar: FlashARConfig | None,
+    par: PARConfig | None = None,
+    block_diffusion: BlockDiffusionConfig | None = None,
+) -> dict[str, Any]:
+    """The argument of `flashar_pl.checkpoints.description.build_model`. ValueError for two methods at once."""
     described = backbone.resolve()
+    given = {"flashar": flashar, "par": par, "block_diffusion": block_diffusion}
+    if len(named := [name for name, value in given.items() if value is not None]) > 1:
+        raise ValueError(f"{' and '.join(f'model.{name}' for name in named)} are given; expected one method at most.")
+    if par is not None:
+        return {"kind": "par", "backbone": described, **asdict(par)}
+    if block_diffusion is not None:
+        return {"kind": "block_diffusion", "backbone": described, **asdict(block_diffusion)}
     if flashar is None:
         return {"kind": "raster", "backbone": described}
     n_layer = describe_backbone(described).n_layer
@@ -221,6 +253,8 @@ OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), Validatio
 TYPES: dict[str, Any] = {
     "backbone": BackboneConfig,
     "flashar": FlashARConfig,
+    "par": PARConfig,
+    "block_diffusion": BlockDiffusionConfig,
     "lora": LoraConfig,
     "optimiser": OptimiserConfig,
     "schedule": ScheduleConfig,

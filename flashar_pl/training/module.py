@@ -42,8 +42,10 @@ from flashar_pl.training.config import (
     SCHEDULE,
     VALIDATION,
     BackboneConfig,
+    BlockDiffusionConfig,
     FlashARConfig,
     OptimiserConfig,
+    PARConfig,
     ScheduleConfig,
     ValidationConfig,
     model_config,
@@ -69,6 +71,8 @@ class FlashARModule(LightningModule):
     Args:
         backbone: the raster model; or {class_path: mine.Backbone, init_args: ...}, a backbone of your own.
         flashar: vertical branch and fusion, such as {branch_layer: 11}; null = raster pre-training.
+        par: trains a PAR model instead, such as {tokens_per_step: 4}.
+        block_diffusion: trains a BlockDiffusion model instead, such as {strategy: sub4x4, clean_context: true}.
         lora: freezes the backbone and trains low-rank updates of it, such as {rank: 64}; null = the backbone trains.
         init_from: official file, checkpoint or converted model to start from; null = random weights. The vertical
             branch is cloned from a raster model.
@@ -83,6 +87,8 @@ class FlashARModule(LightningModule):
         self,
         backbone: BackboneConfig | Backbone,
         flashar: FlashARConfig | None = None,
+        par: PARConfig | None = None,
+        block_diffusion: BlockDiffusionConfig | None = None,
         lora: LoraConfig | None = None,
         init_from: str | None = None,
         optimiser: OptimiserConfig = OPTIMISER,
@@ -96,8 +102,9 @@ class FlashARModule(LightningModule):
                  "validation": validation}  # fmt: skip
         backbone, flashar, lora, optimiser, schedule, validation = typed_options(FlashARModule, given).values()
         backbone = BackboneConfig.of(backbone)
-        self.model_config = model_config(backbone, flashar)
+        self.model_config = model_config(backbone, flashar, par, block_diffusion)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
+        self.par, self.block_diffusion = par, block_diffusion
         check_model(lora, flashar, init_from, aux_weight)
         self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
@@ -214,7 +221,9 @@ class FlashARModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         plan = self.evaluation_plan(batch.codes)
-        return self.evaluated.loss(batch.codes, batch.condition, plan, batch.valid, self.aux_weight)
+        return self.evaluated.loss(
+            batch.codes, batch.condition, plan=plan, valid=batch.valid, aux_weight=self.aux_weight
+        )
 
     test_step = validation_step
 

@@ -53,8 +53,12 @@ class PlannedRun:
             notes.append(f"a global batch of {batch} assumed")
         if batch % gpus:
             raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
+        grid = _grid(sizes, data.get("shards") or "", notes)
+        if sizes.config.get("clean_context"):
+            grid = (2 * grid[0], grid[1])
+            notes.append("the clean copy counted as a second image")
         setup = TrainingSetup(
-            grid=_grid(sizes, data.get("shards") or "", notes),
+            grid=grid,
             plan="diagonal" if sizes.flashar else "raster",
             gpus=gpus,
             samples=batch // gpus,

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, initialise
 from flashar_pl.backbones.condition import Condition, Given
 from flashar_pl.grid import DecodePlan, block_plan, check_grid, doubled_mask
-from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws
+from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws, check_steps
 from flashar_pl.models.losses import HeadInputs, head_nll
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import wide
@@ -63,6 +64,7 @@ class BlockDiffusion(RasterAR):
         backbone: with class ids, without row ends; its weights are where post-training starts.
         strategy: what a block is, see `grid.block_plan`.
         clean_context: the strong variant, see the top of this file.
+        steps: calls per block, S, where decoding is not told; the authors have 16, for one block.
         grid: (H, W) that `generate` draws where it is given none; None = the backbone's usual one.
 
     Raises:
@@ -76,6 +78,7 @@ class BlockDiffusion(RasterAR):
         backbone: Backbone,
         strategy: str = "mdlm",
         clean_context: bool = False,
+        steps: int = 16,
         grid: tuple[int, int] | None = None,
     ) -> None:
         if backbone.conditioning.kind != "class" or backbone.row_ends:
@@ -84,7 +87,7 @@ class BlockDiffusion(RasterAR):
                 "diffusion expects a class-conditional one without row-end tokens."
             )
         super().__init__(backbone)
-        self.strategy, self.clean_context = strategy, clean_context
+        self.strategy, self.clean_context, self.steps = strategy, clean_context, check_steps(steps)
         self.usual_grid = backbone.usual_grid if grid is None else check_grid(grid)
         self.plan_of(4, 4)  # names the strategies
         self.mask = nn.Embedding(1, backbone.dim)
@@ -126,6 +129,7 @@ class BlockDiffusion(RasterAR):
             "backbone": self.backbone.config_dict(),
             "strategy": self.strategy,
             "clean_context": self.clean_context,
+            "steps": self.steps,
         }
 
     @property
@@ -174,32 +178,54 @@ class BlockDiffusion(RasterAR):
         return self.head_logits(h)
 
     def loss(  # type: ignore[override]
-        self, codes: Tensor, classes: Given, t_blocks: Tensor | None = None, u: Tensor | None = None
+        self,
+        codes: Tensor,
+        classes: Given,
+        t_blocks: Tensor | None = None,
+        u: Tensor | None = None,
+        *,
+        plan: DecodePlan | None = None,
+        valid: Tensor | None = None,
+        aux_weight: float = 0.0,
     ) -> dict[str, Tensor]:
         """The weighted cross-entropy of masked cells, sum(CE / t) over all of them.
 
         The authors divide by the number of masked cells; with clean context it is divided by B * N, which bounds the
         nats per cell from above (BD3-LM, Eq. 8).
 
-        codes (B, H, W) int64; t_blocks (B, blocks) and u (B, N) as in `noise`, None = drawn from U(0, 1). Returns
-        "loss", differentiable, and detached "nll" (B,), the same sum per image in nats, and "masked", the share of
-        masked cells.
+        codes (B, H, W) int64; t_blocks (B, blocks) and u (B, N) as in `noise`, None = drawn from U(0, 1): in training
+        from torch's generator, in evaluation the same ones every time. valid: (B,) bool; other samples count nothing.
+        plan, aux_weight: of other models; the blocks follow from the grid, and there is one head.
+
+        Returns "loss", differentiable, and detached "fused" and "horizontal", the same; "nll" (B,), the sum per image
+        in nats, an upper bound of its likelihood in expectation; "masked", the share of masked cells; and "vertical"
+        and "gate" (B, H, W), 0 and 1, of which a model with one head has nothing to say.
         """
         flat, plan = self._flat(codes)
+        generator = None if self.training else torch.Generator(flat.device).manual_seed(0)
         if t_blocks is None:
-            t_blocks = torch.rand(len(flat), plan.n_steps, device=flat.device)
+            t_blocks = torch.rand(len(flat), plan.n_steps, device=flat.device, generator=generator)
         if u is None:
-            u = torch.rand(flat.shape, device=flat.device)
+            u = torch.rand(flat.shape, device=flat.device, generator=generator)
         noisy, masked = self.noise(codes, t_blocks, u)
         t = self._by_cell(t_blocks, plan).clamp_min(MIN_TIME[self.clean_context])
         condition = self.backbone.check_condition(classes, len(flat))
         h = self.hidden(noisy, condition, t, plan, flat if self.clean_context else None)
-        weight = masked.to(t) / t  # (B, N)
+        counted = masked if valid is None else masked & valid.bool()[:, None]
+        weight = counted.to(t) / t  # (B, N)
         head = HeadInputs(h.flatten(0, 1), self.backbone.head.weight, self._rows(flat), weight.flatten())
         total, nll = head_nll(head)
-        cells = flat.numel() if self.clean_context else masked.sum().clamp_min(1)
-        weighted = nll.view_as(weight) * weight
-        return {"loss": total / cells, "nll": weighted.sum(1).detach(), "masked": masked.float().mean()}
+        samples = len(flat) if valid is None else valid.sum().clamp_min(1)
+        loss = total / (samples * plan.n_cells if self.clean_context else counted.sum().clamp_min(1))
+        return {
+            "loss": loss,
+            "fused": loss.detach(),
+            "horizontal": loss.detach(),
+            "vertical": torch.zeros_like(loss.detach()),
+            "nll": (nll.view_as(weight) * masked.to(t) / t).sum(1).detach(),
+            "masked": masked.float().mean(),
+            "gate": torch.ones(len(flat), plan.height, plan.width, device=flat.device),
+        }
 
     def _rows(self, codes: Tensor) -> Tensor:
         return codes.flatten() + self.backbone.first_code
@@ -259,7 +285,7 @@ class BlockDiffusion(RasterAR):
         classes: Given,
         *,
         grid: tuple[int, int] | None = None,
-        steps: int = 16,
+        steps: int | None = None,
         cfg_scale: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -270,13 +296,15 @@ class BlockDiffusion(RasterAR):
         gumbel_u: Tensor | None = None,
         cached: bool | None = None,
         on_step: Callable[[Tensor], object] | None = None,
+        unconditional: Given | None = None,
     ) -> Tensor:
         """Codes (B, H, W) int64, in `steps` calls of the model per block.
 
         Args:
             classes: (B,) int64.
             grid: (H, W); None = that of the configuration.
-            steps: S per block. In step s a cell that is still masked is revealed with probability 1 / (S - s).
+            steps: S per block, None = the model's. Step s reveals a cell that is still masked with probability
+                1 / (S - s).
             cfg_scale, temperature, top_k, seeds: as of `flashar_pl.decoding.generate`.
             top_p: the code that crosses the threshold is dropped too, as the authors' sampler does.
             greedy: take the most likely code. Which cells a step reveals stays random.
@@ -284,6 +312,7 @@ class BlockDiffusion(RasterAR):
             gumbel_u: (blocks, S, B, n, V) uniforms; the code is argmax(logits - log(-log u)). None = from the seeds.
             cached: keep the keys and values of finished blocks; None = if the model has clean context.
             on_step: called with the tokens (B, N) after every call of the model; V = still masked.
+            unconditional: class ids that guidance leads away from; None = the null class.
 
         Raises:
             ValueError: a value out of range, a cache without clean context, or logits that are not finite.
@@ -293,11 +322,19 @@ class BlockDiffusion(RasterAR):
         if cached and not self.clean_context:
             raise ValueError("cached is True, and without clean_context every call changes all states; leave it out.")
         condition = self.backbone.check_condition(classes).to(self.device)
+        if unconditional is not None:
+            unconditional = self.backbone.check_condition(unconditional, len(condition)).to(self.device)
         plan = self.plan_of(*check_grid(grid or self.usual_grid))
-        draws = Draws.of(len(condition), plan, steps, seeds, reveal_u, gumbel_u, self.backbone.vocabulary, self.device)
+        steps = check_steps(self.steps if steps is None else steps)
+        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            raise ValueError("the model is sharded, and a BlockDiffusion model draws on one device only; use ddp.")
+        vocabulary = self.backbone.vocabulary
+        draws = Draws.of(len(condition), plan, steps, seeds, reveal_u, gumbel_u, vocabulary, self.device)
         training = self.training
         self.eval()
         try:
+            if settings.guided:
+                condition = self.backbone.with_unconditional(condition, unconditional)
             sampler = BlockSampler(self, condition, plan, settings, draws, cached)
             return sampler.run(on_step or (lambda tokens: None)).unflatten(1, (plan.height, plan.width))
         finally:

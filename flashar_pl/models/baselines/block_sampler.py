@@ -10,20 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Condition
 from flashar_pl.grid import DecodePlan
-from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.numerics import sample_seeds, uniforms, wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import check_usable, draw, filter_logits, guide, unusable
 
 SMALLEST = 1e-10
 """Of the uniforms of Gumbel noise."""
+
+
+def check_steps(steps: int) -> int:
+    """S. ValueError unless it is a whole number of 1 or more."""
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise ValueError(f"steps is {steps}; expected 1 or more calls per block.")
+    return int(steps)
 
 
 @dataclass(frozen=True)
@@ -52,8 +60,6 @@ class Draws:
         device: torch.device,
     ) -> Draws:
         """From seeds, or from recorded uniforms, see `BlockDiffusion.generate`. ValueError for other shapes."""
-        if int(steps) != steps or steps < 1:
-            raise ValueError(f"steps is {steps}; expected 1 or more calls per block.")
         blocks, n = plan.n_steps, plan.n_cells // plan.n_steps
         for name, given, shape in (
             ("reveal_u", reveal_u, (blocks, steps - 1, batch, n)),
@@ -74,12 +80,35 @@ class Draws:
         return cls(steps, reveal.to(device), codes.to(device), None if gumbel_u is None else gumbel_u.to(device))
 
 
+class Denoiser(Protocol):
+    """What is asked of a `BlockDiffusion` model, and explained there."""
+
+    backbone: Backbone
+    clean_context: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def mask_id(self) -> int: ...
+
+    def cache_spec(self) -> CacheSpec: ...
+
+    def embed_at(self, tokens: Tensor, t: Tensor) -> Tensor: ...
+
+    def hidden(
+        self, tokens: Tensor, condition: Condition, t: Tensor, plan: DecodePlan, clean: Tensor | None
+    ) -> Tensor: ...
+
+    def head_logits(self, h: Tensor) -> Tensor: ...
+
+
 class BlockSampler:
-    """One batch on its way through the blocks. model: a `BlockDiffusion`, whose module imports this one."""
+    """One batch on its way through the blocks. condition: of R rows, the unconditional ones behind."""
 
     def __init__(
         self,
-        model: Any,
+        model: Denoiser,
         condition: Condition,
         plan: DecodePlan,
         settings: SamplingSettings,
@@ -88,8 +117,8 @@ class BlockSampler:
     ) -> None:
         self.model, self.plan, self.settings, self.draws = model, plan, settings, draws
         backbone, device = model.backbone, model.device
-        self.condition = backbone.with_unconditional(condition, None) if settings.guided else condition
-        self.tokens = torch.full((len(condition), plan.n_cells), model.mask_id, device=device)  # (B, N)
+        self.condition = condition
+        self.tokens = torch.full((len(draws.codes), plan.n_cells), model.mask_id, device=device)  # (B, N)
         self.cells = [cells.to(device) for cells in plan.cells_of_step]
         self.copies = 2 if settings.guided else 1
         self.cache: KVCache | None = None
