@@ -95,7 +95,7 @@ def read_block_diffusion(
     check_method(cleaned, "BlockDiffusion")
     mask = Rename("mask.weight", (EMBEDDING,), skip=sizes.vocab_size)
     return build_filled(
-        lambda: BlockDiffusion(LlamaGen(sizes), strategy, clean_context, square_grid(config)),
+        lambda: BlockDiffusion(LlamaGen(sizes), strategy, clean_context, grid=square_grid(config)),
         StateDict(cleaned, "the BlockDiffusion state dict"),
         [*_backbone_renames(sizes.n_layer), *TIME, mask],  # the mask last: its row is the whole table's last
     )
