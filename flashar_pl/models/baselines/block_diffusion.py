@@ -193,8 +193,8 @@ class BlockDiffusion(RasterAR):
         The authors divide by the number of masked cells; with clean context it is divided by B * N, which bounds the
         nats per cell from above (BD3-LM, Eq. 8).
 
-        codes (B, H, W) int64; t_blocks (B, blocks) and u (B, N) as in `noise`, None = drawn from U(0, 1): in training
-        from torch's generator, in evaluation the same ones every time. valid: (B,) bool; other samples count nothing.
+        codes (B, H, W) int64; t_blocks (B, blocks) and u (B, N) as in `noise`, None = drawn from U(0, 1) by torch's
+        generator; in evaluation mode without gradients, as in a validation, the same ones every time. valid: (B,) bool; other samples count nothing.
         plan, aux_weight: of other models; the blocks follow from the grid, and there is one head.
 
         Returns "loss", differentiable, and detached "fused" and "horizontal", the same; "nll" (B,), the sum per image
@@ -202,7 +202,8 @@ class BlockDiffusion(RasterAR):
         and "gate" (B, H, W), 0 and 1, of which a model with one head has nothing to say.
         """
         flat, plan = self._flat(codes)
-        generator = None if self.training else torch.Generator(flat.device).manual_seed(0)
+        fixed = not self.training and not torch.is_grad_enabled()
+        generator = torch.Generator(flat.device).manual_seed(0) if fixed else None
         if t_blocks is None:
             t_blocks = torch.rand(len(flat), plan.n_steps, device=flat.device, generator=generator)
         if u is None:
