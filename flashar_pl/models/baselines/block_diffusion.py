@@ -194,7 +194,8 @@ class BlockDiffusion(RasterAR):
         nats per cell from above (BD3-LM, Eq. 8).
 
         codes (B, H, W) int64; t_blocks (B, blocks) and u (B, N) as in `noise`, None = drawn from U(0, 1) by torch's
-        generator; in evaluation mode without gradients, as in a validation, the same ones every time. valid: (B,) bool; other samples count nothing.
+        generator; in evaluation mode without gradients, as in a validation, the same ones every time.
+        valid: (B,) bool; other samples count nothing.
         plan, aux_weight: of other models; the blocks follow from the grid, and there is one head.
 
         Returns "loss", differentiable, and detached "fused" and "horizontal", the same; "nll" (B,), the sum per image
