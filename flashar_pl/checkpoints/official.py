@@ -37,8 +37,8 @@ from flashar_pl.text_files import read_json
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 """Endings of official files."""
 
-PYTHON_ONLY = ("VAR", "multi-scale VQ (VAR's tokenizer)")
-"""Methods of `method_of` that no command draws."""
+PYTHON_ONLY = ("BlockDiffusion", "VAR", "multi-scale VQ (VAR's tokenizer)")
+"""Methods of `method_of` whose files no command reads."""
 
 # --- files ---------------------------------------------------------------------------------------------------------
 

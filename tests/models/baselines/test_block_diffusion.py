@@ -1,6 +1,7 @@
 """BlockDiffusion: the authors' variant against their implementation, the strong one against itself in float64."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch
 from tiny import CLOSE, GOLDEN
 from torch import Tensor
 
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import load_model, save_model
+from flashar_pl.decoding import Engine
 from flashar_pl.grid import block_plan, doubled_mask
 from flashar_pl.models import RasterAR
 from flashar_pl.models.baselines import PAR, BlockDiffusion
@@ -261,3 +265,19 @@ def test_published_sizes() -> None:
         model = BlockDiffusion(LlamaGen(PRESETS["llamagen-l"]))
     assert sum(parameter.numel() for parameter in model.parameters()) == 345_011_200
     assert sum(p.numel() for p in RasterAR(model.backbone).parameters()) == 342_910_976
+
+
+def test_files_are_named_and_our_format_keeps_all_options(arrays: dict[str, Tensor], tmp_path: Path) -> None:
+    """Official weights do not tell their blocks, so no command guesses them."""
+    model = official(arrays, "sub4x4", clean_context=True)
+    torch.save({"model": model.to_official()}, tmp_path / "official.pt")
+    with pytest.raises(ValueError, match="BlockDiffusion weights"):
+        load_model(tmp_path / "official.pt", n_head=3)
+    save_model(tmp_path / "ours", model, Description(model=model.config()))
+    again = BlockDiffusion.from_pretrained(tmp_path / "ours")
+    assert again.config() == model.config()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="cfg_interval"):
+        Engine(again).generate(torch.tensor([0]), (4, 4), "blocks", cfg_scale=2.0, cfg_interval=3)
+    with pytest.raises(ValueError, match="its own only"):
+        Engine(again).generate(torch.tensor([0]), (4, 4), "raster")
