@@ -11,7 +11,7 @@ Labels = Literal["balanced", "random"]
 Crop = Literal["none", "centre"]
 Split = Literal["train", "validation", "test"]
 MEASURED = "evaluation/checkpoints.json"
-"""In a run directory: what its kept checkpoints were measured with."""
+"""In a run directory: the metrics of its kept checkpoints."""
 BATCH_SIZE, GENEVAL_BATCH_SIZE = 32, 4
 """Samples decoded together where the user says nothing."""
 
@@ -25,8 +25,11 @@ class EvaluateOptions:
     shards."""
     features: str
     """What turns images into features: the file of Inception weights, or a classifier's directory."""
-    out: str
-    """Directory of the results; new, or one where the same evaluation was stopped."""
+    out: str | None = None
+    """Directory of the results; new, or one where the same evaluation was stopped. Default: only with --run, its
+    directory evaluation/."""
+    run: str | None = None
+    """Run directory in place of --checkpoint: every checkpoint in its checkpoints/ is measured."""
     num_samples: int = 50_000
     """Images to draw."""
     labels: Labels = "balanced"
@@ -59,6 +62,15 @@ class EvaluateOptions:
     def metric_names(self) -> list[str] | None:
         """The metrics asked for; None = all that are possible."""
         return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
+
+
+@dataclass(frozen=True)
+class MeasuredModelOptions(ModelOptions):
+    """Model"""
+
+    checkpoint: str = ""
+    """Lightning checkpoint, converted directory, official .pt or .safetensors file, or released directory. Default:
+    none, with --run."""
 
 
 @dataclass(frozen=True)

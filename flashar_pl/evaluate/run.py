@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from flashar_pl.metrics.table import choose_metrics, measure
 from flashar_pl.options import as_settings
 from flashar_pl.ranks import Rank
 
-NO_MATTER = ("out", "cache", "device")
+NO_MATTER = ("out", "run", "cache", "device")
 """Options that cannot change a result."""
 
 
@@ -47,6 +47,7 @@ def evaluate_on_rank(asked: Evaluation, threads: int, rank: Rank) -> dict[str, A
     threads: of every rank on a CPU; the last bit of a sum depends on their number.
     """
     torch.set_num_threads(threads)
+    assert asked.options.out is not None
     folder = PartFolder(asked.options.out)
     rank.first(folder.check)  # before anything is loaded
     bench = Bench.load(asked, rank.device)
@@ -157,17 +158,22 @@ def finish(
     if asked.options.save_npz:
         write_npz(folder, batches, bench.samples.n, out / "samples.npz")
     shown = draw_grid(bench, out / "grid.png")
-    settings = as_settings(asked.options, asked.model, bench.samples.sampling, asked.engine)
     result = {
         "command": "evaluate",
         "metrics": metrics,
         "left_out": judge.left_out | missing,
         "samples": {**identity, "codes_sha256": codes, "grid_classes": shown},
         "reference": judge.reference.facts,
-        "settings": {name: value for name, value in settings.items() if name not in NO_MATTER},
+        "settings": settings_of(replace(asked, sampling=bench.samples.sampling)),
         "checkpoint": bench.source.facts(),
         "versions": versions(),
         "run": run,
     }
     folder.finish(result)
     return result
+
+
+def settings_of(asked: Evaluation) -> dict[str, Any]:
+    """All options that a result may depend on, as plain values."""
+    settings = as_settings(asked.options, asked.model, asked.sampling, asked.engine)
+    return {name: value for name, value in settings.items() if name not in NO_MATTER}

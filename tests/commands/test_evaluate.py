@@ -11,7 +11,8 @@ from evaluate_toys import evaluation, sample_images, save_classifier
 from PIL import Image
 
 from flashar_pl.checkpoints.description import Description
-from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.checkpoints.runs import CHECKPOINT_KEY
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.evaluate.identity import path_digest
 from flashar_pl.evaluate.samples import sample_labels
 from flashar_pl.metrics import distribution, table
@@ -304,3 +305,32 @@ def test_a_finished_or_foreign_directory_is_never_touched(run, refused, base):
     assert "exists and holds no settings.json" in refused(*base, "--out", "mine")
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in Path("eval").iterdir())
     assert not list(Path("mine").iterdir())
+
+
+def test_every_kept_checkpoint_of_a_run_is_measured_once(run, refused, base, flashar_model, shards, classifier):
+    """Two files of one step are one, a second call measures what is new, and other settings are never mixed in."""
+    folder = Path("run/checkpoints")
+    folder.mkdir(parents=True)
+    net = load_model(flashar_model).model
+    description = Description(net.config(), (8, 8), {"kind": "pixels", "levels": 17}, {})
+    weights = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    stored = {"state_dict": weights, CHECKPOINT_KEY: description.to_dict(), "pytorch-lightning_version": "2.5"}
+    for name, step in (("a", 20), ("last", 20), ("b", 10)):
+        torch.save({**stored, "global_step": step}, folder / f"{name}.ckpt")
+    words = ["evaluate", "--run", "run", *base[3:], "--metrics", "fid"]
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert [line.split()[1:4:2] for line in out.splitlines()[2:4]] == [["b.ckpt", "10"], ["a.ckpt", "20"]]
+    measured = json.loads(Path("run/evaluation/checkpoints.json").read_text())["checkpoints"]
+    assert [entry["step"] for entry in measured] == [10, 20]
+    assert measured[0]["metrics"] == measured[1]["metrics"] == result_of("run/evaluation/step_0000010")["metrics"]
+    written = Path("run/evaluation/step_0000010/evaluation.json").stat().st_mtime_ns
+    torch.save({**stored, "global_step": 30}, folder / "c.ckpt")
+    assert run(*words)[0] == 0
+    measured = json.loads(Path("run/evaluation/checkpoints.json").read_text())["checkpoints"]
+    assert [entry["step"] for entry in measured] == [10, 20, 30]
+    assert Path("run/evaluation/step_0000010/evaluation.json").stat().st_mtime_ns == written
+    assert "was measured with seed 0 (now 4); choose another --out" in refused(*words, "--seed", 4)
+    assert "--checkpoint and --run are both given" in refused(*words, "--checkpoint", flashar_model)
+    assert "no *.ckpt in none/checkpoints" in refused("evaluate", "--run", "none", *base[3:])
+    assert "--out is missing" in refused(*base)
