@@ -61,13 +61,10 @@ def check_same(file: Path, asked: Evaluation) -> None:
     """ValueError where an earlier call measured with other settings (which)."""
     stored = read_json(file)["settings"] if file.is_file() else {}
     wanted = json.loads(json.dumps(_shared(asked)))
-    changed = [
-        f"{name} {stored.get(name)!r} (now {value!r})" for name, value in wanted.items() if stored.get(name) != value
-    ]
-    if stored and changed:
-        raise ValueError(
-            f"{file} was measured with {', '.join(changed)}; choose another --out, or remove {file.parent}."
-        )
+    other = {name: value for name, value in wanted.items() if stored.get(name) != value}
+    if stored and other:
+        listed = ", ".join(f"{name} {stored.get(name)!r} (now {value!r})" for name, value in other.items())
+        raise ValueError(f"{file} was measured with {listed}; choose another --out, or remove {file.parent}.")
 
 
 def finished(asked: Evaluation) -> dict[str, Any] | None:
