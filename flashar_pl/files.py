@@ -55,20 +55,25 @@ def interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
+def full_disk(error: BaseException, target: Path) -> OSError | None:
+    """What a writer raised where a disk is full, each its own way, as an OSError that names the file; None = another
+    error."""
+    code = error.errno if isinstance(error, OSError) else None
+    writer = isinstance(error, RuntimeError) and any(mark in str(error) for mark in TORCH_WRITER)
+    if interrupted(error) or not (code in FULL or writer or "No space left" in str(error)):
+        return None
+    return OSError(code or errno.ENOSPC, os.strerror(code or errno.ENOSPC), str(target))
+
+
 @contextmanager
 def naming_full_disk(target: Path) -> Iterator[None]:
-    """What writers raise where a disk is full, each its own way, as an OSError that names the file."""
+    """Raises `full_disk` for what the block raises, or that itself."""
     try:
         yield
     except Exception as error:
-        text = str(error)
-        writer = isinstance(error, RuntimeError) and any(mark in text for mark in TORCH_WRITER)
-        if interrupted(error):
+        if (full := full_disk(error, target)) is None:
             raise
-        if (isinstance(error, OSError) and error.errno in FULL) or writer or "No space left" in text:
-            code = (isinstance(error, OSError) and error.errno) or errno.ENOSPC
-            raise OSError(code, os.strerror(code), str(target)) from error
-        raise
+        raise full from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from flashar_pl.files import exchange, naming_full_disk
+from flashar_pl.files import exchange, full_disk, naming_full_disk
 from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
 from flashar_pl.tensor_files import read_tensors
 from flashar_pl.text_files import BROKEN, need_file, reason
@@ -214,7 +214,8 @@ def write_sharded(
     except OSError as error:
         problem = error
     except dcp.api.CheckpointException as error:
-        problem = OSError(f"{path} cannot be written: {reason(next(iter(error.failures.values()))[0])}")
+        cause = next(iter(error.failures.values()))[0]  # of one process; all have this error, which is no Exception
+        problem = full_disk(cause, path) or OSError(f"{path} cannot be written: {reason(cause)}")
     gathered = _of_all((problem, digests))
     if problem := next((each for each, _ in gathered if each is not None), None):
         if first:

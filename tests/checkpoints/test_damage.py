@@ -1,13 +1,16 @@
 """A damaged checkpoint is never used: file, place and the newest whole one are named."""
 
+import errno
 import random
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from flashar_pl import files
+from flashar_pl.checkpoints import sharded as sharded_files
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.checkpoints.sharded import SafeReader, read_sharded, write_sharded
@@ -262,3 +265,28 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Pat
     assert "trying again" in capsys.readouterr().err
     files.patiently(write)
     assert torch_file.read_bytes() == b"half"
+
+
+@pytest.mark.parametrize("who", ["its writer", "another process"])
+def test_a_full_disk_of_one_process_is_waited_for_by_all(sharded: Path, capsys, monkeypatch, who: str) -> None:
+    """torch wraps the error of a process in one without a code, which ended the run."""
+    monkeypatch.setattr(files, "WAITS", [0, 0])
+    failures: list[Exception] = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")]
+    failures.append(OSError(errno.ENOSPC, "No space left on device"))
+    if who == "its writer":
+        save = sharded_files.dcp.save
+
+        def full(*args, **options) -> None:
+            if failures:
+                raise CheckpointException("", {1: (failures.pop(), None)})
+            save(*args, **options)
+
+        monkeypatch.setattr(sharded_files.dcp, "save", full)
+    else:
+        full_there = [OSError(errno.ENOSPC, "No space left on device", str(sharded)), None]
+        monkeypatch.setattr(sharded_files, "_of_all", lambda own: [own, (full_there.pop(0), {})])
+    changed = {key: value + 1 for key, value in TENSORS.items()}
+    files.patiently(lambda: write_sharded(sharded, dict(changed), {"global_step": 8}, True, lambda: None))
+    assert f"No space left on device: '{sharded}'; trying again in 0 s." in capsys.readouterr().err
+    assert same(read_sharded(sharded, {key: key for key in TENSORS}), changed)
+    assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]

@@ -1,5 +1,6 @@
 """An interrupted run equals one that was never interrupted, bit for bit, dropout included."""
 
+import errno
 import random
 import tempfile
 from pathlib import Path
@@ -97,9 +98,10 @@ def test_the_end_of_a_run_is_saved(whole, toy_shards: str, tmp_path: Path) -> No
     assert (tmp_path / "last.ckpt").stat().st_mtime_ns == written
 
 
-def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(toy_shards: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(
+    toy_shards: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
     """Lightning goes through the temporary directory; from another file system it then copies over the old file."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
     runs, path = tmp_path / "runs", tmp_path / "runs" / "last.ckpt"
     save = {"enable_checkpointing": True, "data": {"batch_size": 24}}
 
@@ -107,6 +109,7 @@ def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(toy_shards: str, tmp
         return ModelCheckpoint(runs, filename="last", every_n_train_steps=1, enable_version_counter=False)
 
     fit(tmp_path, toy_shards, make_module(), max_steps=1, callbacks=[last()], **save)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
     plain_save = torch.save
 
     def full(content, file) -> None:
@@ -120,6 +123,19 @@ def test_a_checkpoint_replaces_the_old_one_when_it_is_whole(toy_shards: str, tmp
         fit(tmp_path, toy_shards, make_module(), max_steps=2, callbacks=[last()], **save)
     assert [file.name for file in runs.iterdir()] == ["last.ckpt"]
     assert torch.load(path, weights_only=True)["global_step"] == 1
+
+    tries = iter([True, True])
+
+    def full_twice(content, file) -> None:
+        plain_save(content, file)
+        if next(tries, False):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_twice)
+    monkeypatch.setattr(files, "WAITS", (0, 0))
+    fit(tmp_path, toy_shards, make_module(), max_steps=2, callbacks=[last()], **save)
+    assert capsys.readouterr().err.count(f"No space left on device: '{path}'; trying again in 0 s.") == 2
+    assert torch.load(path, weights_only=True)["global_step"] == 2
 
 
 def test_a_run_that_is_asked_to_stop_saves_the_whole_step(whole, toy_shards: str, tmp_path: Path) -> None:
