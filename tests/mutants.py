@@ -148,6 +148,7 @@ def main() -> None:
         here = faults(ROOT / name)
         share = (number + 1) * asked.sample // len(files) - number * asked.sample // len(files)
         chosen += [(name, *fault) for fault in random.Random(asked.seed).sample(here, min(share, len(here)))]
+    random.Random(asked.seed).shuffle(chosen)  # so that a run that is stopped has some of every file
     assert not any(name.startswith("flashar_pl") for name in sys.modules), "forks must import the faulty files"
     results = []
     with tempfile.TemporaryDirectory(prefix="mutants") as scratch:

@@ -5,7 +5,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashar_pl.grid import NONE, PREFIX, ROW_END, DecodePlan, check_grid, diagonal_plan, make_plan, raster_plan
+from flashar_pl.grid import (
+    NONE,
+    PREFIX,
+    ROW_END,
+    DecodePlan,
+    check_grid,
+    diagonal_plan,
+    doubled_mask,
+    make_plan,
+    raster_plan,
+)
 
 sides = st.integers(1, 9)
 CORNERS = [(1, 1), (1, 7), (7, 1), (2, 5), (5, 2), (4, 4)]
@@ -122,6 +132,24 @@ def test_mask_by_definition(height: int, width: int, prefix: int) -> None:
                         steps = [int(plan.step[cell[k - prefix]]) for k in (row, column)]
                         expected = steps[1] <= steps[0]
                     assert mask[row][column] == expected
+
+
+def test_doubled_mask_by_definition() -> None:
+    """Guards noisy cells that see their own clean codes, or the prefix only in part."""
+    for plan in (diagonal_plan(2, 3), raster_plan(2, 2)):
+        n, step = plan.n_slots, plan.slot_step.tolist()
+        for prefix in (0, 2):
+            mask = doubled_mask(plan, prefix).tolist()
+            for row in range(prefix + 2 * n):
+                for column in range(prefix + 2 * n):
+                    (clean, cell), (seen_clean, seen) = divmod(row - prefix, n), divmod(column - prefix, n)
+                    if row < prefix or column < prefix:
+                        expected = column < prefix and (row >= prefix or column <= row)
+                    elif not seen_clean:
+                        expected = not clean and step[seen] == step[cell]
+                    else:
+                        expected = step[seen] <= step[cell] if clean else step[seen] < step[cell]
+                    assert mask[row][column] == expected, (prefix, row, column)
 
 
 @pytest.mark.parametrize(("height", "width"), CORNERS)
