@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -343,10 +344,12 @@ class ExperimentCLI(LightningCLI):
         """Print rounded numbers and write validate.json or test.json into the run directory."""
         getattr(self.trainer, self.verb)(**arguments, verbose=False)
         if self.trainer.is_global_zero:
-            manifest = getattr(self.datamodule, "manifest", None)
-            facts = {"checkpoint": self.checkpoint, "data": None if manifest is None else manifest.name}
-            target = free_name(Path(self.trainer.default_root_dir) / f"{self.verb}.json")
-            report(self.verb, self.trainer.callback_metrics, target, facts)
+            self._report(self.trainer.callback_metrics)
+
+    def _report(self, metrics: Mapping[str, Any]) -> None:
+        manifest = getattr(self.datamodule, "manifest", None)
+        facts = {"checkpoint": self.checkpoint, "data": None if manifest is None else manifest.name}
+        report(self.verb, metrics, free_name(Path(self.trainer.default_root_dir) / f"{self.verb}.json"), facts)
 
     test = validate
 
@@ -358,7 +361,8 @@ class ExperimentCLI(LightningCLI):
             root.mkdir(parents=True, exist_ok=True)
             path = free_name(root / "predictions.npz")
             np.savez(path, index=found["index"], nll=found["nll"])
-            print(f"{len(found['nll'])} images, mean {found['nll'].mean():.4f} nats per image: {path}")
+            self._report({"images": len(found["nll"]), "nll": found["nll"].mean()})
+            print(f"nll of each image, in nats: {path}")
 
 
 def parsed_config(argv: list[str]) -> dict[str, Any]:

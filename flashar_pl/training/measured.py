@@ -1,4 +1,4 @@
-"""What `flashar validate` and `flashar test` found: a table of rounded numbers, and a JSON file with all digits."""
+"""What `flashar validate`, `test` and `predict` found: a table of rounded numbers, and a JSON file with all digits."""
 
 from __future__ import annotations
 
@@ -18,5 +18,10 @@ def report(verb: str, metrics: Mapping[str, Any], target: Path, facts: Mapping[s
     numbers = {name: float(value) for name, value in sorted(metrics.items())}
     target.parent.mkdir(parents=True, exist_ok=True)
     write_json(target, {"command": verb, "metrics": numbers, **facts, "versions": versions()})
-    print(table(("metric", "value"), [[name, f"{value:.{DIGITS}g}"] for name, value in numbers.items()]))
+    print(table(("metric", "value"), [[name, rounded(value)] for name, value in numbers.items()]))
     print(f"wrote {target}")
+
+
+def rounded(value: float) -> str:
+    """A number as people read it; whole ones, such as counts, in full."""
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.{DIGITS}g}"

@@ -1,6 +1,7 @@
 """`flashar evaluate geneval`: the official layout from a tiny Emu3.5 FlashAR checkpoint, and its score."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,8 @@ def test_images_stand_in_the_official_layout_and_are_those_of_plain_generation(r
     """Guards the order of prompts and images, seeds, and the unconditional prompt of released checkpoints."""
     code, _, err = run(*base, "--out", "images")
     assert code == 0, err
+    assert "drawing " in err
+    assert " prompts into images" in err, "a long command says what it does"
     assert Path("images/00001/metadata.jsonl").read_text() == json.dumps(PROMPTS[1]) + "\n"
     drawn = pixels("images")
     assert list(drawn) == [f"{i:05d}/samples/{j:04d}.png" for i in range(3) for j in range(2)]
@@ -159,6 +162,8 @@ def test_scores_are_means_over_tasks_and_over_images(run, refused, base, monkeyp
     words = ("evaluate", "geneval", "--out", "images", "--detector", _model("d"), "--clip", _model("c"))
     code, out, err = run(*words)
     assert code == 0, err
+    assert re.search(r"scoring \d+ images of images; reading ", err)
+    assert "wrote images/geneval.json" in out
     assert asked == [("cat", 1), ("cat", 1)]
     report = json.loads(Path("images/geneval.json").read_text())
     # cars: 2 of 2; cats: 1 of 2 red; dogs: images 5 and 6 show 2 and 3

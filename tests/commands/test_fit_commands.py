@@ -225,6 +225,7 @@ def test_test_and_predict_need_the_path_only(run, runs):
         assert found["index"].tolist() == list(range(297))
         assert found["nll"].mean() == pytest.approx(nll, abs=2e-3)
     assert f"{nll:.1f}"[:4] in out
+    assert json.loads(Path("runs/raster/predict.json").read_text())["metrics"]["images"] == 297
     before = Path("runs/raster/predictions.npz").stat().st_mtime_ns
     assert run("predict", "--ckpt_path", LAST)[0] == 0
     assert Path("runs/raster/predictions.npz").stat().st_mtime_ns == before
