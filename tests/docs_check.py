@@ -31,6 +31,18 @@ SECONDS = 600
 """A command may take."""
 OUTPUTS = {"--out", "--trainer.default_root_dir", "default_root_dir", "dirpath"}
 """What follows is made, not read."""
+INPUTS = {
+    "--checkpoint",
+    "--raster",
+    "--detector",
+    "--clip",
+    "--assets",
+    "--weights",
+    "--images",
+    "--codes",
+    "--labels",
+}
+"""What follows is a path, though it may not look like one."""
 FILES = re.compile(r"[^\s:]*/[^\s:]*|[\w.=-]+\.(pt|ckpt|npz|npy|json|jsonl|txt|yaml|safetensors|tar)")
 PRELUDE = """
 tokenize digits --out data/digits
@@ -68,15 +80,15 @@ def settings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def read_paths(words: list[str], folder: Path) -> Iterator[str]:
-    """Files and directories that a command reads, as far as its words and its YAML say."""
+    """What a command reads, as far as its words and its YAML say; `plan` opens nothing that a YAML names."""
     overridden = {word.rpartition(".")[2] for word in words if word.startswith("--")}
     for before, word in zip(["", *words], words):
         if before in OUTPUTS or word.startswith("-"):
             continue
         path = word.rpartition(":")[2] if re.fullmatch(r"[a-z0-9]+:.+", word) else word
-        if FILES.fullmatch(path):
+        if FILES.fullmatch(path) or (before in INPUTS and path != "random"):
             yield path
-        if before == "--config" and (folder / word).is_file():
+        if before == "--config" and words[0] != "plan" and (folder / word).is_file():
             for key, text in settings(yaml.safe_load((folder / word).read_text(encoding="utf-8"))):
                 if key not in OUTPUTS | overridden and FILES.fullmatch(text):
                     yield text
@@ -84,6 +96,8 @@ def read_paths(words: list[str], folder: Path) -> Iterator[str]:
 
 def why_not(words: list[str], folder: Path) -> str:
     """Why a command cannot run in a folder; "" = it can."""
+    if words[0] == "python":
+        return ""
     if words[0] in ENDLESS:
         return ENDLESS[words[0]]
     if any("..." in word or re.fullmatch(r"[A-Z]{4,}", word) for word in words):

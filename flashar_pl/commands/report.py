@@ -341,5 +341,5 @@ def draw_samples(rows: list[Row], subject: Subject, judge: Judge, path: Path) ->
         axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)
         axis.set_axis_off()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
