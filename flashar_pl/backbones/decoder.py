@@ -230,7 +230,8 @@ class Decoder(Backbone):
     config_type: ClassVar[type | None] = DecoderConfig
     example: ClassVar[Mapping[str, Any]] = {
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
-        "visual_token_offset": 1024, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
+        "visual_token_offset": 1024, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual", "qk_norm": "layer",
+        "qkv_bias": True, "output_bias": True, "ffn_bias": True,
     }  # fmt: skip
     many_grids = True
     config: DecoderConfig

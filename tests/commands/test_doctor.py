@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from flashar_pl.backbones.registry import examples
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.cli import main
 from flashar_pl.commands import doctor as module
@@ -33,7 +34,8 @@ def one_model(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = doctor(out=str(tmp_path / "doctor.json"))
     ways = 2 if unsupported(torch.bfloat16) is None else 1
-    assert len(result["checks"]) == 2 * (2 * 2 * 2 + 1) + 2 * (ways * 2 * 2 + 1)
+    kinds = len(examples())
+    assert len(result["checks"]) == kinds * (2 * 2 * 2 + 1) + kinds * (ways * 2 * 2 + 1)
     assert all(check["passed"] for check in result["checks"])
     assert json.loads((tmp_path / "doctor.json").read_text()) == result
     printed = capsys.readouterr().out
