@@ -1,10 +1,22 @@
 """The order of samples does not depend on ranks or workers, and loses or repeats nothing."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashar_pl.data.order import EvaluationOrder, TrainingOrder, hashes, permutation
+from flashar_pl.data.order import (
+    _BLOCKS,
+    _CROPS,
+    _GRIDS,
+    _SAMPLES,
+    EvaluationOrder,
+    TrainingOrder,
+    check_cut,
+    hashes,
+    permutation,
+    stream,
+)
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=20)
 
@@ -132,3 +144,15 @@ def test_evaluation_counts_each_sample_once(n: int, per_rank: int, ranks: int, l
 def test_limited_evaluation_is_spread_over_the_split() -> None:
     """Guards against validating on the first classes only."""
     assert EvaluationOrder(100, 10, 4).index.tolist() == [0, 25, 50, 75]
+
+
+def test_the_order_of_a_seed_stays_what_it_was() -> None:
+    """A run that is continued by another version must see the samples that are left, not others."""
+    assert stream(7, 0, 1) == 10221096115935525395
+    assert permutation(stream(7, 0, 1), 6).tolist() == [2, 4, 5, 3, 1, 0]
+    assert (_BLOCKS, _SAMPLES, _CROPS, _GRIDS) == (1, 2, 3, 9)
+
+
+def test_a_batch_that_cannot_be_cut_comes_with_one_that_can() -> None:
+    with pytest.raises(ValueError, match="a multiple of 4, such as 12"):
+        check_cut(10, 4)

@@ -205,3 +205,10 @@ def test_float16_errors_do_not_underflow() -> None:
     untouched = torch.ones(5000, dtype=torch.bool)
     untouched[labels] = False
     torch.testing.assert_close(gradient[untouched], expected[untouched], rtol=0.05, atol=1e-12)
+
+
+def test_chunks_are_a_sixteenth_within_their_limits() -> None:
+    """Other sizes give the same losses, slower or in more memory."""
+    vocabulary = 1000
+    sizes = [losses.chunk_size(targets, vocabulary, "cpu") for targets in (500, 2000, 32_000, 10**6)]
+    assert sizes == [500, 2**20 // vocabulary, 2000, 2**22 // vocabulary]

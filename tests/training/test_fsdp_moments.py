@@ -112,3 +112,9 @@ def test_8_bits_train_every_parameter_on_every_number_of_ranks(toy_shards: str, 
     assert again["losses"] == {step: two["losses"][step] for step in (3, 4)}
     assert float(two["weights"]["net.dual_head.gate.out.weight"].abs().max()) > 0.01
     assert float(two["weights"]["net.dual_head.gate.out.bias"].abs().max()) > 0.01
+
+
+def test_defaults_are_those_of_torch() -> None:
+    weight = [torch.nn.Parameter(torch.ones(1))]
+    known = torch.optim.AdamW(weight).defaults
+    assert CompactAdamW(weight).defaults == {name: known[name] for name in ("lr", "betas", "eps", "weight_decay")}

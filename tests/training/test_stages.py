@@ -110,3 +110,10 @@ def test_defaults_and_whether_anything_is_frozen() -> None:
     assert Schedule(10).scale("gate", 0) == 1.0, "no warm-up unless asked for"
     frozen = {(share, factor): Schedule(10, share, factor).freezes for share in (0.0, 0.2) for factor in (0.0, 0.2)}
     assert frozen == {(0.0, 0.0): True, (0.0, 0.2): False, (0.2, 0.0): True, (0.2, 0.2): True}
+
+
+def test_a_role_trains_ever_or_never() -> None:
+    """Guards a rate that is drawn for parameters that no stage moves, and one that is missing for the branch."""
+    schedule = Schedule(100, backbone_factor=0.0)
+    assert [role for role in ROLES if not schedule.ever_trains(role)] == ["backbone"]
+    assert all(Schedule(100).ever_trains(role) for role in ROLES)
