@@ -2,7 +2,7 @@
 
 `make docs-check` calls it. Every page gets a directory of its own with what a short `make demo` leaves: data/digits
 and runs of 20 steps. A command runs if everything it reads is there, so chains run from their own files; where weights,
-downloads or other machines are missing it is parsed. Training is cut to 20 steps and 20 samples.
+downloads or other machines are missing it is parsed. The demo's training is cut to 20 steps and 20 samples.
 
     python -m tests.docs_check [PAGE...]
 """
@@ -26,7 +26,7 @@ from tests.test_documents import ROOT, commands, parse_words
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHORT = ["--trainer.max_steps", "20", "--model.validation.samples", "20"]
-"""Added to every training run."""
+"""Added to the training runs of the demo."""
 SECONDS = 600
 """A command may take."""
 OUTPUTS = {"--out", "--trainer.default_root_dir", "default_root_dir", "dirpath"}
@@ -55,7 +55,7 @@ ENDLESS = {"serve": "runs until it is stopped", "demo": "is `make demo`", "docto
 
 def run(words: list[str], folder: Path) -> tuple[int, str]:
     """Exit code and output of `flashar WORDS` in a folder."""
-    extra = SHORT if words[0] == "fit" else []
+    extra = SHORT if words[0] == "fit" and any("/demo_" in word for word in words) else []
     command = [sys.executable, "-m", "flashar_pl.cli", *words, *extra]
     if words[0] == "python":
         command = [sys.executable, *words[1:]]
