@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from flashar_pl.files import replacing
 
 SMALLEST_SIDE = 64
 """Images with a shorter side are enlarged by a whole factor, pixel by pixel."""
+
+
+TEXT_SIZE = 14
+"""Of labels, in pixels."""
 
 
 def tile(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
@@ -33,6 +38,45 @@ def tile(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
         top, left = (i // columns) * (h + gap), (i % columns) * (w + gap)
         sheet[:, top : top + h, left : left + w] = image
     return sheet
+
+
+def sheet(blocks: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> Tensor:
+    """Blocks of images under common heads, such as real images above those of several models: (3, h', w') uint8.
+
+    Args:
+        blocks: what stands left of a block, in one or more lines, and its images (rows * columns, 3, h, w) uint8, row
+            by row; all of one size.
+        heads: what stands above each column, such as the class.
+    """
+    columns, space, line = len(heads), 12, TEXT_SIZE + 4
+    tiles = [tile(images, columns) for _, images in blocks]
+    font, pen = ImageFont.load_default(TEXT_SIZE), ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 3 * space + round(max(pen.textlength(row, font) for label, _ in blocks for row in label.split("\n")))
+    width = (tiles[0].shape[2] + 2) / columns
+    top = space + line
+    height = top + sum(each.shape[1] + space for each in tiles)
+    picture = Image.new("RGB", (left + tiles[0].shape[2] + space, height), "white")
+    pen = ImageDraw.Draw(picture)
+    for column, head in enumerate(heads):
+        middle = left + round((column + 0.5) * width) - 1
+        pen.text((middle, top - 4), shortened(head, width - 4, font), "black", font, anchor="ms")
+    for (label, _), each in zip(blocks, tiles, strict=True):
+        picture.paste(Image.fromarray(each.permute(1, 2, 0).numpy()), (left, top))
+        rows = label.split("\n")
+        start = top + each.shape[1] // 2 - line * (len(rows) - 1) // 2
+        for number, row in enumerate(rows):
+            pen.text((left - space, start + number * line), row, "black", font, anchor="rm")
+        top += each.shape[1] + space
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def shortened(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """As much of a text as has room, with ... where that is not all."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
 
 
 def enlarge(images: Tensor) -> Tensor:

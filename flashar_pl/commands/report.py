@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.plot import require_pyplot
 from flashar_pl.console import Missed, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from flashar_pl.evaluate.quality import Judge
     from flashar_pl.models import GridModel
 
-PICTURE_CFG, PICTURE_COLUMNS, PICTURE_LINES = 1.5, 8, 10
+PICTURE_CFG, PICTURE_COLUMNS, PICTURE_LINES = 1.5, 10, 3
 CAPTIONS = 64
 """Captions of the test split that samples are drawn for."""
 CLASSIFIER = "classifier"
@@ -121,7 +120,7 @@ class Subject:
 def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
-    Writes a new directory with report.md, report.json, samples.png (grids side by side, guidance 1.5) and gate.png
+    Writes a new directory with report.md, report.json, samples.png (real images above those of each row, guidance 1.5) and gate.png
     (red where the horizontal head decides). The training-free row is the raster checkpoint decoded diagonally with an
     untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. Samples have all classes in
     turn, with captions the first of the test split. For the curves of training runs see `flashar plot`, for models of
@@ -142,7 +141,6 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     from flashar_pl.pictures import gate_picture, save_png
 
     target = require_new(asked.out, "report")
-    require_pyplot()
     seeds = parse_classes(asked.seeds)
     torch.set_num_threads(asked.threads)
     manifest = Manifest.load(asked.data)
@@ -322,24 +320,39 @@ def _with_spread(values: list[float], digits: int) -> str:
 
 
 def draw_samples(rows: list[Row], subject: Subject, judge: Judge, path: Path) -> None:
-    """The rows' sample grids side by side, one line of images per class or caption, equal seeds."""
+    """A column for each class or caption: a real test image, then `PICTURE_LINES` of each model, equal seeds."""
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, draw_codes
     from flashar_pl.evaluate.quality import decode
-    from flashar_pl.pictures import tile
+    from flashar_pl.pictures import save_png, sheet
 
-    shown = subject.conditions.rows(slice(0, PICTURE_LINES))
-    settings = SamplingSettings(cfg_scale=subject.picture_cfg)
-    pyplot = require_pyplot()
-    size = (4.2 * len(rows), 0.7 + 0.55 * len(shown))
-    figure, axes = pyplot.subplots(1, len(rows), figsize=size, squeeze=False, layout="constrained")
-    for axis, row in zip(axes[0], rows, strict=True):
-        n = PICTURE_COLUMNS * len(shown)
-        samples = SampleSet(shown, subject.manifest.grid, row.plan, settings, n, every=PICTURE_COLUMNS)
-        codes = draw_codes(Engine(row.model), samples)
-        sheet = tile(decode(judge.tokenizer, codes), PICTURE_COLUMNS)  # (3, h, w)
-        axis.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axis.set_title(f"{row.name}\n{row.results['steps']} steps", fontsize=10)
-        axis.set_axis_off()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    entries, heads, codes = real_images(subject.manifest)
+    shown, settings = subject.conditions.rows(entries), SamplingSettings(cfg_scale=subject.picture_cfg)
+    blocks = [("real", decode(judge.tokenizer, codes))]
+    for row in rows:
+        n = PICTURE_LINES * len(shown)
+        samples = SampleSet(shown, subject.manifest.grid, row.plan, settings, n, n=n)
+        name = row.name.replace(", ", ",\n").replace(" ", "\n", 1)
+        images = decode(judge.tokenizer, draw_codes(Engine(row.model), samples))
+        blocks.append((f"{name}\n{row.results['steps']} steps", images))
+    save_png(sheet(blocks, heads), path)
+
+
+def real_images(manifest: Manifest) -> tuple[list[int], list[str], Tensor]:
+    """A test image for each of the first classes that have one, or the first ones: what they are (class, or number of
+    the image), what stands above them, and their codes (n, H, W)."""
+    import numpy as np
+    import torch
+
+    from flashar_pl.data.shards import ShardReader
+
+    reader = ShardReader(manifest, "test")
+    samples = reader.read(np.arange(len(reader)))
+    if samples.labels is None:
+        entries = places = list(range(min(len(reader), PICTURE_COLUMNS)))
+        heads = [str(place) if samples.texts is None else samples.texts[place] for place in places]
+    else:
+        found, first = np.unique(samples.labels, return_index=True)
+        entries, places = found[:PICTURE_COLUMNS].tolist(), first[:PICTURE_COLUMNS].tolist()
+        heads = [manifest.class_names[label] if manifest.class_names else str(label) for label in entries]
+    return entries, heads, torch.from_numpy(samples.codes[places])

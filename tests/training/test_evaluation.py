@@ -17,7 +17,7 @@ from flashar_pl.grid import diagonal_plan
 from flashar_pl.metrics.classifier import ClassifierFeatures
 from flashar_pl.metrics.distribution import frechet_distance, inception_score
 from flashar_pl.models import RasterAR
-from flashar_pl.pictures import gate_picture, tile
+from flashar_pl.pictures import gate_picture, sheet, tile
 from flashar_pl.tokenizers import PixelTokenizer
 from flashar_pl.training.validation import LossSums, SampleConditions, for_sampling, sample_set
 
@@ -284,3 +284,21 @@ def test_a_raster_run_has_no_stage_and_no_vertical_curve(tmp_path: Path, toy_sha
     assert not {"train/stage", "train/vertical", "val/vertical", "val/gate_mean"} & tags
     texts = [bytes(event.tensor_proto.string_val[0]).decode() for event in events.Tensors("train/stage/text_summary")]
     assert texts == ["Training at step 0 of 2: backbone, horizontal_head train."]
+
+
+def test_a_sheet_has_every_image_once_below_its_head() -> None:
+    """Guards pictures with a blank band, and columns that are not those of their heads."""
+    images = torch.zeros(6, 3, 64, 64, dtype=torch.uint8)
+    images[:] = torch.arange(10, 16, dtype=torch.uint8)[:, None, None, None]
+    picture = sheet([("real", images[:2]), ("two\nlines", images[2:])], ["a", "a name that is far too long"])
+    middle = {}
+    for value in range(10, 16):
+        rows, columns = (picture == value).all(0).nonzero().T
+        assert len(rows) >= 64 * 64
+        middle[value] = (int(rows.median()), int(columns.median()))
+    assert abs(middle[10][1] - middle[12][1]) <= 1 >= abs(middle[12][1] - middle[14][1])
+    assert abs(middle[11][1] - middle[13][1]) <= 1 >= abs(middle[13][1] - middle[15][1])
+    assert middle[10][0] < middle[12][0] < middle[14][0]
+    assert middle[12][0] - middle[10][0] > middle[14][0] - middle[12][0] + 5  # blocks stand apart
+    empty = "".join("x" if each else " " for each in (picture == 255).all(0).all(1).tolist())
+    assert max(map(len, empty.split())) <= 20
