@@ -120,11 +120,11 @@ class Subject:
 def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
-    Writes a new directory with report.md, report.json, samples.png (real images above samples of each row,
-    guidance 1.5) and gate.png (red where the horizontal head decides). The training-free row is the raster checkpoint decoded diagonally with an
-    untrained branch at FlashAR's layer. FID and accuracy are measured without guidance. Samples have all classes in
-    turn, with captions the first of the test split. For the curves of training runs see `flashar plot`, for models of
-    photographs `flashar evaluate`.
+    Writes a new directory with report.md, report.json, samples.png (real images above samples of each row, guidance
+    1.5) and gate.png (red where the horizontal head decides). The training-free row is the raster checkpoint
+    decoded diagonally with an untrained branch at FlashAR's layer. FID and accuracy are measured without guidance.
+    Samples have all classes in turn, with captions the first of the test split. For the curves of training runs see
+    `flashar plot`, for models of photographs `flashar evaluate`.
 
     Example:
         flashar report --raster runs/demo/raster/checkpoints/last.ckpt --data data/digits --out runs/demo/report
