@@ -51,7 +51,7 @@ def results(device: str) -> dict[str, float]:
     torch.manual_seed(1)
     extractor = ClassifierFeatures((8, 8), 3, 4).requires_grad_(False).eval().to(device)
     real = reference_from_batches(extractor, images(9, 8).split(4))
-    names = [name for name in table.NAMES if name != "sfid"]
+    names = [name for name in table.METRICS if name != "sfid"]
     return table.measure(names, extract_features(extractor, images(8, 8, 1).to(device)), real)[0]
 
 

@@ -17,6 +17,7 @@ from training_toys import OptimiserConfig, ValidationConfig, fit, make_module, s
 from flashar_pl.backbones.condition import Batch, Condition, Prompts
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import STAGE1_ROLES, GridModel
+from flashar_pl.training.callbacks import NOT_REPEATED
 from flashar_pl.training.finite import NotFinite
 
 
@@ -65,7 +66,8 @@ def test_a_whole_fit(flashar: bool, moments: Any, precision: str, tmp_path: Path
         assert steps.steps == 4
         assert not steps.found
         for name, value in on_cpu.trainer.callback_metrics.items():
-            torch.testing.assert_close(on_gpu.trainer.callback_metrics[name].cpu(), value, atol=1e-3, rtol=1e-2)
+            if name not in NOT_REPEATED:
+                torch.testing.assert_close(on_gpu.trainer.callback_metrics[name].cpu(), value, atol=1e-3, rtol=1e-2)
 
 
 def test_a_step_that_is_not_finite_is_found_when_the_host_waits_anyway(tmp_path: Path) -> None:
