@@ -133,7 +133,7 @@ def test_own_pictures_in_three_commands(run, photos, work, classes):
     assert (values["rows"]["flashar"]["accuracy"] is None) == (classes == 1)
     assert values["bounds"] == []
     assert Path("runs/own/report/classifier/classifier.safetensors").is_file()
-    assert Image.open("runs/own/report/samples.png").size[0] > 300
+    assert min(Image.open("runs/own/report/samples.png").size) > 100
     if classes == 3:
         code, out, err = run(
             "evaluate", "--checkpoint", "runs/own/flashar/checkpoints/best.ckpt", "--reference", "photos", "--out", "e",
