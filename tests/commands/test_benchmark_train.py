@@ -55,6 +55,7 @@ def test_a_training_benchmark(work, run, narrow):
         assert rows[stage, "chunked"]["loss_bytes"] < 0.6 * rows[stage, "plain"]["loss_bytes"]
 
 
+@pytest.mark.slow
 def test_a_step_with_a_frozen_backbone(work, run, narrow):
     """A step of a LoRA run trains, and holds moments of, what is not frozen."""
     pytest.importorskip("peft")

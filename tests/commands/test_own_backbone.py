@@ -50,6 +50,7 @@ def configuration(shards: str, out: str, **model: Any) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_backbone_of_ones_own(run, refused, forget, work, shards, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
     raster = configuration(shards, "raster")

@@ -28,6 +28,7 @@ def test_bad_configs_say_what_to_do(config, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """A command that only needs a config must not wait for Lightning, safetensors or tiktoken."""
     code = (
