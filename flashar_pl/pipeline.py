@@ -24,12 +24,12 @@ import torch
 from PIL.Image import Image, fromarray
 from torch import Tensor
 
-from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
+from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.console import closest, needing, progress_bar
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.engine import Engine
-from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
-from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
+from flashar_pl.decoding.request import DrawRequest
+from flashar_pl.decoding.samples import decode_all, draw_codes
 from flashar_pl.devices import find_device
 from flashar_pl.options import (
     EngineOptions,
@@ -186,18 +186,14 @@ class FlashARPipeline:
         engine: EngineOptions, codes_only: bool, progress: bool,
     ) -> PipelineOutput:  # fmt: skip
         source = self._source
-        sampling = sampling.of(source.model.backbone.published_cfg_scale)
-        grid = choose_grid(source, shape)
-        check_top_k(source.model, sampling.top_k)
-        plan = check_plan(source.model, engine.plan, grid)
-        wanted = ask(source, grid, subject.num_images, sampling.guided, subject, text)
-        check_seed(subject.seed, len(wanted))
+        asked = DrawRequest.of(source, subject, sampling, shape, text, engine.plan)
+        wanted, grid, plan = asked.wanted, asked.grid, asked.plan
         if not codes_only and self._tokenizer is None:
             self._tokenizer = source.matching_tokenizer(engine.device)
         if self._engine is None:
             self._engine = build_engine(source, engine, plan)
-        size = fitting_batch(source, wanted, grid, plan, sampling, engine.batch_size, self._engine.prefix_bucket)
-        samples = SampleSet(wanted.condition, grid, plan, sampling, size, subject.seed, wanted.unconditional)
+        size = fitting_batch(source, asked, engine.batch_size, self._engine.prefix_bucket)
+        samples = asked.samples(size)
         steps = source.model.make_plan(plan, *grid).n_steps
         bar = progress_bar(samples.batches * steps, "steps") if progress else nullcontext(lambda _: None)
         with bar as advance:
@@ -206,7 +202,7 @@ class FlashARPipeline:
             seconds = time.perf_counter() - began
         decoder = None if codes_only else self._tokenizer
         pixels = torch.empty(0) if decoder is None else decode_all(decoder, codes)  # (N, 3, h, w)
-        settings = {**asdict(subject), **asdict(sampling), **asdict(engine), "plan": plan, "batch_size": size,
+        settings = {**asdict(subject), **asdict(asked.sampling), **asdict(engine), "plan": plan, "batch_size": size,
                     "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
         seeds = [subject.seed + i for i in range(len(wanted))]
         images = [fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]

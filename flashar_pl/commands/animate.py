@@ -8,7 +8,8 @@ from __future__ import annotations
 import statistics
 import time
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from flashar_pl.backbones.condition import Batch
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding.engine import Engine
     from flashar_pl.decoding.loop import Progress
+    from flashar_pl.decoding.request import DrawRequest
     from flashar_pl.decoding.samples import SampleSet
     from flashar_pl.grid import DecodePlan
     from flashar_pl.tokenizers import Tokenizer
@@ -40,8 +43,6 @@ TIMED = 5
 """Images of each order whose steps are timed, after one that is not; their medians count."""
 STAND_STILL = 2.0
 """Seconds that the finished images are shown."""
-GREY = 128
-"""Of what is not decoded yet."""
 GAP, LINE = 12, 18
 """Pixels between panels; height of a line of text."""
 NARROWEST = 170
@@ -117,8 +118,9 @@ def animate(
         flashar animate --checkpoint runs/demo/flashar/checkpoints/last.ckpt --classes 0-9 --num-images 1
           --raster runs/demo/raster/checkpoints/last.ckpt --cfg-scale 1.5 --clock time --out demo.webp
     """
-    from flashar_pl.checkpoints.opening import check_top_k, open_checkpoint
-    from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
+    from flashar_pl.checkpoints.opening import open_checkpoint
+    from flashar_pl.decoding.request import DrawRequest
+    from flashar_pl.evaluate.quality import mean_gate
     from flashar_pl.models.flashar import FlashAR
 
     target = require_new(draw.out, "animation")
@@ -128,20 +130,18 @@ def animate(
             f"{source.path} is a {source.model.config()['kind']} model; expected a FlashAR checkpoint, or add "
             "--branch-layer for training-free diagonal decoding."
         )
-    grid = choose_grid(source, shape)
-    check_top_k(source.model, sampling.top_k)
-    wanted = ask(source, grid, draw.num_images, sampling.guided, draw, text)
-    check_seed(draw.seed, len(wanted))
+    asked = DrawRequest.of(source, draw, sampling, shape, text)
     other = source if draw.raster is None else _open_raster(draw.raster, source, compute)
     tokenizer = source.matching_tokenizer(compute.device)
-    sides = decode_both(draw, source, other, wanted, grid, sampling, compute)
-    gate = mean_gate(source.model, sides[1])  # (H, W)
+    sides = decode_both(draw, source, other, asked, compute)
+    gate = mean_gate(source.model, pairs(sides[1]), asked.grid).float()  # (H, W)
     pictures = draw_frames(sides, gate, tokenizer, draw.frames, draw.size)
     shown = [round(1000 * draw.seconds / draw.frames)] * draw.frames
     with replacing(target) as part:
         save(pictures, [*shown, round(1000 * STAND_STILL)], part, FORMATS[target.suffix.lower()])
     ends = ", ".join(f"{side.title} {side.status(side.plan.n_steps).rpartition(' of ')[2]}" for side in sides)
-    print(f"animation: {len(wanted):,} images, clock {draw.clock} ({ends}): {target}, {target.stat().st_size:,} bytes")
+    n, size = len(asked.wanted), target.stat().st_size
+    print(f"animation: {n:,} images, clock {draw.clock} ({ends}): {target}, {size:,} bytes")
     return target
 
 
@@ -163,19 +163,18 @@ def _open_raster(path: str, source: Source, compute: DeviceOptions) -> Source:
 
 
 def decode_both(
-    draw: AnimateOptions, source: Source, other: Source, wanted: Any, grid: tuple[int, int],
-    sampling: SamplingSettings, compute: DeviceOptions,
-) -> list[Side]:  # fmt: skip
+    draw: AnimateOptions, source: Source, other: Source, asked: DrawRequest, compute: DeviceOptions
+) -> list[Side]:
     """Raster and diagonal, drawn under the same conditions and seeds, each with its clock."""
     from flashar_pl.decoding.engine import Engine
-    from flashar_pl.decoding.samples import SampleSet, draw_codes
+    from flashar_pl.decoding.samples import draw_codes
     from flashar_pl.planner.room import fitting_batch
 
     sides = []
     for title, opened in (("raster", other), ("diagonal", source)):
-        engine, plan = Engine(opened.model), opened.model.make_plan(title, *grid)
-        size = fitting_batch(opened, wanted, grid, title, sampling, compute.batch_size, engine.prefix_bucket)
-        samples = SampleSet(wanted.condition, grid, title, sampling, size, draw.seed, wanted.unconditional)
+        engine, plan = Engine(opened.model), opened.model.make_plan(title, *asked.grid)
+        own = replace(asked, plan=title)
+        samples = own.samples(fitting_batch(opened, own, compute.batch_size, engine.prefix_bucket))
         with progress_bar(samples.batches * plan.n_steps, f"{title} steps") as advance:
             codes = draw_codes(engine, samples, on_step=lambda _: advance(1))
         ends = [float(step) for step in range(1, plan.n_steps + 1)]
@@ -187,8 +186,6 @@ def decode_both(
 
 def time_steps(sides: list[Side]) -> None:
     """Set the clocks to milliseconds: medians of the steps of one image, decoded in both orders by turns."""
-    from dataclasses import replace
-
     from flashar_pl.decoding.samples import draw_batch
 
     found: list[list[list[float]]] = [[] for _ in sides]
@@ -210,16 +207,12 @@ def time_steps(sides: list[Side]) -> None:
         side.unit = "ms"
 
 
-def mean_gate(model: Any, side: Side) -> Tensor:
-    """Mean weight of the horizontal head (H, W) for the codes of the diagonal side, float32 on the CPU."""
-    import torch
+def pairs(side: Side) -> Iterator[Batch]:
+    """The drawn images with their conditions, one at a time: any model that decoded them has room for this."""
+    from flashar_pl.backbones.condition import Batch
 
-    total = torch.zeros(side.samples.grid)
-    with torch.no_grad():
-        for i, codes in enumerate(side.codes):  # one image at a time: any model that decoded it has room for this
-            condition = side.samples.condition.rows([i // side.samples.every]).to(model.device)
-            total += model.loss(codes[None].to(model.device), condition, side.plan)["gate"][0].float().cpu()
-    return total / len(side.codes)
+    for i, codes in enumerate(side.codes):
+        yield Batch(codes[None], side.samples.condition.rows([i // side.samples.every]))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -227,6 +220,7 @@ def mean_gate(model: Any, side: Side) -> Tensor:
 
 def draw_frames(sides: list[Side], gate: Tensor, tokenizer: Tokenizer, frames: int, size: int) -> list[Image.Image]:
     """frames + 1 pictures, evenly spaced on the clock from nothing decoded to everything."""
+    from flashar_pl.decoding.samples import GREY
     from flashar_pl.pictures import gate_picture
 
     last = max(side.ends[-1] for side in sides)
@@ -259,16 +253,11 @@ def draw_frames(sides: list[Side], gate: Tensor, tokenizer: Tokenizer, frames: i
 
 def sheet(side: Side, done: int, tokenizer: Tokenizer) -> Tensor:
     """The images after `done` steps, side by side: (3, h, w) uint8."""
-    import torch
-
-    from flashar_pl.decoding.samples import PIXELS, decode_partial
+    from flashar_pl.decoding.samples import decode_all
     from flashar_pl.pictures import tile
 
     late = side.plan.step.view(1, *side.samples.grid) >= done
-    codes = side.codes.masked_fill(late, -1)  # (B, H, W)
-    together = max(1, PIXELS // (codes[0].numel() * tokenizer.downsample**2))
-    parts = [decode_partial(tokenizer, part.to(side.engine.device)).cpu() for part in codes.split(together)]
-    return tile(torch.cat(parts), columns_of(len(codes)))
+    return tile(decode_all(tokenizer, side.codes.masked_fill(late, -1)), columns_of(len(side.codes)))  # (B, 3, h, w)
 
 
 def columns_of(n: int) -> int:

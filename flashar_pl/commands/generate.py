@@ -62,27 +62,23 @@ def generate(
     """
     import numpy as np
 
-    from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
+    from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.decoding.build import build_engine, choose_format
-    from flashar_pl.decoding.prompts import ask, check_seed, choose_grid
-    from flashar_pl.decoding.samples import SampleSet, draw_codes
+    from flashar_pl.decoding.request import DrawRequest
+    from flashar_pl.decoding.samples import draw_codes
     from flashar_pl.devices import peak_memory
     from flashar_pl.planner.room import fitting_batch
 
     target = require_new(draw.out, "samples")
     source = open_checkpoint(model, engine)
-    sampling = sampling.of(source.model.backbone.published_cfg_scale)
-    grid = choose_grid(source, shape)
-    check_top_k(source.model, sampling.top_k)
-    plan = check_plan(source.model, engine.plan, grid)
-    wanted = ask(source, grid, draw.num_images, sampling.guided, draw, text)
-    check_seed(draw.seed, len(wanted))
+    asked = DrawRequest.of(source, draw, sampling, shape, text, engine.plan)
+    wanted, grid, plan, sampling = asked.wanted, asked.grid, asked.plan, asked.sampling
     _notes(source, wanted, sampling, grid)
     decoder = None if draw.codes_only else source.matching_tokenizer(engine.device)
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
-    size = fitting_batch(source, wanted, grid, plan, sampling, engine.batch_size, drawing.prefix_bucket)
-    samples = SampleSet(wanted.condition, grid, plan, sampling, size, draw.seed, wanted.unconditional)
+    size = fitting_batch(source, asked, engine.batch_size, drawing.prefix_bucket)
+    samples = asked.samples(size)
     steps = samples.batches * source.model.make_plan(plan, *grid).n_steps
     with peak_memory(drawing.device) as peak, progress_bar(steps, "steps") as advance:
         started = time.perf_counter()

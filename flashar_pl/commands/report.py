@@ -79,7 +79,7 @@ class Row:
 
 
 @dataclass
-class Subject:
+class HeldOut:
     """What is drawn and scored."""
 
     manifest: Manifest
@@ -89,7 +89,7 @@ class Subject:
     """One entry for each class, or those of the first test images."""
 
     @classmethod
-    def of(cls, model: GridModel, manifest: Manifest, encoder: Callable[[str], Tensor] | None) -> Subject:
+    def of(cls, model: GridModel, manifest: Manifest, encoder: Callable[[str], Tensor] | None) -> HeldOut:
         """What this data has for a model."""
         import torch
 
@@ -149,7 +149,7 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     network = None if asked.classifier is None else ClassifierFeatures.load(asked.classifier)
     rows, encoder = _rows(asked, manifest, text)
     network = network or learn(manifest)
-    subject = Subject.of(rows[0].model, manifest, encoder)
+    subject = HeldOut.of(rows[0].model, manifest, encoder)
     judge = Judge.build(network, manifest)
     measure(rows, subject, judge, asked, seeds)
     bounds = check_bounds({row.key: row.results for row in rows}) if manifest.name == BOUND else []
@@ -213,7 +213,7 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
     return rows, encoders[0]
 
 
-def measure(rows: list[Row], subject: Subject, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
+def measure(rows: list[Row], subject: HeldOut, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
     """Fill in every row's results."""
     from flashar_pl.checkpoints.opening import count_parameters
     from flashar_pl.commands.score import image_nll, summary
@@ -319,21 +319,20 @@ def _with_spread(values: list[float], digits: int) -> str:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw_samples(rows: list[Row], subject: Subject, judge: Judge, path: Path) -> None:
+def draw_samples(rows: list[Row], subject: HeldOut, judge: Judge, path: Path) -> None:
     """A column for each class or caption: a real test image, then `PICTURE_LINES` of each model, equal seeds."""
     from flashar_pl.decoding import Engine
-    from flashar_pl.decoding.samples import SampleSet, draw_codes
-    from flashar_pl.evaluate.quality import decode
+    from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
     from flashar_pl.pictures import save_png, sheet
 
     entries, heads, codes = real_images(subject.manifest)
     shown, settings = subject.conditions.rows(entries), SamplingSettings(cfg_scale=subject.picture_cfg)
-    blocks = [("real", decode(judge.tokenizer, codes))]
+    blocks = [("real", decode_all(judge.tokenizer, codes))]
     for row in rows:
         n = PICTURE_LINES * len(shown)
         samples = SampleSet(shown, subject.manifest.grid, row.plan, settings, n, n=n)
         name = row.name.replace(", ", ",\n").replace(" ", "\n", 1)
-        images = decode(judge.tokenizer, draw_codes(Engine(row.model), samples))
+        images = decode_all(judge.tokenizer, draw_codes(Engine(row.model), samples))
         blocks.append((f"{name}\n{row.results['steps']} steps", images))
     save_png(sheet(blocks, heads), path)
 

@@ -6,7 +6,6 @@ Shapes: n pictures, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -140,8 +139,7 @@ def train_tokenizer(
         "image_size": size,
         **asdict(options),
     }
-    with ExitStack() as made:
-        folder = made.enter_context(new_directory(target, "tokenizer"))
+    with new_directory(target, "tokenizer") as folder:
         save_checked(model.to_official(), folder / WEIGHTS)
         shown = torch.cat([torch.stack([a, b]) for a, b in zip(held_out[:SHOWN], restored[:SHOWN])])
         save_png(tile(shown, 4), folder / "reconstructions.png")

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone
-from flashar_pl.backbones.condition import Condition, Given, Prefix
+from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.grid import DecodePlan, check_grid
@@ -28,7 +28,6 @@ from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.torch_private import compile_errors, recompile_limit
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.baselines import BlockDiffusion
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
 from flashar_pl.options import Runner, SamplingSettings
@@ -93,51 +92,26 @@ class Engine:
         listed = sample_seeds(seeds, len(wanted))
         if not listed:
             raise ValueError("condition holds no samples; expected at least one.")
-        if isinstance(self.model, BlockDiffusion):
-            return self._in_blocks(self.model, wanted, order, settings, listed, unconditional, on_step)
-        if unconditional is not None:
-            unconditional = backbone.check_condition(unconditional, len(listed)).to(device)
+        away = None if unconditional is None else backbone.check_condition(unconditional, len(listed)).to(device)
+        show = on_step or (lambda progress: None)
+        if self.model.own_decoding:
+            with torch.inference_mode(False), full_precision(device.type), self._blocks(), sdpa_kernel(KERNELS):
+                return self.model.draw(
+                    wanted, order, settings, listed, away, lambda done, drawn: show(Progress(order, done, drawn))
+                )
         # a caller's inference mode must not reach the buffers: later batches could not write to them
         with torch.inference_mode(False), torch.no_grad(), decode_mode(self.model), full_precision(device.type):
             if settings.guided:
-                wanted = backbone.with_unconditional(wanted, unconditional)
+                wanted = backbone.with_unconditional(wanted, away)
             prefix = self.model.prefix(wanted)
             if backbone.conditioning.kind == "prompt":  # of many lengths
                 prefix = pad_prefix(prefix, self.prefix_bucket)
             rope = self.model.rope(order, prefix, settings.guided)
             noise = uniforms(listed, order.n_cells)[:, order.order].to(float64_device(device))  # (B, N)
             inputs = Inputs(prefix, rope, noise)
-            buffers = self._run(order, settings, inputs, on_step or (lambda progress: None))
+            buffers = self._run(order, settings, inputs, show)
         check_usable(buffers.broken, prefix.x.dtype)
         return Progress(order, order.n_steps, buffers.drawn).codes()
-
-    def _in_blocks(
-        self,
-        model: BlockDiffusion,
-        condition: Condition,
-        plan: DecodePlan,
-        settings: SamplingSettings,
-        seeds: list[int],
-        unconditional: Given | None,
-        on_step: Callable[[Progress], object] | None,
-    ) -> Tensor:
-        """Codes (B, H, W) of a model whose steps no plan describes; `on_step` hears of every finished block."""
-        if settings.cfg_interval is not None:
-            raise ValueError("cfg_interval is given, and block diffusion guides every call; leave it out.")
-        calls = 0
-
-        def after_call(tokens: Tensor) -> None:
-            nonlocal calls
-            calls += 1
-            if on_step is not None and calls % model.steps == 0:
-                on_step(Progress(plan, calls // model.steps, tokens[:, plan.on("order", tokens.device)]))
-
-        options = {name: value for name, value in asdict(settings).items() if name != "cfg_interval"}
-        with torch.inference_mode(False), full_precision(self.device.type), self._blocks(), sdpa_kernel(KERNELS):
-            return model.generate(
-                condition, grid=(plan.height, plan.width), seeds=seeds, unconditional=unconditional,
-                on_step=after_call, **options,
-            )  # fmt: skip
 
     def _run(
         self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[Progress], object]
@@ -269,11 +243,11 @@ def _resolve(runner: str, model: GridModel) -> str:
         raise ValueError(f"runner is {runner!r}; expected one of {', '.join(get_args(Runner))}.")
     device = model.device
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    blocks = isinstance(model, BlockDiffusion)
     if runner == "auto":
-        return "graphs" if device.type == "cuda" and not sharded and not blocks else "eager"
-    if "graphs" in runner and blocks:
-        raise ValueError(f"runner is {runner}, and block diffusion is not recorded in graphs; use eager or compiled.")
+        return "graphs" if device.type == "cuda" and not sharded and not model.own_decoding else "eager"
+    if "graphs" in runner and model.own_decoding:
+        kind = model.config()["kind"]
+        raise ValueError(f"runner is {runner}, and a {kind} model is not recorded in graphs; use eager or compiled.")
     if "graphs" in runner and device.type != "cuda":
         raise ValueError(
             f"runner is {runner}, and the model is on {device}; CUDA graphs need a CUDA device: use eager."

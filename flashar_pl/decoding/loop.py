@@ -111,6 +111,7 @@ def decode(
     states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)
     done = 0
     guided = model.guided_steps(plan, settings)
+    last = max((t for t, on in enumerate(guided) if on), default=-1)
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
         logits = model.step_logits(states, plan, t)  # (R, n, V)
@@ -121,7 +122,7 @@ def decode(
         yield t
         if t + 1 == plan.n_steps:
             break
-        if guided[t] and not any(guided[t + 1 :]):  # guidance does not come back
+        if t == last:  # guidance does not come back
             rows, rope = batch, rope[:batch]
             cache.keep_rows(batch)
         slots = plan.slots_of_step[t]

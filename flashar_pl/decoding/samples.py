@@ -27,6 +27,8 @@ from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 
 PIXELS = 2**20
 """Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
+GREY = 128
+"""Of what is not drawn yet."""
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,14 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) 
 
 
 def decode_all(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
-    """Codes (n, H, W) to uint8 images (n, 3, h, w) on the CPU, a few at a time on the tokenizer's device."""
+    """Codes (n, H, W) to uint8 images (n, 3, h, w) on the CPU, a few at a time on the tokenizer's device; grey where a
+    code is -1: not drawn yet (see `Progress`)."""
     device = next((t.device for t in (*tokenizer.parameters(), *tokenizer.buffers())), torch.device("cpu"))
     together = max(1, PIXELS // (codes[0].numel() * tokenizer.downsample**2))
-    return torch.cat([decode_images(tokenizer, part.to(device)).cpu() for part in codes.split(together)])
-
-
-def decode_partial(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
-    """Codes (B, H, W) to uint8 images (B, 3, h, w), grey where a code is -1: not drawn yet (see `Progress`)."""
+    parts = codes.clamp(min=0).split(together)
+    images = torch.cat([decode_images(tokenizer, part.to(device)).cpu() for part in parts])
     missing = (codes < 0).repeat_interleave(tokenizer.downsample, 1).repeat_interleave(tokenizer.downsample, 2)
-    return decode_images(tokenizer, codes.clamp(min=0)).masked_fill(missing[:, None], 128)
+    return images.masked_fill(missing[:, None].cpu(), GREY)
 
 
 def check_resize(tokenizer: Tokenizer, grid: tuple[int, int], side: int) -> ConvTokenizer:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashar_pl.backbones.condition import Batch, Condition
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
-from flashar_pl.decoding.samples import SampleSet, draw_codes
+from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.metrics.classifier import ClassifierFeatures
 from flashar_pl.metrics.extractor import extract_features
 from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_batches
@@ -33,8 +33,6 @@ TOGETHER = 100
 """Samples decoded together."""
 WARM_UP = 3
 """Images decoded before the clock counts."""
-DECODED = 64
-"""Images that the tokenizer decodes together."""
 
 
 @dataclass
@@ -58,13 +56,8 @@ def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor | None]
     """Images (n, 3, h, w) uint8 and labels (n,) int64, None = it has no classes, of a split, evaluation crops."""
     reader = ShardReader(manifest, split)
     samples = reader.read(np.arange(len(reader)))
-    images = decode(build_tokenizer(manifest.tokenizer), torch.from_numpy(samples.codes))
+    images = decode_all(build_tokenizer(manifest.tokenizer), torch.from_numpy(samples.codes))
     return images, None if samples.labels is None else torch.from_numpy(samples.labels)
-
-
-def decode(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
-    """Images (n, 3, h, w) uint8 of codes (n, H, W), a part at a time."""
-    return torch.cat([tokenizer.decode(part) for part in codes.split(DECODED)])
 
 
 def sample_quality(
@@ -88,7 +81,7 @@ def sample_quality(
     for seed in seeds:
         first = seed * SEED_STRIDE
         numbered = SampleSet(condition, grid, plan, SamplingSettings(), TOGETHER, first, n=samples)
-        images = decode(judge.tokenizer, draw_codes(engine, numbered, advance))
+        images = decode_all(judge.tokenizer, draw_codes(engine, numbered, advance))
         features = extract_features(judge.classifier, images)
         found, missing = measure(["fid"], features, judge.real)
         results["fid"] += found.values()
@@ -131,7 +124,8 @@ def mean_gate(model: GridModel, batches: Iterable[Batch], grid: tuple[int, int])
     total, n = torch.zeros(grid, dtype=torch.float64), 0  # (H, W)
     with torch.no_grad():
         for batch in batches:
-            gate = model.loss(batch.codes, batch.condition, plan)["gate"].double()  # (B, H, W)
-            gate = gate if batch.valid is None else gate[batch.valid]
+            moved = batch.to(model.device)
+            gate = model.loss(moved.codes, moved.condition, plan)["gate"].cpu().double()  # (B, H, W)
+            gate = gate if batch.valid is None else gate[batch.valid.cpu()]
             total, n = total + gate.sum(0), n + len(gate)
     return total / n

@@ -6,10 +6,11 @@ Shapes: B samples, R rows, P prefix, S slots, S' slots that were fed, H, W grid,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,8 @@ class GridModel(nn.Module, ABC):
     dual_head: DualHead
     plan_name: str
     """Name of the plan the model was made for."""
+    own_decoding: ClassVar[bool] = False
+    """Whether it decodes by `draw`, because no steps of a plan describe how."""
     vertical_layers: int = 0
     """Layers of the vertical branch, k."""
     null_style: Literal["official", "released"] = "official"
@@ -84,6 +87,19 @@ class GridModel(nn.Module, ABC):
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (R, n) int64 in slot order, -1 where a slot holds no cell -> (R, n, D)."""
         return self.backbone.embed(codes)
+
+    def draw(
+        self,
+        condition: Condition,
+        plan: DecodePlan,
+        settings: SamplingSettings,
+        seeds: list[int],
+        unconditional: Condition | None,
+        on_step: Callable[[int, Tensor], object],
+    ) -> Tensor:
+        """Codes (B, H, W) of a model with `own_decoding`. on_step: called with the number of finished steps of the plan
+        and the codes so far (B, N) in its order."""
+        raise NotImplementedError(type(self).__name__)
 
     def guided_steps(self, plan: DecodePlan, settings: SamplingSettings) -> list[bool]:
         """Which decoding steps are guided."""

@@ -11,8 +11,7 @@ from flashar_pl import devices
 from flashar_pl.backbones import Prompts
 from flashar_pl.checkpoints.opening import Source
 from flashar_pl.console import gib
-from flashar_pl.decoding.prompts import Wanted
-from flashar_pl.options import SamplingSettings
+from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.sizes import model_sizes
 
@@ -77,25 +76,17 @@ class Room:
         return (self.weight_copies - 1) * self.jobs[0].model_bytes
 
 
-def fitting_batch(
-    source: Source,
-    wanted: Wanted,
-    grid: tuple[int, int],
-    plan: str,
-    settings: SamplingSettings,
-    batch_size: int | Literal["auto"] | None,
-    bucket: int,
-) -> int:
+def fitting_batch(source: Source, request: DrawRequest, batch_size: int | Literal["auto"] | None, bucket: int) -> int:
     """The number of samples to decode together; prompts are padded to a multiple of `bucket`.
 
     Raises ValueError for a number that does not fit.
     """
-    model, most, longest = source.model, BATCH_SIZE, None
+    wanted, model, most, longest = request.wanted, source.model, BATCH_SIZE, None
     prompts = [part for part in (wanted.condition, wanted.unconditional) if isinstance(part, Prompts)]
     if prompts:
         most = min(most, len(wanted))
         longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
     dtype = next(model.parameters()).dtype
-    job = DecodeJob(model_sizes(model.config()), plan, grid, 1, settings.guided, dtype, longest)
+    job = DecodeJob(model_sizes(model.config()), request.plan, request.grid, 1, request.sampling.guided, dtype, longest)
     room = Room((job,), model.device, weight_copies=0)
     return room.choose(max(1, room.largest(most)) if batch_size is None else batch_size, most=len(wanted))

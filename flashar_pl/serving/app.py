@@ -24,7 +24,8 @@ from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpo
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.loop import Progress
 from flashar_pl.decoding.prompts import Wanted, ask, choose_grid, class_ids
-from flashar_pl.decoding.samples import SampleSet, decode_partial, draw_codes
+from flashar_pl.decoding.request import DrawRequest
+from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, Subject, TextOptions
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
@@ -72,13 +73,14 @@ class Service:
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
         fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2})
-        asked = (self.source, fullest.wanted, self.grid, self.plan, fullest.samples.sampling)
-        self.most_images = fitting_batch(*asked, engine.batch_size, self.engine.prefix_bucket)
+        asked = DrawRequest(fullest.wanted, self.grid, self.plan, fullest.samples.sampling, seed=0)
+        self.most_images = fitting_batch(self.source, asked, engine.batch_size, self.engine.prefix_bucket)
         self.thread = ThreadPoolExecutor(1, "flashar-drawing")
         self.jobs, self.most_jobs, self.counts = 0, most_jobs, Counter[str]()  # jobs wait or are drawn
         self.facts = {
             "checkpoint": self.source.path, "grid": self.grid, "asked_by": self.by, "example": self.example,
-            "plans": self.steps, "defaults": {"plan": self.plan, **asdict(sampling)}, "most_images": self.most_images,
+            "plans": self.steps, "defaults": {"plan": self.plan, **asdict(self.sampling)},
+            "most_images": self.most_images,
         }  # fmt: skip
 
     def job(self, body: Any) -> Job:
@@ -125,7 +127,7 @@ class Service:
             nonlocal began
             codes = codes[: job.samples.n].cpu()  # waits for the device
             seconds = time.perf_counter() - began
-            images = decode_partial(self.tokenizer, codes.to(self.engine.device))
+            images = decode_all(self.tokenizer, codes)
             pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]
             data = [{"index": i, "seed": job.samples.seed + i, "b64_json": png} for i, png in enumerate(pngs)]
             began = time.perf_counter() - seconds

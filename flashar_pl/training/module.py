@@ -98,9 +98,11 @@ class FlashARModule(LightningModule):
         validation: ValidationConfig = VALIDATION,
     ) -> None:
         super().__init__()
-        given = {"backbone": backbone, "flashar": flashar, "lora": lora, "optimiser": optimiser, "schedule": schedule,
-                 "validation": validation}  # fmt: skip
-        backbone, flashar, lora, optimiser, schedule, validation = typed_options(FlashARModule, given).values()
+        given = {"backbone": backbone, "flashar": flashar, "par": par, "block_diffusion": block_diffusion, "lora": lora,
+                 "optimiser": optimiser, "schedule": schedule, "validation": validation}  # fmt: skip
+        backbone, flashar, par, block_diffusion, lora, optimiser, schedule, validation = typed_options(
+            FlashARModule, given
+        ).values()
         backbone = BackboneConfig.of(backbone)
         self.model_config = model_config(backbone, flashar, par, block_diffusion)
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from

@@ -100,15 +100,15 @@ def continued(directory: Path, values: dict[str, Any], typed: Collection[str] = 
 
 
 def newest(folders: list[Path]) -> str | None:
-    """The newest checkpoint in some folders from which a run can continue.
+    """The newest checkpoint in some folders from which a run can continue; its tensors are compared when it does.
 
     Raises:
-        ValueError: it is damaged; the newest whole one is named.
+        ValueError: it cannot be read; the newest whole one is named.
     """
     ordered = by_age(folders)
     for i, path in enumerate(ordered):
         try:
-            if "callbacks" in RunCheckpoint(path).check_whole().content:  # else it has weights only
+            if "callbacks" in RunCheckpoint(path).content:  # else it has weights only
                 return str(path)
         except ValueError as error:
             whole = None if isinstance(error, Damaged) else newest_whole(ordered[i + 1 :])  # else it is named already

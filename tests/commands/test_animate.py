@@ -7,6 +7,7 @@ from PIL import Image
 
 from flashar_pl.commands import animate as module
 from flashar_pl.commands.animate import AnimateOptions, animate, columns_of
+from flashar_pl.decoding.samples import GREY
 from flashar_pl.options import ModelOptions
 
 HEIGHT = module.LINE + module.GAP // 2
@@ -25,18 +26,18 @@ def frames(path) -> list[np.ndarray]:
 def decoded(picture: np.ndarray, left: int, side: int = 64) -> np.ndarray:
     """(8, 8) bool: cells of one 8 x 8 image, enlarged to 64 pixels, that are not grey any more."""
     cells = picture[HEIGHT : HEIGHT + side, left : left + side].reshape(8, side // 8, 8, side // 8, 3)
-    return (np.abs(cells - module.GREY) > 20).any(axis=(1, 3, 4))
+    return (np.abs(cells - GREY) > 20).any(axis=(1, 3, 4))
 
 
 @pytest.fixture
 def light_codes(monkeypatch):
     """Every code is white, so that grey means: not decoded."""
-    from flashar_pl.decoding.samples import decode_partial
+    from flashar_pl.decoding.samples import decode_all
 
     def decode(tokenizer, codes):
-        return decode_partial(tokenizer, codes.clamp(max=16).where(codes < 0, torch.full_like(codes, 16)))
+        return decode_all(tokenizer, codes.clamp(max=16).where(codes < 0, torch.full_like(codes, 16)))
 
-    monkeypatch.setattr("flashar_pl.decoding.samples.decode_partial", decode)
+    monkeypatch.setattr("flashar_pl.decoding.samples.decode_all", decode)
 
 
 def test_cells_appear_when_their_step_has_ended(run, flashar_model, light_codes, work):
@@ -55,7 +56,7 @@ def test_cells_appear_when_their_step_has_ended(run, flashar_model, light_codes,
         assert (decoded(film[i], module.GAP) == (8 * p + q < 4 * i)).all()
         assert (decoded(film[i], right) == (p + q < 4 * i)).all()
     gate = film[0][HEIGHT : HEIGHT + 64, 3 * module.GAP + 2 * module.NARROWEST :][:, :64]
-    assert (np.abs(gate - module.GREY) < 20).all()
+    assert (np.abs(gate - GREY) < 20).all()
     assert not list(work.glob("*part*"))
 
 
@@ -100,3 +101,13 @@ def test_what_cannot_be_animated_is_refused(refused, raster_model, flashar_model
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (4, 2), (10, 5), (7, 7), (12, 4)])
 def test_sheets_have_no_empty_place(n, columns):
     assert columns_of(n) == columns
+
+
+def test_guidance_is_that_of_the_model_where_none_is_given(run, flashar_model, work, monkeypatch):
+    """Guards pictures of a published model without the guidance that it needs, as `generate` gives it."""
+    asked = []
+    monkeypatch.setattr("flashar_pl.backbones.llamagen.LlamaGen.published_cfg_scale", 3.0)
+    monkeypatch.setattr(module, "decode_both", lambda draw, source, other, request, compute: asked.append(request))
+    with pytest.raises(TypeError):  # nothing was drawn
+        animate(AnimateOptions(classes="3", out="film.webp"), ModelOptions(str(flashar_model)))
+    assert asked[0].sampling.cfg_scale == 3.0

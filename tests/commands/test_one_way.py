@@ -57,7 +57,9 @@ def test_every_example_of_a_training_verb_can_be_pasted(verb, monkeypatch):
 
 
 def test_the_first_help_can_be_pasted():
-    for words in pasted(cli.HELP.split("start here:")[1]):
+    examples = pasted(cli.HELP.split("start here:")[1])
+    assert len(examples) == 3
+    for words in examples:
         verb, rest = cli.split_verb(words[1:])
         if not cli.COMMANDS[verb].trains:
             parse(cli.load(cli.COMMANDS[verb]), f"flashar {verb}", rest)

@@ -108,6 +108,7 @@ def test_a_repository_is_fetched_by_its_name_and_a_wrong_path_is_not(flashar_mod
         ({"flashar": {"branch_layr": 1}}, ["--model.flashar.branch_layr", "1"]),
         ({"flashar": {"branch_layer": "x"}}, ["--model.flashar.branch_layer", "x"]),
         ({"flashar": {"fusion": "gate"}}, ["--model.flashar", "{fusion: gate}"]),
+        ({"block_diffusion": {"strategy": "ring"}}, ["--model.block_diffusion.strategy", "ring"]),
         ({"optimiser": {"lr": "fast"}}, ["--model.optimiser.lr", "fast"]),
         ({"validation": {"plan": "spiral"}}, ["--model.validation.plan", "spiral"]),
     ],
@@ -125,6 +126,9 @@ def test_dictionaries_become_the_options_that_they_say():
     module = FlashARModule({"options": TINY | DIGITS}, {"branch_layer": 1}, optimiser={"lr": 1e-3, "betas": [0.5, 0.9]})
     assert (module.flashar.branch_layer, module.optimiser.lr, module.optimiser.betas) == (1, 1e-3, (0.5, 0.9))
     assert module.settings()["backbone"]["options"] == TINY | DIGITS
+    baseline = FlashARModule({"options": TINY | DIGITS}, par={"tokens_per_step": 4})
+    assert baseline.model_config["kind"] == "par"
+    assert baseline.model_config["tokens_per_step"] == 4
 
 
 def test_the_script_of_the_page_runs(work, capsys):

@@ -71,8 +71,8 @@ def test_generate_score_and_fit_run_without_posix(poorer, run, flashar_model, sh
 
 def test_locks_keep_nobody_out_where_there_are_none(poorer, tmp_path):
     with (tmp_path / "a").open("w") as file, (tmp_path / "a").open("a") as other:
-        locks.take(file)
-        locks.take(other)
+        assert locks.take(file) is None
+        assert locks.take(other) is None  # where there are locks: BlockingIOError
         locks.release(other)
 
 

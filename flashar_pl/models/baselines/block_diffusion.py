@@ -12,6 +12,7 @@ Shapes: B samples, R rows, H, W grid, N cells, V codes, D width, n cells of a bl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
@@ -72,6 +73,7 @@ class BlockDiffusion(RasterAR):
     """
 
     plan_name = "blocks"
+    own_decoding = True
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class BlockDiffusion(RasterAR):
         super().__init__(backbone)
         self.strategy, self.clean_context, self.steps = strategy, clean_context, check_steps(steps)
         self.usual_grid = backbone.usual_grid if grid is None else check_grid(grid)
-        self.plan_of(4, 4)  # names the strategies
+        self.make_plan(None, 4, 4)  # names the strategies
         self.mask = nn.Embedding(1, backbone.dim)
         initialise(self.mask)
         self.time = TimeEmbedding(backbone.dim)
@@ -118,11 +120,6 @@ class BlockDiffusion(RasterAR):
         """The official state dict, bit-exact inverse of `from_official`."""
         return resolve_name("flashar_pl.checkpoints.baselines:write_block_diffusion")(self)
 
-    @classmethod
-    def from_backbone(cls, backbone: Backbone, strategy: str = "mdlm", clean_context: bool = False) -> BlockDiffusion:
-        """The start of post-training: every weight of the raster model, a new mask token, time without effect yet."""
-        return cls(backbone, strategy, clean_context)
-
     def config(self) -> dict[str, Any]:
         return {
             "kind": "block_diffusion",
@@ -137,16 +134,12 @@ class BlockDiffusion(RasterAR):
         """Token of a cell that is not decoded yet: V."""
         return self.backbone.vocabulary
 
-    def plan_of(self, height: int, width: int) -> DecodePlan:
-        """The blocks of a grid, a step each."""
-        return block_plan(height, width, self.strategy)
-
     def make_plan(self, name: str | None, height: int, width: int) -> DecodePlan:
         if name not in (None, self.plan_name):
             raise ValueError(
                 f"plan is {name!r}, and a BlockDiffusion model knows its own only; leave it out, or blocks."
             )
-        return self.plan_of(height, width)
+        return block_plan(height, width, self.strategy)
 
     def check_plan(self, plan: DecodePlan) -> None:
         raise ValueError(
@@ -215,7 +208,8 @@ class BlockDiffusion(RasterAR):
         h = self.hidden(noisy, condition, t, plan, flat if self.clean_context else None)
         counted = masked if valid is None else masked & valid.bool()[:, None]
         weight = counted.to(t) / t  # (B, N)
-        head = HeadInputs(h.flatten(0, 1), self.backbone.head.weight, self._rows(flat), weight.flatten())
+        rows = flat.flatten() + self.backbone.first_code
+        head = HeadInputs(h.flatten(0, 1), self.backbone.head.weight, rows, weight.flatten())
         total, nll = head_nll(head)
         samples = len(flat) if valid is None else valid.sum().clamp_min(1)
         loss = total / (samples * plan.n_cells if self.clean_context else counted.sum().clamp_min(1))
@@ -228,9 +222,6 @@ class BlockDiffusion(RasterAR):
             "masked": masked.float().mean(),
             "gate": torch.ones(len(flat), plan.height, plan.width, device=flat.device),
         }
-
-    def _rows(self, codes: Tensor) -> Tensor:
-        return codes.flatten() + self.backbone.first_code
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -267,7 +258,7 @@ class BlockDiffusion(RasterAR):
                 raise ValueError(f"{n} cells are no {self.usual_grid} grid and no square; expected (B, H, W).")
             tokens = tokens.unflatten(1, grid)
         check_codes(tokens, self.mask_id + 1)
-        return tokens.flatten(1), self.plan_of(*tokens.shape[1:])
+        return tokens.flatten(1), self.make_plan(None, *tokens.shape[1:])
 
     def _by_cell(self, t: Tensor, plan: DecodePlan) -> Tensor:
         """Times (B, N) of (B,), (B, blocks) or (B, N)."""
@@ -326,7 +317,7 @@ class BlockDiffusion(RasterAR):
         condition = self.backbone.check_condition(classes).to(self.device)
         if unconditional is not None:
             unconditional = self.backbone.check_condition(unconditional, len(condition)).to(self.device)
-        plan = self.plan_of(*check_grid(grid or self.usual_grid))
+        plan = self.make_plan(None, *check_grid(grid or self.usual_grid))
         steps = check_steps(self.steps if steps is None else steps)
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             raise ValueError("the model is sharded, and a BlockDiffusion model draws on one device only; use ddp.")
@@ -341,3 +332,34 @@ class BlockDiffusion(RasterAR):
             return sampler.run(on_step or (lambda tokens: None)).unflatten(1, (plan.height, plan.width))
         finally:
             self.train(training)
+
+    def draw(
+        self,
+        condition: Condition,
+        plan: DecodePlan,
+        settings: SamplingSettings,
+        seeds: list[int],
+        unconditional: Condition | None,
+        on_step: Callable[[int, Tensor], object],
+    ) -> Tensor:
+        """See `GridModel.draw`: a step of the plan is a finished block. ValueError for a guidance interval."""
+        if settings.cfg_interval is not None:
+            raise ValueError("cfg_interval is given, and block diffusion guides every call; leave it out.")
+        calls = itertools.count(1)
+
+        def after_call(tokens: Tensor) -> None:
+            if (call := next(calls)) % self.steps == 0:
+                on_step(call // self.steps, tokens[:, plan.on("order", tokens.device)])
+
+        return self.generate(
+            condition,
+            grid=(plan.height, plan.width),
+            cfg_scale=settings.scale,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            greedy=settings.greedy,
+            seeds=seeds,
+            on_step=after_call,
+            unconditional=unconditional,
+        )

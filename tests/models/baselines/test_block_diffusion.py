@@ -44,7 +44,7 @@ def official(arrays: dict[str, Tensor], strategy: str = "mdlm", **options: Any) 
 
 def made(strategy: str = "row", clean_context: bool = True, seed: int = 0) -> BlockDiffusion:
     torch.manual_seed(seed)
-    model = BlockDiffusion.from_backbone(tiny.backbone(seed), strategy, clean_context)
+    model = BlockDiffusion(tiny.backbone(seed), strategy, clean_context)
     tiny.randomise(model, seed)
     return model.double().eval()
 
@@ -119,7 +119,7 @@ def test_post_training_starts_from_the_raster_model() -> None:
     """All its weights; time has no effect before the first step."""
     backbone = tiny.backbone()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    model = BlockDiffusion.from_backbone(backbone, "row").eval()
+    model = BlockDiffusion(backbone, "row").eval()
     assert all(torch.equal(value, model.backbone.state_dict()[key]) for key, value in before.items())
     noisy = torch.full((2, 16), tiny.VOCABULARY)
     logits = [model.logits(noisy.unflatten(1, (4, 4)), torch.tensor([0, 1]), torch.full((2,), t)) for t in (0.1, 0.9)]
@@ -202,7 +202,7 @@ def test_the_loss_with_clean_context_is_a_bound_per_cell() -> None:
 def test_it_learns() -> None:
     """A few steps on one image: its masked codes become likely."""
     torch.manual_seed(0)
-    model = BlockDiffusion.from_backbone(tiny.backbone(), "row", clean_context=True)
+    model = BlockDiffusion(tiny.backbone(), "row", clean_context=True)
     codes, classes = tiny.codes(1, 4, 4).expand(4, -1, -1), torch.zeros(4, dtype=torch.int64)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
