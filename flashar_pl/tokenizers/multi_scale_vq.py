@@ -191,11 +191,11 @@ class MultiScaleVQ(ConvTokenizer):
         """Ids (B, L) of latents (B, D, P, P), Algorithm 1: every scale describes what is left of z."""
         table = self.quantize.embedding.weight  # (V, D)
         # |z - e|^2 is least where <z, e> - |e|^2 / 2 is largest
-        bias = table.square().sum(1, keepdim=True) / -2  # (V, 1)
+        extended = torch.cat([table, table.square().sum(1, keepdim=True) / -2], dim=1)  # (V, D + 1)
         rest, found = z, []
         for k, side in enumerate(self.patch_nums):
             rows = shrink(rest, side).movedim(1, -1).flatten(0, 2)  # (B p_k^2, D)
-            ids = best_codes(F.pad(rows, (0, 1), value=1.0), torch.cat([table, bias], dim=1)).view(len(z), -1)
+            ids = best_codes(F.pad(rows, (0, 1), value=1.0), extended).view(len(z), -1)
             rest = rest - self.scale(k, table[ids])
             found.append(ids)  # (B, p_k^2)
         return torch.cat(found, dim=1)
