@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torch.nn import functional
 
 from flashar_pl.files import replacing
 
@@ -40,14 +41,29 @@ def tile(images: Tensor, columns: int | None = None, gap: int = 2) -> Tensor:
     return sheet
 
 
-def sheet(blocks: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> Tensor:
+def sheet(blocks: Sequence[tuple[str, Tensor]], heads: Sequence[str], columns: int = 10) -> Tensor:
     """Blocks of images under common heads, such as real images above those of several models: (3, h', w') uint8.
 
     Args:
-        blocks: what stands left of a block, in one or more lines, and its images (rows * columns, 3, h, w) uint8, row
-            by row; all of one size.
+        blocks: what stands left of a block, in one or more lines, and its images (n, 3, h, w) uint8, line by line of
+            one image for each head, the last line perhaps shorter; all of one size.
         heads: what stands above each column, such as the class.
+        columns: the most beside each other; more heads are divided evenly, one part below the other.
     """
+    parts = -(-len(heads) // columns)
+    columns = -(-len(heads) // parts)
+    sheets = []
+    for begin in range(0, len(heads), columns):
+        own = range(begin, min(begin + columns, len(heads)))
+        chosen = [(label, [i for i in range(len(images)) if i % len(heads) in own]) for label, images in blocks]
+        part = [(label, images[rows]) for (label, rows), (_, images) in zip(chosen, blocks, strict=True) if rows]
+        sheets.append(_sheet(part, heads[own.start : own.stop]))
+    width = max(each.shape[2] for each in sheets)
+    return torch.cat([functional.pad(each, (0, width - each.shape[2]), value=255) for each in sheets], 1)
+
+
+def _sheet(blocks: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> Tensor:
+    """One part of a sheet."""
     columns, space, line = len(heads), 12, TEXT_SIZE + 4
     tiles = [tile(images, columns) for _, images in blocks]
     font, pen = ImageFont.load_default(TEXT_SIZE), ImageDraw.Draw(Image.new("RGB", (1, 1)))

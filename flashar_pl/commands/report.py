@@ -353,5 +353,5 @@ def real_images(manifest: Manifest) -> tuple[list[int], list[str], Tensor]:
     else:
         found, first = np.unique(samples.labels, return_index=True)
         entries, places = found[:PICTURE_COLUMNS].tolist(), first[:PICTURE_COLUMNS].tolist()
-        heads = [manifest.class_names[label] if manifest.class_names else str(label) for label in entries]
+        heads = [manifest.class_name(label) for label in entries]
     return entries, heads, torch.from_numpy(samples.codes[places])

@@ -160,6 +160,10 @@ class Manifest:
             for reason, number in account["left_out"].items():
                 forms.integer(forms.name("a reason in the accounts", reason), number, 1, forms.SIZE)
 
+    def class_name(self, label: int) -> str:
+        """What stands above pictures of a class."""
+        return self.class_names[label] if self.class_names else str(label)
+
     def _check_splits(self) -> None:
         """No shard twice, in one split or in two; no record of more samples than its members have room for."""
         sample = self.crops * self.grid[0] * self.grid[1] * code_dtype(self.vocabulary).itemsize

@@ -188,7 +188,7 @@ class ValidationConfig(SamplingSettings):
     sample_batch: int = 64
     """Images generated at once on one device."""
     grid_images: int = 0
-    """Images shown in the sample grid of every validation; 0 = no grid."""
+    """Images shown in every validation, below real ones and the names of classes or captions; 0 = no picture."""
     plan: Literal["raster", "diagonal"] | None = None
     """Decoding order of samples and likelihood; None = the model's own."""
     seed: int = 0

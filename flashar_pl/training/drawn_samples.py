@@ -8,28 +8,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
-from flashar_pl.decoding.samples import draw
+from flashar_pl.data.reader import ShardReader
+from flashar_pl.data.shards import Manifest
+from flashar_pl.decoding.samples import decode_all, draw
 from flashar_pl.grid import DecodePlan
 from flashar_pl.metrics.distribution import ADM_SPLIT_SIZE, inception_score
 from flashar_pl.metrics.extractor import FeatureExtractor, extract_features
 from flashar_pl.metrics.features import load_extractor
 from flashar_pl.metrics.fid import RowFID
 from flashar_pl.metrics.reference import load_reference
-from flashar_pl.pictures import tile
+from flashar_pl.pictures import sheet
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.evaluation import SplitCallback, sum_over_ranks
 from flashar_pl.training.protocol import Trained, trained
-from flashar_pl.training.validation import SampleConditions, for_sampling, sample_set
+from flashar_pl.training.validation import Chosen, SampleConditions, for_sampling, sample_set
 
 SCORES = ("val/fid", "val/is", "val/accuracy")
 """What only those validations give that `fid_every` chooses."""
+
+
+SPLIT = {"val": "validation", "test": "test"}
 
 
 class DrawnSamples(SplitCallback):
@@ -79,7 +85,8 @@ class DrawnSamples(SplitCallback):
 
     def begin(self, trainer: Trainer, module: Trained) -> None:
         self.plan = None
-        self.conditions = SampleConditions(module.net, max(self.config.samples, self.config.grid_images))
+        shown = self.config.grid_images
+        self.conditions = SampleConditions(module.net, max(self.config.samples, shown), shown)
         self.sees_real = bool(self.fid) and not self.fid[self.split].has_real
         self.sees_real &= not trainer.sanity_checking or module.validation.at_start
 
@@ -88,7 +95,7 @@ class DrawnSamples(SplitCallback):
         self.plan = self.plan or plan
         if (plan.height, plan.width) != (self.plan.height, self.plan.width):
             return  # samples are drawn, and compared with real images, on the split's first grid
-        self.conditions.collect(batch.condition, batch.index, batch.valid)
+        self.conditions.collect(batch)
         if self.sees_real:
             assert self.extractor is not None
             images = self.tokenizer.to(batch.codes.device).decode(batch.codes)
@@ -112,13 +119,14 @@ class DrawnSamples(SplitCallback):
             fid.reset()  # generated rows only: real ones stay
         size = [side * self.tokenizer.downsample for side in (self.plan.height, self.plan.width)]
         # this rank's part of what all draw together; the sum over ranks has every row once
-        sheet = torch.zeros(config.grid_images, 3, *size, dtype=torch.int32, device=device)
+        shown = torch.zeros(config.grid_images, 3, *size, dtype=torch.int32, device=device)
         logits = torch.zeros(measured, classes or 0, device=device)
-        samples = sample_set(config, n, self.plan, self.conditions.join())
+        chosen = self.conditions.join()
+        samples = sample_set(config, n, self.plan, chosen.condition)
         batches = samples.batches_of_rank(trainer.global_rank, trainer.world_size)
         model = for_sampling(module.evaluated, str(trainer.precision))
         for drawn in draw(model, self.tokenizer.to(device), samples, batches, extractor):
-            parts = [(sheet, drawn.images)]
+            parts = [(shown, drawn.images)]
             if fid is not None and drawn.features is not None:
                 fid.update(drawn.features.pool[drawn.index < measured], real=False)
                 parts += [] if drawn.features.logits is None else [(logits, drawn.features.logits)]
@@ -126,8 +134,8 @@ class DrawnSamples(SplitCallback):
                 inside = drawn.index < len(whole)
                 whole[drawn.index[inside].to(device)] = rows[inside.to(device)].to(whole.dtype)
         if config.grid_images:
-            images = sum_over_ranks(trainer, sheet).to(torch.uint8).cpu()
-            self.show(trainer, f"{self.split}/samples", "samples", tile(images))
+            images = sum_over_ranks(trainer, shown).to(torch.uint8).cpu()
+            self.show(trainer, f"{self.split}/samples", "samples", self.picture(module.manifest, chosen, images))
         if fid is None:
             return {}
         logits = sum_over_ranks(trainer, logits)
@@ -138,6 +146,23 @@ class DrawnSamples(SplitCallback):
             wanted = torch.arange(measured, device=device) % classes
             scores["accuracy"] = lambda: float((logits.argmax(1) == wanted).double().mean())
         return self.measure(trainer, scores)
+
+    def picture(self, manifest: Manifest, chosen: Chosen, images: Tensor) -> Tensor:
+        """Samples (n, 3, h, w) uint8 below real images of the split and the classes or captions: (3, h', w') uint8."""
+        numbers = chosen.numbers[: len(images)]
+        if self.conditions.classes is not None:
+            heads = [manifest.class_name(number) for number in numbers]
+        elif manifest.condition.kind == "text" and (split := SPLIT[self.split]) in manifest.splits:
+            heads = ShardReader(manifest, split).read(np.array(numbers)).texts or []
+        else:
+            heads = [str(number) for number in numbers]
+        blocks = [("samples", images)]
+        if chosen.real:
+            real = torch.full((len(numbers), *images.shape[1:]), 255, dtype=torch.uint8)  # white where none was seen
+            found = {i: chosen.real[number] for i, number in enumerate(numbers) if number in chosen.real}
+            real[list(found)] = decode_all(self.tokenizer, torch.stack(list(found.values())))
+            blocks.insert(0, ("real", real))
+        return sheet(blocks, heads)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:

@@ -6,12 +6,13 @@ Shapes: B samples of a batch, H, W grid, n samples to generate, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flashar_pl.backbones.condition import ClassIds, Condition
+from flashar_pl.backbones.condition import Batch, ClassIds, Condition
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.grid import DecodePlan
@@ -84,36 +85,65 @@ def binary_entropy(p: Tensor) -> Tensor:
     return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What samples are drawn for: sample i is drawn for entry i modulo their number."""
+
+    condition: Condition
+    """One row for each entry."""
+    numbers: list[int]
+    """Class of each entry, or the id of the validation sample it comes from."""
+    real: dict[int, Tensor]
+    """Number -> codes (H, W) of a real image, for the first entries, where one was seen."""
+
+
 class SampleConditions:
-    """The conditions of generated samples: sample i has condition i modulo their number.
+    """The conditions of generated samples, and real images of the first `shown` of them.
 
     A class-conditional model goes through its classes; any other through the conditions of the first `limit` samples
     that validation saw, collected over all ranks.
     """
 
-    def __init__(self, model: GridModel, limit: int) -> None:
+    def __init__(self, model: GridModel, limit: int, shown: int = 0) -> None:
         takes = model.backbone.conditioning
         self.classes = takes.size if takes.kind == "class" else None
-        self.limit = limit
-        self._seen: dict[int, Condition] = {}
+        self.limit, self.shown = limit, shown
+        self._conditions: dict[int, Condition] = {}
+        self._real: dict[int, tuple[int, Tensor]] = {}
+        """Number -> id of the sample and its codes (H, W), the sample that comes first in the split."""
 
-    def collect(self, condition: Condition, index: Tensor | None, valid: Tensor | None) -> None:
-        """Remember the conditions of a validation batch, by sample id; index (B,) int64."""
-        if self.classes is not None or len(self._seen) >= self.limit:
-            return
-        if index is None:
+    def collect(self, batch: Batch) -> None:
+        """Remember conditions and codes of a validation batch, by sample id."""
+        if self.classes is None and batch.index is None:
             raise ValueError("samples of a text-conditional model need Batch.index, the ids of the validation samples.")
-        cpu = condition.to("cpu")
-        for row, sample in enumerate(index.tolist()):
-            if len(self._seen) < self.limit and (valid is None or bool(valid[row])):
-                self._seen[sample] = cpu.rows([row])
+        if len(self._real) >= min(self.shown, self.classes or self.shown) and (
+            self.classes is not None or len(self._conditions) >= self.limit
+        ):
+            return
+        rows = range(len(batch)) if batch.valid is None else batch.valid.nonzero()[:, 0].tolist()
+        ids = [len(self._real)] * len(batch) if batch.index is None else batch.index.tolist()
+        numbers, cpu = ids, batch.condition.to("cpu")
+        if isinstance(cpu, ClassIds):
+            numbers = cpu.ids.tolist()
+        for row in rows:
+            if self.classes is None and len(self._conditions) < self.limit:
+                self._conditions[ids[row]] = cpu.rows([row])
+            wanted = len(self._real) < self.shown if self.classes is None else numbers[row] < self.shown
+            if wanted and numbers[row] not in self._real:
+                self._real[numbers[row]] = (ids[row], batch.codes[row].cpu())
 
-    def join(self) -> Condition:
+    def join(self) -> Chosen:
         """All classes, or what was collected on all ranks."""
+        seen, real = {}, {}
+        for conditions, images in gather((self._conditions, self._real)):
+            seen |= conditions
+            real |= {number: each for number, each in images.items() if number not in real or each[0] < real[number][0]}
         if self.classes is not None:
-            return ClassIds(torch.arange(self.classes))
-        seen = {sample: condition for part in gather(self._seen) for sample, condition in part.items()}
-        return Condition.cat([seen[sample] for sample in sorted(seen)[: self.limit]])
+            numbers, condition = list(range(self.classes)), ClassIds(torch.arange(self.classes))
+        else:
+            numbers = sorted(seen)[: self.limit]
+            condition = Condition.cat([seen[number] for number in numbers])
+        return Chosen(condition, numbers, {number: codes for number, (_, codes) in real.items()})
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from training_toys import CLASSES, ValidationConfig, fit, make_data, make_module, make_trainer
 
-from flashar_pl.backbones.condition import TextFeatures
+from flashar_pl.backbones.condition import Batch, ClassIds, TextFeatures
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.samples import draw
 from flashar_pl.grid import diagonal_plan
@@ -135,7 +135,14 @@ def test_a_fit_writes_scalars_pictures_and_their_png(tmp_path: Path, toy_shards:
     names = [f"val_step_{step:07d}.png" for step in (3, 6, 9)]
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == names
     assert sorted(path.name for path in (tmp_path / "gate").iterdir()) == names
-    assert Image.open(tmp_path / "samples" / names[0]).size == (130, 130)
+    picture = np.asarray(Image.open(tmp_path / "samples" / names[0]).convert("RGB"))
+    codes, labels = whole_split(toy_shards)
+    first = [int((labels == label).nonzero()[0]) for label in range(CLASSES)]
+    real = sheet([("real", PixelTokenizer(8).decode(codes[first]))], [str(label) for label in range(CLASSES)])
+    top = real.shape[1]  # the rows above the samples; these stand at the same columns, further right by their name
+    assert picture.shape[0] == top + 2 * 64 + 2 + 12  # 4 samples of 3 classes
+    assert (picture[:top, -real.shape[2] + 60 :] == real[:, :, 60:].permute(1, 2, 0).numpy()).all()
+    assert len(np.unique(picture[top:])) > 2
 
 
 def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
@@ -143,7 +150,7 @@ def test_a_sample_does_not_depend_on_the_number_of_ranks() -> None:
     module = make_module()
     module.configure_model()
     config = ValidationConfig(grid_images=1, sample_batch=2, seed=4)
-    conditions = SampleConditions(module.net, 5).join()
+    conditions = SampleConditions(module.net, 5).join().condition
     runs = []
     for ranks in (1, 2, 3):
         codes = torch.full((5, 4, 4), -1)
@@ -176,12 +183,30 @@ def test_text_conditions_come_from_validation_samples() -> None:
     """A model without classes samples the first captions it validated on, and starts again behind the last."""
     conditions = SampleConditions(tiny.flashar(condition="text"), limit=2)
     batch = tiny.captions([2, 5, 3])
-    conditions.collect(batch, torch.tensor([7, 4, 9]), torch.tensor([True, False, True]))
-    samples = sample_set(ValidationConfig(sample_batch=3), 3, diagonal_plan(4, 4), conditions.join())
+    conditions.collect(
+        Batch(
+            torch.zeros(3, 4, 4, dtype=torch.int64), batch, torch.tensor([True, False, True]), torch.tensor([7, 4, 9])
+        )
+    )
+    samples = sample_set(ValidationConfig(sample_batch=3), 3, diagonal_plan(4, 4), conditions.join().condition)
     chosen = samples.entries(samples.condition, 0)
     assert isinstance(chosen, TextFeatures)
     assert torch.equal(chosen.features, batch.features[[0, 2, 0]])
     assert torch.equal(chosen.mask, batch.mask[[0, 2, 0]])
+
+
+def test_real_images_are_the_first_of_their_kind() -> None:
+    """Of a class the first image of the split, wherever its batch comes; of captions the image of each one."""
+    codes = torch.arange(5)[:, None, None].expand(5, 4, 4)
+    valid, index = torch.tensor([True] * 4 + [False]), torch.tensor([3, 0, 5, 1, 9])
+    classes = SampleConditions(tiny.flashar(), limit=9, shown=2)
+    classes.collect(Batch(codes, ClassIds(torch.tensor([1, 2, 1, 2, 0])), valid, index))
+    assert {label: int(image[0, 0]) for label, image in classes.join().real.items()} == {1: 0}
+    captions = SampleConditions(tiny.flashar(condition="text"), limit=3, shown=2)
+    captions.collect(Batch(codes, tiny.captions([1, 2, 3, 4, 5]), valid, torch.tensor([3, 4, 5, 6, 9])))
+    chosen = captions.join()
+    assert chosen.numbers == [3, 4, 5]
+    assert {number: int(image[0, 0]) for number, image in chosen.real.items()} == {3: 0, 4: 1}
 
 
 def test_padding_counts_nothing() -> None:
@@ -302,3 +327,15 @@ def test_a_sheet_has_every_image_once_below_its_head() -> None:
     assert middle[12][0] - middle[10][0] > middle[14][0] - middle[12][0] + 5  # blocks stand apart
     empty = "".join("x" if each else " " for each in (picture == 255).all(0).all(1).tolist())
     assert max(map(len, empty.split())) <= 20
+
+
+def test_many_heads_stand_in_parts_below_each_other() -> None:
+    """Guards sheets of 16 classes wider than a screen, and images below the head of another one."""
+    images = torch.arange(1, 8, dtype=torch.uint8)[:, None, None, None].expand(7, 3, 64, 64)
+    heads = [str(i) for i in range(4)]
+    picture = sheet([("real", images[:4]), ("samples", images)], heads, columns=3)
+    assert picture.shape[2] == sheet([("real", images[:2]), ("samples", images[:2])], heads[:2]).shape[2]
+    below = sheet([("real", images[2:4]), ("samples", images[[2, 3, 6]])], heads[2:])
+    assert torch.equal(picture[:, -below.shape[1] :], below)
+    above = sheet([("real", images[:2]), ("samples", images[[0, 1, 4, 5]])], heads[:2])
+    assert torch.equal(picture[:, : above.shape[1]], above)
