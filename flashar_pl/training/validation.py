@@ -134,16 +134,16 @@ class SampleConditions:
 
     def join(self) -> Chosen:
         """All classes, or what was collected on all ranks."""
-        seen, real = {}, {}
+        seen: dict[int, Condition] = {}
+        real: dict[int, tuple[int, Tensor]] = {}
         for conditions, images in gather((self._conditions, self._real)):
             seen |= conditions
             real |= {number: each for number, each in images.items() if number not in real or each[0] < real[number][0]}
+        codes = {number: image for number, (_, image) in real.items()}
         if self.classes is not None:
-            numbers, condition = list(range(self.classes)), ClassIds(torch.arange(self.classes))
-        else:
-            numbers = sorted(seen)[: self.limit]
-            condition = Condition.cat([seen[number] for number in numbers])
-        return Chosen(condition, numbers, {number: codes for number, (_, codes) in real.items()})
+            return Chosen(ClassIds(torch.arange(self.classes)), list(range(self.classes)), codes)
+        numbers = sorted(seen)[: self.limit]
+        return Chosen(Condition.cat([seen[number] for number in numbers]), numbers, codes)
 
 
 @torch.no_grad()
