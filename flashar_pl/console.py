@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import difflib
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 LINE_EVERY = 30.0
@@ -100,11 +104,23 @@ def versions() -> dict[str, str]:
 
     return {
         "flashar-pl": __version__,
+        **code_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """The commit this runs from, with "-dirty" where files differ from it; nothing outside a git checkout."""
+    root = Path(__file__).parents[1]
+    words = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty"]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    return {"commit": found.stdout.strip()} if found.returncode == 0 else {}
 
 
 def closest(word: str, known: Iterable[str]) -> str:
