@@ -13,7 +13,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(JOBS)
 NUMERICAL := backbones decoding layers metrics models planner sampling tokenizers
 
-.PHONY: help setup constraints test test-slow test-rounding docs-check mutants load-test reliability-kills lint demo demo-full clean
+.PHONY: help setup constraints test test-slow test-rounding docs-check first-hour mutants load-test reliability-kills lint demo demo-full clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -46,6 +46,9 @@ test-rounding: setup  ## the numerical tests as on other processors: fewest inst
 
 docs-check: setup  ## run the commands of README and docs in scratch directories, parse those that need weights; ARGS=data.md
 	$(BIN)/python -m tests.docs_check $(ARGS)
+
+first-hour: setup  ## a wheel of this checkout in a fresh environment: 60 pictures, notebook; ARGS=--full for all steps and the demo
+	$(BIN)/python -m tests.first_hour $(ARGS)
 
 mutants: setup  ## plant 60 small faults in the core and ask its tests (about 15 minutes); ARGS="--seed 1" for others
 	$(BIN)/python tests/mutants.py $(ARGS)
