@@ -22,9 +22,7 @@ from flashar_pl.data.manifest import Manifest, Record, code_dtype
 from flashar_pl.text_files import BROKEN, parse_json, reason
 
 OPEN_SHARDS = 128
-"""Shards a reader keeps mapped; each holds one file descriptor."""
-KNOWN_RECORDS = 8192
-"""Records whose headers a reader remembers."""
+"""Shards a reader keeps mapped, each with one file descriptor and what is known of its records."""
 Row = tuple[dict[str, Any], int, int]
 """Members of a record as `read_record` gives them, number of a sample in it, crop."""
 
@@ -60,10 +58,10 @@ class ShardReader:
         self.manifest, self.split, self.cache = manifest, split, cache
         self._first_use = FirstUse(manifest, cache) if verify is True else verify
         self._ahead = False
+        self._shards = {shard.path: shard for shard in manifest.shards(split)}
         self._records = [(shard, record) for shard in manifest.shards(split) for record in shard.records]
         self._starts = np.concatenate([[0], np.cumsum(manifest.block_sizes(split))])  # (M + 1,)
-        self._map = lru_cache(OPEN_SHARDS)(map_shard)
-        self._record = lru_cache(KNOWN_RECORDS)(self._read_record)
+        self._open = lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -102,11 +100,19 @@ class ShardReader:
     def _path(self, block: int) -> str:
         return self.manifest.local_path(self._records[block][0], self.cache)
 
-    def _read_record(self, block: int) -> dict[str, Any]:
+    def _open_shard(self, name: str) -> tuple[str, mmap.mmap, dict[int, dict[str, Any]]]:
+        """Path and content of a shard, and its records read so far by number: views of the content."""
+        shard = self._shards[name]
+        path = self.manifest.local_path(shard, self.cache)
+        return path, map_shard(path, shard.bytes), {}
+
+    def _record(self, block: int) -> dict[str, Any]:
         """The members of a record, as views of the mapped file, checked against the manifest."""
         shard, record = self._records[block]
-        path = self._path(block)
-        return read_record(self.manifest, cut_members(self._map(path, shard.bytes), record), path, record.samples)
+        path, content, known = self._open(shard.path)
+        if block not in known:
+            known[block] = read_record(self.manifest, cut_members(content, record), path, record.samples)
+        return known[block]
 
 
 def map_shard(path: str, size: int) -> mmap.mmap:

@@ -1,6 +1,7 @@
 """Shards: what is written is read back, stays an ordinary WebDataset, and damage is noticed."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -39,6 +40,23 @@ def test_any_samples_in_any_order(toy: Manifest) -> None:
     np.testing.assert_array_equal(got.labels, where % 5)
     assert got.codes.dtype == got.labels.dtype == np.int64
     np.testing.assert_array_equal(reader.read(where[:3]).codes, sample_codes(where[:3], 2)[:, 0])
+
+
+def test_many_shards_hold_few_files_open(tmp_path: Path, monkeypatch) -> None:
+    """Records remembered past their shard kept its file open: "Too many open files" from about 1,000 shards on."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("flashar_pl.data.reader.OPEN_SHARDS", 16)
+    reader = ShardReader(
+        write_classes(tmp_path / "toy", {"train": 150}, block=1, shard_blocks=1), "train", verify=False
+    )
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 100
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+    try:
+        order = np.random.default_rng(0).permutation(150)
+        np.testing.assert_array_equal([int(reader.read(np.array([i])).ids[0]) for i in order], order)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_reader_travels_to_a_worker(toy: Manifest) -> None:
