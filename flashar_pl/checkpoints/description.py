@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from flashar_pl.backbones import build_backbone
+from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, inside, named_paths
 from flashar_pl.grid import DecodePlan, block_plan, make_plan, region_plan
+from flashar_pl.mark import sign, signed
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
@@ -41,6 +44,8 @@ class Description:
     """Step, stage and data of the run that wrote it."""
     lora: dict[str, Any] | None = None
     """`LoraConfig` of the weights beside this; None = a plain model's, as all that `load_model` returns."""
+    strange: frozenset[str] = field(default=frozenset(), compare=False)
+    """Paths in it that no command of this user wrote or typed; see `named_paths`."""
 
     @property
     def class_names(self) -> list[str]:
@@ -49,8 +54,23 @@ class Description:
         return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types."""
-        return {"format": FORMAT, **asdict(self), "grid": None if self.grid is None else list(self.grid)}
+        """Plain types, with marks of the paths that are this user's."""
+        values = asdict(self)
+        own = sorted(named_paths(self.tokenizer, self.training) - values.pop("strange"))
+        if marks := {path: mark for path in own if (mark := sign(path)) is not None}:
+            values["marks"] = marks
+        return {"format": FORMAT, **values, "grid": None if self.grid is None else list(self.grid)}
+
+    def settle(self, checkpoint: Path) -> None:
+        """Say of strange paths that lie inside the checkpoint where they are; those are this user's from now on."""
+        found = {path: place for path in self.strange if (place := inside(checkpoint, path)) is not None}
+        self.strange -= found.keys()
+        if self.tokenizer is not None:
+            self.tokenizer = {
+                key: found.get(value, value) if key in IN_TOKENIZER else value for key, value in self.tokenizer.items()
+            }
+        if (prompts := self.training.get("prompts")) in found:
+            self.training = {**self.training, "prompts": found[prompts]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Description:
@@ -64,13 +84,16 @@ class Description:
             isinstance(grid, list | tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
         ):
             raise ValueError(f"the checkpoint's grid is {str(grid)[:60]}; expected two whole numbers above 0.")
-        for key, value in optional.items():
-            if not isinstance(value, dict | None):
+        training, marks = values.get("training", {}), values.get("marks", {})
+        for key, value in {**optional, "training": training, "marks": marks}.items():
+            if not isinstance(value, dict if key in ("training", "marks") else dict | None):
                 raise ValueError(f"the checkpoint's {key} is {str(value)[:60]!r}; expected named values.")
+        paths = named_paths(optional["tokenizer"], training)
         return cls(
             model=values["model"],
             grid=None if grid is None else (grid[0], grid[1]),
-            training=values.get("training", {}),
+            training=training,
+            strange=frozenset(path for path in paths if not signed(path, marks.get(path))),
             **optional,
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, named_paths, refusal, typed_tokenizer
 from flashar_pl.options import DeviceOptions, ModelOptions, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ class Source:
         return self.grid
 
     def need_tokenizer(self) -> dict[str, Any]:
-        """The tokenizer's config. Raises ValueError where it is not known."""
+        """The tokenizer's config. Raises ValueError where it is not known, or in a strange place."""
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
                 "vq16:FILE (published LlamaGen weights), the directory of BAAI/Emu3.5-VisionTokenizer (Emu3.5), or "
                 "--codes-only for codes without images."
             )
+        for name in IN_TOKENIZER:
+            if (path := self.tokenizer.get(name)) in self.description.strange:
+                raise refusal(self.path, "tokenizer", str(path), typed_tokenizer(self.tokenizer))
         return self.tokenizer
 
     def matching_tokenizer(self, device: str) -> Tokenizer:
@@ -129,6 +133,9 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
             )
         model = FlashAR(model.backbone, options.branch_layer)
     description = loaded.description
+    description.settle(Path(path))
+    if given_tokenizer is not None:
+        description.strange -= named_paths(given_tokenizer, {})
     return Source(
         model=model.to(device=place, dtype=dtype).eval().requires_grad_(False),
         description=description,

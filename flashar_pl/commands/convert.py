@@ -57,7 +57,9 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
         save_model(target, read.model, note)
     print(describe(read))
     decoder = (read.tokenizer or {}).get("weights")
-    if decoder is not None and not Path(str(decoder)).expanduser().exists():
+    if decoder in read.description.strange:
+        print(f"note: {read.path} names {decoder!r} as its tokenizer, to be typed where it is used.", file=sys.stderr)
+    elif decoder is not None and not Path(str(decoder)).expanduser().exists():
         print(f"note: nothing is at {decoder} now; the model will look for its tokenizer there.", file=sys.stderr)
     print(f"wrote {target}")
     return target

@@ -5,6 +5,7 @@ Shapes: N samples in all, H x W grid, T text positions, C text feature width.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,14 +236,17 @@ def find_assets(source: Source, assets: str | None) -> str:
     """The directory with the prompts' tokenizer: the one given, else the checkpoint's own, else that of its training.
 
     Raises:
-        ValueError: none of them has its files.
+        ValueError: none of them has its files, or the place of the training is a strange one.
     """
+    from flashar_pl.checkpoints.named_paths import refusal
     from flashar_pl.tokenizers import find_prompt_tokenizer
     from flashar_pl.tokenizers.text import ADVICE, RANK_FILE
 
     trained = source.description.training.get("prompts")
     places = [assets] if assets is not None else [source.path, *([] if trained is None else [trained])]
     for place in places:
+        if assets is None and place in source.description.strange:
+            raise refusal(source.path, "tokenizer of prompts", place, f"--assets {shlex.quote(place)}")
         if find_prompt_tokenizer(place) is not None:
             return place
     raise ValueError(f"no {RANK_FILE} in {' or '.join(places)}; add --assets DIR. {ADVICE}")

@@ -30,12 +30,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.files import write_text
+from flashar_pl.mark import marked
 from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
 from flashar_pl.training.checks import check_initial_file
 from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
-from flashar_pl.training.mark import marked
 from flashar_pl.training.measured import report
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions

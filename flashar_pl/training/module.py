@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -325,6 +326,10 @@ class FlashARModule(LightningModule):
         if settings["backbone"].directory is not None:  # may be gone, or another one
             options = dict(stored.description.model["backbone"])
             settings["backbone"] = BackboneConfig(kind=options.pop("kind"), options=options)
+        strange, validation = stored.description.strange, settings.get("validation")
+        if isinstance(validation, ValidationConfig) and strange & {validation.features, validation.reference}:
+            rank_zero_warn(f"{checkpoint_path} is another user's: what it measures samples with is left out, give it.")
+            settings["validation"] = replace(validation, features=None, reference=None, samples=0)
         module = cls(**{**settings, **overrides})
         with torch.device("meta"):
             module.configure_model()

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
+from flashar_pl.mark import own
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.text_files import parse_yaml, read_text
-from flashar_pl.training.mark import own
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""

@@ -9,21 +9,27 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import yaml
 from safetensors.torch import save_file
 
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.runs import RunCheckpoint
-from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.cli import main
+from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.shards import ConditionSpec, ShardWriter
 from flashar_pl.data.tars import tar_records
+from flashar_pl.decoding.prompts import find_assets
+from flashar_pl.mark import key_file, marked, own, sign
+from flashar_pl.options import ModelOptions
 from flashar_pl.tensor_files import read_arrays, read_tensors, read_torch
 from flashar_pl.text_files import read_yaml
 from flashar_pl.training.carried import carried
 from flashar_pl.training.lightning_cli import ExperimentCLI
-from flashar_pl.training.mark import key_file, marked, own
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.stored_config import CONFIG_KEY, flatten
 from flashar_pl.training.words import Words
@@ -203,6 +209,91 @@ def test_a_run_without_a_place_for_the_key_has_no_mark(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert marked("a: 1\n") == "a: 1\n"
     assert own("a: 1\n") is None
+
+
+# --- paths in a checkpoint -------------------------------------------------------------------------------------------
+
+
+def with_paths(place: Path, vq: str, **training: Any) -> Path:
+    """A converted model that names a tokenizer's file."""
+    model = tiny.flashar(vocab_size=17)
+    note = Description(model.config(), (4, 4), {"kind": "vq16", "weights": vq}, training)
+    save_model(place, model, note)
+    return place
+
+
+@pytest.fixture
+def another(empty: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes this process one of another user."""
+    return lambda: monkeypatch.setenv("XDG_STATE_HOME", str(empty / "another"))
+
+
+def test_a_tokenizer_that_a_stranger_names_is_not_opened(empty: Path, vq: str, another, monkeypatch) -> None:
+    """Guards `generate` on a downloaded model, which opened whatever path it says; own models go on working."""
+    place = with_paths(empty / "model", vq)
+    assert open_checkpoint(ModelOptions(str(place))).need_tokenizer()["weights"] == vq
+    another()
+    opened = []
+    monkeypatch.setattr("flashar_pl.tokenizers.build_tokenizer", opened.append)
+    source = open_checkpoint(ModelOptions(str(place)))
+    with pytest.raises(ValueError, match=rf"names '{vq}' as its tokenizer.*--tokenizer vq16:{vq}"):
+        source.matching_tokenizer("cpu")
+    assert opened == []
+    typed = open_checkpoint(ModelOptions(str(place), tokenizer=f"vq16:{vq}"))
+    assert typed.need_tokenizer() == {"kind": "vq16", "weights": vq}
+
+
+def test_converting_does_not_make_a_path_ones_own(empty: Path, vq: str, another, capsys) -> None:
+    """Guards a stranger's path that gets this user's mark on its way; what the user types gets it."""
+    place = str(with_paths(empty / "model", vq))
+    another()
+    convert(ModelOptions(place), ConvertOptions("again"))
+    assert "to be typed where it is used" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="names"):
+        open_checkpoint(ModelOptions("again")).need_tokenizer()
+    convert(ModelOptions(place, tokenizer=f"vq16:{vq}"), ConvertOptions("trusted"))
+    assert open_checkpoint(ModelOptions("trusted")).need_tokenizer()["weights"] == vq
+
+
+@pytest.mark.parametrize("name", ["vq.pt", "../vq.pt", "link.pt", "sub/vq.pt"])
+def test_a_tokenizer_inside_a_strangers_directory_is_opened(empty: Path, vq: str, name: str, another) -> None:
+    """By its relative path; a path or a link that leads out of the directory is not."""
+    place = with_paths(empty / "model", name)
+    (place / "sub").mkdir()
+    for file in (place / "vq.pt", place / "sub" / "vq.pt", empty / "vq.pt"):
+        file.write_bytes(Path(vq).read_bytes())
+    (place / "link.pt").symlink_to(empty / "vq.pt")
+    another()
+    source = open_checkpoint(ModelOptions(str(place)))
+    if name in ("vq.pt", "sub/vq.pt"):
+        assert source.need_tokenizer()["weights"] == str(place / name)
+    else:
+        with pytest.raises(ValueError, match=f"names '{name}'"):
+            source.need_tokenizer()
+
+
+def test_prompts_and_references_that_a_stranger_names_are_not_opened(empty: Path, vq: str, another) -> None:
+    place = with_paths(empty / "model", vq, prompts="/etc")
+    assert open_checkpoint(ModelOptions(str(place))).description.strange == frozenset()
+    another()
+    source = open_checkpoint(ModelOptions(str(place)))
+    with pytest.raises(ValueError, match=r"names '/etc' as its tokenizer of prompts.*--assets /etc"):
+        find_assets(source, None)
+    with pytest.raises(ValueError, match="in elsewhere; add --assets"):
+        find_assets(source, "elsewhere")
+
+
+def test_a_loaded_module_measures_with_nothing_that_a_stranger_names(place: Path) -> None:
+    """Guards `trainer.validate(FlashARModule.load_from_checkpoint(FILE))`, which opened the stored features."""
+    content = torch.load(stranger(), weights_only=True)
+    content["flashar"]["training"]["settings"]["validation"] |= {"features": "/etc", "samples": 4, "grid_images": 2}
+    torch.save(content, "foreign.ckpt")
+    with pytest.warns(UserWarning, match="another user's"):
+        module = FlashARModule.load_from_checkpoint("foreign.ckpt")
+    assert (module.validation.features, module.validation.samples, module.validation.grid_images) == (None, 0, 2)
+    content["flashar"]["marks"] = {"/etc": sign("/etc")}
+    torch.save(content, "foreign.ckpt")
+    assert FlashARModule.load_from_checkpoint("foreign.ckpt").validation.features == "/etc"
 
 
 # --- doors that are closed: readers that run nothing ------------------------------------------------------------------

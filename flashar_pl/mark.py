@@ -36,6 +36,20 @@ def own(text: str) -> str | None:
     return body
 
 
+def sign(path: str) -> str | None:
+    """The mark of a path that this user's command writes into a checkpoint; None where the key cannot be kept."""
+    key = _key(make=True)
+    return None if key is None else _mark(key, f"path {path}")
+
+
+def signed(path: str, mark: object) -> bool:
+    """Whether `sign` made the mark of a path, with this user's key."""
+    key = _key()
+    if key is None or not isinstance(mark, str):
+        return False
+    return hmac.compare_digest(_mark(key, f"path {path}").encode(), mark.encode(errors="backslashreplace"))
+
+
 def _mark(key: bytes, text: str) -> str:
     return hmac.digest(key, text.encode(errors="surrogateescape"), "sha256").hex()
 
