@@ -26,6 +26,11 @@ WAITS = (10, 30, 60, 120, 300)
 """Seconds between attempts to write a checkpoint to a full disk."""
 
 
+def default_cache() -> Path:
+    """Where copies and measurements of a machine are kept: $XDG_CACHE_HOME/flashar_pl or ~/.cache/flashar_pl."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashar_pl"
+
+
 def require_new(path: str | Path, what: str) -> Path:
     """`path`, if nothing is there yet and it can be made. Raises ValueError otherwise, before the work is done."""
     target = Path(path)

@@ -16,19 +16,21 @@ COLUMNS = (
 
 
 def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every parallel plan, batch size, runner and format of weights: against the raster plan of the same engine,
-    against the plain raster decoder, the ratio of steps, and the ratio of the matrix products alone; None where a row
-    is missing. Where auto took another format for the raster plan, the fastest raster row with exact weights counts."""
+    """For every parallel plan, batch size, runner and format of weights: against the fastest raster row, the raster row
+    of the same engine, the plain raster decoder, the ratio of steps, and the ratio of the matrix products alone (of the
+    same engine, else the fastest); None where a row is missing."""
     found = []
-    strong_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
+    alike_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
     plain_at = {row["batch"]: row for row in rows if row["plan"] == PLAIN}
     for row in (row for row in rows if row["plan"] not in ("raster", PLAIN)):
-        strong, slow = strong_at.get(_engine(row)) or _exact(row, rows), plain_at.get(row["batch"])
+        fastest, alike, slow = _fastest(row, rows), alike_at.get(_engine(row)), plain_at.get(row["batch"])
+        strong = alike or fastest
         reference = strong or slow
         found.append(
             {name: row[name] for name in ("plan", "runner", "weight_format", "batch")}
             | {
-                "over_raster": strong and strong["seconds"] / row["seconds"],
+                "over_raster": fastest and fastest["seconds"] / row["seconds"],
+                "like_for_like": alike and alike["seconds"] / row["seconds"],
                 "over_plain_raster": slow and slow["seconds"] / row["seconds"],
                 "steps": reference and reference["steps"] / row["steps"],
                 "gemm_only": strong and strong["gemm_s"] / row["gemm_s"],
@@ -38,19 +40,34 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _engine(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows that are compared have in common."""
+    """What rows that are compared like for like have in common."""
     return row["runner"], row["weight_format"], row["batch"]
 
 
-def _exact(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest raster row of the same runner and batch size whose format changes no weight, for a row of such."""
-    same = [
-        other
-        for other in rows
-        if (other["plan"], other["runner"], other["batch"]) == ("raster", row["runner"], row["batch"])
-        and {other["weight_format"], row["weight_format"]} <= set(EXACT)
+def _fastest(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The fastest raster row of a batch size whose weights are exact, or rounded as those of `row`."""
+    formats = {*EXACT, row["weight_format"]}
+    rivals = [other for other in rows if other["plan"] == "raster" and other["batch"] == row["batch"]]
+    rivals = [other for other in rivals if other["weight_format"] in formats]
+    return min(rivals, key=lambda other: other["seconds"], default=None)
+
+
+def doubts(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[str]:
+    """What in a result cannot be: a row below its floor, a speed-up above the ratio of steps."""
+    found = [
+        f"DOUBT: {row['plan']}, {row['weight_format']} weights, batch {row['batch']} reaches "
+        f"{row['share_of_floor']:.0%} of its floor: its weights came from a cache, or the rates of this machine were "
+        "measured while others used it."
+        for row in rows
+        if row["share_of_floor"] > 1
     ]
-    return min(same, key=lambda other: other["seconds"], default=None)
+    return found + [
+        f"DOUBT: {each['plan']}, {each['weight_format']} weights, batch {each['batch']} is {each['over_raster']:.2f} "
+        f"times as fast as raster in {1 / each['steps']:.3f} of its steps: the raster row is not this machine's best. "
+        "Measure --weight-formats plain,packed."
+        for each in ratios
+        if each["over_raster"] is not None and each["over_raster"] > each["steps"]
+    ]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -76,8 +93,11 @@ def table(result: dict[str, Any]) -> str:
         console.table(COLUMNS, [_cells(row) for row in result["rows"]]),
     ]
     if result["speedups"]:
-        header = ("plan", "runner", "weights", "batch", "over raster", "over plain raster", "steps", "GEMM-only")
-        keys = ("over_raster", "over_plain_raster", "steps", "gemm_only")
+        header = (
+            "plan", "runner", "weights", "batch",
+            "over fastest raster", "like for like", "over plain raster", "steps", "GEMM-only",
+        )  # fmt: skip
+        keys = ("over_raster", "like_for_like", "over_plain_raster", "steps", "gemm_only")
         lines = [
             [
                 each["plan"],
@@ -92,6 +112,7 @@ def table(result: dict[str, Any]) -> str:
     once = [f"{row['plan']} at batch {row['batch']}" for row in result["rows"] if row["time"]["repeats"] == 1]
     if once:
         parts.append(f"Measured once only: {'; '.join(once)}.")
+    parts += doubts(result["rows"], result["speedups"])
     causes: dict[str, list[str]] = {}
     for row in result["failed"]:
         cause = f"with runner {row['runner']}, {row['weight_format']} weights: {row['cause']}"

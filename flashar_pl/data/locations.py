@@ -34,11 +34,6 @@ def is_remote(location: str) -> bool:
     return location.startswith("pipe:") or "://" in location
 
 
-def default_cache() -> Path:
-    """Where copies are kept unless another directory is given: $XDG_CACHE_HOME/flashar_pl or ~/.cache/flashar_pl."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashar_pl"
-
-
 def address(location: str, path: str) -> str:
     """The URL, `pipe:` command or path of a file at a location. Raises ValueError for a command without {path}."""
     if not location.startswith("pipe:"):

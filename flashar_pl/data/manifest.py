@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashar_pl.data import forms
-from flashar_pl.data.locations import default_cache, fetch, is_remote, read_bytes
-from flashar_pl.files import write_text
+from flashar_pl.data.locations import fetch, is_remote, read_bytes
+from flashar_pl.files import default_cache, write_text
 from flashar_pl.text_files import read_json
 
 if TYPE_CHECKING:

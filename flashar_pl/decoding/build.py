@@ -5,6 +5,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from flashar_pl.options import EngineOptions, WeightFormat
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
     from flashar_pl.models import GridModel
 
 PACKED_WIDTH = 256
-"""Narrower models are slower packed in float32 (docs/log.md)."""
+"""Narrower models are slower packed in float32 (docs/log.md), and are not measured."""
+ROWS = {"raster": 2}
+"""Rows of a step of one guided image; other plans have about as many as `flashar_pl.layers.packed.ROWS`."""
 EXACT = ("auto", "plain", "packed")
 """Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
@@ -35,21 +38,27 @@ def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
 
 
 def choose_format(model: GridModel, options: EngineOptions, plan: str) -> WeightFormat:
-    """What "auto" stands for: the fastest format that changes no value, by measurement (docs/performance.md).
+    """What "auto" stands for: the fastest format that changes no value (docs/performance.md).
 
-    That is packed on a CPU, where a second copy of the weights fits, and plain elsewhere. Packed weights cannot be
-    compiled; in float32 they are slower for the few rows of a raster step, and in narrow models.
+    On a CPU where a second copy of the weights fits: packed or plain, by a measurement of less than a second that is
+    made once a machine. Elsewhere plain. Packed weights cannot be compiled.
     """
     if options.weight_format != "auto":
         return options.weight_format
     from flashar_pl.devices import available_memory
-    from flashar_pl.layers.packed import unsupported
+    from flashar_pl.layers import packed
+    from flashar_pl.layers.packed_pays import packed_pays
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    if model.device.type != "cpu" or unsupported(dtype) is not None or "compiled" in options.runner:
-        return "plain"
-    if dtype.itemsize > 2 and (plan == "raster" or model.backbone.dim < PACKED_WIDTH):
+    if model.device.type != "cpu" or packed.unsupported(dtype) is not None or "compiled" in options.runner:
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    return "packed" if 2 * size < available_memory(model.device) else "plain"
+    if 2 * size >= available_memory(model.device):
+        return "plain"
+    if model.backbone.dim < PACKED_WIDTH:
+        return "packed" if dtype.itemsize <= 2 else "plain"
+    n_out, n_in = max(
+        (weight.shape for weight in model.backbone.blocks[0].parameters() if weight.dim() == 2), key=math.prod
+    )
+    return "packed" if packed_pays(n_in, n_out, dtype, ROWS.get(plan, packed.ROWS)) else "plain"

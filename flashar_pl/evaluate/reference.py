@@ -20,11 +20,11 @@ from torch import Tensor
 from flashar_pl.data.account import Account
 from flashar_pl.data.folders import list_images
 from flashar_pl.data.images import centre_crop
-from flashar_pl.data.locations import default_cache, is_remote
+from flashar_pl.data.locations import is_remote
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
 from flashar_pl.evaluate.identity import tokenizer_identity
-from flashar_pl.files import digest
+from flashar_pl.files import default_cache, digest
 from flashar_pl.image_files import EXTENSIONS, Unreadable, open_rgb
 from flashar_pl.metrics.extractor import FeatureExtractor, device_of
 from flashar_pl.metrics.reference import BATCH, IMAGES, ReferenceStatistics, load_reference, reference_from_batches
