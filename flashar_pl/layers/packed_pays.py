@@ -39,7 +39,8 @@ def packed_pays(n_in: int, n_out: int, dtype: torch.dtype, rows: int) -> bool:
         known = read_json(path)
     except ValueError:  # none yet, or damaged
         known = {}
-    found = known.get(machine) if isinstance(known.get(machine), dict) else {}
+    kept = known.get(machine)
+    found = kept if isinstance(kept, dict) else {}
     if not isinstance(share := found.get(key), float):
         share = _share(n_in, n_out, dtype, rows)
         try:
