@@ -32,6 +32,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "tokenize scenes": Command("tokenize:tokenize_scenes", "write the embedded scenes, text to image, as shards"),
     "tokenize images": Command("tokenize:tokenize_images", "a folder of your own pictures as shards of codes"),
     "tokenize imagenet": Command("tokenize:tokenize_imagenet", "image folders or tars as shards of codes"),
     "tokenize text-image": Command("tokenize:tokenize_text_image", "captioned images as shards of codes"),
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate geneval": Command(
         "evaluate_geneval:evaluate_geneval", "GenEval of text-to-image checkpoints: images and score"
     ),
+    "evaluate scenes": Command("evaluate_scenes:evaluate_scenes", "what the images of the embedded scenes show"),
     "score": Command("score:score", "likelihood of held-out images under any checkpoint and decoding plan"),
     "serve": Command("serve:serve", "draw images over HTTP, with a page that compares both decoding orders"),
     "doctor": Command("doctor:doctor", "what this machine has, and whether decoding computes right on it"),

@@ -9,13 +9,13 @@ Shapes: boxes are (x1, y1, x2, y2) in pixels, y downwards, float32 as the detect
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from flashar_pl.metrics.geneval_entries import COLORS, RELATIONS, check_clauses
+from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS, RELATIONS, check_clauses
 
 COUNTING = "counting"
 
@@ -99,7 +99,11 @@ def keep_detections(
 
 
 def score_image(
-    detections: Detections, metadata: Mapping[str, Any], colors_of: ColorsOf, settings: Settings = DEFAULT_SETTINGS
+    detections: Detections,
+    metadata: Mapping[str, Any],
+    colors_of: ColorsOf,
+    settings: Settings = DEFAULT_SETTINGS,
+    classes: Collection[str] = CLASS_NAMES,
 ) -> tuple[bool, str]:
     """Whether an image satisfies its prompt, and the reasons why not, one a line.
 
@@ -108,11 +112,12 @@ def score_image(
         metadata: the prompt's entry: "tag", "include" and optional "exclude", lists of {"class", "count"} with optional
             "color" and "position" = [relation, number of an earlier include clause].
         colors_of: (class name, detections) -> one colour of `COLORS` per detection; called only where a colour counts.
+        classes: names that clauses may have.
 
     Raises:
         ValueError: see `check_clauses`.
     """
-    check_clauses(metadata)
+    check_clauses(metadata, classes)
     kept = keep_detections(detections, metadata["tag"], settings)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []  # objects of each satisfied clause, None for a failed one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def check_entry(entry: Any) -> dict[str, Any]:
     return entry
 
 
-def check_clauses(entry: Mapping[str, Any]) -> None:
+def check_clauses(entry: Mapping[str, Any], classes: Collection[str] = CLASS_NAMES) -> None:
     """ValueError for a clause that cannot be scored: a misspelt one would count as a miss of the image."""
     for kind, known in CLAUSES.items():
         clauses = entry.get(kind, [])
@@ -60,12 +60,12 @@ def check_clauses(entry: Mapping[str, Any]) -> None:
             raise ValueError(f'"{kind}" is {_short(clauses)}; expected a list of clauses.')
         for number, clause in enumerate(clauses):
             try:
-                _check_clause(clause, number, known)
+                _check_clause(clause, number, known, classes)
             except ValueError as error:
                 raise ValueError(f"{kind} clause {number}: {error}") from error
 
 
-def _check_clause(clause: Any, number: int, known: set[str]) -> None:
+def _check_clause(clause: Any, number: int, known: set[str], classes: Collection[str]) -> None:
     if not isinstance(clause, dict) or not {"class", "count"} <= clause.keys() <= known:
         raise ValueError(
             f'got {_short(clause)}; expected "class", "count" and no more than {", ".join(sorted(known))}.'
@@ -73,8 +73,9 @@ def _check_clause(clause: Any, number: int, known: set[str]) -> None:
     count = clause["count"]
     if type(count) is not int or count < 1:
         raise ValueError(f'"count" is {_short(count)}; expected a whole number from 1.')
-    if clause["class"] not in CLASS_NAMES:
-        raise ValueError(f"class is {_short(clause['class'])}; expected one of COCO's, as GenEval spells them.")
+    if clause["class"] not in classes:
+        listed = "COCO's, as GenEval spells them" if classes is CLASS_NAMES else ", ".join(classes)
+        raise ValueError(f"class is {_short(clause['class'])}; expected one of {listed}.")
     if "color" in clause and clause["color"] not in COLORS:
         raise ValueError(f"colour is {_short(clause['color'])}; expected one of {', '.join(COLORS)}.")
     if "position" in clause:

@@ -12,6 +12,7 @@ from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.multi_scale_vq import MultiScaleVQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
+from flashar_pl.tokenizers.scenes import SceneTokenizer
 from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
 from flashar_pl.tokenizers.vq16 import VQ16
 
@@ -32,6 +33,7 @@ PromptTokenizer = Emu35Text
 
 KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
     "pixels": (PixelTokenizer, ("levels",)),
+    "scenes": (SceneTokenizer, ()),
     "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype")),
     "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype")),
     "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype")),
@@ -42,8 +44,9 @@ KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `config` describes, the inverse of `Tokenizer.config()`.
 
-    `{"kind": "pixels", "levels": 17}`, `{"kind": "vq16" | "vq8", "weights": FILE}`, `{"kind": "ibq", "weights": FILE
-    or DIRECTORY, "settings": FILE or None}`; the last three also take "decode_dtype": "float32" | "bfloat16".
+    `{"kind": "pixels", "levels": 17}`, `{"kind": "scenes"}`, `{"kind": "vq16" | "vq8", "weights": FILE}`, `{"kind":
+    "ibq", "weights": FILE or DIRECTORY, "settings": FILE or None}`; the last three also take "decode_dtype": "float32"
+    | "bfloat16".
     Raises ValueError for an unknown kind or key, a missing key, and a weights file that is missing or unsuitable.
     """
     if "kind" not in config:

@@ -1,0 +1,130 @@
+"""`flashar evaluate scenes`: whether images of the embedded scenes show what their prompts ask for.
+
+Shapes: N prompts of a split, T places of a prompt, C words, 8 x 8 grid.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.score import DataOptions, check_data, held_out, image_nll, summary
+from flashar_pl.console import progress_bar, table, versions
+from flashar_pl.evaluate.options import BATCH_SIZE, batch_size
+from flashar_pl.files import new_directory, require_new, write_json
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, as_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flashar_pl.data.scenes import Prompt
+
+SHOWN = 24
+"""Images of the picture, four of each task."""
+
+
+def evaluate_scenes(
+    images: DataOptions,
+    model: ModelOptions,
+    sampling: SamplingSettings = SamplingSettings(),
+    engine: EngineOptions = EngineOptions(),
+    *,
+    out: str,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Draw one image for each prompt of a split of the embedded scenes, and check them exactly.
+
+    An image is correct by GenEval's rules, exact if it also shows nothing else, torn if any part of it is no whole
+    object. Writes scenes.json with these counts and the likelihood of the split's own images, codes.npy, and
+    samples.png. Shares come with a 95 % interval (Wilson); the overall score is the mean over the six tasks.
+
+    Example:
+        flashar evaluate scenes --checkpoint runs/scenes/flashar/checkpoints/last.ckpt --data data/scenes
+          --out eval/scenes
+
+    Args:
+        out: directory to make; it must not exist.
+        seed: of the first image; image i uses seed + i.
+    """
+    import numpy as np
+
+    from flashar_pl.backbones.condition import Condition
+    from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
+    from flashar_pl.data.scenes import to_prompt
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.decoding.build import build_engine
+    from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
+    from flashar_pl.pictures import save_png, tile
+    from flashar_pl.tokenizers import build_tokenizer
+
+    target = require_new(out, "results")
+    manifest = Manifest.load(images.data)
+    if manifest.name != "scenes":
+        raise ValueError(f"{images.data} holds {manifest.name!r}; expected what `flashar tokenize scenes` writes.")
+    source = open_checkpoint(model, engine)
+    check_data(source.model, manifest, source.grid, source.tokenizer)
+    plan, settings = check_plan(source.model, engine.plan, manifest.grid), sampling.of(None)
+    size = batch_size(engine, BATCH_SIZE, manifest.samples(images.split))
+    batches = list(held_out(manifest, images.split, size, images.limit, None, source.model.device))
+    condition = Condition.cat([batch.condition.rows(range(int(batch.valid.sum()))) for batch in batches])
+    prompts = [to_prompt(features) for features in condition.features.cpu().numpy()]
+    with progress_bar(2 * len(prompts), "images") as advance:
+        nll = image_nll(source.model, batches, plan, advance)  # (N,)
+        drawn = SampleSet(condition, manifest.grid, plan, settings, size, seed)
+        codes = draw_codes(build_engine(source, engine, plan), drawn, advance)  # (N, 8, 8)
+    result = {
+        **count(codes, prompts),
+        "likelihood": summary(nll, codes[0].numel()),
+        "steps": source.model.make_plan(plan, *manifest.grid).n_steps,
+        "settings": as_settings(images, model, sampling, engine) | {"plan": plan, "batch_size": size, "seed": seed},
+        "data": {"name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
+        "checkpoint": source.facts(),
+        "versions": versions(),
+    }
+    with new_directory(target, "results") as folder:
+        np.save(folder / "codes.npy", codes.numpy())
+        save_png(tile(decode_all(build_tokenizer(manifest.tokenizer), codes[:SHOWN]), 6), folder / "samples.png")
+        write_json(folder / "scenes.json", result)
+    print(report(result))
+    print(f"wrote {Path(out) / 'scenes.json'}")
+    return result
+
+
+def count(codes: Tensor, prompts: list[Prompt]) -> dict[str, Any]:
+    """Shares of codes (N, 8, 8) that show their prompts: by task, exact, torn; overall is the mean over tasks."""
+    from flashar_pl.data.scenes import check_scene, entry_of
+    from flashar_pl.metrics.geneval import summarise
+
+    verdicts = [check_scene(each, prompt) for each, prompt in zip(codes.numpy(), prompts, strict=True)]
+    entries = [entry_of(prompt) for prompt in prompts]
+    found = summarise((entry, verdict.correct) for entry, verdict in zip(entries, verdicts, strict=True))
+    n = len(verdicts)
+    return {
+        "tasks": {task: share(*counts) for task, counts in found.tasks.items()},
+        "overall": found.overall,
+        "correct": share(sum(verdict.correct for verdict in verdicts), n),
+        "exact": share(sum(verdict.exact for verdict in verdicts), n),
+        "torn": share(sum(verdict.torn for verdict in verdicts), n),
+    }
+
+
+def share(k: int, n: int) -> dict[str, float]:
+    """k of n with its 95 % interval (Wilson, 1927)."""
+    z, p = 1.959964, k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return {"count": k, "images": n, "share": p, "low": (centre - half) / scale, "high": (centre + half) / scale}
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    named = {**result["tasks"], **{name: result[name] for name in ("correct", "exact", "torn")}}
+    shares = "{share:.3f}|{low:.3f} to {high:.3f}|{count} of {images}"
+    rows = [[name, *shares.format(**each).split("|")] for name, each in named.items()]
+    nats = result["likelihood"]
+    rows += [
+        ["mean over tasks", f"{result['overall']:.3f}", "", ""],
+        ["nats per image", f"{nats['nll_nats_per_image']:.3f}", f"+- {nats['standard_error']:.3f}", ""],
+    ]
+    return table(["", "share", "95 %", ""], rows)

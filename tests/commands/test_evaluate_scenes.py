@@ -1,0 +1,58 @@
+"""`flashar tokenize scenes` and `flashar evaluate scenes`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command_toys import tiny_backbone
+
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.commands.evaluate_scenes import count, share
+from flashar_pl.data import scenes
+from flashar_pl.models import RasterAR
+
+
+def test_counts_are_of_the_prompts_they_belong_to() -> None:
+    random = np.random.default_rng(0)
+    prompts = [scenes.draw_prompt(random, task) for task in scenes.TASKS * 2]
+    codes = np.stack([scenes.draw_codes(scenes.draw_scene(random, prompt)) for prompt in prompts])
+    codes[6][codes[6] > 0] += 1  # the first task's second image: every object torn
+    found = count(torch.from_numpy(codes), prompts)
+    assert found["overall"] == pytest.approx(11 / 12)
+    assert {task: each["count"] for task, each in found["tasks"].items()} == {
+        task: 2 - (task == "single_object") for task in scenes.TASKS
+    }
+    assert [found[name]["count"] for name in ("correct", "exact", "torn")] == [11, 11, 1]
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert share(0, 10) == {"count": 0, "images": 10, "share": 0, "low": 0, "high": pytest.approx(0.27753, abs=1e-5)}
+    half = share(5, 10)
+    assert (half["low"], half["high"]) == (pytest.approx(0.23659, abs=1e-5), pytest.approx(0.76341, abs=1e-5))
+
+
+def test_from_shards_to_counts(run, refused, shards: str, work: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scenes, "SIZES", {"train": 6, "test": 18})
+    code, out, err = run("tokenize", "scenes")
+    assert code == 0, err
+    assert "6 train, 18 test images, 8 x 8 codes of 73" in out
+    backbone = tiny_backbone(vocab_size=73, condition="text", caption_dim=scenes.WIDTH, caption_positions=5)
+    model = RasterAR(backbone)
+    save_model(work / "model", model, Description(model.config(), grid=(8, 8), tokenizer={"kind": "scenes"}))
+    words = ["evaluate", "scenes", "--checkpoint", "model", "--data", "data/scenes", "--plan", "diagonal",
+             "--branch-layer", 1, "--limit", 12]  # fmt: skip
+    for name, batch in (("one", 12), ("two", 5)):
+        code, out, err = run(*words, "--out", name, "--batch-size", batch)
+        assert code == 0, err
+    assert "nats per image" in out
+    one, two = (json.loads((work / name / "scenes.json").read_text()) for name in ("one", "two"))
+    assert one["torn"] == two["torn"]  # neither depends on the batch
+    assert one["likelihood"] == pytest.approx(two["likelihood"], rel=1e-5)
+    assert (one["steps"], one["correct"]["images"], one["likelihood"]["images"]) == (15, 12, 12)
+    assert np.load(work / "one" / "codes.npy").shape == (12, 8, 8)
+    assert "expected what `flashar tokenize scenes` writes" in refused(
+        "evaluate", "scenes", "--checkpoint", "model", "--data", shards, "--out", "three"
+    )
