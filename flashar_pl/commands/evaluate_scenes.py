@@ -49,7 +49,7 @@ def evaluate_scenes(
     """
     import numpy as np
 
-    from flashar_pl.backbones.condition import Condition
+    from flashar_pl.backbones.condition import Condition, TextFeatures
     from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
     from flashar_pl.data.scenes import to_prompt
     from flashar_pl.data.shards import Manifest
@@ -65,11 +65,13 @@ def evaluate_scenes(
     source = open_checkpoint(model, engine)
     check_data(source.model, manifest, source.grid, source.tokenizer)
     plan, settings = check_plan(source.model, engine.plan, manifest.grid), sampling.of(None)
-    size = batch_size(engine, BATCH_SIZE, manifest.samples(images.split))
+    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
+    size = batch_size(engine, BATCH_SIZE, total)
     batches = list(held_out(manifest, images.split, size, images.limit, None, source.model.device))
-    condition = Condition.cat([batch.condition.rows(range(int(batch.valid.sum()))) for batch in batches])
+    condition = Condition.cat([batch.condition for batch in batches]).rows(range(total))  # padding stands at the end
+    assert isinstance(condition, TextFeatures)
     prompts = [to_prompt(features) for features in condition.features.cpu().numpy()]
-    with progress_bar(2 * len(prompts), "images") as advance:
+    with progress_bar(2 * total, "images") as advance:
         nll = image_nll(source.model, batches, plan, advance)  # (N,)
         drawn = SampleSet(condition, manifest.grid, plan, settings, size, seed)
         codes = draw_codes(build_engine(source, engine, plan), drawn, advance)  # (N, 8, 8)
