@@ -168,12 +168,10 @@ class _Header(tarfile.TarInfo):
     """A damaged header is an error; tarfile takes it for the end, or looks for the next one."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+    def fromtarfile(cls, read: tarfile.TarFile) -> Self:
         try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if len(buf) < tarfile.BLOCKSIZE or not any(buf):
-                raise
+            return super().fromtarfile(read)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
             raise tarfile.ReadError(f"no header of a file where one is expected ({error})") from error
 
 

@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from enum import IntEnum
@@ -47,6 +48,7 @@ def poorer(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         monkeypatch.delattr(os, name)
     monkeypatch.setattr(devices, "_from_proc", lambda file, key: "")
     monkeypatch.setattr(devices.sys, "platform", "win32")
+    monkeypatch.setattr(shutil, "which", lambda *name: None)  # Python 3.12's asks Windows where it believes to be there
     monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("there is no C library without a name"))
     return monkeypatch
 

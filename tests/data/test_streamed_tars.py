@@ -50,6 +50,8 @@ def test_a_damaged_header_is_said(tmp_path: Path) -> None:
     content[1024 + 20] ^= 1
     with pytest.warns(UserWarning, match=r"a\.tar ends in an error: no header of a file"):
         assert streamed(tmp_path, bytes(content), 1) == [("0", ["jpg"])]
+    with pytest.warns(UserWarning, match=r"a\.tar ends in an error: no header of a file"):
+        assert streamed(tmp_path, tar("0.jpg", "1.jpg")[: 1024 + 100], 1) == [("0", ["jpg"])]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(streamed(tmp_path, tar("0.jpg", "1.jpg", "2.jpg"), 3)) == 3
