@@ -66,7 +66,6 @@ def score(
     Args:
         out: also write the JSON to this new file.
     """
-    from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
     from flashar_pl.data.shards import Manifest
     from flashar_pl.devices import find_device
 
@@ -74,16 +73,7 @@ def score(
         require_new(out, "scores")
     manifest = Manifest.load(images.data)
     manifest.shards(images.split)
-    source = open_checkpoint(model, compute)
-    several = list(manifest.grid) in source.description.training.get("grids", [])
-    check_data(source.model, manifest, None if several else source.grid, source.tokenizer)
-    encoder = caption_encoder(source, manifest, text.assets)
-    name = check_plan(source.model, compute.plan, manifest.grid)
-    together = compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
-    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
-    with progress_bar(total, "images") as advance:
-        batches = held_out(manifest, images.split, together, images.limit, encoder, source.model.device)
-        nll = image_nll(source.model, batches, name, advance)  # (N,)
+    source, name, nll = likelihoods(manifest, images, model, compute, text)
     result = {
         **summary(nll, manifest.grid[0] * manifest.grid[1]),
         "plan": name,
@@ -101,6 +91,24 @@ def score(
         write_json(out, result)
         print(f"wrote {out}", file=sys.stderr)
     return result
+
+
+def likelihoods(
+    manifest: Manifest, images: DataOptions, model: ModelOptions, compute: PlanOptions, text: AssetOptions
+) -> tuple[Source, str, Tensor]:
+    """A checkpoint, the plan it was scored under, and its NLL (N,) float64 in nats on the CPU, by image."""
+    from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
+
+    source = open_checkpoint(model, compute)
+    several = list(manifest.grid) in source.description.training.get("grids", [])
+    check_data(source.model, manifest, None if several else source.grid, source.tokenizer)
+    encoder = caption_encoder(source, manifest, text.assets)
+    name = check_plan(source.model, compute.plan, manifest.grid)
+    together = compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
+    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
+    with progress_bar(total, "images") as advance:
+        batches = held_out(manifest, images.split, together, images.limit, encoder, source.model.device)
+        return source, name, image_nll(source.model, batches, name, advance)
 
 
 def summary(nll: Tensor, cells: int) -> dict[str, Any]:

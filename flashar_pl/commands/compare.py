@@ -1,0 +1,330 @@
+"""`flashar compare`: runs side by side on the same held-out images, with the standard errors of their differences.
+
+Shapes: N images of the split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from flashar_pl.commands.compare_page import draw, markdown
+from flashar_pl.commands.plot import require_pyplot
+from flashar_pl.commands.score import DataOptions, likelihoods
+from flashar_pl.console import closest, versions
+from flashar_pl.files import new_directory, require_new, write_json, write_text
+from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least, parse_classes
+from flashar_pl.text_files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flashar_pl.checkpoints.opening import Source
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import Judge
+
+KEPT = ("best.ckpt", "last.ckpt")
+"""Of a run's checkpoints the first that is there is compared."""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Comparison"""
+
+    out: str
+    """Directory to make; it must not exist."""
+    reference: str | None = None
+    """Row that the others are compared with. Default: the first."""
+    classifier: str | None = None
+    """Directory of a metric network, as `flashar classifier` makes it; without, no samples are drawn."""
+    samples: int = 500
+    """Samples of each run and sample seed for FID and class accuracy."""
+    sample_seeds: str = "0,1"
+    """Sample seeds, such as 0 or 0,1."""
+    speed: list[str] | None = None
+    """NAME=results.json of `flashar benchmark` for a row; may be given several times."""
+    threads: int = 1
+    """CPU threads; models as small as the demo's are fastest on one."""
+
+    def __post_init__(self) -> None:
+        check_least(self, samples=2, threads=1)
+
+
+@dataclass
+class Run:
+    """One model of a row."""
+
+    checkpoint: str
+    pretraining: str
+    """Which pre-trained model it is, or comes from: a checkpoint."""
+    adaptation: str
+    """Its seed as an adaptation; "" = it starts from no weights, or does not say so."""
+    tokens: list[int | None]
+    """Codes it was trained on: before, and in its own run; None = not known."""
+    commit: str | None
+    """Of the code that trained it, where `flashar sweep` has written it down."""
+    nll: np.ndarray = field(init=False)
+    """(N,) in nats."""
+    quality: dict[str, list[float]] = field(default_factory=dict)
+    """"fid" and "accuracy" by sample seed."""
+
+
+@dataclass
+class Row:
+    """Runs that differ in seeds alone."""
+
+    name: str
+    runs: list[Run]
+    plan: str = ""
+    steps: int = 0
+    speed: dict[str, Any] | None = None
+
+    def values(self) -> dict[tuple[str, str], np.ndarray]:
+        """Likelihoods by both levels of seeds."""
+        return {(run.pretraining, run.adaptation): run.nll for run in self.runs}
+
+
+def compare(
+    *rows: str,
+    images: DataOptions,
+    asked: CompareOptions,
+    compute: PlanOptions = PlanOptions(),
+    text: AssetOptions = AssetOptions(),
+) -> dict[str, Any]:
+    """Compare models on the same held-out images: likelihood, its paired differences, quality of samples, speed.
+
+    Each row is a checkpoint, a run, or a directory of runs that differ in their seeds. Runs say themselves which
+    pre-trained model they start from (model.init_from) and with which seed they were adapted: the two levels over
+    which standard errors are taken, beside the images. Differences from the reference row are paired image by image,
+    and run by run where both rows have the same seeds. Writes compare.md, compare.json (every run, commit and
+    version) and compare.png (intervals of 95 %). The formulas are in docs/evaluation.md.
+
+    Example:
+        flashar compare runs/demo/raster runs/demo/flashar --data data/digits --out runs/demo/compare
+        flashar compare paper=runs/ablations/digits/paper average=runs/ablations/digits/average --data data/digits
+          --classifier runs/demo/classifier --out compare/
+
+    Args:
+        rows: checkpoint, run or directory of runs, as PATH or NAME=PATH.
+    """
+    import torch
+
+    from flashar_pl.data.shards import Manifest
+
+    target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds)
+    require_pyplot()
+    torch.set_num_threads(asked.threads)
+    found = find_rows(list(rows))
+    reference = asked.reference or found[0].name
+    if reference not in [row.name for row in found]:
+        raise ValueError(f"--reference is {reference!r}; {closest(reference, [row.name for row in found])}")
+    speeds = read_speeds(asked.speed or [], [row.name for row in found])
+    manifest = Manifest.load(images.data)
+    manifest.shards(images.split)
+    judge = _judge(asked.classifier, manifest)
+    for row in found:
+        for run in row.runs:
+            _measure(row, run, manifest, judge, asked, seeds, images, compute, text)
+        row.speed = _speed_of(row, speeds.get(row.name))
+    result = {
+        "reference": reference,
+        "rows": {row.name: describe(row, next(r for r in found if r.name == reference), manifest) for row in found},
+        "split": images.split,
+        "images": len(found[0].runs[0].nll),
+        "data": {"path": images.data, "name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
+        "samples": None if judge is None else {"number": asked.samples, "seeds": seeds, "network": asked.classifier},
+        "versions": versions(),
+    }
+    page = markdown(result)
+    with new_directory(target, "comparison") as folder:
+        write_text(folder / "compare.md", page)
+        write_json(folder / "compare.json", result)
+        draw(result, folder / "compare.png")
+    print(page)
+    print(f"wrote {target}/: compare.md, compare.json, compare.png")
+    return result
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def find_rows(words: list[str]) -> list[Row]:
+    """Rows with their runs. ValueError for a name given twice, or a place without any checkpoint."""
+    if len(words) < 2:
+        raise ValueError("name two rows or more, such as runs/demo/raster runs/demo/flashar.")
+    rows: list[Row] = []
+    for word in words:
+        name, equals, place = word.partition("=")
+        path = Path(place if equals else word).expanduser()
+        name = name if equals else path.name
+        if name in [row.name for row in rows]:
+            raise ValueError(f"two rows are called {name}; expected names of their own, such as {name}2={path}.")
+        rows.append(Row(name, [read_run(checkpoint) for checkpoint in checkpoints_of(path)]))
+        keys = [(run.pretraining, run.adaptation) for run in rows[-1].runs]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise ValueError(
+                f"row {name} holds {keys.count(twice[0])} runs with seed {twice[0][1] or '-'} from {twice[0][0]}; a "
+                "row's runs differ in their seeds. Name the others as rows of their own."
+            )
+    return rows
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """The checkpoint that a path is, that a run keeps, or those of the runs inside. ValueError where there is none."""
+    runs = [path] if (path / "checkpoints").is_dir() else sorted(p.parent for p in path.glob("*/checkpoints"))
+    if not runs:
+        if not path.exists():
+            raise ValueError(f"no {path}; expected a checkpoint, a run, or a directory of runs.")
+        return [path]
+    found = []
+    for run in runs:
+        kept = [run / "checkpoints" / name for name in KEPT if (run / "checkpoints" / name).exists()]
+        if not kept:
+            raise ValueError(f"{run} has no {' or '.join(KEPT)}; let it finish, or name one of its checkpoints.")
+        found.append(kept[0])
+    return found
+
+
+def read_run(path: Path) -> Run:
+    """What a checkpoint says of its seeds and its training."""
+    settings, own = _settings(path)
+    start = settings.get("model.init_from")
+    before = 0 if own is not None else None
+    marker = path.parent.parent / "sweep.json"
+    commit = read_json(marker)["versions"].get("commit") if marker.is_file() else None
+    if not isinstance(start, str):
+        return Run(str(path), str(path.resolve()), "", [before, own], commit)
+    if Path(start).exists():
+        before = _settings(Path(start))[1]
+    return Run(str(path), str(Path(start).resolve()), str(settings.get("seed_everything")), [before, own], commit)
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], int | None]:
+    """The flat configuration of a training run's checkpoint, and the codes it was trained on; {} and None of others."""
+    from flashar_pl.checkpoints.runs import RunCheckpoint
+    from flashar_pl.training.stored_config import flatten, read_config
+
+    try:
+        content = RunCheckpoint(path)
+    except ValueError:  # official weights and such; `open_checkpoint` says what is wrong with others
+        return {}, None
+    settings = flatten(read_config(str(path)))
+    batch = settings.get("data.batch_size", settings.get("data.init_args.batch_size"))
+    grid, step = content.description.grid, content.content.get("global_step")
+    if not (isinstance(batch, int) and isinstance(step, int) and grid):
+        return settings, None
+    return settings, step * batch * (settings.get("trainer.accumulate_grad_batches") or 1) * grid[0] * grid[1]
+
+
+def read_speeds(words: list[str], names: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the benchmark of each named row."""
+    found = {}
+    for word in words:
+        name, equals, place = word.partition("=")
+        if not equals or name not in names:
+            raise ValueError(f"--speed is {word!r}; expected NAME=results.json of a row: {', '.join(names)}.")
+        content = read_json(Path(place))
+        if not isinstance(content.get("rows"), list):
+            raise ValueError(f"--speed {place} has no rows; expected results.json of `flashar benchmark --out`.")
+        found[name] = content["rows"]
+    return found
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def _judge(classifier: str | None, manifest: Manifest) -> Judge | None:
+    if classifier is None:
+        return None
+    from flashar_pl.evaluate.quality import Judge
+    from flashar_pl.metrics.classifier import ClassifierFeatures
+
+    return Judge.build(ClassifierFeatures.load(classifier), manifest)
+
+
+def _measure(
+    row: Row,
+    run: Run,
+    manifest: Manifest,
+    judge: Judge | None,
+    asked: CompareOptions,
+    seeds: list[int],
+    images: DataOptions,
+    compute: PlanOptions,
+    text: AssetOptions,
+) -> None:
+    """Fill in a run's likelihoods and the quality of its samples."""
+    source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
+    run.nll = nll.numpy()
+    row.steps = source.model.make_plan(row.plan, *manifest.grid).n_steps
+    if judge is not None:
+        from flashar_pl.evaluate.quality import sample_quality
+
+        conditions = _conditions(source, manifest, text)
+        run.quality, _ = sample_quality(
+            source.model, row.plan, manifest.grid, judge, conditions, asked.samples, seeds, lambda n: None
+        )
+
+
+def _conditions(source: Source, manifest: Manifest, text: AssetOptions) -> Any:
+    from flashar_pl.commands.report import HeldOut
+    from flashar_pl.commands.score import caption_encoder
+
+    return HeldOut.of(source.model, manifest, caption_encoder(source, manifest, text.assets)).conditions
+
+
+def _speed_of(row: Row, measured: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    """The fastest row of a benchmark with the plan, one image at a time. ValueError where it has none."""
+    if measured is None:
+        return None
+    own = [each for each in measured if each["plan"] == row.plan and each["batch"] == 1]
+    if not own:
+        raise ValueError(f"the benchmark of row {row.name} has no {row.plan} row of batch size 1; measure it.")
+    best = min(own, key=lambda each: each["seconds"])
+    return {name: best[name] for name in ("ms_per_image", "images_per_s", "runner", "weight_format", "time")}
+
+
+def describe(row: Row, reference: Row, manifest: Manifest) -> dict[str, Any]:
+    """Everything known of a row as plain values."""
+    from flashar_pl.metrics.intervals import difference, nested
+
+    own = nested(row.values())
+    found = {
+        "plan": row.plan,
+        "steps": row.steps,
+        "nll": own.estimate.plain() | {"levels": own.levels},
+        "difference": None,
+        "quality": {name: _spread([run.quality.get(name, []) for run in row.runs]) for name in ("fid", "accuracy")},
+        "speed": row.speed,
+        "tokens": row.runs[0].tokens,
+        "runs": [
+            {
+                "checkpoint": run.checkpoint,
+                "pretraining": run.pretraining,
+                "adaptation": run.adaptation,
+                "tokens": run.tokens,
+                "commit": run.commit,
+                "nll": float(run.nll.mean()),
+                **run.quality,
+            }
+            for run in row.runs
+        ],
+    }
+    if row is not reference:
+        apart, paired = difference(row.values(), reference.values())
+        found["difference"] = apart.estimate.plain() | {"paired": paired, "levels": apart.levels}
+    return found
+
+
+def _spread(runs: list[list[float]]) -> dict[str, float | None] | None:
+    """Mean over all samples sets, standard deviation over the sample seeds of one run (pooled), and over runs."""
+    if not all(runs):
+        return None
+    within = [stdev(own) ** 2 for own in runs if len(own) > 1]
+    return {
+        "mean": fmean(value for own in runs for value in own),
+        "sample_seeds": fmean(within) ** 0.5 if within else None,
+        "runs": stdev([fmean(own) for own in runs]) if len(runs) > 1 else None,
+    }
