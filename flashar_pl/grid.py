@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal
@@ -43,7 +43,7 @@ class DecodePlan:
     """A decoding order. Build one with a function of this module; equal arguments give the same object."""
 
     name: str
-    """"raster", "diagonal", "regions", or "blocks"."""
+    """"raster", "lossless", "diagonal", "regions", or "blocks"."""
     height: int
     width: int
     order: Tensor
@@ -364,16 +364,28 @@ def doubled_mask(plan: DecodePlan, prefix: int, device: torch.device | str = "cp
     return mask
 
 
-PLANS = ("diagonal", "raster")
+def lossless_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
+    """The raster plan under another name: the same codes, drawn several at a time (`flashar_pl.decoding.lossless`)."""
+    return _lossless_plan(height, width, row_end)
+
+
+@lru_cache(maxsize=64)
+def _lossless_plan(height: int, width: int, row_end: bool) -> DecodePlan:
+    return replace(raster_plan(height, width, row_end), name="lossless", _on={})
+
+
+PLANS = ("diagonal", "raster", "lossless")
 """Names that `make_plan` knows."""
 
 
 def make_plan(name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
-    """The plan called `name`; `row_end` concerns the raster plan only."""
+    """The plan called `name`; `row_end` concerns plans in raster order only."""
     if name == "diagonal":
         return diagonal_plan(height, width)
     if name == "raster":
         return raster_plan(height, width, row_end)
+    if name == "lossless":
+        return lossless_plan(height, width, row_end)
     raise ValueError(f"plan is {name!r}; expected one of {', '.join(PLANS)}.")
 
 

@@ -13,7 +13,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-Plan = Literal["raster", "diagonal"]
+Plan = Literal["raster", "diagonal", "lossless"]
+Drafter = Literal["above", "vertical", "both"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
@@ -141,7 +142,8 @@ class PlanOptions(DeviceOptions):
     """What computes, in which order"""
 
     plan: Plan | None = None
-    """Decoding order: raster (H*W steps) or diagonal (H+W-1 steps). Default: the checkpoint's own."""
+    """Decoding order: raster (H*W steps), diagonal (H+W-1 steps), or lossless, the raster plan's very codes in fewer
+    forwards. Default: the checkpoint's own."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,21 @@ class EngineOptions(PlanOptions):
     weight_format: WeightFormat = "auto"
     """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
+    drafter: Drafter | None = None
+    """With --plan lossless, what guesses the codes that are verified: the code above, the vertical branch, or both
+    branches fused. The images are the same. Default: above."""
+    window_rows: int | None = None
+    """With --plan lossless, rows of the grid that one forward verifies. Default: 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, window_rows=1)
+
+    def speculation(self, plan: str) -> tuple[Drafter, int]:
+        """Drafter and rows of the window. ValueError where they are given and the plan does not speculate."""
+        if plan != "lossless" and (self.drafter, self.window_rows) != (None, None):
+            raise ValueError(f"--drafter and --window-rows are for --plan lossless, and the plan is {plan}.")
+        return self.drafter or "above", self.window_rows or 2
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,9 @@ class Job:
             clock(decode, self.device, warm_up)
         if engine is not None and engine.runner != "eager":
             clock(decode, self.device, warm_up)  # the first one compiled or recorded
+        if plan == "lossless" and engine is not None:  # whose forwards are known now, and are the same every time
+            slots = min(2 * (grid[1] + sizes.row_ends), planned.order.n_slots)
+            planned = replace(planned, window=(slots, max(engine.forwards) - 1))
         count = repeats_for(getattr(warm_up, name)[-1], self.repeats)
         walk = None if engine is None else GemmWalk(engine.model, planned)
         for i in range(count):
@@ -64,13 +67,14 @@ class Job:
                 gemm.cpu += sample.cpu
         timed, products = timing.summary(), None if walk is None else gemm.summary()
         seconds, gemm_s = timed[f"{name}_s"], None if products is None else products[f"{name}_s"]
-        floor, steps = planned.floor(speed.bandwidth, speed.matrix), planned.order.n_steps
+        floor, steps = planned.floor(speed.bandwidth, speed.matrix), len(planned.forwards)
         return {
             "plan": PLAIN if engine is None else plan,
             "runner": "eager" if engine is None else engine.runner,
             "weight_format": weight_format,
             "batch": batch,
             "steps": steps,
+            "codes_per_forward": grid[0] * grid[1] / steps,
             "warm_up_s": warm_up.wall[0],
             "time": timed,
             "seconds": seconds,

@@ -84,7 +84,10 @@ def generate(
         started = time.perf_counter()
         codes = draw_codes(drawing, samples, on_step=lambda _: advance(1))  # (N, H, W)
         seconds = time.perf_counter() - started
-    used = {"device": str(drawing.device), "runner": drawing.runner}
+    used: dict[str, Any] = {"device": str(drawing.device), "runner": drawing.runner}
+    if forwards := drawing.forwards[: len(wanted)]:
+        used["forwards"] = {"mean": sum(forwards) / len(forwards), "most": max(forwards)}
+        used["codes_per_forward"] = grid[0] * grid[1] / used["forwards"]["mean"]
     del drawing  # its buffers and graphs may fill the device; decoding to pixels needs room
     seeds = [draw.seed + i for i in range(len(wanted))]
     with new_directory(target, "samples") as folder:
@@ -102,6 +105,9 @@ def generate(
             "versions": versions(),
         }
         write_json(folder / "settings.json", record)
+    if forwards:
+        mean, most = used["forwards"].values()
+        print(f"{mean:.1f} forwards an image, at most {most}; {used['codes_per_forward']:.2f} codes a forward")
     print(f"samples: {len(wanted):,} ({plan} plan, {used['runner']}) in {seconds:.1f} s: {target}")
     return target
 

@@ -33,8 +33,9 @@ def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
 
+    speculation = options.speculation(plan)
     source.model = prepare(source.model, choose_format(source.model, options, plan))
-    return Engine(source.model, options.runner)
+    return Engine(source.model, options.runner, *speculation)
 
 
 def choose_format(model: GridModel, options: EngineOptions, plan: str) -> WeightFormat:

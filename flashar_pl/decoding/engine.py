@@ -23,6 +23,7 @@ from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
+from flashar_pl.decoding.lossless import Lossless
 from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.torch_private import compile_errors, recompile_limit
@@ -30,7 +31,7 @@ from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
-from flashar_pl.options import Runner, SamplingSettings
+from flashar_pl.options import Drafter, Runner, SamplingSettings
 from flashar_pl.sampling import check_usable
 
 PREFIX_BUCKET = 64
@@ -54,18 +55,24 @@ class Engine:
     Args:
         model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
         runner: see `EngineOptions`. `self.runner` is what auto became.
+        drafter, window_rows: of lossless plans, see `EngineOptions`.
 
     Raises:
         ValueError: unknown runner; graphs without a CUDA device; compiled with packed weights; either with a sharded
             model.
     """
 
-    def __init__(self, model: GridModel | Backbone, runner: Runner = "auto") -> None:
+    def __init__(
+        self, model: GridModel | Backbone, runner: Runner = "auto", drafter: Drafter = "above", window_rows: int = 2
+    ) -> None:
         self.model = RasterAR(model) if isinstance(model, Backbone) else model
         self._fallback = runner == "auto"
         self.runner = _resolve(runner, self.model)
         self.prefix_bucket = PREFIX_BUCKET if "graphs" in self.runner else 1
-        self._kept: OrderedDict[Any, Buffers | Recording] = OrderedDict()
+        self._speculation: tuple[Drafter, int] = (drafter, window_rows)
+        self.forwards: list[int] = []
+        """Of every sample that was drawn with a lossless plan, in their order: its forwards, the prefix's included."""
+        self._kept: OrderedDict[Any, Buffers | Recording | Lossless] = OrderedDict()
         self._compiled: dict[str, Any] = {}
 
     @property
@@ -118,9 +125,18 @@ class Engine:
     ) -> Buffers:
         """The batch decoded, in buffers that the next batch overwrites."""
         key: tuple[Any, ...] = (plan, settings, inputs.shapes())
+        graphs = "graphs" in self.runner
+        if graphs:
+            key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
         with self._blocks():
-            if "graphs" in self.runner:
-                key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
+            if plan.name == "lossless":
+                make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, graphs)
+                found = self._keep(key, make)
+                assert isinstance(found, Lossless)
+                buffers = found.run(inputs, on_step)
+                self.forwards += found.forwards.tolist()
+                return buffers
+            if graphs:
                 recording = self._keep(key, partial(self._record, plan, settings, inputs))
                 if isinstance(recording, Recording):
                     return recording.replay(inputs, on_step)
@@ -146,7 +162,7 @@ class Engine:
             self.runner = "eager"
             return Buffers.allocate(self.model, plan, inputs)
 
-    def _keep(self, key: Any, make: Callable[[], Buffers | Recording]) -> Buffers | Recording:
+    def _keep(self, key: Any, make: Callable[[], Buffers | Recording | Lossless]) -> Any:
         """The entry `key`, made if there is none. The one used least recently makes room before that.
 
         Where the device's memory does not suffice, all others do.
@@ -210,7 +226,8 @@ def generate(
         model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
         condition: class ids (B,) int64, TextFeatures, or a list of id tensors, as the backbone expects.
         grid: (H, W).
-        plan: "diagonal" (H + W - 1 steps) or "raster" (H * W steps, horizontal head only).
+        plan: "diagonal" (H + W - 1 steps), "raster" (H * W steps, horizontal head only), or "lossless", the raster
+            plan's codes in fewer forwards.
         cfg_scale, cfg_interval, temperature, top_k, top_p, greedy: see `SamplingSettings`.
         seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
         unconditional: None = the model's own null condition.

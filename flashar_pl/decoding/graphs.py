@@ -23,6 +23,20 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def record(device: torch.device, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """One graph of what `function` does. It has run once before, and its results stand in its buffers."""
+    stream, graph = _stream(device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    here = torch.cuda.stream(torch.cuda.current_stream(device))
+    with torch.cuda.device(device), torch.autocast(device.type, enabled=False, cache_enabled=False):
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with here, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            function()
+    return graph
+
+
 class Recording:
     """The loop of `flashar_pl.decoding.loop` for one model, plan, settings and shapes.
 

@@ -87,6 +87,8 @@ class DecodeJob:
     dtype: torch.dtype = torch.bfloat16
     prefix: int | None = None
     """Positions; None = usual for the model."""
+    window: tuple[int, int] | None = None
+    """Of the lossless plan: slots of a window, and how many windows a batch took. None = as the raster plan."""
 
     @cached_property
     def order(self) -> DecodePlan:
@@ -115,13 +117,20 @@ class DecodeJob:
     def fed(self) -> tuple[int, ...]:
         """Positions that each forward feeds in each row: P, then n of every step but the last."""
         first = self.sizes.conditioning.positions if self.prefix is None else self.prefix
+        if self.window is not None:
+            return first, *[self.window[0]] * self.window[1]
         return first, *(part.stop - part.start for part in self.order.slots_of_step[:-1])
 
     @cached_property
     def forwards(self) -> tuple[Forward, ...]:
         """One for each step."""
-        heads = step_sources(self.order, self.sizes.corner)
-        return tuple(map(self._forward, self.fed, accumulate(self.fed), heads))
+        if self.window is None:
+            heads = step_sources(self.order, self.sizes.corner)
+            return tuple(map(self._forward, self.fed, accumulate(self.fed), heads))
+        first, (slots, windows) = self.fed[0], self.window
+        seen = [first, *(first + i * self.order.n_slots // windows + slots for i in range(windows))]
+        ends = [StepSources(slice(0, n), slice(0, 0), n, 0, False) for n in (1, *self.fed[1:])]
+        return tuple(map(self._forward, self.fed, seen, ends))
 
     def _forward(self, n: int, seen: int, at: StepSources) -> Forward:
         """`n` new positions in each row, `seen` cached ones after it, then the heads' logits."""
@@ -166,16 +175,17 @@ class DecodeJob:
     def memory(self) -> DecodeMemory:
         """Peak memory with the static cache."""
         sizes, order, rows = self.sizes, self.order, self.rows
-        cells = max(len(step) for step in order.cells_of_step)
+        window = 2 * (order.width + 1) if order.name == "lossless" else 0  # two rows, unless told
+        cells = max(window, *(len(step) for step in order.cells_of_step))
         widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
         # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
         # and two float64 tensors for the conditional ones
         per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)
         return DecodeMemory(
             weights=self.model_bytes,
-            cache=self.cache_bytes(sum(self.fed)),
+            cache=self.cache_bytes(sum(self.fed) + window),
             logits=cells * sizes.vocabulary * per_code,
-            activations=rows * max(self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
+            activations=rows * max(window, *self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
         )
 
     def largest_batch(self, available: int, cap: int = 1024) -> int:

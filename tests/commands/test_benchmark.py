@@ -84,6 +84,14 @@ def test_every_row_decodes_the_job_it_names(quick, monkeypatch):
     assert calls == [("raster", 2, (4, 6), 3.0)] * 3 + [("diagonal", 2, (4, 6), 3.0)] * 3  # a warm-up and two repeats
 
 
+def test_the_lossless_row_counts_its_own_forwards(quick):
+    """Guards its steps, floors and matrix products against those of the raster plan, which it replaces."""
+    (row,) = quick(plans="lossless", skip_plain=True)["rows"]
+    assert 2 <= row["steps"] <= 24
+    assert row["codes_per_forward"] == 24 / row["steps"]
+    assert row["flops"] > 2 * quick(plans="raster", skip_plain=True)["rows"][0]["flops"], "12 codes a forward"
+
+
 def test_a_runner_that_fails_says_why_and_the_others_are_measured(quick, refused, flashar_model, capsys):
     """Guards an hour of measurements against the one runner that this machine cannot use."""
     result = quick(runners="eager,graphs", plans="diagonal", skip_plain=True)

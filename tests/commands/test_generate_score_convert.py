@@ -165,6 +165,20 @@ def test_generate_from_text_features(run, refused, work, suffix):
     assert "text-conditional" in refused(*base, "--classes", "3", "--out", "more")
 
 
+def test_lossless_samples_are_the_raster_plan_s_and_name_their_forwards(run, refused, flashar_model, work):
+    """Guards the report of forwards, and the drafter, which must reach the engine and be refused elsewhere."""
+    base = ("generate", "--checkpoint", flashar_model, "--classes", "0-2", "--num-images", 1, "--codes-only")
+    for plan, more in (("raster", ()), ("lossless", ("--drafter", "vertical", "--window-rows", 1))):
+        code, _, err = run(*base, "--plan", plan, *more, "--out", plan)
+        assert code == 0, err
+    assert np.array_equal(np.load("raster/codes.npy"), np.load("lossless/codes.npy"))
+    settings = json.loads((work / "lossless" / "settings.json").read_text())["settings"]
+    cells = settings["grid"][0] * settings["grid"][1]
+    assert 2 <= settings["forwards"]["mean"] <= settings["forwards"]["most"] <= cells
+    assert settings["codes_per_forward"] == cells / settings["forwards"]["mean"]
+    assert "for --plan lossless" in refused(*base, "--drafter", "above", "--out", "diagonal")
+
+
 def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, flashar_model, work):
     base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
     assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
