@@ -16,8 +16,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
@@ -173,8 +171,6 @@ class TrainingLog(StepCallback):
         """Of the step in progress, then of the last one."""
         self._again: dict[str, float] | None = None
         """Points of the last step while its validation is to come: it is taken back with them. None = it has been."""
-        self._norm: Tensor | None = None
-        """() of all gradients of the step in progress, before clipping, where it is logged."""
         self._clock = RunClock()
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,7 +181,7 @@ class TrainingLog(StepCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._losses, self._norm = [], None
+        self._losses = []
         take_back(trainer, trainer.global_step + (self._again is None))
         log_points(trainer, self._again or {})
         if trainer.global_step == 0:
@@ -209,11 +205,6 @@ class TrainingLog(StepCallback):
             if schedule.stage1_steps > 0:
                 self._points["train/stage"] = float(schedule.stage(step))
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        if self._due(trainer, pl_module, trainer.global_step + 1):
-            norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
-            self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -230,14 +221,13 @@ class TrainingLog(StepCallback):
             losses = {f"train/{name}": value for name, value in zip(LOSSES, means.tolist(), strict=True)}
             if trained(pl_module).net.dual_head.vertical is None:
                 del losses["train/vertical"]
-            losses["train/gradient_norm"] = math.nan if self._norm is None else float(self._norm)
+            losses["train/gradient_norm"] = float(trained(pl_module).gradient_norm)
             self._points |= {name: value for name, value in losses.items() if math.isfinite(value)}  # else: left out
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             self._points |= {"train/tokens_per_second": speed, "epoch": float(trainer.current_epoch)}
             self._points |= {f"train/{name}": value for name, value in self._clock.read().items()}
             self._points |= {f"train/{name}": value for name, value in peak_memory(pl_module.device).items()}
             self._points["train/epochs"] = epochs_done(trainer)
-            self._norm = None
             self._restart()
             log_points(trainer, self._points)
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in self._points.items()})

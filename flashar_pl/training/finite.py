@@ -9,8 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from flashar_pl.training.sharded.units import local
 from flashar_pl.training.steps import StepCallback, logs
@@ -96,16 +94,14 @@ class FiniteSteps(StepCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer)
 
-    def check(self, trainer: Trainer, module: LightningModule) -> None:
-        """Before the optimiser's step: its losses and gradients. Where the step is left out, there are none after.
+    def check(self, trainer: Trainer, module: LightningModule, norm: Tensor) -> None:
+        """Before the optimiser's step: its losses, and the norm () of its gradients. A step that is left out has none.
 
         Raises:
             NotFinite: one is not, and no more steps are left out.
         """
         if str(trainer.precision).startswith("16"):
             return  # the scaler of float16 looks for them, and leaves such steps out
-        norm = get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         numbers = torch.stack([norm.float(), *(loss.float().to(norm.device) for loss in self._losses)])
         finite, step = numbers.isfinite().all(), trainer.global_step + 1
         if self.skip == 0 and norm.device.type != "cpu":

@@ -19,6 +19,8 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flashar_pl.backbones import Backbone, Batch, describe_backbone
 from flashar_pl.checkpoints.description import Description
@@ -120,6 +122,8 @@ class FlashARModule(LightningModule):
         keep_frozen_once(self)
         self.total_steps: int | None = None
         """Length of the run in optimiser steps, fixed when it starts and kept in its checkpoints."""
+        self.gradient_norm = torch.tensor(math.nan)
+        """() of all gradients of the last step, before they were clipped."""
         self._has_weights = False
         average = [] if ema_decay is None else [EmaUpdate(ema_decay)]
         samples = [DrawnSamples(validation)] if validation.samples or validation.grid_images else []
@@ -244,13 +248,15 @@ class FlashARModule(LightningModule):
                     "trainer.max_epochs."
                 )
             self.total_steps = int(planned)
-        optimiser = adamw(self.net, self.optimiser)
+        optimiser = adamw(self.net, self.optimiser, unscaled=self.trainer.precision != "16-mixed")
         scheduler = staged_rates(optimiser, lambda: self.built_schedule)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self._finite.check(self.trainer, self)
-        self.clip_gradients(optimizer, self.optimiser.clip, "norm")
+        norm = get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        self.gradient_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self._finite.check(self.trainer, self, self.gradient_norm)
+        clip_grads_with_norm_(self.parameters(), self.optimiser.clip, norm)
         self._save_point.in_update = True
 
     # --- checkpoint -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
@@ -31,8 +32,11 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
     return groups
 
 
-def adamw(model: GridModel, options: OptimiserConfig) -> torch.optim.Optimizer:
+def adamw(model: GridModel, options: OptimiserConfig, unscaled: bool = True) -> torch.optim.Optimizer:
     """AdamW over the parameters of the model, those of a frozen stage included: without gradient they are skipped.
+
+    One kernel updates a parameter where it is whole. unscaled: no scaler of float16 is about, which leaves gradients
+    scaled for that kernel, and with it for those that clip them.
 
     Raises:
         ValueError: one of them is neither float32 nor float64 (at post-training learning rates an update of a bfloat16
@@ -46,7 +50,8 @@ def adamw(model: GridModel, options: OptimiserConfig) -> torch.optim.Optimizer:
             )
     groups, lr, betas = parameter_groups(model, options.weight_decay), options.lr, options.betas
     if options.state == "fp32":
-        return torch.optim.AdamW(groups, lr=lr, betas=betas)  # not fused: Lightning clips no fused one under bf16-mixed
+        whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=unscaled and whole)
     if options.state == "bf16":
         return CompactAdamW(groups, lr=lr, betas=betas)
     try:

@@ -23,6 +23,7 @@ class Trained(Protocol):
     schedule: ScheduleConfig
     validation: ValidationConfig
     total_steps: int | None
+    gradient_norm: Tensor
 
     @property
     def built_schedule(self) -> Schedule: ...

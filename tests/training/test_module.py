@@ -26,6 +26,7 @@ from flashar_pl.training.callbacks import TrainingLog
 from flashar_pl.training.config import plain_settings, typed_settings
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.optim import adamw
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.strategies import allow_frozen_parameters, check_cut, check_strategy
 
@@ -81,8 +82,9 @@ def test_stage_one_moves_only_the_new_parts(tmp_path: Path, toy_shards: str) -> 
         assert rates == {role: 1e-2 * module.built_schedule.scale(role, step) for role in rates}
 
 
-def test_gradients_are_clipped(tmp_path: Path, toy_shards: str) -> None:
-    """The norm of all gradients together."""
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(tmp_path: Path, toy_shards: str, precision: str) -> None:
+    """The norm of all gradients together, before the one kernel that updates a parameter: Lightning clips no such."""
     norms = []
 
     class Norms(Callback):
@@ -91,8 +93,10 @@ def test_gradients_are_clipped(tmp_path: Path, toy_shards: str) -> None:
             norms.append(float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads]))))
 
     module = make_module(optimiser=OptimiserConfig(lr=1e-2, clip=0.05))
-    fit(tmp_path, toy_shards, module, callbacks=[Norms()])
+    fit(tmp_path, toy_shards, module, callbacks=[Norms()], precision=precision)
     assert max(norms) == pytest.approx(0.05, rel=1e-3)
+    assert module.optimizers().defaults["fused"]
+    assert not adamw(module.net, OptimiserConfig(), unscaled=False).defaults["fused"], "a scaler unscales no fused one"
 
 
 def test_the_auxiliary_weight_reaches_the_loss(tmp_path: Path, toy_shards: str) -> None:
