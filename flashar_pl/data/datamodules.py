@@ -24,12 +24,14 @@ from flashar_pl.data.captions import captioned_images
 from flashar_pl.data.encode import tokenizer_of
 from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
+from flashar_pl.data.locations import is_remote
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
 from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, class_images, read_classes
 from flashar_pl.data.streaming import Arrivals, Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
+from flashar_pl.data.verify import check_held_out
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
 
@@ -152,6 +154,9 @@ class CodesDataModule(LightningDataModule):
         if stage == "fit":
             self._training, self._restored = None, {}
             check_cut(self.batch_size, cut.ranks)
+            for manifest in self.manifests:
+                if {"train", "validation"} <= manifest.splits.keys() and not is_remote(manifest.root):
+                    check_held_out(manifest)
             self._source = self._streamed(cut) if self.reading == "streamed" else self._exact(cut)
             if isinstance(self._source, Stream):
                 self._source.check(self.num_workers)

@@ -14,11 +14,13 @@ import numpy as np
 
 from flashar_pl.data.first_use import check_hash
 from flashar_pl.data.manifest import Manifest, Shard
-from flashar_pl.data.reader import check_codes, cut_members, map_shard, read_record
+from flashar_pl.data.reader import ShardReader, check_codes, cut_members, map_shard, read_record
 from flashar_pl.data.tars import tar_records
 
 SHOWN = 20
 """Problems listed in an error."""
+COMPARED = 16
+"""Samples of two splits that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Verification:
 
 def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verification:
     """Check every byte of a set of shards: sizes, hashes, the members of each tar, shapes and types, code range,
-    label range, ids unique within a split. Samples that two splits have are counted, whatever their ids.
+    label range, ids unique within a split. Samples that two splits have are counted, whatever their ids; no split may
+    lie wholly in another one.
 
     location and cache are those of `Manifest.load` and `ShardReader`.
 
@@ -63,13 +66,19 @@ def verify(location: str | os.PathLike[str], cache: str | None = None) -> Verifi
         if len(counts):
             labels[split] = counts.tolist()
         digests[split] = np.concatenate(contents or [np.zeros(0, np.uint64)])
+    samples, shared = {split: manifest.samples(split) for split in manifest.splits}, _shared(digests)
+    problems += [
+        f"Every sample of the {split} split is in the {other} split, too: they are not held out."
+        for split, others in shared.items()
+        for other, number in others.items()
+        if number == samples[split]
+    ]
     if problems:
         more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         listed = "".join(f"\n  {p}" for p in problems[:SHOWN])
         raise ValueError(f"The shards at {manifest.root} are not as the manifest says:{listed}{more}")
     every = [shard for shards in manifest.splits.values() for shard in shards]
-    samples = {split: manifest.samples(split) for split in manifest.splits}
-    return Verification(samples, len(every), sum(shard.bytes for shard in every), labels, _shared(digests))
+    return Verification(samples, len(every), sum(shard.bytes for shard in every), labels, shared)
 
 
 def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -86,6 +95,25 @@ def _check_contents(manifest: Manifest, shard: Shard, path: str, counts: np.ndar
         if len(counts):
             counts += np.bincount(members["labels.npy"], minlength=len(counts))
         yield members
+
+
+def check_held_out(manifest: Manifest, cache: str | None = None) -> None:
+    """ValueError where the validation split is the beginning of the training split, or the other way round.
+
+    It reads until the first difference: a few samples. All the others that both splits have are counted by `verify`.
+    """
+    readers = [ShardReader(manifest, split, cache, verify=False) for split in ("train", "validation")]
+    n = min(map(len, readers))
+    for begin in range(0, n, COMPARED):
+        rows = np.arange(begin, min(begin + COMPARED, n))
+        first, second = (reader.read(rows) for reader in readers)
+        same = all(np.array_equal(getattr(first, each), getattr(second, each)) for each in ("codes", "labels", "texts"))
+        if not same:
+            return
+    raise ValueError(
+        f"The shards at {manifest.root} have the same {n:,} samples in their train and validation splits: nothing is "
+        "held out. Tokenize other images as the validation split."
+    )
 
 
 def _digests(codes: np.ndarray) -> np.ndarray:

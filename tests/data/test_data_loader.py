@@ -32,11 +32,11 @@ def evaluation(manifest: Manifest, batch_size: int, split: str = "validation", *
     return evaluation_batches([manifest], split, batch_size, None, Cut(**cut))
 
 
-def rows(batch: Batch) -> list[tuple[int, int]]:
+def rows(batch: Batch, split: str = "train") -> list[tuple[int, int]]:
     """(sample, crop) of each row, read back from the codes and compared with the condition."""
     index = batch.index.numpy()
     crop = [
-        next(k for k in range(3) if np.array_equal(codes.numpy(), sample_codes(np.array([i]), 3)[0, k]))
+        next(k for k in range(3) if np.array_equal(codes.numpy(), sample_codes(np.array([i]), 3, split)[0, k]))
         for codes, i in zip(batch.codes, index, strict=True)
     ]
     assert batch.codes.dtype == batch.condition.dtype == batch.index.dtype == torch.int64
@@ -147,7 +147,7 @@ def test_evaluation_shows_each_sample_once_and_marks_the_rest(toy: Manifest, ran
             assert len(got) == len(loader) == 3
             assert [len(batch) for batch in got] == [8 // ranks] * 3
         for batch in got:
-            seen += [row for row, valid in zip(rows(batch), batch.valid.tolist(), strict=True) if valid]
+            seen += [row for row, valid in zip(rows(batch, "validation"), batch.valid.tolist(), strict=True) if valid]
     assert sorted(seen) == [(i, 0) for i in range(23)], "every sample once, first crop"
 
 
@@ -156,7 +156,7 @@ def test_evaluation_takes_the_crop_of_the_manifest(tmp_path: Path) -> None:
     manifest = write_classes(tmp_path / "toy", crops=3, evaluation_crop=2)
     assert Manifest.load(tmp_path / "toy").evaluation_crop == 2
     batches = evaluation(manifest, 23)
-    assert rows(batches[0]) == [(i, 2) for i in range(23)]
+    assert rows(batches[0], "validation") == [(i, 2) for i in range(23)]
     file = tmp_path / "toy" / "manifest.json"
     text = json.loads(file.read_text())
     file.write_text(json.dumps({name: value for name, value in text.items() if name != "evaluation_crop"}))

@@ -24,14 +24,14 @@ BATCH, BATCHES = 8, 50 // 8 + 29 // 8 + 41 // 8
 
 
 def write_grid(out: Path, grid: tuple[int, int], train: int, validation: int, first: int = 0, **changes) -> None:
-    """Every cell of a sample holds its label, which is its number from `first` on."""
+    """Every cell of a sample holds its label, which is its number from `first` on, of validation one more."""
     options = {"tokenizer": {"kind": "none"}, "vocabulary": VOCABULARY, "crops": 1} | changes
     with ShardWriter(
         out, name="toy", grid=grid, condition=ConditionSpec("class", num_classes=VOCABULARY), block=5, **options
     ) as writer:
         for split, n in (("train", train), ("validation", validation)):
             if n:
-                labels = first + np.arange(n)
+                labels = (first + np.arange(n) + (split == "validation")) % VOCABULARY
                 codes = np.broadcast_to(labels[:, None, None, None], (n, options["crops"], *grid))
                 writer.write(split, codes, ids=np.arange(n), labels=labels)
 

@@ -65,7 +65,8 @@ def test_captions_of_several_grids_have_the_header_of_their_batch(assets, tmp_pa
             vocabulary=emu_files.CODES, condition=ConditionSpec("text"), block=4,
         ) as writer:  # fmt: skip
             for split in ("train", "validation"):
-                writer.write(split, np.zeros((4, *grid), dtype=np.int64), ids=range(4), texts=["a"] * 4)
+                codes = np.full((4, *grid), split == "train", dtype=np.int64)
+                writer.write(split, codes, ids=range(4), texts=["a"] * 4)
     data = CodesDataModule(str(tmp_path), batch_size=2, prompts=str(assets))
     data.setup("fit")
     text = PromptEncoder(assets, GRID).text

@@ -11,6 +11,7 @@ import webdataset
 from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones import Conditioning
+from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.manifest import Record, Shard, check_matches, code_dtype
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, verify
 from flashar_pl.files import digest
@@ -349,6 +350,18 @@ def test_verify_counts_samples_of_two_splits(tmp_path: Path) -> None:
         writer.write("validation", codes[[3, 11, 5, 8]], ids=range(20, 24), labels=[2] * 4)
         writer.write("test", codes[[10]], ids=[0], labels=[1])
     assert verify(tmp_path / "t").shared == {"train": {"validation": 3}, "validation": {"train": 3}, "test": {}}
+
+
+def test_splits_of_the_same_samples_are_refused(tmp_path: Path) -> None:
+    """Guards a validation on the training images: fit and check took the same samples, written again."""
+    codes, labels = sample_codes(np.arange(12)), np.arange(12) % 5
+    with writer_for(tmp_path / "t", ConditionSpec("class", num_classes=5)) as writer:
+        writer.write("train", codes, ids=range(12), labels=labels)
+        writer.write("validation", codes[:7], ids=range(7), labels=labels[:7])
+    with pytest.raises(ValueError, match="Every sample of the validation split is in the train split"):
+        verify(tmp_path / "t")
+    with pytest.raises(ValueError, match="the same 7 samples in their train and validation splits"):
+        CodesDataModule(str(tmp_path / "t"), batch_size=4).setup("fit")
 
 
 def test_verify_finds_one_flipped_bit(toy: Manifest) -> None:

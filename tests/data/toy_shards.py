@@ -16,9 +16,10 @@ GRID = (3, 4)
 VOCABULARY = 300
 
 
-def sample_codes(ids: np.ndarray, crops: int = 1) -> np.ndarray:
-    """Codes that tell sample and crop: (n, K, 3, 4)."""
+def sample_codes(ids: np.ndarray, crops: int = 1, split: str = "train") -> np.ndarray:
+    """Codes that tell sample, crop and split: (n, K, 3, 4)."""
     base = np.asarray(ids)[:, None, None, None] * 7 + np.arange(crops)[None, :, None, None] * 101
+    base = base + {"train": 0, "validation": 3, "test": 5}[split]
     return (base + np.arange(12).reshape(1, 1, *GRID)) % VOCABULARY
 
 
@@ -38,7 +39,7 @@ def write_classes(
     ) as writer:  # fmt: skip
         for split, n in (sizes or {"train": 107, "validation": 23, "test": 31}).items():
             ids = np.arange(n)
-            writer.write(split, sample_codes(ids, crops), ids=ids, labels=ids % 5)
+            writer.write(split, sample_codes(ids, crops, split), ids=ids, labels=ids % 5)
     return writer.manifest
 
 

@@ -57,7 +57,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             condition=condition, block=4,
         ) as writer:  # fmt: skip
             for split in ("train", "validation"):
-                writer.write(split, np.arange(8 * 16).reshape(8, 4, 4) % 8, ids=range(8), labels=np.arange(8) % 3)
+                codes = (np.arange(8 * 16).reshape(8, 4, 4) + (split == "train")) % 8
+                writer.write(split, codes, ids=range(8), labels=np.arange(8) % 3)
         Path("evil.py").write_text(EVIL)
         Path("run.yaml").write_text(yaml.safe_dump(RUN))
         assert main(["fit", "--config", "run.yaml"]) == 0
