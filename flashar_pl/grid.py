@@ -43,7 +43,7 @@ class DecodePlan:
     """A decoding order. Build one with a function of this module; equal arguments give the same object."""
 
     name: str
-    """"raster", "lossless", "diagonal", "regions", or "blocks"."""
+    """"raster", "lossless", "diagonal", "regions", "blocks", or "scales"."""
     height: int
     width: int
     order: Tensor
@@ -345,6 +345,34 @@ def _block_plan(height: int, width: int, strategy: str) -> DecodePlan:
         h_source=slot,
         v_source=torch.full((n,), NONE),
         slot_step=block[order],
+    )
+
+
+def scale_plan(patch_nums: Iterable[int]) -> DecodePlan:
+    """VAR's order (Tian et al., 2024): scale after scale, of p * p codes each, in one row of all of them.
+
+    Each code is predicted at its own slot, which holds the image so far. A slot sees its own scale and smaller ones.
+    """
+    return _scale_plan(tuple(patch_nums))
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def _scale_plan(patch_nums: tuple[int, ...]) -> DecodePlan:
+    scale = torch.cat([torch.full((side * side,), k) for k, side in enumerate(patch_nums)])
+    n = len(scale)
+    cells = torch.arange(n)
+    return DecodePlan(
+        name="scales",
+        height=1,
+        width=n,
+        order=cells,
+        step=scale,
+        n_steps=len(patch_nums),
+        cell=cells,
+        h_source=cells,
+        v_source=torch.full((n,), NONE),
+        slot_step=scale,
     )
 
 

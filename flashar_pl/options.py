@@ -47,7 +47,7 @@ class ModelOptions(ArchitectureOptions):
     """Attention heads, for official files of unpublished sizes."""
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
-    pixels:LEVELS, or a JSON object."""
+    multi_scale_vq:FILE, pixels:LEVELS, or a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PresetOptions(ArchitectureOptions):
     """Model"""
 
     preset: str | None = None
-    """Published size with random weights, such as llamagen-l or emu35-34b; a wrong name lists them all."""
+    """Published size with random weights, such as llamagen-l, emu35-34b or var-d16; a wrong name lists them all."""
     checkpoint: str | None = None
     """A checkpoint of any kind instead of a preset."""
 

@@ -32,6 +32,7 @@ from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Block, BlockConfig, Mask, run_blocks
 from flashar_pl.numerics import wide
+from flashar_pl.options import SamplingSettings
 
 NUMBERS: dict[str, Any] = {"int": int, "float": int | float, "<class 'int'>": int, "<class 'float'>": int | float}
 """Annotations of options whose values are checked before arithmetic is done with them."""
@@ -54,6 +55,8 @@ class Backbone(nn.Module, ABC):
     """Where files of published weights are: the address by a pattern of file names."""
     published_cfg_scale: ClassVar[float | None] = None
     """Guidance that the published weights need to draw well; None = they do without."""
+    own_model: ClassVar[str | None] = None
+    """Kind of model that alone can run it; None = every kind."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Options of a tiny one, with which a machine is checked."""
     usual_grid: ClassVar[tuple[int, int]] = (16, 16)
@@ -173,6 +176,10 @@ class Backbone(nn.Module, ABC):
     def knows_null(self) -> bool:
         """Whether guidance works without an unconditional condition from the caller."""
         return self.conditioning.kind != "prompt" or self.null_prompt is not None
+
+    def guided(self, settings: SamplingSettings) -> bool:
+        """Whether these settings need a second, unconditional row."""
+        return settings.guided
 
     def notes(self, condition: Condition, guided: bool) -> list[str]:
         """What a user who asks for these samples may not have meant."""

@@ -11,7 +11,7 @@ import datetime
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -172,9 +172,10 @@ def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight)
 
 
-def projections(module: nn.Module) -> list[Projection]:
-    """Every matrix product inside a module, in the order they run."""
-    return [Projection.of(m) for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+def projections(module: nn.Module, without: Container[nn.Module]) -> list[Projection]:
+    """Every matrix product inside a module but some, in the order they run."""
+    linears = (m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
+    return [Projection.of(m) for m in linears if m not in without]
 
 
 class GemmWalk:
@@ -186,10 +187,12 @@ class GemmWalk:
         blocks = list(model.backbone.blocks)
         if job.order.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
-        self.blocks = [each for block in blocks for each in projections(block)]
+        of_condition = model.backbone.condition_linears()
+        once = set(of_condition.values())
+        self.blocks = [each for block in blocks for each in projections(block, once)]
         head = model.dual_head
         heads = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
-        self.others = {name: [Projection.of(linear)] for name, linear in model.backbone.condition_linears().items()}
+        self.others = {name: [Projection.of(linear)] for name, linear in of_condition.items()}
         self.others["head"] = [Projection.of(linear, head.first_code) for linear in heads]
         if head.gate is not None:
             weight = head.gate.hidden.weight.float()  # as the gate itself does

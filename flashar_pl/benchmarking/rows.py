@@ -45,7 +45,7 @@ class Job:
     def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
         """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.benchmarking.plain`."""
         sizes, grid = self.subject.sizes, self.subject.grid
-        planned = DecodeJob(sizes, plan, grid, batch, self.sampling.guided, self.dtype)
+        planned = DecodeJob(sizes, plan, grid, batch, self.model.backbone.guided(self.sampling), self.dtype)
         if plan not in self.speeds:
             self.speeds[plan] = device_speed(planned, self.device)
         speed, decode, name = self.speeds[plan], self._decoder(plan, batch, engine), clock_name(self.device)

@@ -46,11 +46,13 @@ class Subject:
     def model(self, device: torch.device, dtype: torch.dtype) -> GridModel:
         """The checkpoint's, or one with random weights, made on the device and in the dtype it is used in."""
         if self.loaded is not None:
+            self.loaded.invent()
             return self.loaded
         model = build_on_meta(self.sizes.config).to(dtype).to_empty(device=device)
         with torch.no_grad():
             for parameter in (*model.parameters(), *model.buffers()):
                 parameter.normal_(std=0.02) if parameter.ndim > 1 else parameter.fill_(1)
+        model.invent()
         return model.eval().requires_grad_(False)
 
     def condition(self, batch: int, guided: bool) -> tuple[Condition, Condition | None]:

@@ -10,10 +10,11 @@ import torch
 
 from flashar_pl.backbones import build_backbone
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, inside, named_paths
-from flashar_pl.grid import DecodePlan, block_plan, make_plan, region_plan
+from flashar_pl.grid import DecodePlan, block_plan, make_plan, region_plan, scale_plan
 from flashar_pl.mark import sign, signed
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.baselines import PAR, BlockDiffusion
+from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
+from flashar_pl.models.baselines.var_transformer import VARTransformer
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
@@ -26,6 +27,7 @@ FIELDS = {
     "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"},
     "par": {"tokens_per_step"},
     "block_diffusion": {"strategy", "clean_context", "steps"},
+    "var": set(),
 }
 """Kinds of models, and what describes them besides their backbone."""
 
@@ -120,17 +122,22 @@ def build_model(config: dict[str, Any]) -> GridModel:
     unknown = values.keys() - FIELDS.get(kind, set())
     if kind not in FIELDS or unknown or (kind == "flashar" and "branch_layer" not in values):
         raise ValueError(
-            f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", "par" with '
+            f'model kind is {kind!r} with {", ".join(values) or "no fields"}; expected "raster", "var", "par" with '
             f'tokens_per_step, "block_diffusion" with some of {", ".join(sorted(FIELDS["block_diffusion"]))}, or '
             f'"flashar" with branch_layer and some of {", ".join(sorted(FIELDS["flashar"]))}.'
         )
     backbone = build_backbone(described)
+    if backbone.own_model != (kind if kind == "var" else None):
+        raise ValueError(f"model kind is {kind!r} on a {backbone.kind} backbone; a var backbone and model go together.")
     if kind == "raster":
         return RasterAR(backbone)
     if kind == "par":
         return PAR(backbone, **values)
     if kind == "block_diffusion":
         return BlockDiffusion(backbone, **values)
+    if kind == "var":
+        assert isinstance(backbone, VARTransformer)
+        return VAR(backbone)
     values.pop("compatibility", None)  # named the conventions of a released model once
     if values.get("corner") == "released":
         return ReleasedFlashAR(backbone, values["branch_layer"], values["vertical_layers"])
@@ -138,7 +145,9 @@ def build_model(config: dict[str, Any]) -> GridModel:
 
 
 def plan_of(config: dict[str, Any], name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
-    """The plan called `name` of the model that `config` describes; PAR and BlockDiffusion have one of their own."""
+    """The plan called `name` of the model that `config` describes; the baselines have one of their own."""
+    if config["kind"] == "var":
+        return scale_plan(config["backbone"]["patch_nums"])
     if config["kind"] == "par":
         return region_plan(height, width, config["tokens_per_step"])
     if config["kind"] == "block_diffusion":

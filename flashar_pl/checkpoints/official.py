@@ -26,9 +26,10 @@ from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
+from flashar_pl.checkpoints.var import read_var_file
 from flashar_pl.files import new_directory, replacing
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.baselines import PAR, BlockDiffusion
+from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
@@ -37,8 +38,12 @@ from flashar_pl.text_files import read_json
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 """Endings of official files."""
 
-PYTHON_ONLY = ("BlockDiffusion", "VAR", "multi-scale VQ (VAR's tokenizer)")
-"""Methods of `method_of` whose files no command reads."""
+NO_MODEL = {
+    "BlockDiffusion": "whose strategy they do not tell: BlockDiffusion.from_official, docs/baselines.md",
+    "multi-scale VQ (VAR's tokenizer)": "which decode codes: --tokenizer multi_scale_vq:FILE",
+    "VQ or IBQ tokenizer": "which decode codes: --tokenizer vq16:FILE, or the directory of an IBQ tokenizer",
+}
+"""Methods of `method_of` whose files alone are no model, and what is to be done with them."""
 
 # --- files ---------------------------------------------------------------------------------------------------------
 
@@ -46,13 +51,15 @@ PYTHON_ONLY = ("BlockDiffusion", "VAR", "multi-scale VQ (VAR's tokenizer)")
 def read_official_model(
     state_dict: Mapping[str, Tensor], n_head: int | None, arguments: argparse.Namespace | None = None
 ) -> GridModel:
-    """RasterAR from LlamaGen weights, PAR from PAR's, FlashAR from NAR and LlamaGen-FlashAR weights.
+    """RasterAR from LlamaGen weights, PAR and VAR from theirs, FlashAR from NAR and LlamaGen-FlashAR weights.
 
     n_head None = that of the published size. arguments: of the training script, where the file holds them.
     """
     cleaned = clean_official(state_dict)
-    if (method := method_of(cleaned)) in PYTHON_ONLY:
-        raise ValueError(f"the file holds {method} weights, which are used from Python only: docs/baselines.md.")
+    if (method := method_of(cleaned)) in NO_MODEL:
+        raise ValueError(f"the file holds {method} weights, {NO_MODEL[method]}.")
+    if method == "VAR":
+        return read_var_file(cleaned, n_head)
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
         return read_nar(cleaned, n_head, arguments=arguments)
@@ -75,7 +82,7 @@ def _published_heads(state_dict: dict[str, Tensor]) -> int:
 
 
 def official_weights(model: GridModel, source: str | Path | None = None) -> dict[str, Tensor]:
-    """The official state dict of a raster, PAR, BlockDiffusion, NAR-shaped or released model.
+    """The official state dict of a raster, PAR, VAR, BlockDiffusion, NAR-shaped or released model.
 
     source: directory that an Emu3.5 model with visual heads came from, for the text rows of its heads.
     """
@@ -83,7 +90,7 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
         return model.to_released(source)
     if isinstance(model, FlashAR):
         return model.to_nar()
-    if isinstance(model, PAR | BlockDiffusion):
+    if isinstance(model, PAR | VAR | BlockDiffusion):
         return model.to_official()
     if isinstance(model.backbone, Emu35):
         return model.backbone.to_official(source)

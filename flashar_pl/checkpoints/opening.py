@@ -6,7 +6,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ class Source:
     """(H, W); None = neither the checkpoint nor the user said it."""
     tokenizer: dict[str, Any] | None
     """Argument of `build_tokenizer`; None = unknown."""
+    _decoder: Tokenizer | None = field(default=None, init=False, repr=False)
 
     def need_grid(self) -> tuple[int, int]:
         """The grid. Raises ValueError where it is not known."""
@@ -44,8 +45,9 @@ class Source:
         if self.tokenizer is None:
             raise ValueError(
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
-                "vq16:FILE (published LlamaGen weights), the directory of BAAI/Emu3.5-VisionTokenizer (Emu3.5), or "
-                "--codes-only for codes without images."
+                "vq16:FILE (published LlamaGen weights), multi_scale_vq:FILE (VAR), the directory of "
+                "BAAI/Emu3.5-VisionTokenizer (Emu3.5)"
+                f"{'' if self.model.reads_tokenizer else ', or --codes-only for codes without images'}."
             )
         for name in IN_TOKENIZER:
             if (path := self.tokenizer.get(name)) in self.description.strange:
@@ -57,13 +59,10 @@ class Source:
         from flashar_pl.devices import find_device
         from flashar_pl.tokenizers import build_tokenizer
 
-        decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
-        if decoder.vocabulary != self.model.backbone.vocabulary:
-            raise ValueError(
-                f"the tokenizer has {decoder.vocabulary} codes, the model {self.model.backbone.vocabulary}; "
-                "give the tokenizer that made the training codes: --tokenizer."
-            )
-        return decoder
+        if self._decoder is None:
+            self._decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
+            self.model.use_tokenizer(self._decoder)
+        return self._decoder
 
     @property
     def dtype(self) -> str:

@@ -1,20 +1,24 @@
-"""Published VAR weights in and out: names are ours, two tables are derived from the scales and checked against them."""
+"""Published VAR weights in and out: names are the network's, two tables are derived from the scales and checked."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from math import isqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashar_pl.checkpoints.methods import check_method
-from flashar_pl.models.baselines.var import VAR, VARConfig
+from flashar_pl.models.baselines.var import VAR
+from flashar_pl.models.baselines.var_transformer import VARConfig, VARTransformer
 from flashar_pl.renames import Rename, StateDict, build_filled, official_state_dict, split_rows
 
 NAME = "the VAR state dict"
 NEEDED = ("depth", "embed_dim", "num_heads", "patch_nums")
+HEAD_WIDTH = 64
+"""Of every published size."""
 
 
 def read_config(state: StateDict, config: Mapping[str, Any]) -> VARConfig:
@@ -33,7 +37,7 @@ def read_config(state: StateDict, config: Mapping[str, Any]) -> VARConfig:
 
 def tables(model: VAR) -> dict[str, Tensor]:
     """The two derived tensors of a published file: the scale of every position, and the training mask, 0 or -inf."""
-    level = model.level()
+    level = model.backbone.level()
     hidden = level[:, None] < level[None]
     bias = torch.zeros(hidden.shape, dtype=model.dtype, device=level.device).masked_fill_(hidden, float("-inf"))
     return {"lvl_1L": level[None], "attn_bias_for_masking": bias[None, None]}
@@ -42,11 +46,47 @@ def tables(model: VAR) -> dict[str, Tensor]:
 def read_official(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> VAR:
     """See `VAR.from_official`."""
     source = StateDict(official_state_dict(state_dict)[0], NAME)
-    spec = read_config(source, config)
+    return _filled(source, read_config(source, config))
+
+
+def read_var_file(state: Mapping[str, Tensor], n_head: int | None) -> VAR:
+    """A model from a published state dict alone: its sizes are those of the tensors.
+
+    n_head: of a file without normalised attention, where heads are not 64 wide.
+    """
+    source = StateDict(state, NAME)
+    return _filled(source, read_config(source, sizes_of(state, n_head)))
+
+
+def sizes_of(state: Mapping[str, Tensor], n_head: int | None) -> dict[str, Any]:
+    """The published settings that the tensors tell. ValueError where those that tell them are missing."""
+    needed = ("lvl_1L", "pos_start", "head.weight", "class_emb.weight", "blocks.0.ffn.fc1.weight")
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(f"{NAME} is not the expected checkpoint: {len(missing)} missing keys ({', '.join(missing)}).")
+    width, temperatures = state["pos_start"].shape[-1], state.get("blocks.0.attn.scale_mul_1H11")
+    return {
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "embed_dim": width,
+        "num_heads": n_head or width // HEAD_WIDTH if temperatures is None else temperatures.shape[1],
+        "vocab_size": len(state["head.weight"]),
+        "num_classes": len(state["class_emb.weight"]) - 1,
+        "patch_nums": [isqrt(n) for n in torch.bincount(state["lvl_1L"].flatten().long()).tolist()],
+        "shared_aln": any(name.startswith("shared_ada_lin.") for name in state),
+        "attn_l2_norm": temperatures is not None,
+        "mlp_ratio": len(state["blocks.0.ffn.fc1.weight"]) / width,
+    }
+
+
+def network_renames(names: Iterable[str]) -> list[Rename]:
+    """Of the tensors of a model, by our names."""
+    return [Rename(name, (name.removeprefix("backbone."),)) for name in names]
+
+
+def _filled(source: StateDict, spec: VARConfig) -> VAR:
     with torch.device("meta"):
-        renames = [Rename(name, (name,)) for name in VAR(spec).state_dict()]
+        renames = network_renames(VAR(VARTransformer(spec)).state_dict())
     derived = ("lvl_1L", "attn_bias_for_masking")
-    model = build_filled(lambda: VAR(spec), source, renames, ignored=derived)
+    model = build_filled(lambda: VAR(VARTransformer(spec)), source, renames, ignored=derived)
     for name, table in tables(model).items():
         if name not in source.tensors:
             raise ValueError(f"{NAME} is not the expected checkpoint: 1 missing keys ({name}).")
@@ -60,4 +100,4 @@ def read_official(state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> V
 def write_official(model: VAR) -> dict[str, Tensor]:
     """See `VAR.to_official`."""
     state = model.state_dict()
-    return {**split_rows(state, [Rename(name, (name,)) for name in state]), **tables(model)}
+    return {**split_rows(state, network_renames(state)), **tables(model)}

@@ -98,7 +98,7 @@ def _load(
     state, kind = official_state_dict(content, weights)
     model = read_official_model(state, n_head, content.get("args"))
     chosen = f"{OFFICIAL_FILE} ({kind} weights)" if AVERAGED in content else OFFICIAL_FILE
-    return Loaded(model, Description(model=model.config()), chosen)
+    return Loaded(model, Description(model=model.config(), grid=model.only_grid), chosen)
 
 
 def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[dict[str, str], str]:

@@ -220,8 +220,8 @@ def pairs(side: Side) -> Iterator[Batch]:
 
 def draw_frames(sides: list[Side], gate: Tensor, tokenizer: Tokenizer, frames: int, size: int) -> list[Image.Image]:
     """frames + 1 pictures, evenly spaced on the clock from nothing decoded to everything."""
-    from flashar_pl.decoding.samples import GREY
     from flashar_pl.pictures import gate_picture
+    from flashar_pl.tokenizers.base import GREY
 
     last = max(side.ends[-1] for side in sides)
     diagonal = sides[1]

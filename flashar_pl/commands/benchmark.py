@@ -16,8 +16,8 @@ from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, 
 class MeasureOptions:
     """Measurement"""
 
-    plans: str = "raster,diagonal"
-    """Decoding plans to measure, separated by commas."""
+    plans: str | None = None
+    """Decoding plans to measure, separated by commas. Default: raster and diagonal, or what the model has."""
     batch_sizes: str = "1"
     """Images decoded together, separated by commas; auto is the largest that fits, up to 64 (CPU) or 1024 (GPU)."""
     repeats: int = 10
@@ -25,7 +25,7 @@ class MeasureOptions:
     threads: int = 1
     """CPU threads."""
     skip_plain: bool = False
-    """Leave out the plain raster decoder, the slowest row."""
+    """Leave out the plain raster decoder, the slowest row; models without a raster plan have none."""
     out: str | None = None
     """Directory to make for results.json and table.md."""
 
@@ -33,13 +33,14 @@ class MeasureOptions:
         if min(self.repeats, self.threads) < 1:
             raise ValueError(f"repeats is {self.repeats}, threads {self.threads}; expected 1 or more.")
 
-    def plan_names(self) -> list[str]:
-        """The plans. Raises ValueError for an unknown one."""
+    def plan_names(self, own: tuple[str, ...]) -> list[str]:
+        """The plans of a model that has `own`. Raises ValueError for an unknown one."""
         from flashar_pl.grid import PLANS
 
-        names = [name.strip() for name in self.plans.split(",")]
-        if unknown := [name for name in names if name not in PLANS]:
-            raise ValueError(f"plan is {unknown[0]!r}; expected one of {', '.join(PLANS)}, separated by commas.")
+        names = list(own) if self.plans is None else [name.strip() for name in self.plans.split(",")]
+        known = PLANS if "raster" in own else own
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"plan is {unknown[0]!r}; expected one of {', '.join(known)}, separated by commas.")
         return names
 
 
@@ -74,23 +75,25 @@ def benchmark(
 
     if sampling.cfg_interval is not None:
         raise ValueError("floors and the plain decoder know no --cfg-interval; leave it out.")
-    names, variants, repeats = measured.plan_names(), ways.each(), measured.repeats
+    variants, repeats = ways.each(), measured.repeats
     if measured.out is not None:
         require_new(measured.out, "benchmark")
     device, kind = find_device(compute.device), compute.dtype or "fp32"
     dtype, subject = dtype_from_name(kind), Subject.of(model, device, kind)
-    sampling = sampling.of(describe_backbone(subject.sizes.config["backbone"]).published_cfg_scale)
+    described, names = describe_backbone(subject.sizes.config["backbone"]), measured.plan_names(subject.sizes.plans)
+    sampling = sampling.of(described.published_cfg_scale)
+    skip_plain = measured.skip_plain or "raster" not in subject.sizes.plans
     if subject.loaded is not None:
         for name in names:
             check_plan(subject.loaded, name, subject.grid)
     alone = {"plain"} if device.type == "cpu" else {"plain", "auto"}  # see `choose_format`
     copies = (subject.loaded is None) + any(weights not in alone for _, weights in variants)
     sizes, grid = subject.sizes, subject.grid
-    jobs = tuple(DecodeJob(sizes, name, grid, guided=sampling.guided, dtype=dtype) for name in names)
+    jobs = tuple(DecodeJob(sizes, name, grid, guided=described.guided(sampling), dtype=dtype) for name in names)
     batches = Room(jobs, device, copies).choose_all(measured.batch_sizes)
     job = Job(subject, subject.model(device, dtype), sampling, device, dtype, repeats)
     with cpu_threads(device, measured.threads):
-        rows, failed = measure_all(job, variants, names, batches, measured.skip_plain)
+        rows, failed = measure_all(job, variants, names, batches, skip_plain)
         result: dict[str, Any] = {
             **circumstances(device, measured.threads),
             "command": as_settings(model, measured, sampling, ways, compute) | {"dtype": kind},

@@ -70,11 +70,16 @@ def describe(source: Source) -> str:
     config = source.model.config()
     backbone: dict[str, Any] = config["backbone"]
     parameters = sum(p.numel() for p in source.model.parameters())
-    shape = ", ".join(f"{key} {backbone[key]}" for key in ("dim", "n_layer", "n_head", "n_kv_head", "vocab_size"))
+    own = source.model.backbone
+    kind = {"prompt": "token ids"}.get(own.conditioning.kind, own.conditioning.kind)
+    shape = (
+        f"dim {own.dim}, n_layer {own.n_layer}, n_head {own.block.n_head}, n_kv_head {own.block.n_kv_head}, "
+        f"vocab_size {backbone['vocab_size']}"
+    )
     lines = [
         f"{source.path}: {source.kind}",
         f"  model       {config['kind']}, {parameters:,} parameters, {next(source.model.parameters()).dtype}",
-        f"  backbone    {backbone['kind']}: {shape}, condition {backbone.get('condition', 'token ids')}",
+        f"  backbone    {backbone['kind']}: {shape}, condition {kind}",
     ]
     if config["kind"] == "flashar":
         keys = ("branch_layer", "vertical_layers", "fusion", "corner")

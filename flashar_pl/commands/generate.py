@@ -119,11 +119,12 @@ def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tup
     if trained is not None and tuple(trained) != grid and not backbone.many_grids:
         sizes = f"{grid[0]}x{grid[1]} codes; the model was trained on {trained[0]}x{trained[1]}"
         notes.append(f"drawn on {sizes} and knows no other.")
-    if settings.cfg_interval is not None and not settings.guided:
+    guided = backbone.guided(settings)
+    if settings.cfg_interval is not None and not guided:
         notes.append("--cfg-interval does nothing without guidance; give --cfg-scale.")
     if wanted.prompts is not None and not all(text.strip() for text in wanted.prompts):
         notes.append("a prompt is empty; its images are drawn without a description.")
-    for note in notes + backbone.notes(wanted.condition, settings.guided):
+    for note in notes + backbone.notes(wanted.condition, guided):
         print(f"note: {note}", file=sys.stderr)
 
 

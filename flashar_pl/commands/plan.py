@@ -158,12 +158,11 @@ def decode_floors(sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, 
     """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run."""
     from flashar_pl.planner.decode import DecodeJob
 
-    own = {"par": ("regions",), "block_diffusion": ()}  # what a denoising call needs is not counted
-    plans = own.get(sizes.config["kind"], ("raster", "diagonal") if sizes.flashar else ("raster",))
+    plans = () if "blocks" in sizes.plans else sizes.plans  # their grid has the clean copy as a second image
     return [
         {
             "plan": job.plan,
-            "steps": job.order.n_steps,
+            "steps": len(job.forwards),
             "bytes": job.bytes,
             "flops": job.flops,
             "floor_s": job.floor(rates.bandwidth, rates.flops),

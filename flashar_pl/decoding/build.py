@@ -34,6 +34,8 @@ def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
     from flashar_pl.decoding.prepare import prepare
 
     speculation = options.speculation(plan)
+    if source.model.reads_tokenizer:
+        source.matching_tokenizer(options.device)
     source.model = prepare(source.model, choose_format(source.model, options, plan))
     return Engine(source.model, options.runner, *speculation)
 
@@ -46,13 +48,15 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
     """
     if options.weight_format != "auto":
         return options.weight_format
+    from flashar_pl.decoding.prepare import has_blocks
     from flashar_pl.devices import available_memory
     from flashar_pl.layers import packed
     from flashar_pl.layers.packed_pays import packed_pays
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    if model.device.type != "cpu" or packed.unsupported(dtype) is not None or "compiled" in options.runner:
+    possible = has_blocks(model) and packed.unsupported(dtype) is None
+    if model.device.type != "cpu" or not possible or "compiled" in options.runner:
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     if 2 * size >= available_memory(model.device):

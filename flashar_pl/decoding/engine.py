@@ -24,6 +24,7 @@ from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
+from flashar_pl.decoding.prepare import has_blocks
 from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.torch_private import compile_errors, recompile_limit
@@ -265,6 +266,9 @@ def _resolve(runner: str, model: GridModel) -> str:
     if "graphs" in runner and model.own_decoding:
         kind = model.config()["kind"]
         raise ValueError(f"runner is {runner}, and a {kind} model is not recorded in graphs; use eager or compiled.")
+    if "compiled" in runner and not has_blocks(model):
+        kind = model.config()["kind"]
+        raise ValueError(f"runner is {runner}, and nothing of a {kind} model is compiled; use eager.")
     if "graphs" in runner and device.type != "cuda":
         raise ValueError(
             f"runner is {runner}, and the model is on {device}; CUDA graphs need a CUDA device: use eager."

@@ -37,6 +37,9 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
         raise ValueError(f"weight format is {weights!r}; expected one of {', '.join(WEIGHT_FORMATS)}.")
     if weights == "plain":
         return model
+    if not has_blocks(model):
+        kind = model.config()["kind"]
+        raise ValueError(f"weight format is {weights!r}, which a {kind} model does not have; expected plain.")
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(f"weight format is {weights!r}, and the model is sharded; expected plain.")
     change = _packer(model) if weights == "packed" else _quantiser(weights, model.device)
@@ -50,6 +53,11 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     made = copy.deepcopy(model, known)
     made.dual_head.first_code = made.backbone.first_code = 0
     return made.eval().requires_grad_(False)
+
+
+def has_blocks(model: GridModel) -> bool:
+    """Whether the model is made of the blocks that can be packed, rounded and compiled."""
+    return any(isinstance(module, Block) for module in model.modules())
 
 
 def _packer(model: GridModel) -> Callable[[Tensor, Tensor | None], nn.Module]:

@@ -27,8 +27,6 @@ from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 
 PIXELS = 2**20
 """Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
-GREY = 128
-"""Of what is not drawn yet."""
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,7 @@ def decode_images(tokenizer: Tokenizer, codes: Tensor, side: int | None = None) 
     Raises:
         ValueError: see `check_resize`.
     """
-    size = (codes.shape[1] * tokenizer.downsample, codes.shape[2] * tokenizer.downsample)
-    if side is None or size == (side, side):
+    if side is None or tokenizer.image_size((codes.shape[1], codes.shape[2])) == (side, side):
         return tokenizer.decode(codes)
     convolutional = check_resize(tokenizer, (codes.shape[1], codes.shape[2]), side)
     resized = F.interpolate(tokenizer.decode_float(codes), size=(side, side), mode="bicubic")
@@ -184,17 +181,15 @@ def decode_all(tokenizer: Tokenizer, codes: Tensor) -> Tensor:
     """Codes (n, H, W) to uint8 images (n, 3, h, w) on the CPU, a few at a time on the tokenizer's device; grey where a
     code is -1: not drawn yet (see `Progress`)."""
     device = next((t.device for t in (*tokenizer.parameters(), *tokenizer.buffers())), torch.device("cpu"))
-    together = max(1, PIXELS // (codes[0].numel() * tokenizer.downsample**2))
-    parts = codes.clamp(min=0).split(together)
-    images = torch.cat([decode_images(tokenizer, part.to(device)).cpu() for part in parts])
-    missing = (codes < 0).repeat_interleave(tokenizer.downsample, 1).repeat_interleave(tokenizer.downsample, 2)
-    return images.masked_fill(missing[:, None].cpu(), GREY)
+    height, width = tokenizer.image_size((codes.shape[1], codes.shape[2]))
+    parts = codes.split(max(1, PIXELS // (height * width)))
+    return torch.cat([tokenizer.decode_partial(part.to(device)).cpu() for part in parts])
 
 
 def check_resize(tokenizer: Tokenizer, grid: tuple[int, int], side: int) -> ConvTokenizer:
     """The tokenizer, if the images it decodes from a grid (H, W) can be resized to side x side; else ValueError."""
-    if grid[0] != grid[1] or not isinstance(tokenizer, ConvTokenizer):
-        height, width = (edge * tokenizer.downsample for edge in grid)
+    height, width = tokenizer.image_size(grid)
+    if height != width or not isinstance(tokenizer, ConvTokenizer):
         raise ValueError(
             f"images of {height} x {width} pixels from {type(tokenizer).__name__} cannot be resized to {side} x {side};"
             " expected square images of a convolutional tokenizer."

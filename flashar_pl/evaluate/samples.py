@@ -64,7 +64,7 @@ class Bench:
 
 def image_size(tokenizer: Tokenizer, grid: tuple[int, int], resize: int | None) -> tuple[int | None, tuple[int, int]]:
     """The side to resize to (None = not at all), or ValueError, and the size (h, w) of the measured images."""
-    decoded = (grid[0] * tokenizer.downsample, grid[1] * tokenizer.downsample)
+    decoded = tokenizer.image_size(grid)
     if resize is None and decoded == (HIGH_SIDE, HIGH_SIDE):
         resize = EVALUATION_SIDE
     if resize is None or decoded == (resize, resize):

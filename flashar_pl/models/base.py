@@ -26,6 +26,7 @@ from flashar_pl.models.dual_head import DualHead, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
+from flashar_pl.tokenizers import Tokenizer
 
 States = tuple[Tensor, Tensor | None]
 """Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
@@ -66,8 +67,12 @@ class GridModel(nn.Module, ABC):
     dual_head: DualHead
     plan_name: str
     """Name of the plan the model was made for."""
+    plans: ClassVar[tuple[str, ...]]
+    """Names of all plans it can run."""
     own_decoding: ClassVar[bool] = False
     """Whether it decodes by `draw`, because no steps of a plan describe how."""
+    reads_tokenizer: ClassVar[bool] = False
+    """Whether it draws with the help of its tokenizer; see `use_tokenizer`."""
     vertical_layers: int = 0
     """Layers of the vertical branch, k."""
     null_style: Literal["official", "released"] = "official"
@@ -88,6 +93,17 @@ class GridModel(nn.Module, ABC):
         """Codes (R, n) int64 in slot order, -1 where a slot holds no cell -> (R, n, D)."""
         return self.backbone.embed(codes)
 
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Draw codes for `tokenizer` from now on. ValueError where it has not the model's codes; it names both."""
+        if tokenizer.vocabulary != self.backbone.vocabulary:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocabulary} codes, the model {self.backbone.vocabulary}; give the "
+                "tokenizer that made the training codes: --tokenizer."
+            )
+
+    def invent(self) -> None:
+        """Make whatever drawing needs besides weights at random, as they are in a measurement; nothing, mostly."""
+
     def draw(
         self,
         condition: Condition,
@@ -104,6 +120,11 @@ class GridModel(nn.Module, ABC):
     def guided_steps(self, plan: DecodePlan, settings: SamplingSettings) -> list[bool]:
         """Which decoding steps are guided."""
         return [settings.guides(done) for done in plan.cells_before]
+
+    @property
+    def only_grid(self) -> tuple[int, int] | None:
+        """The one grid (H, W) that it can draw; None = it can draw several."""
+        return self.backbone.usual_grid if self.backbone.own_model else None
 
     @classmethod
     def from_pretrained(

@@ -49,6 +49,7 @@ class FlashAR(GridModel):
     """
 
     plan_name = "diagonal"
+    plans = ("raster", "diagonal")
 
     def __init__(
         self,

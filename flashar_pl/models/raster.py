@@ -18,6 +18,7 @@ class RasterAR(GridModel):
     """A bare backbone behind the `GridModel` interface, for pre-training and as the baseline. It owns no parameter."""
 
     plan_name = "raster"
+    plans = ("raster",)
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()

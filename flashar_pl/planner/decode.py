@@ -113,24 +113,40 @@ class DecodeJob:
         block = self.sizes.block
         return 2 * self.layers * self.rows * block.n_kv_head * block.head_dim * positions * self.dtype.itemsize
 
-    @property
-    def fed(self) -> tuple[int, ...]:
-        """Positions that each forward feeds in each row: P, then n of every step but the last."""
-        first = self.sizes.conditioning.positions if self.prefix is None else self.prefix
+    @cached_property
+    def calls(self) -> tuple[tuple[int, int, StepSources], ...]:
+        """Of each forward the positions that it feeds in each row, those that it sees, and the states that it scores.
+
+        It feeds P, then the slots of every step but the last, or of a window. Where slots predict their own codes it
+        feeds those of the step itself, S times in block diffusion: all positions, or with a cache also what has become
+        final before.
+        """
+        first, heads = self.prefix, step_sources(self.order, self.sizes.corner)
+        first = self.sizes.conditioning.positions if first is None else first
+        slots = [part.stop - part.start for part in self.order.slots_of_step]
+        ends = list(accumulate(slots, initial=first))
         if self.window is not None:
-            return first, *[self.window[0]] * self.window[1]
-        return first, *(part.stop - part.start for part in self.order.slots_of_step[:-1])
+            wide, windows = self.window
+            seen = [first, *(first + i * self.order.n_slots // windows + wide for i in range(windows))]
+            scored = [StepSources(slice(0, n), slice(0, 0), n, 0, False) for n in (1, *[wide] * windows)]
+            return tuple(zip([first, *[wide] * windows], seen, scored))
+        if self.order.name == "scales":
+            return tuple(zip([first + slots[0], *slots[1:]], ends[1:], heads))
+        if self.order.name != "blocks":
+            return tuple(zip([first, *slots], ends, heads))
+        times, before = self.sizes.config["steps"], [first, *slots]
+        fed = [(n + before[t] * (s == 0), t) for t, n in enumerate(slots) for s in range(times)]
+        return tuple((n, ends[t + 1], heads[t]) if self.cached else (ends[-1], ends[-1], heads[t]) for n, t in fed)
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys and values are kept from one forward to the next."""
+        return bool(self.sizes.config.get("clean_context", True))
 
     @cached_property
     def forwards(self) -> tuple[Forward, ...]:
-        """One for each step."""
-        if self.window is None:
-            heads = step_sources(self.order, self.sizes.corner)
-            return tuple(map(self._forward, self.fed, accumulate(self.fed), heads))
-        first, (slots, windows) = self.fed[0], self.window
-        seen = [first, *(first + i * self.order.n_slots // windows + slots for i in range(windows))]
-        ends = [StepSources(slice(0, n), slice(0, 0), n, 0, False) for n in (1, *self.fed[1:])]
-        return tuple(map(self._forward, self.fed, seen, ends))
+        """One for each step, each window of lossless decoding, or each call of block diffusion."""
+        return tuple(self._forward(*call) for call in self.calls)
 
     def _forward(self, n: int, seen: int, at: StepSources) -> Forward:
         """`n` new positions in each row, `seen` cached ones after it, then the heads' logits."""
@@ -148,7 +164,7 @@ class DecodeJob:
         return Forward(
             gemms=tuple(gemms),
             weight_bytes=weights * self.dtype.itemsize,
-            cache_bytes=self.cache_bytes(seen + n) + rows * n * sizes.dim * self.dtype.itemsize,
+            cache_bytes=self.cached * self.cache_bytes(seen + n) + rows * n * sizes.dim * self.dtype.itemsize,
             flops=sum(gemm.flops for gemm in gemms) + attention,
         )
 
@@ -177,15 +193,16 @@ class DecodeJob:
         sizes, order, rows = self.sizes, self.order, self.rows
         window = 2 * (order.width + 1) if order.name == "lossless" else 0  # two rows, unless told
         cells = max(window, *(len(step) for step in order.cells_of_step))
+        fed, seen = (max(call[i] for call in self.calls) for i in (0, 1))
         widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
         # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
         # and two float64 tensors for the conditional ones
         per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)
         return DecodeMemory(
             weights=self.model_bytes,
-            cache=self.cache_bytes(sum(self.fed) + window),
+            cache=self.cache_bytes(seen + window),
             logits=cells * sizes.vocabulary * per_code,
-            activations=rows * max(window, *self.fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
+            activations=rows * max(window, fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
         )
 
     def largest_batch(self, available: int, cap: int = 1024) -> int:

@@ -86,7 +86,7 @@ def fitting_batch(source: Source, request: DrawRequest, batch_size: int | Litera
     if prompts:
         most = min(most, len(wanted))
         longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
-    dtype = next(model.parameters()).dtype
-    job = DecodeJob(model_sizes(model.config()), request.plan, request.grid, 1, request.sampling.guided, dtype, longest)
+    dtype, guided = next(model.parameters()).dtype, model.backbone.guided(request.sampling)
+    job = DecodeJob(model_sizes(model.config()), request.plan, request.grid, 1, guided, dtype, longest)
     room = Room((job,), model.device, weight_copies=0)
     return room.choose(max(1, room.largest(most)) if batch_size is None else batch_size, most=len(wanted))

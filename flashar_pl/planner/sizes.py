@@ -66,6 +66,8 @@ class ModelSizes:
     """Whether the raster plan has forced row-end tokens."""
     conditioning: Conditioning
     usual_grid: tuple[int, int]
+    plans: tuple[str, ...]
+    """Names of the plans that the model can run."""
     parameters: dict[str, int]
     """By role, in the order of `ROLES`; a role the model lacks has 0."""
     block_parameters: int
@@ -94,38 +96,47 @@ class ModelSizes:
 def model_sizes(config: dict[str, Any]) -> ModelSizes:
     """Sizes of the model that `GridModel.config()` describes; its "backbone" may also be {"preset": name, ...}.
 
-    kind: where it is absent, "flashar". branch_layer: where it is absent, the one that is usual for the backbone.
+    kind: where it is absent, the one that alone can run the backbone, or "flashar". branch_layer: where it is absent,
+    the one that is usual for the backbone.
 
     Raises:
         ValueError: unknown kind, preset or field; a branch layer outside the model.
     """
-    return _model_sizes(json.dumps({"kind": "flashar", **config}))
+    return _model_sizes(json.dumps(config))
 
 
 def named_sizes(preset: str | None, backbone_class: str | None, branch_layer: int | None, **options: Any) -> ModelSizes:
-    """Sizes of FlashAR on a published backbone, or on one of the user's with its default sizes; options: changed."""
+    """Sizes of FlashAR on a published backbone, or on one of the user's with its default sizes; options: changed.
+
+    A backbone that only one kind of model can run gives that model.
+    """
     kind = None if backbone_class is None else import_backbone(backbone_class).kind  # its presets are known now
     backbone = {"kind": kind} if preset is None else {"preset": preset}
-    return model_sizes({"backbone": backbone | options, "branch_layer": branch_layer})
+    return model_sizes(
+        {"backbone": backbone | options, **({} if branch_layer is None else {"branch_layer": branch_layer})}
+    )
 
 
 @lru_cache(maxsize=32)
 def _model_sizes(text: str) -> ModelSizes:
     config = json.loads(text)
+    described = describe_backbone(config["backbone"])
+    config.setdefault("kind", described.own_model or "flashar")
     if config["kind"] == "flashar" and config.get("branch_layer") is None:
-        described = describe_backbone(config["backbone"])
         config["branch_layer"] = max(0, described.n_layer - described.usual_clones)
     model = build_on_meta(config)
     backbone, head, config = model.backbone, model.dual_head, model.config()
     block, roles, parameters = backbone.blocks[0], model.roles(), dict.fromkeys(ROLES, 0)
     for name, parameter in model.named_parameters():
         parameters[roles[name]] += parameter.numel()
-    inner = [(name.split(".")[-1], module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    of_condition = backbone.condition_linears()
+    inner = [(name.split(".")[-1], module) for name, module in block.named_modules()
+             if isinstance(module, nn.Linear) and module not in of_condition.values()]  # fmt: skip
     return ModelSizes(
         config=config,
         block=backbone.block,
         linears=tuple(Linear.of(name, module) for name, module in inner),
-        condition_linears=tuple(Linear.of(name, module) for name, module in backbone.condition_linears().items()),
+        condition_linears=tuple(Linear.of(name, module) for name, module in of_condition.items()),
         gate=None if head.gate is None else Linear.of("gate", head.gate.hidden),
         n_layer=backbone.n_layer,
         vertical_layers=config.get("vertical_layers", 0),
@@ -136,6 +147,7 @@ def _model_sizes(text: str) -> ModelSizes:
         row_ends=backbone.row_ends,
         conditioning=backbone.conditioning,
         usual_grid=backbone.usual_grid,
+        plans=model.plans,
         parameters=parameters,
         block_parameters=count(block),
         embedding_parameters=parameters["backbone"] - count(backbone.blocks) - count(backbone.norm),

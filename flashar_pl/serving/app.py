@@ -64,12 +64,12 @@ class Service:
         self.sampling = sampling.of(network.backbone.published_cfg_scale)
         self.grid = choose_grid(self.source, shape)
         self.plan = check_plan(network, engine.plan, self.grid)
-        plans = ("diagonal", "raster") if network.dual_head.vertical is not None else ("raster",)
-        self.steps = {plan: network.make_plan(plan, *self.grid).n_steps for plan in plans}
+        self.steps = {plan: network.make_plan(plan, *self.grid).n_steps for plan in reversed(network.plans)}
         self.tokenizer = self.source.matching_tokenizer(engine.device)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
-        self.size = f"{self.grid[1] * self.tokenizer.downsample}x{self.grid[0] * self.tokenizer.downsample}"
+        height, width = self.tokenizer.image_size(self.grid)
+        self.size = f"{width}x{height}"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
         fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2})

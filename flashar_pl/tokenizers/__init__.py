@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
     "scenes": (SceneTokenizer, ()),
     "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype")),
     "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype")),
+    "multi_scale_vq": (MultiScaleVQ.from_file, ("weights", "patch_nums", "decode_dtype")),
     "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype")),
 }
 """Kind -> (constructor, keys a config may have)."""
@@ -45,8 +46,8 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `config` describes, the inverse of `Tokenizer.config()`.
 
     `{"kind": "pixels", "levels": 17}`, `{"kind": "scenes"}`, `{"kind": "vq16" | "vq8", "weights": FILE}`, `{"kind":
-    "ibq", "weights": FILE or DIRECTORY, "settings": FILE or None}`; the last three also take "decode_dtype": "float32"
-    | "bfloat16".
+    "multi_scale_vq", "weights": FILE, "patch_nums": LIST or None}`, `{"kind": "ibq", "weights": FILE or DIRECTORY,
+    "settings": FILE or None}`; those with weights also take "decode_dtype": "float32" | "bfloat16".
     Raises ValueError for an unknown kind or key, a missing key, and a weights file that is missing or unsuitable.
     """
     if "kind" not in config:

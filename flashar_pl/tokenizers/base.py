@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+GREY = 128
+"""Of what is not drawn yet."""
+
 
 class Tokenizer(nn.Module, ABC):
     """Turns images into a grid of codes and back. Frozen: nothing here is ever trained.
@@ -42,6 +45,15 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, H, W) int64 to images (B, 3, h, w) uint8 RGB."""
+
+    def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the images of a grid (H, W) of codes."""
+        return grid[0] * self.downsample, grid[1] * self.downsample
+
+    def decode_partial(self, codes: Tensor) -> Tensor:
+        """As `decode`, grey where a code is -1: not drawn yet."""
+        missing = (codes < 0).repeat_interleave(self.downsample, 1).repeat_interleave(self.downsample, 2)
+        return self.decode(codes.clamp(min=0)).masked_fill(missing[:, None], GREY)
 
     def check_images(self, images: Tensor, floating: bool) -> None:
         """Raises ValueError unless `images` is a batch this tokenizer can encode."""

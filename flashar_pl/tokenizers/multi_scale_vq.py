@@ -10,18 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashar_pl.numerics import strict_float32
 from flashar_pl.renames import Rename, official_state_dict
+from flashar_pl.tokenizers.base import GREY
 from flashar_pl.tokenizers.conv_tokenizer import (
-    Codebook,
     ConvTokenizer,
     TokenizerSpec,
     best_codes,
@@ -29,14 +28,12 @@ from flashar_pl.tokenizers.conv_tokenizer import (
     load_strict,
 )
 from flashar_pl.tokenizers.convnet import NetSpec, taming_name
+from flashar_pl.tokenizers.files import naming, read_weights, require_file
+from flashar_pl.tokenizers.multi_scale_codebook import PATCH_NUMS, MultiScaleCodebook, check_patch_nums, shrink
 
 WHAT = "the state dict of VAR's multi-scale VQ"
+ADVICE = "VAR's file is vae_ch160v4096z32.pth of https://huggingface.co/FoundationVision/var."
 HITS = "quantize.ema_vocab_hit_SV"
-PATCH_NUMS = {
-    256: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    512: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-}
-"""The published scales, by side of the image in pixels."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +56,11 @@ class MultiScaleSpec(TokenizerSpec):
             )
 
 
-class Phi(nn.Module):
-    """(1 - r) h + r conv(h): softens what the enlargement of a small grid leaves."""
-
-    def __init__(self, dim: int, residual: float) -> None:
-        super().__init__()
-        self.residual = residual
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return (1 - self.residual) * h + self.residual * self.conv(h)
-
-
-class MultiScaleCodebook(Codebook):
-    """The code vectors, the convolutions phi, and the published counter of used codes (K', V), which does nothing."""
-
-    def __init__(self, spec: MultiScaleSpec) -> None:
-        super().__init__(spec.codes, spec.dim)
-        scales = len(spec.patch_nums)
-        self.phi = nn.ModuleList(Phi(spec.dim, spec.residual) for _ in range(spec.phis or scales))
-        self.phi_of = phi_index(scales, spec.phis)
-        self.register_buffer("hits", torch.zeros(scales, spec.codes))
-
-
 class MultiScaleVQ(ConvTokenizer):
     """The multi-scale VQ of VAR, of any size. Codes are the nearest vectors; nothing is scaled to unit length.
 
-    Ids are (B, L): the scales from small to large, raster inside a scale. Images are square, of P f pixels a side.
+    Ids are (B, L), or (B, 1, L) as the commands pass them: the scales from small to large, raster inside a scale.
+    Images are square, of P f pixels a side.
     """
 
     unit_norm = False
@@ -94,11 +69,41 @@ class MultiScaleVQ(ConvTokenizer):
 
     def __init__(self, spec: MultiScaleSpec) -> None:
         super().__init__(spec)
-        self.patch_nums = spec.patch_nums
-        self.length = sum(p * p for p in spec.patch_nums)
+        self.scales_given = True
 
     def make_codebook(self) -> MultiScaleCodebook:
-        return MultiScaleCodebook(self.spec)
+        spec = self.spec
+        return MultiScaleCodebook(spec.codes, spec.dim, spec.patch_nums, spec.phis, spec.residual)
+
+    @property
+    def patch_nums(self) -> tuple[int, ...]:
+        """p_0 .. p_(K-1)."""
+        return self.quantize.patch_nums
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return sum(p * p for p in self.patch_nums)
+
+    @classmethod
+    def from_file(
+        cls,
+        weights: str | Path | None = None,
+        patch_nums: Sequence[int] | None = None,
+        decode_dtype: str = "float32",
+    ) -> MultiScaleVQ:
+        """Loads a published file; all sizes but the scales are those of its tensors.
+
+        patch_nums: None = those of 256 x 256 pixels, until a VAR model says which it has (`scales_given` is False).
+        Raises ValueError for a file that is missing or unsuitable.
+        """
+        file = require_file(weights, "multi-scale VQ weights file", ADVICE)
+        with naming(file):
+            state = official_state_dict(read_weights(file))[0]
+            model = cls.from_official(state, {**tensor_sizes(state), "patch_nums": patch_nums or PATCH_NUMS[256]})
+        model.scales_given = patch_nums is not None
+        model.opened(weights, decode_dtype)
+        return model
 
     @classmethod
     def from_official(cls, state_dict: Mapping[str, Any], config: Mapping[str, Any]) -> MultiScaleVQ:
@@ -142,6 +147,14 @@ class MultiScaleVQ(ConvTokenizer):
         return name
 
     def config(self) -> dict[str, Any]:
+        return {
+            "kind": "multi_scale_vq",
+            "weights": self.weights,
+            "patch_nums": list(self.patch_nums),
+            "decode_dtype": self.decode_dtype,
+        }
+
+    def settings(self) -> dict[str, Any]:
         """The published settings, as `from_official` takes them."""
         encoder, spec = self.spec.encoder, self.spec
         return {
@@ -150,7 +163,7 @@ class MultiScaleVQ(ConvTokenizer):
             "num_res_blocks": encoder.blocks,
             "z_channels": spec.dim,
             "vocab_size": spec.codes,
-            "patch_nums": list(spec.patch_nums),
+            "patch_nums": list(self.patch_nums),
             "share_quant_resi": spec.phis,
             "quant_resi": spec.residual,
             "quant_conv_ks": spec.kernel,
@@ -164,21 +177,34 @@ class MultiScaleVQ(ConvTokenizer):
 
     def check_images(self, images: Tensor, floating: bool) -> None:
         super().check_images(images, floating)
-        side = self.patch_nums[-1] * self.downsample
-        if images.shape[2:] != (side, side):
-            height, width = images.shape[2:]
+        height, width = images.shape[2:]
+        if (height, width) != (size := self.image_size((1, self.length))):
             raise ValueError(
-                f"images are {height} x {width} pixels; expected {side} x {side}: patch_nums end with "
+                f"images are {height} x {width} pixels; expected {size[0]} x {size[1]}: patch_nums end with "
                 f"{self.patch_nums[-1]}, {self.downsample} pixels per code."
             )
 
+    def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """(S, S), whatever the grid."""
+        side = self.patch_nums[-1] * self.downsample
+        return side, side
+
     def check_codes(self, codes: Tensor) -> None:
-        """Raises ValueError unless `codes` is (B, L) int64 with values below `vocabulary`."""
-        check_ids(codes, self.length, self.vocabulary, "this tokenizer")
+        """Raises ValueError unless `codes` is (B, L) or (B, 1, L) int64 with values below `vocabulary`."""
+        check_ids(flat(codes), self.length, self.vocabulary, "this tokenizer")
 
     def decode_float(self, codes: Tensor) -> Tensor:
-        """Ids (B, L) int64 to images (B, 3, S, S) float32, clamped to [-1, 1]."""
-        return super().decode_float(codes).clamp(-1, 1)
+        """Ids (B, L) or (B, 1, L) int64 to images (B, 3, S, S) float32, clamped to [-1, 1]."""
+        return super().decode_float(flat(codes)).clamp(-1, 1)
+
+    def decode_partial(self, codes: Tensor) -> Tensor:
+        """The sum of the scales that are drawn; grey before the first."""
+        ids = flat(codes)
+        known = ids[:, (ids >= 0).all(0)]
+        if not known.numel():
+            return torch.full((len(ids), 3, *self.image_size((1, self.length))), GREY, dtype=torch.uint8)
+        with strict_float32(ids.device.type):
+            return self.to_uint8(self.decode_latents(self.quantize.running_sums(known)[-1]))
 
     @torch.no_grad()
     def decode_latents(self, total: Tensor) -> Tensor:
@@ -196,33 +222,13 @@ class MultiScaleVQ(ConvTokenizer):
         for k, side in enumerate(self.patch_nums):
             rows = shrink(rest, side).movedim(1, -1).flatten(0, 2)  # (B p_k^2, D)
             ids = best_codes(F.pad(rows, (0, 1), value=1.0), extended).view(len(z), -1)
-            rest = rest - self.scale(k, table[ids])
+            rest = rest - self.quantize.scale(k, ids)
             found.append(ids)  # (B, p_k^2)
         return torch.cat(found, dim=1)
 
     def latents(self, codes: Tensor) -> Tensor:
         """The sum of all scales (B, D, P, P) of ids (B, L), Algorithm 2."""
-        return self.running_sums(codes)[-1]
-
-    def running_sums(self, ids: Tensor) -> list[Tensor]:
-        """The sum (B, D, P, P) of the scales up to each, of ids (B, L)."""
-        sums: list[Tensor] = []
-        for k, part in enumerate(ids.split([p * p for p in self.patch_nums], dim=1)):
-            h = self.scale(k, F.embedding(part, self.quantize.embedding.weight))
-            sums.append(sums[-1] + h if sums else h)
-        return sums
-
-    def scale(self, k: int, vectors: Tensor) -> Tensor:
-        """What scale k adds: its vectors (B, p_k^2, D) enlarged to (B, D, P, P), through its phi."""
-        side, last = self.patch_nums[k], self.patch_nums[-1]
-        h = vectors.transpose(1, 2).unflatten(2, (side, side))  # (B, D, p_k, p_k)
-        if side != last:
-            h = F.interpolate(h, (last, last), mode="bicubic")
-        return self.quantize.phi[self.quantize.phi_of[k]](h)
-
-    def next_input(self, total: Tensor, k: int) -> Tensor:
-        """What VAR sees at scale k + 1: the sum of scales 0..k (B, D, P, P), shrunk to (B, p_(k+1)^2, D)."""
-        return shrink(total, self.patch_nums[k + 1]).flatten(2).transpose(1, 2)
+        return self.quantize.running_sums(codes)[-1]
 
     @torch.no_grad()
     def var_input(self, ids: Tensor) -> Tensor:
@@ -230,31 +236,13 @@ class MultiScaleVQ(ConvTokenizer):
         self.check_codes(ids)
         self.check_weights()
         with strict_float32(ids.device.type):
-            sums = self.running_sums(ids)[:-1]
-            return torch.cat([self.next_input(total, k) for k, total in enumerate(sums)], dim=1)
+            sums = self.quantize.running_sums(ids)[:-1]
+            return torch.cat([self.quantize.next_input(total, k) for k, total in enumerate(sums)], dim=1)
 
 
-def shrink(x: Tensor, side: int) -> Tensor:
-    """(B, D, P, P) to (B, D, side, side): means over areas."""
-    return x if x.shape[-1] == side else F.interpolate(x, (side, side), mode="area")
-
-
-def phi_index(scales: int, phis: int) -> list[int]:
-    """Which of the `phis` every scale uses (0 = its own): the first of equally spaced ticks nearest to k / (K - 1).
-
-    Some distances are equal but for rounding; float64 as written here decides as the published code does.
-    """
-    if phis == 0:
-        return list(range(scales))
-    edge = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-    ticks = np.linspace(edge, 1 - edge, phis)
-    return [int(np.argmin(np.abs(ticks - k / (scales - 1)))) for k in range(scales)]
-
-
-def check_patch_nums(patch_nums: Sequence[int]) -> None:
-    """Raises ValueError unless there are two scales or more, growing."""
-    if len(patch_nums) < 2 or patch_nums[0] < 1 or any(a >= b for a, b in pairwise(patch_nums)):
-        raise ValueError(f"patch_nums is {list(patch_nums)}; expected two or more growing sides, for example 1,2,3,4.")
+def flat(codes: Tensor) -> Tensor:
+    """Ids (B, L) of (B, L) or (B, 1, L)."""
+    return codes.flatten(1) if codes.ndim == 3 and codes.shape[1] == 1 else codes
 
 
 def check_ids(ids: Tensor, length: int, vocabulary: int, what: str) -> None:
@@ -276,6 +264,30 @@ def published_settings(side: int = 256) -> dict[str, Any]:
         raise ValueError(f"side is {side}; expected one of {', '.join(map(str, PATCH_NUMS))}.")
     sizes = {"ch": 160, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 32, "vocab_size": 4096}
     return {**sizes, "patch_nums": list(PATCH_NUMS[side])}
+
+
+def tensor_sizes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """All published settings that the tensors of a state dict tell, that is, all but patch_nums and quant_resi.
+
+    Raises ValueError for the state dict of another network.
+    """
+    _, dim = codebook_shape(state, WHAT)
+    name = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
+    blocks = {(int(at[1]), int(at[2])): len(value) for key, value in state.items() if (at := name.fullmatch(key))}
+    phis = {key.split(".")[-2] for key in state if key.startswith("quantize.quant_resi.")}
+    shared = {key.split(".")[2] for key in state if key.startswith("quantize.quant_resi.")}
+    if not (blocks and phis and {"encoder.conv_in.weight", "quant_conv.weight"} <= state.keys()):
+        raise ValueError(f"this is not {WHAT}: it has no {'quantize.quant_resi.*' if blocks else 'encoder.down.*'}.")
+    ch = len(state["encoder.conv_in.weight"])
+    levels = [blocks[level, 0] for level in sorted({level for level, _ in blocks})]
+    return {
+        "ch": ch,
+        "ch_mult": [width // ch for width in levels],
+        "num_res_blocks": sum(level == 0 for level, _ in blocks),
+        "z_channels": dim,
+        "share_quant_resi": len(phis) if shared == {"qresi_ls"} else 1 if shared == {"qresi"} else 0,
+        "quant_conv_ks": state["quant_conv.weight"].shape[-1],
+    }
 
 
 def read_spec(config: Mapping[str, Any], codes: int, dim: int) -> MultiScaleSpec:

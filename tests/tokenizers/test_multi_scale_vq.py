@@ -18,7 +18,7 @@ def test_ids_and_images_are_the_official_ones():
     assert torch.equal(vq.encode_float(io["in/image"]), io["out/idx"])
     torch.testing.assert_close(vq.decode_float(io["out/idx"]), io["out/image_scale3"], **PIXELS)
     torch.testing.assert_close(vq.decode_float(io["in/random_ids"]), io["out/random_ids_image"], **PIXELS)
-    sums = vq.running_sums(io["out/idx"])
+    sums = vq.quantize.running_sums(io["out/idx"])
     for k in (0, 3):
         torch.testing.assert_close(sums[k], io[f"out/f_hat_scale{k}"], atol=1e-4, rtol=0)
     torch.testing.assert_close(vq.decode_latents(sums[0]), io["out/image_scale0"], **PIXELS)
@@ -128,6 +128,6 @@ def test_wrong_images_and_ids():
 
 def test_the_settings_lead_to_the_same_tokenizer():
     vq = var_golden.tokenizer()
-    again = MultiScaleVQ.from_official(vq.to_official(), vq.config())
+    again = MultiScaleVQ.from_official(vq.to_official(), vq.settings())
     assert again.spec == vq.spec
     assert isinstance(again.quantize.phi, nn.ModuleList)

@@ -73,6 +73,7 @@ class BlockDiffusion(RasterAR):
     """
 
     plan_name = "blocks"
+    plans = ("blocks",)
     own_decoding = True
 
     def __init__(

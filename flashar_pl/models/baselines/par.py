@@ -40,6 +40,7 @@ class PAR(RasterAR):
     """
 
     plan_name = "regions"
+    plans = ("regions",)
 
     def __init__(self, backbone: Backbone, tokens_per_step: int = 4, grid: tuple[int, int] | None = None) -> None:
         check_regions(tokens_per_step)

@@ -8,7 +8,7 @@ import var_golden
 from tiny import CLOSE
 
 from flashar_pl.models.baselines import VAR
-from flashar_pl.models.baselines.var import PRESETS, VARConfig
+from flashar_pl.models.baselines.var_transformer import PRESETS, VARConfig, VARTransformer
 from flashar_pl.sampling import filter_logits, guide
 from flashar_pl.tokenizers import MultiScaleVQ
 
@@ -38,13 +38,15 @@ def test_loss_and_gradients_are_the_official_ones(name):
     torch.testing.assert_close(loss.detach(), io["out/ce_loss"], atol=1e-5, rtol=0)
     parameters = dict(model.named_parameters())
     for key in (key for key in io if key.startswith("out/grad/")):
-        torch.testing.assert_close(parameters[key.removeprefix("out/grad/")].grad, io[key], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            parameters[f"backbone.{key.removeprefix('out/grad/')}"].grad, io[key], atol=1e-6, rtol=1e-4
+        )
 
 
 def test_the_clamp_of_the_temperature_matters_here():
     """Otherwise parity would say nothing about it."""
     model = var_golden.model()
-    scales = [block.attn.scale_mul_1H11 for block in model.blocks]
+    scales = [block.attn.scale_mul_1H11 for block in model.backbone.blocks]
     assert max(float(scale.detach().max()) for scale in scales) > log(100)
 
 
@@ -89,7 +91,7 @@ def test_a_recorded_sample():
     model, vq = var_golden.model(), var_golden.tokenizer()
     ids, classes = io["in/sampled_cfg1.5/idx"], io["in/label"]
     given, null = (model.logits(ids, vq.var_input(ids), of) for of in (classes, torch.full_like(classes, 10)))
-    level = model.level()
+    level = model.backbone.level()
     guided = torch.stack([guide(given[:, i], null[:, i], 1 + 1.5 * k / 3) for i, k in enumerate(level.tolist())], 1)
     torch.testing.assert_close(guided, io["out/sampled_cfg1.5/step_logits"], **CLOSE)
     kept = filter_logits(guided, top_k=10, top_p=0.9).isfinite()
@@ -115,7 +117,7 @@ def test_cached_drawing_sees_what_teacher_forcing_sees(name):
     )
     x = vq.var_input(ids)
     given, null = model.logits(ids, x, TWO), model.logits(ids, x, torch.full_like(TWO, 10))
-    t = 3.0 * model.level()[:, None] / 3
+    t = 3.0 * model.backbone.level()[:, None] / 3
     torch.testing.assert_close(torch.cat(steps, dim=1), (1 + t) * given - t * null, atol=1e-12, rtol=1e-12)
 
 
@@ -139,7 +141,7 @@ def test_no_position_sees_a_larger_scale():
     before, after = model.logits(ids, x, classes), model.logits(ids, changed, classes)
     assert torch.equal(before[:, :14], after[:, :14])
     assert not torch.equal(before[:, 14:], after[:, 14:])
-    level = model.level()
+    level = model.backbone.level()
     assert torch.equal(level[:, None] >= level[None], var_golden.read("var_tiny").io["dbg/attn_bias_allowed"])
 
 
@@ -165,9 +167,9 @@ def test_export_is_bit_exact(name, dtype):
 )
 def test_published_sizes(name, count):
     with torch.device("meta"):
-        model = VAR(PRESETS[name])
+        model = VAR(VARTransformer(PRESETS[name]))
     assert sum(p.numel() for p in model.parameters()) == count
-    assert model.config.embed_dim / model.config.num_heads == 64
+    assert model.sizes.embed_dim / model.sizes.num_heads == 64
 
 
 def test_strict_loading_names_the_tensors():
@@ -228,25 +230,18 @@ def test_wrong_input_is_named():
 def test_broken_logits_end_the_drawing():
     """Some legal code would be drawn from NaN."""
     model = var_golden.model()
-    model.lvl_embed.weight.data[2] = float("nan")
+    model.backbone.lvl_embed.weight.data[2] = float("nan")
     with pytest.raises(ValueError, match="logits of decoding step 2 are NaN or infinite"):
         model.generate(TWO, tokenizer=var_golden.tokenizer(), cfg_scale=0, greedy=True)
-
-
-def test_commands_name_what_the_file_holds(tmp_path):
-    from flashar_pl.checkpoints.weights import load_model
-
-    torch.save(var_golden.read("var_tiny").state, tmp_path / "var.pth")
-    with pytest.raises(ValueError, match=r"holds VAR weights, which are used from Python only: docs/baselines\.md"):
-        load_model(tmp_path / "var.pth")
 
 
 def test_a_first_scale_of_several_positions():
     """p_0 > 1: the class stands at p_0^2 positions, and x leaves out as many."""
     torch.manual_seed(0)
-    model = VAR(VARConfig(2, 16, 2, vocab_size=9, num_classes=4, patch_nums=(2, 3), code_dim=4)).eval()
+    config = VARConfig(2, 16, 2, vocab_size=9, num_classes=4, patch_nums=(2, 3), code_dim=4)
+    model = VAR(VARTransformer(config)).eval()
     ids = torch.randint(0, 9, (2, 13))
     logits = model.logits(ids, torch.randn(2, 9, 4), torch.tensor([0, 4]))
     assert logits.shape == (2, 13, 9)
-    assert model.pos_start.shape == (1, 4, 16)
+    assert model.backbone.pos_start.shape == (1, 4, 16)
     assert logits.isfinite().all()
