@@ -7,7 +7,8 @@ from torch import nn
 
 from flashar_pl.tokenizers import MultiScaleVQ
 from flashar_pl.tokenizers.convnet import NetSpec
-from flashar_pl.tokenizers.multi_scale_vq import MultiScaleSpec, phi_index, published_settings, read_spec
+from flashar_pl.tokenizers.multi_scale_codebook import phi_index
+from flashar_pl.tokenizers.multi_scale_vq import MultiScaleSpec, published_settings, read_spec
 
 PIXELS = {"atol": 2e-4, "rtol": 0.0}
 
