@@ -193,7 +193,7 @@ class DecodeJob:
         sizes, order, rows = self.sizes, self.order, self.rows
         window = 2 * (order.width + 1) if order.name == "lossless" else 0  # two rows, unless told
         cells = max(window, *(len(step) for step in order.cells_of_step))
-        fed, seen = (max(call[i] for call in self.calls) for i in (0, 1))
+        fed, seen = max(call[0] for call in self.calls), max(call[1] for call in self.calls)
         widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
         # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
         # and two float64 tensors for the conditional ones
