@@ -7,8 +7,8 @@ from PIL import Image
 
 from flashar_pl.commands import animate as module
 from flashar_pl.commands.animate import AnimateOptions, animate, columns_of
-from flashar_pl.decoding.samples import GREY
 from flashar_pl.options import ModelOptions
+from flashar_pl.tokenizers.base import GREY
 
 HEIGHT = module.LINE + module.GAP // 2
 
