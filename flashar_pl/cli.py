@@ -61,6 +61,7 @@ COMMANDS: dict[str, Command] = {
     "checkpoint verify": Command("checkpoint:checkpoint_verify", "compare checkpoints with the checksums they carry"),
     "plot": Command("plot:plot", "convergence curves of training runs, and a table of their results and settings"),
     "animate": Command("animate:animate", "raster and diagonal decoding side by side as an animation"),
+    "reproduce": Command("reproduce:reproduce", "the commands behind every row of the paper's tables and figures"),
     "compare": Command("compare:compare", "runs on the same held-out images: paired differences with standard errors"),
     "sweep": Command("sweep:sweep", "the training runs of one file, over settings and seeds, and their comparison"),
     "report": Command("report:report", "compare raster, FlashAR and training-free decoding in one table"),

@@ -289,9 +289,10 @@ class Subject:
     prompt: list[str] | None = None
     """Text to draw, with a model conditioned on text; may be given several times."""
     prompts: str | None = None
-    """File with one prompt a line."""
+    """File with one prompt a line, such as experiments/paper/appendix_a_prompts.txt."""
     classes: str | list[int] | None = None
-    """Classes of a class-conditional model: ids such as 3,7 or 0-9, or the names that its training data had."""
+    """Classes of a class-conditional model: ids such as 3,7 or 0-9, the names that its training data had, or a file
+    such as experiments/paper/figure6_classes.txt with one a line."""
     text_features: str | None = None
     """Text features of a text-conditional model: .npy (N, T, C) or (T, C), or .npz or .safetensors with "features" and,
     where captions are left-padded, "mask" (N, T)."""

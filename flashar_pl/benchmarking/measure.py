@@ -38,11 +38,13 @@ class Timing:
     """Processor time of all threads; what counts on a CPU, meaningless on a GPU."""
 
     def summary(self) -> dict[str, Any]:
-        """Median and interquartile range of both clocks."""
+        """Median, interquartile range, mean and its standard error (None = measured once) of both clocks."""
         found: dict[str, Any] = {"repeats": len(self.wall)}
         for name, values in (("wall", self.wall), ("cpu", self.cpu)):
             low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
+            error = float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else None
             found |= {f"{name}_s": middle, f"{name}_iqr_s": high - low}
+            found |= {f"{name}_mean_s": float(np.mean(values)), f"{name}_standard_error_s": error}
         return found
 
 
@@ -96,9 +98,9 @@ def cpu_threads(device: torch.device, threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def repeats_for(seconds: float, wanted: int) -> int:
-    """How often to measure something that takes `seconds`: as wanted, 3 above 5 s, once above 20 s."""
-    return wanted if seconds <= 5 else min(wanted, 3) if seconds <= 20 else 1
+def repeats_for(seconds: float, wanted: int | None) -> int:
+    """How often to measure something that takes `seconds`: as wanted; None = 10 times, 3 above 5 s, once above 20 s."""
+    return wanted or (10 if seconds <= 5 else 3 if seconds <= 20 else 1)
 
 
 # --- device ----------------------------------------------------------------------------------------------------------

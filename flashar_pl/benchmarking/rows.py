@@ -38,7 +38,7 @@ class Job:
     sampling: SamplingSettings
     device: torch.device
     dtype: torch.dtype
-    repeats: int
+    repeats: int | None
     speeds: dict[str, Speed] = field(default_factory=dict)
     """By plan: measured rates."""
 

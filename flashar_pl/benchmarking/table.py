@@ -83,6 +83,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _mean(row: dict[str, Any], clock: str) -> str:
+    mean, error, images = row["time"][f"{clock}_mean_s"], row["time"][f"{clock}_standard_error_s"], row["batch"]
+    plus = "" if error is None else f" ± {1e3 * error / images:.2f}"
+    return (
+        f"{row['plan']}, {row['runner']}, batch {images} {1e3 * mean / images:.2f}{plus} ms, {images / mean:.2f} img/s"
+    )
+
+
 def table(result: dict[str, Any]) -> str:
     """The whole report as Markdown."""
     threads = f", {result['threads']} thread(s)" if result["threads"] else ""
@@ -91,6 +99,7 @@ def table(result: dict[str, Any]) -> str:
         f"{result['device']}{threads}; {result['command']['dtype']}, grid {result['grid'][0]}x{result['grid'][1]}, "
         f"guidance {result['command']['cfg_scale']}; medians of {clock}; floors and GEMM-only per batch.",
         console.table(COLUMNS, [_cells(row) for row in result["rows"]]),
+        "means, ± standard error: " + "; ".join(_mean(row, result["clock"]) for row in result["rows"]),
     ]
     if result["speedups"]:
         header = (

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, WayOptions, as_settings
+from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, WayOptions, as_settings, check_least
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class MeasureOptions:
     """Decoding plans to measure, separated by commas. Default: raster and diagonal, or what the model has."""
     batch_sizes: str = "1"
     """Images decoded together, separated by commas; auto is the largest that fits, up to 64 (CPU) or 1024 (GPU)."""
-    repeats: int = 10
-    """Measurements of each row; at most 3 where one takes more than 5 s, 1 above 20 s."""
+    repeats: int | None = None
+    """Measurements of each row. Default: 10, or 3 where one takes more than 5 s, 1 above 20 s."""
     threads: int = 1
     """CPU threads."""
     skip_plain: bool = False
@@ -30,8 +30,7 @@ class MeasureOptions:
     """Directory to make for results.json and table.md."""
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads) < 1:
-            raise ValueError(f"repeats is {self.repeats}, threads {self.threads}; expected 1 or more.")
+        check_least(self, repeats=1, threads=1)
 
     def plan_names(self, own: tuple[str, ...]) -> list[str]:
         """The plans of a model that has `own`. Raises ValueError for an unknown one."""

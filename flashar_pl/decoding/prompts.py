@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from flashar_pl.console import closest
 from flashar_pl.options import ShapeOptions, Subject, TextOptions, parse_classes, parse_grid
+from flashar_pl.recipes import find_recipe
 from flashar_pl.tensor_files import read_arrays, read_tensors
 from flashar_pl.text_files import read_lines
 
@@ -99,9 +100,10 @@ def read_prompts(prompt: Sequence[str] | None, file: str | None) -> list[str] | 
         return None
     given = list(prompt or ())
     if file is not None:
-        if not Path(file).is_file():
+        path = find_recipe(file)
+        if not path.is_file():
             raise ValueError(f"no prompts at {file}; expected a text file with one prompt a line.")
-        given += [line for _, line in read_lines(file)]
+        given += [line for _, line in read_lines(path)]
     if not given:
         raise ValueError(f"{file} has no prompts; expected one a line.")
     for number, text in enumerate(given, start=1):
@@ -149,7 +151,7 @@ def ask(
     elif source.model.backbone.conditioning.kind == "prompt":
         raise ValueError("this model takes prompts; give --prompt.")
     elif classes is not None:
-        ids = class_ids(source, classes)
+        ids = class_ids(source, read_classes(classes))
         condition, labels = torch.tensor(ids), [f"class{i}" for i in ids]
     else:
         assert subject.text_features is not None
@@ -169,6 +171,16 @@ def check_seed(seed: int, n: int) -> None:
     """ValueError where seed .. seed + n - 1 are not all seeds."""
     if not -(2**63) <= seed <= 2**64 - n:
         raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, as seed + {n - 1} too.")
+
+
+def read_classes(classes: str | list[int]) -> str | list[int]:
+    """The lines of a file NAME.txt joined by commas; anything else as it is."""
+    if not isinstance(classes, str) or not classes.endswith(".txt"):
+        return classes
+    path = find_recipe(classes)
+    if not path.is_file():
+        raise ValueError(f"no classes at {classes}; expected a text file with one class a line.")
+    return ",".join(line.strip() for _, line in read_lines(path))
 
 
 def class_ids(source: Source, classes: str | list[int] | int) -> list[int]:

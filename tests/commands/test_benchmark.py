@@ -236,8 +236,8 @@ def test_threads_are_restored_and_missing_rows_are_no_speed_ups(quick):
 
 @pytest.mark.parametrize(("seconds", "count"), [(0.1, 10), (5.0, 10), (5.1, 3), (20.0, 3), (20.1, 1)])
 def test_slow_rows_are_repeated_less(seconds, count):
-    assert measure.repeats_for(seconds, 10) == count
-    assert measure.repeats_for(seconds, 2) == min(count, 2)
+    assert measure.repeats_for(seconds, None) == count
+    assert measure.repeats_for(seconds, 100) == 100  # Table 2: as asked for, however long it takes
 
 
 def test_speedups_are_over_the_fastest_raster_of_the_batch():
