@@ -11,7 +11,7 @@ from flashar_pl.cli import COMMANDS, load, split_verb
 from flashar_pl.commands.arguments import parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").rglob("*.yaml"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.yaml"))]
 PAGES = [page for page in PAGES if page.name != "log.md"]  # that page says what was typed then
 
 

@@ -9,7 +9,7 @@ import pytest
 from flashar_pl.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-DOCS = [f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md", "benchmarks/README.md", *DOCS]
 FOLDERS = r"(?:tests|flashar_pl|docs|experiments|benchmarks)"
 MADE = {"docs/log.md"}

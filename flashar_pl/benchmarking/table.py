@@ -86,9 +86,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _mean(row: dict[str, Any], clock: str) -> str:
     mean, error, images = row["time"][f"{clock}_mean_s"], row["time"][f"{clock}_standard_error_s"], row["batch"]
     plus = "" if error is None else f" ± {1e3 * error / images:.2f}"
-    return (
-        f"{row['plan']}, {row['runner']}, batch {images} {1e3 * mean / images:.2f}{plus} ms, {images / mean:.2f} img/s"
-    )
+    name = f"{row['plan']} {row['runner']} {row['weight_format']} batch {images}"
+    return f"{name} {1e3 * mean / images:.2f}{plus} ms/image, {images / mean:.2f} images/s"
 
 
 def table(result: dict[str, Any]) -> str:

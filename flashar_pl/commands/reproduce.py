@@ -34,8 +34,9 @@ class Row:
 def reproduce(what: str, /, *, row: str | None = None, run: bool = False) -> list[list[str]]:
     """Print the commands that measure a row of the paper, and with --run run them.
 
-    Without a row, the rows of the table are listed with the paper's numbers. Weights and data are never fetched: what is
-    not here is named with where it comes from. Steps whose result is there are left out. Our numbers beside the paper's, and at which scale they were measured: docs/results/README.md.
+    Without a row, the rows of the table are listed with the paper's numbers. Weights and data are never fetched: what
+    is not here is named with where it comes from. Steps whose result is there are left out. Our numbers beside the
+    paper's, and at which scale they were measured: docs/results/README.md.
 
     Example:
         flashar reproduce table1

@@ -1,4 +1,4 @@
-"""`flashar reproduce`: every command of every row is one that its parser takes, and the page of results has every row."""
+"""`flashar reproduce`: every command of every row is one that its parser takes; the page of results has all rows."""
 
 import re
 from pathlib import Path
@@ -94,5 +94,5 @@ def test_prompts_and_classes_of_the_paper_travel_with_the_package(work):
     classes = read_classes("experiments/paper/figure6_classes.txt")
     assert parse_classes(classes) == [387, 90, 250, 933, 437, 979, 985]
     assert find_recipe("experiments/paper/tables.yaml").is_file()
-    with pytest.raises(ValueError, match="no classes at mine.txt"):
+    with pytest.raises(ValueError, match=r"no classes at mine\.txt"):
         read_classes("mine.txt")
