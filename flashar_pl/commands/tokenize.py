@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,8 @@ def tokenize_text_image(
     codec: CodecOptions = CodecOptions(),
     ranks: RankOptions = RankOptions(),
 ) -> dict[str, Any] | None:
-    """Turn images with captions into shards of codes, one data set for each grid: OUT/32x32, OUT/27x36, ...
+    """Turn images with captions into shards of codes, one data set for each grid: OUT/32x32, OUT/27x36, ...; with
+    several --data, OUT/NAME/32x32, ... for each of them.
 
     Reads a JSON list or JSONL of captions and image paths (ShareGPT-4o-Image: input_prompt, output_image), WebDataset
     tars of jpg + txt, or tars of ready codes, pt + txt, as the authors' Emu3.5 FlashAR training makes them. An image
@@ -166,18 +168,40 @@ def tokenize_text_image(
     imagenet` does.
 
     Example:
+        flashar tokenize text-image --data OpenGPT-4o-Image/gen.json,ShareGPT-4o-Image/text_to_image.json --crop square
+          --validation 500 --out data/text_image --weights Emu3.5-VisionTokenizer
         flashar tokenize text-image --data text_to_image.json --out data/sharegpt --weights Emu3.5-VisionTokenizer
         flashar tokenize text-image --data "laion/{00000..00127}.tar" --out data/laion --weights DIR --image-size 256
     """
-    report = _tokenise(partial(captioned_job, images, codec, shards), shards, codec, ranks)
-    if report is not None:
-        from flashar_pl.data.check import caption_report
-        from flashar_pl.data.shards import Manifest, ShardReader
+    if images.validation and shards.split != "train":
+        raise ValueError("--validation cuts a list into train and validation; leave out --split.")
+    reports: dict[str, dict[str, dict[str, Any]]] = {}
+    for out, data in images.places(shards.out).items():
+        for split in ("train", "validation") if images.validation else (shards.split,):
+            part = replace(shards, out=out, split=split)
+            report = _tokenise(partial(captioned_job, replace(images, data=data), codec, part), part, codec, ranks)
+            if report is not None:
+                _show_captions(report, part)
+                reports.setdefault(out, {})[split] = report
+    if len(reports) == 1 and not images.validation:
+        return reports[shards.out][shards.split]
+    for out, splits in reports.items():
+        counts = ", ".join(f"{report['written']:,} {split}" for split, report in splits.items())
+        print(f"{out}: {counts} pairs")
+    if len(reports) > 1 and shards.split == "train":
+        weights = ", ".join(f"{out}: {splits['train']['written']}" for out, splits in reports.items())
+        print(f"train on all, every pair as often as any other: --data.shards '{{{weights}}}'")
+    return reports or None
 
-        for grid in report["grids"]:
-            lines = caption_report(ShardReader(Manifest.load(Path(shards.out) / grid), shards.split))["lines"]
-            print("\n  ".join([f"{grid}:", *lines]))
-    return report
+
+def _show_captions(report: dict[str, Any], shards: ShardOptions) -> None:
+    """What a person should know of the captions of each grid."""
+    from flashar_pl.data.check import caption_report
+    from flashar_pl.data.shards import Manifest, ShardReader
+
+    for grid in report["grids"]:
+        if (manifest := Manifest.load(Path(shards.out) / grid)).samples(shards.split):
+            print("\n  ".join([f"{grid}:", *caption_report(ShardReader(manifest, shards.split))["lines"]]))
 
 
 def _tokenise(

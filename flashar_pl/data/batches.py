@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from flashar_pl.backbones.condition import Batch, ClassIds, Condition, Prompts, TextFeatures
 from flashar_pl.data.manifest import Manifest
-from flashar_pl.data.order import EvaluationOrder, GridOrder, Order, TrainingOrder, stream
+from flashar_pl.data.order import EvaluationOrder, GridOrder, MixtureOrder, Order, TrainingOrder, stream
 from flashar_pl.data.reader import Samples, ShardReader
 
 TextEncoder = Callable[[str], Tensor]
@@ -88,11 +88,68 @@ class Grid(Generic[Order]):
         return to_batch(self.reader.read(index, crops), index + self.offset, valid, self.text_encoder)
 
 
+class TrainingGrid(Grid[TrainingOrder]):
+    """A training split."""
+
+    def read(self, epoch: int, index: np.ndarray) -> Samples:
+        """The samples `index` (b,) with the crops of an epoch."""
+        self.reader.verify_ahead()
+        return self.reader.read(index, self.order.crops(epoch, index, self.reader.manifest.crops))
+
+    def training_batch(self, epoch: int, g: int, rank: int, ranks: int) -> Batch:
+        """A rank's part of this grid's batch g."""
+        index = self.order.batch(epoch, g, rank, ranks)
+        return to_batch(self.read(epoch, index), index + self.offset, text_encoder=self.text_encoder)
+
+    @property
+    def identity(self) -> str:
+        """Its shape and what it holds."""
+        manifest = self.reader.manifest
+        return f"{manifest.grid[0]}x{manifest.grid[1]} {manifest.fingerprint('train')}"
+
+
+@dataclass
+class MixedGrid:
+    """The training samples that several sources have of one grid, in the proportions of a mixture."""
+
+    sources: dict[int, TrainingGrid]
+    """Number of the source in the mixture -> its samples of this grid."""
+    order: MixtureOrder
+    mixed: int
+    """K, sources of the mixture, those without this grid included."""
+    weights: str
+    """Of the sources, as they were given."""
+
+    def training_batch(self, epoch: int, g: int, rank: int, ranks: int) -> Batch:
+        """A rank's part of this grid's batch g. The draws of a source in it follow upon one another."""
+        source, draw = self.order.batch(epoch, g, rank, ranks)
+        parts, index, rows = list[Samples](), list[np.ndarray](), list[np.ndarray]()
+        for k, grid in enumerate(self.sources.values()):
+            rows.append(np.flatnonzero(source == k))
+            draws = draw[rows[-1]].tolist() or [0, -1]
+            for turn, numbers in grid.order.endless(draws[0], draws[-1] + 1):
+                parts.append(grid.read(turn, numbers))
+                index.append(numbers + grid.offset)
+        back = np.argsort(np.concatenate(rows))
+        return to_batch(Samples.joined(parts, back), np.concatenate(index)[back], text_encoder=grid.text_encoder)
+
+    @property
+    def identity(self) -> str:
+        """Its shape, what it holds and in which proportions."""
+        return " ".join([*(f"{k} {grid.identity}" for k, grid in self.sources.items()), self.weights])
+
+    def drawn(self, batches: int) -> np.ndarray:
+        """Samples of each source in the first batches of this grid: (K,)."""
+        counts = np.zeros(self.mixed, dtype=np.int64)
+        counts[list(self.sources)] = self.order.drawn(np.array([batches * self.order.batch_size]))[0]
+        return counts
+
+
 @dataclass
 class TrainingBatches(Dataset):
     """(epoch, g) -> this rank's part of global training batch g. `Batch.valid` is None: every row counts."""
 
-    grids: list[Grid[TrainingOrder]]
+    grids: Sequence[TrainingGrid | MixedGrid]
     order: GridOrder
     rank: int
     ranks: int
@@ -104,19 +161,21 @@ class TrainingBatches(Dataset):
 
     def identity(self) -> dict[str, Any]:
         """What the order depends on; plain integers and strings."""
-        manifests = [grid.reader.manifest for grid in self.grids]
-        if len(manifests) == 1:
-            return self.order.settings | {"shards": manifests[0].fingerprint("train")}
-        listed = [f"{m.grid[0]}x{m.grid[1]} {m.fingerprint('train')}\n" for m in manifests]
-        return self.order.settings | {"shards": hashlib.sha256("".join(listed).encode()).hexdigest()[:16]}
+        if len(self.grids) == 1 and isinstance(self.grids[0], Grid):
+            return self.order.settings | {"shards": self.grids[0].reader.manifest.fingerprint("train")}
+        listed = "".join(f"{grid.identity}\n" for grid in self.grids)
+        return self.order.settings | {"shards": hashlib.sha256(listed.encode()).hexdigest()[:16]}
 
     def __getitem__(self, item: tuple[int, int]) -> Batch:
         epoch = item[0] if self.reshuffle else 0
         k, g = self.order.place(epoch, item[1])
-        grid = self.grids[k]
-        grid.reader.verify_ahead()
-        index = grid.order.batch(epoch, g, self.rank, self.ranks)
-        return grid.batch(index, grid.order.crops(epoch, index, grid.reader.manifest.crops))
+        return self.grids[k].training_batch(epoch, g, self.rank, self.ranks)
+
+    def drawn(self, epoch: int, g: int) -> np.ndarray:
+        """Of a mixture: samples of each source before global batch g of an epoch, since the start of training: (K,)."""
+        grids = [grid for grid in self.grids if isinstance(grid, MixedGrid)]
+        done = self.order.done(epoch, g).tolist()
+        return np.sum([grid.drawn(batches) for grid, batches in zip(grids, done, strict=True)], axis=0)
 
 
 @dataclass
@@ -151,14 +210,14 @@ def training_batches(
     Raises:
         ValueError: no grid has a whole batch, or there is no training split.
     """
-    grids: list[Grid[TrainingOrder]] = []
+    grids: list[TrainingGrid] = []
     offset = 0
     for manifest in manifests:
         samples = manifest.samples("train")
         if samples >= batch_size or not grids:  # the first has most samples; where they are too few, the order says so
             own_seed = seed if len(manifests) == 1 else stream(seed, *manifest.grid)
             order = TrainingOrder(manifest.block_sizes("train"), batch_size, own_seed, window)
-            grids.append(Grid(cut.reader(manifest, "train"), order, cut.encoder(manifest), offset))
+            grids.append(TrainingGrid(cut.reader(manifest, "train"), order, cut.encoder(manifest), offset))
         elif samples and cut.rank == 0:
             warnings.warn(
                 f"{manifest.root} has {samples} training samples, fewer than one batch of {batch_size}: they are left "

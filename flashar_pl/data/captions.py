@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flashar_pl.data.account import Account
 from flashar_pl.data.manifest import ConditionSpec
+from flashar_pl.data.pictures import ELSEWHERE, Part
 from flashar_pl.data.sources import IMAGE_MEMBERS, Names, Source, TarSource, read_file
 from flashar_pl.image_files import Unreadable
 from flashar_pl.text_files import parse_json, read_lines, read_text
@@ -69,6 +73,10 @@ class CaptionList(Source):
     def __len__(self) -> int:
         return len(self._paths)
 
+    def captions(self) -> list[str]:
+        """Of every sample; "" for one without, or without a usable one."""
+        return [self._captions[index] for index in range(len(self))]
+
     def where(self, index: int) -> str:
         return f"{self.file}, {self._paths[index]}" if index in self._problems else str(self.root / self._paths[index])
 
@@ -91,6 +99,41 @@ def captioned_images(data: str, images: str | None = None, *keys: str | None) ->
     if images or any(keys):
         raise ValueError("--caption-key, --image-key and --images are for .json and .jsonl lists; leave them out.")
     return TarSource(data, IMAGE_MEMBERS, "txt")
+
+
+def cut_validation(source: Source, n: int) -> dict[str, Source]:
+    """Split -> its part of a list, of which the validation split has n samples or a few less.
+
+    Which ones follows from their captions alone, and equal captions are in one split. Samples without one are trained
+    on. The account of the list is that of the training split.
+
+    Raises:
+        ValueError: tars, or a list of no more than n captions.
+    """
+    if not isinstance(source, CaptionList):
+        raise ValueError("--validation is for .json and .jsonl lists; tokenize the tars of each split with --split.")
+    captions = source.captions()
+    same: dict[str, list[int]] = {}
+    for index, caption in enumerate(captions):
+        if caption:
+            same.setdefault(hashlib.sha256(caption.encode()).hexdigest(), []).append(index)
+    chosen: list[int] = []
+    for name in sorted(same):
+        if len(chosen) + len(same[name]) <= n:
+            chosen += same[name]
+    if not chosen or len(chosen) == len(captions):
+        raise ValueError(
+            f"--validation {n}: {source.file} has {len(captions)} pairs with {len(same)} different captions; expected "
+            "fewer for validation than there are, and at least as many as one caption has."
+        )
+    there = np.isin(np.arange(len(captions)), chosen)  # (N,)
+    account = deepcopy(source.account)
+    account.used = int((~there).sum())
+    account.leave_out(ELSEWHERE, source.where(chosen[0]), len(chosen))
+    return {
+        "train": Part(source, np.flatnonzero(~there), account),
+        "validation": Part(source, np.flatnonzero(there), Account(used=len(chosen))),
+    }
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.locations import is_remote
 from flashar_pl.data.manifest import Manifest, check_matches, load_grids
+from flashar_pl.data.mixture import MixedSource, described, load_mixture, mixed_batches
 from flashar_pl.data.order import TrainingOrder, check_cut
 from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
@@ -50,7 +51,8 @@ class CodesDataModule(LightningDataModule):
 
     Args:
         shards: where the shards and their manifest.json are: a directory, a URL, or `pipe:COMMAND` with {path} in it;
-            or a directory of such directories, one for each grid, as `flashar tokenize text-image` writes them.
+            or a directory of such directories, one for each grid, as `flashar tokenize text-image` writes them; or
+            several of these with weights, {data/a: 0.7, data/b: 0.3}: a mixture, drawn from in these proportions.
         reading: exact, or streamed by webdataset's pipeline: not resumable at the sample, but nothing is copied first.
         batch_size: global training batch of one forward pass, over all devices; must be a multiple of their number.
             With gradient accumulation an optimiser step sees this many samples several times over.
@@ -71,7 +73,7 @@ class CodesDataModule(LightningDataModule):
 
     def __init__(
         self,
-        shards: str,
+        shards: str | dict[str, float],
         reading: Reading = "exact",
         batch_size: int = 64,
         num_workers: int = 0,
@@ -106,15 +108,23 @@ class CodesDataModule(LightningDataModule):
         self.verify = verify
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
         self._manifests: list[Manifest] = []
+        self._mixture: list[MixedSource] = []
+        if isinstance(shards, dict) and reading == "streamed":
+            raise ValueError("shards is a mixture, which is read exactly; leave out reading: streamed.")
         self._source: TrainingBatches | ImageBatches | Stream | None = None
         self._training: TrainingLoader | StreamedLoader | None = None
         self._restored: dict[str, Any] = {}
 
     @property
     def manifests(self) -> list[Manifest]:
-        """One manifest for each grid, read when first asked for. Raises ValueError as `load_grids` does."""
-        if not self._manifests:
-            self._manifests = load_grids(self.location)
+        """One manifest for each grid of each source, that with most training samples first, read when first asked for.
+        Raises ValueError as `load_grids` and `load_mixture` do."""
+        if not self._manifests and isinstance(self.location, dict):
+            self._mixture = load_mixture(self.location)
+            found = [manifest for source in self._mixture for manifest in source.manifests]
+            self._manifests = sorted(found, key=lambda manifest: -manifest.samples("train"))
+        elif not self._manifests:
+            self._manifests = load_grids(str(self.location))
         return self._manifests
 
     @property
@@ -163,7 +173,21 @@ class CodesDataModule(LightningDataModule):
 
     def _exact(self, cut: Cut) -> TrainingBatches | ImageBatches:
         """Training batches in our order."""
-        return training_batches(self.manifests, self.batch_size, self.seed, self.window, cut, self._reshuffle())
+        manifests, how = self.manifests, (self.batch_size, self.seed, self.window, cut, self._reshuffle())
+        if not self._mixture:
+            return training_batches(manifests, *how)
+        batches = mixed_batches(self._mixture, *how)
+        rank_zero_info(described(self._mixture, batches))
+        return batches
+
+    def drawn(self) -> dict[str, int]:
+        """Of a mixture, samples of each source that training has been given since its start, over all devices."""
+        if not self._mixture or not isinstance(self._training, TrainingLoader):
+            return {}
+        place = self._training.state_dict()
+        assert isinstance(self._source, TrainingBatches)
+        counts = self._source.drawn(place["epoch"], place["position"]).tolist()
+        return {source.name: n for source, n in zip(self._mixture, counts, strict=True)}
 
     def _streamed(self, cut: Cut) -> Stream:
         """Training batches of webdataset's pipeline."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.options import CodecOptions, PackOptions, ShardOptions, check_least, parse_grid, parse_tokenizer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from flashar_pl.tokenizers import Tokenizer
 
 IMAGENET_CLASSES = 1000
+LISTS = (".json", ".jsonl")
+"""Ends of lists of captions and images."""
 PUBLISHED_CODES = 131072
 CENTRE_OF_TEN = 4
 """Number of the centre crop in `ten_crop`'s order; torchvision and LlamaGen have the same."""
@@ -108,7 +110,12 @@ class CaptionedOptions:
     """Captioned images"""
 
     data: str
-    """.json list, .jsonl file, or tars: a folder of them, a tar, or a pattern."""
+    """.json list, .jsonl file, or tars: a folder of them, a tar, or a pattern. Several, with commas between, become a
+    data set each, in OUT/NAME after the folders of the lists: a mixture to train on."""
+    validation: int = 0
+    """Of each list, so many pairs become the validation split, drawn by their captions: equal ones are in one split."""
+    crop: Literal["aspect", "square"] = "aspect"
+    """The largest part with the nearest of nine ratios (aspect), or one square of --image-size for all (square)."""
     images: str | None = None
     """Folder that the paths of a list start from. Default: that of the list."""
     image_size: int | None = None
@@ -126,6 +133,20 @@ class CaptionedOptions:
     def __post_init__(self) -> None:
         if self.image_size is not None and self.buckets is not None:
             raise ValueError("give --image-size or --buckets, not both: grids say the size already.")
+        if self.crop == "square" and self.buckets is not None:
+            raise ValueError("give --crop square or --buckets, not both: grids say the shape already.")
+        check_least(self, validation=0)
+
+    def places(self, out: str) -> dict[str, str]:
+        """Directory of the shards -> what goes there. Raises ValueError for two of one name."""
+        given = [part for each in self.data.split(",") if (part := each.strip())]
+        if len(given) < 2:
+            return {out: self.data}
+        names = [Path(place).expanduser().absolute() for place in given]
+        ends = [path.parent.name if path.suffix in LISTS else path.name for path in names]
+        if len(set(ends)) < len(ends):
+            raise ValueError(f"--data: the data sets would be called {', '.join(ends)}; expected different folders.")
+        return {str(Path(out) / end): place for end, place in zip(ends, given, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -203,19 +224,23 @@ def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device
 
 def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
     """Images with captions through a tokenizer, or tars of ready codes with captions."""
-    from flashar_pl.data.captions import captioned_images
+    from flashar_pl.data.captions import captioned_images, cut_validation
     from flashar_pl.data.encode import ImageEncoder, weights_hash
     from flashar_pl.data.images import BucketCrop, default_grids
     from flashar_pl.data.tokenise import Job
 
-    if Path(images.data).suffix not in (".json", ".jsonl") and _holds_codes(images.data):
+    if Path(images.data).suffix not in LISTS and _holds_codes(images.data):
         return _captioned_codes_job(images, codec, shards, device)
     if images.vocabulary is not None:
         raise ValueError("--vocabulary is for tars of codes; for images it is the tokenizer's.")
     source = captioned_images(images.data, images.images, images.caption_key, images.image_key)
+    if images.validation:
+        source = cut_validation(source, images.validation)[shards.split]
     chosen = [] if images.buckets is None else [parse_grid(text) for text in images.buckets.split(",")]
     model = open_tokenizer(codec, "ibq", device)
     grids = tuple(grid for grid in chosen if grid) or default_grids(images.image_size or 512, model.downsample)
+    if images.crop == "square":
+        grids = (((images.image_size or 512) // model.downsample,) * 2,)
     return Job(
         shards,
         source,
@@ -236,8 +261,10 @@ def _captioned_codes_job(
     from flashar_pl.data.sources import TarSource
     from flashar_pl.data.tokenise import Job
 
-    if images.image_size or images.buckets:
-        raise ValueError("--image-size and --buckets are for images; codes keep the grids they have.")
+    if images.image_size or images.buckets or images.crop == "square" or images.validation:
+        raise ValueError(
+            "--image-size, --buckets, --crop and --validation are for images; codes keep their grids and splits."
+        )
     if codec.weights is None:
         config, vocabulary = tokenizer_config(codec, "ibq"), images.vocabulary or PUBLISHED_CODES
     elif images.vocabulary is not None:

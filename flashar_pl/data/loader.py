@@ -86,12 +86,12 @@ class TrainingLoader:
             ValueError: in the middle of an epoch, if the order there was that of other data or settings.
         """
         own = {"reading": "exact"} if "reading" in state else self.batches.identity()
-        changed = [name for name, value in own.items() if state[name] != value]
+        changed = [name for name, value in own.items() if state.get(name) != value]
         if changed and state["position"] > 0:
             name = changed[0]
             raise ValueError(
                 f"The checkpoint stands at batch {state['position']} of epoch {state['epoch']} of an order with "
-                f"{name}={state[name]!r}; this run has {name}={own[name]!r}, so it cannot continue "
+                f"{name}={state.get(name)!r}; this run has {name}={own[name]!r}, so it cannot continue "
                 f"there. Resume with the old {name}, or start a new run from the checkpoint's weights."
             )
         self.epoch, self.position = state["epoch"], state["position"]

@@ -13,6 +13,7 @@ Shapes: M blocks, N samples, B global batch, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -101,6 +102,14 @@ class TrainingOrder:
         start = g * self.batch_size + rank * local
         return self._slice(epoch, start, start + local)
 
+    def endless(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Draws [start, stop) of epoch after epoch of all samples: (epoch, sample numbers (n,) int64) of each piece."""
+        while start < stop:
+            epoch, begin = divmod(start, self.samples)
+            end = min(begin + stop - start, self.samples)
+            yield epoch, self._slice(epoch, begin, end)
+            start += end - begin
+
     def crops(self, epoch: int, index: np.ndarray, crops: int) -> np.ndarray:
         """Which crop of each sample (n,) this epoch shows: (n,) int64 below `crops`."""
         key = stream(self.seed, epoch, _CROPS)
@@ -140,7 +149,7 @@ class GridOrder:
     spread over the epoch and each grid is read in its own order.
     """
 
-    def __init__(self, orders: list[TrainingOrder], seed: int) -> None:
+    def __init__(self, orders: Sequence[TrainingOrder | MixtureOrder], seed: int) -> None:
         self.settings = orders[0].settings | {"seed": seed}
         self.seed = seed
         self._counts = np.array([len(order) for order in orders])
@@ -160,6 +169,56 @@ class GridOrder:
             self._inner[by_grid] = np.concatenate([np.arange(count) for count in self._counts])
             self._epoch = epoch
         return int(self._grid[g]), int(self._inner[g])
+
+    def done(self, epoch: int, g: int) -> np.ndarray:
+        """Batches of each grid since the start of training, before global batch g of an epoch: (grids,) int64."""
+        self.place(epoch, 0)
+        return epoch * self._counts + np.bincount(self._grid[:g], minlength=len(self._counts))
+
+
+class MixtureOrder:
+    """The order of batches of one grid from K sources, which are drawn from in fixed proportions.
+
+    Slot s of all slots since the start of training belongs to the source whose share is behind: after any number s of
+    slots, source k has had s w_k / sum(w) of them but for K. Each source is gone through in its own order, all of its
+    samples before one of them comes again, whatever its weight and the length of an epoch.
+
+    Args:
+        orders: of the sources, with a batch size of 1.
+        weights: (K,) above 0; proportions, to a millionth.
+        batch_size: global batch B, over all ranks.
+        batches: of an epoch.
+    """
+
+    def __init__(self, orders: list[TrainingOrder], weights: list[float], batch_size: int, batches: int) -> None:
+        check_cut(batch_size, 1)
+        self.orders, self.batch_size, self._batches = orders, batch_size, batches
+        self._weights = [max(1, round(weight / sum(weights) * 2**20)) for weight in weights]
+
+    @property
+    def settings(self) -> dict[str, int]:
+        """What the order depends on, besides blocks and weights."""
+        return self.orders[0].settings | {"batch_size": self.batch_size}
+
+    def __len__(self) -> int:
+        """Global batches of an epoch."""
+        return self._batches
+
+    def drawn(self, slots: np.ndarray) -> np.ndarray:
+        """Samples of each source among the first `slots` (n,) slots: (n, K) int64."""
+        counts, rest, left = [], slots, sum(self._weights)
+        for weight in self._weights:
+            counts.append(rest * weight // left)
+            rest, left = rest - counts[-1], left - weight
+        return np.stack(counts, axis=-1)
+
+    def batch(self, epoch: int, g: int, rank: int = 0, ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """A rank's slice of global batch g: the source of each row, and which draw from it this is, (B / R,) int64."""
+        local = check_cut(self.batch_size, ranks)
+        start = (epoch * len(self) + g) * self.batch_size + rank * local
+        counts = self.drawn(np.arange(start, start + local + 1))  # (b + 1, K)
+        source = np.diff(counts, axis=0).argmax(axis=1)
+        return source, counts[np.arange(local), source]
 
 
 class EvaluationOrder:

@@ -66,6 +66,9 @@ class Part(Source):
     def read(self, index: int) -> tuple[bytes, int | str]:
         return self._whole.read(int(self._chosen[index]))
 
+    def known_bad(self) -> list[int]:
+        return np.flatnonzero(np.isin(self._chosen, self._whole.known_bad())).tolist()
+
     def fingerprint(self) -> str:
         chosen = hashlib.sha256(self._chosen.astype(np.int64).tobytes()).hexdigest()[:16]
         return f"{self._whole.fingerprint()}-{chosen}"

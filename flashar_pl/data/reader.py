@@ -8,10 +8,11 @@ Shapes: n samples asked for, m samples of a record, K crops, H x W grid, T text 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,19 @@ class Samples:
     """(n, T, C) float32, left-padded with zeros to the manifest's length T."""
     mask: np.ndarray | None = None
     """(n, T) bool, True = valid."""
+
+    @classmethod
+    def joined(cls, parts: list[Samples], order: np.ndarray) -> Samples:
+        """The samples of several parts of one kind, one after the other, then in the order (n,) of their places."""
+
+        def field(name: str) -> Any:
+            values = [getattr(part, name) for part in parts]
+            if isinstance(values[0], list):
+                texts = list(itertools.chain(*values))
+                return [texts[i] for i in order]
+            return None if values[0] is None else np.concatenate(values)[order]
+
+        return cls(**{each.name: field(each.name) for each in fields(cls)})
 
 
 class ShardReader:

@@ -228,6 +228,8 @@ class TrainingLog(StepCallback):
             self._points |= {f"train/{name}": value for name, value in self._clock.read().items()}
             self._points |= {f"train/{name}": value for name, value in peak_memory(pl_module.device).items()}
             self._points["train/epochs"] = epochs_done(trainer)
+            if (drawn := getattr(trainer.datamodule, "drawn", None)) is not None:  # type: ignore[attr-defined]
+                self._points |= {f"data/{name}": float(n) for name, n in drawn().items()}
             self._restart()
             log_points(trainer, self._points)
             trainer.logged_metrics.update({name: torch.tensor(value) for name, value in self._points.items()})

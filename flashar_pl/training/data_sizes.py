@@ -23,7 +23,7 @@ def with_data_sizes(words: Words) -> Words:
     if any(words.given(f"model.backbone.{name}") for name in OWN) or kind not in FAMILIES or not shards:
         return words
     try:
-        manifest = load_grids(str(shards))[0]
+        manifest = load_grids(str(next(iter(shards)) if isinstance(shards, dict) else shards))[0]
     except (ValueError, OSError):
         return words
     sizes = FAMILIES[kind].data_options(manifest.vocabulary, manifest.condition.num_classes)

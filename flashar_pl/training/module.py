@@ -270,7 +270,7 @@ class FlashARModule(LightningModule):
         data module adds: the grids where there are several, the names of classes, and the prompts of Emu3.5."""
         step, data, manifest = self.trainer.global_step, self.trainer.datamodule, self.manifest  # type: ignore[attr-defined]
         training: dict[str, Any] = {"step": step, "total_steps": self.total_steps, "settings": self.settings()}
-        grids = [list(each.grid) for each in getattr(data, "manifests", ())]
+        grids = [list(grid) for grid in dict.fromkeys(each.grid for each in getattr(data, "manifests", ()))]
         if len(grids) > 1:
             training["grids"] = grids
         if manifest is not None and manifest.class_names:

@@ -96,19 +96,20 @@ def _stored_grid(path: Path) -> tuple[int, int]:
             raise ValueError(f"{path} has the grid {str(other)[:60]}; expected two whole numbers above 0.")
 
 
-def _grid(sizes: ModelSizes, shards: str, notes: list[str]) -> tuple[int, int]:
+def _grid(sizes: ModelSizes, shards: str | dict[str, float], notes: list[str]) -> tuple[int, int]:
     """The grid of the shards: from their manifest, from a name such as imagenet_256, or the family's usual one."""
-    place = Path(shards)
-    manifests = [place / "manifest.json", *sorted(place.glob("*/manifest.json"))] if shards else []
+    places = [Path(each) for each in ([shards] if isinstance(shards, str) else shards) if each]
+    manifests = [path for place in places for path in (place / "manifest.json", *sorted(place.glob("*/manifest.json")))]
     grids = [_stored_grid(path) for path in manifests if path.is_file()]
     if grids:
         height, width = max(grids, key=lambda grid: grid[0] * grid[1])
-        if len(grids) > 1:
-            notes.append(f"grid {height}x{width} is the largest of {len(grids)} in {shards}")
+        if len(set(grids)) > 1:
+            listed = ", ".join(map(str, places))
+            notes.append(f"grid {height}x{width} is the largest of {len(set(grids))} in {listed}")
         return height, width
-    if found := re.search(r"_(\d{2,4})$", shards.rstrip("/")):
+    if places and (found := re.search(r"_(\d{2,4})$", str(places[0]))):
         side = int(found[1]) // 16
-        notes.append(f"grid {side}x{side} guessed from the name {shards} ({found[1]} pixels, 16 per code)")
+        notes.append(f"grid {side}x{side} guessed from the name {places[0]} ({found[1]} pixels, 16 per code)")
         return side, side
     notes.append(_assumed(sizes.usual_grid))
     return sizes.usual_grid

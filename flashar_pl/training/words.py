@@ -123,11 +123,12 @@ class _WithoutAliases(yaml.SafeDumper):
 
 
 def merged(older: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
-    """Two configurations as one, in which the newer wins. A list replaces a list, and a class another class with all
-    its settings, so that what a file says of a callback is all that the callback has."""
+    """Two configurations as one, in which the newer wins. A list replaces a list, a mixture of shards a mixture, and a
+    class another class with all its settings, so that what a file says of a callback is all that the callback has."""
     values = dict(older)
     for key, value in newer.items():
-        values[key] = _over(values.get(key), value, DEFAULT_DATA if key == "data" else None)
+        usual = DEFAULT_DATA if key == "data" else None
+        values[key] = value if key == "shards" else _over(values.get(key), value, usual)
     return values
 
 
@@ -168,7 +169,7 @@ def read_configuration(file: str) -> dict[str, Any]:
 def _at_home(value: Any) -> Any:
     """Values of a YAML in which paths that begin with ~/ are in the home directory."""
     if isinstance(value, dict):
-        return {key: _at_home(each) for key, each in value.items()}
+        return {_at_home(key): _at_home(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_at_home(each) for each in value]
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value

@@ -146,7 +146,7 @@ def test_the_authors_code_tars(tmp_path, run, refused):
                 torch.save(torch.from_numpy(codes[i]) if i != 8 else {"codes": 1}, buffer)
                 tar.write({"__key__": f"stem{i}", "pt": buffer.getvalue(), "txt": caption(i).encode()})
     words = ("tokenize", "text-image", "--data", f"{tmp_path}/train.*.tar", "--out", tmp_path / "s", *SMALL)
-    assert "--image-size and --buckets are for images" in refused(*words, "--image-size", 512)
+    assert "--image-size, --buckets, --crop and --validation are for images" in refused(*words, "--image-size", 512)
     assert run(*words, "--max-bad-share", 0.1)[0] == 0
     found = contents(tmp_path / "s")
     assert sorted(found) == [i for i in range(10) if i != 8]
@@ -207,3 +207,28 @@ def test_wrong_input_is_refused(tmp_path, refused, listed, vq):
     (tmp_path / "bad.json").write_text('[{"a": "b"}]')
     assert "none of which is known" in refused(*words[:3], tmp_path / "bad.json", *words[4:])
     assert not (tmp_path / "s").exists()
+
+
+def test_two_downloads_become_train_and_validation_shards_of_one_mixture(tmp_path, run, vq, listed):
+    """Guards counts that are not what the shards hold, a caption in two splits, and ratios that --crop square keeps."""
+    shutil.copytree(listed.parent, tmp_path / "one")
+    shutil.copytree(listed.parent, tmp_path / "two")
+    items = json.loads(listed.read_text())[:9]
+    edits = [{"input_prompt": "make it red", "input_image": "image/1.png", "output_image": "image/2.png"}]
+    (tmp_path / "two" / "gen.json").write_text(json.dumps(items + edits))
+    both = f"{tmp_path / 'one' / listed.name},{tmp_path / 'two' / 'gen.json'}"
+    words = ("--data", both, "--out", tmp_path / "s", "--tokenizer", "vq16", "--weights", vq, *SMALL)
+    code, out, err = run("tokenize", "text-image", *words, "--crop", "square", "--image-size", 16, "--validation", 4)
+    assert code == 0, err
+    counts = {}
+    for name in ("one", "two"):
+        manifest = Manifest.load(tmp_path / "s" / name / "4x4")
+        readers = [ShardReader(manifest, split) for split in ("train", "validation")]
+        train, validation = (reader.read(np.arange(len(reader))).texts for reader in readers)
+        assert not set(train) & set(validation)
+        counts[name] = [len(train), len(validation)]
+        assert f"{tmp_path / 's' / name}: {len(train)} train, {len(validation)} validation pairs" in out
+    assert [sum(each) for each in counts.values()] == [14, 9]
+    assert all(3 <= validation <= 4 for _, validation in counts.values())
+    assert f"--data.shards '{{{tmp_path / 's' / 'one'}: {counts['one'][0]}, " in out
+    assert "edits an input image" in out
