@@ -278,8 +278,8 @@ class ShapeOptions:
     aspect_ratio: str | None = None
     """Width to height: 1:1, 4:3, 3:4, 3:2, 2:3, 16:9, 9:16, 2:1, 1:2 or 21:9; or a grid HEIGHTxWIDTH in codes."""
     image_size: int | None = None
-    """Side in pixels of the square with the area of the images, at 16 pixels per code. Default: 512 with a named aspect
-    ratio or a model that knows every size, otherwise the checkpoint's own grid."""
+    """Side in pixels of the square with the area of the images. Default: what is usual for a model that knows every
+    size (Emu3.5: 512), 512 with a named aspect ratio, otherwise the checkpoint's own grid."""
 
 
 @dataclass(frozen=True)

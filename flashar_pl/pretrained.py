@@ -9,10 +9,13 @@ from flashar_pl.console import needing
 from flashar_pl.text_files import BROKEN, reason
 
 
-def pretrained(kind: str, directory: str | Path, example: str, what: str, **options: Any) -> Any:
+def pretrained(
+    kind: str, directory: str | Path, example: str, what: str, extra: str = "emu", **options: Any
+) -> Any:
     """What the class `kind` of transformers makes of a directory.
 
-    example: a repository of huggingface.co with such a directory. what: the network is, for messages.
+    example: a repository of huggingface.co with such a directory. what: the network is, for messages. extra: what to
+    install for it.
 
     Raises:
         ValueError: the directory holds no such thing, or transformers is not installed.
@@ -23,7 +26,7 @@ def pretrained(kind: str, directory: str | Path, example: str, what: str, **opti
             f"{place} holds no {what}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing "
             "is downloaded for you."
         )
-    with needing(f"the {what}", "emu"):
+    with needing(f"the {what}", extra):
         import transformers
         from safetensors import SafetensorError
     if not kind.endswith("Tokenizer"):

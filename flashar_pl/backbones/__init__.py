@@ -10,7 +10,8 @@ from flashar_pl.backbones.condition import (
     Prompts,
     TextFeatures,
 )
-from flashar_pl.backbones.decoder import Decoder, DecoderConfig, from_transformers
+from flashar_pl.backbones.decoder import Decoder, from_transformers
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.backbones.registry import (

@@ -61,6 +61,8 @@ class Backbone(nn.Module, ABC):
     """Options of a tiny one, with which a machine is checked."""
     usual_grid: ClassVar[tuple[int, int]] = (16, 16)
     """(H, W) where nothing else is known."""
+    code_pixels: int = 16
+    """Pixels of a code along each side, where images are asked for in pixels."""
     many_grids: ClassVar[bool] = False
     """Whether the published weights were trained on images of many shapes."""
     usual_clones: ClassVar[int] = 1

@@ -6,185 +6,24 @@ Shapes: B samples, R rows, P prefix, S slots, D width, E head width, T token ids
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pkgutil import resolve_name
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flashar_pl.backbones.base import Backbone, check_dropout, initialise
-from flashar_pl.backbones.condition import Condition, Conditioning, Given, Prefix, Prompts
+from flashar_pl.backbones.base import Backbone, initialise
+from flashar_pl.backbones.condition import Condition, Given, Prefix, Prompts
+from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
+from flashar_pl.backbones.families import PRESETS
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.rope import Rope, angles_1d, rotations
-from flashar_pl.layers.transformer import BlockConfig, NormPlace, QKNorm, RMSNorm
+from flashar_pl.layers.transformer import RMSNorm
 from flashar_pl.numerics import wide
-
-Heads = Literal["full", "visual"]
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Everything that defines a decoder. The vocabulary holds text tokens, and the codes unless they have their own
-    vectors (`code_width`)."""
-
-    dim: int
-    """Width D."""
-    n_layer: int
-    """Number of blocks L."""
-    n_head: int
-    """Query heads."""
-    n_kv_head: int
-    """Key/value heads."""
-    head_dim: int
-    """Head width E; n_head * E need not equal D."""
-    ffn_dim: int
-    """Feed-forward width."""
-    vocab_size: int
-    """Text tokens, and the codes where they are tokens."""
-    rope_base: float
-    """Base of the RoPE frequencies."""
-    norm_eps: float
-    """Added to the mean square in RMSNorm."""
-    visual_token_offset: int | None = None
-    """Token id of code 0; the others follow. None = unknown, text only."""
-    eol_token_id: int | None = None
-    """Token id of the row end that the raster plan forces after every row but the last; None = no row ends."""
-    boi_token_id: int | None = None
-    """Token id that begins an image. From here on the unconditional prefix equals the conditional one."""
-    heads: Heads = "full"
-    """"full": the heads score the whole vocabulary, and losses are normalised over it. "visual": codes only."""
-    dropout: float = 0.0
-    """Dropout on the embedded sequence, attention probabilities and both residual branches."""
-    condition_dropout: float = 0.0
-    """Probability that a training sample sees the unconditional prompt instead of its own."""
-    unconditional_prompt: tuple[int, ...] | None = None
-    """Token ids of the unconditional prompt, up to the begin of the image; None = guidance needs it given."""
-    num_visual_codes: int | None = None
-    """Number of codes V; None = as many as token ids from `visual_token_offset` on."""
-    code_ids: tuple[int, ...] | None = None
-    """Token id of every code, where they do not follow one another."""
-    qk_norm: QKNorm = "none"
-    """Norm of each head's query and key."""
-    norm_place: NormPlace = "before"
-    """Norms before attention and feed-forward, after them, or both."""
-    qkv_bias: bool = False
-    """Biases of queries, keys and values."""
-    output_bias: bool = False
-    """A bias of the attention's output projection."""
-    ffn_bias: bool = False
-    """Biases of the feed-forward projections."""
-    code_width: int | None = None
-    """Width C of vectors that codes have beside the vocabulary, brought to D by an MLP, and scored by an MLP (Janus);
-    None = codes are tokens."""
-    code_layers: int = 2
-    """Linear layers of the MLP that embeds codes."""
-    code_hidden: int | None = None
-    """Width of the MLP that scores codes; None = D."""
-    model_type: str = "llama"
-    """Family whose names `to_transformers` gives."""
-    text_prefix: str = "model."
-    """What stands before their names of the language model."""
-    tied_head: bool = False
-    """Whether their state dict has no head, because it is the embedding."""
-
-    def __post_init__(self) -> None:
-        for name in ("unconditional_prompt", "code_ids"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.unconditional_prompt is not None and self.boi_token_id is None:
-            raise ValueError("unconditional_prompt is given and boi_token_id is not; expected both.")
-        if self.heads not in ("full", "visual"):
-            raise ValueError(f'heads is {self.heads!r}; expected "full" or "visual".')
-        check_dropout(self)
-        if self.condition_dropout and self.unconditional_prompt is None:
-            raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
-        self._check_codes()
-
-    def _check_codes(self) -> None:
-        if self.code_width is not None:
-            if self.heads == "full" or self.num_visual_codes is None:
-                raise ValueError('codes with their own vectors need heads="visual" and num_visual_codes.')
-            return
-        if self.visual_token_offset is not None and self.code_ids is not None:
-            raise ValueError("visual_token_offset and code_ids are given; expected one of them.")
-        if self.visual_token_offset is None and self.code_ids is None and self.heads == "visual":
-            raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
-        first, last = self.visual_token_offset, self.vocab_size - 1
-        if first is not None and not 0 <= first <= last:
-            raise ValueError(f"visual_token_offset is {first}; expected 0 to {last}.")
-        if first is not None and not 0 < self.n_codes <= self.vocab_size - first:
-            left = self.vocab_size - first
-            raise ValueError(f"num_visual_codes is {self.n_codes}; expected 1 to {left}, the tokens from {first} on.")
-        if self.code_ids and (len({*self.code_ids}) < len(self.code_ids) or not {*self.code_ids} <= {*range(last + 1)}):
-            raise ValueError(f"code_ids are not {len(self.code_ids)} different token ids from 0 to {last}.")
-
-    @property
-    def has_codes(self) -> bool:
-        """Whether it is known where codes are."""
-        return self.code_width is not None or self.code_ids is not None or self.visual_token_offset is not None
-
-    @property
-    def n_codes(self) -> int:
-        """Number of codes V; 0 if their place in the vocabulary is unknown."""
-        if self.code_ids is not None:
-            return len(self.code_ids)
-        if self.num_visual_codes is not None:
-            return self.num_visual_codes
-        return 0 if self.visual_token_offset is None else self.vocab_size - self.visual_token_offset
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of each head."""
-        return self.vocab_size if self.heads == "full" else self.n_codes
-
-    @property
-    def head_order(self) -> tuple[int, ...] | None:
-        """Token id of every row of a full head: what is no code, then the codes. None = rows are token ids."""
-        return _head_order(self)
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """What the model is conditioned on."""
-        usual = 50  # tokens of a prompt, the image prefix included
-        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset)
-
-    @property
-    def block(self) -> BlockConfig:
-        """Sizes of one block."""
-        return BlockConfig(
-            dim=self.dim,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            head_dim=self.head_dim,
-            ffn_dim=self.ffn_dim,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            norm_place=self.norm_place,
-            qkv_bias=self.qkv_bias,
-            output_bias=self.output_bias,
-            ffn_bias=self.ffn_bias,
-            rope_interleaved=False,
-            attn_dropout=self.dropout,
-            resid_dropout=self.dropout,
-            ffn_dropout=self.dropout,
-        )
-
-
-@lru_cache(maxsize=64)
-def _head_order(config: DecoderConfig) -> tuple[int, ...] | None:
-    if config.code_width is not None or not config.has_codes:
-        return None
-    first, n = config.visual_token_offset or 0, config.n_codes
-    codes = config.code_ids or tuple(range(first, first + n))
-    known = {*codes}
-    order = (*(token for token in range(config.vocab_size) if token not in known), *codes)
-    return None if order == tuple(range(config.vocab_size)) else order
-
 
 class CodeMLP(nn.Module):
     """Codes (R, n) to vectors (R, n, D): their own vectors (V, C), then linear layers with GELU between them."""
@@ -228,6 +67,7 @@ class Decoder(Backbone):
 
     kind = "decoder"
     config_type: ClassVar[type | None] = DecoderConfig
+    published: ClassVar[Mapping[str, Any]] = PRESETS
     example: ClassVar[Mapping[str, Any]] = {
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
         "visual_token_offset": 1024, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual", "qk_norm": "layer",
@@ -243,6 +83,9 @@ class Decoder(Backbone):
         self.first_code = config.vocab_size - config.n_codes if config.heads == "full" and config.has_codes else 0
         self.row_ends = config.eol_token_id is not None
         self.conditioning, self.block = config.conditioning, config.block
+        self.usual_grid = config.usual_grid or self.usual_grid
+        self.published_cfg_scale = config.cfg_scale or self.published_cfg_scale
+        self.code_pixels = config.code_pixels
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
         if config.code_width is None:
@@ -261,7 +104,7 @@ class Decoder(Backbone):
     def training_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Heads of the codes alone, and a tenth of the captions dropped, for guidance, where the unconditional prompt
         is known."""
-        known = options.get("unconditional_prompt") is not None
+        known = any(options.get(name) is not None for name in ("unconditional_prompt", "null_token_id"))
         return {"heads": "visual", "condition_dropout": 0.1 if known else 0.0}
 
     def to_transformers(self) -> dict[str, Tensor]:
@@ -271,6 +114,10 @@ class Decoder(Backbone):
     @property
     def null_prompt(self) -> tuple[int, ...] | None:
         return self.config.unconditional_prompt
+
+    @property
+    def knows_null(self) -> bool:
+        return self.config.knows_null
 
     def embed(self, codes: Tensor) -> Tensor:
         config = self.config
@@ -311,15 +158,18 @@ class Decoder(Backbone):
 
     def null_prefix(self, ids: Tensor) -> Tensor:
         """The prefix (T,) with its prompt replaced by the unconditional one; the image header stays."""
-        assert self.config.boi_token_id is not None
-        begins = ids.eq(self.config.boi_token_id).nonzero()
+        config = self.config
+        begins = ids.eq(config.boi_token_id).nonzero()
         if not len(begins):
-            raise ValueError(f"a prefix lacks the image begin token {self.config.boi_token_id}; expected it once.")
-        return torch.cat([ids.new_tensor(self.config.unconditional_prompt), ids[int(begins[-1]) :]])
+            raise ValueError(f"a prefix lacks the image begin token {config.boi_token_id}; expected it once.")
+        prompt, header = ids[: int(begins[-1])], ids[int(begins[-1]) :]
+        if config.unconditional_prompt is not None:
+            return torch.cat([ids.new_tensor(config.unconditional_prompt), header])
+        return torch.cat([prompt[:1], torch.full_like(prompt[1:], config.null_token_id), header])
 
     def null_condition(self, condition: Condition) -> Condition:
         assert isinstance(condition, Prompts)
-        if self.config.unconditional_prompt is None:
+        if not self.knows_null:
             raise ValueError(
                 "guidance needs the unconditional prefix of every sample; give unconditional=[ids, ...], or use "
                 "cfg_scale=1."

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flashar_pl.backbones.decoder import Decoder, DecoderConfig, Heads
+from flashar_pl.backbones.decoder import Decoder
+from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
 from flashar_pl.layers.transformer import QKNorm
 
 

@@ -67,6 +67,9 @@ def _check_layers(values: dict[str, Any], source: TensorSource) -> None:
 class OfficialDirectory(SafetensorsDirectory):
     """A published directory, of the base model or of its FlashAR: config.json and safetensors files."""
 
+    kind = Emu35.kind
+    """Of its backbone."""
+
     def __init__(self, directory: str | Path) -> None:
         self.values = read_json(Path(directory) / "config.json")
         self.released = self.values.get("model_type") == MODEL_TYPE

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
-from flashar_pl.checkpoints.emu35 import OfficialDirectory, backbone_renames
+from flashar_pl.checkpoints.emu35 import backbone_renames
+from flashar_pl.checkpoints.hub import HubDirectory
 from flashar_pl.checkpoints.llama_names import is_table
-from flashar_pl.checkpoints.official import backbone_config, is_official_directory
+from flashar_pl.checkpoints.official import backbone_config, is_official_directory, open_directory
 from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
@@ -25,7 +25,10 @@ from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.options import Weights
 from flashar_pl.renames import fill
 
-NOT_ARCHITECTURE = ("unconditional_prompt", "multiple_of", "ffn_dim_multiplier", "backbone")
+NOT_ARCHITECTURE = (
+    *("unconditional_prompt", "null_token_id", "multiple_of", "ffn_dim_multiplier", "backbone"),
+    *("usual_grid", "cfg_scale", "code_pixels", "model_type", "text_prefix", "head_key", "tied_head"),
+)
 """Fields that, besides dropouts, may differ between a file and the run that starts from it."""
 CLASSES, TABLE = "num_classes", "backbone.condition_embedding.table.weight"
 """Field of the number of classes, and the weight that depends on nothing else."""
@@ -125,9 +128,9 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
     Raises:
         ValueError: names or shapes do not fit, or the authors' FlashAR checkpoint is given to another kind of model.
     """
-    if not isinstance(model.backbone, Emu35):
-        raise ValueError(f"{directory} holds an Emu3.5 model; this run has a {model.backbone.kind} backbone.")
-    source, config = OfficialDirectory(directory), model.backbone.config
+    source, config = open_directory(directory), model.backbone.config
+    if source.kind != model.backbone.kind:
+        raise ValueError(f"{directory} holds a model of kind {source.kind}; this run's is {model.backbone.kind}.")
     if source.released:
         if not isinstance(model, ReleasedFlashAR):
             raise ValueError(
@@ -137,9 +140,14 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
         fill(model, source, renames(config, model.vertical_layers), device, ignored(source))
         return True
     flashar = isinstance(model, FlashAR)
-    head = "dual_head.horizontal.weight" if flashar else "backbone.head.weight"
+    head = "dual_head.horizontal" if flashar else "backbone.head"
     without_values = any(parameter.is_meta for parameter in model.parameters())
-    fill(model, source, backbone_renames(config, "backbone.", head), device, filter(is_table, source.keys()))
+    if isinstance(source, HubDirectory):
+        weights = source.language_model(config.heads)
+        fill(model, weights, weights.renames("backbone.", head), device, weights.beside)
+    else:
+        table = backbone_renames(config, "backbone.", f"{head}.weight")
+        fill(model, source, table, device, filter(is_table, source.keys()))
     if isinstance(model, FlashAR):
         if without_values and model.dual_head.gate is not None:
             model.dual_head.gate.reset_parameters()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from flashar_pl.backbones.decoder import DecoderConfig
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.renames import Rename
 
 HEAD = "lm_head.weight"

@@ -1,7 +1,7 @@
 """Official weights of every kind: which kind a file or directory is, read into a model, and written.
 
-Files hold LlamaGen, NAR or LlamaGen-FlashAR weights; directories (config.json and safetensors files) hold Emu3.5 or
-its authors' FlashAR, and are read tensor by tensor into memory of their own.
+Files hold LlamaGen, NAR or LlamaGen-FlashAR weights; directories (config.json and safetensors files) hold Emu3.5, its
+authors' FlashAR, or a model in transformers' format, and are read tensor by tensor into memory of their own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.base import plain
-from flashar_pl.backbones.emu35 import Emu35, Heads
+from flashar_pl.backbones.decoder import Decoder
+from flashar_pl.backbones.decoder_config import Heads
+from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.checkpoints.baselines import read_par_file
-from flashar_pl.checkpoints.emu35 import OfficialDirectory, read_backbone
+from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, read_backbone
+from flashar_pl.checkpoints.hub import HubDirectory
 from flashar_pl.checkpoints.llamagen import clean_official
 from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import is_nar, read_nar
@@ -38,6 +41,8 @@ from flashar_pl.text_files import read_json
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")
 """Endings of official files."""
 
+EMU35_TYPES = ("Emu3", MODEL_TYPE)
+"""`model_type` of Emu3.5 and of its authors' FlashAR."""
 NO_MODEL = {
     "BlockDiffusion": "whose strategy they do not tell: BlockDiffusion.from_official, docs/baselines.md",
     "multi-scale VQ (VAR's tokenizer)": "which decode codes: --tokenizer multi_scale_vq:FILE",
@@ -94,6 +99,8 @@ def official_weights(model: GridModel, source: str | Path | None = None) -> dict
         return model.to_official()
     if isinstance(model.backbone, Emu35):
         return model.backbone.to_official(source)
+    if isinstance(model.backbone, Decoder):
+        return model.backbone.to_transformers()
     assert isinstance(model.backbone, LlamaGen)
     return model.backbone.to_official()
 
@@ -107,17 +114,25 @@ def is_official_directory(path: str | Path) -> bool:
     return config.exists() and "model_type" in read_json(config)
 
 
+def open_directory(directory: str | Path) -> OfficialDirectory | HubDirectory:
+    """The reader of a directory that `is_official_directory`. Emu3.5 is "Emu3" in its config.json, Emu3 is "emu3"."""
+    kind = str(read_json(Path(directory) / "config.json").get("model_type"))
+    return OfficialDirectory(directory) if kind in EMU35_TYPES else HubDirectory(directory)
+
+
 def read_directory(
     directory: str | Path,
     heads: Heads = "visual",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> GridModel:
-    """RasterAR from the base model, FlashAR from the authors' checkpoint, read tensor by tensor into `device`.
+    """RasterAR from a base model, FlashAR from the authors' checkpoint, read tensor by tensor into `device`.
 
     dtype None = the checkpoint's.
     """
-    source = OfficialDirectory(directory)
+    source = open_directory(directory)
+    if isinstance(source, HubDirectory):
+        return source.read(heads, device, dtype)
     if source.released:
         return read_model(source, heads, device, dtype)
     return RasterAR(read_backbone(source, source.config(heads), device, dtype))
@@ -125,7 +140,8 @@ def read_directory(
 
 def backbone_config(directory: str | Path, heads: Heads) -> dict[str, Any]:
     """`Backbone.config_dict()` of the model in `directory`; no weights are read."""
-    return {"kind": Emu35.kind, **plain(asdict(OfficialDirectory(directory).config(heads)))}
+    source = open_directory(directory)
+    return {"kind": source.kind, **plain(asdict(source.config(heads)))}
 
 
 def check_original(model: GridModel, original: str | Path) -> None:

@@ -35,7 +35,10 @@ class Source:
     _decoder: Tokenizer | None = field(default=None, init=False, repr=False)
 
     def need_grid(self) -> tuple[int, int]:
-        """The grid. Raises ValueError where it is not known."""
+        """The grid; where neither said it, the usual one of a model that knows many. Raises ValueError where there is
+        none."""
+        if self.grid is None and self.model.backbone.many_grids:
+            return self.model.backbone.usual_grid
         if self.grid is None:
             raise ValueError(f"{self.path} ({self.kind}) does not say which grid it was trained on; add --grid 16x16.")
         return self.grid

@@ -9,52 +9,93 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.decoder import Decoder, DecoderConfig, Heads
-from flashar_pl.backbones.families import KNOWN, Family, family_of
+from flashar_pl.backbones.decoder import Decoder
+from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
+from flashar_pl.backbones.families import KNOWN, NOT_THESE, Family, find_family
 from flashar_pl.checkpoints.description import check_layers
 from flashar_pl.checkpoints.llama_names import HEAD, body_renames, head_rename, is_table
-from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
+from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
 EMBEDDING = "embed_tokens.weight"
 OTHER_PARTS = {"vqmodel", "vision_model", "aligner", "visual"}
 """Image encoders and decoders beside the language model, by a part of their tensors' names."""
 
 
-def renames(config: DecoderConfig, family: Family) -> list[Rename]:
-    """Names of everything that a decoder reads. Rows of a full head: see `DecoderConfig.head_order`."""
+class LanguageModel(TensorSource):
+    """The tensors of a `transformers` model as a decoder reads them, and what its config.json says.
+
+    The head has its rows in `DecoderConfig.head_order`; where it is tied, it is the embedding.
+    """
+
+    def __init__(self, source: TensorSource, values: Mapping[str, Any], heads: Heads) -> None:
+        """Raises ValueError for an unknown model_type, a feature that decoders lack, or tensors of another model."""
+        self.inner, self.name = source, source.name
+        keys = list(source.keys())
+        self.family = known_family(values, source)
+        text = values.get("text_config") or values
+        check_layers(text, "num_hidden_layers", len(keys))
+        prefix, config = text_prefix(keys, values), self.family.config(values)
+        head = min((key for key in keys if _is_head(key)), key=len, default=HEAD)
+        tied = head not in keys and config.code_width is None
+        if tied and not (values.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
+            raise ValueError(f"{self.name} has no {HEAD}, and config.json does not set tie_word_embeddings.")
+        self.config = replace(
+            config,
+            text_prefix=prefix,
+            head_key=head,
+            tied_head=tied,
+            heads=heads if config.code_width is None and config.has_codes else config.heads,
+        )
+        self.beside = [key for key in keys if _is_beside(key, config)]
+        """Names of what belongs to parts beside the decoder."""
+
+    def keys(self) -> Iterable[str]:
+        return [*self.inner.keys(), self.config.head_key] if self.config.tied_head else self.inner.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.inner.shape(self._stored(key))
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.inner.dtype(self._stored(key))
+
+    def rows(self, key: str, begin: int, end: int) -> Tensor:
+        order = self.config.head_order if key == self.config.head_key else None
+        if order is None:
+            return self.inner.rows(self._stored(key), begin, end)
+        wanted = torch.tensor(order[begin:end])
+        first, last = int(wanted.min()), int(wanted.max())
+        rows = self.inner.rows(self._stored(key), first, last + 1)
+        return rows[(wanted - first).to(rows.device)]
+
+    def _stored(self, key: str) -> str:
+        tied = self.config.tied_head and key == self.config.head_key
+        return self.config.text_prefix + EMBEDDING if tied else key
+
+    def renames(self, ours: str = "", head: str = "head") -> list[Rename]:
+        """Names of everything that a decoder reads. ours: prefix of our names; head: our name of the head."""
+        return renames(self.config, self.family, ours, head)
+
+
+def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "head") -> list[Rename]:
+    """Our names and theirs. Rows of a full head: see `DecoderConfig.head_order`."""
     text = config.text_prefix
-    found = [*body_renames(config, "", text)]
+    found = [*body_renames(config, ours, text)]
     if config.code_width is None:
-        return [*found, head_rename(config, "head.weight", HEAD)]
+        return [*found, head_rename(config, f"{head}.weight", config.head_key)]
     outer = text.removesuffix("language_model.")
-    for ours, theirs in family.code_names(config).items():
-        kinds = ("weight",) if ours == "code_mlp.vectors" else ("weight", "bias")
-        found += [Rename(f"{ours}.{kind}", (f"{outer}{theirs}.{kind}",)) for kind in kinds]
+    for name, theirs in family.code_names(config).items():
+        own = head if name == "head" else ours + name
+        kinds = ("weight",) if name == "code_mlp.vectors" else ("weight", "bias")
+        found += [Rename(f"{own}.{kind}", (f"{outer}{theirs}.{kind}",)) for kind in kinds]
     return found
 
 
 def read_transformers(state_dict: Mapping[str, Tensor], values: Mapping[str, Any], heads: Heads) -> Decoder:
     """See `flashar_pl.backbones.from_transformers`."""
-    family, source = family_of(values), StateDict(state_dict)
-    check_layers(values.get("text_config") or values, "num_hidden_layers", len(source.tensors))
-    text, config = text_prefix(source.keys(), values), family.read(values)
-    beside = {key: tensor for key, tensor in source.tensors.items() if _is_beside(key, config)}
-    tied = HEAD not in source.tensors and config.code_width is None
-    config = replace(
-        config,
-        model_type=values["model_type"],
-        text_prefix=text,
-        tied_head=tied,
-        heads=heads if config.code_width is None and config.has_codes else config.heads,
-    )
-    if tied:
-        if not (values.get("tie_word_embeddings") or (values.get("text_config") or {}).get("tie_word_embeddings")):
-            raise ValueError(f"the state dict has no {HEAD}, and config.json does not set tie_word_embeddings.")
-        source.tensors[HEAD] = source.tensors[text + EMBEDDING]
-    if config.head_order is not None and len(source.tensors[HEAD]) == config.vocab_size:
-        source.tensors[HEAD] = source.tensors[HEAD][torch.tensor(config.head_order)]
-    backbone = build_filled(lambda: Decoder(config), source, renames(config, family), ignored=beside)
-    backbone.rest = beside
+    source = StateDict(state_dict)
+    model = LanguageModel(source, values, heads)
+    backbone = build_filled(lambda: Decoder(model.config), model, model.renames(), ignored=model.beside)
+    backbone.rest = {key: source.tensors[key] for key in model.beside}
     return backbone
 
 
@@ -63,13 +104,16 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
     config = backbone.config
     if config.code_width is None and config.head_rows < config.vocab_size:
         raise ValueError('the model holds the heads of its codes only; expected one loaded with heads="full".')
+    if config.model_type not in KNOWN:
+        raise ValueError(f"the family {config.model_type!r} is not known here; register it first: register_family.")
     ours = {**backbone.state_dict(), "head.weight": backbone.head.weight}
     if backbone.head.bias is not None:
         ours["head.bias"] = backbone.head.bias
     found = split_rows(ours, renames(config, KNOWN[config.model_type]))
+    head = config.head_key
     if config.head_order is not None:
-        found[HEAD] = found[HEAD][torch.tensor(config.head_order, device=found[HEAD].device).argsort()]
-    if config.tied_head and not torch.equal(found.pop(HEAD), found[config.text_prefix + EMBEDDING]):
+        found[head] = found[head][torch.tensor(config.head_order, device=found[head].device).argsort()]
+    if config.tied_head and not torch.equal(found.pop(head), found[config.text_prefix + EMBEDDING]):
         raise ValueError(
             "config.json ties the head to the embedding, and training has parted them; save it as a FlashAR checkpoint."
         )
@@ -78,9 +122,40 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
 
 def _is_beside(key: str, config: DecoderConfig) -> bool:
     """Whether a tensor belongs to a part beside the decoder."""
-    return (
-        not OTHER_PARTS.isdisjoint(key.split(".")) or is_table(key) or (key == HEAD and config.code_width is not None)
-    )
+    unused = _is_head(key) and config.code_width is not None
+    return not OTHER_PARTS.isdisjoint(key.split(".")) or is_table(key) or unused
+
+
+def _is_head(key: str) -> bool:
+    """Whether this is the head over the vocabulary."""
+    return key == HEAD or key.endswith("." + HEAD)
+
+
+def known_family(values: Mapping[str, Any], source: TensorSource | None = None) -> Family:
+    """The family of a config.json. Raises ValueError that names the known ones, and the one whose tensors are like
+    those of `source`."""
+    family, name = find_family(values), values.get("model_type")
+    if family is not None:
+        return family
+    known = f"model_type in config.json is {name!r}; known: {', '.join(KNOWN)}."
+    if str(name).lower() in NOT_THESE:
+        raise ValueError(f"{known} This one is left out because {NOT_THESE[str(name).lower()]}.")
+    nearest = None if source is None else _closest_family(source)
+    hint = "" if nearest is None else f" Its tensors are like those of {nearest}: that as model_type may read them."
+    raise ValueError(known + hint)
+
+
+def _closest_family(source: TensorSource) -> str | None:
+    """The family with such tensors in its first layer; None where that is no such layer."""
+    keys = set(source.keys())
+    first = next((key.split("self_attn.")[0] for key in sorted(keys) if ".0.self_attn.q_proj." in key), None)
+    if first is None:
+        return None
+    if any("generation_embeddings" in key for key in keys):
+        return "janus"
+    if (norm := f"{first}self_attn.q_norm.weight") in keys:
+        return "qwen3" if len(source.shape(norm)) == 1 else "chameleon"
+    return "qwen2" if f"{first}self_attn.q_proj.bias" in keys else "llama"
 
 
 def text_prefix(keys: Iterable[str], values: Mapping[str, Any]) -> str:

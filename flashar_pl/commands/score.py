@@ -144,7 +144,7 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
     """
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.decoding.prompts import find_assets
-    from flashar_pl.tokenizers.text import MAX_PROMPT
+    from flashar_pl.tokenizers.prompts import MAX_PROMPT
 
     takes = source.model.backbone.conditioning
     if takes.kind != "prompt":
@@ -153,7 +153,7 @@ def caption_encoder(source: Source, manifest: Manifest, assets: str | None) -> P
         return None
     longest = source.description.training.get("max_prompt", MAX_PROMPT)
     encoder = PromptEncoder(find_assets(source, assets), manifest.grid, longest)
-    encoder.text.check_vocabulary(takes.first_visual)
+    encoder.text.check_vocabulary(takes.size, takes.first_visual)
     return encoder
 
 

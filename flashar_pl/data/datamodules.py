@@ -34,7 +34,7 @@ from flashar_pl.data.sources import Source, class_images, read_classes
 from flashar_pl.data.streaming import Arrivals, Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
 from flashar_pl.data.verify import check_held_out
 from flashar_pl.tokenizers import Tokenizer
-from flashar_pl.tokenizers.text import MAX_PROMPT, RANK_FILE
+from flashar_pl.tokenizers.prompts import MAX_PROMPT
 
 Reading = Literal["exact", "streamed"]
 BLOCK = 100
@@ -137,7 +137,7 @@ class CodesDataModule(LightningDataModule):
         check_matches(self.manifest, vocabulary, takes)
         encoder = self._encoder(self.manifest)
         if isinstance(encoder, PromptEncoder):
-            encoder.text.check_vocabulary(takes.first_visual)
+            encoder.text.check_vocabulary(takes.size, takes.first_visual)
 
     def _encoder(self, manifest: Manifest) -> Callable | None:
         """What turns captions of images of the manifest's grid into token ids; None for shards without captions."""
@@ -148,7 +148,7 @@ class CodesDataModule(LightningDataModule):
         if self.text_encoder is None:
             raise ValueError(
                 f"The shards of {manifest.name!r} hold captions: give text_encoder, or prompts: the "
-                f"directory with {RANK_FILE}, to turn them into ids."
+                "directory with their tokenizer, such as the model's own, to turn them into ids."
             )
         if isinstance(self.text_encoder, PromptEncoder):
             return self.text_encoder.for_grid(manifest.grid)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flashar_pl.tokenizers import PromptTokenizer
-from flashar_pl.tokenizers.text import MAX_PROMPT
+from flashar_pl.checkpoints.hub import prompt_tokenizer
+from flashar_pl.tokenizers.prompts import MAX_PROMPT
 
 
 class PromptEncoder:
@@ -21,11 +21,12 @@ class PromptEncoder:
     """
 
     def __init__(self, assets: str | Path, grid: tuple[int, int], max_length: int = MAX_PROMPT) -> None:
-        """assets: directory with emu3.tiktoken.
+        """assets: directory with the tokenizer of prompts, such as a model's own.
 
-        Raises ValueError where a file is missing or damaged, tiktoken is not installed, or the limit leaves no room.
+        Raises ValueError where a file is missing or damaged, what reads it is not installed, or the limit leaves no
+        room.
         """
-        self.text = PromptTokenizer.from_directory(assets)
+        self.text = prompt_tokenizer(assets).for_grid(grid)
         self.header = self.text.image_prefix(*grid)
         self.max_length = max_length
         self.truncated = 0
@@ -37,6 +38,7 @@ class PromptEncoder:
     def for_grid(self, grid: tuple[int, int]) -> PromptEncoder:
         """The same encoder for images of another grid (H, W); the tokenizer's tables are shared."""
         other = copy.copy(self)
+        other.text = self.text.for_grid(grid)
         other.header = self.text.image_prefix(*grid)
         return other
 

@@ -5,6 +5,7 @@ Shapes: N samples in all, H x W grid, T text positions, C text feature width.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,31 +65,32 @@ def choose_grid(source: Source, shape: ShapeOptions) -> tuple[int, int]:
     if shape != ShapeOptions() and source.grid != source.description.grid:
         raise ValueError("--grid is given with --aspect-ratio or --image-size; give one of them.")
     if aspect_ratio is None and image_size is None:
-        backbone = source.model.backbone
-        return backbone.usual_grid if backbone.many_grids and source.grid is None else source.need_grid()
+        return source.need_grid()
     if aspect_ratio is not None and "x" in aspect_ratio.lower():
         if image_size is not None:
             raise ValueError(f"--aspect-ratio {aspect_ratio} is a grid in codes; leave out --image-size.")
         grid = parse_grid(aspect_ratio)
         assert grid is not None
         return grid
-    return scaled_grid(aspect_ratio or "1:1", USUAL_SIZE if image_size is None else image_size)
+    backbone = source.model.backbone
+    usual = math.isqrt(math.prod(backbone.usual_grid)) * backbone.code_pixels if backbone.many_grids else USUAL_SIZE
+    return scaled_grid(aspect_ratio or "1:1", usual if image_size is None else image_size, backbone.code_pixels)
 
 
-def scaled_grid(name: str, size: int) -> tuple[int, int]:
-    """The grid (H, W) of an aspect ratio at the area of size x size pixels, never more; `flashar tokenize text-image`
-    sorts images into the same ones. Raises ValueError."""
+def scaled_grid(name: str, size: int, code: int = CODE) -> tuple[int, int]:
+    """The grid (H, W) of an aspect ratio at the area of size x size pixels, never more, with codes of code x code;
+    `flashar tokenize text-image` sorts images into the same ones. Raises ValueError."""
     if name not in ASPECT_RATIOS:
         known = ", ".join(ASPECT_RATIOS)
         raise ValueError(f"aspect ratio is {name!r}; expected one of {known}, or HEIGHTxWIDTH in codes such as 24x42.")
     from flashar_pl.grid import grid_of_ratio
 
-    if size < CODE:
-        raise ValueError(f"image size is {size} pixels; expected {CODE} or more.")
-    if size == FULL_SIZE and name in PUBLISHED:
+    if size < code:
+        raise ValueError(f"image size is {size} pixels; expected {code} or more.")
+    if (size, code) == (FULL_SIZE, CODE) and name in PUBLISHED:
         return PUBLISHED[name]
     width, height = (int(side) for side in name.split(":"))
-    return grid_of_ratio(width / height, (size // CODE) ** 2)
+    return grid_of_ratio(width / height, (size // code) ** 2)
 
 
 # --- conditions ------------------------------------------------------------------------------------------------------
@@ -229,18 +231,19 @@ def whole_prompts(
     import torch
 
     from flashar_pl.backbones.condition import Prompts
-    from flashar_pl.tokenizers import PromptTokenizer
+    from flashar_pl.checkpoints.hub import prompt_tokenizer
 
-    tokens = PromptTokenizer.from_directory(find_assets(source, text.assets))
-    tokens.check_vocabulary(source.model.backbone.conditioning.first_visual)
+    backbone = source.model.backbone
+    tokens = prompt_tokenizer(find_assets(source, text.assets)).for_grid(grid)
+    takes, own = backbone.conditioning, backbone.null_prompt  # what the model was trained with, where it says so
+    tokens.check_vocabulary(takes.size, takes.first_visual)
     condition = Prompts(tokens.conditions(prompts, grid))
-    if not guided:
+    if not guided or (text.negative_prompt is None and own is None and backbone.knows_null):
         return condition, None
-    own = source.model.backbone.null_prompt  # what the model was trained with, where it says so
     if text.negative_prompt is not None:
         start = tokens.prompt(text.negative_prompt)
     else:
-        start = tokens.unconditional(source.model.null_style) if own is None else torch.tensor(own)
+        start = tokens.unconditional(source.model.null_style) if own is None else torch.tensor(own, dtype=torch.int64)
     return condition, Prompts([torch.cat([start, tokens.image_prefix(*grid)])]).pad(len(prompts))
 
 
@@ -250,8 +253,8 @@ def find_assets(source: Source, assets: str | None) -> str:
     Raises:
         ValueError: none of them has its files, or the place of the training is a strange one.
     """
+    from flashar_pl.checkpoints.hub import find_prompt_tokenizer
     from flashar_pl.checkpoints.named_paths import refusal
-    from flashar_pl.tokenizers import find_prompt_tokenizer
     from flashar_pl.tokenizers.text import ADVICE, RANK_FILE
 
     trained = source.description.training.get("prompts")
@@ -261,7 +264,8 @@ def find_assets(source: Source, assets: str | None) -> str:
             raise refusal(source.path, "tokenizer of prompts", place, f"--assets {shlex.quote(place)}")
         if find_prompt_tokenizer(place) is not None:
             return place
-    raise ValueError(f"no {RANK_FILE} in {' or '.join(places)}; add --assets DIR. {ADVICE}")
+    where = " or ".join(places)
+    raise ValueError(f"no {RANK_FILE} in {where}, nor the tokenizer.json of a known model; add --assets DIR. {ADVICE}")
 
 
 def t5_features(directory: str, captions: list[str], device: torch.device) -> TextFeatures:

@@ -12,8 +12,9 @@ from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.multi_scale_vq import MultiScaleVQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
+from flashar_pl.tokenizers.prompts import PromptTokenizer
 from flashar_pl.tokenizers.scenes import SceneTokenizer
-from flashar_pl.tokenizers.text import RANK_FILE, Emu35Text
+from flashar_pl.tokenizers.text import Emu35Text
 from flashar_pl.tokenizers.vq16 import VQ16
 
 __all__ = [
@@ -25,11 +26,7 @@ __all__ = [
     "PromptTokenizer",
     "Tokenizer",
     "build_tokenizer",
-    "find_prompt_tokenizer",
 ]
-
-PromptTokenizer = Emu35Text
-"""Turns prompts and grids into token ids: the one there is, whatever backbone takes them."""
 
 KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
     "pixels": (PixelTokenizer, ("levels",)),
@@ -61,9 +58,3 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
         if key not in allowed:
             raise ValueError(f"tokenizer {kind!r} has no setting {key!r}; {closest(key, allowed)}")
     return build(**options)
-
-
-def find_prompt_tokenizer(directory: str | Path) -> PromptTokenizer | None:
-    """The tokenizer of prompts whose files lie in a directory; None where none does."""
-    folder = Path(directory).expanduser()
-    return PromptTokenizer.from_directory(folder) if (folder / RANK_FILE).is_file() else None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flashar_pl.console import needing
 from flashar_pl.tokenizers.files import require_file
+from flashar_pl.tokenizers.prompts import MAX_PROMPT, PromptTokenizer, cut_off, too_many
 
 PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,14 +50,11 @@ UNCONDITIONAL = {
 }
 """What stands between BOS and BSS in the unconditional prompt: of Emu3.5, and of the released FlashAR checkpoints."""
 
-MAX_PROMPT = 4096
-"""Default limit of a prompt's tokens; the rest of the model's 32,768 positions is for the image."""
-
 RANK_FILE = "emu3.tiktoken"
 ADVICE = "Give the path of emu3.tiktoken, which comes with BAAI/Emu3.5-Image; nothing is downloaded for you."
 
 
-class Emu35Text:
+class Emu35Text(PromptTokenizer):
     """Prompts to token ids. A `<|...|>` inside a user's text is plain text."""
 
     def __init__(self, ranks: str | Path) -> None:
@@ -75,8 +73,7 @@ class Emu35Text:
         file = Path(directory).expanduser() / RANK_FILE
         return _from_file(file, file.stat().st_mtime_ns if file.is_file() else 0)
 
-    def check_vocabulary(self, visual_token_offset: int | None) -> None:
-        """ValueError unless a model whose visual codes begin at this token id was trained with this tokenizer."""
+    def check_vocabulary(self, size: int, visual_token_offset: int | None) -> None:
         if visual_token_offset != self.visual_token_offset:
             raise ValueError(
                 f"the prompt assets place visual codes from token id {self.visual_token_offset} on, the model from "
@@ -94,19 +91,11 @@ class Emu35Text:
     def prompt(
         self, text: str, *, max_length: int = MAX_PROMPT, too_long: Literal["error", "truncate"] = "error"
     ) -> Tensor:
-        """(n,) int64 ids of the text-to-image template around `text`, n <= max_length.
-
-        A longer prompt raises ValueError; with too_long="truncate" the end of the text is cut (never inside a
-        character), the template stays whole, and a UserWarning says what was left out.
-        """
         ids = self._wrap(self.encode(f"{HEAD} {text}{TAIL}"))
         if len(ids) <= max_length:
             return torch.tensor(ids)
         if too_long == "error":
-            raise ValueError(
-                f"the prompt takes {len(ids)} tokens with its template, {len(ids) - max_length} more than the limit of "
-                f"{max_length}: '{_short(text)}'. Shorten it, raise max_length, or pass too_long='truncate'."
-            )
+            raise too_many(len(ids), max_length, text)
         return torch.tensor(self._truncate(ids, max_length))
 
     def unconditional(self, style: Literal["official", "released"] = "official") -> Tensor:
@@ -117,11 +106,6 @@ class Emu35Text:
         """int64 ids that open an image of height x width codes: BOI, the digits of "H*W", IMG."""
         assert min(height, width) > 0
         return torch.tensor([self.special["BOI"], *self.encode(f"{height}*{width}"), self.special["IMG"]])
-
-    def conditions(self, prompts: Sequence[str], grid: tuple[int, int]) -> list[Tensor]:
-        """The whole prefix of each prompt, the condition of an Emu3.5 backbone: `prompt`, then `image_prefix`."""
-        opening = self.image_prefix(*grid)
-        return [torch.cat([self.prompt(text), opening]) for text in prompts]
 
     def _wrap(self, ids: list[int]) -> list[int]:
         return [self.special["BOS"], *ids, self.special["BSS"]]
@@ -141,16 +125,8 @@ class Emu35Text:
         while self.decode(kept).endswith("\ufffd"):  # cut inside a character
             kept.pop()
         lost = self.decode(body[len(kept) :])
-        warnings.warn(
-            f"the prompt takes {len(ids)} tokens, the limit is {max_length}: the last {len(body) - len(kept)} tokens "
-            f"of its text were left out: '{_short(lost)}'.",
-            stacklevel=3,
-        )
+        warnings.warn(cut_off(len(ids), max_length, len(body) - len(kept), lost), stacklevel=3)
         return [*ids[:head], *kept, *tail]
-
-
-def _short(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 @lru_cache(maxsize=2)

@@ -13,7 +13,6 @@ from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.tokenizers.text import RANK_FILE
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.stages import Schedule
 
@@ -116,7 +115,7 @@ def check_guidance(backbone: Backbone, validation: ValidationConfig) -> None:
     if draws and cfg_scale not in (None, 1) and not backbone.knows_null:
         raise ValueError(
             f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "
-            f"model.backbone.options.unconditional_prompt, or a model.backbone.directory with {RANK_FILE}."
+            "model.backbone.options.unconditional_prompt, or a model.backbone.directory with its prompts' tokenizer."
         )
 
 

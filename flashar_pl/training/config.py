@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, register_backbone
 from flashar_pl.backbones.registry import DEFAULT, complete, family
+from flashar_pl.checkpoints.hub import find_prompt_tokenizer
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
-from flashar_pl.tokenizers import find_prompt_tokenizer
 from flashar_pl.training.stages import Schedule
 
 State = Literal["fp32", "bf16", "8bit"]
@@ -82,6 +82,8 @@ class BackboneConfig:
 def _released(directory: str) -> dict[str, Any]:
     """Configuration of a directory of released weights; with the unconditional prompt if its tokens are there."""
     config = backbone_config(directory, "visual")
+    if config["boi_token_id"] is None or config["null_token_id"] is not None:
+        return config
     if (tokens := find_prompt_tokenizer(directory)) is not None:
         config["unconditional_prompt"] = tokens.unconditional("official").tolist()
     return config

@@ -15,6 +15,7 @@ from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.decoding import generate
 from flashar_pl.metrics.geneval import Detection
 from flashar_pl.tokenizers import Tokenizer
+from flashar_pl.tokenizers.prompts import PromptTokenizer
 
 CHECKPOINT = Path(__file__).parents[1] / "golden" / "flashar" / "emu_flashar_tiny"
 CODES = 384
@@ -30,20 +31,16 @@ PROMPTS = [
 ]
 
 
-class Text:
+class Text(PromptTokenizer):
     """Stands for Emu35Text with the tiny model's vocabulary: one id per letter, then the grid."""
 
     visual_token_offset = 128
 
-    @classmethod
-    def from_directory(cls, directory: str) -> "Text":
-        return cls()
-
-    def check_vocabulary(self, offset: int) -> None:
+    def check_vocabulary(self, size: int, offset: int) -> None:
         assert offset == self.visual_token_offset
 
-    def conditions(self, prompts: list[str], grid: tuple[int, int]) -> list[Tensor]:
-        return [torch.cat([torch.tensor([ord(c) % 100 for c in text]), self.image_prefix(*grid)]) for text in prompts]
+    def prompt(self, text: str, **limits: object) -> Tensor:
+        return torch.tensor([ord(c) % 100 for c in text])
 
     def unconditional(self, style: str) -> Tensor:
         return {"official": torch.tensor([1, 2, 3]), "released": torch.tensor([7, 8])}[style]
@@ -70,7 +67,7 @@ class Grey(Tokenizer):
 @pytest.fixture
 def base(work, monkeypatch) -> list[object]:
     """A command line that draws 2 images for each of 3 prompts, in batches of 4."""
-    monkeypatch.setattr("flashar_pl.tokenizers.PromptTokenizer", Text)
+    monkeypatch.setattr("flashar_pl.checkpoints.hub.Emu35Text.from_directory", lambda directory: Text())
     monkeypatch.setattr("flashar_pl.tokenizers.build_tokenizer", lambda config: Grey())
     Path("assets").mkdir()
     Path("assets/emu3.tiktoken").touch()

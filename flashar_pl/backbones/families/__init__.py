@@ -1,22 +1,42 @@
-"""Published decoders by `model_type` of their config.json: a table, one short file each."""
+"""Published decoders by what their config.json says: a table, one short file each."""
 
 from __future__ import annotations
 
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families import chameleon, emu3, janus, llama
 from flashar_pl.backbones.families.base import Family, Values
-from flashar_pl.console import closest
 
-KNOWN: dict[str, Family] = {
-    name: family
-    for module in (emu3, janus, chameleon, llama)
-    for family in module.FAMILIES
-    for name in family.model_types
+KNOWN: dict[str, Family] = {}
+"""By `model_type`."""
+ARCHITECTURES: dict[str, Family] = {}
+"""By the first of `architectures`, which wins."""
+PRESETS: dict[str, DecoderConfig] = {}
+"""Published sizes, for measurements with random weights. A checkpoint is read with its own config.json."""
+NOT_THESE = {
+    "x-omni": "its first and last layers act on image tokens only, and text passes them by",
+    "multi_modality": "it is Janus as its authors saved it; use the transformers version, such as Janus-Pro-1B-hf",
+    "mammothmoda2": "its layers have other weights for image tokens than for text",
 }
+"""Generators whose model_type is known to be none of these families, and why."""
 
 
-def family_of(config: Values) -> Family:
-    """The family of a config.json. Raises ValueError for one that is not known."""
-    name = config.get("model_type")
-    if name not in KNOWN:
-        raise ValueError(f"model_type in config.json is {name!r}; {closest(str(name), KNOWN)}")
-    return KNOWN[name]
+def register_family(family: Family) -> Family:
+    """Let this process read another family. Raises ValueError where one of its names is taken."""
+    for table, names in ((KNOWN, family.model_types), (ARCHITECTURES, family.architectures)):
+        for name in names:
+            if table.setdefault(name, family) is not family:
+                raise ValueError(f"a family {name!r} is known already; expected another name.")
+    PRESETS.update(family.published)
+    return family
+
+
+for _module in (emu3, janus, chameleon, llama):
+    for _family in _module.FAMILIES:
+        register_family(_family)
+
+
+def find_family(values: Values) -> Family | None:
+    """The family of a config.json; None = not known."""
+    stated = values.get("architectures")
+    first = stated[0] if isinstance(stated, list | tuple) and stated else None
+    return ARCHITECTURES.get(str(first)) or KNOWN.get(str(values.get("model_type")))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flashar_pl.backbones.decoder import DecoderConfig
+from flashar_pl.backbones.decoder_config import DecoderConfig
+from flashar_pl.templates import Template
 
 Values = Mapping[str, Any]
 """Content of a config.json."""
@@ -17,11 +18,34 @@ class Family:
     """Decoders with one kind of config.json."""
 
     model_types: tuple[str, ...]
-    """`model_type` in config.json."""
+    """`model_type` in config.json; the first is the family's name."""
     read: Callable[[Values], DecoderConfig]
     """The configuration, from the whole config.json. Raises ValueError."""
     code_names: Callable[[DecoderConfig], dict[str, str]] = lambda config: {}
     """Modules that embed and score codes beside the vocabulary: ours, theirs."""
+    architectures: tuple[str, ...] = ()
+    """First of `architectures` in config.json, where that tells the family and `model_type` does not."""
+    template: Template | None = None
+    """How prompts are written; None = as they are, then the token that begins an image."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Fields of config.json that are the id of a special token, where config.json has none, by its name."""
+    codes_after_text: int | None = None
+    """Number of codes, where their tokens follow the tokenizer's."""
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `DecoderConfig` that no config.json has: usual grid, guidance, pixels of a code."""
+    vq: str | None = None
+    """Class of transformers that encodes and decodes images, whose weights are in the same files."""
+    published: Mapping[str, DecoderConfig] = field(default_factory=dict)
+    """Published sizes by name."""
+
+    @property
+    def name(self) -> str:
+        """What `DecoderConfig.model_type` says."""
+        return self.model_types[0]
+
+    def config(self, values: Values) -> DecoderConfig:
+        """The configuration from the whole config.json, with what is usual for the family. Raises ValueError."""
+        return replace(self.read(values), model_type=self.name, **self.usual)
 
 
 def text_settings(values: Values, family: str, defaults: Values, needed: tuple[str, ...] = ()) -> dict[str, Any]:

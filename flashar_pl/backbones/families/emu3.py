@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from flashar_pl.backbones.decoder import DecoderConfig
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families.base import Family, Values, code_settings, text_settings
+from flashar_pl.templates import Template
 
 DEFAULTS = {
     "vocab_size": 184622, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -11,6 +12,8 @@ DEFAULTS = {
 }  # fmt: skip
 CODE, ROW_END, IMAGE_BEGIN = "<|visual token ", "<|extra_200|>", "<|image start|>"
 """Names in `vocabulary_map`; that of code 12 is <|visual token 000012|>."""
+BEGIN, IMAGE = "<|extra_203|>", "<|image token|>"
+USUAL = {"usual_grid": (90, 90), "cfg_scale": 3.0, "code_pixels": 8}
 
 
 def read_emu3(values: Values) -> DecoderConfig:
@@ -22,4 +25,28 @@ def read_emu3(values: Values) -> DecoderConfig:
     return DecoderConfig(**text, **{**found, **code_settings(values, codes)})
 
 
-FAMILIES = (Family(("emu3",), read_emu3),)
+def prompt(text: str, height: int, width: int) -> str:
+    """As Emu3's processor writes it."""
+    return f"{BEGIN}{text}"
+
+
+def image(height: int, width: int) -> str:
+    """The size in codes."""
+    return f"{IMAGE_BEGIN}{height}*{width}{IMAGE}"
+
+
+FAMILIES = (
+    Family(
+        ("emu3",),
+        read_emu3,
+        template=Template(prompt, image, (BEGIN, IMAGE_BEGIN, IMAGE)),
+        usual=USUAL,
+        vq="Emu3VQVAE",
+        published={
+            "emu3-8b": DecoderConfig(
+                **text_settings({}, "emu3", DEFAULTS), visual_token_offset=184622 - 32768, eol_token_id=151846,
+                boi_token_id=151852, model_type="emu3", text_prefix="model.text_model.", **USUAL,
+            ),
+        },
+    ),
+)  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from flashar_pl.backbones.decoder import DecoderConfig
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families.base import Family, Values, code_settings, text_settings
 from flashar_pl.backbones.families.llama import LLAMA
+from flashar_pl.templates import Template
 
 VQ = {"embed_dim": 8, "num_embeddings": 16384, "num_hidden_layers": 2, "projection_dim": 2048, "hidden_act": "gelu"}
 """Defaults of `vq_config`."""
+START, IMAGE_BEGIN = "<｜begin▁of▁sentence｜>", "<begin_of_image>"
+USUAL = {"usual_grid": (24, 24), "cfg_scale": 5.0}
 
 
 def code_names(config: DecoderConfig) -> dict[str, str]:
@@ -34,6 +37,7 @@ def read_janus(values: Values) -> DecoderConfig:
     return DecoderConfig(
         **text,
         **code_settings({name: values[name] for name in ("boi_token_id",) if name in values}),
+        null_token_id=(values.get("text_config") or {}).get("pad_token_id") if "boi_token_id" in values else None,
         heads="visual",
         num_visual_codes=vq["num_embeddings"],
         code_width=vq["embed_dim"],
@@ -42,4 +46,34 @@ def read_janus(values: Values) -> DecoderConfig:
     )
 
 
-FAMILIES = (Family(("janus",), read_janus, code_names),)
+def prompt(text: str, height: int, width: int) -> str:
+    """The conversation that Janus-Pro's authors draw from."""
+    return f"{START}<|User|>: {text}\n\n<|Assistant|>:"
+
+
+def image(height: int, width: int) -> str:
+    """The size is not told: it is always the same."""
+    return IMAGE_BEGIN
+
+
+def size(width: int, layers: int, heads: int, ffn: int) -> DecoderConfig:
+    """A published model."""
+    return DecoderConfig(
+        dim=width, n_layer=layers, n_head=heads, n_kv_head=heads, head_dim=128, ffn_dim=ffn, vocab_size=102400,
+        rope_base=1e4, norm_eps=1e-6, heads="visual", num_visual_codes=16384, code_width=8, code_hidden=width,
+        boi_token_id=100016, null_token_id=100002, model_type="janus", text_prefix="model.language_model.", **USUAL,
+    )  # fmt: skip
+
+
+FAMILIES = (
+    Family(
+        ("janus",),
+        read_janus,
+        code_names,
+        template=Template(prompt, image, (START, IMAGE_BEGIN)),
+        tokens={"boi_token_id": IMAGE_BEGIN},
+        usual=USUAL,
+        vq="JanusVQVAE",
+        published={"janus-pro-1b": size(2048, 24, 16, 5632), "janus-pro-7b": size(4096, 30, 32, 11008)},
+    ),
+)

@@ -6,12 +6,21 @@ config.json does not say where codes are; `visual_token_offset` and `num_visual_
 
 from __future__ import annotations
 
-from flashar_pl.backbones.decoder import DecoderConfig
+from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families.base import Family, Values, code_settings, text_settings
+from flashar_pl.templates import Template
 
 LLAMA = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 QWEN = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 """What config.json leaves out where it is the published code's default."""
+TASK, IMAGE_BEGIN = "<|t2i|>", "<|soi|>"
+"""Special tokens of SimpleAR."""
+POOR = (
+    f"{TASK}An image of aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad teeth, "
+    "bad eyes, bad limbs, distortion"
+)
+"""What SimpleAR's authors lead away from."""
+SIMPLEAR = {"usual_grid": (64, 64), "cfg_scale": 6.0}
 
 
 def read_llama(values: Values) -> DecoderConfig:
@@ -31,4 +40,37 @@ def read_qwen3(values: Values) -> DecoderConfig:
     return DecoderConfig(**settings, qk_norm="rms", **code_settings(values))
 
 
-FAMILIES = (Family(("llama",), read_llama), Family(("qwen2",), read_qwen2), Family(("qwen3",), read_qwen3))
+def prompt(text: str, height: int, width: int) -> str:
+    """As SimpleAR's authors write it."""
+    return f"{TASK}A highly realistic image of {text}"
+
+
+def image(height: int, width: int) -> str:
+    """The size is not told."""
+    return IMAGE_BEGIN
+
+
+def simplear(width: int, layers: int, heads: int, ffn: int) -> DecoderConfig:
+    """SimpleAR on Qwen2.5, whose sizes are published; the number of text tokens is not verified."""
+    return DecoderConfig(
+        dim=width, n_layer=layers, n_head=heads, n_kv_head=2, head_dim=width // heads, ffn_dim=ffn,
+        vocab_size=151936 + 64000, rope_base=1e6, norm_eps=1e-6, qkv_bias=True, visual_token_offset=151936,
+        num_visual_codes=64000, model_type="simplear", **SIMPLEAR,
+    )  # fmt: skip
+
+
+FAMILIES = (
+    Family(("llama",), read_llama),
+    Family(("qwen2",), read_qwen2),
+    Family(("qwen3",), read_qwen3),
+    Family(
+        ("simplear",),
+        read_qwen2,
+        architectures=("SimpARForCausalLM",),
+        template=Template(prompt, image, (TASK, IMAGE_BEGIN), null=POOR),
+        tokens={"boi_token_id": IMAGE_BEGIN},
+        codes_after_text=64000,
+        usual=SIMPLEAR,
+        published={"simplear-0.5b": simplear(896, 24, 14, 4864), "simplear-1.5b": simplear(1536, 28, 12, 8960)},
+    ),
+)

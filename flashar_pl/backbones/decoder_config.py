@@ -1,0 +1,190 @@
+"""What a decoder is, as data: sizes, norms, biases, and where its codes stand.
+
+Letters: D width, E head width, V codes, C width of code vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+from flashar_pl.backbones.base import check_dropout
+from flashar_pl.backbones.condition import Conditioning
+from flashar_pl.layers.transformer import BlockConfig, NormPlace, QKNorm
+
+Heads = Literal["full", "visual"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Everything that defines a decoder. The vocabulary holds text tokens, and the codes unless they have their own
+    vectors (`code_width`)."""
+
+    dim: int
+    """Width D."""
+    n_layer: int
+    """Number of blocks L."""
+    n_head: int
+    """Query heads."""
+    n_kv_head: int
+    """Key/value heads."""
+    head_dim: int
+    """Head width E; n_head * E need not equal D."""
+    ffn_dim: int
+    """Feed-forward width."""
+    vocab_size: int
+    """Text tokens, and the codes where they are tokens."""
+    rope_base: float
+    """Base of the RoPE frequencies."""
+    norm_eps: float
+    """Added to the mean square in RMSNorm."""
+    visual_token_offset: int | None = None
+    """Token id of code 0; the others follow. None = unknown, text only."""
+    eol_token_id: int | None = None
+    """Token id of the row end that the raster plan forces after every row but the last; None = no row ends."""
+    boi_token_id: int | None = None
+    """Token id that begins an image. From here on the unconditional prefix equals the conditional one."""
+    heads: Heads = "full"
+    """"full": the heads score the whole vocabulary, and losses are normalised over it. "visual": codes only."""
+    dropout: float = 0.0
+    """Dropout on the embedded sequence, attention probabilities and both residual branches."""
+    condition_dropout: float = 0.0
+    """Probability that a training sample sees the unconditional prompt instead of its own."""
+    unconditional_prompt: tuple[int, ...] | None = None
+    """Token ids of the unconditional prompt, up to the begin of the image; None = guidance needs it given."""
+    num_visual_codes: int | None = None
+    """Number of codes V; None = as many as token ids from `visual_token_offset` on."""
+    code_ids: tuple[int, ...] | None = None
+    """Token id of every code, where they do not follow one another."""
+    qk_norm: QKNorm = "none"
+    """Norm of each head's query and key."""
+    norm_place: NormPlace = "before"
+    """Norms before attention and feed-forward, after them, or both."""
+    qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    output_bias: bool = False
+    """A bias of the attention's output projection."""
+    ffn_bias: bool = False
+    """Biases of the feed-forward projections."""
+    code_width: int | None = None
+    """Width C of vectors that codes have beside the vocabulary, brought to D by an MLP, and scored by an MLP (Janus);
+    None = codes are tokens."""
+    code_layers: int = 2
+    """Linear layers of the MLP that embeds codes."""
+    code_hidden: int | None = None
+    """Width of the MLP that scores codes; None = D."""
+    model_type: str = "llama"
+    """Family whose names `to_transformers` gives."""
+    text_prefix: str = "model."
+    """What stands before their names of the language model."""
+    head_key: str = "lm_head.weight"
+    """Their name of the head, where codes are tokens."""
+    tied_head: bool = False
+    """Whether their state dict has no head, because it is the embedding."""
+    null_token_id: int | None = None
+    """Token that stands in the unconditional prompt for every token of a prompt but its first (Janus)."""
+    usual_grid: tuple[int, int] | None = None
+    """(H, W) where nothing else is known; None = that of the class."""
+    cfg_scale: float | None = None
+    """Guidance that the published weights need; None = that of the class."""
+    code_pixels: int = 16
+    """Pixels of a code along each side."""
+
+    def __post_init__(self) -> None:
+        for name in ("unconditional_prompt", "code_ids", "usual_grid"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.knows_null and self.boi_token_id is None:
+            raise ValueError("unconditional_prompt is given and boi_token_id is not; expected both.")
+        if self.heads not in ("full", "visual"):
+            raise ValueError(f'heads is {self.heads!r}; expected "full" or "visual".')
+        check_dropout(self)
+        if self.condition_dropout and not self.knows_null:
+            raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
+        self._check_codes()
+
+    def _check_codes(self) -> None:
+        if self.code_width is not None:
+            if self.heads == "full" or self.num_visual_codes is None:
+                raise ValueError('codes with their own vectors need heads="visual" and num_visual_codes.')
+            return
+        if self.visual_token_offset is not None and self.code_ids is not None:
+            raise ValueError("visual_token_offset and code_ids are given; expected one of them.")
+        if self.visual_token_offset is None and self.code_ids is None and self.heads == "visual":
+            raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
+        first, last = self.visual_token_offset, self.vocab_size - 1
+        if first is not None and not 0 <= first <= last:
+            raise ValueError(f"visual_token_offset is {first}; expected 0 to {last}.")
+        if first is not None and not 0 < self.n_codes <= self.vocab_size - first:
+            left = self.vocab_size - first
+            raise ValueError(f"num_visual_codes is {self.n_codes}; expected 1 to {left}, the tokens from {first} on.")
+        if self.code_ids and (len({*self.code_ids}) < len(self.code_ids) or not {*self.code_ids} <= {*range(last + 1)}):
+            raise ValueError(f"code_ids are not {len(self.code_ids)} different token ids from 0 to {last}.")
+
+    @property
+    def knows_null(self) -> bool:
+        """Whether it is known what guidance leads away from."""
+        return self.unconditional_prompt is not None or self.null_token_id is not None
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether it is known where codes are."""
+        return self.code_width is not None or self.code_ids is not None or self.visual_token_offset is not None
+
+    @property
+    def n_codes(self) -> int:
+        """Number of codes V; 0 if their place in the vocabulary is unknown."""
+        if self.code_ids is not None:
+            return len(self.code_ids)
+        if self.num_visual_codes is not None:
+            return self.num_visual_codes
+        return 0 if self.visual_token_offset is None else self.vocab_size - self.visual_token_offset
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of each head."""
+        return self.vocab_size if self.heads == "full" else self.n_codes
+
+    @property
+    def head_order(self) -> tuple[int, ...] | None:
+        """Token id of every row of a full head: what is no code, then the codes. None = rows are token ids."""
+        return _head_order(self)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What the model is conditioned on."""
+        usual = 50  # tokens of a prompt, the image prefix included
+        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset)
+
+    @property
+    def block(self) -> BlockConfig:
+        """Sizes of one block."""
+        return BlockConfig(
+            dim=self.dim,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head,
+            head_dim=self.head_dim,
+            ffn_dim=self.ffn_dim,
+            norm_eps=self.norm_eps,
+            qk_norm=self.qk_norm,
+            norm_place=self.norm_place,
+            qkv_bias=self.qkv_bias,
+            output_bias=self.output_bias,
+            ffn_bias=self.ffn_bias,
+            rope_interleaved=False,
+            attn_dropout=self.dropout,
+            resid_dropout=self.dropout,
+            ffn_dropout=self.dropout,
+        )
+
+
+@lru_cache(maxsize=64)
+def _head_order(config: DecoderConfig) -> tuple[int, ...] | None:
+    if config.code_width is not None or not config.has_codes:
+        return None
+    first, n = config.visual_token_offset or 0, config.n_codes
+    codes = config.code_ids or tuple(range(first, first + n))
+    known = {*codes}
+    order = (*(token for token in range(config.vocab_size) if token not in known), *codes)
+    return None if order == tuple(range(config.vocab_size)) else order

@@ -1,0 +1,80 @@
+"""Directories of models in transformers' format, in miniature: random weights, a tokenizer of bytes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+TEXT = {
+    "vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "pad_token_id": 262, "bos_token_id": 256,
+}  # fmt: skip
+CODES, OFFSET = 30, 300
+VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "embed_dim": 8, "attn_resolutions": []}
+SPECIAL = {
+    "emu3": ("<|extra_203|>", "<|image start|>", "<|image token|>", "<|extra_200|>"),
+    "janus": ("<｜begin▁of▁sentence｜>", "<begin_of_image>"),
+    "chameleon": ("<s>", "<racm3:break>"),
+    "lumina_mgpt": ("<s>", "<racm3:break>", "<reserved08706>", "<reserved08799>", "<reserved08801>", "<reserved08802>"),
+    "simplear": ("<|t2i|>", "<|soi|>"),
+    "qwen2": ("<|image|>",),
+}
+"""Their ids begin at 256."""
+
+
+def write_tokenizer(directory: Path, special: tuple[str, ...]) -> dict[str, int]:
+    """A token for every byte, then the special ones; the ids of those."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(list(special))
+    saved = transformers.PreTrainedTokenizerFast(tokenizer_object=made, additional_special_tokens=list(special))
+    saved.save_pretrained(directory)
+    return {name: made.token_to_id(name) for name in special}
+
+
+def _network(family: str, ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """A model of transformers, and what config.json says beside its own fields."""
+    if family == "emu3":
+        names = {"<image>": 290, **ids, **{f"<|visual token {i:06d}|>": OFFSET + i for i in range(CODES)}}
+        vq = {**VQ, "codebook_size": CODES, "latent_channels": 4, "embed_dim": 4, "temporal_downsample_factor": 1}
+        config = transformers.Emu3Config(vq_config=vq, text_config=TEXT, vocabulary_map=names)
+        return transformers.Emu3ForConditionalGeneration(config), {}
+    if family in ("chameleon", "lumina_mgpt"):
+        letters = str.maketrans("0123456789", "ABCDEFGHIJ")
+        codes = {f"IMGIMG{str(i).translate(letters)}Z": OFFSET + CODES - 1 - i for i in range(CODES)}
+        vq = {**VQ, "num_embeddings": CODES, "latent_channels": 32, "resolution": 16}
+        config = transformers.ChameleonConfig(**TEXT, vq_config=vq, vocabulary_map={"<image>": 290, **ids, **codes})
+        name = "ChameleonXLLMXForConditionalGeneration"
+        other = {"architectures": [name]} if family == "lumina_mgpt" else {}
+        return transformers.ChameleonForConditionalGeneration(config), other
+    if family == "janus":
+        vq = {**VQ, "num_embeddings": CODES, "projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32}
+        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
+                  "projection_dim": 32, "num_image_tokens": 6}  # fmt: skip
+        text = {**TEXT, "model_type": "llama", "rms_norm_eps": 1e-6}
+        config = transformers.JanusConfig(text_config=text, vq_config=vq, vision_config=vision, image_token_id=290)
+        return transformers.JanusForConditionalGeneration(config), {}
+    size = 256 + len(ids) + 64000 if family == "simplear" else 340
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**TEXT, "vocab_size": size}))
+    if family == "simplear":
+        return model, {"architectures": ["SimpARForCausalLM"], "model_type": "simpar_qwen2"}
+    return model, {"visual_token_offset": OFFSET, "num_visual_codes": CODES, "boi_token_id": 256}
+
+
+def write_hub(directory: Path, family: str, sharded: bool = False) -> Path:
+    """A model with weights large enough that every token matters."""
+    ids = write_tokenizer(directory, SPECIAL[family])
+    torch.manual_seed(0)
+    model, other = _network(family, ids)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "vqmodel" not in name:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(directory, max_shard_size="60KB" if sharded else "1GB")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, **other}))
+    return directory
