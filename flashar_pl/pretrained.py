@@ -9,9 +9,7 @@ from flashar_pl.console import needing
 from flashar_pl.text_files import BROKEN, reason
 
 
-def pretrained(
-    kind: str, directory: str | Path, example: str, what: str, extra: str = "emu", **options: Any
-) -> Any:
+def pretrained(kind: str, directory: str | Path, example: str, what: str, extra: str = "emu", **options: Any) -> Any:
     """What the class `kind` of transformers makes of a directory.
 
     example: a repository of huggingface.co with such a directory. what: the network is, for messages. extra: what to

@@ -40,7 +40,8 @@ def _network(family: str, ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
     """A model of transformers, and what config.json says beside its own fields."""
     if family == "emu3":
         names = {"<image>": 290, **ids, **{f"<|visual token {i:06d}|>": OFFSET + i for i in range(CODES)}}
-        vq = {**VQ, "codebook_size": CODES, "latent_channels": 4, "embed_dim": 4, "temporal_downsample_factor": 1}
+        vq = {**VQ, "codebook_size": CODES, "latent_channels": 4, "embed_dim": 4, "hidden_size": 32,
+              "temporal_downsample_factor": 1}  # fmt: skip
         config = transformers.Emu3Config(vq_config=vq, text_config=TEXT, vocabulary_map=names)
         return transformers.Emu3ForConditionalGeneration(config), {}
     if family in ("chameleon", "lumina_mgpt"):
@@ -53,8 +54,10 @@ def _network(family: str, ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
         return transformers.ChameleonForConditionalGeneration(config), other
     if family == "janus":
         vq = {**VQ, "num_embeddings": CODES, "projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32}
-        vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
-                  "projection_dim": 32, "num_image_tokens": 6}  # fmt: skip
+        vision = {
+            "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 12, "patch_size": 4,
+            "projection_dim": 32, "num_image_tokens": 6,
+        }  # fmt: skip
         text = {**TEXT, "model_type": "llama", "rms_norm_eps": 1e-6}
         config = transformers.JanusConfig(text_config=text, vq_config=vq, vision_config=vision, image_token_id=290)
         return transformers.JanusForConditionalGeneration(config), {}

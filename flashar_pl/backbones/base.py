@@ -53,13 +53,13 @@ class Backbone(nn.Module, ABC):
     """Published sizes by name, each a `config_type`."""
     homes: ClassVar[Mapping[str, str]] = {}
     """Where files of published weights are: the address by a pattern of file names."""
-    published_cfg_scale: ClassVar[float | None] = None
+    published_cfg_scale: float | None = None
     """Guidance that the published weights need to draw well; None = they do without."""
     own_model: ClassVar[str | None] = None
     """Kind of model that alone can run it; None = every kind."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Options of a tiny one, with which a machine is checked."""
-    usual_grid: ClassVar[tuple[int, int]] = (16, 16)
+    usual_grid: tuple[int, int] = (16, 16)
     """(H, W) where nothing else is known."""
     code_pixels: int = 16
     """Pixels of a code along each side, where images are asked for in pixels."""

@@ -25,6 +25,7 @@ from flashar_pl.layers.rope import Rope, angles_1d, rotations
 from flashar_pl.layers.transformer import RMSNorm
 from flashar_pl.numerics import wide
 
+
 class CodeMLP(nn.Module):
     """Codes (R, n) to vectors (R, n, D): their own vectors (V, C), then linear layers with GELU between them."""
 
@@ -159,12 +160,14 @@ class Decoder(Backbone):
     def null_prefix(self, ids: Tensor) -> Tensor:
         """The prefix (T,) with its prompt replaced by the unconditional one; the image header stays."""
         config = self.config
+        assert config.boi_token_id is not None
         begins = ids.eq(config.boi_token_id).nonzero()
         if not len(begins):
             raise ValueError(f"a prefix lacks the image begin token {config.boi_token_id}; expected it once.")
         prompt, header = ids[: int(begins[-1])], ids[int(begins[-1]) :]
         if config.unconditional_prompt is not None:
             return torch.cat([ids.new_tensor(config.unconditional_prompt), header])
+        assert config.null_token_id is not None
         return torch.cat([prompt[:1], torch.full_like(prompt[1:], config.null_token_id), header])
 
     def null_condition(self, condition: Condition) -> Condition:

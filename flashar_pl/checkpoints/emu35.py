@@ -69,6 +69,8 @@ class OfficialDirectory(SafetensorsDirectory):
 
     kind = Emu35.kind
     """Of its backbone."""
+    tokenizer = None
+    """It is published apart."""
 
     def __init__(self, directory: str | Path) -> None:
         self.values = read_json(Path(directory) / "config.json")

@@ -17,6 +17,7 @@ from flashar_pl.renames import build_filled
 from flashar_pl.templates import Template
 from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers.hub_text import HubText, has_tokenizer
+from flashar_pl.tokenizers.hub_vq import PART, holds_vq
 from flashar_pl.tokenizers.prompts import PromptTokenizer
 from flashar_pl.tokenizers.text import ADVICE, RANK_FILE, Emu35Text
 
@@ -46,6 +47,12 @@ class HubDirectory(SafetensorsDirectory):
     def config(self, heads: Heads) -> DecoderConfig:
         """Of the backbone."""
         return self.language_model(heads).config
+
+    @property
+    def tokenizer(self) -> dict[str, Any] | None:
+        """Argument of `build_tokenizer`, where the model's image tokenizer is in the same files."""
+        own = any(key.startswith(PART) or f".{PART}" in key for key in self.keys())
+        return {"kind": "hub", "weights": self.name} if own and holds_vq(self.name) else None
 
     def read(self, heads: Heads, device: torch.device | str, dtype: torch.dtype | None) -> RasterAR:
         """The raster model, read tensor by tensor into memory of `device`; dtype None = that of the files."""

@@ -49,7 +49,7 @@ class Source:
             raise ValueError(
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
                 "vq16:FILE (published LlamaGen weights), multi_scale_vq:FILE (VAR), the directory of "
-                "BAAI/Emu3.5-VisionTokenizer (Emu3.5)"
+                "BAAI/Emu3.5-VisionTokenizer (Emu3.5) or of a model with one"
                 f"{'' if self.model.reads_tokenizer else ', or --codes-only for codes without images'}."
             )
         for name in IN_TOKENIZER:
@@ -64,6 +64,7 @@ class Source:
 
         if self._decoder is None:
             self._decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
+            self._decoder.check_decodes()
             self.model.use_tokenizer(self._decoder)
         return self._decoder
 

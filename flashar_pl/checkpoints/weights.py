@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from flashar_pl.checkpoints.description import Description, build_on_meta, check_layers, lora_config
-from flashar_pl.checkpoints.official import is_official_directory, read_directory, read_official_model
+from flashar_pl.checkpoints.official import (
+    is_official_directory,
+    open_directory,
+    read_directory,
+    read_official_model,
+)
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
 from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
@@ -78,7 +83,8 @@ def _load(
 ) -> Loaded:
     if is_official_directory(path):
         model = read_directory(path, "visual", device, dtype)
-        return Loaded(model, Description(model=model.config()), "official directory (visual heads)")
+        description = Description(model=model.config(), tokenizer=open_directory(path).tokenizer)
+        return Loaded(model, description, "official directory (visual heads)")
     if path.is_dir() and not is_sharded(path):
         if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from flashar_pl.console import closest
 from flashar_pl.tokenizers.base import Tokenizer
+from flashar_pl.tokenizers.hub_vq import HubVQ, holds_vq
 from flashar_pl.tokenizers.ibq import IBQ
 from flashar_pl.tokenizers.multi_scale_vq import MultiScaleVQ
 from flashar_pl.tokenizers.pixels import PixelTokenizer
@@ -28,13 +29,22 @@ __all__ = [
     "build_tokenizer",
 ]
 
+
+def _in_directory(weights: str | Path | None = None, **options: Any) -> Tokenizer:
+    """A directory that is given without a kind: of a model with an image tokenizer, or Emu3.5's."""
+    if weights is not None and not options and holds_vq(weights):
+        return HubVQ.from_directory(weights)
+    return IBQ.from_files(weights, **options)
+
+
 KINDS: dict[str, tuple[Callable[..., Tokenizer], tuple[str, ...]]] = {
     "pixels": (PixelTokenizer, ("levels",)),
     "scenes": (SceneTokenizer, ()),
     "vq16": (partial(VQ16.from_file, kind="vq16"), ("weights", "decode_dtype")),
     "vq8": (partial(VQ16.from_file, kind="vq8"), ("weights", "decode_dtype")),
     "multi_scale_vq": (MultiScaleVQ.from_file, ("weights", "patch_nums", "decode_dtype")),
-    "ibq": (IBQ.from_files, ("weights", "settings", "decode_dtype")),
+    "ibq": (_in_directory, ("weights", "settings", "decode_dtype")),
+    "hub": (HubVQ.from_directory, ("weights",)),
 }
 """Kind -> (constructor, keys a config may have)."""
 
@@ -45,6 +55,7 @@ def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
     `{"kind": "pixels", "levels": 17}`, `{"kind": "scenes"}`, `{"kind": "vq16" | "vq8", "weights": FILE}`, `{"kind":
     "multi_scale_vq", "weights": FILE, "patch_nums": LIST or None}`, `{"kind": "ibq", "weights": FILE or DIRECTORY,
     "settings": FILE or None}`; those with weights also take "decode_dtype": "float32" | "bfloat16".
+    `{"kind": "hub", "weights": DIRECTORY}`: that of a model in transformers' format.
     Raises ValueError for an unknown kind or key, a missing key, and a weights file that is missing or unsuitable.
     """
     if "kind" not in config:

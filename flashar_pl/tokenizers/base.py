@@ -25,6 +25,8 @@ class Tokenizer(nn.Module, ABC):
     """Number of codes; codes are 0 .. vocabulary - 1."""
     downsample: int
     """Pixels per code along each side."""
+    decodes: bool = True
+    """Whether it turns codes into images."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -54,6 +56,11 @@ class Tokenizer(nn.Module, ABC):
         """As `decode`, grey where a code is -1: not drawn yet."""
         missing = (codes < 0).repeat_interleave(self.downsample, 1).repeat_interleave(self.downsample, 2)
         return self.decode(codes.clamp(min=0)).masked_fill(missing[:, None], GREY)
+
+    def check_decodes(self) -> None:
+        """Raises ValueError unless codes can be turned into images."""
+        if not self.decodes:
+            raise ValueError("this image tokenizer has no decoder in transformers; add --codes-only for codes alone.")
 
     def check_images(self, images: Tensor, floating: bool) -> None:
         """Raises ValueError unless `images` is a batch this tokenizer can encode."""

@@ -43,7 +43,9 @@ class HubText(PromptTokenizer):
         self._special = re.compile("|".join(map(re.escape, sorted(self._tokenizer.all_special_tokens))) or r"(?!)")
         for token in template.special:
             if self._encode(token) != [self._tokenizer.convert_tokens_to_ids(token)]:
-                raise ValueError(f"the tokenizer at {directory} has no token {token}, which prompts of this model need.")
+                raise ValueError(
+                    f"the tokenizer at {directory} has no token {token}, which prompts of this model need."
+                )
 
     def for_grid(self, grid: tuple[int, int]) -> Self:
         other = copy.copy(self)

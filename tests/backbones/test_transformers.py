@@ -211,7 +211,9 @@ def test_a_configuration_survives_as_plain_values(judge: Judge) -> None:
 
 def test_wrong_input_is_named() -> None:
     judge = Judge("qwen2")
-    with pytest.raises(ValueError, match=r"model_type in config.json is 'qwen2_moe'; known: emu3, .* like those of qwen2"):
+    with pytest.raises(
+        ValueError, match=r"model_type in config.json is 'qwen2_moe'; known: emu3, .* like those of qwen2"
+    ):
         from_transformers(judge.state, {**judge.config, "model_type": "qwen2_moe"})
     with pytest.raises(ValueError, match=r"config.json sets rope_parameters to {'rope_type': 'yarn'"):
         from_transformers(judge.state, {**judge.config, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})

@@ -33,8 +33,6 @@ class Family:
     """Number of codes, where their tokens follow the tokenizer's."""
     usual: Mapping[str, Any] = field(default_factory=dict)
     """Options of `DecoderConfig` that no config.json has: usual grid, guidance, pixels of a code."""
-    vq: str | None = None
-    """Class of transformers that encodes and decodes images, whose weights are in the same files."""
     published: Mapping[str, DecoderConfig] = field(default_factory=dict)
     """Published sizes by name."""
 

@@ -19,7 +19,7 @@ CODE, IMAGE_BEGIN = "IMGIMG", "<racm3:break>"
 START, TURN, ROW_END = "<s>", "<reserved08706>", "<reserved08799>"
 SIZE_UNIT = 32
 """Pixels of which Lumina-mGPT counts the sides; n of them are the token <reserved08800 + n>."""
-LUMINA = {"usual_grid": (48, 48), "cfg_scale": 4.0, "unconditional_prompt": ()}
+LUMINA: Values = {"usual_grid": (48, 48), "cfg_scale": 4.0, "unconditional_prompt": ()}
 DIGITS = str.maketrans("ABCDEFGHIJ", "0123456789")
 
 
@@ -71,7 +71,6 @@ FAMILIES = (
         read_chameleon,
         template=Template(prompt, image, (START, IMAGE_BEGIN)),
         usual={"usual_grid": (32, 32)},
-        vq="ChameleonVQVAE",
     ),
     Family(
         ("lumina_mgpt",),
@@ -79,7 +78,6 @@ FAMILIES = (
         architectures=("ChameleonXLLMXForConditionalGeneration",),
         template=Template(lumina_prompt, lumina_image, (START, TURN, IMAGE_BEGIN), null=""),
         usual=LUMINA,
-        vq="ChameleonVQVAE",
         published={
             "lumina-mgpt-7b": DecoderConfig(
                 **text_settings({}, "lumina_mgpt", DEFAULTS), qk_norm="layer", visual_token_offset=4,

@@ -13,7 +13,7 @@ DEFAULTS = {
 CODE, ROW_END, IMAGE_BEGIN = "<|visual token ", "<|extra_200|>", "<|image start|>"
 """Names in `vocabulary_map`; that of code 12 is <|visual token 000012|>."""
 BEGIN, IMAGE = "<|extra_203|>", "<|image token|>"
-USUAL = {"usual_grid": (90, 90), "cfg_scale": 3.0, "code_pixels": 8}
+USUAL: Values = {"usual_grid": (90, 90), "cfg_scale": 3.0, "code_pixels": 8}
 
 
 def read_emu3(values: Values) -> DecoderConfig:
@@ -41,7 +41,6 @@ FAMILIES = (
         read_emu3,
         template=Template(prompt, image, (BEGIN, IMAGE_BEGIN, IMAGE)),
         usual=USUAL,
-        vq="Emu3VQVAE",
         published={
             "emu3-8b": DecoderConfig(
                 **text_settings({}, "emu3", DEFAULTS), visual_token_offset=184622 - 32768, eol_token_id=151846,

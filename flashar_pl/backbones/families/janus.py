@@ -10,7 +10,7 @@ from flashar_pl.templates import Template
 VQ = {"embed_dim": 8, "num_embeddings": 16384, "num_hidden_layers": 2, "projection_dim": 2048, "hidden_act": "gelu"}
 """Defaults of `vq_config`."""
 START, IMAGE_BEGIN = "<｜begin▁of▁sentence｜>", "<begin_of_image>"
-USUAL = {"usual_grid": (24, 24), "cfg_scale": 5.0}
+USUAL: Values = {"usual_grid": (24, 24), "cfg_scale": 5.0}
 
 
 def code_names(config: DecoderConfig) -> dict[str, str]:
@@ -73,7 +73,6 @@ FAMILIES = (
         template=Template(prompt, image, (START, IMAGE_BEGIN)),
         tokens={"boi_token_id": IMAGE_BEGIN},
         usual=USUAL,
-        vq="JanusVQVAE",
         published={"janus-pro-1b": size(2048, 24, 16, 5632), "janus-pro-7b": size(4096, 30, 32, 11008)},
     ),
 )

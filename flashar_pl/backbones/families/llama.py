@@ -20,7 +20,7 @@ POOR = (
     "bad eyes, bad limbs, distortion"
 )
 """What SimpleAR's authors lead away from."""
-SIMPLEAR = {"usual_grid": (64, 64), "cfg_scale": 6.0}
+SIMPLEAR: Values = {"usual_grid": (64, 64), "cfg_scale": 6.0}
 
 
 def read_llama(values: Values) -> DecoderConfig:

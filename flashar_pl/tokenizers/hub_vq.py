@@ -1,0 +1,131 @@
+"""Image tokenizers that lie in directories of models in transformers' format, run by transformers' own modules.
+
+Shapes: B images of h x w pixels, H = h / f, W = w / f for f pixels per code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashar_pl.console import needing
+from flashar_pl.numerics import strict_float32
+from flashar_pl.text_files import BROKEN, read_json, reason
+from flashar_pl.tokenizers.base import Tokenizer
+
+CLASSES = {"emu3": "Emu3VQVAE", "janus": "JanusVQVAE", "chameleon": "ChameleonVQVAE"}
+"""By `model_type` of the model around them."""
+PART = "vqmodel."
+"""In the names of their tensors, after what stands before them."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PIXELS = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5}
+"""Where preprocessor_config.json does not say them: uint8 to [-1, 1]."""
+
+
+def holds_vq(directory: str | Path) -> bool:
+    """Whether config.json of a directory is that of a model with such a tokenizer."""
+    config = Path(directory).expanduser() / "config.json"
+    return config.is_file() and read_json(config).get("model_type") in CLASSES
+
+
+class HubVQ(Tokenizer):
+    """The VQ of Emu3, Janus or Chameleon, in float32. transformers has no decoder of Chameleon's."""
+
+    network: Any
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: Any, directory: str | Path, pixels: dict[str, Any]) -> None:
+        super().__init__()
+        self.network, self.directory = network.float().requires_grad_(False).eval(), str(directory)
+        self.vocabulary = network.quantize.embedding.num_embeddings
+        self.downsample = 2 ** (len(network.config.channel_multiplier) - 1)
+        self.decodes = hasattr(network, "decoder")
+        self.factor = float(pixels["rescale_factor"])
+        mean, std = (torch.tensor(pixels[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
+        self.register_buffer("mean", mean.expand(3).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.expand(3).reshape(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_directory(cls, weights: str | Path) -> HubVQ:
+        """The one in a model's directory; the model's other tensors are not read.
+
+        Raises:
+            ValueError: there is none, files are damaged or incomplete, or transformers is not installed.
+        """
+        folder = Path(weights).expanduser()
+        if not holds_vq(folder):
+            raise ValueError(f"{folder} holds no image tokenizer; expected a model of type {', '.join(CLASSES)}.")
+        values = read_json(folder / "config.json")
+        with needing("the image tokenizer", "hf"):
+            import transformers
+        name = CLASSES[values["model_type"]]
+        stored = folder / "preprocessor_config.json"
+        given = read_json(stored) if stored.is_file() else {}
+        try:
+            config = getattr(transformers, f"{name}Config")(**(values.get("vq_config") or {}))
+            with torch.device("meta"):
+                network = getattr(transformers, name)(config)
+            missing, left = network.load_state_dict(_tensors(folder), strict=False, assign=True)
+            if missing or left:
+                raise ValueError(f"{len(missing)} tensors are missing, {len(left)} unknown: {[*missing, *left][:4]}")
+            return cls(network, folder, PIXELS | {key: given[key] for key in PIXELS if given.get(key) is not None})
+        except BROKEN as error:
+            raise ValueError(f"{folder} holds no {name} that can be read: {reason(error)}.") from error
+
+    def config(self) -> dict[str, Any]:
+        return {"kind": "hub", "weights": self.directory}
+
+    @torch.no_grad()
+    def encode_float(self, images: Tensor) -> Tensor:
+        self.check_images(images, floating=True)
+        height, width = (side // self.downsample for side in images.shape[-2:])
+        sizes = {"image_sizes": torch.tensor([images.shape[-2:]] * len(images))}
+        with strict_float32(images.device.type):
+            found = self.network.encode(images.float(), **(sizes if self._is_emu3 else {})).image_tokens
+        codes = torch.stack(list(found)) if self._is_emu3 else found
+        return codes.reshape(len(images), height, width)
+
+    @torch.no_grad()
+    def decode_float(self, codes: Tensor) -> Tensor:
+        self.check_codes(codes)
+        self.check_decodes()
+        with strict_float32(codes.device.type):
+            if self._is_emu3:
+                return self.network.decode(codes).float()
+            self.network.quantize.quant_state_dims = list(codes.shape[1:])
+            return self.network.decode(codes.flatten(1)).float()
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.check_images(images, floating=False)
+        return self.encode_float((images.float() * self.factor - self.mean) / self.std)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        pixels = (self.decode_float(codes) * self.std + self.mean) / self.factor
+        return pixels.clamp(0, 255).to(torch.uint8)
+
+    @property
+    def _is_emu3(self) -> bool:
+        return type(self.network).__name__ == "Emu3VQVAE"
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Tensors of the image tokenizer by the names of its module."""
+    from safetensors import SafetensorError, safe_open
+
+    files = {SINGLE}
+    if (folder / INDEX).is_file():
+        named = read_json(folder / INDEX).get("weight_map") or {}
+        files = {Path(str(file)).name for key, file in named.items() if PART in key}
+    found: dict[str, Tensor] = {}
+    for file in sorted(files):
+        try:
+            with safe_open(folder / file, "pt") as content:
+                own = [key for key in content.keys() if key.startswith(PART) or f".{PART}" in key]  # noqa: SIM118
+                found |= {key.split(PART, 1)[1]: content.get_tensor(key) for key in own}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file} cannot be read: {reason(error)}") from error
+    return found

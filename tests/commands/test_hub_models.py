@@ -1,0 +1,187 @@
+"""Commands on directories in transformers' format: every family, from prompt to codes, with tiny random weights."""
+
+import gc
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hub_files import CODES, write_hub
+from safetensors.torch import load_file, save_file
+
+from flashar_pl.backbones import from_transformers
+from flashar_pl.backbones.registry import presets
+from flashar_pl.checkpoints.hub import hub_values, prompt_tokenizer
+from flashar_pl.checkpoints.opening import open_checkpoint
+from flashar_pl.commands.generate import GenerateOptions, generate
+from flashar_pl.decoding import generate as draw
+from flashar_pl.models import FlashAR
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings
+from flashar_pl.planner.sizes import named_sizes
+
+FAMILIES = ("emu3", "janus", "chameleon", "lumina_mgpt", "qwen2")
+BEGIN = 256
+"""First special token; a byte of ASCII text is one token."""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory):
+    """The directory of a family, written once."""
+    root, made = tmp_path_factory.mktemp("hub"), {}
+
+    def of(family: str) -> Path:
+        if family not in made:
+            made[family] = write_hub(root / family, family, sharded=family == "janus")
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With transformers imported it takes half a second at every command."""
+    monkeypatch.setattr(gc, "collect", lambda *generation: 0)
+
+
+def spelled(ids: torch.Tensor) -> str:
+    """Special tokens as <n>, n from 0; bytes as they are."""
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    text = "".join(letters[i] if i < BEGIN else f"<{i - BEGIN}>" for i in ids.tolist())
+    return text.replace("Ġ", " ").replace("Ċ", "\n")
+
+
+PREFIXES = {
+    "emu3": ("<0>a fox<1>2*4<2>", "<0>"),
+    "janus": ("<0><|User|>: a fox\n\n<|Assistant|>:<1>", "<0><|User|>: \n\n<|Assistant|>:"),
+    "chameleon": ("<0>a fox<1>", "<0>"),
+    "lumina_mgpt": ("<0>Generate an image of 64x32 according to the following prompt:\na fox<2><1><4><5>", ""),
+    "qwen2": ("a fox<0>", ""),
+}
+"""Of a prompt for 2 x 4 codes; of none."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_are_written_as_the_family_does(hub, family: str) -> None:
+    """Guards templates, sizes, the begin token, and special tokens typed by a user."""
+    text = prompt_tokenizer(hub(family))
+    whole, none = PREFIXES[family]
+    assert spelled(text.conditions(["a fox"], (2, 4))[0]) == whole
+    assert spelled(text.unconditional()) == none
+    typed = text.conditions(["<|image start|> <s> <racm3:break> <|image|>"], (2, 4))[0]
+    assert (typed >= BEGIN).sum() == len(re.findall(r"<\d>", whole))
+    with pytest.warns(UserWarning, match="the limit is 90: the last"):
+        cut = text.for_grid((2, 4)).prompt("a fox" + " in the snow" * 30, max_length=90, too_long="truncate")
+    assert 80 < len(cut) <= 90
+    with pytest.raises(ValueError, match="more than the limit of 90"):
+        text.prompt("a fox" * 50, max_length=90)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_draws_what_the_state_dict_draws(hub, family: str, tmp_path: Path) -> None:
+    """Guards reading shards, tied and renamed heads, the guidance and grid that are usual, and both orders."""
+    directory = hub(family)
+    for plan_name, branch in (("raster", None), ("diagonal", 1)):
+        out = generate(
+            GenerateOptions(prompt=["a fox"], num_images=2, out=str(tmp_path / plan_name), codes_only=True),
+            ModelOptions(str(directory), grid="2x4", branch_layer=branch),
+            SamplingSettings(cfg_scale=2.0 if family == "qwen2" else None),
+            engine=EngineOptions(plan=plan_name, dtype="fp32", device="cpu"),
+        )
+        state = {key: value for file in directory.glob("*.safetensors") for key, value in load_file(file).items()}
+        backbone = from_transformers(state, hub_values(directory))
+        text = prompt_tokenizer(directory)
+        null = torch.cat([text.unconditional(), text.image_prefix(2, 4)])
+        if family == "janus":  # as transformers' own generate: every token but begin of text and image
+            null = text.conditions(["a fox"], (2, 4))[0]
+            null[1:-1] = 262
+        codes = draw(
+            backbone if branch is None else FlashAR(backbone, branch),
+            text.conditions(["a fox"] * 2, (2, 4)),
+            (2, 4),
+            plan=plan_name,
+            cfg_scale=backbone.published_cfg_scale or (2.0 if family == "qwen2" else 1.0),
+            seeds=0,
+            unconditional=[null, null],
+        )
+        assert np.array_equal(np.load(out / "codes.npy"), codes.numpy())
+    assert open_checkpoint(ModelOptions(str(directory))).need_grid() == backbone.usual_grid
+
+
+def test_images_come_from_the_models_own_tokenizer(hub, tmp_path: Path) -> None:
+    """Guards the tokenizer that is taken where none is given, and the check of one that is."""
+    draws = GenerateOptions(prompt=["a fox"], num_images=1, out=str(tmp_path / "out"))
+    out = generate(draws, ModelOptions(str(hub("janus")), grid="3x3"))
+    assert {path.suffix for path in out.iterdir()} == {".png", ".npy", ".json"}
+    chameleon = ModelOptions(str(hub("chameleon")), grid="3x3")
+    with pytest.raises(ValueError, match="no decoder in transformers; add --codes-only"):
+        generate(GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")), chameleon)
+    with pytest.raises(ValueError, match=f"tokenizer has 17 codes, the model {CODES}"):
+        generate(
+            GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")),
+            ModelOptions(str(hub("janus")), grid="3x3", tokenizer="pixels:17"),
+        )
+
+
+def test_simplear_codes_follow_the_tokenizer(tmp_path: Path) -> None:
+    """Guards a family that config.json names by its architecture alone, and codes that it does not place."""
+    directory = write_hub(tmp_path / "simplear", "simplear")
+    backbone = open_checkpoint(ModelOptions(str(directory))).model.backbone
+    assert (backbone.config.visual_token_offset, backbone.vocabulary) == (BEGIN + 2, 64000)
+    text = prompt_tokenizer(directory)
+    assert spelled(text.conditions(["a fox"], (2, 4))[0]) == "<0>A highly realistic image of a fox<1>"
+    assert spelled(text.unconditional()).startswith("<0>An image of aerial view, overexposed")
+
+
+def test_what_does_not_fit_is_named_before_long_work(hub, tmp_path: Path) -> None:
+    directory = write_hub(tmp_path / "qwen2", "qwen2")
+    config = json.loads((directory / "config.json").read_text())
+
+    def refused(**changes: object) -> str:
+        (directory / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError) as error:
+            open_checkpoint(ModelOptions(str(directory)))
+        (directory / "config.json").write_text(json.dumps(config))
+        return str(error.value)
+
+    assert "known: emu3, janus, chameleon, lumina_mgpt, llama, qwen2, qwen3" in refused(model_type="mystery")
+    assert "like those of qwen2" in refused(model_type="mystery")
+    assert "act on image tokens only" in refused(model_type="x-omni")
+    assert "does not say which tokens are codes; add visual_token_offset" in refused(visual_token_offset=None)
+    state = load_file(directory / "model.safetensors")
+    bias = "model.layers.0.self_attn.q_proj.bias"
+    for changed, said in (
+        ({key: value for key, value in state.items() if key != bias}, rf"1 missing keys \({bias}\)"),
+        ({**state, "model.extra": torch.zeros(1)}, r"1 unknown keys \(model.extra\)"),
+    ):
+        save_file(changed, directory / "model.safetensors")
+        with pytest.raises(ValueError, match=said):
+            open_checkpoint(ModelOptions(str(directory)))
+    janus = write_hub(tmp_path / "janus", "janus")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (janus / name).write_text((directory / name).read_text())
+    with pytest.raises(ValueError, match="has no token <｜begin▁of▁sentence｜>, which prompts of this model need"):
+        prompt_tokenizer(janus)
+    with pytest.raises(
+        ValueError, match=r"token ids up to 25., the model 200 tokens; expected the tokenizer that came"
+    ):
+        prompt_tokenizer(hub("emu3")).check_vocabulary(200, None)
+
+
+def test_published_sizes_have_the_parameters_that_their_names_state() -> None:
+    """Guards presets: they are in the list of every command, and the planner and the benchmark size them."""
+    for name, billions in (
+        ("emu3-8b", 8.49), ("janus-pro-1b", 1.49), ("janus-pro-7b", 6.59), ("lumina-mgpt-7b", 7.01),
+        ("simplear-0.5b", 0.74), ("simplear-1.5b", 1.97),
+    ):  # fmt: skip
+        sizes = named_sizes(name, None, None)
+        assert (sizes.parameters["backbone"] + sizes.parameters["horizontal_head"]) / 1e9 == pytest.approx(
+            billions, abs=0.01
+        )
+        assert sizes.usual_grid == presets()[name].published[name].usual_grid
