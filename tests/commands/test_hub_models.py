@@ -168,9 +168,7 @@ def test_what_does_not_fit_is_named_before_long_work(hub, tmp_path: Path) -> Non
         (janus / name).write_text((directory / name).read_text())
     with pytest.raises(ValueError, match="has no token <｜begin▁of▁sentence｜>, which prompts of this model need"):
         prompt_tokenizer(janus)
-    with pytest.raises(
-        ValueError, match=r"token ids up to 25., the model 200 tokens; expected the tokenizer that came"
-    ):
+    with pytest.raises(ValueError, match=r"token ids up to 25., the model 200 tokens; expected the"):
         prompt_tokenizer(hub("emu3")).check_vocabulary(200, None)
 
 
