@@ -108,6 +108,25 @@ def read_tensors(path: str | Path, mmap: bool = False, whole: bool = True) -> di
     return content
 
 
+def read_part(path: str | Path, part: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file whose names hold `part` at their start or after a dot, by what follows it.
+
+    The others are not read, and these are not compared with checksums.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = need_file(path)
+    try:
+        with safe_open(file, "pt") as content:
+            names = [name for name in content.keys() if f".{part}" in f".{name}"]  # noqa: SIM118 (no mapping)
+            return {name.split(part, 1)[1]: content.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a safetensors file, or is cut off: {reason(error)}") from error
+
+
 def read_arrays(
     path: str | Path, content: bytes | None = None, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:

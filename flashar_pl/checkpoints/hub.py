@@ -51,7 +51,7 @@ class HubDirectory(SafetensorsDirectory):
     @property
     def tokenizer(self) -> dict[str, Any] | None:
         """Argument of `build_tokenizer`, where the model's image tokenizer is in the same files."""
-        own = any(key.startswith(PART) or f".{PART}" in key for key in self.keys())
+        own = any(f".{PART}" in f".{key}" for key in self.keys())
         return {"kind": "hub", "weights": self.name} if own and holds_vq(self.name) else None
 
     def read(self, heads: Heads, device: torch.device | str, dtype: torch.dtype | None) -> RasterAR:

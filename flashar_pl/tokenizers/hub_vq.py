@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flashar_pl.console import needing
 from flashar_pl.numerics import strict_float32
+from flashar_pl.tensor_files import read_part
 from flashar_pl.text_files import BROKEN, read_json, reason
 from flashar_pl.tokenizers.base import Tokenizer
 
@@ -114,18 +115,8 @@ class HubVQ(Tokenizer):
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """Tensors of the image tokenizer by the names of its module."""
-    from safetensors import SafetensorError, safe_open
-
     files = {SINGLE}
     if (folder / INDEX).is_file():
         named = read_json(folder / INDEX).get("weight_map") or {}
         files = {Path(str(file)).name for key, file in named.items() if PART in key}
-    found: dict[str, Tensor] = {}
-    for file in sorted(files):
-        try:
-            with safe_open(folder / file, "pt") as content:
-                own = [key for key in content.keys() if key.startswith(PART) or f".{PART}" in key]  # noqa: SIM118
-                found |= {key.split(PART, 1)[1]: content.get_tensor(key) for key in own}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{folder / file} cannot be read: {reason(error)}") from error
-    return found
+    return {name: tensor for file in sorted(files) for name, tensor in read_part(folder / file, PART).items()}
