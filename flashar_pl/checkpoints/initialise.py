@@ -17,7 +17,6 @@ from flashar_pl.checkpoints.official import backbone_config, is_official_directo
 from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
-from flashar_pl.models.baselines import PAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import added_parameters, without_adapters
 from flashar_pl.models.raster import RasterAR
@@ -67,7 +66,9 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
         sizes = dict.fromkeys(ROLES, 0)
         for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
             sizes[role] += parameter.numel()
-    cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], sizes["gate"])
+    beside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("backbone."))
+    own = beside if isinstance(model, RasterAR) else sizes["gate"]  # a mask, embeddings of time
+    cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], own)
     loaded = sum(sizes.values()) - cloned - new
     fresh = 0 if table is None else table.numel()
     return InitReport(f"{path} ({source})", loaded - fresh, cloned, new + fresh + added_parameters(model))
@@ -83,24 +84,19 @@ def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[st
     loaded = load_model(path, weights, n_head=own["n_head"] if own["kind"] == LlamaGen.kind else None)
     source = loaded.model
     found = source.config()["backbone"]
+    same = isinstance(source, FlashAR) and isinstance(model, FlashAR)
+    if type(source) is not RasterAR and type(source) is not type(model) and not same:
+        raise ValueError(
+            f"{path} is a {source.method} model and this run trains a {model.method} model; expected raster weights"
+            f"{'' if type(model) is RasterAR else f', or those of {model.method}'}."
+        )
     chosen, state, table = loaded.source, source.state_dict(), None
     check_same("backbone", found, own, path, (CLASSES,) if TABLE in state else ())
     if TABLE in state and _classes(found) != _classes(own):
         table = model.state_dict()[TABLE]
         state[TABLE] = table  # keeps its new values
         chosen += f", its {_classes(found):,} classes are other ones: the table of {_classes(own):,} classes is new"
-    if isinstance(source, FlashAR):
-        if isinstance(model, RasterAR):
-            raise ValueError(f"{path} is a FlashAR model and this run trains a raster model; expected raster weights.")
-        check_same("model", {**source.config(), "backbone": own}, model.config(), path)
-        model.load_state_dict(state)
-        return chosen, True, table
-    if isinstance(source, PAR | BlockDiffusion):
-        if type(model) is not type(source):
-            raise ValueError(
-                f"{path} is a {type(source).__name__} model, whose head does not predict the next code; expected "
-                "raster weights."
-            )
+    if type(source) is not RasterAR:
         check_same("model", {**source.config(), "backbone": own}, model.config(), path, ("steps",))
         model.load_state_dict(state)
         return chosen, True, table
@@ -110,7 +106,7 @@ def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[st
     model.backbone.head.load_state_dict(source.backbone.head.state_dict())
     if isinstance(model, FlashAR):
         model.init_vertical_from_backbone()
-    return chosen, isinstance(model, RasterAR), table
+    return chosen, type(model) is RasterAR, table
 
 
 def _classes(config: dict[str, Any]) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
+from flashar_pl.checkpoints.methods import LLAMAGEN, check_method
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows, unwrapped
 
 TOP = {"code_embedding.weight": "tok_embeddings.weight", "norm.weight": "norm.weight", "head.weight": "output.weight"}
@@ -97,6 +98,7 @@ def count_layers(state_dict: dict[str, Tensor]) -> int:
 def read_official(state_dict: Mapping[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> LlamaGen:
     """See `LlamaGen.from_official`."""
     cleaned = clean_official(state_dict)
+    check_method(cleaned, LLAMAGEN, unknown=True)  # missing names are told later
     config = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps)
     renames = list(backbone_renames(config.n_layer, config.condition))
     return build_filled(lambda: LlamaGen(config), StateDict(cleaned, NAME), renames)

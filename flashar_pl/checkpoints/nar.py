@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen
 from flashar_pl.checkpoints.llamagen import backbone_renames, block_renames, clean_official, count_layers, infer_config
+from flashar_pl.checkpoints.methods import NAR, check_method
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
@@ -68,6 +69,7 @@ def read_nar(
 ) -> FlashAR:
     """See `FlashAR.from_nar`. arguments: see `branch_of`."""
     cleaned = clean_official(state_dict)
+    check_method(cleaned, NAR, unknown=True)  # missing names are told later
     gates = sorted(key for key in cleaned if key.startswith("hv_"))
     if gates:
         raise ValueError(

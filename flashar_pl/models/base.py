@@ -31,9 +31,9 @@ from flashar_pl.tokenizers import Tokenizer
 States = tuple[Tensor, Tensor | None]
 """Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
 
-ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate")
+ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate", "added")
 """What a parameter is for; every parameter has exactly one role (Sec. 4.3 trains them differently)."""
-STAGE1_ROLES = ("vertical", "vertical_head", "gate")
+STAGE1_ROLES = ("vertical", "vertical_head", "gate", "added")
 """What trains in stage 1."""
 ROLE_OF = {
     "backbone.head.": "horizontal_head",
@@ -65,6 +65,8 @@ class GridModel(nn.Module, ABC):
 
     backbone: Backbone
     dual_head: DualHead
+    method: str
+    """What messages call it."""
     plan_name: str
     """Name of the plan the model was made for."""
     plans: ClassVar[tuple[str, ...]]
@@ -138,7 +140,9 @@ class GridModel(nn.Module, ABC):
         model = resolve_name("flashar_pl.checkpoints.weights:load_model")(path, weights, n_head).model.eval()
         if not isinstance(model, cls):
             found = type(model).__name__
-            raise ValueError(f"{path} holds a {found} model, not a {cls.__name__}; expected {found}.from_pretrained.")
+            raise ValueError(
+                f"{path} holds a {model.method} model, not a {cls.__name__}; expected {found}.from_pretrained."
+            )
         return model
 
     @abstractmethod

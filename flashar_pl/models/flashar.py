@@ -88,6 +88,12 @@ class FlashAR(GridModel):
             self.init_vertical_from_backbone()
         self.train(backbone.training)
 
+    @property
+    def method(self) -> str:  # type: ignore[override]
+        """NAR where it branches behind the last layer and averages."""
+        nar = (self.branch_layer, self.fusion, self.dual_head.corner) == (self.backbone.n_layer, "average", "fused")
+        return "NAR" if nar else "FlashAR"
+
     @torch.no_grad()
     def init_vertical_from_backbone(self) -> None:
         """Copy the top layers, the final norm and the head into the vertical branch (Sec. 4.1)."""

@@ -17,6 +17,7 @@ from flashar_pl.models.dual_head import DualHead
 class RasterAR(GridModel):
     """A bare backbone behind the `GridModel` interface, for pre-training and as the baseline. It owns no parameter."""
 
+    method = "raster"
     plan_name = "raster"
     plans = ("raster",)
 

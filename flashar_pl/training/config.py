@@ -156,9 +156,11 @@ class ScheduleConfig:
     """Two stages and one cosine over the whole run (Sec. 4.3)."""
 
     stage1_share: float | None = None
-    """Share of the steps in which only vertical branch, vertical head and gate train; None = 0.2, raster models 0."""
+    """Share of the steps in which only what is new trains: vertical branch, vertical head and gate; in BlockDiffusion
+    mask, time and head. None = 0.2, raster models and PAR 0."""
     backbone_factor: float | None = None
-    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, with LoRA 5, raster models 1."""
+    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, with LoRA 5, raster models and PAR 1.
+    """
     warmup: int = 0
     """Steps of linear warm-up."""
 

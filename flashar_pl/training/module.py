@@ -111,7 +111,7 @@ class FlashARModule(LightningModule):
         self.backbone, self.flashar, self.lora, self.init_from = backbone, flashar, lora, init_from
         self.par, self.block_diffusion = par, block_diffusion
         check_model(lora, flashar, init_from, aux_weight)
-        self.schedule = schedule.resolve(raster=flashar is None, lora=lora is not None)
+        self.schedule = schedule.resolve(raster=flashar is None and block_diffusion is None, lora=lora is not None)
         self.schedule.build(total_steps=1)  # its values are checked now
         own = describe_backbone(self.model_config["backbone"])
         self.optimiser = optimiser

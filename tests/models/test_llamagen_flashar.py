@@ -97,7 +97,7 @@ def test_from_pretrained_names_the_class_that_fits(tmp_path: Path) -> None:
     assert not loaded.training
     torch.testing.assert_close(loaded(codes, classes).fused, tiny.flashar()(codes, classes).fused)
     assert type(GridModel.from_pretrained(tmp_path / "raster")) is RasterAR
-    with pytest.raises(ValueError, match=r"holds a RasterAR model, not a FlashAR; expected RasterAR\.from_pretrained"):
+    with pytest.raises(ValueError, match=r"holds a raster model, not a FlashAR; expected RasterAR\.from_pretrained"):
         FlashAR.from_pretrained(tmp_path / "raster")
     with pytest.raises(ValueError, match="holds a FlashAR model, not a RasterAR"):
         RasterAR.from_pretrained(tmp_path / "flashar")

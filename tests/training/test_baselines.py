@@ -77,6 +77,30 @@ def test_trained_validated_resumed_and_read_again(
     capsys.readouterr()
 
 
+def test_block_diffusion_trains_in_the_two_stages_of_flashar(tmp_path: Path, toy_shards: str) -> None:
+    """Stage 1 trains mask, time and head, whose targets are new; stage 2 all, the backbone at a fifth of the rate."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    module = fit(tmp_path, toy_shards, module_of("clean"), callbacks=[save], enable_checkpointing=True, max_steps=20)
+    assert module.schedule == make_module().schedule
+    first, second, third = (load_model(tmp_path / f"step={step}.ckpt").model.state_dict() for step in (3, 4, 5))
+    roles = module.net.roles()
+    assert set(roles.values()) == {"backbone", "added"}
+    for name, role in roles.items():
+        assert torch.equal(first[name], second[name]) == (role == "backbone"), name
+        assert not name.endswith("wo.weight") or not torch.equal(second[name], third[name])
+    assert [module.built_schedule.factor(role, 2) for role in ("backbone", "added")] == [0.2, 1.0]
+
+
+def test_nar_trains_on_the_averaged_logits_alone(tmp_path: Path, toy_shards: str) -> None:
+    """The model of experiments/nar_llamagen.yaml in miniature; its official weights are NAR's."""
+    nar = FlashARConfig(branch_layer=2, vertical_layers=1, fusion="average", corner="fused")
+    module = fit(tmp_path, toy_shards, make_module(flashar=nar, aux_weight=0.0), max_steps=2)
+    assert module.net.method == "NAR"
+    losses = module.net.loss(torch.randint(0, 8, (2, 4, 4)), torch.tensor([0, 1]), aux_weight=module.aux_weight)
+    torch.testing.assert_close(losses["loss"], losses["fused"])
+    assert "medusa_output.weight" in module.net.to_nar()
+
+
 def test_validation_measures_the_same_twice(toy_shards: str) -> None:
     """The noise of a validation is fixed, and takes nothing from the generator of the training."""
     module = module_of("clean")

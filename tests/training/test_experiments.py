@@ -19,13 +19,13 @@ LLAMAGEN = {"b": 110_888_448, "l": 342_910_976, "xl": 774_699_520, "xxl": 1_410_
 """Published parameter counts."""
 
 
-def parse(path: Path) -> LightningCLI:
+def parse(path: Path, *overrides: str) -> LightningCLI:
     """The configuration as `flashar fit` reads it, on hardware that every machine has."""
     here = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.logger", "false"]
     named = "class_path" in yaml.safe_load(path.read_text())["data"]
     return LightningCLI(
         FlashARModule, CodesDataModule, subclass_mode_data=named, run=False, auto_configure_optimizers=False,
-        args=["--config", str(path), *here],
+        args=["--config", str(path), *overrides, *here],
     )  # fmt: skip
 
 
@@ -50,6 +50,31 @@ def test_instantiates(path: Path) -> None:
         images = cli.datamodule.batch_size * cli.trainer.accumulate_grad_batches  # of an optimiser step
         assert (images, cli.trainer.max_epochs) == (512, 25)
         assert cli.datamodule.location.endswith(resolution)
+
+
+def overridden() -> list[Any]:
+    """(file, overrides) of every command in a header that asks its file for another size."""
+    found = []
+    for path in FOLDER.glob("*_llamagen*.yaml"):
+        commands = re.findall(rf"^# +flashar fit --config experiments/{path.name} +(--.+)$", path.read_text(), re.M)
+        found += [pytest.param(path, line.split(), id=f"{path.stem}:{line.split()[-1]}") for line in commands]
+    return found
+
+
+@pytest.mark.parametrize(("path", "overrides"), overridden())
+def test_sizes_of_a_header_are_built(path: Path, overrides: list[str]) -> None:
+    """One file serves all published sizes: branch layer, batch, shards and directory must fit the size asked for."""
+    cli = parse(path, *overrides)
+    with torch.device("meta"):
+        cli.model.configure_model()
+    net, data, place = cli.model.net, cli.datamodule, cli.trainer.default_root_dir
+    assert getattr(net, "branch_layer", net.backbone.n_layer) == net.backbone.n_layer
+    assert data.batch_size * cli.trainer.accumulate_grad_batches == (512 if "post" in path.stem else 256)
+    if size := re.search(r"_(b|l|xl|xxl)(_16)?_(256|384)$", place):
+        in_backbone = sum(p.numel() for name, p in net.named_parameters() if name.startswith("backbone."))
+        head = net.dual_head.horizontal.weight.numel() if "dual_head" in dict(net.named_children()) else 0
+        assert in_backbone + head == LLAMAGEN[size[1]]
+    assert data.location.endswith(place[-3:])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

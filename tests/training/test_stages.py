@@ -35,9 +35,9 @@ def test_factors_follow_the_paper() -> None:
     """The horizontal head is frozen in stage 1 and trains at the full rate in stage 2; the backbone at a fifth."""
     schedule = Schedule(100)
     stage1 = {role: schedule.factor(role, 1) for role in ROLES}
-    assert stage1 == {"backbone": 0, "horizontal_head": 0, "vertical": 1, "vertical_head": 1, "gate": 1}
+    assert stage1 == {"backbone": 0, "horizontal_head": 0, "vertical": 1, "vertical_head": 1, "gate": 1, "added": 1}
     stage2 = {role: schedule.factor(role, 2) for role in ROLES}
-    assert stage2 == {"backbone": 0.2, "horizontal_head": 1, "vertical": 1, "vertical_head": 1, "gate": 1}
+    assert stage2 == {"backbone": 0.2, "horizontal_head": 1, "vertical": 1, "vertical_head": 1, "gate": 1, "added": 1}
 
 
 def test_one_cosine_spans_both_stages() -> None:

@@ -72,6 +72,7 @@ class BlockDiffusion(RasterAR):
         ValueError: another kind of backbone, or an unknown strategy.
     """
 
+    method = "BlockDiffusion"
     plan_name = "blocks"
     plans = ("blocks",)
     own_decoding = True
@@ -129,6 +130,11 @@ class BlockDiffusion(RasterAR):
             "clean_context": self.clean_context,
             "steps": self.steps,
         }
+
+    def roles(self) -> dict[str, str]:
+        """As of any model, but mask, time and head, whose targets change, are what stage 1 trains."""
+        new = ("mask.", "time.", "backbone.head.")
+        return {name: "added" if name.startswith(new) else role for name, role in super().roles().items()}
 
     @property
     def mask_id(self) -> int:

@@ -39,6 +39,7 @@ class PAR(RasterAR):
         ValueError: `tokens_per_step` is no square of 2 or more, or the backbone has row ends.
     """
 
+    method = "PAR"
     plan_name = "regions"
     plans = ("regions",)
 

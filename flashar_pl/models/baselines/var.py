@@ -35,6 +35,7 @@ from flashar_pl.tokenizers.multi_scale_vq import check_ids
 class VAR(RasterAR):
     """A VAR model; see `VARConfig`. Conditions are class ids (B,) int64, num_classes = the null class."""
 
+    method = "VAR"
     plan_name = "scales"
     plans = ("scales",)
     own_decoding = True
