@@ -8,6 +8,12 @@ from pathlib import Path
 FOLDER = "experiments"
 
 
+def recipes() -> list[Path]:
+    """The YAML files of experiments/."""
+    package = Path(str(files("flashar_pl")))
+    return next((found for place in (package, package.parent) if (found := [*(place / FOLDER).glob("*.yaml")])), [])
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of that name; where there is none, for experiments/NAME, the one that came with the package."""
     given = Path(name).expanduser()

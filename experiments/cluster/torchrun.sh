@@ -1,7 +1,7 @@
 #!/bin/bash
 # Several nodes without Slurm: run this on every node with the same words, from the root of the repository.
 #   experiments/cluster/torchrun.sh HOST NODES CONFIG_OR_CHECKPOINT
-#   experiments/cluster/torchrun.sh node0 2 experiments/emu35_34b.yaml
+#   experiments/cluster/torchrun.sh node0 2 experiments/emu35_34b.yaml --data.batch_size 16
 #   experiments/cluster/torchrun.sh node0 2 runs/emu35_34b/checkpoints/last.ckpt
 # The same words continue a run that was stopped, from the newest checkpoint of its directory.
 # HOST is one of the nodes, reachable from all on port 29500 (or PORT). GPUS is the number of processes on each node.

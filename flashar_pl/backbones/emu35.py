@@ -56,6 +56,7 @@ class Emu35(Decoder):
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
         "visual_token_offset": 1024, "eol_token_id": 1001, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual",
     }  # fmt: skip
+    homes: ClassVar = {r"Emu3\.5-Image": "https://huggingface.co/BAAI/Emu3.5-Image"}
     published_cfg_scale = 5.0
     usual_grid = (32, 32)  # 512 x 512 pixels, at which the released FlashAR weights were trained
     usual_clones = 4  # as the released FlashAR weights

@@ -30,6 +30,8 @@ class RunOptions(ArchitectureOptions):
     """A published size as FlashAR instead of a file, such as llamagen-b; a wrong name lists them."""
     strategy: Literal["fsdp", "ddp"] | None = None
     """fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's."""
+    batch: int | None = None
+    """Global batch of one forward, over all GPUs. Default: the file's."""
     samples: int | None = None
     """Samples of one forward on one GPU; with more or fewer forwards per step the batch of a step stays what the file
     says, or grows to whole forwards. Default: the file's batch size over the GPUs; 1 for a preset."""
@@ -49,6 +51,8 @@ class RunOptions(ArchitectureOptions):
     def __post_init__(self) -> None:
         if (self.config is None) == (self.preset is None and self.backbone_class is None):
             raise ValueError("give either --config experiments/NAME.yaml, or --preset NAME or --backbone-class PATH.")
+        if self.batch is not None and (self.config is None or self.batch < 1):
+            raise ValueError(f"batch is {self.batch}; expected 1 or more, with --config. A preset takes --samples.")
         if self.prefix is not None and self.prefix < 0:
             raise ValueError(f"prefix is {self.prefix}; expected 0 or more positions.")
 
@@ -145,7 +149,7 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
 
     given = options.setup(gpus)
     if options.config is not None:
-        run = PlannedRun.of_file(options.config, gpus)
+        run = PlannedRun.of_file(options.config, gpus, options.batch)
         if options.samples is not None:
             given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, options.samples)))
     else:

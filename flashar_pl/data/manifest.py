@@ -38,6 +38,17 @@ KINDS: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 """Kind of condition -> the sizes it has, with their limits, and the members of a record that hold it."""
 
 
+class NoShards(ValueError):
+    """There is no manifest at a place: (what was looked for, the place)."""
+
+    def __str__(self) -> str:
+        found, place = self.args
+        return (
+            f"{found} Make them: `flashar tokenize digits --out {place}` writes the embedded digits; for images see "
+            "`flashar tokenize --help`."
+        )
+
+
 def code_dtype(vocabulary: int) -> np.dtype:
     """The smallest unsigned type that holds code ids 0 .. vocabulary - 1."""
     return np.min_scalar_type(vocabulary - 1)
@@ -204,10 +215,7 @@ class Manifest:
                 f"The shards at {folder} are unfinished: there is no {FILE_NAME} yet. Give the command that began "
                 "them once more; it continues."
             )
-        raise ValueError(
-            f"No shards at {folder}: looked for {path}. Make them: `flashar tokenize digits --out {folder}` writes "
-            "the embedded digits; for images see `flashar tokenize --help`."
-        )
+        raise NoShards(f"No shards at {folder}: looked for {path}.", str(folder))
 
     @classmethod
     def parse(cls, content: bytes, root: str, source: str) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,17 @@ from lightning.pytorch.callbacks import LearningRateFinder
 
 from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
+from flashar_pl.metrics.inception import WEIGHTS_FILE
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.recipes import recipes
+from flashar_pl.text_files import read_yaml
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.stages import Schedule
+
+WEIGHTS_HOME = "https://github.com/toshas/torch-fidelity/releases"
+IBQ_CODES, VQ16_CODES = 131072, 16384
+"""Of the published tokenizers."""
 
 
 def check_initial_file(path: str | Path) -> None:
@@ -24,12 +32,54 @@ def check_initial_file(path: str | Path) -> None:
         return
     if (home := home_of(given.name)) is not None:
         how = f"Download {given.name} from {home} to {given.parent}/."
+    elif (recipe := recipe_of_run(given.parent.parent)) is not None:
+        how = f"It is made by: flashar fit --config {recipe}"
     else:
-        how = (
-            "A raster checkpoint is made by a raster run, the demo's by: "
-            "flashar fit --config experiments/demo_raster.yaml"
-        )
+        how = "A raster checkpoint is made by a raster run, as experiments/own_images.yaml is one."
     raise ValueError(f"model.init_from: no file {given}. {how}")
+
+
+def check_features(path: str | None, shards: str | dict[str, float] | None) -> None:
+    """ValueError if there are no weights of a feature extractor at `path`. shards: of the run."""
+    if path is None or Path(path).expanduser().exists():
+        return
+    if Path(path).name == WEIGHTS_FILE:
+        how = f"Download {WEIGHTS_FILE} from {WEIGHTS_HOME} to {Path(path).parent}/, or leave samples and features out."
+    else:
+        data = shards if isinstance(shards, str) else next(iter(shards or ["SHARDS"]))
+        how = f"For tiny images a classifier's features do: flashar classifier --data {data} --out {path}"
+    raise ValueError(f"model.validation.features: nothing at {path}. {how}")
+
+
+def recipe_of_run(directory: Path) -> str | None:
+    """The recipe of experiments/ that trains in a run directory."""
+    for path in sorted(recipes()):
+        if Path((read_yaml(path).get("trainer") or {}).get("default_root_dir", "")) == directory:
+            return f"experiments/{path.name}"
+    return None
+
+
+def how_to_make(shards: str, backbone: Backbone) -> str:
+    """The command that makes the shards a model trains on, at the place where they are looked for."""
+    place = Path(shards)
+    if place.name in ("digits", "scenes"):
+        return f"flashar tokenize {place.name} --out {shards}"
+    if place.parent.name == "emu35_tiny":
+        return f"python tests/training/emu_tiny_data.py {place.parent}"
+    if backbone.conditioning.kind == "prompt" and backbone.vocabulary == IBQ_CODES:
+        out = place.parent if re.fullmatch(r"\d+x\d+", place.name) else place
+        square = " --crop square" if out != place else ""
+        return (
+            f"flashar tokenize text-image --data text_to_image.json{square} --out {out} --weights "
+            "weights/Emu3.5-VisionTokenizer"
+        )
+    if backbone.conditioning.kind == "class" and backbone.vocabulary == VQ16_CODES:
+        size = found[1] if (found := re.search(r"_(\d{3})$", place.name)) else "256"
+        return (
+            f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
+            "--weights weights/vq_ds16_c2i.pt"
+        )
+    return f"flashar tokenize images photos --out {shards}"
 
 
 def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:

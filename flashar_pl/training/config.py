@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, register_backbone
@@ -31,7 +32,8 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backbone that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
     directory: str | None = None
-    """Directory with released weights whose config.json gives the sizes, in place of a preset."""
+    """Directory with released weights whose config.json gives the sizes; a preset beside it is taken where there is no
+    such directory, as for a plan."""
     kind: str | None = None
     """Family of a model without preset and directory; None = llamagen. A class_path names a backbone of your own."""
 
@@ -53,8 +55,7 @@ class BackboneConfig:
         """The full configuration, what `build_backbone` takes, with the backbone's own defaults for training.
 
         Raises:
-            ValueError: an unknown or missing option, an unknown preset, preset and directory, or a kind that they
-                contradict.
+            ValueError: an unknown or missing option, an unknown preset, or a kind that preset or directory contradict.
         """
         try:
             return self._resolved()
@@ -62,15 +63,12 @@ class BackboneConfig:
             raise ValueError(f"model.backbone: {error}") from error
 
     def _resolved(self) -> dict[str, Any]:
-        if self.preset is not None and self.directory is not None:
-            raise ValueError(
-                f"preset {self.preset!r} and directory {self.directory!r} are given; expected one of them."
-            )
         base: dict[str, Any] = {"kind": self.kind or DEFAULT}
-        if self.preset is not None:
-            base = complete({"preset": self.preset})
-        elif self.directory is not None:
+        there = self.directory is not None and Path(self.directory, "config.json").is_file()
+        if self.directory is not None and (there or self.preset is None):
             base = _released(self.directory)
+        elif self.preset is not None:
+            base = complete({"preset": self.preset})
         if self.kind not in (None, base["kind"]):
             given = self.preset or self.directory
             raise ValueError(f"kind is {self.kind!r}, but {given} is of kind {base['kind']}; leave kind out.")

@@ -27,13 +27,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from flashar_pl.backbones import describe_backbone
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
+from flashar_pl.data.manifest import NoShards
 from flashar_pl.files import write_text
 from flashar_pl.mark import marked
 from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
-from flashar_pl.training.checks import check_initial_file
+from flashar_pl.training.checks import check_features, check_initial_file, how_to_make
 from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.measured import report
@@ -273,7 +275,12 @@ class ExperimentCLI(LightningCLI):
 
     def _check_files(self) -> None:
         """ValueError for files that are missing or do not fit the model, now that it is made."""
-        manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
+        try:
+            manifest = getattr(self.datamodule, "manifest", None)  # missing shards show now
+        except NoShards as error:
+            found, place = error.args
+            backbone = describe_backbone(self.model.model_config["backbone"])
+            raise ValueError(f"{found} Make them: {how_to_make(place, backbone)}") from error
         if self.checkpoint is not None:
             RunCheckpoint(self.checkpoint).check_whole()
             check_same_model(self.checkpoint, self.model.model_config, self.model.lora)
@@ -284,12 +291,7 @@ class ExperimentCLI(LightningCLI):
             check_initial_file(self.model.init_from)
         elif self.verb != "fit":
             rank_zero_info("Neither --checkpoint nor model.init_from is given: the model has random weights.")
-        features = self.model.validation.features
-        if features is not None and not Path(features).expanduser().exists():
-            raise ValueError(
-                f"model.validation.features: nothing at {features}. For tiny images a classifier's features do: "
-                f"flashar classifier --data {getattr(self.datamodule, 'location', 'SHARDS')} --out {features}"
-            )
+        check_features(self.model.validation.features, getattr(self.datamodule, "location", None))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Event files and checkpoints go into the run directory; only a fit writes any."""

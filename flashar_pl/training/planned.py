@@ -35,8 +35,8 @@ class PlannedRun:
         return cls(sizes, TrainingSetup(sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
 
     @classmethod
-    def of_file(cls, path: str, gpus: int) -> PlannedRun:
-        """A training YAML.
+    def of_file(cls, path: str, gpus: int, batch: int | None = None) -> PlannedRun:
+        """A training YAML. batch: global batch of one forward in place of the file's.
 
         Raises:
             ValueError: no such file, not a training configuration, or a batch that the GPUs cannot share.
@@ -48,11 +48,21 @@ class PlannedRun:
             model["backbone"] = asdict(BackboneConfig.named(**model["backbone"]))
         module = FlashARModule(**typed_settings(model))
         sizes, notes = model_sizes(module.model_config), list[str]()
-        batch, accumulate = data.get("batch_size", BATCH), trainer["accumulate_grad_batches"]
-        if "batch_size" not in data:
+        accumulate, given = trainer["accumulate_grad_batches"], batch is not None
+        batch = batch or data.get("batch_size", BATCH)
+        if "batch_size" not in data and not given:
             notes.append(f"a global batch of {batch} assumed")
         if batch % gpus:
-            raise ValueError(f"data.batch_size {batch} is not a multiple of {gpus} GPUs; choose --gpus or --samples.")
+            up = -(-batch // gpus) * gpus
+            raise ValueError(
+                f"data.batch_size {batch} is the global batch and no multiple of {gpus} GPUs. Plan with --batch {up} "
+                f"and fit with --data.batch_size {up}, which the Slurm template does where BATCH={up} is set."
+            )
+        if batch != data.get("batch_size", batch):
+            notes.append(
+                f"a global batch of {batch} in place of the file's {data['batch_size']}: as many samples take "
+                f"{data['batch_size'] / batch:g} of its steps"
+            )
         grid = _grid(sizes, data.get("shards") or "", notes)
         if sizes.config.get("clean_context"):
             grid = (2 * grid[0], grid[1])

@@ -1,6 +1,7 @@
 """experiments/cluster: the scripts run, with a stand-in for Slurm that starts the tasks of a job on this machine."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import yaml
 from emu_tiny_data import write
 from pair import clean_environment
 from processes import free_port
+
+from flashar_pl.training.planned import PlannedRun
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "experiments" / "cluster"
@@ -67,10 +70,11 @@ def test_syntax_and_mode(script: Path) -> None:
 def test_only_a_run_that_was_asked_to_stop_is_queued_again(tmp_path: Path, code: int, again: bool) -> None:
     """A broken run that queues itself for ever would burn the allocation."""
     srun = WORDS.replace("${CODE:-0}", str(code))
-    programs(tmp_path / "bin", srun=srun, scontrol=WORDS)
+    programs(tmp_path / "bin", flashar=WORDS, srun=srun, scontrol=WORDS)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "4", "SLURM_CPUS_PER_TASK": "8"}
     assert run("emu35_34b.sbatch", tmp_path, **slurm) == code
     said = (tmp_path / "said.txt").read_text().splitlines()
+    assert said.pop(0) == "flashar plan --config experiments/emu35_34b.yaml --gpus 32 --replicas 4"
     assert said[0] == (
         "srun --kill-on-bad-exit=1 flashar fit --config experiments/emu35_34b.yaml --trainer.default_root_dir "
         "runs/emu35_34b --trainer.num_nodes 4 --trainer.strategy.init_args.replicas 4"
@@ -80,27 +84,70 @@ def test_only_a_run_that_was_asked_to_stop_is_queued_again(tmp_path: Path, code:
 
 def test_no_run_is_moved_and_no_checkpoint_chosen(tmp_path: Path) -> None:
     """Guards a job that began again at step 0 because it saw no checkpoint at that moment: `fit` knows better."""
-    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS)
+    programs(tmp_path / "bin", flashar=WORDS, srun=WORDS, scontrol=WORDS)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "8", "RUN": "runs/x"}
     (tmp_path / "a.yaml").write_text("trainer: {devices: 8}\n")
     assert run("emu35_34b.sbatch", tmp_path, **slurm, CONFIG="a.yaml") == 0
     (tmp_path / "runs/x/checkpoints/last.ckpt").mkdir(parents=True)
     assert run("emu35_34b.sbatch", tmp_path, **slurm, CONFIG="a.yaml", SLURM_RESTART_COUNT="2") == 0
-    first, second = (tmp_path / "said.txt").read_text().splitlines()
-    assert first == second
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert said[:2] == said[2:]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x"]
 
 
 def test_a_recipe_without_shards_gets_no_replicas(tmp_path: Path) -> None:
     """Guards the recipes of DDP, whose strategy is a word: replicas of a class that is not named are an error."""
-    programs(tmp_path / "bin", srun=WORDS, scontrol=WORDS, torchrun=WORDS)
+    programs(tmp_path / "bin", flashar=WORDS, srun=WORDS, scontrol=WORDS, torchrun=WORDS)
     (tmp_path / "a.yaml").write_text("trainer: {devices: 8}\n")
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8", "CONFIG": "a.yaml"}
     assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
     assert run("torchrun.sh", tmp_path, "node0", "2", "a.yaml") == 0
     said = (tmp_path / "said.txt").read_text().splitlines()
-    assert said[0].endswith("fit --config a.yaml --trainer.default_root_dir runs/emu35_34b --trainer.num_nodes 2")
-    assert said[1].endswith("fit --config a.yaml --trainer.num_nodes 2")
+    assert said[1].endswith("fit --config a.yaml --trainer.default_root_dir runs/emu35_34b --trainer.num_nodes 2")
+    assert said[2].endswith("fit --config a.yaml --trainer.num_nodes 2")
+
+
+def test_a_plan_that_does_not_go_with_the_nodes_ends_the_job(tmp_path: Path) -> None:
+    """Guards a job that queues for a day and ends in an error of every task; BATCH reaches plan and fit."""
+    programs(tmp_path / "bin", srun=WORDS, flashar=WORDS)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "8", "BATCH": "16"}
+    assert run("emu35_34b.sbatch", tmp_path, **slurm, CODE="2") == 2
+    assert run("emu35_34b.sbatch", tmp_path, **slurm) == 0
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert [line.split()[0] for line in said] == ["flashar", "flashar", "srun"]
+    assert "--gpus 16 --batch 16 --replicas 2" in said[0]
+    assert said[2].endswith("--data.batch_size 16")
+
+
+ADVERTISED = re.compile(r"(?:BATCH=(\d+) )?(?:CONFIG=(\S+yaml) RUN=\S+ )?sbatch(?: --nodes (\d+))? experiments/cluster")
+BY_HAND = re.compile(r"torchrun\.sh \S+ (\d+) (experiments/\S+yaml)(?: --data\.batch_size (\d+))?")
+TABLE = re.compile(r"^\| (\d) \| (?:as it is|`BATCH=(\d+)`)", re.M)
+
+
+def advertised() -> set[tuple[str, int, int | None]]:
+    """(recipe, nodes, global batch or None) of every command that a template, a recipe or a page shows."""
+    texts = [path.read_text() for path in (*SCRIPTS, *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.yaml"))]
+    usual, found = "experiments/emu35_34b.yaml", set[tuple[str, int, int | None]]()
+    for text in texts:
+        for batch, config, nodes in ADVERTISED.findall(text):
+            found.add((config or usual, int(nodes or 1), int(batch) if batch else None))
+        for nodes, config, batch in BY_HAND.findall(text):
+            found.add((config, int(nodes), int(batch) if batch else None))
+        for nodes, batch in TABLE.findall(text):
+            found.add((usual, int(nodes), int(batch) if batch else None))
+    others = ("experiments/llamagen_l_256.yaml", "experiments/llamagen_xl_256.yaml")
+    return found | {(config, nodes, None) for config in others for nodes in (1, 2, 4, 8)}
+
+
+def test_every_advertised_number_of_nodes_goes_with_its_recipe() -> None:
+    """Guards a batch of 8 that 16 GPUs were told to share: the command of the largest recipe could not start."""
+    shown = advertised()
+    assert {nodes for config, nodes, _ in shown if config.endswith("emu35_34b.yaml")} == {1, 2, 4, 8}
+    for config, nodes, batch in sorted(shown, key=str):
+        setup = PlannedRun.of_file(str(ROOT / config), 8 * nodes, batch).setup
+        assert setup.samples >= 1, (config, nodes)
+    with pytest.raises(ValueError, match=r"batch_size 8 .*no multiple of 32 GPUs.*--batch 32.*BATCH=32"):
+        PlannedRun.of_file(str(ROOT / "experiments/emu35_34b.yaml"), 32)
 
 
 def test_torchrun_takes_a_configuration_or_a_checkpoint(tmp_path: Path) -> None:

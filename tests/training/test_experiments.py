@@ -9,12 +9,16 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 
+from flashar_pl.backbones import describe_backbone
+from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.training.config import TYPES
+from flashar_pl.training.checks import check_features, check_initial_file, how_to_make
+from flashar_pl.training.config import TYPES, BackboneConfig
 from flashar_pl.training.module import FlashARModule
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 FILES = sorted(FOLDER.glob("*.yaml"))
+DIGITS = {"dim": 8, "n_layer": 1, "n_head": 1, "vocab_size": 17, "num_classes": 10}
 LLAMAGEN = {"b": 110_888_448, "l": 342_910_976, "xl": 774_699_520, "xxl": 1_410_972_672}
 """Published parameter counts."""
 
@@ -75,6 +79,66 @@ def test_sizes_of_a_header_are_built(path: Path, overrides: list[str]) -> None:
         head = net.dual_head.horizontal.weight.numel() if "dual_head" in dict(net.named_children()) else 0
         assert in_backbone + head == LLAMAGEN[size[1]]
     assert data.location.endswith(place[-3:])
+
+
+COMMANDS = {
+    "data/digits": "flashar tokenize digits --out data/digits",
+    "data/scenes": "flashar tokenize scenes --out data/scenes",
+    "data/mine": "flashar tokenize images photos --out data/mine",
+    "data/text_image/32x32": "flashar tokenize text-image --data text_to_image.json --crop square --out "
+    "data/text_image --weights weights/Emu3.5-VisionTokenizer",
+    "data/emu35_tiny/shards": "python tests/training/emu_tiny_data.py data/emu35_tiny",
+}  # fmt: skip
+COMMANDS |= {
+    f"data/imagenet_{size}": f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out "
+    f"data/imagenet_{size} --weights weights/vq_ds16_c2i.pt"
+    for size in (256, 384)
+}
+STARTS = {
+    "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",
+    "runs/demo/raster/checkpoints/last.ckpt": "flashar fit --config experiments/demo_raster.yaml",
+    "runs/own/raster/checkpoints/best.ckpt": "flashar fit --config experiments/own_images.yaml",
+    "runs/scenes/raster/checkpoints/last.ckpt": "flashar fit --config experiments/scenes_raster.yaml",
+}
+
+
+def first_error(call, *arguments) -> str:
+    with pytest.raises(ValueError, match=r"no file|nothing at") as caught:
+        call(*arguments)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_missing_is_made_by_the_command_of_this_recipe(path: Path, monkeypatch, tmp_path) -> None:
+    """Guards the recipe of 34 B that told people to make digits, and to run the demo for its weights."""
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load(path.read_text())
+    model, data = content["model"], content["data"]
+    shards = data.get("init_args", data)["shards"]
+    options = {"preset", "directory", "kind", "options"}
+    backbone = BackboneConfig(**{name: value for name, value in model["backbone"].items() if name in options})
+    if shards in ("data/digits", "data/scenes", "data/mine"):  # sizes of the model come from the shards
+        shown = how_to_make(shards, describe_backbone({"kind": "llamagen", **DIGITS}))
+    else:
+        shown = how_to_make(shards, describe_backbone(backbone.resolve()))
+    assert shown == COMMANDS[shards]
+    if (start := model.get("init_from")) is not None and "emu35_tiny" not in start:
+        assert STARTS.get(start, "from https://huggingface.co/FoundationVision/LlamaGen") in first_error(
+            check_initial_file, start
+        )
+    if (features := (model.get("validation") or {}).get("features")) is not None:
+        published = "inception" in features
+        wanted = "Download weights-inception" if published else f"flashar classifier --data {shards} --out {features}"
+        assert wanted in first_error(check_features, features, shards)
+
+
+def test_a_fit_without_shards_says_the_command_of_its_recipe(capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
+    assert main(["fit", "--config", "experiments/emu35_34b.yaml", *words]) == 2
+    err = capsys.readouterr().err
+    assert f"Make them: {COMMANDS['data/text_image/32x32']}" in err
+    assert "digits" not in err
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
