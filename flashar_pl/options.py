@@ -17,7 +17,7 @@ Plan = Literal["raster", "diagonal", "lossless"]
 Drafter = Literal["above", "vertical", "both"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
-Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs"]
+Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs", "fused"]
 WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
 MOST_CODES = 2**16
 """Largest grid that is taken for meant: 256 x 256 codes are 4,096 x 4,096 pixels."""
@@ -151,8 +151,8 @@ class EngineOptions(PlanOptions):
     """What drives decoding"""
 
     runner: Runner = "auto"
-    """eager, compiled (torch.compile of the blocks), graphs (CUDA graphs) or compiled-graphs; auto is graphs on a GPU,
-    eager on a CPU. All draw the same codes up to rounding."""
+    """eager, compiled (torch.compile of the blocks), graphs (CUDA graphs), compiled-graphs, or fused (own kernels in
+    Triton, in graphs); auto is graphs on a GPU, eager on a CPU. All draw the same codes up to rounding."""
     weight_format: WeightFormat = "auto"
     """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
@@ -178,7 +178,7 @@ class WayOptions:
     """Ways of decoding"""
 
     runners: str = "auto"
-    """As --runner elsewhere: eager, compiled, graphs or compiled-graphs, here several separated by commas."""
+    """As --runner elsewhere: eager, compiled, graphs, compiled-graphs or fused, here several separated by commas."""
     weight_formats: str = "auto"
     """As --weight-format elsewhere: plain, packed, int8 or fp8, here several separated by commas."""
 

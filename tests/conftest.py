@@ -2,6 +2,9 @@
 
 import functools
 import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, as Lightning does
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

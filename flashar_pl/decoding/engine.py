@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
+from flashar_pl.decoding.fused import FusedRecording, decode_fused, refusal
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
@@ -46,6 +47,9 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 """Of attention: those that need no preparation for a new number of keys, as cuDNN's do. Every step has another one."""
 
 
+Recorded = Recording | FusedRecording
+
+
 class Engine:
     """A model ready to decode.
 
@@ -69,12 +73,17 @@ class Engine:
         self.model = RasterAR(model) if isinstance(model, Backbone) else model
         self._fallback = runner == "auto"
         self.runner = _resolve(runner, self.model)
-        self.prefix_bucket = PREFIX_BUCKET if "graphs" in self.runner else 1
+        self.prefix_bucket = PREFIX_BUCKET if self._recorded else 1
         self._speculation: tuple[Drafter, int] = (drafter, window_rows)
         self.forwards: list[int] = []
         """Of every sample that was drawn with a lossless plan, in their order: its forwards, the prefix's included."""
-        self._kept: OrderedDict[Any, Buffers | Recording | Lossless] = OrderedDict()
+        self._kept: OrderedDict[Any, Buffers | Recorded | Lossless] = OrderedDict()
         self._compiled: dict[str, Any] = {}
+
+    @property
+    def _recorded(self) -> bool:
+        """Whether batches are CUDA graphs."""
+        return "graphs" in self.runner or (self.runner == "fused" and self.device.type == "cuda")
 
     @property
     def device(self) -> torch.device:
@@ -95,6 +104,8 @@ class Engine:
         """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`. sampling: fields of `SamplingSettings`."""
         settings = SamplingSettings(**sampling)
         order = self.model.make_plan(plan, *check_grid(grid))
+        if self.runner == "fused" and plan == "lossless":
+            raise ValueError("runner is fused, and its kernels know no lossless plan; use eager, or graphs on CUDA.")
         backbone, device = self.model.backbone, self.device
         wanted = backbone.check_condition(condition).to(device)
         listed = sample_seeds(seeds, len(wanted))
@@ -126,31 +137,32 @@ class Engine:
     ) -> Buffers:
         """The batch decoded, in buffers that the next batch overwrites."""
         key: tuple[Any, ...] = (plan, settings, inputs.shapes())
-        graphs = "graphs" in self.runner
-        if graphs:
+        if self._recorded:
             key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
         with self._blocks():
             if plan.name == "lossless":
-                make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, graphs)
+                make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, self._recorded)
                 found = self._keep(key, make)
                 assert isinstance(found, Lossless)
                 buffers = found.run(inputs, on_step)
                 self.forwards += found.forwards.tolist()
                 return buffers
-            if graphs:
+            if self._recorded:
                 recording = self._keep(key, partial(self._record, plan, settings, inputs))
-                if isinstance(recording, Recording):
+                if isinstance(recording, Recorded):
                     return recording.replay(inputs, on_step)
             buffers = self._keep(key, partial(Buffers.allocate, self.model, plan, inputs))
             assert isinstance(buffers, Buffers)
-            for t in decode(self.model, plan, settings, inputs, buffers):
+            loop = decode_fused if self.runner == "fused" else decode
+            for t in loop(self.model, plan, settings, inputs, buffers):
                 on_step(Progress(plan, t + 1, buffers.drawn))
         return buffers
 
-    def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recording | Buffers:
+    def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recorded | Buffers:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
         try:
-            return Recording(self.model, plan, settings, inputs)
+            kind = FusedRecording if self.runner == "fused" else Recording
+            return kind(self.model, plan, settings, inputs)
         except RuntimeError as error:
             if isinstance(error, (torch.OutOfMemoryError, *compile_errors())):
                 raise
@@ -163,13 +175,13 @@ class Engine:
             self.runner = "eager"
             return Buffers.allocate(self.model, plan, inputs)
 
-    def _keep(self, key: Any, make: Callable[[], Buffers | Recording | Lossless]) -> Any:
+    def _keep(self, key: Any, make: Callable[[], Buffers | Recorded | Lossless]) -> Any:
         """The entry `key`, made if there is none. The one used least recently makes room before that.
 
         Where the device's memory does not suffice, all others do.
         """
         if key not in self._kept:
-            while len(self._kept) >= (KEPT if "graphs" in self.runner else 1):
+            while len(self._kept) >= (KEPT if self._recorded else 1):
                 self._kept.popitem(last=False)
             try:
                 self._kept[key] = make()
@@ -277,6 +289,8 @@ def _resolve(runner: str, model: GridModel) -> str:
         raise ValueError(f"runner is {runner}, and the weights are packed, which torch.compile cannot read: use eager.")
     if runner != "eager" and sharded:
         raise ValueError(f"runner is {runner}, and the model is sharded; expected eager.")
+    if runner == "fused" and (why := refusal(model)) is not None:
+        raise ValueError(f"runner is fused, and {why}; use {'graphs' if device.type == 'cuda' else 'eager'}.")
     return runner
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
+from typing import Any
 
 import torch
 
@@ -23,18 +27,32 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def record(device: torch.device, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """One graph of what `function` does. It has run once before, and its results stand in its buffers."""
-    stream, graph = _stream(device), torch.cuda.CUDAGraph()
+@contextmanager
+def warmed(device: torch.device, run: Callable[[], object]) -> Iterator[torch.cuda.Stream]:
+    """The stream of recordings, after `run` has run there: libraries and compilers allocate at the first run."""
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    here = torch.cuda.stream(torch.cuda.current_stream(device))
+    # a caller's autocast keeps the weights it has cast and frees them when it ends: graphs must not read those
     with torch.cuda.device(device), torch.autocast(device.type, enabled=False, cache_enabled=False):
         with torch.cuda.stream(stream):
-            function()
+            run()
         torch.cuda.current_stream(device).wait_stream(stream)
-        with here, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            function()
+        yield stream
+
+
+def captured(run: Callable[[], object], pool: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """What `run` starts, as a graph."""
+    graph = torch.cuda.CUDAGraph()
+    here = torch.cuda.stream(torch.cuda.current_stream())  # which a capture that fails would not restore
+    with here, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        run()
     return graph
+
+
+def record(device: torch.device, function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """One graph of what `function` does. It has run once before, and its results stand in its buffers."""
+    with warmed(device, function) as stream:
+        return captured(function, None, stream)
 
 
 class Recording:
@@ -49,28 +67,17 @@ class Recording:
         self.inputs = inputs.clone()
         self.buffers = Buffers.allocate(model, plan, inputs)
         self.graphs: list[torch.cuda.CUDAGraph] = []
-        device = inputs.prefix.x.device
-        stream = _stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        # a caller's autocast keeps the weights it has cast and frees them when it ends: graphs must not read those
-        with torch.cuda.device(device), torch.autocast(device.type, enabled=False, cache_enabled=False):
-            with torch.cuda.stream(stream):  # libraries and compilers allocate at the first run
-                for _ in decode(model, plan, settings, self.inputs, self.buffers):
-                    pass
-            torch.cuda.current_stream(device).wait_stream(stream)
-            self._capture(decode(model, plan, settings, self.inputs, self.buffers), stream)
+        device, pool = inputs.prefix.x.device, torch.cuda.graph_pool_handle()
 
-    def _capture(self, steps: Generator[int], stream: torch.cuda.Stream) -> None:
-        """The graphs of all steps."""
-        pool = torch.cuda.graph_pool_handle()
-        here = torch.cuda.stream(torch.cuda.current_stream())  # which a capture that fails would not restore
-        for first in range(0, self.plan.n_steps, STEPS_PER_GRAPH):
-            graph = torch.cuda.CUDAGraph()
-            with here, torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(first, min(first + STEPS_PER_GRAPH, self.plan.n_steps)):
-                    next(steps)
-            self.graphs.append(graph)
-        steps.close()
+        def steps() -> Generator[int]:
+            return decode(model, plan, settings, self.inputs, self.buffers)
+
+        with warmed(device, lambda: deque(steps(), 0)) as stream:
+            left = steps()
+            for first in range(0, plan.n_steps, STEPS_PER_GRAPH):
+                n = min(STEPS_PER_GRAPH, plan.n_steps - first)
+                self.graphs.append(captured(lambda n=n: deque(islice(left, n), 0), pool, stream))
+            left.close()
 
     def replay(self, inputs: Inputs, on_step: Callable[[Progress], object]) -> Buffers:
         """Decode other inputs of the same shapes. The next replay overwrites the result.

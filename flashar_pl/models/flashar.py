@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ class FlashAR(GridModel):
 
     plan_name = "diagonal"
     plans = ("raster", "diagonal")
+    vertical_sees_prefix: ClassVar[bool] = True
+    """Whether the vertical branch's image positions attend to the prefix."""
 
     def __init__(
         self,

@@ -65,6 +65,7 @@ class ReleasedFlashAR(FlashAR):
 
     backbone: Any
     null_style = "released"
+    vertical_sees_prefix = False
 
     def __init__(self, backbone: Backbone, branch_layer: int, vertical_layers: int) -> None:
         if not hasattr(backbone, "rope_at"):
