@@ -9,8 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
-SERVED = {"starlette"}
-"""What serving/ imports, which commands/serve.py imports under `needing`."""
+OPTIONAL = {"flashar_pl/serving/": {"starlette"}, "flashar_pl/layers/kernels/": {"triton"}}
+"""Folders that import an extra: commands/serve.py imports the first under `needing`, runner fused the second where
+`kernels.launch.why_not` allows it."""
 
 
 def at_import(body: list[ast.stmt]) -> Iterator[str]:
@@ -37,5 +38,6 @@ def test_extras_are_imported_where_they_are_used():
         for package in at_import(ast.parse(file.read_text()).body)
     }
     extra = {(file, package) for file, package in found if package not in always}
-    assert {package for file, package in extra if file.startswith("flashar_pl/serving/")} == SERVED
-    assert not {(file, package) for file, package in extra if not file.startswith("flashar_pl/serving/")}
+    for folder, packages in OPTIONAL.items():
+        assert {package for file, package in extra if file.startswith(folder)} == packages
+    assert not {(file, package) for file, package in extra if not file.startswith(tuple(OPTIONAL))}

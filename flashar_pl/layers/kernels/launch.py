@@ -10,37 +10,61 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-_counting: list[list[str]] = []
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel started, or to be started."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    """Its constants by name, num_warps and num_stages."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.kernel.fn.__name__
+
+    def start(self) -> None:
+        """Run it, or on the meta device, whose tensors have no values, do nothing."""
+        if not any(isinstance(each, torch.Tensor) and each.is_meta for each in self.arguments):
+            self.kernel[self.grid](*self.arguments, **self.options)
+
+
+_watching: list[list[Launch]] = []
 
 
 def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on `device`; None = they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the model is on {device}, and the kernels need a CUDA device"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the model is on the CPU, and the kernels need a CUDA device"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels need compute capability 8.0 (A100) or later"
-    return None
+    return None if device.type in ("cpu", "cuda", "meta") else f"the kernels do not run on {device.type}"
 
 
 @contextmanager
-def counted() -> Iterator[list[str]]:
-    """The names of the kernels started inside, in order."""
-    names: list[str] = []
-    _counting.append(names)
+def watched() -> Iterator[list[Launch]]:
+    """The launches inside, in order."""
+    found: list[Launch] = []
+    _watching.append(found)
     try:
-        yield names
+        yield found
     finally:
-        _counting.remove(names)
+        _watching[:] = [each for each in _watching if each is not found]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Start `kernel` on `grid`. options: its constants, num_warps and num_stages."""
-    for names in _counting:
-        names.append(kernel.fn.__name__)
-    kernel[grid](*arguments, **options)
+    """Start `kernel` on `grid`; see `Launch`."""
+    made = Launch(kernel, grid, arguments, options)
+    for found in _watching:
+        found.append(made)
+    made.start()
