@@ -13,12 +13,13 @@ OUT=${OUT:-benchmarks/results}
 DEVICE=cuda
 RUNNERS=eager,compiled,graphs,compiled-graphs
 GRAPHS=graphs
-FAST=graphs,compiled-graphs
+FAST=graphs,compiled-graphs,fused
+OWN=fused
 FORMATS=plain,int8,fp8
 EXTRA=()
 if [[ -n ${DRY:-} ]]; then
   OUT=${DRY_OUT:-$(mktemp -d)}
-  DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager FORMATS=plain,int8
+  DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager OWN=eager FORMATS=plain,int8
   EXTRA=(--grid 2x2 --repeats 1 --threads 1)
 fi
 failed=()
@@ -40,11 +41,14 @@ tests() { # every way of decoding against the plain model; what only a GPU can c
   [[ -e $OUT/doctor_gpu.json ]] && echo "$OUT/doctor_gpu.json is there and kept" ||
     "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $RUNNERS --weight-formats $FORMATS \
       --out "$OUT/doctor_gpu.json" || failed+=(doctor)
+  [[ -e $OUT/doctor_fused_gpu.json ]] && echo "$OUT/doctor_fused_gpu.json is there and kept" ||
+    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $OWN --out "$OUT/doctor_fused_gpu.json" ||
+    failed+=(doctor fused)
   [[ -n ${DRY:-} ]] && return
   "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
 }
 latency() { # L, one image: all runners, then the formats of weights
-  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS
+  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS,$OWN
   bench decode_llamagen_l_formats_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $GRAPHS \
     --weight-formats $FORMATS --skip-plain
 }
@@ -59,9 +63,9 @@ large() { # XXL
   bench decode_llamagen_xxl_gpu llamagen-xxl --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
 }
 emu() { # 34B, 32 x 32 codes: guided, with the official empty prompt's length beside a caption's
-  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runners $GRAPHS --skip-plain
+  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runners $GRAPHS,$OWN --skip-plain
   bench decode_emu35_34b_runners_gpu emu35-34b --plans diagonal --batch-sizes 1 --cfg-scale 5.0 \
-    --runners ${FAST#graphs,} --skip-plain
+    --runners ${FAST/#graphs,compiled-graphs,fused/compiled-graphs} --skip-plain
 }
 profile() { # where a step's time goes
   local preset=llamagen-l

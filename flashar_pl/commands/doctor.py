@@ -157,15 +157,16 @@ def described(checks: list[Check]) -> str:
 
 def variants_of(ways: WayOptions, place: torch.device, dtype: Dtype) -> list[tuple[Runner, WeightFormat]]:
     """What is checked in one dtype; "auto" formats leave out what this machine or a runner does not have."""
+    from flashar_pl.decoding.build import packs
     from flashar_pl.layers.packed import unsupported
     from flashar_pl.numerics import dtype_from_name
 
     cuda, auto = place.type == "cuda", ways.weight_formats == "auto"
     runners = ("eager,graphs" if cuda else "eager") if ways.runners == "auto" else ways.runners
     formats = ("plain" if cuda else "plain,packed") if auto else ways.weight_formats
-    packs = unsupported(dtype_from_name(dtype)) is None
+    packed = unsupported(dtype_from_name(dtype)) is None
     found = WayOptions(runners, formats).each()
-    return [(r, form) for r, form in found if not auto or form == "plain" or (packs and "compiled" not in r)]
+    return [(r, form) for r, form in found if not auto or form == "plain" or (packed and packs(r))]
 
 
 def tiny_names() -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flashar_pl.options import EngineOptions, WeightFormat
+from flashar_pl.options import EngineOptions, Runner, WeightFormat
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.opening import Source
@@ -44,7 +44,7 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
     """What "auto" stands for: the fastest format that changes no value (docs/performance.md).
 
     On a CPU where a second copy of the weights fits: packed or plain, by a measurement of less than a second that is
-    made once a machine. Elsewhere plain. Packed weights cannot be compiled.
+    made once a machine. Elsewhere plain. Not every runner reads packed weights.
     """
     if options.weight_format != "auto":
         return options.weight_format
@@ -56,7 +56,7 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
     possible = has_blocks(model) and packed.unsupported(dtype) is None
-    if model.device.type != "cpu" or not possible or "compiled" in options.runner:
+    if model.device.type != "cpu" or not possible or not packs(options.runner):
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     if 2 * size >= available_memory(model.device):
@@ -67,3 +67,8 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
         (weight.shape for weight in model.backbone.blocks[0].parameters() if weight.dim() == 2), key=math.prod
     )
     return "packed" if packed_pays(n_in, n_out, dtype, ROWS.get(plan, packed.ROWS)) else "plain"
+
+
+def packs(runner: Runner) -> bool:
+    """Whether a runner can read packed weights."""
+    return "compiled" not in runner and runner != "fused"

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,13 @@ def tile(rows: int, pairs: bool = False) -> Tile:
     if rows <= 32:
         return Tile(32, 16 if pairs else 32, 128, stages=3)
     return Tile(64, 32 if pairs else 64, 64) if rows <= 256 else Tile(64, 64 if pairs else 128, 32, warps=8, stages=3)
+
+
+def head_tile(rows: int, outputs: int) -> Tile:
+    """The tile of `gate` and `logits`, which hold two and four products: no registers spilt (docs/log.md)."""
+    if rows <= 16:
+        return Tile(16, outputs, 128)
+    return Tile(32, outputs, 64, stages=3) if rows <= 32 else Tile(64, outputs, 64, warps=8, stages=3)
 
 
 class Fused:
@@ -191,7 +198,7 @@ class Fused:
         v, v_gain, v_eps = h, h_gain, h_eps
         mixes = head.vertical is not None and at.v.start != at.v.stop
         if mixes:
-            v, v_gain, v_eps = self._normed(self.v, model.vertical.norm)
+            v, v_gain, v_eps = self._normed(self.v, cast(FlashAR, model).vertical.norm)
         n_pairs = n - at.only_h - at.only_v
         mode, blocks, sums, gate_bias = "horizontal", 0, self.places, self.places
         if mixes:
@@ -202,7 +209,7 @@ class Fused:
             gate_bias = head.gate.out.bias
         (w_h, b_h), (w_v, b_v) = head.code_rows(head.horizontal), head.code_rows(head.vertical or head.horizontal)
         z = torch.empty(self.batch * n, len(w_h), dtype=torch.float32, device=h.device)
-        cut = tile(len(z))
+        cut = head_tile(len(z), 32)
         hot = 1.0 if settings.greedy else max(settings.temperature, MIN_TEMPERATURE)
         launch(
             heads.logits, (-(-len(w_h) // cut.n), -(-len(z) // cut.m)),
@@ -229,7 +236,7 @@ class Fused:
         gate = self.model.dual_head.gate
         assert gate is not None
         hidden, pairs = gate.hidden.out_features, rows * n_pairs
-        cut = tile(pairs, pairs=True)
+        cut = head_tile(pairs, 16)
         blocks = -(-hidden // cut.n)
         sums = torch.empty(blocks, pairs, dtype=self.accumulate, device=h.device)
         launch(
@@ -256,7 +263,7 @@ class Fused:
     def _feed(self, x: Tensor, rows: int, n: int) -> None:
         """The embedded codes (R, n', D) through the layers; the branches end in `h` and `v`."""
         model, m = self.model, rows * n
-        backbone, blocks = model.backbone, list(model.backbone.blocks)
+        backbone, blocks = model.backbone, cast(list[Block], list(model.backbone.blocks))
         branch = model.branch_layer if isinstance(model, FlashAR) and self.plan.has_vertical else len(blocks)
         trunk = x.reshape(m, -1).contiguous()
         for layer, block in enumerate(blocks[:branch]):
@@ -264,9 +271,9 @@ class Fused:
         h = self.h[:m]
         self._branch(blocks[branch:], branch, trunk, h, rows, n, self.first)
         if self.v is not None:
-            assert isinstance(model, FlashAR)
-            first = self.first if model.vertical_sees_prefix else self.image
-            self._branch(list(model.vertical.blocks), backbone.n_layer, trunk, self.v[:m], rows, n, first)
+            flashar = cast(FlashAR, model)
+            first = self.first if flashar.vertical_sees_prefix else self.image
+            self._branch(list(flashar.vertical.blocks), backbone.n_layer, trunk, self.v[:m], rows, n, first)
 
     def _branch(self, blocks: list[Any], layer: int, x: Tensor, out: Tensor, rows: int, n: int, first: Tensor) -> None:
         if not blocks:

@@ -74,10 +74,8 @@ class Recording:
 
         with warmed(device, lambda: deque(steps(), 0)) as stream:
             left = steps()
-            for first in range(0, plan.n_steps, STEPS_PER_GRAPH):
-                n = min(STEPS_PER_GRAPH, plan.n_steps - first)
-                self.graphs.append(captured(lambda n=n: deque(islice(left, n), 0), pool, stream))
-            left.close()
+            for _ in range(0, plan.n_steps, STEPS_PER_GRAPH):
+                self.graphs.append(captured(lambda: deque(islice(left, STEPS_PER_GRAPH), 0), pool, stream))
 
     def replay(self, inputs: Inputs, on_step: Callable[[Progress], object]) -> Buffers:
         """Decode other inputs of the same shapes. The next replay overwrites the result.
