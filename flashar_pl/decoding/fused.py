@@ -103,7 +103,7 @@ def head_tile(rows: int, outputs: int) -> Tile:
     """The tile of `gate` and `logits`, which hold two and four products: no registers spilt (docs/log.md)."""
     if rows <= 16:
         return Tile(16, outputs, 128)
-    return Tile(32, outputs, 64, stages=3) if rows <= 32 else Tile(64, outputs, 64, warps=8, stages=3)
+    return Tile(32, outputs, 64, stages=3) if rows <= 32 else Tile(64, outputs, 64, stages=3)
 
 
 class Fused:
