@@ -104,6 +104,11 @@ def compiled(launch: Launch, target: int) -> dict[str, Any]:
     }
 
 
+def git_commit() -> str:
+    """Of the checkout."""
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 JOBS: tuple[tuple[Any, ...], ...] = (
     ("llamagen-l", "diagonal", (16, 16), 1),
     ("llamagen-l", "raster", (16, 16), 1),
@@ -135,7 +140,7 @@ def main() -> int:
     for row in bad:
         print("NOT AS IT SHOULD BE:", row)
     if given.out is not None:
-        write_json(given.out, {"triton": triton.__version__, "rows": rows})
+        write_json(given.out, {"triton": triton.__version__, "commit": git_commit(), "rows": rows})
     print(f"{len(rows)} compiled, {len(bad)} with spills or narrow loads")
     return bool(bad)
 
