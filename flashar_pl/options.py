@@ -13,7 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-Plan = Literal["raster", "diagonal", "lossless"]
+Plan = Literal["raster", "diagonal", "lossless", "limited"]
 Drafter = Literal["above", "vertical", "both"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -142,8 +142,9 @@ class PlanOptions(DeviceOptions):
     """What computes, in which order"""
 
     plan: Plan | None = None
-    """Decoding order: raster (H*W steps), diagonal (H+W-1 steps), or lossless, the raster plan's very codes in fewer
-    forwards. Default: the checkpoint's own."""
+    """Decoding order: raster (H*W steps), diagonal (H+W-1 steps), lossless, the raster plan's very codes in fewer
+    forwards, or limited, diagonals that see and predict as far as they can what the raster order does: best without
+    training. Default: the checkpoint's own."""
 
 
 @dataclass(frozen=True)

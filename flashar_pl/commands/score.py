@@ -57,7 +57,7 @@ def score(
     """Likelihood of held-out images: nats per image and bits per code, with the standard error of the mean.
 
     The sum of the fused cross entropies is -log p(image) under the plan's own factorisation, so numbers of different
-    plans compare directly. A raster checkpoint with --plan diagonal --branch-layer m is training-free FlashAR.
+    plans compare directly. A raster checkpoint with --branch-layer m is training-free FlashAR; see --plan limited.
     Prints JSON; the file of --out also holds all that is known of the checkpoint.
 
     Example:

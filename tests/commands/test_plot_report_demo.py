@@ -161,17 +161,16 @@ def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, c
     assert sorted(p.name for p in Path("report").iterdir()) == ["gate.png", "report.json", "report.md", "samples.png"]
     values = json.loads(Path("report/report.json").read_text())
     rows = values["rows"]
-    assert list(rows) == ["raster", "flashar", "training_free", "scratch"]
-    assert [row["steps"] for row in rows.values()] == [64, 15, 15, 15]
+    assert list(rows) == ["raster", "flashar", "training_free", "training_free_average", "scratch"]
+    assert [row["steps"] for row in rows.values()] == [64, 15, 15, 15, 15]
     assert rows["flashar"]["nll_nats_per_image"] == rows["scratch"]["nll_nats_per_image"]
     assert rows["flashar"]["per_seed"] == rows["scratch"]["per_seed"]
     assert rows["raster"]["per_seed"]["fid"][0] != rows["raster"]["per_seed"]["fid"][1]
     assert rows["raster"]["fid"] == statistics.mean(rows["raster"]["per_seed"]["fid"])
     assert rows["raster"]["speed_up"] == 1
-    _, scored, _ = run(
-        "score", "--checkpoint", raster_model, "--data", shards, "--plan", "diagonal", "--branch-layer", 1
-    )
-    assert rows["training_free"]["nll_nats_per_image"] == pytest.approx(json.loads(scored)["nll_nats_per_image"])
+    for key, plan in (("training_free", "limited"), ("training_free_average", "diagonal")):
+        _, scored, _ = run("score", "--checkpoint", raster_model, "--data", shards, "--plan", plan, "--branch-layer", 1)
+        assert rows[key]["nll_nats_per_image"] == pytest.approx(json.loads(scored)["nll_nats_per_image"])
     assert np.array(values["gate_map"]).shape == (8, 8)
     assert np.array(values["gate_map"])[0, 1:].tolist() == [1.0] * 7  # first row: horizontal head only
     text = Path("report/report.md").read_text()
