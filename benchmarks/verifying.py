@@ -1,4 +1,4 @@
-"""What comparing a run's checkpoint with its CRC-32s costs, as a share of the time to load it.
+"""What comparing a run's checkpoint with its digests costs, as a share of the time to load it.
 
     python benchmarks/verifying.py [--out benchmarks/results/verifying.json]
 
@@ -27,6 +27,7 @@ from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.raster import RasterAR
+from flashar_pl.tensor_files import SUMS, page_sums
 
 
 def write(path: Path, width: int) -> None:
@@ -39,7 +40,8 @@ def write(path: Path, width: int) -> None:
         for i, value in enumerate(model.state_dict().values())
     }
     about = Description(model.config()).to_dict()
-    torch.save({"state_dict": copies, "optimizer_states": [{"state": moments}], CHECKPOINT_KEY: about}, path)
+    content = {"state_dict": copies, "optimizer_states": [{"state": moments}], CHECKPOINT_KEY: about}
+    torch.save({**content, SUMS: page_sums(copies.values())}, path)
 
 
 def load(path: Path, verify: bool) -> tuple[float, float]:

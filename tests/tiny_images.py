@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 
-def make_images(root: Path, classes: int = 3, each: int = 9) -> Path:
+def make_images(root: Path, classes: int = 3, each: int = 9, seed: int = 0) -> Path:
     """Blurred noise as small JPEGs of various sizes."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for c in range(classes):
         (root / f"n{c}").mkdir(parents=True)
         for i in range(each):

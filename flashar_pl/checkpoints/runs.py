@@ -10,7 +10,7 @@ from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_sharded
 from flashar_pl.checkpoints.verify import offering
 from flashar_pl.integrity import check_torch_file, tensor_crcs
-from flashar_pl.tensor_files import copied, read_tensors
+from flashar_pl.tensor_files import copied, known_sums, read_tensors
 
 CHECKPOINT_KEY = "flashar"
 """Key of the description inside a Lightning checkpoint."""
@@ -76,4 +76,5 @@ class RunCheckpoint:
             if self.sharded:
                 return read_sharded(self.path, names)
             stored = self.content.get("state_dict", {})
-            return copied(self.path, {name: stored[other] for name, other in names.items()}, self._crcs)
+            wanted = {name: stored[other] for name, other in names.items()}
+            return copied(self.path, wanted, self._crcs, known_sums(self.content))

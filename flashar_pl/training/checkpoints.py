@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import patiently, replacing
+from flashar_pl.tensor_files import SUMS, page_sums
 from flashar_pl.training.lightning_private import save_after_validation, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.steps import StepCallback, is_last_step, validation_follows
@@ -31,7 +32,7 @@ class WholeFiles(TorchCheckpointIO):
 
     def _write(self, checkpoint: dict[str, Any], path: Any) -> None:
         with replacing(path) as part:
-            torch.save(checkpoint, part)
+            torch.save({**checkpoint, SUMS: page_sums(checkpoint["state_dict"].values())}, part)
 
 
 class StepCheckpoint(ModelCheckpoint):

@@ -3,7 +3,9 @@
 import errno
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from flashar_pl.checkpoints.verify import verify
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.cli import main
 from flashar_pl.integrity import SWITCH, Damaged, tensor_crcs
-from flashar_pl.tensor_files import copied, read_torch
+from flashar_pl.tensor_files import copied, known_sums, page_sums, read_torch
 from tests import tiny
 
 TENSORS = {"net.a": torch.arange(3000.0).view(30, 100), "net.b": torch.ones(5)}
@@ -118,15 +120,16 @@ def test_shards_without_a_list_end_in_one_line(sharded: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.fixture
-def run_file(tmp_path: Path) -> Path:
+@pytest.fixture(params=[True, False], ids=["sums", "crc32 only"])
+def run_file(tmp_path: Path, request) -> Path:
     """What a fit with averages leaves: weights, averages and moments."""
     model, path = tiny.flashar(), tmp_path / "run.ckpt"
     state = model.state_dict()
     averages, moments = ({name: value + n for name, value in state.items()} for n in (1, 2))
     weights = {f"net.{name}": value for name, value in state.items()} | {f"ema.{n}": v for n, v in averages.items()}
     about = Description(model.config()).to_dict()
-    torch.save({"state_dict": weights, "optimizer_states": [moments], "flashar": about}, path)
+    sums = {"sums": page_sums(weights.values())} if request.param else {}  # others are of Lightning's own writer
+    torch.save({"state_dict": weights, "optimizer_states": [moments], "flashar": about, **sums}, path)
     return path
 
 
@@ -148,6 +151,33 @@ def test_loading_compares_what_it_uses(run_file: Path, monkeypatch) -> None:
         with pytest.raises(Damaged):
             RunCheckpoint(run_file).check_whole()  # before a run continues from it
         run_file.write_bytes(whole)
+
+
+def test_sums_of_pages_find_what_disks_do(tmp_path: Path) -> None:
+    """A bit, a page that is lost, two that are exchanged, and the bytes behind the last page; and nothing else."""
+    file, n = tmp_path / "a.pt", 3 * 2**18 + 4096 + 7  # more than one piece, some pages, a rest
+    stored = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.save({"a": stored, "sums": page_sums([stored])}, file)
+
+    def read(change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
+        content = read_torch(file)
+        change(content["a"])
+        return copied(file, {"a": content["a"]}, set(), known_sums(content))
+
+    def exchange(a: torch.Tensor) -> None:
+        a[4096:8192], a[8192:12288] = a[8192:12288].clone(), a[4096:8192].clone()
+
+    assert same(read(lambda a: None), {"a": stored})
+    for change in (
+        exchange,
+        lambda a: a[-1].bitwise_xor_(1),
+        lambda a: a[2**18].bitwise_xor_(128),
+        lambda a: a[:4096].zero_(),
+    ):
+        with pytest.raises(Damaged, match=r"a\.pt is damaged: a is not"):
+            read(change)
+    for odd in (3, [3], [[1, "a"]], [[1, 2, 3]]):
+        assert not known_sums({"sums": odd})
 
 
 def test_weights_that_share_memory_share_it_when_loaded(tmp_path: Path) -> None:
