@@ -70,6 +70,25 @@ def test_rounded_weights() -> None:
             assert not cell or shows(cell, each[name] * (1 if name == "nll_change" else 100)), (row, name)
 
 
+def test_the_demo() -> None:
+    """README's first table is that of the committed report."""
+    found = json.loads((RESULTS / "demo.json").read_text())["report"]["rows"]
+    shown = rows((ROOT / "README.md").read_text(encoding="utf-8"), "| | decoding steps")
+    assert [row[0] for row in shown] == [each["name"] for each in found.values()]
+    for row, each in zip(shown, found.values(), strict=True):
+        values = (each["steps"], each["nll_nats_per_image"], each["fid"], each["accuracy"])
+        for cell, value in zip(row[1:], (*values, each["ms_per_image"]["median"], each["speed_up"]), strict=True):
+            assert shows(cell, value), (row, value)
+
+
+def test_the_cost_of_comparing_checkpoints() -> None:
+    found = json.loads((RESULTS / "verifying.json").read_text())
+    text = re.search(r"the comparison is (\d+ %) of the\nCPU time of a load of ([\d.]+) s", page("training.md"))
+    assert text is not None
+    assert shows(text[1], 100 * found["cpu_share"])
+    assert shows(text[2], found["cpu_seconds_without"])
+
+
 def test_training_steps() -> None:
     shown = rows(page("performance.md"), "| model, batch | stage |")
     assert len(shown) == 12
