@@ -191,7 +191,7 @@ def test_roles_cover_every_parameter_once(fusion: str, condition: str) -> None:
     model = tiny.flashar(fusion=fusion, condition=condition)
     roles = model.roles()
     assert roles.keys() == dict(model.named_parameters()).keys()
-    assert set(roles.values()) == set(ROLES) - (set() if fusion == "gate" else {"gate"})
+    assert set(roles.values()) == set(ROLES) - {"added"} - (set() if fusion == "gate" else {"gate"})
     by_role = {role: {name for name in roles if roles[name] == role} for role in ROLES}
     assert by_role["horizontal_head"] == {"dual_head.horizontal.weight"}
     assert by_role["vertical_head"] == {"dual_head.vertical.weight"}

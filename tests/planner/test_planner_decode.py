@@ -167,3 +167,15 @@ def test_plain_raster_of_unequal_prompts_and_row_ends(monkeypatch):
     plain = generate_plain(model, prompts, (3, 4), settings, seeds=0, unconditional=empty)
     assert torch.equal(plain, ours)
     assert [len(given[0]) for given in moved[-2:]] == [4, 2]
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_every_call_of_block_diffusion_is_counted(clean):
+    """S calls a block: of the whole sequence, or with a cache of the block, first also of what has become final."""
+    config = {"kind": "block_diffusion", "strategy": "row", "steps": 3, "clean_context": clean, "backbone": TINY}
+    job = DecodeJob(model_sizes(config), "blocks", (2, 5), guided=False)
+    whole, cached = [(11, 11)] * 6, [(6, 6), (5, 6), (5, 6), (10, 11), (5, 11), (5, 11)]
+    assert [call[:2] for call in job.calls] == (cached if clean else whole)
+    assert len(job.forwards) == 6
+    embedded = job.calls[0][0] * job.sizes.dim * job.dtype.itemsize
+    assert clean == (job.forwards[0].cache_bytes > embedded)  # without a cache nothing is kept
