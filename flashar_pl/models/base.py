@@ -217,18 +217,20 @@ class GridModel(nn.Module, ABC):
         condition: Given,
         plan: DecodePlan | None = None,
         valid: Tensor | None = None,
-        aux_weight: float = AUX_WEIGHT,
+        aux_weight: float | tuple[float, float] = AUX_WEIGHT,
+        gate_collapse: float = 0.0,
     ) -> dict[str, Tensor]:
         """Training losses of codes (B, H, W) int64 (Eq. 9, 10); logits are never materialised.
 
-        valid: (B,) bool; other samples count nothing. Returns scalars "loss" = fused + aux_weight (L_H + L_V),
+        valid: (B,) bool; other samples count nothing. aux_weight: of both, or of L_H and of L_V. gate_collapse: weight
+        of 1 - mean H2(g), see `DualHead.gate_collapse`. Returns scalars "loss" = fused + aux_weight (L_H + L_V),
         "fused", "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the
         plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
         plan = self._plan_of(codes, plan)
         h, v = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
-        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight)
+        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight, gate_collapse)
         samples = weight.sum().clamp_min(1)
 
         def mean(values: Tensor, targets: Tensor | int, n: int) -> Tensor:

@@ -6,6 +6,7 @@ Hidden states are (R, 1 + S', D): the last prefix token, then the slots in plan 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -115,7 +116,7 @@ def fed_by_slots(plan: DecodePlan, source: str, device: torch.device) -> tuple[T
 
 
 def target_weights(
-    plan: DecodePlan, where: Sources, weight: Tensor, aux_weight: float
+    plan: DecodePlan, where: Sources, weight: Tensor, aux_weight: float | tuple[float, float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How much each target's loss counts: of the mix, of the horizontal head and of the vertical head, (B, N) each.
 
@@ -124,9 +125,10 @@ def target_weights(
     """
     fused = weight[:, None].expand(-1, plan.n_cells)
     parts = []
-    for source, alone in (("h_source", where.only_h), ("v_source", where.only_v)):
+    pair = aux_weight if isinstance(aux_weight, tuple) else (aux_weight, aux_weight)
+    for source, alone, own in zip(("h_source", "v_source"), (where.only_h, where.only_v), pair, strict=True):
         counted, n = fed_by_slots(plan, source, weight.device)
-        each = counted.to(weight.dtype) * (aux_weight * plan.n_cells / n)
+        each = counted.to(weight.dtype) * (own * plan.n_cells / n)
         each = each.index_add(0, alone, weight.new_ones(len(alone)))
         parts.append(fused * each)
     return fused, parts[0], parts[1]
@@ -215,6 +217,14 @@ class DualHead(nn.Module):
             return torch.full(h.shape[:-1], 0.5, dtype=wide(h[:0]).dtype, device=h.device)
         return self.gate(h, v)
 
+    def gate_collapse(self, h: Tensor, v: Tensor, where: Sources) -> Tensor:
+        """1 - mean H2(g) of each sample (B,) over interior cells: H2 the binary entropy of the gate in bits, g clipped
+        to [1e-6, 1 - 1e-6]. The states are detached: only the gate has gradients (the authors' code)."""
+        pairs = h[:, where.h[where.both]].detach(), v[:, where.v[where.both]].detach()
+        g = self.weigh(*pairs, where.corner)[:, int(where.corner) :].clamp(1e-6, 1 - 1e-6)  # (B, M)
+        entropy = -(g * g.log() + (1 - g) * (1 - g).log()) / math.log(2)
+        return 1 - entropy.mean(1)
+
     def gates(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> Tensor:
         """Weight of the horizontal logits for every target: (B, N) float32."""
         where = sources(plan, self.corner, h.device)
@@ -246,7 +256,8 @@ class DualHead(nn.Module):
         codes: Tensor,
         plan: DecodePlan,
         weight: Tensor | None = None,
-        aux_weight: float = AUX_WEIGHT,
+        aux_weight: float | tuple[float, float] = AUX_WEIGHT,
+        gate_collapse: float = 0.0,
     ) -> TargetLosses:
         """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
 
@@ -288,6 +299,9 @@ class DualHead(nn.Module):
             gate,
             spread(scale, where.both),
         )
+        if gate_collapse:
+            collapse = self.gate_collapse(h, v, where) * weight
+            total = total + gate_collapse * plan.n_cells * collapse.sum()
         both = len(fused)
         every = (where.both, where.only_h, where.only_v)
         return TargetLosses(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +131,8 @@ class OptimiserConfig:
     """Decay rates of the two moments."""
     weight_decay: float = 0.05
     """Weight decay of matrices and embeddings; vectors have none."""
+    decay_vectors: bool = False
+    """Vectors too, as the authors' Emu3.5 code does."""
     clip: float = 1.0
     """Largest norm of the whole gradient."""
     state: State = "fp32"
@@ -161,6 +163,16 @@ class ScheduleConfig:
     """
     warmup: int = 0
     """Steps of linear warm-up."""
+    per_stage: bool = False
+    """Each stage has a cosine of its own, as in the authors' Emu3.5 code."""
+    floor: float = 0.0
+    """Where a cosine ends, relative to the base rate of the stage, for every role that trains in it."""
+    flat_stage1: int = 0
+    """Per stage: steps of stage 1 at full rate before its cosine begins."""
+    flat_stage2: int = 0
+    """Per stage: the same of stage 2."""
+    stage2_rate: float = 1.0
+    """Per stage: base rate of stage 2 relative to that of stage 1."""
 
     def resolve(self, raster: bool, lora: bool = False) -> ScheduleConfig:
         """The same settings without None. ValueError for a stage 1 in which nothing could train."""
@@ -172,13 +184,40 @@ class ScheduleConfig:
                 f"schedule.stage1_share is {share}, but a raster model has no vertical branch to train in stage 1; "
                 "set it to 0, or give model.flashar."
             )
-        return ScheduleConfig(share, factor, self.warmup)
+        return replace(self, stage1_share=share, backbone_factor=factor)
 
     def build(self, total_steps: int) -> Schedule:
         """The schedule over `total_steps`; resolved settings only."""
         assert self.stage1_share is not None
         assert self.backbone_factor is not None
-        return Schedule(total_steps, self.stage1_share, self.backbone_factor, self.warmup)
+        return Schedule(total_steps, **asdict(self))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What differs from L_fuse + aux_weight (L_H + L_V) (Sec. 4.3)."""
+
+    horizontal: float | None = None
+    """Weight of L_H; None = aux_weight. The authors' code has 0."""
+    vertical: float | None = None
+    """Weight of L_V; None = aux_weight."""
+    gate_collapse: float = 0.0
+    """Weight of 1 - mean H2(g), H2 the binary entropy in bits, over cells that both heads predict; it moves the gate
+    only. The authors' ablations have 0.1."""
+
+    def __post_init__(self) -> None:
+        if min(self.horizontal or 0, self.vertical or 0, self.gate_collapse) < 0:
+            raise ValueError(f"model.losses is {asdict(self)}; expected weights of 0 or more.")
+
+    def options(self, aux_weight: float, flashar: FlashARConfig | None) -> dict[str, Any]:
+        """Arguments of `GridModel.loss`. ValueError for a weight that would do nothing."""
+        if flashar is None and self != LossConfig():
+            raise ValueError("model.losses is about both heads of FlashAR; give model.flashar, or leave it out.")
+        if self.gate_collapse and flashar is not None and flashar.fusion != "gate":
+            raise ValueError("model.losses.gate_collapse needs a gate; expected flashar.fusion: gate.")
+        pair = tuple(aux_weight if each is None else each for each in (self.horizontal, self.vertical))
+        given: dict[str, Any] = {"aux_weight": aux_weight if pair == (aux_weight, aux_weight) else pair}
+        return given | ({"gate_collapse": self.gate_collapse} if self.gate_collapse else {})
 
 
 @dataclass(frozen=True)
@@ -250,7 +289,7 @@ def model_config(
     return {"kind": "flashar", "backbone": described, **asdict(flashar)}
 
 
-OPTIMISER, SCHEDULE, VALIDATION = OptimiserConfig(), ScheduleConfig(), ValidationConfig()
+OPTIMISER, SCHEDULE, VALIDATION, LOSS_OPTIONS = OptimiserConfig(), ScheduleConfig(), ValidationConfig(), LossConfig()
 """Defaults of `FlashARModule`."""
 TYPES: dict[str, Any] = {
     "backbone": BackboneConfig,
@@ -261,6 +300,7 @@ TYPES: dict[str, Any] = {
     "optimiser": OptimiserConfig,
     "schedule": ScheduleConfig,
     "validation": ValidationConfig,
+    "losses": LossConfig,
 }
 
 

@@ -41,12 +41,14 @@ from flashar_pl.training.checks import (
     idle_parts,
 )
 from flashar_pl.training.config import (
+    LOSS_OPTIONS,
     OPTIMISER,
     SCHEDULE,
     VALIDATION,
     BackboneConfig,
     BlockDiffusionConfig,
     FlashARConfig,
+    LossConfig,
     OptimiserConfig,
     PARConfig,
     ScheduleConfig,
@@ -82,6 +84,7 @@ class FlashARModule(LightningModule):
         optimiser: AdamW.
         schedule: stages and learning rates.
         aux_weight: weight of the losses of the single heads.
+        losses: other weights for each of them, and what the authors' code adds to the loss.
         ema_decay: keep averaged weights with this decay, such as 0.999, and validate with those; null = off.
         validation: what a validation does besides the likelihood of held-out images.
     """
@@ -97,13 +100,14 @@ class FlashARModule(LightningModule):
         optimiser: OptimiserConfig = OPTIMISER,
         schedule: ScheduleConfig = SCHEDULE,
         aux_weight: float = AUX_WEIGHT,
+        losses: LossConfig = LOSS_OPTIONS,
         ema_decay: float | None = None,
         validation: ValidationConfig = VALIDATION,
     ) -> None:
         super().__init__()
         given = {"backbone": backbone, "flashar": flashar, "par": par, "block_diffusion": block_diffusion, "lora": lora,
-                 "optimiser": optimiser, "schedule": schedule, "validation": validation}  # fmt: skip
-        backbone, flashar, par, block_diffusion, lora, optimiser, schedule, validation = typed_options(
+                 "optimiser": optimiser, "schedule": schedule, "validation": validation, "losses": losses}  # fmt: skip
+        backbone, flashar, par, block_diffusion, lora, optimiser, schedule, validation, losses = typed_options(
             FlashARModule, given
         ).values()
         backbone = BackboneConfig.of(backbone)
@@ -116,7 +120,8 @@ class FlashARModule(LightningModule):
         own = describe_backbone(self.model_config["backbone"])
         self.optimiser = optimiser
         self.validation = validation = validation.of(own.published_cfg_scale if own.knows_null else None)
-        self.aux_weight, self.ema_decay = aux_weight, ema_decay
+        self.aux_weight, self.losses, self.ema_decay = aux_weight, losses, ema_decay
+        self._loss_options = losses.options(aux_weight, flashar)
         self.net: GridModel
         self.ema: GridModel | None = None
         keep_frozen_once(self)
@@ -219,7 +224,7 @@ class FlashARModule(LightningModule):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, aux_weight=self.aux_weight)
+        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, **self._loss_options)
         return {"loss": losses["loss"], LOGGED: torch.stack([losses[name] for name in LOSSES]).detach()}
 
     def evaluation_plan(self, codes: Tensor) -> DecodePlan:

@@ -17,7 +17,7 @@ from flashar_pl.training.sharded.quantised_adamw import quantised_adamw
 from flashar_pl.training.stages import Schedule
 
 
-def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: GridModel, weight_decay: float, decay_vectors: bool = False) -> list[dict[str, Any]]:
     """One group per role and kind of parameter, in a fixed order: a checkpoint refers to parameters by position.
 
     A group has its role under "role", and a name for `LearningRateMonitor`. What LoRA keeps frozen is in none.
@@ -26,7 +26,7 @@ def parameter_groups(model: GridModel, weight_decay: float) -> list[dict[str, An
     trained = [(roles[name], p) for name, p in model.named_parameters() if name not in frozen]
     groups = []
     for role, decays in itertools.product(ROLES, (True, False)):
-        name, decay = (role, weight_decay) if decays else (f"{role}_vectors", 0.0)
+        name, decay = (role, weight_decay) if decays else (f"{role}_vectors", weight_decay * decay_vectors)
         if parameters := [p for own, p in trained if own == role and (p.ndim >= 2) == decays]:
             groups.append({"params": parameters, "role": role, "name": name, "weight_decay": decay})
     return groups
@@ -48,7 +48,7 @@ def adamw(model: GridModel, options: OptimiserConfig, unscaled: bool = True) -> 
             raise ValueError(
                 f"{name} is {parameter.dtype}; master weights must be float32. Use precision bf16-mixed, not bf16-true."
             )
-    groups, lr, betas = parameter_groups(model, options.weight_decay), options.lr, options.betas
+    groups, lr, betas = parameter_groups(model, options.weight_decay, options.decay_vectors), options.lr, options.betas
     if options.state == "fp32":
         whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=unscaled and whole)
@@ -91,6 +91,6 @@ def renew_settings(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int, opti
     """
     scheduler.base_lrs = [options.lr for _ in scheduler.base_lrs]
     for group, scale in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        decays = group["params"][0].ndim >= 2
+        decays = options.decay_vectors or group["params"][0].ndim >= 2
         group["betas"], group["weight_decay"] = options.betas, options.weight_decay if decays else 0.0
         set_rate(group, options.lr * scale(step))

@@ -20,6 +20,16 @@ class Schedule:
     """Learning rate of the backbone in stage 2 relative to the base."""
     warmup: int = 0
     """Steps of linear warm-up."""
+    per_stage: bool = False
+    """Each stage has a cosine of its own."""
+    floor: float = 0.0
+    """Where a cosine ends, relative to the base rate of the stage, for every role that trains in it."""
+    flat_stage1: int = 0
+    """Steps of stage 1 before its cosine begins."""
+    flat_stage2: int = 0
+    """Steps of stage 2 before its cosine begins."""
+    stage2_rate: float = 1.0
+    """Base rate of stage 2 relative to that of stage 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.stage1_share <= 1:
@@ -28,6 +38,13 @@ class Schedule:
             raise ValueError(f"schedule.backbone_factor is {self.backbone_factor}; expected 0 or more.")
         if self.warmup < 0:
             raise ValueError(f"schedule.warmup is {self.warmup}; expected 0 or more steps.")
+        if not 0 <= self.floor < 1 or min(self.flat_stage1, self.flat_stage2) < 0 or self.stage2_rate <= 0:
+            raise ValueError(
+                f"schedule.floor is {self.floor}, flat_stage1 {self.flat_stage1}, flat_stage2 {self.flat_stage2}, "
+                f"stage2_rate {self.stage2_rate}; expected 0 <= floor < 1, flat parts of 0 or more, stage2_rate > 0."
+            )
+        if not self.per_stage and (self.flat_stage1 or self.flat_stage2 or self.stage2_rate != 1):
+            raise ValueError("schedule.flat_stage1, flat_stage2 and stage2_rate need schedule.per_stage: true.")
 
     @property
     def stage1_steps(self) -> int:
@@ -58,8 +75,18 @@ class Schedule:
         return any(self.factor(role, self.stage(step)) > 0 for step in (0, self.total_steps))
 
     def scale(self, role: str, step: int) -> float:
-        """Learning rate relative to the base: factor * (1 + cos(pi step / total)) / 2, after the warm-up; 0 from
-        `total_steps` on."""
-        done = min(step / self.total_steps, 1.0)
+        """Learning rate relative to the base: low + (top - low) (1 + cos(pi done)) / 2, after the warm-up.
+
+        done: of the run; or per stage, of the stage after its flat part. top is the role's factor and low the floor,
+        both times `stage2_rate` in a stage 2 of its own.
+        """
+        stage, begin, end, flat, rate = self.stage(step), 0, self.total_steps, 0, 1.0
+        if self.per_stage and stage == 1:
+            end, flat = self.stage1_steps, self.flat_stage1
+        elif self.per_stage:
+            begin, flat, rate = self.stage1_steps, self.flat_stage2, self.stage2_rate
+        done = min(max(step - begin - flat, 0) / max(end - begin - flat, 1), 1.0)
         rising = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
-        return self.factor(role, self.stage(step)) * rising * (1 + math.cos(math.pi * done)) / 2
+        factor = self.factor(role, stage)
+        low = self.floor * rate if factor else 0.0
+        return low + (factor * rate - low) * rising * (1 + math.cos(math.pi * done)) / 2

@@ -212,3 +212,13 @@ def test_chunks_are_a_sixteenth_within_their_limits() -> None:
     vocabulary = 1000
     sizes = [losses.chunk_size(targets, vocabulary, "cpu") for targets in (500, 2000, 32_000, 10**6)]
     assert sizes == [500, 2**20 // vocabulary, 2000, 2**22 // vocabulary]
+
+
+def test_weights_of_both_auxiliary_losses_can_differ() -> None:
+    """L_fuse + w_h L_H + w_v L_V; the authors' code has (0, 0.05)."""
+    model = tiny.flashar().double()
+    codes, ids = torch.randint(0, model.backbone.vocabulary, (2, 3, 4)), torch.tensor([1, 2])
+    parts = model.eval().loss(codes, ids, aux_weight=(0.0, 0.05))
+    torch.testing.assert_close(parts["loss"].detach(), parts["fused"] + 0.05 * parts["vertical"])
+    both = model.loss(codes, ids, aux_weight=(0.3, 0.3))["loss"]
+    assert torch.equal(both, model.loss(codes, ids, aux_weight=0.3)["loss"])

@@ -86,6 +86,26 @@ def test_logits_gate_and_losses(model, case):
         torch.testing.assert_close(losses[ours], IO[f"{case}/out/{name}"], **TOLERANCE)
 
 
+COLLAPSE = {"c1_4x4": 0.1565111, "c2_3x5": 0.3472055}
+"""Their loss on these inputs, computed with their code."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gate_collapse_is_the_authors_and_moves_the_gate_alone(model, case):
+    """Guards an entropy in nats, border cells that count, and gradients that reach the states."""
+    codes, prefix = inputs(case)
+    plain, more = (model.loss(codes, prefix, gate_collapse=weight)["loss"] for weight in (0.0, 0.1))
+    assert float(more - plain) * 10 == pytest.approx(COLLAPSE[case], abs=1e-4)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    grads = [torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (plain, more)]
+    moved = {
+        name for name, a, b in zip(names, *grads, strict=True)
+        if a is not None and not torch.allclose(a, b, atol=1e-6, rtol=1e-4)
+    }  # fmt: skip
+    assert moved
+    assert all(name.startswith("dual_head.gate.") for name in moved)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_and_guided_codes(model, visual, case):
     """Guidance with a shorter, equal and longer unconditional prefix: positions start after the longer one."""

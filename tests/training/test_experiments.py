@@ -159,3 +159,28 @@ def test_holds_overrides_only(path: Path) -> None:
         defaults = {name: getattr(kind, name, None) for name in kind.__dataclass_fields__}
         for name, value in (model.get(part) or {}).items():
             assert value != defaults[name], f"{part}.{name}"
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "authors").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_authors_settings_go_over_the_recipe_of_that_name(path: Path) -> None:
+    """Their options arrive: a schedule, losses and an optimiser that the recipe does not have."""
+    module = parse(FOLDER / path.name, "--config", str(path)).model
+    plain = parse(FOLDER / path.name).model
+    assert module.schedule.build(20000).scale("gate", 20000) > 0 == plain.schedule.build(20000).scale("gate", 20000)
+    assert module._loss_options == {"aux_weight": (0.0, 0.05)}
+    assert plain._loss_options == {"aux_weight": 0.05}
+    assert module.optimiser.decay_vectors
+    assert not plain.optimiser.decay_vectors
+
+
+@pytest.mark.parametrize(
+    ("losses", "flashar", "message"),
+    [
+        ({"gate_collapse": 0.1}, {"branch_layer": 1, "fusion": "average"}, "needs a gate"),
+        ({"vertical": 0.1}, None, "give model.flashar"),
+        ({"gate_collapse": -1.0}, {"branch_layer": 1}, "weights of 0 or more"),
+    ],
+)
+def test_losses_that_would_do_nothing_are_refused(losses: dict, flashar: dict | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlashARModule(backbone={"options": DIGITS}, flashar=flashar, losses=losses)

@@ -117,3 +117,23 @@ def test_a_role_trains_ever_or_never() -> None:
     schedule = Schedule(100, backbone_factor=0.0)
     assert [role for role in ROLES if not schedule.ever_trains(role)] == ["backbone"]
     assert all(Schedule(100).ever_trains(role) for role in ROLES)
+
+
+def test_the_authors_schedule_ends_each_stage_at_its_floor() -> None:
+    """Their default.json: 20,000 steps, 5 % in stage 1; flat parts of 500 and 2,000 steps; 0.35 of the rate in stage 2,
+    and a floor of 5 % of the heads' rate for the backbone too."""
+    flat = {"flat_stage1": 500, "flat_stage2": 2000}
+    schedule = Schedule(20000, 0.05, 0.2, per_stage=True, floor=0.05, stage2_rate=0.35, **flat)
+    lr = lambda role, step: 5e-5 * schedule.scale(role, step)  # noqa: E731
+    assert {lr("gate", step) for step in (0, 250, 500)} == {5e-5}
+    assert lr("gate", 999) == pytest.approx(2.5e-6, rel=1e-3)
+    assert lr("backbone", 999) == 0
+    for role, top in (("gate", 1.75e-5), ("backbone", 3.5e-6)):
+        assert lr(role, 1000) == lr(role, 3000) == pytest.approx(top)
+        assert lr(role, 11500) == pytest.approx((top + 8.75e-7) / 2)
+        assert lr(role, 20000) == pytest.approx(8.75e-7)
+
+
+def test_vectors_decay_where_asked() -> None:
+    groups = parameter_groups(tiny.flashar(), 0.01, decay_vectors=True)
+    assert {group["weight_decay"] for group in groups} == {0.01}
