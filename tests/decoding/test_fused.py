@@ -146,3 +146,9 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"the kernels need a CUDA device; use eager"):
         Engine(tiny.flashar(), "fused")
+
+
+def test_a_lossless_plan_is_refused() -> None:
+    """Its steps would be those of another loop."""
+    with pytest.raises(ValueError, match="its kernels know no lossless plan"):
+        Engine(tiny.backbone(), "fused").generate(tiny.classes(1), (2, 2), "lossless")
