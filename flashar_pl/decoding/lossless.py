@@ -166,6 +166,7 @@ class Lossless:
         at, codes = (each.repeat(rows // len(at), 1) for each in (at, codes))
         self.cache.place = place = self.length + at  # (R, w)
         rope = self.rope.expand(rows, -1, -1, -1).gather(1, place[..., None, None].expand(-1, -1, *self.rope.shape[2:]))
+        self.cache.filled = self.cache.keys.shape[3] - self.window  # all are visible: some models count them
         positions = torch.arange(self.cache.keys.shape[3], device=at.device)
         mask = positions <= place[..., None]  # (R, w, K)
         if self.inputs.prefix.mask is not None:

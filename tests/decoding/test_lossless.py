@@ -11,6 +11,7 @@ from flashar_pl.backbones import Condition
 from flashar_pl.decoding import Engine, generate
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.options import EngineOptions
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
@@ -27,6 +28,10 @@ def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
     """A model in float64, conditions of three samples, and what guidance needs besides."""
     if kind == "emu":
         return tiny.emu_flashar().double(), PROMPTS, NULLS
+    if kind == "released":
+        released = ReleasedFlashAR(tiny.emu(), 2, 1)
+        tiny.randomise(released.vertical, 1)
+        return released.double().eval(), PROMPTS, NULLS
     if kind == "text":
         return tiny.flashar(condition="text").double(), tiny.captions([2, 5, 3]), {}
     return tiny.flashar(n_head=4, n_kv_head=2).double(), tiny.classes(3), {}
@@ -41,6 +46,7 @@ def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
         ("text", "vertical"),
         ("emu", "both"),
         pytest.param("emu", "above", marks=pytest.mark.slow),
+        pytest.param("released", "vertical", marks=pytest.mark.slow),
     ],
 )
 def test_every_code_is_the_raster_sampler_s(kind: str, drafter: Any) -> None:
