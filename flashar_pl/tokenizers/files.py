@@ -12,6 +12,9 @@ from flashar_pl.renames import AVERAGED
 from flashar_pl.tensor_files import read_tensors
 from flashar_pl.text_files import read_yaml
 
+RECIPE_WEIGHTS = {131072: "weights/Emu3.5-VisionTokenizer", 16384: "weights/vq_ds16_c2i.pt"}
+"""Number of codes -> the published tokenizer that has them, where the recipes of experiments/ expect it."""
+
 
 def require_file(path: str | Path | None, what: str, advice: str) -> Path:
     """`path` as a Path, or a ValueError that says which file is wanted and where to get it."""

@@ -17,12 +17,11 @@ from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.recipes import recipes
 from flashar_pl.text_files import read_yaml
+from flashar_pl.tokenizers.files import RECIPE_WEIGHTS
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.stages import Schedule
 
 WEIGHTS_HOME = "https://github.com/toshas/torch-fidelity/releases"
-IBQ_CODES, VQ16_CODES = 131072, 16384
-"""Of the published tokenizers."""
 
 
 def check_initial_file(path: str | Path) -> None:
@@ -64,20 +63,18 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
     place = Path(shards)
     if place.name in ("digits", "scenes"):
         return f"flashar tokenize {place.name} --out {shards}"
-    if place.parent.name == "emu35_tiny":
+    if place.parent.name.endswith("_tiny"):
         return f"python tests/training/emu_tiny_data.py {place.parent}"
-    if backbone.conditioning.kind == "prompt" and backbone.vocabulary == IBQ_CODES:
+    weights, kind = RECIPE_WEIGHTS.get(backbone.vocabulary), backbone.conditioning.kind
+    if weights is not None and kind == "prompt":
         out = place.parent if re.fullmatch(r"\d+x\d+", place.name) else place
         square = " --crop square" if out != place else ""
-        return (
-            f"flashar tokenize text-image --data text_to_image.json{square} --out {out} --weights "
-            "weights/Emu3.5-VisionTokenizer"
-        )
-    if backbone.conditioning.kind == "class" and backbone.vocabulary == VQ16_CODES:
+        return f"flashar tokenize text-image --data text_to_image.json{square} --out {out} --weights {weights}"
+    if weights is not None and kind == "class":
         size = found[1] if (found := re.search(r"_(\d{3})$", place.name)) else "256"
         return (
             f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
-            "--weights weights/vq_ds16_c2i.pt"
+            f"--weights {weights}"
         )
     return f"flashar tokenize images photos --out {shards}"
 

@@ -124,7 +124,7 @@ def test_post_training_starts_from_the_raster_model() -> None:
     noisy = torch.full((2, 16), tiny.VOCABULARY)
     logits = [model.logits(noisy.unflatten(1, (4, 4)), torch.tensor([0, 1]), torch.full((2,), t)) for t in (0.1, 0.9)]
     assert torch.equal(*logits)
-    assert set(model.roles().values()) == {"backbone", "horizontal_head"}
+    assert set(model.roles().values()) == {"backbone", "added"}, "stage 1 trains what predicts: mask, time, head"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
