@@ -24,8 +24,8 @@ SWITCH: dict[str | None, bool] = {"on": True, "off": False}
 class RunOptions(ArchitectureOptions):
     """Run"""
 
-    config: str | None = None
-    """YAML of a training run."""
+    config: list[str] | None = None
+    """YAML of a training run; of several the later wins, key by key, as for fit."""
     preset: str | None = None
     """A published size as FlashAR instead of a file, such as llamagen-b; a wrong name lists them."""
     strategy: Literal["fsdp", "ddp"] | None = None
@@ -49,6 +49,8 @@ class RunOptions(ArchitectureOptions):
     """Optimizer steps of the run. Default: the file's, or 50,000."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.config, str):  # from Python
+            object.__setattr__(self, "config", [self.config])
         if (self.config is None) == (self.preset is None and self.backbone_class is None):
             raise ValueError("give either --config experiments/NAME.yaml, or --preset NAME or --backbone-class PATH.")
         if self.batch is not None and (self.config is None or self.batch < 1):
@@ -121,7 +123,7 @@ def plan(
     stages, room = memory_of_stages(sizes, setup), usable(memory)
     fits = max(stage.total for stage in stages.values()) <= room
     result: dict[str, Any] = {
-        "config": options.config or options.preset or options.backbone_class,
+        "config": " ".join(options.config or ()) or options.preset or options.backbone_class,
         "setup": asdict(setup),
         "notes": run.notes,
         "parameters": sizes.parameters | ({} if setup.lora is None else {"lora": added(sizes, setup.lora)}),
@@ -149,7 +151,7 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
 
     given = options.setup(gpus)
     if options.config is not None:
-        run = PlannedRun.of_file(options.config, gpus, options.batch)
+        run = PlannedRun.of_files(options.config, gpus, options.batch)
         if options.samples is not None:
             given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, options.samples)))
     else:

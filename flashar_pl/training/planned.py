@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,13 @@ class PlannedRun:
         return cls(sizes, TrainingSetup(sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
 
     @classmethod
-    def of_file(cls, path: str, gpus: int, batch: int | None = None) -> PlannedRun:
-        """A training YAML. batch: global batch of one forward in place of the file's.
+    def of_files(cls, paths: Sequence[str], gpus: int, batch: int | None = None) -> PlannedRun:
+        """A training YAML, or several of which the later wins. batch: global batch of one forward in place of theirs.
 
         Raises:
             ValueError: no such file, not a training configuration, or a batch that the GPUs cannot share.
         """
-        values = parsed_config(["--config", path])
+        values = parsed_config([word for path in paths for word in ("--config", path)])
         model, data, trainer = values["model"], values["data"], values["trainer"]
         data = data["init_args"] if "class_path" in data else data
         if "class_path" in model["backbone"]:

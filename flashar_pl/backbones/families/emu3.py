@@ -43,8 +43,9 @@ FAMILIES = (
         usual=USUAL,
         published={
             "emu3-8b": DecoderConfig(
-                **text_settings({}, "emu3", DEFAULTS), visual_token_offset=184622 - 32768, eol_token_id=151846,
-                boi_token_id=151852, model_type="emu3", text_prefix="model.text_model.", **USUAL,
+                **text_settings({}, "emu3", DEFAULTS), visual_token_offset=184622 - 32768,
+                num_visual_codes=32768, eol_token_id=151846, boi_token_id=151852, unconditional_prompt=(151849,),
+                model_type="emu3", text_prefix="model.text_model.", **USUAL,
             ),
         },
     ),
