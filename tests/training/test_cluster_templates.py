@@ -144,10 +144,10 @@ def test_every_advertised_number_of_nodes_goes_with_its_recipe() -> None:
     shown = advertised()
     assert {nodes for config, nodes, _ in shown if config.endswith("emu35_34b.yaml")} == {1, 2, 4, 8}
     for config, nodes, batch in sorted(shown, key=str):
-        setup = PlannedRun.of_file(str(ROOT / config), 8 * nodes, batch).setup
+        setup = PlannedRun.of_files([str(ROOT / config)], 8 * nodes, batch).setup
         assert setup.samples >= 1, (config, nodes)
     with pytest.raises(ValueError, match=r"batch_size 8 .*no multiple of 32 GPUs.*--batch 32.*BATCH=32"):
-        PlannedRun.of_file(str(ROOT / "experiments/emu35_34b.yaml"), 32)
+        PlannedRun.of_files([str(ROOT / "experiments/emu35_34b.yaml")], 32)
 
 
 def test_torchrun_takes_a_configuration_or_a_checkpoint(tmp_path: Path) -> None:
