@@ -58,7 +58,9 @@ def evaluate(
         return measured
     result = run_on_ranks(partial(evaluate_on_rank, asked, torch.get_num_threads()), ranks, engine.device)
     if result is not None:
-        print("\n".join(f"{name:<10} {value:.6g}" for name, value in result["metrics"].items()))
+        for name, value in result["metrics"].items():
+            error = result.get("standard_errors", {}).get(name)  # an evaluation of an earlier version has none
+            print(f"{name:<10} {value:.6g}" + ("" if error is None else f" ± {error:.2g}"))
         for name, reason in result["left_out"].items():
             print(f"{name:<10} left out: {reason}")
         print(f"wrote {options.out}/evaluation.json")

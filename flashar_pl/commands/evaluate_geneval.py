@@ -44,12 +44,18 @@ def evaluate_geneval(
     asked = GenEval(options, model, sampling, text, engine)
     report = run_on_ranks(partial(geneval_on_rank, asked, torch.get_num_threads()), ranks, engine.device)
     if report is not None:
+        errors = report["standard_errors"]
         for name, task in report["tasks"].items():
-            print(f"{name:<14} {task['correct'] / task['images']:.4f}  ({task['correct']} of {task['images']})")
-        print(f"mean over tasks (the official score)  {report['overall']:.4f}")
+            counts = f"({task['correct']} of {task['images']})"
+            print(f"{name:<14} {task['correct'] / task['images']:.4f}{_plus(errors[name])}  {counts}")
+        print(f"mean over tasks (the official score)  {report['overall']:.4f}{_plus(errors['overall'])}")
         print(f"mean over images                      {report['image_mean']:.4f}")
         print(f"wrote {options.out}/geneval.json, {options.out}/results.jsonl")
     return report
+
+
+def _plus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _check_pair(first: str, one: str | None, second: str, other: str | None) -> None:

@@ -22,7 +22,7 @@ from flashar_pl.evaluate.reference import Reference, load_reference_images
 from flashar_pl.evaluate.results import draw_grid, write_codes, write_npz
 from flashar_pl.evaluate.samples import Bench
 from flashar_pl.metrics.extractor import device_of
-from flashar_pl.metrics.table import choose_metrics, measure
+from flashar_pl.metrics.table import choose_metrics, measure, standard_errors
 from flashar_pl.options import as_settings
 from flashar_pl.ranks import Rank
 
@@ -161,6 +161,7 @@ def finish(
     result = {
         "command": "evaluate",
         "metrics": metrics,
+        "standard_errors": standard_errors(metrics, features, judge.reference.statistics),
         "left_out": judge.left_out | missing,
         "samples": {**identity, "codes_sha256": codes, "grid_classes": shown},
         "reference": judge.reference.facts,

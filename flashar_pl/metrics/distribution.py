@@ -86,6 +86,29 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
     return _frechet(float(offset), _factor(first[1], first[0]), _factor(second[1], second[0]))
 
 
+def frechet_standard_error(samples: Array, mu: Array, sigma: Array) -> float:
+    """Standard error of the Fréchet distance of samples (n, d) from fixed moments mu (d,), sigma (d, d).
+
+    Delta method: to first order the distance is a mean over samples of
+        f(x) = 2 (m - mu)^T (x - m) + (x - m)^T (I - T) (x - m),
+        T = S^(-1/2) (S^(1/2) sigma S^(1/2))^(1/2) S^(-1/2),
+    with m, S the samples' own moments (T takes them to the reference), so the error is s(f) / sqrt(n). It is that of the
+    draw of samples; the bias of the distance, which falls with n, and the reference's own error are not in it.
+    """
+    rows = _rows(samples, "samples", minimum=3).double()
+    mean, covariance = (torch.as_tensor(moment).detach().double().to(rows.device) for moment in (mu, sigma))
+    own = rows.mean(dim=0)
+    apart = rows - own  # (n, d)
+    values, vectors = torch.linalg.eigh(rows.T.cov().reshape(len(own), len(own)))
+    kept = values > len(values) * torch.finfo(torch.float64).eps * values.abs().max()
+    roots, basis = values[kept].sqrt(), vectors[:, kept]  # (r,), (d, r)
+    inner, turn = torch.linalg.eigh(roots[:, None] * (basis.T @ covariance @ basis) * roots)  # (r,), (r, r)
+    white = apart @ (basis / roots) @ turn  # (n, r)
+    moved = white.square() @ inner.clamp(min=0).sqrt()  # (n,) (x - m)^T T (x - m)
+    influence = 2 * apart @ (own - mean) + apart.square().sum(dim=1) - moved  # (n,)
+    return float(influence.std()) / len(rows) ** 0.5
+
+
 def check_moments(mu: Array, sigma: Array, name: str = "reference") -> tuple[Tensor, Tensor]:
     """A mean (d,) and a covariance (d, d) in float64 on the CPU; ValueError where they cannot be such a pair."""
     mean, covariance = (torch.as_tensor(moments).detach().double().cpu() for moments in (mu, sigma))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from flashar_pl.metrics.geneval_entries import CLASS_NAMES, COLORS, RELATIONS, check_clauses
+from flashar_pl.metrics.intervals import mean_of, share
 
 COUNTING = "counting"
 
@@ -176,6 +177,8 @@ class Summary:
     """Share of correct images."""
     prompt_mean: float
     """Share of prompts with at least one correct image."""
+    standard_errors: dict[str, float | None]
+    """Of each task and of "overall"; None = one prompt. Prompts are what is drawn, not images: `intervals.share`."""
     images: int
     prompts: int
 
@@ -183,18 +186,20 @@ class Summary:
 def summarise(results: Iterable[tuple[Mapping[str, Any], bool]]) -> Summary:
     """Of (metadata, correct) pairs, one or more images; prompts are told apart by their whole metadata."""
     tasks: dict[str, tuple[int, int]] = {}
-    prompts: dict[str, bool] = {}
+    prompts: dict[tuple[str, str], list[bool]] = {}
     for metadata, correct in results:
         right, total = tasks.get(metadata["tag"], (0, 0))
         tasks[metadata["tag"]] = (right + bool(correct), total + 1)
-        key = json.dumps(metadata, sort_keys=True)
-        prompts[key] = prompts.get(key, False) or bool(correct)
+        prompts.setdefault((metadata["tag"], json.dumps(metadata, sort_keys=True)), []).append(bool(correct))
+    shares = {tag: share([own for (other, _), own in prompts.items() if other == tag]) for tag in tasks}
+    errors = {name: each.standard_error for name, each in shares.items()}
     images = sum(total for _, total in tasks.values())
     return Summary(
         tasks=tasks,
         overall=sum(right / total for right, total in tasks.values()) / len(tasks),
         image_mean=sum(right for right, _ in tasks.values()) / images,
-        prompt_mean=sum(prompts.values()) / len(prompts),
+        prompt_mean=sum(map(any, prompts.values())) / len(prompts),
+        standard_errors={**errors, "overall": mean_of(list(shares.values())).standard_error},
         images=images,
         prompts=len(prompts),
     )

@@ -17,6 +17,7 @@ from torch.linalg import LinAlgError
 from flashar_pl.metrics.distribution import (
     f1_score,
     frechet_distance_from_moments,
+    frechet_standard_error,
     inception_score,
     kernel_distance,
     precision_recall,
@@ -65,6 +66,17 @@ def measure(
         else:
             missing[name] = f"it is {value}: the features are too large for its arithmetic"
     return found, missing
+
+
+def standard_errors(metrics: dict[str, float], samples: Features, reference: ReferenceStatistics) -> dict[str, float]:
+    """Of FID and sFID, by `frechet_standard_error`; a distance of 0 has no first order."""
+    seen: Any = samples
+    moments = {"fid": ("pool", "mu", "sigma"), "sfid": ("spatial", "mu_s", "sigma_s")}
+    return {
+        name: frechet_standard_error(getattr(seen, rows), getattr(reference, mu), getattr(reference, sigma))
+        for name, (rows, mu, sigma) in moments.items()
+        if metrics.get(name) and len(seen.pool) > 2
+    }
 
 
 def _frechet(rows: Tensor, mu: Any, sigma: Any, n: int | None) -> float:

@@ -6,6 +6,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
+from flashar_pl.metrics.distribution import frechet_distance_from_moments, frechet_standard_error
+from flashar_pl.metrics.geneval import summarise
 from flashar_pl.metrics.intervals import Estimate, difference, mean_of, nested, share, students_t
 
 
@@ -84,3 +86,41 @@ def test_shares_of_prompts():
     assert both.degrees == pytest.approx(4)
     assert mean_of([found, share([[True]])]).standard_error is None
     assert Estimate(0.0, 1.0, math.inf).half == pytest.approx(NormalDist().inv_cdf(0.975), rel=1e-5)
+
+
+def test_the_standard_error_of_a_distance_is_that_of_its_draws():
+    """Against the spread over independent draws, and the first-order change of the distance by one more sample."""
+    numbers = np.random.default_rng(0)
+    mixed = numbers.normal(size=(6, 6))
+    reference = numbers.normal(size=(5000, 6)) @ mixed + 0.5
+    mu, sigma = reference.mean(0), np.cov(reference.T)
+    draws = [numbers.normal(size=(400, 6)) @ mixed * 1.3 for _ in range(150)]
+    spread = np.std([frechet_distance_from_moments(x.mean(0), np.cov(x.T), mu, sigma) for x in draws])
+    told = [frechet_standard_error(x, mu, sigma) for x in draws]
+    assert np.mean(told) == pytest.approx(spread, rel=0.15)
+    assert np.std(told) < 0.2 * spread
+
+
+def test_the_influence_of_a_sample_is_the_derivative():
+    """Mixing a share e of one sample into the moments changes the distance by e times what the formula says."""
+    numbers = np.random.default_rng(1)
+    x, sigma = numbers.normal(size=(60, 4)), np.diag([1.0, 2.0, 0.5, 3.0])
+    mu, e = np.array([0.3, 0.0, -0.2, 0.1]), 1e-5
+    m, s = x.mean(0), np.cov(x.T)
+    slopes = []
+    for row in x:
+        moved = (1 - e) * s + e * (1 - e) * np.outer(row - m, row - m)
+        mean = m + e * (row - m)
+        change = frechet_distance_from_moments(mean, moved, mu, sigma) - frechet_distance_from_moments(m, s, mu, sigma)
+        slopes.append(change / e)
+    assert frechet_standard_error(x, mu, sigma) == pytest.approx(np.std(slopes, ddof=1) / 60**0.5, rel=1e-4)
+
+
+def test_errors_of_a_geneval_table():
+    """Two tasks, two prompts each, two images a prompt; guards an error that counts images."""
+    right = {("a", "x"): [1, 1], ("a", "y"): [0, 0], ("b", "x"): [1, 0], ("b", "y"): [1, 1]}
+    found = summarise([({"tag": tag, "prompt": text}, bool(ok)) for (tag, text), own in right.items() for ok in own])
+    assert (found.overall, found.prompts) == (pytest.approx((0.5 + 0.75) / 2), 4)
+    assert found.standard_errors["a"] == pytest.approx(0.5)
+    assert found.standard_errors["b"] == pytest.approx(0.25)
+    assert found.standard_errors["overall"] == pytest.approx(math.sqrt(0.5**2 + 0.25**2) / 2)
