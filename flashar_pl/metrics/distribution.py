@@ -92,8 +92,8 @@ def frechet_standard_error(samples: Array, mu: Array, sigma: Array) -> float:
     Delta method: to first order the distance is a mean over samples of
         f(x) = 2 (m - mu)^T (x - m) + (x - m)^T (I - T) (x - m),
         T = S^(-1/2) (S^(1/2) sigma S^(1/2))^(1/2) S^(-1/2),
-    with m, S the samples' own moments (T takes them to the reference), so the error is s(f) / sqrt(n). It is that of the
-    draw of samples; the bias of the distance, which falls with n, and the reference's own error are not in it.
+    with m, S the samples' own moments (T takes them to the reference), so the error is s(f) / sqrt(n). It is that of
+    the draw of samples; the bias of the distance, which falls with n, and the reference's own error are not in it.
     """
     rows = _rows(samples, "samples", minimum=3).double()
     mean, covariance = (torch.as_tensor(moment).detach().double().to(rows.device) for moment in (mu, sigma))
