@@ -111,3 +111,17 @@ def test_killed_runs() -> None:
         sums = [sum(part[name] for part in parts) for name in ("trials", "kills", "SIGKILL", "SIGTERM", "SIGINT",
                                                                 "same_end", "same_curves", "left_over")]  # fmt: skip
         assert [int(number) for number in re.findall(r"\d+", " ".join(row[1:]))] == sums
+
+
+def test_the_study_of_the_digits() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "digits.json").read_text())["rows"]
+    shown = rows(page("ablations.md"), "| | run | test NLL |")
+    assert [row[1].strip("`") for row in shown] == list(found)
+    for row, each in zip(shown, found.values(), strict=True):
+        assert shows(row[2], each["nll"]["value"])
+        if each["difference"] is not None:
+            assert shows(row[3], each["difference"]["value"])
+            assert shows(row[4], each["difference"]["standard_error"])
+            for cell, value in zip(row[5].split(" to "), each["difference"]["interval_95"], strict=True):
+                assert shows(cell, value), row
+    assert {run["commit"] for each in found.values() for run in each["runs"]} == {"850fb6603b4c"}
