@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
-from flashar_pl.decoding.fused import FusedRecording, decode_fused, refusal
+from flashar_pl.decoding.fused import FusedRecording, can_decode, decode_fused, refusal
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
@@ -104,8 +104,8 @@ class Engine:
         """Codes (B, H, W) int64; see `flashar_pl.decoding.generate`. sampling: fields of `SamplingSettings`."""
         settings = SamplingSettings(**sampling)
         order = self.model.make_plan(plan, *check_grid(grid))
-        if self.runner == "fused" and plan == "lossless":
-            raise ValueError("runner is fused, and its kernels know no lossless plan; use eager, or graphs on CUDA.")
+        if self.runner == "fused" and not can_decode(order):
+            raise ValueError(f"runner is fused, and its kernels know no {plan} plan; use eager, or graphs on CUDA.")
         backbone, device = self.model.backbone, self.device
         wanted = backbone.check_condition(condition).to(device)
         listed = sample_seeds(seeds, len(wanted))

@@ -62,6 +62,11 @@ def refusal(model: GridModel) -> str | None:
     return why_not(model.device)
 
 
+def can_decode(plan: DecodePlan) -> bool:
+    """Whether its slots see whole steps or all slots up to their own, and its steps are those of the loop."""
+    return plan.name != "lossless" and (not isinstance(plan.visible, Tensor) or is_causal(plan))
+
+
 def _is_common(model: GridModel, name: str, owner: type) -> bool:
     return getattr(type(model), name) is getattr(owner, name)
 
@@ -116,7 +121,7 @@ class Fused:
         self, model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, buffers: Buffers
     ) -> None:
         self.model, self.plan, self.settings, self.inputs, self.buffers = model, plan, settings, inputs, buffers
-        assert not isinstance(plan.visible, Tensor) or is_causal(plan), "kernels know steps and causal order only"
+        assert can_decode(plan), f"kernels know no {plan.name} plan"
         assert inputs.noise.is_contiguous() and inputs.rope[0].is_contiguous(), "kernels read them as they are written"
         x, length = inputs.prefix.x, len(inputs.prefix)
         self.rows, self.batch, self.length = len(x), len(buffers.drawn), length

@@ -148,7 +148,8 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         Engine(tiny.flashar(), "fused")
 
 
-def test_a_lossless_plan_is_refused() -> None:
-    """Its steps would be those of another loop."""
-    with pytest.raises(ValueError, match="its kernels know no lossless plan"):
-        Engine(tiny.backbone(), "fused").generate(tiny.classes(1), (2, 2), "lossless")
+@pytest.mark.parametrize("plan", ["lossless", "limited"])
+def test_other_plans_are_refused(plan: str) -> None:
+    """Their steps, or what their slots see, are not those of the kernels."""
+    with pytest.raises(ValueError, match=f"its kernels know no {plan} plan"):
+        Engine(tiny.flashar(), "fused").generate(tiny.classes(1), (2, 2), plan)
