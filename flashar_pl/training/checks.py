@@ -34,7 +34,7 @@ def check_initial_file(path: str | Path) -> None:
     elif (recipe := recipe_of_run(given.parent.parent)) is not None:
         how = f"It is made by: flashar fit --config {recipe}"
     else:
-        how = "A raster checkpoint is made by a raster run, as experiments/own_images.yaml is one."
+        how = "A raster checkpoint is made by a raster run, such as: flashar fit --config experiments/demo_raster.yaml"
     raise ValueError(f"model.init_from: no file {given}. {how}")
 
 
