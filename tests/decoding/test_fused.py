@@ -152,4 +152,4 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_plans_are_refused(plan: str) -> None:
     """Their steps, or what their slots see, are not those of the kernels."""
     with pytest.raises(ValueError, match=f"its kernels know no {plan} plan"):
-        Engine(tiny.flashar(), "fused").generate(tiny.classes(1), (2, 2), plan)
+        Engine(tiny.flashar(), "fused").generate(tiny.classes(1), (3, 3), plan)
