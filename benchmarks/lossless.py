@@ -88,7 +88,7 @@ def main() -> None:
         for name, sampling in SETTINGS.items():
             row(name, asked.images, "above", 2, asked.batch, **sampling)
     if "drafters" in asked.rows:
-        for drafter, window in itertools.product(("above", "vertical", "both"), (1, 2, 4, 8)):
+        for drafter, window in itertools.product(("above", "vertical"), (1, 2, 4, 8)):
             row("plain", asked.images, drafter, window, asked.batch)
     if "noise" in asked.rows:
         places = [mock.patch(f"flashar_pl.decoding.{name}.choose", gumbel) for name in ("lossless", "loop")]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 Plan = Literal["raster", "diagonal", "lossless", "limited"]
-Drafter = Literal["above", "vertical", "both"]
+Drafter = Literal["above", "vertical"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs", "fused"]
@@ -158,8 +158,8 @@ class EngineOptions(PlanOptions):
     """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
     drafter: Drafter | None = None
-    """With --plan lossless, what guesses the codes that are verified: the code above, the vertical branch, or both
-    branches fused. The images are the same. Default: above."""
+    """With --plan lossless, what guesses the codes that are verified: the code above, or the vertical branch. The
+    images are the same. Default: above."""
     window_rows: int | None = None
     """With --plan lossless, rows of the grid that one forward verifies. Default: 2."""
 

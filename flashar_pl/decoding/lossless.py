@@ -12,7 +12,6 @@ K = P + S + w cached positions, D width, V codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -60,14 +59,14 @@ class Lossless:
 
     Args:
         inputs: of the first batch; later ones have the same shapes.
-        drafter: who guesses, see `EngineOptions`. Anything but "above" needs a vertical branch.
+        drafter: who guesses, see `EngineOptions`. "vertical" needs a vertical branch.
         window_rows: height of the window in rows of the grid; w has the row-end slots besides.
         graphs: record the step.
     """
 
     def __init__(self, model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs,
                  drafter: Drafter, window_rows: int, graphs: bool) -> None:  # fmt: skip
-        if drafter != "above" and model.dual_head.vertical is None:
+        if drafter == "vertical" and model.dual_head.vertical is None:
             raise ValueError(f"drafter is {drafter!r}, and this model has no vertical branch; expected above.")
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("the plan is lossless, and the model is sharded: its ranks would need unlike numbers of "
@@ -80,7 +79,6 @@ class Lossless:
         at = torch.arange(self.total, device=device)
         self.forced = ~torch.isin(at, plan.on("slot", device))  # (T,) bool: row ends, and what lies behind the grid
         self.forced[plan.n_slots :] = False
-        self.inner = (at >= self.stride) & (at % self.stride > 0)  # (T,) bool: has cells above and to the left
         self.guided = torch.zeros(self.total, dtype=torch.bool, device=device)  # (T,)
         self.guided[plan.on("slot", device)] = torch.tensor(model.guided_steps(plan, settings), device=device)
         self.inputs = inputs.clone()
@@ -92,7 +90,6 @@ class Lossless:
         self.certain = torch.ones(batch, dtype=torch.int64, device=device)  # slots whose codes are final
         self.forwards = torch.zeros(batch, dtype=torch.int64, device=device)
         """(B,) int64: forwards that each sample of the last batch took, the prefix's included."""
-        self.above = x.new_zeros(len(x) if drafter == "both" else 0, self.total, x.shape[2])  # vertical states
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run(self, inputs: Inputs, on_step: Callable[[Progress], object]) -> Buffers:
@@ -120,7 +117,7 @@ class Lossless:
     @property
     def _state(self) -> list[Tensor]:
         """What a step changes and reads again."""
-        return [self.codes, self.certain, self.forwards, self.broken, self.above]
+        return [self.codes, self.certain, self.forwards, self.broken]
 
     def _begin(self, inputs: Inputs) -> None:
         """Feed the prefix and draw the first code; it is the first guess everywhere, too."""
@@ -131,7 +128,7 @@ class Lossless:
         self.cache.restart()
         mask = model.backbone.sequence_mask(plan, prefix, 0)
         rope = self.rope[:, : self.length]
-        h, _ = model.prefill(prefix.x, rope, mask, self.cache, self.drafter != "above")
+        h, _ = model.prefill(prefix.x, rope, mask, self.cache, self.drafter == "vertical")
         at = torch.zeros(len(self.codes), 1, dtype=torch.int64, device=self.codes.device)
         logits = self._logits(model.dual_head.step(h, None, _horizontal(1)), at)
         self.codes.copy_(self._choose(logits, at).expand_as(self.codes))
@@ -154,8 +151,10 @@ class Lossless:
         bad = ~logits.amax(-1).isfinite() & (turn < accepted[:, None]) & (to < last)
         self.broken.scatter_(1, to, bad)
         self.codes.scatter_(1, to + self.stride, drawn)  # the code above, until there is a better guess
-        if self.drafter != "above":
-            drawn = self._draft(h, cast(Tensor, v), at, drawn, turn < accepted[:, None])
+        if v is not None:  # the vertical branch guesses the row below
+            sources, below = StepSources(slice(0, 0), slice(0, w), 0, w, False), at + self.stride
+            guesses = self._choose(self._logits(self.model.dual_head.step(h, v, sources), below), below)
+            self.codes.scatter_(1, below, guesses)
         self.codes.scatter_(1, to, drawn)
         self.forwards += self.certain < last
         self.certain.add_(accepted).clamp_(max=last)
@@ -172,21 +171,7 @@ class Lossless:
         if self.inputs.prefix.mask is not None:
             image = mask.new_ones(1, 1).expand(rows, len(positions) - self.length)
             mask = mask & torch.cat([self.inputs.prefix.mask, image], dim=1)[:, None]
-        return self.model.step(codes, rope, mask[:, None], self.cache, self.drafter != "above")
-
-    def _draft(self, h: Tensor, v: Tensor, at: Tensor, drawn: Tensor, accepted: Tensor) -> Tensor:
-        """Guesses by the vertical branch: for the row below the window, and with "both" for the rest of the window,
-        where its logits are fused with the horizontal ones. Returns what becomes of the draws (B, w)."""
-        w, head, below = self.window, self.model.dual_head, at + self.stride
-        logits = self._logits(head.step(h, v, StepSources(slice(0, 0), slice(0, w), 0, w, False)), below)
-        self.codes.scatter_(1, below, self._choose(logits, below))
-        if self.drafter == "vertical":
-            return drawn
-        rows, to = at.repeat(len(v) // len(at), 1), at + 1
-        self.above.scatter_(1, (rows + self.stride)[..., None].expand_as(v), v)
-        over = self.above.gather(1, (rows + 1)[..., None].expand_as(v))
-        fused = self._logits(head.step(h, over, StepSources(slice(0, w), slice(0, w), 0, 0, False)), to)
-        return torch.where(accepted | ~self.inner[to], drawn, self._choose(fused, to))
+        return self.model.step(codes, rope, mask[:, None], self.cache, self.drafter == "vertical")
 
     def _logits(self, logits: Tensor, at: Tensor) -> Tensor:
         """Logits (R, n, V) with guidance where the slots at (B, n) have it: (B, n, V)."""
