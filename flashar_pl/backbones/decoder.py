@@ -69,6 +69,13 @@ class Decoder(Backbone):
     kind = "decoder"
     config_type: ClassVar[type | None] = DecoderConfig
     published: ClassVar[Mapping[str, Any]] = PRESETS
+    homes: ClassVar[Mapping[str, str]] = {
+        r"Emu3-Gen-hf": "https://huggingface.co/BAAI/Emu3-Gen-hf",
+        r"Janus-Pro-1B": "https://huggingface.co/deepseek-community/Janus-Pro-1B",
+        r"Janus-Pro-7B": "https://huggingface.co/deepseek-community/Janus-Pro-7B",
+        r"Lumina-mGPT-7B-768": "https://huggingface.co/Alpha-VLLM/Lumina-mGPT-7B-768",
+        r"SimpleAR-0\.5B": "https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL",
+    }
     example: ClassVar[Mapping[str, Any]] = {
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
         "visual_token_offset": 1024, "norm_eps": 1e-6, "rope_base": 1e6, "heads": "visual", "qk_norm": "layer",

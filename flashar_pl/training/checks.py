@@ -16,7 +16,7 @@ from flashar_pl.metrics.inception import WEIGHTS_FILE
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.recipes import recipes
-from flashar_pl.text_files import read_yaml
+from flashar_pl.text_files import read_text, read_yaml
 from flashar_pl.tokenizers.files import RECIPE_WEIGHTS
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.stages import Schedule
@@ -58,6 +58,16 @@ def recipe_of_run(directory: Path) -> str | None:
     return None
 
 
+def _in_header(shards: str) -> str | None:
+    """The command that makes `shards`, as the header of a recipe says that trains on them."""
+    for path in recipes():
+        header = re.sub(r"\\\n# +", "", read_text(path))
+        command = re.search(r"^# +(flashar tokenize .+)$", header, re.M)
+        if command and (read_yaml(path).get("data") or {}).get("shards") == shards:
+            return command[1]
+    return None
+
+
 def how_to_make(shards: str, backbone: Backbone) -> str:
     """The command that makes the shards a model trains on, at the place where they are looked for."""
     place = Path(shards)
@@ -76,7 +86,7 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
             f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
             f"--weights {weights}"
         )
-    return f"flashar tokenize images photos --out {shards}"
+    return _in_header(shards) or f"flashar tokenize images photos --out {shards}"
 
 
 def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:

@@ -94,7 +94,23 @@ COMMANDS |= {
     f"data/imagenet_{size} --weights weights/vq_ds16_c2i.pt"
     for size in (256, 384)
 }
+COMMANDS |= {
+    f"data/{name}/{grid}": f"flashar tokenize text-image --data text_to_image.json --weights weights/{weights} "
+    f"--buckets {grid} --out data/{name}"
+    for name, grid, weights in (
+        ("emu3_gen_8b", "90x90", "Emu3-Gen-hf"),
+        ("janus_pro_1b", "24x24", "Janus-Pro-1B"),
+        ("lumina_mgpt_7b", "48x48", "Lumina-mGPT-7B-768"),
+    )
+}
+COMMANDS["data/simplear_0.5b/64x64"] = (
+    'flashar tokenize text-image --data "tars/{00000..00099}.tar" --out data/simplear_0.5b --vocabulary 64000'
+)
 STARTS = {
+    "weights/Emu3-Gen-hf": "from https://huggingface.co/BAAI/Emu3-Gen-hf to weights/",
+    "weights/Janus-Pro-1B": "from https://huggingface.co/deepseek-community/Janus-Pro-1B to weights/",
+    "weights/Lumina-mGPT-7B-768": "from https://huggingface.co/Alpha-VLLM/Lumina-mGPT-7B-768 to weights/",
+    "weights/SimpleAR-0.5B": "from https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL to weights/",
     "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",
     "runs/demo/raster/checkpoints/last.ckpt": "flashar fit --config experiments/demo_raster.yaml",
     "runs/own/raster/checkpoints/best.ckpt": "flashar fit --config experiments/own_images.yaml",
