@@ -1,7 +1,7 @@
 """The second embedded data set, text to image: drawn objects, prompts of GenEval's six tasks, and an exact checker.
 
-A prompt has five places: colour and shape of a first object, a link, colour and shape of a second. Each is a row of
-text features, its word as a one-hot vector.
+A prompt has five places: colour and shape of a first object, a link, colour and shape of a second. Text features hold
+its words as one-hot vectors, side by side.
 
 Shapes: n scenes, 8 x 8 grid, T = 5 places of a prompt, C = 31 words over all places.
 """
@@ -164,18 +164,15 @@ def check_scene(codes: np.ndarray, prompt: Prompt) -> Verdict:
 
 
 def to_features(prompt: Prompt) -> np.ndarray:
-    """Text features (5, 31) float16 of a prompt."""
-    features, start = np.zeros((len(PLACES), WIDTH), np.float16), 0
-    for place, (word, words) in enumerate(zip(prompt, PLACES, strict=True)):
-        features[place, start + words.index(word)] = 1
-        start += len(words)
-    return features
+    """Text features (5, 31) float16 of a prompt: every row holds all its words, as those of a text encoder do."""
+    found = np.concatenate([np.equal(words, word) for word, words in zip(prompt, PLACES, strict=True)])
+    return np.tile(found.astype(np.float16), (len(PLACES), 1))
 
 
 def to_prompt(features: np.ndarray) -> Prompt:
     """The prompt of text features (5, 31), the inverse of `to_features`."""
-    flat = [word for words in PLACES for word in words]
-    return tuple(flat[i] for i in features.argmax(1))  # type: ignore[return-value]
+    places = np.split(features[0], np.cumsum([len(words) for words in PLACES])[:-1])
+    return tuple(words[int(place.argmax())] for words, place in zip(PLACES, places, strict=True))  # type: ignore
 
 
 def tokenize_scenes(out: str | os.PathLike[str], seed: int = 0) -> Manifest:

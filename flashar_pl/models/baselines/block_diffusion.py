@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, initialise
-from flashar_pl.backbones.condition import Condition, Given
+from flashar_pl.backbones.condition import Condition, Given, TextFeatures
 from flashar_pl.grid import DecodePlan, block_plan, check_grid, doubled_mask
 from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws, check_steps
 from flashar_pl.models.losses import HeadInputs, head_nll
@@ -59,10 +59,10 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockDiffusion(RasterAR):
-    """A block diffusion model on a class-conditional backbone, which it takes over.
+    """A block diffusion model on a backbone of classes or unpadded text features, which it takes over.
 
     Args:
-        backbone: with class ids, without row ends; its weights are where post-training starts.
+        backbone: without row ends; its weights are where post-training starts.
         strategy: what a block is, see `grid.block_plan`.
         clean_context: the strong variant, see the top of this file.
         steps: calls per block, S, where decoding is not told; the authors have 16, for one block.
@@ -85,10 +85,10 @@ class BlockDiffusion(RasterAR):
         steps: int = 16,
         grid: tuple[int, int] | None = None,
     ) -> None:
-        if backbone.conditioning.kind != "class" or backbone.row_ends:
+        if backbone.conditioning.kind == "prompt" or backbone.row_ends:
             raise ValueError(
                 f"the backbone is {backbone.kind} with conditions of kind {backbone.conditioning.kind!r}; block "
-                "diffusion expects a class-conditional one without row-end tokens."
+                "diffusion expects one of classes or text features, without row-end tokens."
             )
         super().__init__(backbone)
         self.strategy, self.clean_context, self.steps = strategy, clean_context, check_steps(steps)
@@ -174,7 +174,7 @@ class BlockDiffusion(RasterAR):
             raise ValueError(f"clean is {'missing' if clean is None else 'given'}; the model has clean_context "
                              f"{self.clean_context}.")  # fmt: skip
         context = None if clean is None else self._flat(clean)[0]
-        h = self.hidden(flat, self.backbone.check_condition(classes, len(flat)), self._by_cell(t, plan), plan, context)
+        h = self.hidden(flat, self._condition(classes, len(flat)), self._by_cell(t, plan), plan, context)
         return self.head_logits(h)
 
     def loss(  # type: ignore[override]
@@ -211,7 +211,7 @@ class BlockDiffusion(RasterAR):
             u = torch.rand(flat.shape, device=flat.device, generator=generator)
         noisy, masked = self.noise(codes, t_blocks, u)
         t = self._by_cell(t_blocks, plan).clamp_min(MIN_TIME[self.clean_context])
-        condition = self.backbone.check_condition(classes, len(flat))
+        condition = self._condition(classes, len(flat))
         h = self.hidden(noisy, condition, t, plan, flat if self.clean_context else None)
         counted = masked if valid is None else masked & valid.bool()[:, None]
         weight = counted.to(t) / t  # (B, N)
@@ -229,6 +229,13 @@ class BlockDiffusion(RasterAR):
             "masked": masked.float().mean(),
             "gate": torch.ones(len(flat), plan.height, plan.width, device=flat.device),
         }
+
+    def _condition(self, given: Given, batch: int | None = None) -> Condition:
+        """What a caller gave, checked; the masks of the blocks know no padding of a text."""
+        condition = self.backbone.check_condition(given, batch)
+        if isinstance(condition, TextFeatures) and condition.mask is not None and not condition.mask.all():
+            raise ValueError("text features are padded; block diffusion expects captions of one length.")
+        return condition
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -321,9 +328,9 @@ class BlockDiffusion(RasterAR):
         cached = self.clean_context if cached is None else cached
         if cached and not self.clean_context:
             raise ValueError("cached is True, and without clean_context every call changes all states; leave it out.")
-        condition = self.backbone.check_condition(classes).to(self.device)
+        condition = self._condition(classes).to(self.device)
         if unconditional is not None:
-            unconditional = self.backbone.check_condition(unconditional, len(condition)).to(self.device)
+            unconditional = self._condition(unconditional, len(condition)).to(self.device)
         plan = self.make_plan(None, *check_grid(grid or self.usual_grid))
         steps = check_steps(self.steps if steps is None else steps)
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):

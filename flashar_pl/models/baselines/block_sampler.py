@@ -177,6 +177,8 @@ class BlockSampler:
             x, turns = torch.cat([before, x], dim=1), torch.cat([table[:, spots], turns], dim=1)
             mask = torch.ones(x.shape[1], cache.filled + x.shape[1], dtype=torch.bool, device=x.device)
             mask[:kept, cache.filled + kept :] = False  # what is final does not see the block that follows
+            if block == 0:  # a condition of several tokens is causal
+                mask[:kept, :kept] = mask[:kept, :kept].tril()
         h = model.backbone.norm(model.backbone.layers(x, turns, mask, cache))
         cache.advance(kept)
         return h[:, kept:]

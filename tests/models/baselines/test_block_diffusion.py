@@ -11,6 +11,7 @@ import torch
 from tiny import CLOSE, GOLDEN
 from torch import Tensor
 
+from flashar_pl.backbones.condition import TextFeatures
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import Engine
@@ -251,8 +252,23 @@ def test_what_does_not_fit_is_named(arrays: dict[str, Tensor]) -> None:
         model.logits(torch.zeros(1, 64, dtype=torch.int64), classes, torch.zeros(1), torch.zeros(1, 64))
     with pytest.raises(ValueError, match=r"t has shape \(1, 3\)"):
         model.logits(torch.zeros(1, 64, dtype=torch.int64), classes, torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="class-conditional"):
-        BlockDiffusion(tiny.backbone(condition="text"))
+
+
+def test_text_features_are_a_condition_like_classes() -> None:
+    """The words count, cached drawing equals drawing anew, and padding, which no mask hides, is refused."""
+    model = BlockDiffusion(tiny.backbone(condition="text", caption_dim=5, caption_positions=3), "sub4x4", True, steps=2)
+    tiny.randomise(model, 0)
+    model = model.double().eval()
+    features = torch.randn(2, 3, 5, dtype=torch.float64)
+    condition = TextFeatures(features, torch.ones(2, 3, dtype=torch.bool))
+    again = [model.generate(condition, grid=(8, 8), seeds=[3, 3], cached=cached) for cached in (True, False)]
+    assert torch.equal(*again)
+    noisy = torch.full((2, 8, 8), model.mask_id)
+    logits = model.logits(noisy, condition, torch.ones(2), noisy.clamp(max=3))
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+    padded = TextFeatures(features, torch.tensor([[True] * 3, [False, True, True]]))
+    with pytest.raises(ValueError, match="text features are padded"):
+        model.loss(again[0], padded)
 
 
 def test_published_sizes() -> None:
