@@ -75,6 +75,8 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
         return f"flashar tokenize {place.name} --out {shards}"
     if place.parent.name.endswith("_tiny"):
         return f"python tests/training/emu_tiny_data.py {place.parent}"
+    if (command := _in_header(shards)) is not None:
+        return command
     weights, kind = RECIPE_WEIGHTS.get(backbone.vocabulary), backbone.conditioning.kind
     if weights is not None and kind == "prompt":
         out = place.parent if re.fullmatch(r"\d+x\d+", place.name) else place
@@ -86,7 +88,7 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
             f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
             f"--weights {weights}"
         )
-    return _in_header(shards) or f"flashar tokenize images photos --out {shards}"
+    return f"flashar tokenize images photos --out {shards}"
 
 
 def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:
