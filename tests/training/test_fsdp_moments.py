@@ -9,7 +9,7 @@ from sharded_ranks import go, run
 from training_toys import OptimiserConfig, make_module
 
 from flashar_pl.training.optim import adamw
-from flashar_pl.training.sharded.compact_adamw import CompactAdamW, round_at_random
+from flashar_pl.training.sharded.compact_adamw import MOMENTS, CompactAdamW, round_at_random
 
 
 def test_rounding_keeps_the_expectation() -> None:
@@ -54,8 +54,22 @@ def test_follows_adamw() -> None:
             (weight - target).square().sum().backward()
             optimiser.step()
         found.append(weight.detach())
-    assert float((found[0] - found[1]).abs().max()) < 5e-3
+    assert float((found[0] - found[1]).abs().max()) < 7e-3  # six standard deviations of the rounding
     assert float((found[0] - start).abs().mean()) > 0.2
+
+
+def test_copies_on_two_ranks_stay_equal() -> None:
+    """Ranks draw other numbers; rounded by these, the weights of DDP's ranks and of `replicas` drifted apart."""
+    found = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        weight = torch.nn.Parameter(torch.zeros(64))
+        optimiser = CompactAdamW([weight])
+        for step in range(3):
+            weight.grad = torch.linspace(-1, 1, 64) + step
+            optimiser.step()
+        found.append(torch.stack([weight.detach(), *(optimiser.state[weight][m].float() for m in MOMENTS)]))
+    assert torch.equal(*found)
 
 
 def test_state_keeps_its_size_when_loaded() -> None:

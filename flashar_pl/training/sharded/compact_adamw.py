@@ -1,8 +1,8 @@
 """AdamW with moments in bfloat16: 4 bytes less per parameter and moment pair than float32, which is 8.
 
 bfloat16 has 8 bits of mantissa: rounded to the nearest, the second moment could never shrink at beta2 = 0.999. So
-moments are rounded up or down at random, with probabilities that keep their expectation. Weights and arithmetic are
-float32.
+moments are rounded up or down at random, with probabilities that keep their expectation. The random numbers follow from
+the step alone: copies of a parameter on several ranks stay equal. Weights and arithmetic are float32.
 """
 
 from __future__ import annotations
@@ -72,24 +72,29 @@ class CompactAdamW(ByParameter):
         assert parameter.grad is not None
         tensors = (parameter, parameter.grad, *(state[moment] for moment in MOMENTS))
         assert all(local(tensor).is_contiguous() for tensor in tensors if tensor is not parameter.grad)
+        step = int(state["step"])
+        random = torch.Generator(local(parameter).device).manual_seed(step)  # each rank's own would part the copies
         parts = [local(tensor).reshape(-1).split(CHUNK) for tensor in tensors]
         for weights, gradient, first, second in zip(*parts, strict=True):
-            _adamw(weights, gradient, first, second, int(state["step"]), group)
+            _adamw(weights, gradient, first, second, step, group, random)
 
 
-def _adamw(weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any]) -> None:
+def _adamw(
+    weights: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any],
+    random: torch.Generator,
+) -> None:  # fmt: skip
     """One step of AdamW (Loshchilov and Hutter, Alg. 2) on vectors, in place."""
     beta1, beta2 = group["betas"]
     m = first.float().lerp_(gradient, 1 - beta1)
     v = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    first.copy_(round_at_random(m))
-    second.copy_(round_at_random(v))
+    first.copy_(round_at_random(m, random))
+    second.copy_(round_at_random(v, random))
     weights.mul_(1 - group["lr"] * group["weight_decay"])
     scale = v.sqrt_().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
     weights.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**step))
 
 
-def round_at_random(x: Tensor) -> Tensor:
+def round_at_random(x: Tensor, random: torch.Generator | None = None) -> Tensor:
     """float32 -> bfloat16: one of the two neighbours, the nearer one more often; the expectation is x."""
-    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device)
+    noise = torch.randint(0, 2**16, x.shape, dtype=torch.int32, device=x.device, generator=random)
     return (x.view(torch.int32).add(noise).bitwise_and_(-(2**16))).view(torch.float32).to(torch.bfloat16)
