@@ -76,6 +76,20 @@ class Ask(Callback):
             os.kill(os.getpid(), signal.SIGUSR1)
 
 
+class NodeDies(Callback):
+    """Under torchrun: kills the agent of one node and its process, without a warning, in the middle of a step. Once:
+    it takes `flag` away, a file without which nothing happens."""
+
+    def __init__(self, node: int, step: int, flag: str) -> None:
+        self.node, self.step, self.flag = node, step, Path(flag)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if trainer.node_rank == self.node and trainer.global_step == self.step - 1 and self.flag.exists():
+            self.flag.unlink()
+            for process in (os.getppid(), os.getpid()):
+                os.kill(process, signal.SIGKILL)
+
+
 class Dtypes(Callback):
     """Dtypes of parameters while their unit runs, of shards, of gradients and of moments."""
 

@@ -2,17 +2,23 @@
 
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
+import time
+import uuid
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from emu_tiny_data import write
 from pair import clean_environment
 from processes import free_port
 
+from flashar_pl.checkpoints.sharded import SafeReader, read_meta, read_sharded
 from flashar_pl.training.planned import PlannedRun
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +40,9 @@ for TASK in $(seq 0 $((SLURM_NTASKS - 1))); do
 done
 for PID in $PIDS; do wait "$PID" || WORST=$?; done
 exit ${WORST:-0}
+"""
+TORCHRUN = f"""#!/bin/bash
+exec {sys.executable} -m torch.distributed.run "$@"
 """
 FLASHAR = f"""#!/bin/bash
 exec {sys.executable} -m flashar_pl.cli "$@"
@@ -205,7 +214,7 @@ def test_a_preempted_slurm_job_ends_as_asked_and_continues(place: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_for_real(place: Path) -> None:
     """The launch by hand on one node of two processes."""
-    programs(place / "bin", torchrun=f'#!/bin/bash\nexec {sys.executable} -m torch.distributed.run "$@"\n')
+    programs(place / "bin", torchrun=TORCHRUN)
     words = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"]
     assert run("torchrun.sh", place, "localhost", "1", str(TINY), *words, GPUS="2", PORT=free_port()) == 0, Path(
         "log.txt"
@@ -213,3 +222,82 @@ def test_torchrun_for_real(place: Path) -> None:
     log = Path("log.txt").read_text()
     assert "parameters on 2 x cpu" in log
     assert "`max_steps=2` reached" in log
+
+
+def end_all(mark: str) -> list[int]:
+    """SIGKILL to every process that has `mark` in its environment: torchrun's processes are in sessions of their own,
+    and outlive an agent that is killed. The processes that there were."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if mark.encode() in file.read_bytes():
+                found.append(int(file.parent.name))
+                os.kill(found[-1], signal.SIGKILL)
+    return found
+
+
+def two_nodes(place: Path, *words: str, timeout: float = 120) -> list[int]:
+    """torchrun.sh on two "nodes" of one process each, on this machine; how each agent ended. What node N said is added
+    to place/N.txt. Nothing that was started is left.
+    """
+    environment = clean_environment() | {
+        "PATH": f"{place / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(map(str, HERE)),
+        "GPUS": "1", "PORT": free_port(), "STARTED_BY": str(uuid.uuid4()),
+    }  # fmt: skip
+    command = ["bash", str(CLUSTER / "torchrun.sh"), "localhost", "2", *words]
+    agents, end = [], time.monotonic() + timeout
+    with ExitStack() as stack:
+        stack.callback(end_all, environment["STARTED_BY"])
+        for node in range(2):
+            log = stack.enter_context((place / f"{node}.txt").open("a"))
+            agents.append(subprocess.Popen(command, cwd=place, env=environment, stdout=log, stderr=log))
+        with suppress(subprocess.TimeoutExpired):
+            for agent in agents:
+                agent.wait(max(0, end - time.monotonic()))
+        codes = [agent.poll() for agent in agents]
+        left = end_all(environment["STARTED_BY"])
+        for agent in agents:
+            agent.wait()
+    said = "\n".join(f"node {node}:\n{(place / f'{node}.txt').read_text()[-3000:]}" for node in range(2))
+    hung = [node for node, code in enumerate(codes) if code is None]
+    assert not hung, f"nodes {hung} had not ended after {timeout} s\n{said}"
+    assert not left, f"processes {left} outlived their agents\n{said}"
+    return codes
+
+
+def everything(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights, averages and moments of a sharded checkpoint."""
+    return read_sharded(checkpoint, {name: name for name in SafeReader(checkpoint).names()})
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_ends_the_other_and_the_same_words_continue(place: Path) -> None:
+    """Two torchrun agents, a copy of the shards on each. One dies in step 6, after the switch of stages (2) and the
+    checkpoint of step 4; the end is that of a run without this. Guards a node that waits for ever for a dead one, and
+    a second start that begins at step 0 or draws other samples."""
+    programs(place / "bin", torchrun=TORCHRUN)
+    config = yaml.safe_load(TINY.read_text())
+    config["trainer"] |= {"devices": 1, "max_steps": 10, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+    config["trainer"]["callbacks"][0]["init_args"]["every_n_train_steps"] = 4
+    flag = {"node": 1, "step": 6, "flag": str(place / "flag")}
+    config["trainer"]["callbacks"].append({"class_path": "sharded_ranks.NodeDies", "init_args": flag})
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    broken, whole = (["tiny.yaml", "--trainer.default_root_dir", root] for root in ("runs/broken", "runs/whole"))
+
+    Path("flag").touch()
+    codes = two_nodes(place, *broken)
+    assert -signal.SIGKILL in codes
+    assert 0 not in codes
+    assert not Path("flag").exists()
+    kept = Path("runs/broken/checkpoints")
+    assert [path.name for path in kept.iterdir()] == ["step=4.ckpt"]
+    assert two_nodes(place, *broken) == [0, 0]
+    assert "at step 4 of 10" in Path("0.txt").read_text() + Path("1.txt").read_text()
+    assert two_nodes(place, *whole) == [0, 0]
+
+    found, wanted = (Path("runs") / name / "checkpoints" / "step=10.ckpt" for name in ("broken", "whole"))
+    assert read_meta(found)["global_step"] == 10
+    ends = everything(found), everything(wanted)
+    assert ends[0].keys() == ends[1].keys()
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, atol=1e-5, rtol=1e-4, msg=name)
