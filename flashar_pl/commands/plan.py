@@ -1,4 +1,4 @@
-"""`flashar plan`: memory, time and decoding floor of a training run, by arithmetic.
+"""`flashar plan`: memory, time and decoding floor of a training run, by arithmetic; decoding time, predicted.
 
 torch is imported inside the functions: `--help` must not wait for it.
 """
@@ -28,6 +28,8 @@ class RunOptions(ArchitectureOptions):
     """YAML of a training run; of several the later wins, key by key, as for fit."""
     preset: str | None = None
     """A published size as FlashAR instead of a file, such as llamagen-b; a wrong name lists them."""
+    checkpoint: str | None = None
+    """A checkpoint instead of a file: its sizes, and its grid where it says one. Its weights are read."""
     strategy: Literal["fsdp", "ddp"] | None = None
     """fsdp (sharded) or ddp (everything on every GPU, also for one GPU). Default: the file's."""
     batch: int | None = None
@@ -51,8 +53,11 @@ class RunOptions(ArchitectureOptions):
     def __post_init__(self) -> None:
         if isinstance(self.config, str):  # from Python
             object.__setattr__(self, "config", [self.config])
-        if (self.config is None) == (self.preset is None and self.backbone_class is None):
-            raise ValueError("give either --config experiments/NAME.yaml, or --preset NAME or --backbone-class PATH.")
+        named = self.preset is not None or self.backbone_class is not None
+        if (self.config is not None) + (self.checkpoint is not None) + named != 1:
+            raise ValueError(
+                "give either --config experiments/NAME.yaml, --preset NAME or --backbone-class PATH, or --checkpoint."
+            )
         if self.batch is not None and (self.config is None or self.batch < 1):
             raise ValueError(f"batch is {self.batch}; expected 1 or more, with --config. A preset takes --samples.")
         if self.prefix is not None and self.prefix < 0:
@@ -96,8 +101,27 @@ class HardwareOptions:
             raise ValueError(f"mfu is {self.mfu}; expected 0 < mfu <= 1.")
 
 
+@dataclass(frozen=True)
+class DecodingOptions:
+    """Decoding"""
+
+    decode: bool = False
+    """Predict the time of decoding one guided image from counted kernels and assumed constants: low, central, high. No
+    GPU has confirmed it. A model of 34 billion parameters takes half a minute to count."""
+    runner: Literal["graphs", "fused", "eager"] | None = None
+    """With --decode, what runs the decoder: as --runner of generate. Default: graphs."""
+
+    def __post_init__(self) -> None:
+        if self.runner is not None and not self.decode:
+            raise ValueError(f"runner is {self.runner}, which only a predicted decoding has; add --decode.")
+
+
 def plan(
-    options: RunOptions, hardware: HardwareOptions = HardwareOptions(), *, out: str | None = None
+    options: RunOptions,
+    hardware: HardwareOptions = HardwareOptions(),
+    decoding: DecodingOptions = DecodingOptions(),
+    *,
+    out: str | None = None,
 ) -> dict[str, Any]:
     """Say what a training run needs before it is started: parameters, bytes per GPU, hours, and the decoding floor.
 
@@ -106,6 +130,7 @@ def plan(
 
     Example:
         flashar plan --config experiments/llamagen_l_256.yaml --gpus 8 --gpu-memory 96
+        flashar plan --preset llamagen-l --gpu h200 --decode --runner fused
 
     Args:
         out: also write the numbers to this new JSON file.
@@ -123,7 +148,7 @@ def plan(
     stages, room = memory_of_stages(sizes, setup), usable(memory)
     fits = max(stage.total for stage in stages.values()) <= room
     result: dict[str, Any] = {
-        "config": " ".join(options.config or ()) or options.preset or options.backbone_class,
+        "config": " ".join(options.config or ()) or options.checkpoint or options.preset or options.backbone_class,
         "setup": asdict(setup),
         "notes": run.notes,
         "parameters": sizes.parameters | ({} if setup.lora is None else {"lora": added(sizes, setup.lora)}),
@@ -135,7 +160,7 @@ def plan(
         "gpus_that_fit": None if fits else gpus_that_fit(sizes, setup, room),
         "mfu": hardware.mfu,
         "time": training_time(sizes, setup, rates.flops, hardware.mfu),
-        "decode": decode_floors(sizes, setup.grid, setup.prefix, rates),
+        "decode": decode_floors(sizes, setup.grid, setup.prefix, rates, decoding),
     }
     print(report(result))
     if out is not None:
@@ -146,7 +171,8 @@ def plan(
 def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
     """The file's run; or a published size, or a backbone of the user's, as FlashAR at its usual branch layer unless
     told. What was typed wins."""
-    from flashar_pl.planner.sizes import named_sizes
+    from flashar_pl.checkpoints.weights import load_model
+    from flashar_pl.planner.sizes import model_sizes, named_sizes
     from flashar_pl.training.planned import PlannedRun
 
     given = options.setup(gpus)
@@ -154,17 +180,32 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
         run = PlannedRun.of_files(options.config, gpus, options.batch)
         if options.samples is not None:
             given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, options.samples)))
+    elif options.checkpoint is not None:
+        loaded = load_model(options.checkpoint)
+        config = loaded.model.config()
+        if options.branch_layer is not None:
+            config = {"backbone": config["backbone"], "branch_layer": options.branch_layer}
+        run = PlannedRun.of_model(model_sizes(config), gpus, loaded.description.grid)
     else:
         sizes = named_sizes(options.preset, options.backbone_class, options.branch_layer)
         run = PlannedRun.of_model(sizes, gpus)
     return replace(run, setup=replace(run.setup, **given))
 
 
-def decode_floors(sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, rates: Gpu) -> list[dict[str, Any]]:
-    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run."""
+def decode_floors(
+    sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, rates: Gpu, decoding: DecodingOptions
+) -> list[dict[str, Any]]:
+    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run; and
+    predictions. ValueError where predictions are wanted, and no plan has one."""
+    from flashar_pl.planner.cost import prediction
     from flashar_pl.planner.decode import DecodeJob
 
     plans = () if "blocks" in sizes.plans else sizes.plans  # their grid has the clean copy as a second image
+    jobs = [DecodeJob(sizes, plan, grid, prefix=prefix) for plan in plans]
+    predicted = [prediction(job, decoding.runner or "graphs", rates) if decoding.decode else None for job in jobs]
+    if decoding.decode and not any(predicted):
+        kind = sizes.config["kind"]
+        raise ValueError(f"--decode predicts raster and diagonal plans, and a {kind} model has neither; leave it out.")
     return [
         {
             "plan": job.plan,
@@ -173,6 +214,7 @@ def decode_floors(sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, 
             "flops": job.flops,
             "floor_s": job.floor(rates.bandwidth, rates.flops),
             "memory": job.memory.total,
+            **(more or {}),
         }
-        for job in (DecodeJob(sizes, plan, grid, prefix=prefix) for plan in plans)
+        for job, more in zip(jobs, predicted)
     ]

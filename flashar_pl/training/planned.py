@@ -31,9 +31,10 @@ class PlannedRun:
     """What was assumed."""
 
     @classmethod
-    def of_model(cls, sizes: ModelSizes, gpus: int) -> PlannedRun:
-        """A model on its usual grid; one sample per GPU, sharded, checkpointed."""
-        return cls(sizes, TrainingSetup(sizes.usual_grid, gpus=gpus), [_assumed(sizes.usual_grid)])
+    def of_model(cls, sizes: ModelSizes, gpus: int, grid: tuple[int, int] | None = None) -> PlannedRun:
+        """A model on its usual grid, unless told; one sample per GPU, sharded, checkpointed."""
+        notes = [] if grid else [_assumed(sizes.usual_grid)]
+        return cls(sizes, TrainingSetup(grid or sizes.usual_grid, gpus=gpus), notes)
 
     @classmethod
     def of_files(cls, paths: Sequence[str], gpus: int, batch: int | None = None) -> PlannedRun:
