@@ -40,7 +40,8 @@ class ModelOptions(ArchitectureOptions):
     """Model"""
 
     checkpoint: str
-    """Lightning checkpoint, converted directory, official .pt or .safetensors file, or released directory."""
+    """Lightning checkpoint, converted directory, official .pt or .safetensors file, released directory, or OWNER/NAME
+    in the cache of huggingface.co."""
     weights: Weights = "auto"
     """Which weights of a file that may have two: averaged ones where present (auto), raw, or ema."""
     n_head: int | None = None
@@ -48,6 +49,8 @@ class ModelOptions(ArchitectureOptions):
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
     multi_scale_vq:FILE, pixels:LEVELS, or a JSON object."""
+    download: bool = False
+    """Fetch a checkpoint OWNER/NAME of huggingface.co where its local cache lacks it."""
 
 
 @dataclass(frozen=True)

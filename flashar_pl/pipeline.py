@@ -11,7 +11,6 @@ Shapes: N samples in all, H x W grid.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,7 +24,8 @@ from PIL.Image import Image, fromarray
 from torch import Tensor
 
 from flashar_pl.checkpoints.opening import Source, open_checkpoint
-from flashar_pl.console import closest, needing, progress_bar
+from flashar_pl.checkpoints.repositories import located
+from flashar_pl.console import closest, progress_bar
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.request import DrawRequest
@@ -43,11 +43,6 @@ from flashar_pl.options import (
 from flashar_pl.pictures import tile
 from flashar_pl.planner.room import fitting_batch
 from flashar_pl.tokenizers import Tokenizer
-
-REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w.-]+)*")
-"""owner/name, or owner/name/path/of/a/file."""
-DATA_FILES = ("*.json", "*.safetensors", "*.tiktoken", "*.txt", "*.model")
-"""What is fetched of a repository: weights, configurations and vocabularies, never code."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,7 @@ class FlashARPipeline:
     @classmethod
     def from_pretrained(cls, path_or_repo: str | Path, **options: Any) -> Self:
         """A checkpoint of any kind: a path, or owner/name of a Hugging Face repository that holds a model directory,
-        or owner/name/FILE, which are fetched once into its cache.
+        or owner/name/FILE: from its local cache, and with download=True fetched into it.
 
         Args:
             options: of `ModelOptions`, `EngineOptions` and `TextOptions`, such as device="cuda", dtype="bf16",
@@ -104,7 +99,7 @@ class FlashARPipeline:
             raise ValueError(f"from_pretrained has no option {unknown[0]!r}; {closest(unknown[0], sorted(known))}")
         groups = [{name: options[name] for name in _options_of(kind) & options.keys()}
                   for kind in (ModelOptions, EngineOptions, TextOptions)]  # fmt: skip
-        model = ModelOptions(checkpoint=_locate(path_or_repo), **groups[0])
+        model = located(ModelOptions(checkpoint=str(path_or_repo), **groups[0]))
         return cls(model, EngineOptions(**groups[1]), TextOptions(**groups[2]))
 
     @property
@@ -211,26 +206,3 @@ class FlashARPipeline:
 
 def _options_of(*groups: type) -> set[str]:
     return {field.name for group in groups for field in fields(group)}
-
-
-def _locate(path_or_repo: str | Path) -> str:
-    """A local path: the one given, or where the Hugging Face cache has the repository or the file."""
-    path = Path(path_or_repo).expanduser()
-    name = str(path_or_repo)
-    if path.exists() or path.is_absolute() or path.suffix == ".ckpt" or not REPOSITORY.fullmatch(name):
-        return str(path)
-    owner, repository, *inside = name.split("/")
-    if owner in (".", "..", "~") or Path(owner).exists():
-        return str(path)
-    with needing(f"{name}, which is no local path and so a repository,", "emu"):
-        import huggingface_hub
-    try:
-        if inside:
-            return huggingface_hub.hf_hub_download(f"{owner}/{repository}", "/".join(inside))
-        return huggingface_hub.snapshot_download(f"{owner}/{repository}", allow_patterns=list(DATA_FILES))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"no file or directory {name}, and as a repository of huggingface.co: {said} Expected the path of a "
-            "checkpoint, OWNER/NAME, or OWNER/NAME/FILE."
-        ) from error

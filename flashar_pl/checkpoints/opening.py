@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, named_paths, refusal, typed_tokenizer
+from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.options import DeviceOptions, ModelOptions, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
 
     if options.backbone_class is not None:
         import_backbone(options.backbone_class)
-    path = options.checkpoint
+    path = locate(options.checkpoint, options.download)
     stored = stored or (compute.dtype is None and is_official_directory(path))
     place, dtype = find_device(compute.device), None if stored else dtype_from_name(compute.dtype or "fp32")
     given_grid, given_tokenizer = parse_grid(options.grid), parse_tokenizer(options.tokenizer)

@@ -41,6 +41,7 @@ def evaluate(
     """
     import torch
 
+    from flashar_pl.checkpoints.repositories import located
     from flashar_pl.evaluate.run import evaluate_on_rank
     from flashar_pl.evaluate.run_checkpoints import evaluate_checkpoints
     from flashar_pl.ranks import run_on_ranks
@@ -49,6 +50,8 @@ def evaluate(
         raise ValueError(f"--checkpoint and --run are {'both' if options.run else 'not'} given; expected one of them.")
     if options.out is None and options.run is None:
         raise ValueError("--out is missing; expected a directory for the results.")
+    if options.run is None:
+        model = located(model)  # once, before there are ranks
     asked = Evaluation(options, model, sampling, engine)
     if options.run is not None:
         measured = run_on_ranks(partial(evaluate_checkpoints, asked, torch.get_num_threads()), ranks, engine.device)

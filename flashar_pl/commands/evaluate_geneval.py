@@ -32,6 +32,7 @@ def evaluate_geneval(
     """
     import torch
 
+    from flashar_pl.checkpoints.repositories import located
     from flashar_pl.evaluate.geneval import geneval_on_rank
     from flashar_pl.ranks import run_on_ranks
 
@@ -41,6 +42,8 @@ def evaluate_geneval(
         raise ValueError("nothing to do: give --checkpoint and --prompts to draw, --detector and --clip to score.")
     if not model.checkpoint and (model, text) != (DrawnModelOptions(), TextOptions()):
         raise ValueError("options of the model and of its prompts are for drawing; add --checkpoint, --prompts.")
+    if model.checkpoint:
+        model = located(model)  # once, before there are ranks
     asked = GenEval(options, model, sampling, text, engine)
     report = run_on_ranks(partial(geneval_on_rank, asked, torch.get_num_threads()), ranks, engine.device)
     if report is not None:

@@ -10,6 +10,7 @@ import pytest
 from command_toys import DIGITS, TINY
 
 from flashar_pl import FlashARPipeline
+from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.options import SampleOptions
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.module import FlashARModule
@@ -71,28 +72,83 @@ def test_wrong_options_are_refused_with_the_right_ones(flashar_model):
         codes.sheet()
 
 
-def test_a_repository_is_fetched_by_its_name_and_a_wrong_path_is_not(flashar_model, monkeypatch, tmp_path):
-    """Guards a mistyped path that goes to the network, and code that comes along with weights."""
+@pytest.fixture
+def hub_cache(run, flashar_model, monkeypatch, tmp_path):
+    """A Hub cache with somebody/a-model, a converted directory, and somebody/half, its configuration alone.
+
+    What is fetched would be fetched by the two recorded functions, with local_files_only=False."""
     hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit = "0" * 40
+    for name in ("a-model", "half"):
+        stored = tmp_path / "cache" / f"models--somebody--{name}"
+        (stored / "refs").mkdir(parents=True)
+        (stored / "refs/main").write_text(commit)
+        (stored / "snapshots").mkdir()
+    code, _, err = run(
+        "convert", flashar_model, "--out", tmp_path / "cache/models--somebody--a-model/snapshots" / commit
+    )
+    assert code == 0, err
+    (stored / "snapshots" / commit).mkdir()
+    (stored / "snapshots" / commit / "config.json").write_text("{}")
     calls = []
 
-    def fetched(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        return flashar_model
+    def recorded(real):
+        def call(repository, *args, local_files_only, **options):
+            calls.append((repository, *args, options.get("allow_patterns"), local_files_only))
+            if local_files_only:
+                return real(repository, *args, local_files_only=True, **options)
+            raise hub.errors.LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(hub, "snapshot_download", fetched)
-    monkeypatch.chdir(tmp_path)
+        return call
+
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(hub, name, recorded(getattr(hub, name)))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    return calls
+
+
+def test_a_repository_comes_from_the_cache(run, hub_cache):
+    """Guards a run that goes to the network unasked, and a command that takes less than the pipeline."""
     assert FlashARPipeline.from_pretrained("somebody/a-model").grid == (8, 8)
-    [(name, patterns)] = calls
-    assert name == "somebody/a-model"
+    assert Path(locate("somebody/a-model/model.safetensors")).is_file()
+    code, _, err = run("generate", "--checkpoint", "somebody/a-model", "--classes", "3", "--out", "drawn")
+    assert code == 0, err
+    assert [call[-1] for call in hub_cache] == [True] * 3
+    Path("somebody/a-model").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"somebody/a-model"):  # a local path comes first, even a wrong one
+        FlashARPipeline.from_pretrained("somebody/a-model")
+    assert len(hub_cache) == 3
+
+
+def test_what_the_cache_lacks_is_fetched_only_where_asked(run, hub_cache):
+    """Guards a mistyped path that goes to the network, and code that comes along with weights."""
+    fetch = r"To fetch it: hf download somebody/{}, or add --download .*, in Python download=True"
+    with pytest.raises(ValueError, match=r"the Hub cache \(.*cache\) does not hold it\. " + fetch.format("none")):
+        FlashARPipeline.from_pretrained("somebody/none")
+    with pytest.raises(ValueError, match=r"holds it without its weights\. " + fetch.format("half")):
+        FlashARPipeline.from_pretrained("somebody/half")
+    with pytest.raises(ValueError, match=r"does not hold it\. " + fetch.format("a-model")):
+        FlashARPipeline.from_pretrained("somebody/a-model/c2i_B_256.pt")
+    code, _, err = run(
+        "evaluate", "--checkpoint", "somebody/none", "--reference", "x", "--features", "x", "--out", "eval"
+    )
+    assert code == 2
+    assert "does not hold it" in err
+    assert all(call[-1] for call in hub_cache)
+    with pytest.raises(ValueError, match=r"no checkpoint somebody/none: .* as a repository .* offline"):
+        FlashARPipeline.from_pretrained("somebody/none", download=True)
+    code, _, err = run("generate", "--checkpoint", "somebody/none", "--download", "--classes", "3", "--out", "drawn")
+    assert code == 2
+    assert "offline" in err
+    name, patterns, local = hub_cache[-1]
+    assert (name, local) == ("somebody/none", False)
     assert not [pattern for pattern in patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
 
-    def missing(*_, **__):
-        raise hub.errors.LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(hub, "snapshot_download", missing)
-    with pytest.raises(ValueError, match=r"no file or directory somebody/a-model, and as a repository .* offline"):
-        FlashARPipeline.from_pretrained("somebody/a-model")
+def test_a_wrong_path_is_no_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
     for path in ("runs/last", "no/such.ckpt", "/no/where", "model.safetensors", "./a/b"):
         with pytest.raises(ValueError, match=f"no checkpoint {path.removeprefix('./')}"):
