@@ -8,6 +8,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -72,12 +73,14 @@ def mentions(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield node.lineno, name
 
 
-def source(kind: type) -> str:
-    """Of a class; classes made in C have none."""
+@cache
+def names_in(kind: type) -> frozenset[str]:
+    """Private names in the source of a class; classes made in C have none."""
     try:
-        return inspect.getsource(kind)
+        source = inspect.getsource(kind)
     except (OSError, TypeError):
-        return " ".join(vars(kind))
+        source = " ".join(vars(kind))
+    return frozenset(re.findall(r"\b_[a-z]\w*", source))
 
 
 def inherited(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
@@ -92,7 +95,7 @@ def inherited(path: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in classes:
         kind = getattr(module, node.name)
         bases = [base for base in kind.__mro__ if base.__module__.split(".")[0] in LIBRARIES]
-        theirs = {name for base in bases for name in re.findall(r"\b_[a-z]\w*", source(base))}
+        theirs = frozenset().union(*map(names_in, bases))
         for inner in ast.walk(node):
             match inner:
                 case ast.Attribute(attr=name, value=ast.Name(id="self")) if private(name) and name in theirs:

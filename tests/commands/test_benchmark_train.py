@@ -38,6 +38,7 @@ def narrow(monkeypatch):
 WORDS = ("--preset", "llamagen-b", "--layers", 1, "--repeats", 1, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_a_training_benchmark(work, run, narrow):
     """Three logit tensors of 256 x 16,384 floats are 16 MiB each: the chunked loss must stay far below."""
     code, out, err = run("benchmark", "train", *WORDS, "--batch-size", 4, "--grid", "8x8", "--out", "train.json")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 
 def test_generate_in_float16(run, flashar_model, tmp_path: Path) -> None:
@@ -30,6 +31,7 @@ def test_generate_in_float16(run, flashar_model, tmp_path: Path) -> None:
         assert json.loads((tmp_path / plan / "settings.json").read_text())["settings"]["dtype"] == "fp16"
 
 
+@pytest.mark.slow
 def test_benchmark_in_float16(run, flashar_model, tmp_path: Path) -> None:
     """Guards the device rates, the GEMM-only walk and both plans in float16."""
     words = ("--dtype", "fp16", "--repeats", 1, "--threads", 1, "--skip-plain", "--device", "cpu")

@@ -281,6 +281,7 @@ def test_nothing_is_drawn_for_those_who_left(service: Service, monkeypatch: pyte
     assert slow.steps == 1, "the step that was being drawn, and none after it"
 
 
+@pytest.mark.slow
 def test_a_real_server(flashar_model: str, service: Service) -> None:
     """A process of its own, until Ctrl-C."""
     words = ["serve", "--checkpoint", flashar_model, "--port", "0", "--cfg-scale", "1.5", "--device", "cpu"]

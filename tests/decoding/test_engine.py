@@ -39,7 +39,7 @@ def inputs_of(model: GridModel, condition: Condition, plan: Any, settings: Sampl
 
 
 @pytest.mark.parametrize("plan", ["raster", "diagonal"])
-@pytest.mark.parametrize("kind", ["class", "text", "emu"])
+@pytest.mark.parametrize("kind", ["class", "text", pytest.param("emu", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_the_recorded_loop_serves_other_inputs(kind: str, plan: str) -> None:
     """What a CUDA graph relies on: the operations of one batch, replayed with other inputs, decode those.
@@ -172,6 +172,7 @@ def fake_compile(calls: list[Any]) -> Callable[..., Any]:
     return compile
 
 
+@pytest.mark.slow
 def test_compiled_blocks_decode_the_same_and_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(torch, "compile", fake_compile(calls))
