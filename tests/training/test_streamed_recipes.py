@@ -87,7 +87,7 @@ def test_streamed_recipes_on_two_ranks(pair: Pair, tmp_path: Path) -> None:
         tiny(
             tmp_path, names[1],
             {
-                "backbone": emu["backbone"] | {"preset": None},
+                "backbone": emu["backbone"] | {"preset": None, "directory": None},
                 "flashar": {"branch_layer": 1},
                 "init_from": "emu/model",
                 "validation": {"grid_images": 2, "sample_batch": 2},
