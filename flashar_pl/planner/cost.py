@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashar_pl.backbones.condition import Prefix
 from flashar_pl.checkpoints.description import build_on_meta
-from flashar_pl.decoding.fused import Fused, can_decode, refusal
+from flashar_pl.decoding.fused import Fused, refusal
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.layers.kernels.launch import watched
 from flashar_pl.models.base import GridModel
@@ -67,11 +67,13 @@ class Kernels:
     """Own kernels, `flashar_pl.layers.kernels`."""
 
 
-class _Functions(TorchFunctionMode):
+class _Counting:
     def __init__(self, counted: Counter[str]) -> None:
         super().__init__()
         self.counted = counted
 
+
+class _Functions(_Counting, TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.rms_norm:
             self.counted["norm"] += 1
@@ -85,11 +87,7 @@ class _Functions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Operators(TorchDispatchMode):
-    def __init__(self, counted: Counter[str]) -> None:
-        super().__init__()
-        self.counted = counted
-
+class _Operators(_Counting, TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__
         view = any(part.alias_info is not None and not part.alias_info.is_write for part in function._schema.returns)
@@ -138,11 +136,10 @@ def kernels_of_kinds(job: DecodeJob) -> tuple[list[Kernels], int]:
     """Of every forward by the own kernels, and the nodes of all graphs: one for the prefix, one for a kind of step.
 
     Raises:
-        ValueError: the kernels cannot decode with this model or plan.
+        ValueError: the kernels cannot decode with this model.
     """
     model, settings, inputs, buffers = _on_meta(job)
-    reason = refusal(model) or ("" if can_decode(job.order) else f"they know no {job.plan} plan")
-    if reason:
+    if reason := refusal(model):
         raise ValueError(f"--runner fused cannot be planned: {reason}. Choose --runner graphs or eager.")
     with torch.device("meta"):
         fused = Fused(model, job.order, settings, inputs, buffers)
@@ -180,16 +177,14 @@ class Prediction:
         return self._counted[1]
 
     @property
-    def graph_bytes(self) -> tuple[float, float, float]:
+    def graph_bytes(self) -> tuple[float, ...]:
         """Low, central and high memory of the graphs."""
-        low, central, high = (self.nodes * each for each in OPERATORS["node"])
-        return low, central, high
+        return tuple(self.nodes * each for each in OPERATORS["node"])
 
     @property
-    def seconds(self) -> tuple[float, float, float]:
+    def seconds(self) -> tuple[float, ...]:
         """Low, central and high; each at least the floor."""
-        low, central, high = (self._seconds(i) for i in range(3))
-        return low, central, high
+        return tuple(self._seconds(i) for i in range(3))
 
     def _seconds(self, i: int) -> float:
         counted, total = self._counted[0], 0.0
@@ -228,10 +223,5 @@ def prediction(job: DecodeJob, runner: PlannedRunner, gpu: Gpu) -> dict[str, Any
     if job.order.name not in ("raster", "diagonal"):
         return None
     made = Prediction(job, runner, gpu)
-    return {
-        "runner": runner,
-        "kernels": made.kernels,
-        "graph_nodes": made.nodes,
-        "graph_bytes": made.graph_bytes,
-        "predicted_s": made.seconds,
-    }
+    counts = {"kernels": made.kernels, "graph_nodes": made.nodes, "graph_bytes": made.graph_bytes}
+    return {"runner": runner, **counts, "predicted_s": made.seconds}
