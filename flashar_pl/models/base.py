@@ -22,7 +22,7 @@ from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import DualHead, fed_by_slots, step_sources
+from flashar_pl.models.dual_head import DualHead, Teacher, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
@@ -211,6 +211,15 @@ class GridModel(nn.Module, ABC):
         shape = codes.shape[1:]
         return Logits(*(part.unflatten(1, shape) for part in (fused, horizontal, vertical, gate)))
 
+    @torch.no_grad()
+    def _teacher(self, codes: Tensor, condition: Given, weight: float, temperature: float) -> Teacher:
+        """This model as it is now, in raster order. It draws the random numbers that the caller will draw next: so a
+        condition that dropout takes away is away for both."""
+        plan = self.make_plan("raster", codes.shape[1], codes.shape[2])
+        with torch.random.fork_rng([codes.device] if codes.is_cuda else []):
+            states, _ = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=False)
+        return Teacher(states, plan, weight, temperature)
+
     def loss(
         self,
         codes: Tensor,
@@ -219,18 +228,23 @@ class GridModel(nn.Module, ABC):
         valid: Tensor | None = None,
         aux_weight: float | tuple[float, float] = AUX_WEIGHT,
         gate_collapse: float = 0.0,
+        distillation: float = 0.0,
+        temperature: float = 2.0,
     ) -> dict[str, Tensor]:
         """Training losses of codes (B, H, W) int64 (Eq. 9, 10); logits are never materialised.
 
         valid: (B,) bool; other samples count nothing. aux_weight: of both, or of L_H and of L_V. gate_collapse: weight
-        of 1 - mean H2(g), see `DualHead.gate_collapse`. Returns scalars "loss" = fused + aux_weight (L_H + L_V),
-        "fused", "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the
-        plan's factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
+        of 1 - mean H2(g), see `DualHead.gate_collapse`. distillation, temperature: weight, T of `distillation`,
+        whose teacher is this model in raster order. Returns scalars "loss" = fused + aux_weight (L_H + L_V), "fused",
+        "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the plan's
+        factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
         plan = self._plan_of(codes, plan)
+        distils = distillation and plan.has_vertical
+        teacher = self._teacher(codes, condition, distillation, temperature) if distils else None
         h, v = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
-        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight, gate_collapse)
+        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight, gate_collapse, teacher)
         samples = weight.sum().clamp_min(1)
 
         def mean(values: Tensor, targets: Tensor | int, n: int) -> Tensor:

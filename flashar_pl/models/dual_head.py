@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
-from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, dual_nll, head_nll
+from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, distilled, dual_nll, head_nll
 from flashar_pl.numerics import full_precision, wide
 
 Corner = Literal["horizontal", "fused", "released"]
@@ -163,6 +163,26 @@ class FusionGate(nn.Module):
             return torch.sigmoid(x.squeeze(-1))
 
 
+class Teacher(NamedTuple):
+    """The raster model that the vertical head learns from: the horizontal head on causal states."""
+
+    states: Tensor
+    """(B, 1 + S', D) of `plan`, without gradients."""
+    plan: DecodePlan
+    """Raster, of the same grid."""
+    weight: float
+    """Of the divergence in the loss."""
+    temperature: float
+    """T."""
+
+
+def _affine(head: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """States (M, D) and weight (V, D) of a head; a bias is one more input that is always 1."""
+    if head.bias is None:
+        return x, head.weight
+    return nn.functional.pad(x, (0, 1), value=1.0), torch.cat([head.weight, head.bias[:, None]], dim=1)
+
+
 class TargetLosses(NamedTuple):
     """Losses in nats, float32; raster order. A tuple, because FSDP2 looks for the tensors in outputs.
 
@@ -225,6 +245,22 @@ class DualHead(nn.Module):
         entropy = -(g * g.log() + (1 - g) * (1 - g).log()) / math.log(2)
         return 1 - entropy.mean(1)
 
+    def distillation(self, v: Tensor, where: Sources, weight: Tensor, teacher: Teacher) -> Tensor:
+        """N times the teacher's weight times the sum over samples of their weight (B,) times the mean of T^2 KL(teacher
+        || vertical head) over the targets below row 0 (the authors' Emu3.5 code). Only v and that head have gradients.
+        """
+        assert self.vertical is not None
+        cells = torch.cat([where.both[int(where.corner) :], where.only_v])
+        rows = sources(teacher.plan, self.corner, v.device).h[cells]
+        scale = weight[:, None].expand(-1, len(cells)).flatten()
+        total = distilled(
+            _affine(self.horizontal, teacher.states[:, rows].flatten(0, 1)),
+            _affine(self.vertical, v[:, where.v[cells]].flatten(0, 1)),
+            scale,
+            teacher.temperature,
+        )
+        return total * (teacher.weight * teacher.plan.n_cells / max(1, len(cells)))
+
     def gates(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> Tensor:
         """Weight of the horizontal logits for every target: (B, N) float32."""
         where = sources(plan, self.corner, h.device)
@@ -258,6 +294,7 @@ class DualHead(nn.Module):
         weight: Tensor | None = None,
         aux_weight: float | tuple[float, float] = AUX_WEIGHT,
         gate_collapse: float = 0.0,
+        teacher: Teacher | None = None,
     ) -> TargetLosses:
         """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
 
@@ -279,10 +316,7 @@ class DualHead(nn.Module):
 
         def inputs(head: nn.Linear, states: Tensor, rows: Tensor, scale: Tensor, *cells: Tensor) -> HeadInputs:
             x = torch.cat([states[:, rows[part]].flatten(0, 1) for part in cells])  # (B * M, D)
-            weight = head.weight
-            if head.bias is not None:  # one more input, always 1
-                x, weight = nn.functional.pad(x, (0, 1), value=1.0), torch.cat([weight, head.bias[:, None]], dim=1)
-            return HeadInputs(x, weight, spread(codes, *cells), spread(scale, *cells))
+            return HeadInputs(*_affine(head, x), spread(codes, *cells), spread(scale, *cells))
 
         if v is None or self.vertical is None:
             cells = where.only_h
@@ -302,6 +336,8 @@ class DualHead(nn.Module):
         if gate_collapse:
             collapse = self.gate_collapse(h, v, where) * weight
             total = total + gate_collapse * plan.n_cells * collapse.sum()
+        if teacher is not None:
+            total = total + self.distillation(v, where, weight, teacher)
         both = len(fused)
         every = (where.both, where.only_h, where.only_v)
         return TargetLosses(

@@ -196,6 +196,51 @@ class _Losses(torch.autograd.Function):
         return tuple(None if each is None else each.mul_(grads[0].to(each.dtype)) for each in gradients)
 
 
+class _Divergence(_Losses):
+    """See `distilled`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, dtype: torch.dtype, train: bool, temperature: float, scale: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        """inputs: states and weight of the teacher, then of the student."""
+        t_x, t_weight, x, weight = inputs
+        teacher, student = t_weight.to(dtype), weight.to(dtype)  # (V, D)
+        needs = [train and each for each in ctx.needs_input_grad[6:]]
+        d_x = torch.empty_like(x) if needs[0] else None
+        d_weight = torch.zeros_like(wide(weight)) if needs[1] else None
+        total = wide(x[:0]).new_zeros(())
+        with full_precision(x.device.type):
+            for rows in _chunks(0, len(x), len(weight), x.device.type):
+                own = x[rows].to(dtype)
+                log_p = torch.log_softmax(wide(t_x[rows].to(dtype) @ teacher.t()) / temperature, -1)  # (c, V)
+                log_q = torch.log_softmax(wide(own @ student.t()) / temperature, -1)
+                p, weights = log_p.exp(), scale[rows].to(total.dtype)
+                total += temperature**2 * torch.dot(torch.linalg.vecdot(p, log_p.sub_(log_q)), weights)
+                error = log_q.exp_().sub_(p).mul_(temperature * weights[:, None]).to(dtype)
+                if d_x is not None:
+                    d_x[rows] = (error @ student).to(d_x.dtype)
+                if d_weight is not None:
+                    _add_product_(d_weight, error, own)
+        ctx.gradients = [None] * 6 + [d_x, d_weight]
+        return total
+
+
+def distilled(
+    teacher: tuple[Tensor, Tensor], student: tuple[Tensor, Tensor], scale: Tensor, temperature: float
+) -> Tensor:
+    """T^2 sum(scale KL(softmax(z_teacher / T) || softmax(z_student / T))) in nats, which can be differentiated once.
+
+    Args:
+        teacher: states (M, D) and weight (V, D) of its head; it has no gradients.
+        student: the same of the student.
+        scale: (M,) float32 weight of each target, of order 1.
+        temperature: T.
+    """
+    inputs = (*(each.detach() for each in teacher), *student)
+    return _Divergence.apply(_compute_dtype(student[0]), torch.is_grad_enabled(), temperature, scale, *inputs)
+
+
 def head_nll(inputs: HeadInputs) -> tuple[Tensor, Tensor]:
     """-log p of labels under one head.
 

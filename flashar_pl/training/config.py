@@ -204,10 +204,22 @@ class LossConfig:
     gate_collapse: float = 0.0
     """Weight of 1 - mean H2(g), H2 the binary entropy in bits, over cells that both heads predict; it moves the gate
     only. The authors' ablations have 0.1."""
+    distillation: float = 0.0
+    """Weight, in stage 1, of the divergence of the vertical head from the raster model; a second forward, without
+    gradients. The authors' Emu3.5 code has 0.2."""
+    temperature: float = 2.0
+    """T of the distillation."""
 
     def __post_init__(self) -> None:
-        if min(self.horizontal or 0, self.vertical or 0, self.gate_collapse) < 0:
-            raise ValueError(f"model.losses is {asdict(self)}; expected weights of 0 or more.")
+        if (
+            min(self.horizontal or 0, self.vertical or 0, self.gate_collapse, self.distillation) < 0
+            or self.temperature <= 0
+        ):
+            raise ValueError(f"model.losses is {asdict(self)}; expected weights of 0 or more, temperature above 0.")
+        if not self.distillation and self.temperature != 2.0:
+            raise ValueError(
+                "model.losses.temperature is the distillation's; set model.losses.distillation, such as 0.2."
+            )
 
     def options(self, aux_weight: float, flashar: FlashARConfig | None) -> dict[str, Any]:
         """Arguments of `GridModel.loss`. ValueError for a weight that would do nothing."""
@@ -217,7 +229,11 @@ class LossConfig:
             raise ValueError("model.losses.gate_collapse needs a gate; expected flashar.fusion: gate.")
         pair = tuple(aux_weight if each is None else each for each in (self.horizontal, self.vertical))
         given: dict[str, Any] = {"aux_weight": aux_weight if pair == (aux_weight, aux_weight) else pair}
-        return given | ({"gate_collapse": self.gate_collapse} if self.gate_collapse else {})
+        if self.gate_collapse:
+            given["gate_collapse"] = self.gate_collapse
+        if self.distillation:
+            given |= {"distillation": self.distillation, "temperature": self.temperature}
+        return given
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ class FlashARModule(LightningModule):
         self.par, self.block_diffusion = par, block_diffusion
         check_model(lora, flashar, init_from, aux_weight)
         self.schedule = schedule.resolve(raster=flashar is None and block_diffusion is None, lora=lora is not None)
+        if losses.distillation and not self.schedule.stage1_share:
+            raise ValueError(
+                "model.losses.distillation acts in stage 1; set schedule.stage1_share above 0, or leave it out."
+            )
         self.schedule.build(total_steps=1)  # its values are checked now
         own = describe_backbone(self.model_config["backbone"])
         self.optimiser = optimiser
@@ -224,7 +228,10 @@ class FlashARModule(LightningModule):
     # --- steps ------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, **self._loss_options)
+        options = self._loss_options
+        if self.losses.distillation and self.built_schedule.stage(self.global_step) == 2:
+            options = options | {"distillation": 0.0}
+        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, **options)
         return {"loss": losses["loss"], LOGGED: torch.stack([losses[name] for name in LOSSES]).detach()}
 
     def evaluation_plan(self, codes: Tensor) -> DecodePlan:

@@ -222,3 +222,49 @@ def test_weights_of_both_auxiliary_losses_can_differ() -> None:
     torch.testing.assert_close(parts["loss"].detach(), parts["fused"] + 0.05 * parts["vertical"])
     both = model.loss(codes, ids, aux_weight=(0.3, 0.3))["loss"]
     assert torch.equal(both, model.loss(codes, ids, aux_weight=0.3)["loss"])
+
+
+def plain_distillation(model: GridModel, codes: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || vertical head) over rows below the first, from all logits at once."""
+    height, width = codes.shape[1:]
+    with torch.no_grad():
+        teacher = model(codes, ids, raster_plan(height, width)).fused[:, 1:]
+    student = model(codes, ids, diagonal_plan(height, width)).vertical[:, :-1]
+    p, log_q = (teacher / temperature).softmax(-1), (student / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(log_q, p, reduction="none").sum(-1).mean()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("corner", ["horizontal", "fused"])
+def test_distillation(corner: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradients; a teacher that learns, the wrong source cell and a lost T^2 would differ."""
+    monkeypatch.setattr(losses, "chunk_size", lambda *_: 5)
+    model = tiny.flashar(corner=corner).double()
+    model.backbone.requires_grad_(not frozen)
+    model.dual_head.horizontal.requires_grad_(not frozen)
+    codes, ids = tiny.codes(BATCH, 3, 4), tiny.classes(BATCH)
+    off, on = (model.loss(codes, ids, distillation=w, temperature=3.0)["loss"] for w in (0.0, 0.2))
+    plain = 0.2 * plain_distillation(model, codes, ids, 3.0)
+    assert plain > 1e-6
+    torch.testing.assert_close(on - off, plain, atol=1e-12, rtol=1e-10)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    grads = [torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True) for loss in (off, on, plain)]
+    for without, with_it, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(with_it - without, reference, atol=1e-12, rtol=1e-8)
+
+
+def test_distillation_drops_the_same_conditions_and_no_bit_of_the_rest() -> None:
+    """Guards a teacher with a condition where the student has none, and one that moves the student's random numbers."""
+    model, seen = tiny.flashar(condition_dropout=0.5).double().train(), []
+    codes, ids = tiny.codes(16, 3, 4), tiny.classes(16)
+    drop = model.backbone._drop_condition
+    model.backbone._drop_condition = lambda *given: seen.append(drop(*given)) or seen[-1]
+    results = []
+    for options in ({}, {"distillation": 0.0}, {"distillation": 0.2}):
+        torch.manual_seed(0)
+        results.append(model.loss(codes, ids, **options))
+    assert torch.equal(results[0]["loss"], results[1]["loss"])
+    assert torch.equal(results[0]["nll"], results[2]["nll"])
+    assert len(seen) == 4
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.equal(seen[3], ids)

@@ -183,7 +183,7 @@ def test_the_authors_settings_go_over_the_recipe_of_that_name(path: Path) -> Non
     module = parse(FOLDER / path.name, "--config", str(path)).model
     plain = parse(FOLDER / path.name).model
     assert module.schedule.build(20000).scale("gate", 20000) > 0 == plain.schedule.build(20000).scale("gate", 20000)
-    assert module._loss_options == {"aux_weight": (0.0, 0.05)}
+    assert module._loss_options == {"aux_weight": (0.0, 0.05), "distillation": 0.2, "temperature": 2.0}
     assert plain._loss_options == {"aux_weight": 0.05}
     assert module.optimiser.decay_vectors
     assert not plain.optimiser.decay_vectors
@@ -195,6 +195,7 @@ def test_the_authors_settings_go_over_the_recipe_of_that_name(path: Path) -> Non
         ({"gate_collapse": 0.1}, {"branch_layer": 1, "fusion": "average"}, "needs a gate"),
         ({"vertical": 0.1}, None, "give model.flashar"),
         ({"gate_collapse": -1.0}, {"branch_layer": 1}, "weights of 0 or more"),
+        ({"temperature": 3.0}, {"branch_layer": 1}, "set model.losses.distillation"),
     ],
 )
 def test_losses_that_would_do_nothing_are_refused(losses: dict, flashar: dict | None, message: str) -> None:

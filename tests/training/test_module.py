@@ -4,6 +4,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from training_toys import (
 )
 
 from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.models.base import GridModel
 from flashar_pl.training.callbacks import TrainingLog
-from flashar_pl.training.config import plain_settings, typed_settings
+from flashar_pl.training.config import LossConfig, ScheduleConfig, plain_settings, typed_settings
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
@@ -107,6 +109,21 @@ def test_the_auxiliary_weight_reaches_the_loss(tmp_path: Path, toy_shards: str) 
         fit(tmp_path, toy_shards, make_module(aux_weight=weight), max_steps=1, callbacks=[watch])
         seen[weight] = watch.losses[0]
     assert seen[1.0] > seen[0.05] * 2  # at the start all three terms are ln V
+
+
+def test_distillation_acts_in_stage_one_only(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
+    """A weight that never arrives, and one that stays when the teacher has begun to move."""
+    seen, loss = [], GridModel.loss
+
+    def watched(self: GridModel, *given: Any, **options: Any) -> Any:
+        seen.append(options.get("distillation"))
+        return loss(self, *given, **options)
+
+    monkeypatch.setattr(GridModel, "loss", watched)
+    fit(tmp_path, toy_shards, make_module(losses=LossConfig(distillation=0.2)), limit_val_batches=0)
+    assert seen == [0.2] * 2 + [0.0] * (STEPS - 2)
+    with pytest.raises(ValueError, match="acts in stage 1"):
+        make_module(losses=LossConfig(distillation=0.2), schedule=ScheduleConfig(stage1_share=0.0))
 
 
 def test_averages_move_once_per_optimiser_step(tmp_path: Path, toy_shards: str) -> None:
