@@ -151,12 +151,18 @@ class PlanOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
-class EngineOptions(PlanOptions):
-    """What drives decoding"""
+class RunnerOptions:
+    """What runs the decoder"""
 
     runner: Runner = "auto"
     """eager, compiled (torch.compile of the blocks), graphs (CUDA graphs), compiled-graphs, or fused (own kernels in
     Triton, in graphs); auto is graphs on a GPU, eager on a CPU. All draw the same codes up to rounding."""
+
+
+@dataclass(frozen=True)
+class EngineOptions(RunnerOptions, PlanOptions):
+    """What drives decoding"""
+
     weight_format: WeightFormat = "auto"
     """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (rounded; needs torchao); auto is packed or
     plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""

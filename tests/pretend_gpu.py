@@ -100,6 +100,8 @@ class PretendGPU(TorchFunctionMode):
         PretendGPU.current = self
         for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
             self._patches.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        generator = torch.Generator
+        self._patches.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator()))
         graph = inspect.signature(torch.cuda.graph)
         replaced = {
             "Stream": Stream,

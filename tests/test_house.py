@@ -77,7 +77,6 @@ def test_every_option_group_is_declared_once() -> None:
             continue
         # what `tokenize` calls weights are a tokenizer's, its image size is that of what it writes
         own = {"weights", "tokenizer", "batch_size", "image_size", "grid"} if name.startswith("tokenize") else set()
-        own |= {"runner"} if name == "plan" else set()  # a predicted one is one of three, and none by default
         for option in options_of(load(command)):
             if option.name in shared - own:
                 homes[option.name].add(option.text)

@@ -6,10 +6,10 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import ArchitectureOptions, parse_grid
+from flashar_pl.options import ArchitectureOptions, RunnerOptions, parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.planner.advice import Gpu
@@ -102,18 +102,25 @@ class HardwareOptions:
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
+class DecodingOptions(RunnerOptions):
     """Decoding"""
 
     decode: bool = False
     """Predict the time of decoding one guided image from counted kernels and assumed constants: low, central, high. No
     GPU has confirmed it. A model of 34 billion parameters takes half a minute to count."""
-    runner: Literal["graphs", "fused", "eager"] | None = None
-    """With --decode, what runs the decoder: as --runner of generate. Default: graphs."""
 
     def __post_init__(self) -> None:
-        if self.runner is not None and not self.decode:
+        if self.runner != "auto" and not self.decode:
             raise ValueError(f"runner is {self.runner}, which only a predicted decoding has; add --decode.")
+        if self.runner.startswith("compiled"):
+            raise ValueError(
+                f"runner is {self.runner}, which --decode cannot predict; expected graphs, fused or eager."
+            )
+
+    @property
+    def predicted(self) -> Literal["graphs", "fused", "eager"]:
+        """The runner, auto as on a GPU."""
+        return cast(Literal["graphs", "fused", "eager"], "graphs" if self.runner == "auto" else self.runner)
 
 
 def plan(
@@ -202,7 +209,7 @@ def decode_floors(
 
     plans = () if "blocks" in sizes.plans else sizes.plans  # their grid has the clean copy as a second image
     jobs = [DecodeJob(sizes, plan, grid, prefix=prefix) for plan in plans]
-    predicted = [prediction(job, decoding.runner or "graphs", rates) if decoding.decode else None for job in jobs]
+    predicted = [prediction(job, decoding.predicted, rates) if decoding.decode else None for job in jobs]
     if decoding.decode and not any(predicted):
         kind = sizes.config["kind"]
         raise ValueError(f"--decode predicts raster and diagonal plans, and a {kind} model has neither; leave it out.")

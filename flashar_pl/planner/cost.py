@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashar_pl.backbones.condition import Prefix
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.decoding.fused import Fused, refusal
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.layers.kernels.launch import watched
+from flashar_pl.layers.torch_private import DispatchMode
 from flashar_pl.models.base import GridModel
 from flashar_pl.options import SamplingSettings
 from flashar_pl.planner.advice import Gpu
@@ -87,10 +87,10 @@ class _Functions(_Counting, TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Operators(_Counting, TorchDispatchMode):
+class _Operators(_Counting, DispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__
-        view = any(part.alias_info is not None and not part.alias_info.is_write for part in function._schema.returns)
+        view = function.is_view
         moved = bool(args) and isinstance(args[0], torch.Tensor) and not args[0].is_meta  # a plan's constants, once
         if not view and not moved and not name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
             self.counted["scan" if name.startswith("cumsum") else "operator"] += 1
