@@ -10,10 +10,11 @@ import torch
 
 from flashar_pl.backbones import build_backbone
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, inside, named_paths
-from flashar_pl.grid import DecodePlan, block_plan, make_plan, region_plan, scale_plan
+from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.mark import sign, signed
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
+from flashar_pl.models.baselines.plans import block_plan, region_plan, scale_plan
 from flashar_pl.models.baselines.var_transformer import VARTransformer
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig

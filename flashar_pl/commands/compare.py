@@ -189,15 +189,16 @@ def checkpoints_of(path: Path) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """What a checkpoint says of its seeds and its training."""
+    from flashar_pl.training.stored_config import own_config
+
     settings, own = _settings(path)
     start = settings.get("model.init_from")
-    before = 0 if own is not None else None
     marker = path.parent.parent / "sweep.json"
     commit = read_json(marker)["versions"].get("commit") if marker.is_file() else None
     if not isinstance(start, str):
-        return Run(str(path), str(path.resolve()), "", [before, own], commit)
-    if Path(start).exists():
-        before = _settings(Path(start))[1]
+        return Run(str(path), str(path.resolve()), "", [None if own is None else 0, own], commit)
+    known = own_config(str(path)) is not None and Path(start).exists()  # no path that a stranger's file names is opened
+    before = _settings(Path(start))[1] if known else None
     return Run(str(path), str(Path(start).resolve()), str(settings.get("seed_everything")), [before, own], commit)
 
 

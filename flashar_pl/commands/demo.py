@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,11 +84,14 @@ def demo(*, full: bool = False, out: str = OUT, data: str = DATA, overwrite: boo
 
 
 def move_aside(path: Path, why: str) -> None:
-    """Rename what is at `path`."""
+    """Rename what is at `path`. ValueError while a fit is at work in it."""
+    from flashar_pl.training.run_directory import LOCK, only_one
+
     n = 1
     while (target := path.with_name(f"{path.name}.{why}-{n}")).exists():
         n += 1
-    print(f"moved {path} to {path.rename(target)}")
+    with only_one(path) if (path / LOCK).exists() else nullcontext():
+        print(f"moved {path} to {path.rename(target)}")
 
 
 def plan_stages(root: Path, data: str, full: bool) -> list[Stage]:

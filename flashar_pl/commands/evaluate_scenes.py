@@ -5,7 +5,6 @@ Shapes: N prompts of a split, T places of a prompt, C words, 8 x 8 grid.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +111,11 @@ def count(codes: Tensor, prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def share(k: int, n: int) -> dict[str, float]:
-    """k of n with its 95 % interval (Wilson, 1927)."""
-    z, p = 1.959964, k / n
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return {"count": k, "images": n, "share": p, "low": (centre - half) / scale, "high": (centre + half) / scale}
+    """k of n with its interval."""
+    from flashar_pl.metrics.intervals import wilson
+
+    low, high = wilson(k, n)
+    return {"count": k, "images": n, "share": k / n, "low": low, "high": high}
 
 
 def report(result: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
 from flashar_pl.decoding.fused import FusedRecording, can_decode, decode_fused, refusal
-from flashar_pl.decoding.graphs import Recording
+from flashar_pl.decoding.graphs import Recording, record
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
 from flashar_pl.decoding.prepare import has_blocks
@@ -48,6 +48,7 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 
 Recorded = Recording | FusedRecording
+T = TypeVar("T")
 
 
 class Engine:
@@ -141,7 +142,8 @@ class Engine:
             key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
         with self._blocks():
             if plan.name == "lossless":
-                make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, self._recorded)
+                graph = self._graph if self._recorded else None
+                make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, graph)
                 found = self._keep(key, make)
                 assert isinstance(found, Lossless)
                 buffers = found.run(inputs, on_step)
@@ -160,9 +162,18 @@ class Engine:
 
     def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recorded | Buffers:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""
+        kind: Callable[..., Recorded] = FusedRecording if self.runner == "fused" else Recording
+        made = self._recording(lambda: kind(self.model, plan, settings, inputs))
+        return Buffers.allocate(self.model, plan, inputs) if made is None else made
+
+    def _graph(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+        """A graph of what `run` does; None where `auto` chose graphs and they fail."""
+        return self._recording(partial(record, self.device, run))
+
+    def _recording(self, make: Callable[[], T]) -> T | None:
+        """What `make` records; None, and the runner is eager from now on, where `auto` chose graphs and they fail."""
         try:
-            kind = FusedRecording if self.runner == "fused" else Recording
-            return kind(self.model, plan, settings, inputs)
+            return make()
         except RuntimeError as error:
             if isinstance(error, (torch.OutOfMemoryError, *compile_errors())):
                 raise
@@ -173,7 +184,7 @@ class Engine:
                 raise ValueError(f"CUDA graphs could not be recorded: {cause}. Use runner eager.") from error
             warnings.warn(f"CUDA graphs could not be recorded, decoding goes on without: {cause}", stacklevel=2)
             self.runner = "eager"
-            return Buffers.allocate(self.model, plan, inputs)
+            return None
 
     def _keep(self, key: Any, make: Callable[[], Buffers | Recorded | Lossless]) -> Any:
         """The entry `key`, made if there is none. The one used least recently makes room before that.

@@ -11,7 +11,6 @@ V codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -23,6 +22,7 @@ from flashar_pl.decoding.graphs import captured, warmed
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kernels.launch import launch, why_not
+from flashar_pl.layers.kernels.tiles import head_tile, power_of_two, tile
 from flashar_pl.layers.transformer import Block, HeadNorm, RMSNorm
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.dual_head import DualHead, step_sources
@@ -74,41 +74,6 @@ def _is_common(model: GridModel, name: str, owner: type) -> bool:
 def _linears(block: Block) -> tuple[Any, ...]:
     attention, feed_forward = block.attention, block.feed_forward
     return attention.wqkv, attention.wo, feed_forward.w13, feed_forward.w2
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product is cut into programs: M rows, N outputs and K inputs at a time."""
-
-    m: int
-    n: int
-    k: int
-    warps: int = 4
-    stages: int = 4
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Of a launch."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-def tile(rows: int, pairs: bool = False) -> Tile:
-    """The tile of products with `rows` rows: weights are read once up to 64 rows. pairs: two products at once.
-
-    Untuned: no GPU has run it. Few rows need many programs with much in flight, many rows few reads of the weights.
-    """
-    if rows <= 16:
-        return Tile(16, 16 if pairs else 32, 128)
-    if rows <= 32:
-        return Tile(32, 16 if pairs else 32, 128, stages=3)
-    return Tile(64, 32 if pairs else 64, 64) if rows <= 256 else Tile(64, 64 if pairs else 128, 32, warps=8, stages=3)
-
-
-def head_tile(rows: int, outputs: int) -> Tile:
-    """The tile of `gate` and `logits`, which hold two and four products: no registers spilt (docs/log.md)."""
-    if rows <= 16:
-        return Tile(16, outputs, 128)
-    return Tile(32, outputs, 64, stages=3) if rows <= 32 else Tile(64, outputs, 64, stages=3)
 
 
 class Fused:
@@ -262,7 +227,7 @@ class Fused:
             self.places, self.now, self.clock, n, vocabulary, drawn.shape[1], fed.shape[1],
             settings.top_k, float(settings.top_p),
             GREEDY=settings.greedy, TOP_K=filtered and 0 < settings.top_k < vocabulary,
-            TOP_P=filtered and settings.top_p < 1, BLOCK=min(1024, _power(vocabulary)), num_warps=8,
+            TOP_P=filtered and settings.top_p < 1, BLOCK=min(1024, power_of_two(vocabulary)), num_warps=8,
         )  # fmt: skip
 
     def _feed(self, x: Tensor, rows: int, n: int) -> None:
@@ -297,7 +262,7 @@ class Fused:
         strides = keys.stride(0), keys.stride(1)
         heads, width = config.n_head + 2 * config.n_kv_head, config.head_dim
         cut = tile(m, pairs=True)
-        pairs = _power(width // 2) if config.qk_norm != "none" else min(cut.n, _power(width // 2))
+        pairs = power_of_two(width // 2) if config.qk_norm != "none" else min(cut.n, power_of_two(width // 2))
         rope = self.inputs.rope
         where = self.places, self.now
         launch(
@@ -341,11 +306,11 @@ class _Split:
         config, device = fused.model.backbone.block, fused.q.device
         self.fused, self.groups = fused, config.n_kv_head
         queries = config.n_head // config.n_kv_head * fused.widest
-        self.queries = min(64, max(16, _power(queries)))
+        self.queries = min(64, max(16, power_of_two(queries)))
         tiles = fused.rows * config.n_kv_head * -(-queries // self.queries)
         length = fused.length + fused.plan.n_inputs
         self.parts = max(1, min(PROGRAMS // tiles, length // MIN_KEYS))
-        self.width = max(16, _power(config.head_dim))
+        self.width = max(16, power_of_two(config.head_dim))
         tiles = max(tiles, fused.rows * config.n_kv_head * -(-queries // 16)) if self.parts > 1 else 1
         room = tiles * self.parts * self.queries
         self.part = torch.empty(room, self.width, dtype=fused.accumulate, device=device)
@@ -358,7 +323,7 @@ class _Split:
         from flashar_pl.layers.kernels import block as kernels
 
         queries = config.n_head // config.n_kv_head * n
-        size = min(64, max(16, _power(queries)))
+        size = min(64, max(16, power_of_two(queries)))
         launch(
             kernels.attend, (rows * self.groups, self.parts, -(-queries // size)),
             self.fused.q, keys, values, first, *where, self.fused.y, self.part, self.peaks, self.totals, self.arrived,
@@ -366,11 +331,6 @@ class _Split:
             A=config.n_head, G=config.n_kv_head, E=config.head_dim, EP=self.width, SPLITS=self.parts, CAUSAL=causal,
             BQ=size, BK=32, ACC=self.fused._acc(), num_warps=4, num_stages=3,
         )  # fmt: skip
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
 
 
 def _gain(norm: Any) -> Tensor:

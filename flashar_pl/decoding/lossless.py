@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flashar_pl.decoding.graphs import record
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
@@ -25,6 +24,8 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.dual_head import StepSources
 from flashar_pl.options import Drafter, SamplingSettings
 from flashar_pl.sampling import choose, guide
+
+Record = Callable[[Callable[[], object]], torch.cuda.CUDAGraph | None]
 
 
 class WindowCache(KVCache):
@@ -61,17 +62,17 @@ class Lossless:
         inputs: of the first batch; later ones have the same shapes.
         drafter: who guesses, see `EngineOptions`. "vertical" needs a vertical branch.
         window_rows: height of the window in rows of the grid; w has the row-end slots besides.
-        graphs: record the step.
+        graph: makes a graph of the step, or returns None where that fails; None = it is not tried.
     """
 
     def __init__(self, model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs,
-                 drafter: Drafter, window_rows: int, graphs: bool) -> None:  # fmt: skip
+                 drafter: Drafter, window_rows: int, graph: Record | None) -> None:  # fmt: skip
         if drafter == "vertical" and model.dual_head.vertical is None:
             raise ValueError(f"drafter is {drafter!r}, and this model has no vertical branch; expected above.")
         if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
             raise ValueError("the plan is lossless, and the model is sharded: its ranks would need unlike numbers of "
                              "forwards; expected raster.")  # fmt: skip
-        self.model, self.plan, self.settings, self.drafter, self.graphs = model, plan, settings, drafter, graphs
+        self.model, self.plan, self.settings, self.drafter, self._record = model, plan, settings, drafter, graph
         x, (batch, _) = inputs.prefix.x, inputs.noise.shape
         device, self.stride = x.device, plan.width + (plan.n_slots > plan.n_cells)
         self.window, self.length = min(window_rows * self.stride, plan.n_slots), x.shape[1]
@@ -106,9 +107,9 @@ class Lossless:
                 on_step(Progress(plan, done, self.codes[:, slots]))
             if done == plan.n_cells:
                 break
-            if self._graph is None and self.graphs:
+            if self._record is not None:
                 state = [each.clone() for each in self._state]
-                self._graph = record(self.codes.device, self._step)
+                self._graph, self._record = self._record(self._step), None
                 for each, kept in zip(self._state, state, strict=True):
                     each.copy_(kept)  # recording has run the step
             self._step() if self._graph is None else self._graph.replay()

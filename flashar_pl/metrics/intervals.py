@@ -33,6 +33,14 @@ def students_t(degrees: float, level: float = LEVEL) -> float:
     return math.sqrt(degrees) * math.tan(float(np.interp(level * inside[-1], inside, edges)))
 
 
+def wilson(k: int, n: int, level: float = LEVEL) -> tuple[float, float]:
+    """Interval of a share of which k of n were seen (Wilson, 1927)."""
+    z, p = NormalDist().inv_cdf((1 + level) / 2), k / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    return 0.0 if k == 0 else (centre - half) / scale, 1.0 if k == n else (centre + half) / scale
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean and how far it may be off."""

@@ -1,14 +1,19 @@
 """`flashar compare`, `flashar sweep`: seeds are read from the runs, differences are paired, finished runs are kept."""
 
 import json
+import multiprocessing
 import shlex
 from pathlib import Path
+from typing import IO
 
 import pytest
 
+from flashar_pl import locks
 from flashar_pl.commands import sweep as module
-from flashar_pl.commands.compare import Run, find_rows
+from flashar_pl.commands.compare import Run, find_rows, read_run
+from flashar_pl.commands.demo import move_aside
 from flashar_pl.commands.sweep import finished, read_sweep, sweep
+from flashar_pl.training.run_directory import LOCK
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "experiments" / "ablations").glob("*.yaml"))
@@ -82,6 +87,43 @@ adaptation:
 scratch: {config: experiments/demo_scratch.yaml, seeds: [5], variants: {scratch: {model.optimiser.lr: 0.001}}}
 compare: {data: data/digits, reference: paper, out: runs/s/compare}
 """
+
+
+def test_a_path_that_a_strangers_run_names_is_not_opened(work, monkeypatch):
+    """Guards `compare` on somebody's checkpoint: its init_from may name any file of this machine."""
+    run, named = Path("theirs/checkpoints/last.ckpt"), Path("mine.ckpt")
+    run.parent.mkdir(parents=True)
+    for path in (run, named):
+        path.touch()
+    opened, own = [], [None, {}]
+    settings = {"model.init_from": str(named), "seed_everything": 3}
+    monkeypatch.setattr("flashar_pl.commands.compare._settings", lambda path: opened.append(path) or (settings, 5))
+    monkeypatch.setattr("flashar_pl.training.stored_config.own_config", lambda path: own.pop(0))
+    assert [read_run(run).tokens for _ in range(2)] == [[None, 5], [5, 5]]
+    assert opened == [run, run, named], "the second time it is this user's own run"
+
+
+def test_a_run_that_trains_is_not_moved_aside(work):
+    """Guards two sweeps on one directory: the second moved a run that had no checkpoint yet from under the first."""
+    run = Path("runs/a")
+    run.mkdir(parents=True)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(take_lock, (str(run / LOCK),))
+        with pytest.raises(ValueError, match="runs/a is in use by process 7; wait for it"):
+            move_aside(run, "unfinished")
+    move_aside(run, "unfinished")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["a.unfinished-1"]
+
+
+def take_lock(path: str) -> None:
+    """Hold a run's lock until this process ends."""
+    held.append(open(path, "a+"))  # noqa: SIM115
+    locks.take(held[-1], alone=True)
+    held[-1].write("process 7\n")
+    held[-1].flush()
+
+
+held: list[IO[str]] = []
 
 
 def test_runs_of_a_file(work):

@@ -12,6 +12,7 @@ from flashar_pl import numerics
 from flashar_pl.backbones import Condition
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.graphs import Recording
+from flashar_pl.decoding.lossless import Lossless
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.released import ReleasedFlashAR
 
@@ -100,6 +101,27 @@ def test_a_wait_ends_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
             codes = fast.generate(batches[0], (2, 3), seeds=0)
         assert fast.runner == "eager"
         assert torch.equal(codes.cpu(), generate(model, batches[0], (2, 3), seeds=0).cpu())
+
+
+def test_a_wait_ends_the_recording_of_a_lossless_step_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had an error of its own, where every other plan goes on without graphs."""
+    model, batches, _ = make("class")
+    real = Lossless._feed
+
+    def feed(self: Lossless, at: torch.Tensor) -> Any:
+        int(at.sum())
+        return real(self, at)
+
+    with PretendGPU():
+        model.to("cuda")
+        expected = generate(model, batches[0], (2, 3), "raster", seeds=0)
+        monkeypatch.setattr(Lossless, "_feed", feed)
+        fast, shown = Engine(model), list[int]()
+        with pytest.warns(UserWarning, match="could not be recorded, decoding goes on without: operation not perm"):
+            codes = fast.generate(batches[0], (2, 3), "lossless", seeds=0, on_step=lambda p: shown.append(p.steps))
+        assert fast.runner == "eager"
+        assert torch.equal(codes.cpu(), expected.cpu())
+        assert shown == list(range(1, 7)), "every cell once"
 
 
 def test_a_device_without_float64_draws_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,17 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashar_pl.grid import (
-    NONE,
-    PREFIX,
-    ROW_END,
-    DecodePlan,
-    check_grid,
-    diagonal_plan,
-    doubled_mask,
-    make_plan,
-    raster_plan,
-)
+from flashar_pl.grid import NONE, PREFIX, ROW_END, DecodePlan, check_grid, diagonal_plan, make_plan, raster_plan
+from flashar_pl.models.baselines.plans import doubled_mask
 
 sides = st.integers(1, 9)
 CORNERS = [(1, 1), (1, 7), (7, 1), (2, 5), (5, 2), (4, 4)]

@@ -25,8 +25,9 @@ from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, initialise
 from flashar_pl.backbones.condition import Condition, Given, TextFeatures
-from flashar_pl.grid import DecodePlan, block_plan, check_grid, doubled_mask
+from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws, check_steps
+from flashar_pl.models.baselines.plans import block_plan, doubled_mask
 from flashar_pl.models.losses import HeadInputs, head_nll
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import wide
@@ -63,7 +64,7 @@ class BlockDiffusion(RasterAR):
 
     Args:
         backbone: without row ends; its weights are where post-training starts.
-        strategy: what a block is, see `grid.block_plan`.
+        strategy: what a block is, see `plans.block_plan`.
         clean_context: the strong variant, see the top of this file.
         steps: calls per block, S, where decoding is not told; the authors have 16, for one block.
         grid: (H, W) that `generate` draws where it is given none; None = the backbone's usual one.

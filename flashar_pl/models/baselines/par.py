@@ -1,7 +1,7 @@
 """PAR (Wang et al., "Parallelized Autoregressive Visual Generation", 2024): one cell of every region per step.
 
 The grid is cut into M x M regions. Their first cells are decoded one by one; then every step decodes the next cell of
-each region at once. `grid.region_plan` has order and mask. What a LlamaGen model lacks is n - 1 learnable tokens: they
+each region at once. `plans.region_plan` has order and mask. What a LlamaGen model lacks is n - 1 learnable tokens: they
 stand beside the last of the first cells in the step that turns from one prediction per call to n = M * M.
 
 Shapes: B samples, R rows, H, W grid, N cells, V codes, D width, n tokens of a step.
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone, initialise
 from flashar_pl.backbones.condition import Given, Prefix
-from flashar_pl.grid import DecodePlan, check_grid, check_regions, region_plan
+from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.layers.rope import Rope
+from flashar_pl.models.baselines.plans import check_regions, region_plan
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.options import SamplingSettings
 

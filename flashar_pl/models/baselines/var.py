@@ -1,7 +1,7 @@
 """VAR: next-scale prediction. All codes of one scale are drawn at once, given all smaller scales.
 
-A step decodes a scale, and its grid is one row of the codes of all scales (`grid.scale_plan`). What a scale reads is no
-embedding of codes but the image so far, which the tokenizer's codebook sums up and shrinks.
+A step decodes a scale, and its grid is one row of the codes of all scales (`plans.scale_plan`). What a scale reads is
+no embedding of codes but the image so far, which the tokenizer's codebook sums up and shrinks.
 
 Shapes: B samples, R rows (B, or 2B with guidance), K scales of p_0 < ... < p_(K-1) codes a side, L = sum of p_k^2
 positions, D width, C code dimension of the tokenizer, V codes.
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashar_pl.backbones.condition import ClassIds, Condition
-from flashar_pl.grid import DecodePlan, scale_plan
+from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.models.baselines.plans import scale_plan
 from flashar_pl.models.baselines.var_transformer import VARConfig, VARTransformer
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import sample_seeds, strict_float32, uniforms

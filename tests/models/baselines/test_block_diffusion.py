@@ -15,9 +15,9 @@ from flashar_pl.backbones.condition import TextFeatures
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import Engine
-from flashar_pl.grid import block_plan, doubled_mask
 from flashar_pl.models import RasterAR
 from flashar_pl.models.baselines import PAR, BlockDiffusion
+from flashar_pl.models.baselines.plans import block_plan, doubled_mask
 
 STRATEGIES = ("mdlm", "row", "sub4x4")
 CONFIG = json.loads((GOLDEN / "blockdiff" / "blockdiff_tiny.json").read_text())

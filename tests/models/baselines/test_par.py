@@ -16,9 +16,9 @@ from flashar_pl.checkpoints.initialise import initialise
 from flashar_pl.checkpoints.official import official_weights
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.decoding import Engine
-from flashar_pl.grid import region_plan
 from flashar_pl.models import FlashAR
 from flashar_pl.models.baselines import PAR
+from flashar_pl.models.baselines.plans import region_plan
 
 NAMES = ("par_4x_tiny", "par_multi_tiny")
 
