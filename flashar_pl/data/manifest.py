@@ -44,8 +44,8 @@ class NoShards(ValueError):
     def __str__(self) -> str:
         found, place = self.args
         return (
-            f"{found} Make them: `flashar tokenize digits --out {place}` writes the embedded digits; for images see "
-            "`flashar tokenize --help`."
+            f"{found} Make them: `flashar tokenize digits --out {place}` writes the embedded digits, `tokenize scenes` "
+            "the scenes; for images see `flashar tokenize --help`."
         )
 
 
