@@ -16,14 +16,22 @@ from flashar_pl.checkpoints.methods import NAR, check_method
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
+GATE = "hv_gate_mlp."
+"""How the names of a gate on logits begin."""
+GATE_RENAMES = (
+    Rename("dual_head.gate.hidden.weight", ("hv_gate_mlp.0.weight",)),
+    Rename("dual_head.gate.out.weight", ("hv_gate_mlp.2.weight",)),
+    Rename("dual_head.gate.out.bias", ("hv_gate_mlp.2.bias",)),
+)
+
 
 def is_nar(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether an official state dict has a second head."""
     return any(key.endswith("medusa_output.weight") for key in state_dict)
 
 
-def _nar_renames(n_layer: int, extra: int, condition: str) -> list[Rename]:
-    """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head."""
+def _nar_renames(n_layer: int, extra: int, condition: str, gate: bool = False) -> list[Rename]:
+    """Names of a NAR model: backbone, `extra` blocks after the last layer, second norm and head, and the gate."""
     backbone = list(backbone_renames(n_layer, condition))
     renames = [rename.under("backbone.", "") for rename in backbone if rename.ours != "head.weight"]
     for i in range(extra):
@@ -33,6 +41,7 @@ def _nar_renames(n_layer: int, extra: int, condition: str) -> list[Rename]:
         Rename("dual_head.horizontal.weight", ("output.weight",)),
         Rename("vertical.norm.weight", ("medusa_norm.weight",)),
         Rename("dual_head.vertical.weight", ("medusa_output.weight",)),
+        *(GATE_RENAMES if gate else ()),
     ]
 
 
@@ -66,24 +75,32 @@ def read_nar(
     rope_base: float = 10000.0,
     norm_eps: float = 1e-5,
     arguments: argparse.Namespace | None = None,
+    branch_layer: int | None = None,
 ) -> FlashAR:
     """See `FlashAR.from_nar`. arguments: see `branch_of`."""
     cleaned = clean_official(state_dict)
     check_method(cleaned, NAR, unknown=True)  # missing names are told later
-    gates = sorted(key for key in cleaned if key.startswith("hv_"))
-    if gates:
+    gate = any(key.startswith(GATE) for key in cleaned)
+    alpha = cleaned.pop("hv_mix_logit", None)  # a gate overrides it
+    if alpha is not None and not gate:
         raise ValueError(
-            f"the checkpoint mixes logits by a gate on logits ({', '.join(gates)}), which this model does not have; "
-            "only checkpoints that average both heads can be imported."
+            "the checkpoint mixes logits by one number (hv_mix_logit), which this model does not have; expected one "
+            "that averages both heads, or weighs them by a gate (hv_gate_mlp)."
+        )
+    if gate and arguments is None and branch_layer is None:
+        raise ValueError(
+            "the weights have a gate on logits (hv_gate_mlp), so they are the FlashAR authors', and do not tell the "
+            "branch layer; give last_version.pt, whose args do, or FlashAR.from_nar(..., branch_layer=m)."
         )
     n_blocks = count_layers(cleaned)
     m, k = branch_of(arguments, n_blocks)
     n_layer = n_blocks - k
+    m = m if branch_layer is None else branch_layer
     config = infer_config(cleaned, n_head, n_layer=n_layer, rope_base=rope_base, norm_eps=norm_eps)
     return build_filled(
-        lambda: FlashAR(LlamaGen(config), m, vertical_layers=k, fusion="average", corner="fused"),
+        lambda: FlashAR(LlamaGen(config), m, k, fusion="logit_gate" if gate else "average", corner="fused"),
         StateDict(cleaned, "the NAR state dict"),
-        _nar_renames(n_layer, k, config.condition),
+        _nar_renames(n_layer, k, config.condition, gate),
     )
 
 
@@ -94,6 +111,10 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
         raise ValueError(
             f"a FlashAR model trained here on an {backbone.kind} backbone has no official format: NAR checkpoints "
             "are LlamaGen's, and the FlashAR authors' have conventions of their own. Leave --to out for our format."
+        )
+    if model.fusion == "logit_gate" and model.dual_head.corner == "fused":
+        return split_rows(
+            model.state_dict(), _nar_renames(backbone.n_layer, model.vertical_layers, backbone.config.condition, True)
         )
     if (model.branch_layer, model.vertical_layers) != (backbone.n_layer, 1) or model.fusion != "average":
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashar_pl.backbones.emu35 import Emu35, Emu35Config, Heads
 from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, with_text_rows
 from flashar_pl.checkpoints.llama_names import block_renames, body_renames, head_rename, is_table
+from flashar_pl.checkpoints.nar import GATE_RENAMES
 from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.renames import Rename, TensorSource, build_filled, split_rows
 
@@ -25,9 +26,7 @@ def renames(config: Emu35Config, vertical_layers: int) -> list[Rename]:
         head_rename(config, "dual_head.horizontal.weight", "horizontal_head.weight"),
         head_rename(config, "dual_head.vertical.weight", "vertical_head.weight"),
         Rename("vertical.norm.weight", ("vertical_norm.weight",)),
-        Rename("dual_head.gate.hidden.weight", ("hv_gate_mlp.0.weight",)),
-        Rename("dual_head.gate.out.weight", ("hv_gate_mlp.2.weight",)),
-        Rename("dual_head.gate.out.bias", ("hv_gate_mlp.2.bias",)),
+        *GATE_RENAMES,
         Rename("dual_head.corner_gate.out.weight", ("hv_gate_corner.weight",)),
         Rename("dual_head.corner_gate.out.bias", ("hv_gate_corner.bias",)),
     ]

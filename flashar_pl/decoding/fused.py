@@ -27,6 +27,7 @@ from flashar_pl.layers.transformer import Block, HeadNorm, RMSNorm
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.dual_head import DualHead, step_sources
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.gates import LogitGate
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import MIN_TEMPERATURE, guide
@@ -45,6 +46,8 @@ def refusal(model: GridModel) -> str | None:
         return f"a {model.config()['kind']} model has logits of its own"
     if isinstance(model, FlashAR) and model.vertical_sees_prefix and not _is_common(model, "vertical_states", FlashAR):
         return f"a {model.config()['kind']} model has a vertical branch of its own"
+    if isinstance(model.dual_head.gate, LogitGate):
+        return "its gate reads logits"
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"

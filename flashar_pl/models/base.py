@@ -22,7 +22,7 @@ from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import DualHead, Teacher, fed_by_slots, step_sources
+from flashar_pl.models.dual_head import DualHead, Split, Teacher, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
@@ -230,12 +230,14 @@ class GridModel(nn.Module, ABC):
         gate_collapse: float = 0.0,
         distillation: float = 0.0,
         temperature: float = 2.0,
+        split: Split | None = None,
     ) -> dict[str, Tensor]:
         """Training losses of codes (B, H, W) int64 (Eq. 9, 10); logits are never materialised.
 
         valid: (B,) bool; other samples count nothing. aux_weight: of both, or of L_H and of L_V. gate_collapse: weight
         of 1 - mean H2(g), see `DualHead.gate_collapse`. distillation, temperature: weight, T of `distillation`,
-        whose teacher is this model in raster order. Returns scalars "loss" = fused + aux_weight (L_H + L_V), "fused",
+        whose teacher is this model in raster order. split: what takes the place of the fused loss in "loss".
+        Returns scalars "loss" = fused + aux_weight (L_H + L_V), "fused",
         "horizontal", "vertical" in nats per target, and detached "nll" (B,), nats per image under the plan's
         factorisation, and "gate" (B, H, W). Under a plan without vertical sources "loss" is "fused".
         """
@@ -244,7 +246,8 @@ class GridModel(nn.Module, ABC):
         teacher = self._teacher(codes, condition, distillation, temperature) if distils else None
         h, v = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
-        losses = self.dual_head.losses(h, v, codes.flatten(1).long(), plan, weight, aux_weight, gate_collapse, teacher)
+        labels, options = codes.flatten(1).long(), (weight, aux_weight, gate_collapse, teacher, split)
+        losses = self.dual_head.losses(h, v, labels, plan, *options)
         samples = weight.sum().clamp_min(1)
 
         def mean(values: Tensor, targets: Tensor | int, n: int) -> Tensor:

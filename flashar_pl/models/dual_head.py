@@ -13,13 +13,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
-from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, distilled, dual_nll, head_nll
-from flashar_pl.numerics import full_precision, wide
+from flashar_pl.models.gates import FusionGate, LogitGate
+from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, chunk_size, distilled, dual_nll, head_nll
+from flashar_pl.numerics import wide
 
 Corner = Literal["horizontal", "fused", "released"]
-Fusion = Literal["gate", "average"]
+Fusion = Literal["gate", "logit_gate", "average"]
 
 
 @dataclass(frozen=True)
@@ -115,52 +117,46 @@ def fed_by_slots(plan: DecodePlan, source: str, device: torch.device) -> tuple[T
     return plan.on(source, device) >= 0, max(1, int((getattr(plan, source) >= 0).sum()))
 
 
+class Split(NamedTuple):
+    """A loss of both heads in place of that of their mix (the authors' LlamaGen code):
+    share mean CE_H + (1 - share) mean CE_V, each over all targets of its head, + column0 mean CE_V over those that the
+    vertical head alone predicts."""
+
+    share: float
+    column0: float = 0.0
+
+
 def target_weights(
-    plan: DecodePlan, where: Sources, weight: Tensor, aux_weight: float | tuple[float, float]
+    plan: DecodePlan,
+    where: Sources,
+    weight: Tensor,
+    aux_weight: float | tuple[float, float],
+    split: Split | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """How much each target's loss counts: of the mix, of the horizontal head and of the vertical head, (B, N) each.
 
-    weight: (B,) of the samples. Sums over targets of these weights times the losses give N times Eq. 9 plus aux_weight
-    times Eq. 10. A target that one head alone predicts has that head's loss as its fused one.
+    weight: (B,) of the samples. Sums over targets of these weights times the losses give N times Eq. 9, or `split`,
+    plus aux_weight times Eq. 10. A target that one head alone predicts has that head's loss as its fused one.
     """
     fused = weight[:, None].expand(-1, plan.n_cells)
-    parts = []
+
+    def mean_over(cells: Tensor, scale: float) -> Tensor:
+        return weight.new_zeros(plan.n_cells).index_fill(0, cells, scale * plan.n_cells / max(1, len(cells)))
+
+    parts, shares = [], (0.0, 0.0) if split is None else (split.share, 1 - split.share)
     pair = aux_weight if isinstance(aux_weight, tuple) else (aux_weight, aux_weight)
-    for source, alone, own in zip(("h_source", "v_source"), (where.only_h, where.only_v), pair, strict=True):
+    heads = zip(("h_source", "v_source"), (where.only_h, where.only_v), pair, shares, strict=True)
+    for source, alone, own, share in heads:
         counted, n = fed_by_slots(plan, source, weight.device)
         each = counted.to(weight.dtype) * (own * plan.n_cells / n)
-        each = each.index_add(0, alone, weight.new_ones(len(alone)))
+        if split is None:
+            each = each.index_add(0, alone, weight.new_ones(len(alone)))
+        else:
+            each = each + mean_over(torch.cat([where.both, alone]), share)
         parts.append(fused * each)
-    return fused, parts[0], parts[1]
-
-
-class FusionGate(nn.Module):
-    """g = sigmoid(MLP([h^H; h^V])) in float32 (Eq. 7). The last layer starts at zero, so g starts at 0.5."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        hidden = max(64, dim // 8)
-        self.hidden = nn.Linear(2 * dim, hidden, bias=False)
-        self.out = nn.Linear(hidden, 1)
-        self.start_even()
-
-    def reset_parameters(self) -> None:
-        """New weights, for a gate that was built without memory."""
-        self.hidden.reset_parameters()
-        self.start_even()
-
-    def start_even(self) -> None:
-        """g = 0.5 everywhere."""
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, h: Tensor, v: Tensor) -> Tensor:
-        """h, v (..., D) -> (...) float32, the weight of the horizontal logits."""
-        with full_precision(h.device.type):
-            x = wide(torch.cat([h, v], dim=-1))
-            x = nn.functional.silu(nn.functional.linear(x, wide(self.hidden.weight)))
-            x = nn.functional.linear(x, wide(self.out.weight), wide(self.out.bias))
-            return torch.sigmoid(x.squeeze(-1))
+    if split is None:
+        return fused, parts[0], parts[1]
+    return torch.zeros_like(fused), parts[0], parts[1] + fused * mean_over(where.only_v, split.column0)
 
 
 class Teacher(NamedTuple):
@@ -235,13 +231,32 @@ class DualHead(nn.Module):
         """
         if self.gate is None:
             return torch.full(h.shape[:-1], 0.5, dtype=wide(h[:0]).dtype, device=h.device)
-        return self.gate(h, v)
+        if not isinstance(self.gate, LogitGate):
+            return self.gate(h, v)
+        pairs = [each.detach().flatten(0, 1) for each in (h, v)]  # (R M, D)
+        size = chunk_size(len(pairs[0]), self.horizontal.out_features, h.device.type)
+        chunks = zip(*(each.split(size) for each in pairs), strict=True)
+        gates = [
+            checkpoint(self._weigh_logits, *each, use_reentrant=False, preserve_rng_state=False) for each in chunks
+        ]
+        return torch.cat(gates).view(h.shape[:-1])
 
-    def gate_collapse(self, h: Tensor, v: Tensor, where: Sources) -> Tensor:
+    def _weigh_logits(self, h: Tensor, v: Tensor) -> Tensor:
+        """Gate (c,) of pairs of states (c, D), by their logits, of which the gate alone learns."""
+        assert self.vertical is not None and self.gate is not None
+        with torch.no_grad():
+            logits = self._code_logits(self.horizontal, h), self._code_logits(self.vertical, v)
+        return self.gate(*logits)
+
+    def gate_collapse(self, h: Tensor, v: Tensor, where: Sources, gate: Tensor) -> Tensor:
         """1 - mean H2(g) of each sample (B,) over interior cells: H2 the binary entropy of the gate in bits, g clipped
-        to [1e-6, 1 - 1e-6]. The states are detached: only the gate has gradients (the authors' code)."""
-        pairs = h[:, where.h[where.both]].detach(), v[:, where.v[where.both]].detach()
-        g = self.weigh(*pairs, where.corner)[:, int(where.corner) :].clamp(1e-6, 1 - 1e-6)  # (B, M)
+        to [1e-6, 1 - 1e-6]. The states are detached: only the gate has gradients (the authors' code).
+
+        gate: (B, M), of `weigh`.
+        """
+        if not isinstance(self.gate, LogitGate):
+            gate = self.weigh(h[:, where.h[where.both]].detach(), v[:, where.v[where.both]].detach(), where.corner)
+        g = gate[:, int(where.corner) :].clamp(1e-6, 1 - 1e-6)
         entropy = -(g * g.log() + (1 - g) * (1 - g).log()) / math.log(2)
         return 1 - entropy.mean(1)
 
@@ -295,6 +310,7 @@ class DualHead(nn.Module):
         aux_weight: float | tuple[float, float] = AUX_WEIGHT,
         gate_collapse: float = 0.0,
         teacher: Teacher | None = None,
+        split: Split | None = None,
     ) -> TargetLosses:
         """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
 
@@ -324,9 +340,10 @@ class DualHead(nn.Module):
             total, nll = head_nll(inputs(self.horizontal, h, where.h, weight[:, None].expand_as(zeros), cells))
             nll = put(nll, cells)
             return TargetLosses(total, nll, nll, zeros, torch.ones_like(zeros))
-        gate = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]], where.corner).flatten()
+        gates = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]], where.corner)  # (B, M)
+        gate = gates.flatten()
         by_h, by_v = (where.both, where.only_h), (where.both, where.only_v)
-        scale, scale_h, scale_v = target_weights(plan, where, weight, aux_weight)
+        scale, scale_h, scale_v = target_weights(plan, where, weight, aux_weight, split)
         total, fused, nll_h, nll_v = dual_nll(
             inputs(self.horizontal, h, where.h, scale_h, *by_h),
             inputs(self.vertical, v, where.v, scale_v, *by_v),
@@ -334,7 +351,7 @@ class DualHead(nn.Module):
             spread(scale, where.both),
         )
         if gate_collapse:
-            collapse = self.gate_collapse(h, v, where) * weight
+            collapse = self.gate_collapse(h, v, where, gates) * weight
             total = total + gate_collapse * plan.n_cells * collapse.sum()
         if teacher is not None:
             total = total + self.distillation(v, where, weight, teacher)
@@ -360,7 +377,10 @@ class DualHead(nn.Module):
         z_v = self._code_logits(self.vertical, v[:, at.v].contiguous())  # (R, n - only_h, V)
         rows, n_h, vocabulary = z_h.shape
         both = n_h - at.only_h
-        gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)
+        if isinstance(self.gate, LogitGate):
+            gate = self.gate(z_h[:, at.only_h :], z_v[:, :both])
+        else:
+            gate = self.weigh(h[:, at.h][:, at.only_h :], v[:, at.v][:, :both], at.corner)
         fused = torch.empty(rows, n_h + at.only_v, vocabulary, dtype=gate.dtype, device=gate.device)
         fused[:, :n_h] = z_h
         fused[:, n_h:] = z_v[:, both:]

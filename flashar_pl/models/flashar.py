@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.models.base import GridModel, States
-from flashar_pl.models.dual_head import Corner, DualHead, Fusion, FusionGate
+from flashar_pl.models.dual_head import Corner, DualHead, Fusion
+from flashar_pl.models.gates import FusionGate, LogitGate
 
 
 class VerticalBranch(nn.Module):
@@ -41,7 +42,7 @@ class FlashAR(GridModel):
         branch_layer: m, 0 <= m <= L. The paper uses L - 1 for LlamaGen.
         vertical_layers: k, the number of cloned layers F_m..F_{m+k-1}; None = L - m; if m + k passes L, the last k
             layers are cloned. With m = L and None only norm and head are.
-        fusion: "gate" (Eq. 7) or "average" (g = 0.5, NAR).
+        fusion: "gate" (Eq. 7), "logit_gate" (the authors' LlamaGen code) or "average" (g = 0.5, NAR).
         corner: (0, 0) from the "horizontal" head (the paper) or "fused" like the interior (NAR).
 
     Before any training step the vertical branch equals the horizontal one: "training-free" diagonal decoding.
@@ -67,8 +68,8 @@ class FlashAR(GridModel):
             raise ValueError(f"branch_layer is {branch_layer}; expected 0 to {n_layer} (the number of layers).")
         if vertical_layers is not None and not 0 <= vertical_layers <= n_layer:
             raise ValueError(f"vertical_layers is {vertical_layers}; expected 0 to {n_layer}, or None.")
-        if fusion not in ("gate", "average"):
-            raise ValueError(f'fusion is {fusion!r}; expected "gate" or "average".')
+        if fusion not in get_args(Fusion):
+            raise ValueError(f"fusion is {fusion!r}; expected one of {', '.join(get_args(Fusion))}.")
         if corner not in ("horizontal", "fused"):
             raise ValueError(f'corner is {corner!r}; expected "horizontal" or "fused".')
         self.branch_layer = branch_layer
@@ -82,7 +83,8 @@ class FlashAR(GridModel):
             self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.device(like.device):
-            gate = FusionGate(head.in_features).to(like.dtype) if fusion == "gate" else None
+            gate = self.new_gate()
+            gate = None if gate is None else gate.to(like.dtype)
         self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code)
         if like.device.type != "meta":
             self.vertical.to_empty(device=like.device).to(like.dtype)
@@ -95,6 +97,12 @@ class FlashAR(GridModel):
         """NAR where it branches behind the last layer and averages."""
         nar = (self.branch_layer, self.fusion, self.dual_head.corner) == (self.backbone.n_layer, "average", "fused")
         return "NAR" if nar else "FlashAR"
+
+    def new_gate(self) -> FusionGate | None:
+        """A gate of this model's kind with its first values."""
+        if self.fusion == "average":
+            return None
+        return FusionGate(self.backbone.dim) if self.fusion == "gate" else LogitGate(self.backbone.vocabulary)
 
     @torch.no_grad()
     def init_vertical_from_backbone(self) -> None:
@@ -129,15 +137,21 @@ class FlashAR(GridModel):
 
     @classmethod
     def from_nar(
-        cls, state_dict: dict[str, Tensor], n_head: int, *, rope_base: float = 10000.0, norm_eps: float = 1e-5
+        cls,
+        state_dict: dict[str, Tensor],
+        n_head: int,
+        *,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        branch_layer: int | None = None,
     ) -> FlashAR:
         """A model from an official NAR state dict: one extra block on the last layer's output, averaged logits.
 
-        Also reads the authors' LlamaGen-FlashAR weights without gate and with the branch at the last layer.
-        Missing, unknown or misshapen keys raise ValueError.
+        Also reads the authors' LlamaGen-FlashAR weights. branch_layer: m, which no weights tell; None = L, or what a
+        file's arguments say. A gate on logits without either, and missing, unknown or misshapen keys raise ValueError.
         """
         read = resolve_name("flashar_pl.checkpoints.nar:read_nar")
-        return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps)
+        return read(state_dict, n_head, rope_base=rope_base, norm_eps=norm_eps, branch_layer=branch_layer)
 
     @classmethod
     def from_released(cls, directory: str | Path, heads: Literal["full", "visual"] = "full") -> FlashAR:
@@ -150,5 +164,5 @@ class FlashAR(GridModel):
         return resolve_name("flashar_pl.checkpoints.released:read_released")(directory, heads)
 
     def to_nar(self) -> dict[str, Tensor]:
-        """The official NAR state dict, inverse of `from_nar`."""
+        """The official NAR or LlamaGen-FlashAR state dict, inverse of `from_nar`."""
         return resolve_name("flashar_pl.checkpoints.nar:write_nar")(self)

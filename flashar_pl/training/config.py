@@ -11,6 +11,7 @@ from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, r
 from flashar_pl.backbones.registry import DEFAULT, complete, family
 from flashar_pl.checkpoints.hub import find_prompt_tokenizer
 from flashar_pl.checkpoints.official import backbone_config
+from flashar_pl.models.dual_head import Fusion, Split
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
 from flashar_pl.training.stages import Schedule
@@ -95,8 +96,9 @@ class FlashARConfig:
     """m, the layer at which the vertical branch forks off, 0 to the number of layers L; the paper uses L - 1."""
     vertical_layers: int | None = None
     """Number of cloned layers; None = L - m."""
-    fusion: Literal["gate", "average"] = "gate"
-    """Learnt gate (Eq. 7), or a fixed weight of 0.5."""
+    fusion: Fusion = "gate"
+    """Learnt gate of states (Eq. 7); logit_gate, of normalised logits as in the authors' LlamaGen code; or a fixed
+    weight of 0.5."""
     corner: Literal["horizontal", "fused"] = "horizontal"
     """What predicts cell (0, 0): the horizontal head (the paper), or both like any other cell (NAR)."""
 
@@ -173,6 +175,11 @@ class ScheduleConfig:
     """Per stage: the same of stage 2."""
     stage2_rate: float = 1.0
     """Per stage: base rate of stage 2 relative to that of stage 1."""
+    milestones: list[float] = field(default_factory=list)
+    """Shares of the steps at which every rate is multiplied by `gamma`, in place of a cosine, as in the authors'
+    LlamaGen code."""
+    gamma: float = 0.2
+    """At milestones."""
 
     def resolve(self, raster: bool, lora: bool = False) -> ScheduleConfig:
         """The same settings without None. ValueError for a stage 1 in which nothing could train."""
@@ -209,13 +216,23 @@ class LossConfig:
     gradients. The authors' Emu3.5 code has 0.2."""
     temperature: float = 2.0
     """T of the distillation."""
+    split: float | None = None
+    """lambda in lambda CE_H + (1 - lambda) CE_V, each over all targets of its head, in place of L_fuse; the gate learns
+    nothing from it. The authors' LlamaGen code has 0.5 where it is on."""
+    column0: float = 0.0
+    """With split: weight of the vertical head's loss in column 0 below row 0, in addition."""
 
     def __post_init__(self) -> None:
         if (
-            min(self.horizontal or 0, self.vertical or 0, self.gate_collapse, self.distillation) < 0
+            min(self.horizontal or 0, self.vertical or 0, self.gate_collapse, self.distillation, self.column0) < 0
             or self.temperature <= 0
+            or not 0 <= (self.split or 0) <= 1
         ):
-            raise ValueError(f"model.losses is {asdict(self)}; expected weights of 0 or more, temperature above 0.")
+            raise ValueError(
+                f"model.losses is {asdict(self)}; expected weights of 0 or more, temperature above 0, split 0 to 1."
+            )
+        if self.column0 and self.split is None:
+            raise ValueError("model.losses.column0 is part of the split loss; set model.losses.split, such as 0.5.")
         if not self.distillation and self.temperature != 2.0:
             raise ValueError(
                 "model.losses.temperature is the distillation's; set model.losses.distillation, such as 0.2."
@@ -225,14 +242,16 @@ class LossConfig:
         """Arguments of `GridModel.loss`. ValueError for a weight that would do nothing."""
         if flashar is None and self != LossConfig():
             raise ValueError("model.losses is about both heads of FlashAR; give model.flashar, or leave it out.")
-        if self.gate_collapse and flashar is not None and flashar.fusion != "gate":
-            raise ValueError("model.losses.gate_collapse needs a gate; expected flashar.fusion: gate.")
+        if self.gate_collapse and flashar is not None and flashar.fusion == "average":
+            raise ValueError("model.losses.gate_collapse needs a gate; expected flashar.fusion: gate or logit_gate.")
         pair = tuple(aux_weight if each is None else each for each in (self.horizontal, self.vertical))
         given: dict[str, Any] = {"aux_weight": aux_weight if pair == (aux_weight, aux_weight) else pair}
         if self.gate_collapse:
             given["gate_collapse"] = self.gate_collapse
         if self.distillation:
             given |= {"distillation": self.distillation, "temperature": self.temperature}
+        if self.split is not None:
+            given["split"] = Split(self.split, self.column0)
         return given
 
 

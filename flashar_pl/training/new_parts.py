@@ -10,17 +10,19 @@ import torch
 from torch import nn
 
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.dual_head import FusionGate
+from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import ADAPTER, adapted_layers
 
 
 def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
     """(part of `model`, a whole copy of it with its first values), on the CPU in float32. The generator stays as it
     was."""
-    gate = getattr(model.dual_head, "gate", None)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch.initial_seed())
-        made: list[tuple[nn.Module, nn.Module]] = [] if gate is None else [(gate, FusionGate(model.backbone.dim))]
+        made: list[tuple[nn.Module, nn.Module]] = []
+        if isinstance(model, FlashAR) and (gate := model.new_gate()) is not None:
+            assert model.dual_head.gate is not None
+            made.append((model.dual_head.gate, gate))
         for _, _, layer in adapted_layers(model):
             a = layer.lora_A[ADAPTER]
             made.append((a, nn.Linear(a.in_features, a.out_features, bias=False)))

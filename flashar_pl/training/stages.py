@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flashar_pl.models.base import STAGE1_ROLES
 
@@ -30,6 +30,10 @@ class Schedule:
     """Steps of stage 2 before its cosine begins."""
     stage2_rate: float = 1.0
     """Base rate of stage 2 relative to that of stage 1."""
+    milestones: list[float] = field(default_factory=list)
+    """Shares of the steps at which every rate is multiplied by `gamma`, in place of a cosine."""
+    gamma: float = 0.2
+    """At milestones."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.stage1_share <= 1:
@@ -45,6 +49,13 @@ class Schedule:
             )
         if not self.per_stage and (self.flat_stage1 or self.flat_stage2 or self.stage2_rate != 1):
             raise ValueError("schedule.flat_stage1, flat_stage2 and stage2_rate need schedule.per_stage: true.")
+        if not all(0 < share < 1 for share in self.milestones) or not 0 < self.gamma <= 1:
+            raise ValueError(
+                f"schedule.milestones is {self.milestones}, gamma {self.gamma}; expected shares of the run between 0 "
+                "and 1, and 0 < gamma <= 1."
+            )
+        if self.milestones and (self.per_stage or self.floor):
+            raise ValueError("schedule.milestones take the place of a cosine; leave per_stage and floor out.")
 
     @property
     def stage1_steps(self) -> int:
@@ -78,7 +89,7 @@ class Schedule:
         """Learning rate relative to the base: low + (top - low) (1 + cos(pi done)) / 2, after the warm-up.
 
         done: of the run; or per stage, of the stage after its flat part. top is the role's factor and low the floor,
-        both times `stage2_rate` in a stage 2 of its own.
+        both times `stage2_rate` in a stage 2 of its own. With milestones top * gamma^(those behind).
         """
         stage, begin, end, flat, rate = self.stage(step), 0, self.total_steps, 0, 1.0
         if self.per_stage and stage == 1:
@@ -88,5 +99,8 @@ class Schedule:
         done = min(max(step - begin - flat, 0) / max(end - begin - flat, 1), 1.0)
         rising = min((step + 1) / self.warmup, 1.0) if self.warmup else 1.0
         factor = self.factor(role, stage)
+        if self.milestones:
+            behind = sum(step >= round(share * self.total_steps) for share in self.milestones)
+            return factor * rising * self.gamma**behind
         low = self.floor * rate if factor else 0.0
         return low + (factor * rate - low) * rising * (1 + math.cos(math.pi * done)) / 2

@@ -111,12 +111,6 @@ def test_the_length_of_the_null_caption_is_read_from_the_tensors() -> None:
         short.raster_logits(codes, TextFeatures(torch.randn(1, 17, 32)))
 
 
-def test_nar_checkpoints_with_a_logit_gate_are_refused() -> None:
-    state, _ = llamagen_golden("nar_tiny")
-    with pytest.raises(ValueError, match=r"gate on logits .hv_gate_mlp.0.weight."):
-        FlashAR.from_nar({**state, "hv_gate_mlp.0.weight": torch.zeros(1)}, n_head=4)
-
-
 def test_a_raster_checkpoint_is_no_nar_checkpoint() -> None:
     state, _ = llamagen_golden("gpt_c2i_tiny")
     with pytest.raises(ValueError, match="holds LlamaGen weights; expected NAR"):

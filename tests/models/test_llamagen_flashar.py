@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -9,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from flashar_pl.checkpoints.nar import branch_of
-from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
+from flashar_pl.models.dual_head import Split
 from flashar_pl.tensor_files import read_tensors
 
 GATED = tiny.GOLDEN / "flashar" / "llamagen_flashar_tiny_gate_last_version.pt"
+GATED_IO = GATED.with_name("llamagen_flashar_tiny_gate_io.safetensors")
 
 
 def container(path: Path, state: dict[str, torch.Tensor], **arguments: object) -> Path:
@@ -23,11 +26,62 @@ def container(path: Path, state: dict[str, torch.Tensor], **arguments: object) -
     return path
 
 
-def test_a_checkpoint_that_gates_on_logits_is_refused_with_the_reason() -> None:
-    with pytest.raises(
-        ValueError, match=r"mixes logits by a gate on logits \(hv_gate_mlp.0.weight, .* only checkpoints"
+def test_a_gate_on_logits_is_the_authors(tmp_path: Path) -> None:
+    """Their container: logits, gate, losses, greedy codes and, back, every tensor. A gate that reads states, an average
+    at (0, 0), guidance before fusion or means of the split loss over other targets would differ."""
+    io, state = load_file(GATED_IO), read_tensors(GATED)["model"]
+    model = FlashAR.from_pretrained(GATED, n_head=4)
+    assert (model.branch_layer, model.vertical_layers, model.fusion) == (2, 1, "logit_gate")
+    codes, classes = io["in/tokens"].view(-1, 4, 4), io["in/class_ids"]
+    with torch.no_grad():
+        out = model(codes, classes)
+    torch.testing.assert_close(out.fused.flatten(1, 2), io["out/logits_fused"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.gate, io["out/gate"], atol=1e-5, rtol=0)
+    expected = io["out/loss"] + 0.1 * io["out/loss_gate_collapse"]
+    for options, loss in (
+        ({"gate_collapse": 0.1}, expected),
+        ({"split": Split(0.5)}, io["out/loss_split_lam0.5"]),
+        ({"split": Split(0.5, 0.5)}, io["out/loss_split_lam0.5_col0boost0.5"]),
     ):
-        load_model(GATED, n_head=4)
+        given = model.loss(codes, classes, aux_weight=0.0, **options)["loss"].detach()
+        torch.testing.assert_close(given, loss, atol=1e-5, rtol=1e-5)
+    for scale in (1, 2):
+        drawn = generate(model, io["in/generate_class_ids"], grid=(4, 4), cfg_scale=float(scale), greedy=True)
+        assert torch.equal(drawn, io[f"out/cfg{scale}_tokens"])
+    back = FlashAR.from_nar(model.to_nar(), n_head=4, branch_layer=2).to_nar()
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_gate_on_logits_learns_alone() -> None:
+    """Guards a gradient of the gate into the trunk or the heads, which the authors' code cuts, and a split loss that
+    moves the gate."""
+    model = tiny.flashar(fusion="logit_gate", corner="fused").double()
+    codes, classes = tiny.codes(3, 3, 4), tiny.classes(3)
+    names = [name for name, _ in model.named_parameters()]
+
+    def moved(**options: Any) -> set[str]:
+        off, on = (model.loss(codes, classes, **each)["loss"] for each in ({}, options))
+        grads = [torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True, allow_unused=True)
+                 for loss in (off, on)]  # fmt: skip
+        return {name for name, a, b in zip(names, *grads, strict=True) if not torch.allclose(a, b, atol=1e-12)}
+
+    gate = {name for name in names if name.startswith("dual_head.gate.")}
+    assert moved(gate_collapse=0.1) == gate
+    split = model.loss(codes, classes, split=Split(0.3, 0.5))["loss"]
+    parameters = [model.get_parameter(name) for name in sorted(gate)]
+    assert not any(each.any() for each in torch.autograd.grad(split, parameters))
+
+
+def test_what_does_not_say_the_branch_layer_or_mixes_by_one_number_is_refused() -> None:
+    state = read_tensors(GATED)["model"]
+    with pytest.raises(ValueError, match=r"do not tell the branch layer; give last_version.pt"):
+        FlashAR.from_nar(state, n_head=4)
+    mixed = {name: value for name, value in state.items() if not name.startswith("hv_")} | {
+        "hv_mix_logit": torch.ones(())
+    }
+    with pytest.raises(ValueError, match=r"by one number \(hv_mix_logit\)"):
+        FlashAR.from_nar(mixed | {"hv_mix_logit": torch.ones(())}, n_head=4)
 
 
 def test_average_fusion_imports(tmp_path: Path) -> None:
@@ -49,7 +103,7 @@ def test_the_branch_layer_comes_from_the_arguments(tmp_path: Path) -> None:
     """
     content = read_tensors(GATED)
     state = {name: value for name, value in content["model"].items() if not name.startswith("hv_")}
-    io = load_file(tiny.GOLDEN / "flashar" / "llamagen_flashar_tiny_gate_io.safetensors")
+    io = load_file(GATED_IO)
     codes, classes = io["in/tokens"].view(-1, 4, 4), io["in/class_ids"]
     model = FlashAR.from_pretrained(container(tmp_path / "given.pt", state, **vars(content["args"])), n_head=4)
     assert (model.branch_layer, model.vertical_layers) == (2, 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flashar_pl.grid import diagonal_plan, raster_plan
-from flashar_pl.models import FlashAR, RasterAR, losses
+from flashar_pl.models import FlashAR, RasterAR, dual_head, losses
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.losses import AUX_WEIGHT
 
@@ -59,10 +59,11 @@ def assert_equal_losses(
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 @pytest.mark.parametrize("plan", ["diagonal", "raster"])
 @pytest.mark.parametrize("corner", ["horizontal", "fused"])
-@pytest.mark.parametrize("fusion", ["gate", "average"])
+@pytest.mark.parametrize("fusion", ["gate", "logit_gate", "average"])
 def test_loss_and_gradients(fusion: str, corner: str, plan: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 5 leave a remainder in every group of targets (interior, first row, first column)."""
-    monkeypatch.setattr(losses, "chunk_size", lambda *_: chunk)
+    for module in (losses, dual_head):
+        monkeypatch.setattr(module, "chunk_size", lambda *_: chunk)
     assert_equal_losses(tiny.flashar(fusion=fusion, corner=corner).double(), plan)
 
 

@@ -179,14 +179,17 @@ def test_holds_overrides_only(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "authors").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_authors_settings_go_over_the_recipe_of_that_name(path: Path) -> None:
-    """Their options arrive: a schedule, losses and an optimiser that the recipe does not have."""
-    module = parse(FOLDER / path.name, "--config", str(path)).model
-    plain = parse(FOLDER / path.name).model
+    """Their options arrive: a schedule, losses and an optimiser that the recipe does not have, and its sizes stay."""
+    cli, plain = parse(FOLDER / path.name, "--config", str(path)), parse(FOLDER / path.name).model
+    module, emu = cli.model, "emu" in path.stem
     assert module.schedule.build(20000).scale("gate", 20000) > 0 == plain.schedule.build(20000).scale("gate", 20000)
-    assert module._loss_options == {"aux_weight": (0.0, 0.05), "distillation": 0.2, "temperature": 2.0}
+    distilled = {"aux_weight": (0.0, 0.05), "distillation": 0.2, "temperature": 2.0}
+    assert module._loss_options == (distilled if emu else {"aux_weight": (0.0, 0.0), "gate_collapse": 0.1})
     assert plain._loss_options == {"aux_weight": 0.05}
-    assert module.optimiser.decay_vectors
-    assert not plain.optimiser.decay_vectors
+    assert (module.optimiser.decay_vectors, plain.optimiser.decay_vectors) == (emu, False)
+    assert (module.flashar.branch_layer, module.init_from) == (plain.flashar.branch_layer, plain.init_from)
+    assert module.flashar.fusion == ("gate" if emu else "logit_gate")
+    assert cli.trainer.max_steps == (20000 if emu else 75000)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_raster_settings_have_one_stage() -> None:
         ({"stage1_share": 1.5}, "0 to 1"),
         ({"backbone_factor": -1}, "0 or more"),
         ({"warmup": -1}, "0 or more"),
+        ({"milestones": [1.5]}, "shares of the run"),
+        ({"milestones": [0.5], "floor": 0.1}, "leave per_stage and floor out"),
     ],
 )
 def test_wrong_schedules_are_refused(values: dict, message: str) -> None:
@@ -132,6 +134,21 @@ def test_the_authors_schedule_ends_each_stage_at_its_floor() -> None:
         assert lr(role, 1000) == lr(role, 3000) == pytest.approx(top)
         assert lr(role, 11500) == pytest.approx((top + 8.75e-7) / 2)
         assert lr(role, 20000) == pytest.approx(8.75e-7)
+
+
+def test_milestones_take_the_place_of_the_cosine() -> None:
+    """Their LlamaGen code: 30 epochs of 2,500 steps, 0.2 of the rate behind 15, 20 and 25."""
+    schedule = Schedule(75000, 0.0, 1.0, milestones=[1 / 2, 2 / 3, 5 / 6], gamma=0.2)
+    for step, rate in (
+        (0, 1.0),
+        (37499, 1.0),
+        (37500, 0.2),
+        (50000, 0.04),
+        (62499, 0.04),
+        (62500, 0.008),
+        (75000, 0.008),
+    ):
+        assert schedule.scale("backbone", step) == schedule.scale("gate", step) == pytest.approx(rate)
 
 
 def test_vectors_decay_where_asked() -> None:
