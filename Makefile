@@ -84,5 +84,9 @@ demo: setup  ## embedded data set: shards, raster pre-training, FlashAR post-tra
 demo-full: setup  ## the demo with the from-scratch contrast and a second sample seed
 	$(BIN)/flashar demo --full
 
+.PHONY: study-scenes
+study-scenes: setup  ## Table 3 at our scale: five methods on the drawn scenes (40 minutes); given again it continues
+	$(BIN)/python benchmarks/scenes.py
+
 clean:  ## remove the environment and caches, never runs/ or data/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache

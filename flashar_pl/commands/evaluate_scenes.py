@@ -5,7 +5,9 @@ Shapes: N prompts of a split, T places of a prompt, C words, 8 x 8 grid.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.score import DataOptions, check_data, held_out, image_nll, summary
@@ -35,8 +37,9 @@ def evaluate_scenes(
     """Draw one image for each prompt of a split of the embedded scenes, and check them exactly.
 
     An image is correct by GenEval's rules, exact if it also shows nothing else, torn if any part of it is no whole
-    object. Writes scenes.json with these counts and the likelihood of the split's own images, codes.npy, and
-    samples.png. Shares come with a 95 % interval (Wilson); the overall score is the mean over the six tasks.
+    object. Writes scenes.json with these counts, the likelihood of the split's own images, forwards of an image and
+    processor seconds of drawing it, codes.npy, and samples.png. Shares come with a 95 % interval (Wilson); the overall
+    score is the mean over the six tasks.
 
     Example:
         flashar evaluate scenes --checkpoint runs/scenes/flashar/checkpoints/last.ckpt --data data/scenes
@@ -70,14 +73,20 @@ def evaluate_scenes(
     condition = Condition.cat([batch.condition for batch in batches]).rows(range(total))  # padding stands at the end
     assert isinstance(condition, TextFeatures)
     prompts = [to_prompt(features) for features in condition.features.cpu().numpy()]
+    check_tasks(prompts, images.limit)
     with progress_bar(2 * total, "images") as advance:
         nll = image_nll(source.model, batches, plan, advance)  # (N,)
         drawn = SampleSet(condition, manifest.grid, plan, settings, size, seed)
-        codes = draw_codes(build_engine(source, engine, plan), drawn, advance)  # (N, 8, 8)
+        runner = build_engine(source, engine, plan)
+        started = time.process_time()
+        codes = draw_codes(runner, drawn, advance)  # (N, 8, 8)
+        seconds = time.process_time() - started
+    steps = source.model.make_plan(plan, *manifest.grid).n_steps * getattr(source.model, "steps", 1)  # calls of a block
     result = {
         **count(codes, prompts),
         "likelihood": summary(nll, codes[0].numel()),
-        "steps": source.model.make_plan(plan, *manifest.grid).n_steps,
+        "forwards": fmean(runner.forwards[:total]) if runner.forwards else steps,
+        "cpu_s_per_image": seconds / total,
         "settings": as_settings(images, model, sampling, engine) | {"plan": plan, "batch_size": size, "seed": seed},
         "data": {"name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
         "checkpoint": source.facts(),
@@ -90,6 +99,17 @@ def evaluate_scenes(
     print(report(result))
     print(f"wrote {Path(out) / 'scenes.json'}")
     return result
+
+
+def check_tasks(prompts: list[Prompt], limit: int | None) -> None:
+    """ValueError where a limit leaves no prompt of some task: the mean over tasks would be another one."""
+    from flashar_pl.data.scenes import TASKS, task_of
+
+    if missing := [task for task in TASKS if task not in map(task_of, prompts)]:
+        raise ValueError(
+            f"--limit {limit} leaves no prompt of {', '.join(missing)}: tasks come in turn, and a limit takes every "
+            "n-th prompt; expected another one, or none."
+        )
 
 
 def count(codes: Tensor, prompts: list[Prompt]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def sweep(file: str, /, *, dry_run: bool = False) -> Path:
     asked = read_sweep(find_recipe(file))
     runs, summary = list(asked.runs()), asked.summary()
     check_options(runs, summary)
-    todo = [stage for stage in (*_prepared(asked), *runs) if not finished(stage)]
+    todo = [stage for stage in (*prepared(asked), *runs) if not finished(stage)]
     if summary is not None and (todo or not summary.done):
         todo.append(summary)
     if dry_run:
@@ -124,23 +124,30 @@ def sweep(file: str, /, *, dry_run: bool = False) -> Path:
         print(f"\n[{number}/{len(todo)}] {stage.title}")
         if stage is summary and summary.done:
             move_aside(summary.path, "old")
-        elif stage.path.is_dir() and stage.words[0] == "fit" and not list((stage.path / "checkpoints").glob("*.ckpt")):
-            move_aside(stage.path, "unfinished")  # it was stopped before its first checkpoint
-        started = time.monotonic()
-        if code := run_process(stage):
-            raise ValueError(f"`flashar {stage.words[0]}` of {stage.title} ended with exit code {code}; see above.")
-        if stage.words[0] == "fit":
-            found = {"words": stage.words, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
-            write_json(stage.path / FINISHED, found)
+        run_stage(stage)
     print(f"all {len(runs)} runs of {file} are finished: {asked.out}")
     return Path(asked.out)
+
+
+def run_stage(stage: Stage) -> None:
+    """Run a stage, or continue a training run that was stopped. ValueError where the command fails."""
+    training = stage.words[0] == "fit"
+    if training and stage.path.is_dir() and not list((stage.path / "checkpoints").glob("*.ckpt")):
+        move_aside(stage.path, "unfinished")  # it was stopped before its first checkpoint
+    started = time.monotonic()
+    if code := run_process(stage):
+        raise ValueError(f"`flashar {stage.words[0]}` of {stage.title} ended with exit code {code}; see above.")
+    if training:
+        found = {"words": stage.words, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
+        write_json(stage.path / FINISHED, found)
 
 
 def _stage(place: Path, words: list[str]) -> Stage:
     return Stage(f"{place.parent.name}/{place.name}", 0, words, place, FINISHED)
 
 
-def _prepared(asked: Sweep) -> list[Stage]:
+def prepared(asked: Sweep) -> list[Stage]:
+    """The files that are made first."""
     return [Stage(name, 0, shlex.split(command), Path(name)) for name, command in asked.prepare.items()]
 
 

@@ -43,16 +43,20 @@ def test_from_shards_to_counts(run, refused, shards: str, work: Path, monkeypatc
     model = RasterAR(backbone)
     save_model(work / "model", model, Description(model.config(), grid=(8, 8), tokenizer={"kind": "scenes"}))
     words = ["evaluate", "scenes", "--checkpoint", "model", "--data", "data/scenes", "--plan", "diagonal",
-             "--branch-layer", 1, "--limit", 12]  # fmt: skip
-    for name, batch in (("one", 12), ("two", 5)):
+             "--branch-layer", 1]  # fmt: skip
+    for name, batch in (("one", 18), ("two", 5)):
         code, out, err = run(*words, "--out", name, "--batch-size", batch)
         assert code == 0, err
     assert "nats per image" in out
     one, two = (json.loads((work / name / "scenes.json").read_text()) for name in ("one", "two"))
     assert one["torn"] == two["torn"]  # neither depends on the batch
     assert one["likelihood"] == pytest.approx(two["likelihood"], rel=1e-5)
-    assert (one["steps"], one["correct"]["images"], one["likelihood"]["images"]) == (15, 12, 12)
-    assert np.load(work / "one" / "codes.npy").shape == (12, 8, 8)
+    assert (one["forwards"], one["correct"]["images"], one["likelihood"]["images"]) == (15, 18, 18)
+    assert one["cpu_s_per_image"] > 0
+    assert np.load(work / "one" / "codes.npy").shape == (18, 8, 8)
+    assert "--limit 9 leaves no prompt of two_object, colors, color_attr" in refused(
+        *words, "--out", "three", "--limit", 9
+    )
     assert "expected what `flashar tokenize scenes` writes" in refused(
         "evaluate", "scenes", "--checkpoint", "model", "--data", shards, "--out", "three"
     )

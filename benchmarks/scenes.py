@@ -1,0 +1,175 @@
+"""The study of the scenes, Table 3 at our scale: train, draw, check, and one page of results.
+
+    python benchmarks/scenes.py  # make study-scenes; given again it continues
+
+Trains the runs of a sweep file, two at a time on one thread each, evaluates every run by `flashar evaluate scenes`, and
+writes scenes.json, the tables in scenes.md (made from the JSON alone, between two comments) and scenes.png.
+
+Shapes: N test prompts, 8 x 8 grid.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashar_pl.commands.demo import LAST, Stage
+from flashar_pl.commands.evaluate_scenes import share
+from flashar_pl.commands.score import held_out
+from flashar_pl.commands.sweep import FINISHED, RASTER, finished, prepared, read_sweep, run_stage
+from flashar_pl.data.scenes import TASKS, Prompt, entry_of, find_things, to_prompt
+from flashar_pl.data.shards import Manifest
+from flashar_pl.files import write_json, write_text
+from flashar_pl.pictures import save_png, sheet
+from flashar_pl.tokenizers import build_tokenizer
+from flashar_pl.tokenizers.scenes import QUARTERS
+
+FREE = ["--branch-layer", "3", "--plan"]
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "raster": (RASTER, []),
+    "raster, trained on": ("longer", []),
+    "FlashAR": ("flashar", []),
+    "BlockDiffusion": ("blockdiff", []),
+    "training-free, diagonal": (RASTER, [*FREE, "diagonal"]),
+    "training-free, limited": (RASTER, [*FREE, "limited"]),
+}
+"""Row -> the folder of its runs, and further options of `flashar evaluate scenes`."""
+SHOWN, COLUMNS, ENLARGED = 12, 6, 3
+COUNTED = ("torn", "clash", "surplus", "exact")
+BEGIN, END = "<!-- tables: benchmarks/scenes.py -->\n", "<!-- end -->\n"
+DATA = "data/scenes"
+
+
+def evaluations(root: Path, runs: Iterable[Stage]) -> dict[str, list[Stage]]:
+    """Row -> the evaluation of each of its runs."""
+    found: dict[str, list[Stage]] = {}
+    places = [stage.path for stage in runs]
+    for name, (folder, words) in METHODS.items():
+        for place in [each for each in places if each.parent.name == folder]:
+            out = root / "evaluate" / "_".join([folder, *words[-1:], place.name])
+            asked = ["evaluate", "scenes", "--checkpoint", str(place / LAST), "--data", DATA, "--out", str(out), *words]
+            found.setdefault(name, []).append(Stage(out.name, 0, asked, out, "scenes.json"))
+    return found
+
+
+def run_all(stages: Iterable[Stage], workers: int) -> None:
+    """Run those stages that are not finished, some at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run_stage, [stage for stage in stages if not finished(stage)]))
+
+
+def look(codes: np.ndarray, prompt: Prompt) -> tuple[bool, bool]:
+    """Of codes (8, 8): whether two objects begin side by side on one diagonal, where both cannot be whole; and whether
+    there are more whole objects than the prompt asks for."""
+    begins = codes % QUARTERS == 1
+    wanted = sum(each["count"] for each in entry_of(prompt)["include"])
+    return bool((begins[1:, :-1] & begins[:-1, 1:]).any()), len(find_things(codes)[0]) > wanted
+
+
+def measured(stage: Stage, prompts: list[Prompt]) -> dict[str, Any]:
+    """What the page needs of one evaluation."""
+    found = json.loads((stage.path / "scenes.json").read_text())
+    codes = np.load(stage.path / "codes.npy")
+    run = Path(found["settings"]["checkpoint"]).parents[1]
+    clash, surplus = zip(*(look(each, prompt) for each, prompt in zip(codes, prompts, strict=True)), strict=True)
+    return {
+        "run": str(run),
+        "commits": {
+            "training": json.loads((run / FINISHED).read_text())["versions"].get("commit"),
+            "evaluation": found["versions"].get("commit"),
+        },
+        "command": ["flashar", *stage.words],
+        **{name: found[name] for name in ("tasks", "overall", "exact", "torn", "likelihood", "forwards")},
+        "clash": share(sum(clash), len(codes)),
+        "surplus": share(sum(surplus), len(codes)),
+        "cpu_s_per_image": found["cpu_s_per_image"],
+        "batch_size": found["settings"]["batch_size"],
+    }
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of a row together: counts are added, other numbers averaged."""
+    add = lambda shares: share(sum(each["count"] for each in shares), sum(each["images"] for each in shares))  # noqa: E731
+    mean = lambda values: float(np.mean(list(values)))  # noqa: E731
+    return {
+        "tasks": {task: add([run["tasks"][task] for run in runs]) for task in TASKS},
+        **{name: add([run[name] for run in runs]) for name in COUNTED},
+        "nll_nats_per_image": mean(run["likelihood"]["nll_nats_per_image"] for run in runs),
+        **{name: mean(run[name] for run in runs) for name in ("overall", "forwards", "cpu_s_per_image")},
+        "runs": runs,
+    }
+
+
+def page(result: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    interval = lambda each: f"{100 * each['share']:.1f} ({100 * each['low']:.1f} to {100 * each['high']:.1f})"  # noqa: E731
+    rows = result["rows"]
+    first = ["| | runs | forwards | CPU ms | nats | torn % | clash % | surplus % | exact % |"]
+    second = ["| | mean of tasks % | " + " | ".join(TASKS) + " |"]
+    first.append("|---|" + "---:|" * 8)
+    second.append("|---|" + "---:|" * 7)
+    for name, row in rows.items():
+        numbers = [f"{len(row['runs'])}", f"{row['forwards']:.0f}", f"{1e3 * row['cpu_s_per_image']:.1f}"]
+        numbers += [f"{row['nll_nats_per_image']:.2f}", *(interval(row[each]) for each in COUNTED)]
+        first.append(f"| {name} | {' | '.join(numbers)} |")
+        tasks = " | ".join(interval(row["tasks"][task]) for task in TASKS)
+        second.append(f"| {name} | {100 * row['overall']:.1f} | {tasks} |")
+    return "\n".join([*first, "", *second, ""])
+
+
+def insert(text: str, tables: str) -> str:
+    """A page with its tables in place of those between the comments; they come last where there are none."""
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + tables + END + rest.partition(END)[2]
+
+
+def picture(stages: dict[str, list[Stage]], prompts: list[Prompt], manifest: Manifest) -> torch.Tensor:
+    """The first prompts, one line for each row's first run: (3, h, w) uint8."""
+    tokenizer = build_tokenizer(manifest.tokenizer)
+    blocks = []
+    for name, (stage, *_) in stages.items():
+        images = tokenizer.decode(torch.from_numpy(np.load(stage.path / "codes.npy")[:SHOWN]))
+        enlarged = images.repeat_interleave(ENLARGED, -2).repeat_interleave(ENLARGED, -1)
+        blocks.append((name.replace(", ", "\n"), enlarged))
+    return sheet(blocks, [entry_of(prompt)["prompt"] for prompt in prompts[:SHOWN]], COLUMNS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--sweep", default="experiments/ablations/scenes.yaml")
+    parser.add_argument("--out", default="docs/results", help="where scenes.json, scenes.md, scenes.png go")
+    parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each")
+    asked = parser.parse_args()
+    sweep = read_sweep(Path(asked.sweep))
+    runs = list(sweep.runs())
+    stages = evaluations(Path(sweep.out), runs)
+    run_all(prepared(sweep), 1)
+    run_all([stage for stage in runs if stage.path.parent.name == RASTER], asked.workers)
+    run_all([stage for stage in runs if stage.path.parent.name != RASTER], asked.workers)
+    run_all([stage for own in stages.values() for stage in own], asked.workers)
+    manifest = Manifest.load(DATA)
+    batches = held_out(manifest, "test", 100, None, None, "cpu")
+    prompts = [to_prompt(each) for batch in batches for each in batch.condition.features.numpy()]
+    rows = {name: pooled([measured(stage, prompts) for stage in own]) for name, own in stages.items()}
+    out = Path(asked.out)
+    result = {
+        "sweep": asked.sweep,
+        "split": "test",
+        "prompts": len(prompts),
+        "shown": [entry_of(prompt)["prompt"] for prompt in prompts[:SHOWN]],
+        "rows": rows,
+    }
+    write_json(out / "scenes.json", result)
+    text = out / "scenes.md"
+    write_text(text, insert(text.read_text(encoding="utf-8") if text.exists() else "", page(result)))
+    save_png(picture(stages, prompts, manifest), out / "scenes.png")
+    print(page(result))
+
+
+if __name__ == "__main__":
+    main()
