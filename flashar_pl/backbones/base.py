@@ -244,14 +244,7 @@ class Backbone(nn.Module, ABC):
 
         Padded prefix positions are hidden from everyone but themselves, so that no row of the softmax is empty.
         """
-        length = len(prefix) + n_slots
-        mask = plan_mask(plan, len(prefix), n_slots, prefix.x.device)
-        if prefix.mask is None:
-            return mask[None, None]
-        visible = torch.ones(prefix.x.shape[0], length, dtype=torch.bool, device=mask.device)
-        visible[:, : len(prefix)] = prefix.mask
-        itself = torch.eye(length, dtype=torch.bool, device=mask.device)
-        return ((mask & visible[:, None]) | itself)[:, None]
+        return hide_padding(plan_mask(plan, len(prefix), n_slots, prefix.x.device), prefix)
 
     def attention_mask(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Mask:
         """`sequence_mask`, or "causal" where that says the same: a plan in raster order, and no row is padded."""
@@ -275,6 +268,17 @@ class Backbone(nn.Module, ABC):
         logits = wide(self.head(x))[..., self.first_code :]  # (B, 1 + S, V)
         logits = logits[:, plan.on("h_source", x.device) + 1]  # (B, N, V)
         return logits.unflatten(1, codes.shape[1:])
+
+
+def hide_padding(mask: Tensor, prefix: Prefix) -> Tensor:
+    """(1 or R, 1, L, K) bool of `mask` (L, K) for the last L of K positions, of which the prefix is the first P: keys
+    that only pad it are hidden from everyone but themselves."""
+    if prefix.mask is None:
+        return mask[None, None]
+    visible = torch.ones(prefix.x.shape[0], mask.shape[1], dtype=torch.bool, device=mask.device)
+    visible[:, : len(prefix)] = prefix.mask
+    itself = torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)[-mask.shape[0] :]
+    return ((mask & visible[:, None]) | itself)[:, None]
 
 
 def plan_mask(plan: DecodePlan, prefix: int, n_slots: int, device: torch.device) -> Tensor:

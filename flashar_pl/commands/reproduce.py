@@ -27,8 +27,6 @@ class Row:
     """File or folder that has to be there -> where it comes from."""
     steps: list[Stage]
     """In their order."""
-    lacks: str | None
-    """What this project does not have yet for it; then there are no steps."""
 
 
 def reproduce(what: str, /, *, row: str | None = None, run: bool = False) -> list[list[str]]:
@@ -66,8 +64,6 @@ def reproduce(what: str, /, *, row: str | None = None, run: bool = False) -> lis
 
 def _show(row: Row, title: str, run: bool) -> list[list[str]]:
     """Print a row's commands, what is missing here and the paper's numbers; run them."""
-    if row.lacks is not None:
-        raise ValueError(f"{title}: this project lacks {row.lacks}.")
     missing = [f"{name} ({where})" for name, where in row.needs.items() if not Path(name).exists()]
     print("\n".join(f"flashar {shlex.join(stage.words)}" for stage in row.steps))
     numbers = ", ".join(f"{name} {value}" for name, value in row.paper.items())
@@ -93,8 +89,6 @@ def read_tables() -> dict[str, dict[str, Any]]:
 
 def _row(content: dict[str, Any], given: dict[str, Any], values: dict[str, Any]) -> Row:
     paper = dict(zip(given["columns"], values["paper"].split(), strict=True))
-    if "lacks" in values:
-        return Row(paper, {}, [], values["lacks"])
     chain, words = content["chains"][values["chain"]], {**content["words"], **values}
 
     def filled(text: str) -> str:
@@ -102,7 +96,7 @@ def _row(content: dict[str, Any], given: dict[str, Any], values: dict[str, Any])
 
     needs = [filled(name) for name in _flat(chain["needs"])]
     steps = [Stage(name, 0, shlex.split(filled(text)), Path(filled(name))) for name, text in chain["steps"].items()]
-    return Row(paper, {name: content["where"].get(name, "made by another row") for name in needs}, steps, None)
+    return Row(paper, {name: content["where"].get(name, "made by another row") for name in needs}, steps)
 
 
 def _flat(names: list[Any]) -> list[str]:

@@ -172,7 +172,7 @@ class Teacher(NamedTuple):
     """T."""
 
 
-def _affine(head: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
+def affine(head: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """States (M, D) and weight (V, D) of a head; a bias is one more input that is always 1."""
     if head.bias is None:
         return x, head.weight
@@ -269,8 +269,8 @@ class DualHead(nn.Module):
         rows = sources(teacher.plan, self.corner, v.device).h[cells]
         scale = weight[:, None].expand(-1, len(cells)).flatten()
         total = distilled(
-            _affine(self.horizontal, teacher.states[:, rows].flatten(0, 1)),
-            _affine(self.vertical, v[:, where.v[cells]].flatten(0, 1)),
+            affine(self.horizontal, teacher.states[:, rows].flatten(0, 1)),
+            affine(self.vertical, v[:, where.v[cells]].flatten(0, 1)),
             scale,
             teacher.temperature,
         )
@@ -332,7 +332,7 @@ class DualHead(nn.Module):
 
         def inputs(head: nn.Linear, states: Tensor, rows: Tensor, scale: Tensor, *cells: Tensor) -> HeadInputs:
             x = torch.cat([states[:, rows[part]].flatten(0, 1) for part in cells])  # (B * M, D)
-            return HeadInputs(*_affine(head, x), spread(codes, *cells), spread(scale, *cells))
+            return HeadInputs(*affine(head, x), spread(codes, *cells), spread(scale, *cells))
 
         if v is None or self.vertical is None:
             cells = where.only_h

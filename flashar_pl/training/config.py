@@ -115,8 +115,8 @@ class PARConfig:
 class BlockDiffusionConfig:
     """BlockDiffusion instead of FlashAR (docs/baselines.md)."""
 
-    strategy: Literal["mdlm", "row", "sub4x4"] = "mdlm"
-    """What a block is: the whole grid, a row, or a square of 4 x 4."""
+    strategy: Literal["mdlm", "row", "sub4x4", "sub8x8"] = "mdlm"
+    """What a block is: the whole grid, a row, or a square of 4 x 4 or 8 x 8."""
     clean_context: bool = False
     """Train with a clean copy of the codes and cache finished blocks; the authors do neither."""
     steps: int = 16

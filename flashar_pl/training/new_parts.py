@@ -1,4 +1,5 @@
-"""First values of what no official directory holds: the gate, and the matrices A of LoRA (B starts at 0).
+"""First values of what no official directory holds: the gate, mask and time of block diffusion, and the matrices A of
+LoRA (B starts at 0).
 
 They are a function of the seed alone, not of where the random generator stands: one process has built a whole random
 model before, shards have not.
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.baselines import BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import ADAPTER, adapted_layers
 
@@ -23,6 +25,8 @@ def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
         if isinstance(model, FlashAR) and (gate := model.new_gate()) is not None:
             assert model.dual_head.gate is not None
             made.append((model.dual_head.gate, gate))
+        if isinstance(model, BlockDiffusion):
+            made += zip((model.mask, model.time), model.new_embeddings(), strict=True)
         for _, _, layer in adapted_layers(model):
             a = layer.lora_A[ADAPTER]
             made.append((a, nn.Linear(a.in_features, a.out_features, bias=False)))

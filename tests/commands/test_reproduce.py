@@ -68,7 +68,6 @@ def test_a_row_is_printed_with_what_is_missing(run, refused, work):
     assert "known: table1" in refused("reproduce", "table9")
     assert "did you mean llamagen-l-flashar" in refused("reproduce", "table1", "--row", "llamagen-l-flash")
     assert "needs --row" in refused("reproduce", "table1", "--run")
-    assert "lacks BlockDiffusion" in refused("reproduce", "table2", "--row", "emu35-blockdiffusion")
     assert "needs weights/Emu3.5-Image" in refused("reproduce", "table3", "--row", "emu35-raster", "--run")
 
 

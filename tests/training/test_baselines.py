@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import (
+    BackboneConfig,
     FlashARConfig,
     Losses,
     ValidationConfig,
@@ -89,6 +90,31 @@ def test_block_diffusion_trains_in_the_two_stages_of_flashar(tmp_path: Path, toy
         assert torch.equal(first[name], second[name]) == (role == "backbone"), name
         assert not name.endswith("wo.weight") or not torch.equal(second[name], third[name])
     assert [module.built_schedule.factor(role, 2) for role in ("backbone", "added")] == [0.2, 1.0]
+
+
+def test_block_diffusion_on_prompts(folder: Path, capsys, caplog, monkeypatch) -> None:
+    """experiments/blockdiff_emu35.yaml in miniature: from an official directory, whose weights have no mask or time,
+    to samples of prompts of several lengths and a row of the benchmark."""
+    monkeypatch.chdir(folder)
+    base = "data/emu35_tiny/model"
+    module = FlashARModule(
+        backbone=BackboneConfig(directory=base, options={"condition_dropout": 0.1}), init_from=base,
+        block_diffusion=BlockDiffusionConfig(strategy="sub4x4", clean_context=True, steps=2),
+    )  # fmt: skip
+    save = ModelCheckpoint(folder, filename="blocks", every_n_train_steps=2)
+    module = fit(folder, "data/emu35_tiny/shards", module, data={"prompts": base}, callbacks=[save], max_steps=2,
+                 enable_checkpointing=True, limit_val_batches=1)  # fmt: skip
+    dim = module.net.backbone.dim
+    assert module.schedule.stage1_share == 0.2
+    assert f" 0 cloned into the vertical branch, {dim + 2 * dim * (dim + 1):,} new" in caplog.text
+    assert all(parameter.isfinite().all() for parameter in module.net.parameters())
+    (folder / "prompts.txt").write_text("a red square\na blue circle seen from far away\n")
+    words = ["--checkpoint", "blocks.ckpt", "--cfg-scale", "2", "--device", "cpu"]
+    drawing = ["--assets", base, "--tokenizer", "ibq:data/emu35_tiny/tokenizer", "--prompts", "prompts.txt"]
+    assert main(["generate", *words, *drawing, "--num-images", "1", "--out", "drawn"]) == 0
+    assert len(list((folder / "drawn").rglob("0*.png"))) == 2
+    assert main(["benchmark", *words, "--batch-sizes", "1", "--repeats", "1", "--out", "timed"]) == 0
+    assert "| blocks |" in capsys.readouterr().out
 
 
 def test_nar_trains_on_the_averaged_logits_alone(tmp_path: Path, toy_shards: str) -> None:

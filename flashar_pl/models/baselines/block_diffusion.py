@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flashar_pl.backbones.base import Backbone, check_codes, initialise
-from flashar_pl.backbones.condition import Condition, Given, TextFeatures
+from flashar_pl.backbones.base import Backbone, check_codes, hide_padding, initialise
+from flashar_pl.backbones.condition import Condition, Given
 from flashar_pl.grid import DecodePlan, check_grid
 from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws, check_steps
 from flashar_pl.models.baselines.plans import block_plan, doubled_mask
+from flashar_pl.models.dual_head import affine
 from flashar_pl.models.losses import HeadInputs, head_nll
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import wide
@@ -60,17 +61,17 @@ class TimeEmbedding(nn.Module):
 
 
 class BlockDiffusion(RasterAR):
-    """A block diffusion model on a backbone of classes or unpadded text features, which it takes over.
+    """A block diffusion model on a backbone, which it takes over.
 
     Args:
-        backbone: without row ends; its weights are where post-training starts.
+        backbone: its weights are where post-training starts; where it ends rows with a token, there is none here.
         strategy: what a block is, see `plans.block_plan`.
         clean_context: the strong variant, see the top of this file.
         steps: calls per block, S, where decoding is not told; the authors have 16, for one block.
         grid: (H, W) that `generate` draws where it is given none; None = the backbone's usual one.
 
     Raises:
-        ValueError: another kind of backbone, or an unknown strategy.
+        ValueError: an unknown strategy.
     """
 
     method = "BlockDiffusion"
@@ -86,18 +87,17 @@ class BlockDiffusion(RasterAR):
         steps: int = 16,
         grid: tuple[int, int] | None = None,
     ) -> None:
-        if backbone.conditioning.kind == "prompt" or backbone.row_ends:
-            raise ValueError(
-                f"the backbone is {backbone.kind} with conditions of kind {backbone.conditioning.kind!r}; block "
-                "diffusion expects one of classes or text features, without row-end tokens."
-            )
         super().__init__(backbone)
         self.strategy, self.clean_context, self.steps = strategy, clean_context, check_steps(steps)
         self.usual_grid = backbone.usual_grid if grid is None else check_grid(grid)
-        self.make_plan(None, 4, 4)  # names the strategies
-        self.mask = nn.Embedding(1, backbone.dim)
-        initialise(self.mask)
-        self.time = TimeEmbedding(backbone.dim)
+        self.make_plan(None, 8, 8)  # names the strategies
+        self.mask, self.time = self.new_embeddings()
+
+    def new_embeddings(self) -> tuple[nn.Embedding, TimeEmbedding]:
+        """Of the mask and of time, with their first values."""
+        mask = nn.Embedding(1, self.backbone.dim)
+        initialise(mask)
+        return mask, TimeEmbedding(self.backbone.dim)
 
     @classmethod
     def from_official(
@@ -175,7 +175,8 @@ class BlockDiffusion(RasterAR):
             raise ValueError(f"clean is {'missing' if clean is None else 'given'}; the model has clean_context "
                              f"{self.clean_context}.")  # fmt: skip
         context = None if clean is None else self._flat(clean)[0]
-        h = self.hidden(flat, self._condition(classes, len(flat)), self._by_cell(t, plan), plan, context)
+        condition = self.backbone.check_condition(classes, len(flat))
+        h = self.hidden(flat, condition, self._by_cell(t, plan), plan, context)
         return self.head_logits(h)
 
     def loss(  # type: ignore[override]
@@ -212,12 +213,13 @@ class BlockDiffusion(RasterAR):
             u = torch.rand(flat.shape, device=flat.device, generator=generator)
         noisy, masked = self.noise(codes, t_blocks, u)
         t = self._by_cell(t_blocks, plan).clamp_min(MIN_TIME[self.clean_context])
-        condition = self._condition(classes, len(flat))
+        t = t.to(wide(self.mask.weight[:0]).dtype)
+        condition = self.backbone.check_condition(classes, len(flat))
         h = self.hidden(noisy, condition, t, plan, flat if self.clean_context else None)
         counted = masked if valid is None else masked & valid.bool()[:, None]
         weight = counted.to(t) / t  # (B, N)
         rows = flat.flatten() + self.backbone.first_code
-        head = HeadInputs(h.flatten(0, 1), self.backbone.head.weight, rows, weight.flatten())
+        head = HeadInputs(*affine(self.backbone.head, h.flatten(0, 1)), rows, weight.flatten())
         total, nll = head_nll(head)
         samples = len(flat) if valid is None else valid.sum().clamp_min(1)
         loss = total / (samples * plan.n_cells if self.clean_context else counted.sum().clamp_min(1))
@@ -230,13 +232,6 @@ class BlockDiffusion(RasterAR):
             "masked": masked.float().mean(),
             "gate": torch.ones(len(flat), plan.height, plan.width, device=flat.device),
         }
-
-    def _condition(self, given: Given, batch: int | None = None) -> Condition:
-        """What a caller gave, checked; the masks of the blocks know no padding of a text."""
-        condition = self.backbone.check_condition(given, batch)
-        if isinstance(condition, TextFeatures) and condition.mask is not None and not condition.mask.all():
-            raise ValueError("text features are padded; block diffusion expects captions of one length.")
-        return condition
 
     # --- the network ------------------------------------------------------------------------------------------------
 
@@ -254,7 +249,7 @@ class BlockDiffusion(RasterAR):
         if clean is not None:
             parts.append(self.embed_at(clean[:, cells], torch.zeros_like(t[:1])))
             rope = torch.cat([rope, rope[:, len(prefix) :]], dim=1)
-            mask = doubled_mask(plan, len(prefix), tokens.device)
+            mask = hide_padding(doubled_mask(plan, len(prefix), tokens.device), prefix)
         x = self.backbone.layers(self.backbone.input_dropout(torch.cat(parts, dim=1)), rope, mask)
         h = self.backbone.norm(x)[:, len(prefix) : len(prefix) + plan.n_slots]
         return h[:, plan.on("slot", h.device)]
@@ -309,7 +304,7 @@ class BlockDiffusion(RasterAR):
         """Codes (B, H, W) int64, in `steps` calls of the model per block.
 
         Args:
-            classes: (B,) int64.
+            classes: (B,) int64, or another condition of the backbone.
             grid: (H, W); None = that of the configuration.
             steps: S per block, None = the model's. Step s reveals a cell that is still masked with probability
                 1 / (S - s).
@@ -320,7 +315,7 @@ class BlockDiffusion(RasterAR):
             gumbel_u: (blocks, S, B, n, V) uniforms; the code is argmax(logits - log(-log u)). None = from the seeds.
             cached: keep the keys and values of finished blocks; None = if the model has clean context.
             on_step: called with the tokens (B, N) after every call of the model; V = still masked.
-            unconditional: class ids that guidance leads away from; None = the null class.
+            unconditional: what guidance leads away from; None = the backbone's own.
 
         Raises:
             ValueError: a value out of range, a cache without clean context, or logits that are not finite.
@@ -329,9 +324,9 @@ class BlockDiffusion(RasterAR):
         cached = self.clean_context if cached is None else cached
         if cached and not self.clean_context:
             raise ValueError("cached is True, and without clean_context every call changes all states; leave it out.")
-        condition = self._condition(classes).to(self.device)
+        condition = self.backbone.check_condition(classes).to(self.device)
         if unconditional is not None:
-            unconditional = self._condition(unconditional, len(condition)).to(self.device)
+            unconditional = self.backbone.check_condition(unconditional, len(condition)).to(self.device)
         plan = self.make_plan(None, *check_grid(grid or self.usual_grid))
         steps = check_steps(self.steps if steps is None else steps)
         if any(isinstance(parameter, DTensor) for parameter in self.parameters()):

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flashar_pl.backbones.base import Backbone
+from flashar_pl.backbones.base import Backbone, hide_padding
 from flashar_pl.backbones.condition import Condition
 from flashar_pl.grid import DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
@@ -168,18 +168,19 @@ class BlockSampler:
         """The same from the cache, to which the first call of a block adds what has become final before it."""
         model, length = self.model, len(self.prefix)
         turns = self.rope[:, length:][:, self.plan.slots_of_step[block]]
-        x, mask, kept = self._embedded(block, 1 - s / self.draws.steps), None, 0
+        x, kept = self._embedded(block, 1 - s / self.draws.steps), 0
         if s == 0:
             before = self.prefix.x if block == 0 else self._embedded(block - 1, 0.0)
             spots = slice(length) if block == 0 else self.plan.slots_of_step[block - 1]
             table = self.rope if block == 0 else self.rope[:, length:]
             kept = before.shape[1]
             x, turns = torch.cat([before, x], dim=1), torch.cat([table[:, spots], turns], dim=1)
-            mask = torch.ones(x.shape[1], cache.filled + x.shape[1], dtype=torch.bool, device=x.device)
-            mask[:kept, cache.filled + kept :] = False  # what is final does not see the block that follows
-            if block == 0:  # a condition of several tokens is causal
-                mask[:kept, :kept] = mask[:kept, :kept].tril()
-        h = model.backbone.norm(model.backbone.layers(x, turns, mask, cache))
+        mask = torch.ones(x.shape[1], cache.filled + x.shape[1], dtype=torch.bool, device=x.device)
+        mask[:kept, cache.filled + kept :] = False  # what is final does not see the block that follows
+        if s == 0 and block == 0:  # a condition of several tokens is causal
+            mask[:kept, :kept] = mask[:kept, :kept].tril()
+        seen = None if kept == 0 and self.prefix.mask is None else hide_padding(mask, self.prefix)
+        h = model.backbone.norm(model.backbone.layers(x, turns, seen, cache))
         cache.advance(kept)
         return h[:, kept:]
 

@@ -65,17 +65,17 @@ def check_regions(tokens: int) -> int:
     return math.isqrt(tokens)
 
 
-BLOCKS = ("mdlm", "row", "sub4x4")
+SQUARES = {"sub4x4": 4, "sub8x8": 8}
+"""Height and width of a block."""
+BLOCKS = ("mdlm", "row", *SQUARES)
 """Names that `block_plan` knows."""
-BLOCK_SIDE = 4
-"""Height and width of a block of "sub4x4"."""
 
 
 def block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     """Block diffusion: one block of cells per step, each cell predicted at its own slot, which holds a mask token.
 
-    strategy: "mdlm", the whole grid is one block; "row", every row; "sub4x4", squares of 4 x 4 in raster order. A cell
-    sees its own block and those before.
+    strategy: "mdlm", the whole grid is one block; "row", every row; "sub4x4" and "sub8x8", squares in raster order. A
+    cell sees its own block and those before.
 
     Raises:
         ValueError: another strategy, or a grid that squares do not tile.
@@ -87,15 +87,16 @@ def block_plan(height: int, width: int, strategy: str) -> DecodePlan:
 @plain_tensors()
 def _block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     check_grid((height, width))
-    n, side = height * width, BLOCK_SIDE
+    n, side = height * width, SQUARES.get(strategy, 1)
     if strategy not in BLOCKS:
         raise ValueError(f"strategy is {strategy!r}; expected one of {', '.join(BLOCKS)}.")
-    if strategy == "sub4x4" and (height % side or width % side):
+    if height % side or width % side:
         raise ValueError(
             f"grid is {height} x {width}; {strategy} expects a height and a width that are multiples of {side}."
         )
     p, q = torch.arange(n) // width, torch.arange(n) % width
-    block = {"mdlm": torch.zeros_like(p), "row": p, "sub4x4": p // side * (width // side) + q // side}[strategy]
+    squares = p // side * (width // side) + q // side
+    block = {"mdlm": torch.zeros_like(p), "row": p}.get(strategy, squares)
     order = torch.argsort(block, stable=True)
     slot = torch.empty(n, dtype=torch.int64)
     slot[order] = torch.arange(n)

@@ -145,7 +145,9 @@ def test_the_doubled_mask_by_definition(strategy: str) -> None:
             assert mask[i, j] == expected
 
 
-@pytest.mark.parametrize(("strategy", "grid"), [("row", (5, 3)), ("sub4x4", (8, 4)), ("mdlm", (3, 4))])
+@pytest.mark.parametrize(
+    ("strategy", "grid"), [("row", (5, 3)), ("sub4x4", (8, 4)), ("sub8x8", (8, 16)), ("mdlm", (3, 4))]
+)
 def test_the_cache_of_finished_blocks_changes_nothing(strategy: str, grid: tuple[int, int]) -> None:
     """Codes after every call, guided and drawn; as many calls of the model as without a cache."""
     model, classes = made(strategy), torch.tensor([1, 4])
@@ -236,7 +238,7 @@ def test_what_does_not_fit_is_named(arrays: dict[str, Tensor]) -> None:
         PAR.from_official(state, CONFIG)
     with pytest.raises(ValueError, match="holds LlamaGen weights; expected BlockDiffusion"):
         BlockDiffusion.from_official(tiny.backbone().to_official(), CONFIG)
-    with pytest.raises(ValueError, match=r"'col'.*mdlm, row, sub4x4"):
+    with pytest.raises(ValueError, match=r"'col'.*mdlm, row, sub4x4, sub8x8"):
         BlockDiffusion.from_official(state, CONFIG, "col")
     model = official(arrays, "sub4x4")
     classes = torch.tensor([0])
@@ -254,21 +256,46 @@ def test_what_does_not_fit_is_named(arrays: dict[str, Tensor]) -> None:
         model.logits(torch.zeros(1, 64, dtype=torch.int64), classes, torch.zeros(1, 3))
 
 
-def test_text_features_are_a_condition_like_classes() -> None:
-    """The words count, cached drawing equals drawing anew, and padding, which no mask hides, is refused."""
-    model = BlockDiffusion(tiny.backbone(condition="text", caption_dim=5, caption_positions=3), "sub4x4", True, steps=2)
+PADDED = TextFeatures(
+    torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    torch.tensor([[True] * 3, [False, True, True]]),
+)
+PROMPTS = [torch.tensor([5, 9, 11, 4, 7]), torch.tensor([8, 4, 7])]
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize(
+    ("backbone", "condition", "scale"),
+    [
+        (lambda: tiny.backbone(condition="text", caption_dim=5, caption_positions=3), PADDED, 1.0),
+        (lambda: tiny.emu(unconditional_prompt=(9, 9, 10, 11)), PROMPTS, 2.0),
+    ],
+    ids=["text", "prompts"],
+)
+def test_captions_and_prompts_of_any_length(backbone: Any, condition: Any, scale: float, clean: bool) -> None:
+    """A caption alone, unpadded, gives the logits, loss and codes that it gives beside a longer one; drawing from the
+    cache equals drawing anew; and the words count. Row ends and text rows of Emu3.5's head are no cells. (Guided text
+    features lead away from as many learnt positions as there are, so padding counts there.)"""
+    torch.manual_seed(0)
+    model = BlockDiffusion(backbone(), "sub4x4", clean, steps=2)
     tiny.randomise(model, 0)
     model = model.double().eval()
-    features = torch.randn(2, 3, 5, dtype=torch.float64)
-    condition = TextFeatures(features, torch.ones(2, 3, dtype=torch.bool))
-    again = [model.generate(condition, grid=(8, 8), seeds=[3, 3], cached=cached) for cached in (True, False)]
-    assert torch.equal(*again)
-    noisy = torch.full((2, 8, 8), model.mask_id)
-    logits = model.logits(noisy, condition, torch.ones(2), noisy.clamp(max=3))
+    short = [condition[1]] if isinstance(condition, list) else TextFeatures(condition.features[1:, 1:])
+    guided = {"grid": (4, 8), "cfg_scale": scale}
+    drawn = model.generate(condition, seeds=[1, 2], **guided)
+    assert torch.equal(drawn[1:], model.generate(short, seeds=[2], **guided))
+    assert 0 <= int(drawn.min()) <= int(drawn.max()) < model.backbone.vocabulary
+    if clean:
+        assert torch.equal(drawn, model.generate(condition, seeds=[1, 2], cached=False, **guided))
+    noisy = torch.full((2, 4, 8), model.mask_id)
+    context = (drawn,) if clean else ()
+    logits = model.logits(noisy, condition, torch.ones(2), *context)
+    alone = model.logits(noisy[1:], short, torch.ones(1), *(each[1:] for each in context))
+    torch.testing.assert_close(logits[1:], alone, atol=1e-12, rtol=1e-10)
     assert (logits[0] - logits[1]).abs().max() > 1e-4
-    padded = TextFeatures(features, torch.tensor([[True] * 3, [False, True, True]]))
-    with pytest.raises(ValueError, match="text features are padded"):
-        model.loss(again[0], padded)
+    t, u = torch.full((2, 2), 0.5), torch.linspace(0, 1, 64).view(2, 32)
+    nll = model.loss(drawn, condition, t, u)["nll"]
+    torch.testing.assert_close(nll[1:], model.loss(drawn[1:], short, t[1:], u[1:])["nll"], atol=1e-9, rtol=1e-10)
 
 
 def test_published_sizes() -> None:
