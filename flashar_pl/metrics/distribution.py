@@ -1,6 +1,7 @@
 """Distances between two sets of feature rows: FID, Inception Score, KID, precision and recall.
 
-Pure functions in float64. Every argument is a torch tensor or a numpy array; every result is a Python float.
+Pure functions, whose sums and decisions are float64. Every argument is a torch tensor or a numpy array; every result
+is a Python float.
 Higher is better for the Inception Score, precision, recall and F1; lower is better for the distances.
 
 Shapes: n samples, m reference rows, d feature columns, C classes, s splits or subsets, k neighbours.
@@ -9,48 +10,36 @@ Shapes: n samples, m reference rows, d feature columns, C classes, s splits or s
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Array: TypeAlias = Tensor | np.ndarray
+from flashar_pl.metrics.precision_recall import f1_score, precision_recall, squared_distances
+from flashar_pl.metrics.rows import Array, check_pair, check_rows
+from flashar_pl.numerics import strict_float32
+
+__all__ = [
+    "check_moments",
+    "f1_score",
+    "frechet_distance",
+    "frechet_distance_from_moments",
+    "frechet_standard_error",
+    "inception_score",
+    "kernel_distance",
+    "precision_recall",
+]
 
 ADM_SPLIT_SIZE = 5000
 """Rows per part of the Inception Score in the ADM evaluator."""
-ROW_BLOCK = 512
-"""Rows whose distances to all others are held at once."""
 ROUNDING = 1e-12
 """A Fréchet distance below this share of tr S1 + tr S2 is rounding: equal sets give exactly 0."""
 NEGATIVE = 1e-4
 """A covariance may lack symmetry, or have a negative eigenvalue, by this share of its largest one: rounding."""
 CANCELLED = 1e-5
 """Or by this share of |mean|^2: so much float32 leaves of E[x x^T] - mean mean^T where rows are nearly constant."""
-SAME_ROW = 1e-12
-"""A squared distance below this share of |u|^2 + |v|^2 is rounding of the matrix product: the rows count as equal."""
-
-
-def _rows(values: Array, name: str, minimum: int = 1) -> Tensor:
-    """One set of rows (n, d) in its own floating dtype (integers: float64); ValueError where it is none."""
-    if isinstance(values, np.ndarray) and (not values.flags.writeable or min(values.strides, default=0) < 0):
-        values = values.copy("K")  # torch takes neither read-only arrays, such as memory maps, nor negative strides
-    rows = torch.as_tensor(values).detach()
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(f"{name} is {tuple(rows.shape)}; expected (rows, columns).")
-    if len(rows) < minimum:
-        raise ValueError(f"{name} has {len(rows)} row(s); expected at least {minimum} for this metric.")
-    bad = int((~torch.isfinite(rows)).any(dim=1).sum())
-    if bad:
-        raise ValueError(f"{name} holds NaN or infinity in {bad} of {len(rows)} rows; expected finite values.")
-    return rows if rows.is_floating_point() else rows.double()
-
-
-def _pair(samples: Array, reference: Array, minimum: int) -> tuple[Tensor, Tensor]:
-    x, y = _rows(samples, "samples", minimum), _rows(reference, "reference", minimum)
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"samples have {x.shape[1]} columns, reference has {y.shape[1]}; expected the same features.")
-    return x, y.to(x.device)
+LOST = 1e-10
+"""Share of tr S1 + tr S2 that rounding may cost the quick form of tr (S1 S2)^(1/2) at worst; it costs some 1e-14."""
 
 
 # --- Fréchet distance -------------------------------------------------------------------------------------------------
@@ -67,9 +56,12 @@ def frechet_distance(samples: Array, reference: Array) -> float:
     Raises:
         ValueError: fewer than 2 rows, different numbers of columns, or values that are not finite.
     """
-    x, y = _pair(samples, reference, minimum=2)
+    x, y = check_pair(samples, reference, minimum=2)
     offset = _stored_mean(x) - _stored_mean(y)  # (d,)
-    return _frechet(float(offset.dot(offset)), _factor_of_rows(x.double()), _factor_of_rows(y.double()))
+    x, y, apart = x.double(), y.double(), float(offset.dot(offset))
+    if min(len(x), len(y)) > x.shape[1]:
+        return _from_covariances(apart, (_covariance(x), None), (_covariance(y), None))
+    return _from_factors(apart, _factor_of_rows(x), _factor_of_rows(y))
 
 
 def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: Array) -> float:
@@ -83,7 +75,7 @@ def frechet_distance_from_moments(mu: Array, sigma: Array, mu2: Array, sigma2: A
     if first[0].shape != second[0].shape:
         raise ValueError(f"means have {len(first[0])} and {len(second[0])} entries; expected the same features.")
     offset = (first[0] - second[0]).square().sum()
-    return _frechet(float(offset), _factor(first[1], first[0]), _factor(second[1], second[0]))
+    return _from_covariances(float(offset), first[::-1], second[::-1])
 
 
 def frechet_standard_error(samples: Array, mu: Array, sigma: Array) -> float:
@@ -95,7 +87,7 @@ def frechet_standard_error(samples: Array, mu: Array, sigma: Array) -> float:
     with m, S the samples' own moments (T takes them to the reference), so the error is s(f) / sqrt(n). It is that of
     the draw of samples; the bias of the distance, which falls with n, and the reference's own error are not in it.
     """
-    rows = _rows(samples, "samples", minimum=3).double()
+    rows = check_rows(samples, "samples", minimum=3).double()
     mean, covariance = (torch.as_tensor(moment).detach().double().to(rows.device) for moment in (mu, sigma))
     own = rows.mean(dim=0)
     apart = rows - own  # (n, d)
@@ -139,7 +131,17 @@ def _factor_of_rows(rows: Tensor) -> Tensor:
     """F with F^T F = covariance of rows (n, d): the centred rows themselves where they are the fewer."""
     if len(rows) <= rows.shape[1]:
         return (rows - rows.mean(dim=0)) / (len(rows) - 1) ** 0.5  # (n, d)
-    return _factor(rows.T.cov().reshape(rows.shape[1], rows.shape[1]))
+    return _factor(_covariance(rows))
+
+
+def _covariance(rows: Tensor) -> Tensor:
+    """(d, d) of rows (n, d)."""
+    return _gram((rows - rows.mean(dim=0)).T) / (len(rows) - 1)
+
+
+def _gram(a: Tensor) -> Tensor:
+    """a a^T (n, n), in whose symmetry numpy's BLAS finds half of the time on a CPU."""
+    return torch.from_numpy(a.numpy() @ a.numpy().T) if a.device.type == "cpu" else a @ a.T
 
 
 def _factor(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
@@ -153,12 +155,35 @@ def _factor(covariance: Tensor, mean: Tensor | None = None) -> Tensor:
     return (vectors[:, kept] * values[kept].sqrt()).T
 
 
-def _frechet(offset: float, factor: Tensor, other: Tensor) -> float:
+def _from_covariances(
+    offset: float, first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]
+) -> float:
+    """Of two covariances (d, d) with means (d,), for `_rounding`.
+
+    With S1 = L L^T the trace of the root is that of the root of L^T S2 L, which is symmetric and positive. An
+    eigenvalue e is off by some epsilon times the largest, and its root by 1 / 2 sqrt(e) of that: little, unless a
+    covariance is singular or nearly so. Then it is the factors' turn.
+    """
+    spread = float(first[0].trace() + second[0].trace())
+    lower, failed = torch.linalg.cholesky_ex(first[0])
+    if not failed:
+        roots = torch.linalg.eigvalsh(lower.T @ second[0] @ lower).clamp(min=0).sqrt()  # (d,) ascending
+        lost = float((torch.finfo(torch.float64).eps * roots[-1] ** 2 / roots).sum())  # both traces; inf at 0
+        if lost <= LOST * spread:
+            return _distance(offset, spread, float(roots.sum()), max(lost, ROUNDING * spread))
+    return _from_factors(offset, _factor(*first), _factor(*second))
+
+
+def _from_factors(offset: float, factor: Tensor, other: Tensor) -> float:
     # tr (S1 S2)^(1/2) = nuclear norm of F1 F2^T: real by construction, and exact to rounding for singular matrices.
     root_trace = float(torch.linalg.svdvals(factor @ other.T).sum())
     spread = float(factor.square().sum() + other.square().sum())  # tr S1 + tr S2
+    return _distance(offset, spread, root_trace, ROUNDING * spread)
+
+
+def _distance(offset: float, spread: float, root_trace: float, rounding: float) -> float:
     distance = offset + spread - 2 * root_trace
-    return distance if distance > ROUNDING * spread else 0.0
+    return distance if distance > rounding else 0.0
 
 
 # --- Inception Score --------------------------------------------------------------------------------------------------
@@ -186,7 +211,7 @@ def inception_score(
         ValueError: wrong shape, not finite, `splits` not in 1..n, `split_size` < 1, unknown kind, or "probs" whose rows
             are no probabilities.
     """
-    rows = _rows(logits_or_probs, "logits_or_probs")
+    rows = check_rows(logits_or_probs, "logits_or_probs")
     if kind not in ("auto", "logits", "probs"):
         raise ValueError(f"kind is {kind!r}; expected 'auto', 'logits' or 'probs'.")
     is_probs = kind != "logits" and _are_probabilities(rows)
@@ -237,7 +262,8 @@ def kernel_distance(
 ) -> float:
     """Kernel distance (KID): mean unbiased MMD^2 over random subsets (Binkowski et al., 2018), as in torch-fidelity.
 
-    It may be negative, because the estimator is unbiased.
+    It may be negative, because the estimator is unbiased. The products of float32 rows are float32, as there; all that
+    is made of them is float64 (1e-11 from float64 products, where a kernel distance is 4e-4).
 
     Args:
         samples, reference: (n, d) and (m, d).
@@ -249,7 +275,7 @@ def kernel_distance(
     Raises:
         ValueError: fewer rows than `subset_size`, subset_size < 2, subsets < 1, unknown kernel, shapes as elsewhere.
     """
-    x, y = _pair(samples, reference, minimum=2)
+    x, y = check_pair(samples, reference, minimum=2)
     if kernel not in ("poly", "rbf"):
         raise ValueError(f"kernel is {kernel!r}; expected 'poly' or 'rbf'.")
     if subsets < 1 or subset_size < 2:
@@ -261,65 +287,24 @@ def kernel_distance(
         )
     scale = 1.0 / x.shape[1] if gamma is None else gamma
 
-    def gram(a: Tensor, b: Tensor) -> Tensor:
+    x, y = (rows.float() if rows.dtype.itemsize < 4 else rows for rows in (x, y))
+
+    def total(a: Tensor, b: Tensor | None = None) -> float:
+        """Sum of the kernel over all pairs; over those of different rows of `a`."""
         if kernel == "rbf":
-            return torch.exp(-_squared_distances(a, b) / (2 * sigma**2))
-        return (scale * (a @ b.T) + coef) ** degree
+            values = torch.exp(-squared_distances(a.double(), (a if b is None else b).double()) / (2 * sigma**2))
+        else:
+            values = (_gram(a) if b is None else a @ b.T).double().mul_(scale).add_(coef) ** degree
+        return float(values.sum() - (values.trace() if b is None else 0.0))
 
-    generator = np.random.RandomState(seed)
+    generator, size = np.random.RandomState(seed), subset_size
     results = []
-    for _ in range(subsets):
-        a = x[torch.as_tensor(generator.choice(len(x), subset_size, replace=False), device=x.device)].double()
-        b = y[torch.as_tensor(generator.choice(len(y), subset_size, replace=False), device=x.device)].double()
-        results.append(_unbiased_mmd(gram(a, a), gram(b, b), gram(a, b)))
+    with strict_float32(x.device.type):
+        for _ in range(subsets):
+            a, b = (
+                rows[torch.as_tensor(generator.choice(len(rows), size, replace=False), device=x.device)]
+                for rows in (x, y)
+            )
+            within = (total(a) + total(b)) / (size * (size - 1))
+            results.append(within - 2 * total(a, b) / size**2)
     return float(np.mean(results))
-
-
-def _unbiased_mmd(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
-    size = len(xx)
-    within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-    return float(within - 2 * xy.mean())
-
-
-# --- precision and recall ---------------------------------------------------------------------------------------------
-
-
-def precision_recall(samples: Array, reference: Array, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al., 2019) as the ADM evaluator defines them.
-
-    A row's ball reaches to its k-th nearest neighbour in its own set, the row itself being number 0. Precision is the
-    share of samples (n, d) inside (<=) the ball of any reference row (m, d), recall the share of reference rows inside
-    the ball of any sample. Distances are squared Euclidean, computed in float64 and rounded to float32, so that ties
-    are ties; the original tries float16 first, which moves a few rows in a thousand.
-
-    Raises:
-        ValueError: k < 1, fewer than k + 1 rows in either set, and as elsewhere.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}; expected 1 or more.")
-    x, y = (rows.double() for rows in _pair(samples, reference, minimum=k + 1))
-    radius_x, radius_y = _radii(x, k), _radii(y, k)  # (n,), (m,)
-    covered_x, covered_y = [], torch.zeros(len(y), dtype=torch.bool, device=x.device)
-    for rows, radius in zip(x.split(ROW_BLOCK), radius_x.split(ROW_BLOCK)):
-        distance = _squared_distances(rows, y).float()  # (b, m)
-        covered_x.append((distance <= radius_y).any(dim=1))
-        covered_y |= (distance <= radius[:, None]).any(dim=0)
-    return float(torch.cat(covered_x).double().mean()), float(covered_y.double().mean())
-
-
-def f1_score(precision: float, recall: float) -> float:
-    """Harmonic mean of precision and recall, 0 where both are 0."""
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
-
-
-def _radii(rows: Tensor, k: int) -> Tensor:
-    """Squared distance (n,) float32 from each row to its k-th nearest neighbour, itself being number 0."""
-    nearest = (_squared_distances(block, rows).float().topk(k + 1, largest=False) for block in rows.split(ROW_BLOCK))
-    return torch.cat([found.values[:, k] for found in nearest])
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 in float64; exactly 0 for equal rows."""
-    norms = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None, :]
-    distance = norms - 2 * (a @ b.T)
-    return distance.masked_fill_(distance <= SAME_ROW * norms, 0.0)

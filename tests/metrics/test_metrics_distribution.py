@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from flashar_pl.metrics import distribution
 from flashar_pl.metrics.distribution import (
     f1_score,
     frechet_distance,
@@ -53,7 +52,7 @@ def test_numpy_and_tensors_and_blocks_agree(monkeypatch):
     """Guards nearest neighbours block by block."""
     x, y = gaussian(103, 6, 5), gaussian(87, 6, 6) + 0.3
     whole = (frechet_distance(x, y), precision_recall(x, y), kernel_distance(x, y, 3, 50))
-    monkeypatch.setattr(distribution, "ROW_BLOCK", 10)
+    monkeypatch.setattr("flashar_pl.metrics.precision_recall.ROW_BLOCK", 10)
     assert precision_recall(x.numpy(), y.numpy()) == whole[1]
     assert frechet_distance(x.numpy(), y.numpy()) == pytest.approx(whole[0], rel=1e-12)
     assert kernel_distance(x.numpy(), y.numpy(), 3, 50) == whole[2]
