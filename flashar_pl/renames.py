@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from flashar_pl.options import Weights
+from flashar_pl.tensor_files import drop_pages
 
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """What DDP, torch.compile, activation checkpointing and FSDP leave behind in names, wherever they wrapped a part."""
@@ -51,6 +52,9 @@ class TensorSource(ABC):
     def rows(self, key: str, begin: int, end: int) -> Tensor:
         """Rows [begin, end) of a tensor, on the CPU or where the state dict has it."""
 
+    def release(self, key: str) -> None:  # noqa: B027 (most sources hold nothing back)
+        """Give back what memory a tensor takes that is read for now."""
+
 
 class StateDict(TensorSource):
     """A state dict in memory. Names lose what wrappers left behind. ValueError for what is no tensor."""
@@ -72,6 +76,9 @@ class StateDict(TensorSource):
 
     def rows(self, key: str, begin: int, end: int) -> Tensor:
         return self.tensors[key].detach()[begin:end]
+
+    def release(self, key: str) -> None:
+        drop_pages(self.tensors[key])
 
 
 def official_state_dict(content: Mapping[str, Any], weights: Weights = "auto") -> tuple[Mapping[str, Tensor], str]:
@@ -166,6 +173,7 @@ def fill(
             if begin < end:
                 rows = source.rows(key, rename.skip + begin - place, rename.skip + end - place)
                 local[begin - offset : end - offset].copy_(rows)
+                source.release(key)
             place += n
 
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import io
 import math
+import mmap as mappings
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -56,11 +59,26 @@ def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = Fals
             mmap = mmap and is_archive(source)
             found = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         for tensor in _tensors_in(found):
+            tensor.on_disk = mmap
             if tensor.nbytes > SMALL + tensor.untyped_storage().nbytes():
                 raise ValueError(f"a tensor of shape {tuple(tensor.shape)} has fewer values in the file")
         return found
     except BROKEN as error:
         raise ValueError(f"{path} is not a torch file that can be read safely: {reason(error)}") from error
+
+
+def drop_pages(tensor: Any) -> None:
+    """Give back the memory of a tensor that `read_torch` left on the disk; it is read again when it is used.
+
+    What a process has read of a mapped file counts as its memory, and would stand beside every copy.
+    """
+    if sys.platform != "linux" or not getattr(tensor, "on_disk", False):
+        return
+    storage = tensor.untyped_storage()
+    begin = -(-storage.data_ptr() // MAPPED) * MAPPED
+    size = (storage.data_ptr() + storage.nbytes()) // MAPPED * MAPPED - begin
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mappings.MADV_DONTNEED)
 
 
 def _tensors_in(values: Any) -> Iterator[Any]:
@@ -220,11 +238,11 @@ def copied(
 
     if odd := [name for name, value in tensors.items() if not isinstance(value, torch.Tensor)]:
         raise ValueError(f"{path} holds a {type(tensors[odd[0]]).__name__} as {odd[0]}; expected a tensor.")
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage() for each in tensors.values()}
+    owners = {each.untyped_storage().data_ptr(): each for each in tensors.values()}
     known, add = (crcs, zlib.crc32) if crcs is None or sums is None else (sums, _add)
     with ThreadPoolExecutor(THREADS) as pool:
-        each = pool.map if sum(storage.nbytes() for storage in storages.values()) > CHUNK else map
-        copies = dict(zip(storages, each(lambda storage: _copied(storage, known, add), storages.values()), strict=True))
+        each = pool.map if sum(each.untyped_storage().nbytes() for each in owners.values()) > CHUNK else map
+        copies = dict(zip(owners, each(lambda tensor: _copied(tensor, known, add), owners.values()), strict=True))
     found = {}
     for name, tensor in tensors.items():
         storage = copies[tensor.untyped_storage().data_ptr()]
@@ -235,13 +253,12 @@ def copied(
     return found
 
 
-def _copied(
-    storage: UntypedStorage, known: set[tuple[int, int]] | None, add: Callable[..., int]
-) -> UntypedStorage | None:
-    """A copy in memory of a tensor's bytes; None = their digest, as `add` makes it, is not among those of the file."""
+def _copied(tensor: Tensor, known: set[tuple[int, int]] | None, add: Callable[..., int]) -> UntypedStorage | None:
+    """A copy in memory of a tensor's storage; None = its digest, as `add` makes it, is not among those of the file."""
     import numpy as np
     import torch
 
+    storage = tensor.untyped_storage()
     new = torch.UntypedStorage(storage.nbytes())
     source, target = (torch.empty(0, dtype=torch.uint8).set_(each).numpy() for each in (storage, new))
     digest = 0
@@ -249,9 +266,12 @@ def _copied(
         piece = target[begin : begin + CHUNK]
         np.copyto(piece, source[begin : begin + CHUNK])
         digest = digest if known is None else add(piece, digest)
+    drop_pages(tensor)
     return new if known is None or not len(source) or (len(source), digest) in known else None
 
 
+MAPPED = mappings.PAGESIZE
+"""Bytes of memory that are given back at once."""
 SMALL, LARGEST_RATIO = 64 * 2**20, 4
 """Bytes that any file may unpack to, and how many times its own size a larger one may."""
 

@@ -71,15 +71,24 @@ def read_par(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> PAR
     return _filled_par(cleaned, sizes, n, square_grid(config))
 
 
-def read_par_file(cleaned: dict[str, Tensor], n_head: int) -> PAR:
-    """A model from a cleaned state dict alone; its sizes are those of the tensors."""
+def read_par_file(
+    cleaned: dict[str, Tensor], n_head: int, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PAR:
+    """A model from a cleaned state dict alone; its sizes are those of the tensors. dtype None = that of the weights."""
     sizes = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=10000.0, norm_eps=1e-5)
-    return _filled_par(cleaned, sizes, len(cleaned[LEARNABLE.pieces[0]]) + 1, None)
+    return _filled_par(cleaned, sizes, len(cleaned[LEARNABLE.pieces[0]]) + 1, None, device, dtype)
 
 
-def _filled_par(cleaned: dict[str, Tensor], sizes: LlamaGenConfig, n: int, grid: tuple[int, int] | None) -> PAR:
-    renames = [*_backbone_renames(sizes.n_layer), LEARNABLE]
-    return build_filled(lambda: PAR(LlamaGen(sizes), n, grid), StateDict(cleaned, "the PAR state dict"), renames)
+def _filled_par(
+    cleaned: dict[str, Tensor],
+    sizes: LlamaGenConfig,
+    n: int,
+    grid: tuple[int, int] | None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> PAR:
+    renames, source = [*_backbone_renames(sizes.n_layer), LEARNABLE], StateDict(cleaned, "the PAR state dict")
+    return build_filled(lambda: PAR(LlamaGen(sizes), n, grid), source, renames, device, dtype)
 
 
 def write_par(model: PAR) -> dict[str, Tensor]:

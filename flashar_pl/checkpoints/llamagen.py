@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
@@ -95,13 +96,21 @@ def count_layers(state_dict: dict[str, Tensor]) -> int:
     return len(found)
 
 
-def read_official(state_dict: Mapping[str, Tensor], n_head: int, *, rope_base: float, norm_eps: float) -> LlamaGen:
-    """See `LlamaGen.from_official`."""
+def read_official(
+    state_dict: Mapping[str, Tensor],
+    n_head: int,
+    *,
+    rope_base: float = 10000.0,
+    norm_eps: float = 1e-5,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> LlamaGen:
+    """See `LlamaGen.from_official`. dtype None = that of the weights."""
     cleaned = clean_official(state_dict)
     check_method(cleaned, LLAMAGEN, unknown=True)  # missing names are told later
     config = infer_config(cleaned, n_head, n_layer=count_layers(cleaned), rope_base=rope_base, norm_eps=norm_eps)
     renames = list(backbone_renames(config.n_layer, config.condition))
-    return build_filled(lambda: LlamaGen(config), StateDict(cleaned, NAME), renames)
+    return build_filled(lambda: LlamaGen(config), StateDict(cleaned, NAME), renames, device, dtype)
 
 
 def write_official(backbone: LlamaGen) -> dict[str, Tensor]:

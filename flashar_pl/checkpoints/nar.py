@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from flashar_pl.backbones.llamagen import LlamaGen
@@ -76,8 +77,10 @@ def read_nar(
     norm_eps: float = 1e-5,
     arguments: argparse.Namespace | None = None,
     branch_layer: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> FlashAR:
-    """See `FlashAR.from_nar`. arguments: see `branch_of`."""
+    """See `FlashAR.from_nar`. arguments: see `branch_of`. dtype None = that of the weights."""
     cleaned = clean_official(state_dict)
     check_method(cleaned, NAR, unknown=True)  # missing names are told later
     gate = any(key.startswith(GATE) for key in cleaned)
@@ -101,6 +104,8 @@ def read_nar(
         lambda: FlashAR(LlamaGen(config), m, k, fusion="logit_gate" if gate else "average", corner="fused"),
         StateDict(cleaned, "the NAR state dict"),
         _nar_renames(n_layer, k, config.condition, gate),
+        device,
+        dtype,
     )
 
 

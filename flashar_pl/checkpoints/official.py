@@ -24,7 +24,7 @@ from flashar_pl.backbones.llamagen import PRESETS, LlamaGen
 from flashar_pl.checkpoints.baselines import read_par_file
 from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, read_backbone
 from flashar_pl.checkpoints.hub import HubDirectory
-from flashar_pl.checkpoints.llamagen import clean_official
+from flashar_pl.checkpoints.llamagen import clean_official, read_official
 from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
@@ -54,11 +54,16 @@ NO_MODEL = {
 
 
 def read_official_model(
-    state_dict: Mapping[str, Tensor], n_head: int | None, arguments: argparse.Namespace | None = None
+    state_dict: Mapping[str, Tensor],
+    n_head: int | None,
+    arguments: argparse.Namespace | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> GridModel:
     """RasterAR from LlamaGen weights, PAR and VAR from theirs, FlashAR from NAR and LlamaGen-FlashAR weights.
 
-    n_head None = that of the published size. arguments: of the training script, where the file holds them.
+    n_head None = that of the published size. arguments: of the training script, where the file holds them. dtype None =
+    the file's; VAR is read as it is stored.
     """
     cleaned = clean_official(state_dict)
     if (method := method_of(cleaned)) in NO_MODEL:
@@ -67,10 +72,10 @@ def read_official_model(
         return read_var_file(cleaned, n_head)
     n_head = n_head or _published_heads(cleaned)
     if is_nar(cleaned):
-        return read_nar(cleaned, n_head, arguments=arguments)
+        return read_nar(cleaned, n_head, arguments=arguments, device=device, dtype=dtype)
     if method == "PAR":
-        return read_par_file(cleaned, n_head)
-    return RasterAR(LlamaGen.from_official(cleaned, n_head))
+        return read_par_file(cleaned, n_head, device, dtype)
+    return RasterAR(read_official(cleaned, n_head, device=device, dtype=dtype))
 
 
 def _published_heads(state_dict: dict[str, Tensor]) -> int:

@@ -81,13 +81,21 @@ class SafetensorsDirectory(TensorSource):
 
     def rows(self, key: str, begin: int, end: int) -> Tensor:
         at = self.stored[key]
-        row_bytes = math.prod(at.shape[1:]) * at.dtype.itemsize
-        raw = torch.empty((end - begin) * row_bytes, dtype=torch.uint8)
+        return self._read(key, begin * math.prod(at.shape[1:]), (end - begin, *at.shape[1:]))
+
+    def whole(self, key: str) -> Tensor:
+        """A tensor of any shape."""
+        return self._read(key, 0, self.stored[key].shape)
+
+    def _read(self, key: str, begin: int, shape: tuple[int, ...]) -> Tensor:
+        """Values of a tensor from the one at `begin` on."""
+        at = self.stored[key]
+        raw = torch.empty(math.prod(shape) * at.dtype.itemsize, dtype=torch.uint8)
         with at.file.open("rb") as file:
-            file.seek(at.begin + begin * row_bytes)
+            file.seek(at.begin + begin * at.dtype.itemsize)
             if file.readinto(raw.numpy().data) != len(raw):
                 raise ValueError(f"{at.file} ends inside {key}; the download is incomplete.")
-        return raw.view(at.dtype).view(end - begin, *at.shape[1:])
+        return raw.view(at.dtype).view(shape)
 
 
 def _files_by_key(directory: Path) -> dict[str, str]:

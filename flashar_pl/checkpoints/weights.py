@@ -21,11 +21,11 @@ from flashar_pl.checkpoints.official import (
     read_official_model,
 )
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
-from flashar_pl.checkpoints.safetensors_files import save_checked
+from flashar_pl.checkpoints.safetensors_files import SINGLE, SafetensorsDirectory, save_checked
 from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.checkpoints.verify import naming, offering
 from flashar_pl.files import new_directory, write_json
-from flashar_pl.integrity import check_torch_file
+from flashar_pl.integrity import check_safetensors, check_torch_file
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import merge
 from flashar_pl.options import Weights
@@ -65,8 +65,8 @@ def load_model(
     NAR file, or an Emu3.5 directory.
 
     weights concerns files that may have averaged weights too. n_head is needed only for official files of unpublished
-    sizes. device and dtype concern Emu3.5 directories, which are read straight to where they are used; the rest is read
-    as it is stored.
+    sizes. device and dtype: official files and directories are read, tensor by tensor, straight to where they are used;
+    the rest is read as it is stored.
 
     Raises:
         ValueError: the path does not exist, is none of these, or its keys and shapes do not fit.
@@ -86,11 +86,11 @@ def _load(
         description = Description(model=model.config(), tokenizer=open_directory(path).tokenizer)
         return Loaded(model, description, "official directory (visual heads)")
     if path.is_dir() and not is_sharded(path):
-        if not (path / "config.json").exists() or not (path / "model.safetensors").exists():
+        if not (path / "config.json").exists() or not (path / SINGLE).exists():
             raise ValueError(
                 f"{path} holds no config.json and model.safetensors; expected a converted model.{nearest(path)}"
             )
-        tensors = read_tensors(path / "model.safetensors")
+        tensors = _converted(path, device, dtype)
         with naming(path / "config.json"):
             description = Description.from_dict(read_json(path / "config.json"))
             return Loaded(_fill(description, tensors), description, "converted model")
@@ -102,9 +102,23 @@ def _load(
         return Loaded(model, run.description, f"{'sharded ' * run.sharded}checkpoint ({kind} weights)")
     check_torch_file(path)
     state, kind = official_state_dict(content, weights)
-    model = read_official_model(state, n_head, content.get("args"))
+    model = read_official_model(state, n_head, content.get("args"), device, dtype)
     chosen = f"{OFFICIAL_FILE} ({kind} weights)" if AVERAGED in content else OFFICIAL_FILE
     return Loaded(model, Description(model=model.config(), grid=model.only_grid), chosen)
+
+
+def _converted(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights of a directory of ours: left on the disk until they are used, where nothing is to be changed."""
+    check_safetensors(path / SINGLE)
+    source = SafetensorsDirectory(path)
+    stored = {each.dtype for each in source.stored.values()}
+    if (dtype is None or stored == {dtype}) and torch.device(device).type == "cpu":
+        return read_tensors(path / SINGLE)
+    found = {}
+    for name in source.stored:
+        value = source.whole(name)
+        found[name] = value.to(device, dtype if value.is_floating_point() else None)
+    return found
 
 
 def _stored_names(names: Iterable[str], weights: Weights, path: Path) -> tuple[dict[str, str], str]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.base import GridModel
+from flashar_pl.tensor_files import drop_pages, read_torch
 
 MODELS = {
     "raster": lambda: RasterAR(tiny.backbone(condition_dropout=0.2)),
@@ -100,6 +102,37 @@ def test_official_containers(container: str | None, tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "official.pt", n_head=4)
     assert isinstance(loaded.model, RasterAR)
     assert all(torch.equal(value, state[key]) for key, value in official_weights(loaded.model).items())
+
+
+def test_files_are_read_in_the_wanted_dtype(tmp_path: Path) -> None:
+    """Guards the one tensor at a time: a model in the file's dtype stood beside the one in the wanted dtype."""
+    state, _ = llamagen_golden("gpt_c2i_gqa_tiny")
+    torch.save(state, tmp_path / "official.pt")
+    loaded = load_model(tmp_path / "official.pt", n_head=4)
+    save_model(tmp_path / "ours", loaded.model, loaded.description)
+    for path in (tmp_path / "official.pt", tmp_path / "ours"):
+        half = load_model(path, n_head=4, dtype=torch.bfloat16).model.state_dict()
+        assert all(torch.equal(half[name], value.bfloat16()) for name, value in loaded.model.state_dict().items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+def test_what_was_copied_from_a_file_takes_no_memory(tmp_path: Path) -> None:
+    """Guards against a second model in memory: the pages of the file that the first was copied from."""
+
+    def resident() -> int:
+        maps = Path("/proc/self/smaps").read_text().split("big.pt\n")
+        return sum(int(each.split("Rss:")[1].split()[0]) for each in maps[1:])
+
+    torch.save({"a": torch.arange(500_000), "b": torch.ones(3)}, tmp_path / "big.pt")
+    found = read_torch(tmp_path / "big.pt", mmap=True)
+    expected = found["a"].clone()
+    assert resident() > 3000  # KiB
+    drop_pages(found["a"])
+    assert resident() < 300
+    assert torch.equal(found["a"], expected)
+    own = torch.arange(500_000)
+    drop_pages(own)  # no file to read them from
+    assert torch.equal(own, expected)
 
 
 @pytest.mark.parametrize("word", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"])
