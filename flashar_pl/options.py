@@ -24,7 +24,15 @@ MOST_CODES = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchitectureOptions:
+class HubOptions:
+    """Where checkpoints come from"""
+
+    download: bool = False
+    """Fetch a checkpoint OWNER/NAME of huggingface.co where its local cache lacks it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureOptions(HubOptions):
     """Architecture"""
 
     branch_layer: int | None = None
@@ -49,8 +57,6 @@ class ModelOptions(ArchitectureOptions):
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
     multi_scale_vq:FILE, pixels:LEVELS, or a JSON object."""
-    download: bool = False
-    """Fetch a checkpoint OWNER/NAME of huggingface.co where its local cache lacks it."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 `make first-hour` calls it; `make first-hour PYTHON=python3.13` on a clean checkout tries another interpreter. It builds
 the wheel, installs it with the extra `demo` in a fresh environment, makes 60 pictures of mixed sizes, modes and
-orientations, and runs in a directory that holds nothing else: the first commands of docs/data.md and the experiment of
-docs/notebook.md (trainings cut to 40 steps unless --full), then `flashar demo` (only with --full). Ends with 1 at the
-first command that fails.
+orientations, and runs in a directory that holds nothing else: the commands of docs/data.md on own pictures and the
+experiment of docs/notebook.md (trainings cut to 40 steps unless --full), then `flashar demo` (only with --full). Ends
+with 1 at the first command that fails. --keep DIR leaves the directory there, to be looked at.
 
-    python -m tests.first_hour [--full]
+    python -m tests.first_hour [--full] [--keep DIR]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shlex
@@ -28,10 +29,12 @@ STEPS = 40
 
 
 def own_pictures_commands() -> list[list[str]]:
-    """The first block of commands in docs/data.md: photos, raster, FlashAR, report."""
-    block = re.search(r"\n\n((?: {4}.*\n)+)", (ROOT / "docs/data.md").read_text(encoding="utf-8"))
-    assert block, "docs/data.md has no block of commands"
-    return [shlex.split(line) for line in block[1].replace("\\\n", " ").splitlines() if line.split()[0] == "flashar"]
+    """All commands of docs/data.md on own pictures, in their order."""
+    section = (ROOT / "docs/data.md").read_text(encoding="utf-8").split("\n## ")[1]
+    found = re.findall(r"^ {4}(flashar .*)$", section.replace("\\\n", " "), re.M)
+    assert section.startswith("Your own pictures"), "docs/data.md begins with another section"
+    assert found, "docs/data.md has no commands on own pictures"
+    return [shlex.split(line) for line in found]
 
 
 def notebook_script() -> str:
@@ -61,11 +64,16 @@ def install(folder: Path) -> Path:
     return programs
 
 
-def main(full: bool) -> int:
+def main(words: list[str]) -> int:
     """Run everything; 0 = no command failed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--keep", type=Path)
+    asked = parser.parse_args(words)
+    full = asked.full
     with tempfile.TemporaryDirectory() as place:
         programs = install(Path(place))
-        home = Path(place) / "home"
+        home = (asked.keep or Path(place) / "home").resolve()
         make_pictures(home / "photos")
         script = notebook_script()
         commands = own_pictures_commands()
@@ -92,4 +100,4 @@ def main(full: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main("--full" in sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

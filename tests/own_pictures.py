@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-MODES = ("RGB", "RGBA", "P", "L", "I;16", "CMYK")
+MODES = ("RGB", "RGBA", "P", "L", "I;16", "CMYK", "LA")
 
 
 def make_pictures(root: Path, classes: tuple[str, ...] = ("bee", "cup", "owl"), each: int = 20) -> Path:
@@ -23,7 +23,7 @@ def make_pictures(root: Path, classes: tuple[str, ...] = ("bee", "cup", "owl"), 
                 Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / f"{i}.png")
                 continue
             image = image.convert(mode)
-            if mode == "RGBA":
+            if mode in ("RGBA", "LA"):
                 image.putalpha(Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint8)))
             exif = Image.Exif()
             exif[0x0112] = turn

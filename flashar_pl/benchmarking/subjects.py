@@ -5,7 +5,7 @@ Shapes: B images, H x W grid.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -14,7 +14,7 @@ from flashar_pl.backbones.condition import Condition
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.models import GridModel
-from flashar_pl.options import DeviceOptions, Dtype, ModelOptions, PresetOptions, parse_grid
+from flashar_pl.options import ArchitectureOptions, DeviceOptions, Dtype, ModelOptions, PresetOptions, parse_grid
 from flashar_pl.planner.sizes import ModelSizes, model_sizes, named_sizes
 
 
@@ -37,7 +37,9 @@ class Subject:
         if None not in given or (*given, own) == (None, None, None):
             raise ValueError("give either --preset NAME (random weights; a wrong one lists them) or --checkpoint PATH.")
         if options.checkpoint is not None:
-            asked = ModelOptions(options.checkpoint, branch_layer=branch, grid=options.grid, backbone_class=own)
+            asked = ModelOptions(
+                options.checkpoint, **{each.name: getattr(options, each.name) for each in fields(ArchitectureOptions)}
+            )
             source = open_checkpoint(asked, DeviceOptions(str(device), dtype))
             return cls(model_sizes(source.model.config()), source.need_grid(), source.model)
         sizes = named_sizes(options.preset, own, branch, **({} if layers is None else {"n_layer": layers}))

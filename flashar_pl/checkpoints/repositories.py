@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -48,7 +49,7 @@ def locate(path_or_repo: str, download: bool = False) -> str:
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         if not download:
             raise _miss(path_or_repo, f"the Hub cache ({_cache()}) does not hold it", repository) from error
-        said = " ".join(str(error).split())[:200]
+        said = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise ValueError(
             f"no checkpoint {path_or_repo}: no such file or directory, and as a repository of huggingface.co: {said} "
             "Expected the path of a checkpoint, OWNER/NAME, or OWNER/NAME/FILE."
@@ -61,7 +62,7 @@ def locate(path_or_repo: str, download: bool = False) -> str:
 def _miss(name: str, state: str, repository: str) -> ValueError:
     return ValueError(
         f"no checkpoint {name}: no such file or directory, and {state}. To fetch it: hf download {repository}, or add "
-        "--download to a command that has it (generate, evaluate, ...), in Python download=True."
+        "--download, in Python download=True."
     )
 
 

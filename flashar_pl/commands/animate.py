@@ -131,7 +131,7 @@ def animate(
             "--branch-layer for training-free diagonal decoding."
         )
     asked = DrawRequest.of(source, draw, sampling, shape, text)
-    other = source if draw.raster is None else _open_raster(draw.raster, source, compute)
+    other = source if draw.raster is None else _open_raster(draw.raster, model.download, source, compute)
     tokenizer = source.matching_tokenizer(compute.device)
     sides = decode_both(draw, source, other, asked, compute)
     gate = mean_gate(source.model, pairs(sides[1]), asked.grid).float()  # (H, W)
@@ -145,11 +145,11 @@ def animate(
     return target
 
 
-def _open_raster(path: str, source: Source, compute: DeviceOptions) -> Source:
+def _open_raster(path: str, download: bool, source: Source, compute: DeviceOptions) -> Source:
     """The model of the raster side. Raises ValueError unless it takes the same conditions and makes the same codes."""
     from flashar_pl.checkpoints.opening import open_checkpoint
 
-    other = open_checkpoint(ModelOptions(path), compute)
+    other = open_checkpoint(ModelOptions(path, download=download), compute)
     ours, theirs = source.model.backbone, other.model.backbone
     if (ours.vocabulary, ours.conditioning) != (theirs.vocabulary, theirs.conditioning):
         raise ValueError(

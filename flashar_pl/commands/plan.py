@@ -178,6 +178,7 @@ def plan(
 def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
     """The file's run; or a published size, or a backbone of the user's, as FlashAR at its usual branch layer unless
     told. What was typed wins."""
+    from flashar_pl.checkpoints.repositories import locate
     from flashar_pl.checkpoints.weights import load_model
     from flashar_pl.planner.sizes import model_sizes, named_sizes
     from flashar_pl.training.planned import PlannedRun
@@ -188,7 +189,7 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
         if options.samples is not None:
             given["accumulate"] = max(1, -(-run.setup.samples * run.setup.accumulate // max(1, options.samples)))
     elif options.checkpoint is not None:
-        loaded = load_model(options.checkpoint)
+        loaded = load_model(locate(options.checkpoint, options.download))
         config = loaded.model.config()
         if options.branch_layer is not None:
             config = {"backbone": config["backbone"], "branch_layer": options.branch_layer}

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.console import Missed, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import AssetOptions, DeviceOptions, ModelOptions, SamplingSettings, check_least, parse_classes
+from flashar_pl.options import (
+    AssetOptions,
+    DeviceOptions,
+    HubOptions,
+    ModelOptions,
+    SamplingSettings,
+    check_least,
+    parse_classes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +43,7 @@ BOUND = "digits"
 
 
 @dataclass(frozen=True)
-class ReportOptions:
+class ReportOptions(HubOptions):
     """Comparison"""
 
     raster: str
@@ -196,7 +204,9 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
     encoders: list[PromptEncoder | None] = []
 
     def row(key: str, name: str, checkpoint: str, branch_layer: int | None = None, plan: str | None = None) -> Row:
-        source = open_checkpoint(ModelOptions(checkpoint, branch_layer=branch_layer), DeviceOptions("cpu"))
+        source = open_checkpoint(
+            ModelOptions(checkpoint, branch_layer=branch_layer, download=asked.download), DeviceOptions("cpu")
+        )
         expected = RasterAR if key == "raster" else FlashAR
         if not isinstance(source.model, expected):
             kind = source.model.config()["kind"]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 
 from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
+from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.metrics.inception import WEIGHTS_FILE
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
@@ -24,15 +25,23 @@ from flashar_pl.training.stages import Schedule
 WEIGHTS_HOME = "https://github.com/toshas/torch-fidelity/releases"
 
 
-def check_initial_file(path: str | Path) -> None:
-    """ValueError if there is nothing at `path`: what was looked for and how to get it."""
+def initial_weights(path: str) -> str:
+    """Where the weights of `path` are, a local path or a repository in the Hub cache. ValueError if nowhere: what was
+    looked for and how to get it."""
     given = Path(path).expanduser()
-    if given.exists():
-        return
+    try:
+        found = locate(path)
+        if Path(found).exists():
+            return found
+        unlocated = None
+    except ValueError as error:
+        unlocated = error
     if (home := home_of(given.name)) is not None:
         how = f"Download {given.name} from {home} to {given.parent}/."
     elif (recipe := recipe_of_run(given.parent.parent)) is not None:
         how = f"It is made by: flashar fit --config {recipe}"
+    elif unlocated is not None:
+        raise ValueError(f"model.init_from: {unlocated}") from unlocated
     else:
         how = "A raster checkpoint is made by a raster run, such as: flashar fit --config experiments/demo_raster.yaml"
     raise ValueError(f"model.init_from: no file {given}. {how}")

@@ -11,6 +11,7 @@ from flashar_pl.backbones import Backbone, describe_backbone, import_backbone, r
 from flashar_pl.backbones.registry import DEFAULT, complete, family
 from flashar_pl.checkpoints.hub import find_prompt_tokenizer
 from flashar_pl.checkpoints.official import backbone_config
+from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.models.dual_head import Fusion, Split
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
@@ -33,8 +34,8 @@ class BackboneConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the backbone that differ from the preset, such as {dim: 64, n_layer: 4, n_head: 4}."""
     directory: str | None = None
-    """Directory with released weights whose config.json gives the sizes; a preset beside it is taken where there is no
-    such directory, as for a plan."""
+    """Directory with released weights, or OWNER/NAME in the Hub cache, whose config.json gives the sizes; a preset
+    beside it is taken where there is no such directory, as for a plan."""
     kind: str | None = None
     """Family of a model without preset and directory; None = llamagen. A class_path names a backbone of your own."""
 
@@ -65,9 +66,8 @@ class BackboneConfig:
 
     def _resolved(self) -> dict[str, Any]:
         base: dict[str, Any] = {"kind": self.kind or DEFAULT}
-        there = self.directory is not None and Path(self.directory, "config.json").is_file()
-        if self.directory is not None and (there or self.preset is None):
-            base = _released(self.directory)
+        if (released := self._released_directory()) is not None:
+            base = _released(released)
         elif self.preset is not None:
             base = complete({"preset": self.preset})
         if self.kind not in (None, base["kind"]):
@@ -76,6 +76,18 @@ class BackboneConfig:
         base |= self.options
         usual = family(complete(base)["kind"]).training_options(base)
         return describe_backbone(base | usual | self.options).config_dict()
+
+    def _released_directory(self) -> str | None:
+        """Where `directory` is; None = the preset is to be taken. Raises ValueError as `locate` does."""
+        if self.directory is None:
+            return None
+        try:
+            found = locate(self.directory)
+        except ValueError:
+            if self.preset is None:
+                raise
+            return None
+        return found if self.preset is None or Path(found, "config.json").is_file() else None
 
 
 def _released(directory: str) -> dict[str, Any]:

@@ -28,14 +28,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from flashar_pl.backbones import describe_backbone
+from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.data.manifest import NoShards
 from flashar_pl.files import write_text
 from flashar_pl.mark import marked
+from flashar_pl.options import HubOptions
 from flashar_pl.ranks import leave_group_at_exit
 from flashar_pl.training.carried import carried, check_place, forget_strange_paths, left_out
-from flashar_pl.training.checks import check_features, check_initial_file, how_to_make
+from flashar_pl.training.checks import check_features, how_to_make, initial_weights
 from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.measured import report
@@ -123,7 +125,7 @@ class KeepConfig(SaveConfigCallback):
 def plain(parser: LightningArgumentParser, config: Any) -> dict[str, Any]:
     """A parsed configuration as nested plain values, without the options of one call and what follows from others."""
     values: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
-    for name in ("config", "ckpt_path"):
+    for name in ("config", "ckpt_path", "download"):
         values.pop(name, None)
     data = values["data"]["class_path"]  # the shortest path that leads to it
     if data.startswith("flashar_pl.") and data.endswith(f".{DEFAULT_DATA}"):
@@ -210,6 +212,7 @@ class ExperimentCLI(LightningCLI):
             default=None,
             help="Checkpoint to continue or measure; --checkpoint is the same.",
         )
+        parser.add_class_arguments(HubOptions, instantiate=False)
         data: dict[str, Any] = {"class_path": f"flashar_pl.data.datamodules.{DEFAULT_DATA}"}
         if self.parse_only:
             data["init_args"] = {"shards": ""}  # a run needs them, its arithmetic does not
@@ -239,11 +242,20 @@ class ExperimentCLI(LightningCLI):
         if self.verb == "fit" and not self.config.trainer.fast_dev_run:
             self._find_run()
         self._say_what_is_taken()
+        if self.config.download:
+            self._fetch()
         try:
             super().instantiate_classes()
         except ValueError as error:
             raise ValueError(explain(str(error))) from error
         self._check_files()
+
+    def _fetch(self) -> None:
+        """Bring what the model starts from into the Hub cache, where everything else looks for it."""
+        model = self.values["model"]
+        for named in (model["init_from"], model["backbone"].get("directory")):
+            if named is not None:
+                locate(named, download=True)
 
     def _find_run(self) -> None:
         """Continue the run that is in the run directory, if this command is its own. SystemExit if it is finished."""
@@ -288,7 +300,7 @@ class ExperimentCLI(LightningCLI):
             if manifest is not None:
                 check_same_data(self.checkpoint, manifest.name, manifest.grid)
         elif self.model.init_from is not None:
-            check_initial_file(self.model.init_from)
+            initial_weights(self.model.init_from)
         elif self.verb != "fit":
             rank_zero_info("Neither --checkpoint nor model.init_from is given: the model has random weights.")
         check_features(self.model.validation.features, getattr(self.datamodule, "location", None))

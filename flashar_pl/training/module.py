@@ -35,10 +35,10 @@ from flashar_pl.training.checkpoints import LastCheckpoint
 from flashar_pl.training.checks import (
     check_data,
     check_guidance,
-    check_initial_file,
     check_model,
     check_trainer,
     idle_parts,
+    initial_weights,
 )
 from flashar_pl.training.config import (
     LOSS_OPTIONS,
@@ -79,8 +79,8 @@ class FlashARModule(LightningModule):
         par: trains a PAR model instead, such as {tokens_per_step: 4}.
         block_diffusion: trains a BlockDiffusion model instead, such as {strategy: sub4x4, clean_context: true}.
         lora: freezes the backbone and trains low-rank updates of it, such as {rank: 64}; null = the backbone trains.
-        init_from: official file, checkpoint or converted model to start from; null = random weights. The vertical
-            branch is cloned from a raster model.
+        init_from: official file, checkpoint, converted model, or OWNER/NAME in the Hub cache; null = random weights.
+            The vertical branch is cloned from a raster model.
         optimiser: AdamW.
         schedule: stages and learning rates.
         aux_weight: weight of the losses of the single heads.
@@ -175,9 +175,8 @@ class FlashARModule(LightningModule):
         if self._has_weights:
             return
         self._has_weights = True
-        if self.init_from is not None:
-            check_initial_file(self.init_from)
-        if (report := first_weights(self.net, self.init_from, self._strategy)) is not None:
+        path = None if self.init_from is None else initial_weights(self.init_from)
+        if (report := first_weights(self.net, path, self._strategy)) is not None:
             rank_zero_info(str(report))
         if self.ema is not None:
             self.ema.load_state_dict(self.net.state_dict())

@@ -61,6 +61,7 @@ class Words:
             else:
                 key = word.removeprefix("--")  # "" for a bare --
                 key = key if key.startswith("-") else key.replace("-", "_")
+                given = "true" if (key, given) == ("download", None) else given  # a flag, as in every command
                 options.append(("ckpt_path" if key == "checkpoint" else key, given))
         return cls(tuple(files), tuple(options))
 
@@ -213,7 +214,7 @@ def check_keys(words: Words, model: type, data: dict[str, type[LightningDataModu
 
     model: the module's class. data: data modules by short name; others are given by their import path.
     """
-    known = {"seed_everything", "ckpt_path", "data.class_path"}
+    known = {"seed_everything", "ckpt_path", "download", "data.class_path"}
     known |= {f"trainer.{name}" for name in inspect.signature(Trainer).parameters}
     groups = {"model", "data", "trainer", "data.init_args"}
     for name, hint in typing.get_type_hints(model.__init__).items():  # type: ignore[misc]

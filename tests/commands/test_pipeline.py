@@ -12,6 +12,7 @@ from command_toys import DIGITS, TINY
 from flashar_pl import FlashARPipeline
 from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.options import SampleOptions
+from flashar_pl.training.checks import initial_weights
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.module import FlashARModule
 
@@ -124,7 +125,7 @@ def test_a_repository_comes_from_the_cache(run, hub_cache):
 
 def test_what_the_cache_lacks_is_fetched_only_where_asked(run, hub_cache):
     """Guards a mistyped path that goes to the network, and code that comes along with weights."""
-    fetch = r"To fetch it: hf download somebody/{}, or add --download .*, in Python download=True"
+    fetch = r"To fetch it: hf download somebody/{}, or add --download, in Python download=True"
     with pytest.raises(ValueError, match=r"the Hub cache \(.*cache\) does not hold it\. " + fetch.format("none")):
         FlashARPipeline.from_pretrained("somebody/none")
     with pytest.raises(ValueError, match=r"holds it without its weights\. " + fetch.format("half")):
@@ -145,6 +146,37 @@ def test_what_the_cache_lacks_is_fetched_only_where_asked(run, hub_cache):
     name, patterns, local = hub_cache[-1]
     assert (name, local) == ("somebody/none", False)
     assert not [pattern for pattern in patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
+
+
+RAW = ("fit", "--config", "experiments/demo_flashar.yaml", "--data.shards")
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (("benchmark",), "--checkpoint"),
+        (("doctor",), "--checkpoint"),
+        (("plan",), "--checkpoint"),
+        (("report", "--flashar", "x", "--out", "y", "--data"), "--raster"),
+        (RAW, "--model.init_from"),
+        ((*RAW[:3], "--model.init_from", "x.ckpt", "--data.shards"), "--model.backbone.directory"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, tuple) else "",
+)
+def test_download_means_the_same_in_every_command(run, hub_cache, shards, words, option):
+    """Guards a command that goes to the network unasked, or has no way to be asked."""
+    data = (shards,) if words[-1].startswith("--data") else ()
+    for asked in (False, True):
+        code, _, err = run(*words, *data, option, "somebody/none", *(["--download"] if asked else []))
+        assert code == 2, err
+        assert ("offline" if asked else "does not hold it") in err
+        assert hub_cache[-1][-1] is not asked
+
+
+def test_a_training_starts_from_the_cache(hub_cache):
+    """Guards weights that only the commands that draw would find."""
+    assert Path(initial_weights("somebody/a-model"), "model.safetensors").is_file()
+    assert [call[-1] for call in hub_cache] == [True]
 
 
 def test_a_wrong_path_is_no_repository(monkeypatch, tmp_path):

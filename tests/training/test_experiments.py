@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from flashar_pl.backbones import describe_backbone
 from flashar_pl.cli import main
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.training.checks import check_features, check_initial_file, how_to_make
+from flashar_pl.training.checks import check_features, how_to_make, initial_weights
 from flashar_pl.training.config import TYPES, BackboneConfig
 from flashar_pl.training.module import FlashARModule
 
@@ -140,7 +140,7 @@ def test_what_is_missing_is_made_by_the_command_of_this_recipe(path: Path, monke
     assert shown == COMMANDS[shards]
     if (start := model.get("init_from")) is not None and "emu35_tiny" not in start:
         assert STARTS.get(start, "from https://huggingface.co/FoundationVision/LlamaGen") in first_error(
-            check_initial_file, start
+            initial_weights, start
         )
     if (features := (model.get("validation") or {}).get("features")) is not None:
         published = "inception" in features
