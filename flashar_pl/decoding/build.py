@@ -51,7 +51,7 @@ def choose_format(model: GridModel, options: EngineOptions, plan: str) -> Weight
     from flashar_pl.decoding.prepare import has_blocks
     from flashar_pl.devices import available_memory
     from flashar_pl.layers import packed
-    from flashar_pl.layers.packed_pays import packed_pays
+    from flashar_pl.layers.measured import packed_pays
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype

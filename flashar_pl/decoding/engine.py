@@ -21,15 +21,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
+from flashar_pl.decoding.build import PACKED_WIDTH
 from flashar_pl.decoding.fused import FusedRecording, can_decode, decode_fused, refusal
 from flashar_pl.decoding.graphs import Recording, record
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
 from flashar_pl.decoding.prepare import has_blocks
+from flashar_pl.devices import available_memory
 from flashar_pl.grid import DecodePlan, check_grid
+from flashar_pl.layers.measured import wide_cache_pays
 from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.torch_private import compile_errors, recompile_limit
-from flashar_pl.layers.transformer import Block
+from flashar_pl.layers.transformer import Attention, Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
@@ -153,12 +156,27 @@ class Engine:
                 recording = self._keep(key, partial(self._record, plan, settings, inputs))
                 if isinstance(recording, Recorded):
                     return recording.replay(inputs, on_step)
-            buffers = self._keep(key, partial(Buffers.allocate, self.model, plan, inputs))
+            buffers = self._keep(
+                key, lambda: Buffers.allocate(self.model, plan, inputs, self._cache_dtype(plan, inputs))
+            )
             assert isinstance(buffers, Buffers)
             loop = decode_fused if self.runner == "fused" else decode
             for t in loop(self.model, plan, settings, inputs, buffers):
                 on_step(Progress(plan, t + 1, buffers.drawn))
         return buffers
+
+    def _cache_dtype(self, plan: DecodePlan, inputs: Inputs) -> torch.dtype:
+        """The model's; on a CPU float32 where its attention is measured to be the faster one and memory suffices."""
+        x, spec = inputs.prefix.x, self.model.cache_spec()
+        attention = next((module for module in self.model.modules() if isinstance(module, Attention)), None)
+        if x.device.type != "cpu" or x.dtype.itemsize > 2 or x.shape[2] < PACKED_WIDTH or attention is None:
+            return x.dtype
+        length = x.shape[1] + plan.n_inputs
+        size = 8 * spec.n_layer * len(x) * spec.n_kv_head * length * spec.head_dim  # of keys and values in float32
+        n, heads = max(1, round(plan.n_slots / plan.n_steps)), attention.config.n_head
+        wide = self.runner != "fused" and 2 * size < available_memory(x.device)
+        asked = heads, spec.n_kv_head, spec.head_dim, n, max(1, length // 2), x.dtype, len(x)
+        return torch.float32 if wide and wide_cache_pays(*asked) else x.dtype
 
     def _record(self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs) -> Recorded | Buffers:
         """The graphs of a batch like `inputs`; where `auto` chose graphs and they fail, plain buffers from now on."""

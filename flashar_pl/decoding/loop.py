@@ -67,10 +67,12 @@ class Buffers:
     """(n_steps,) bool: whether the step's logits were NaN or infinite."""
 
     @classmethod
-    def allocate(cls, model: GridModel, plan: DecodePlan, inputs: Inputs) -> Buffers:
-        """For batches of the same shapes as `inputs`."""
+    def allocate(
+        cls, model: GridModel, plan: DecodePlan, inputs: Inputs, cache_dtype: torch.dtype | None = None
+    ) -> Buffers:
+        """For batches of the same shapes as `inputs`. cache_dtype None = the model's."""
         x = inputs.prefix.x
-        cache = KVCache(model.cache_spec(), len(x), x.shape[1] + plan.n_inputs, x.dtype, x.device)
+        cache = KVCache(model.cache_spec(), len(x), x.shape[1] + plan.n_inputs, cache_dtype or x.dtype, x.device)
         drawn = torch.empty(inputs.noise.shape, dtype=torch.int64, device=x.device)
         return cls(cache, drawn, torch.empty(plan.n_steps, dtype=torch.bool, device=drawn.device))
 

@@ -157,7 +157,8 @@ class Attention(nn.Module):
         """Attention outputs (R, L, A * E), before the output projection."""
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (R, G, K, E)
-        return attention(q, k, v, mask, self.config.attn_dropout if self.training else 0.0)
+        y = attention(q.to(k.dtype), k, v, mask, self.config.attn_dropout if self.training else 0.0)
+        return y.to(q.dtype)
 
     def output(self, y: Tensor) -> Tensor:
         """(R, L, A * E) -> (R, L, D)."""

@@ -15,7 +15,7 @@ from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.commands.benchmark import MeasureOptions, benchmark
 from flashar_pl.decoding import build as formats
 from flashar_pl.decoding.build import choose_format
-from flashar_pl.layers import packed_pays
+from flashar_pl.layers import measured
 from flashar_pl.layers.packed import unsupported
 from flashar_pl.options import (
     ComputeOptions,
@@ -151,7 +151,7 @@ def test_auto_is_the_format_that_measures_best_here(
         pytest.skip("this machine cannot pack bfloat16 weights")
     model = open_checkpoint(ModelOptions(flashar_model), DeviceOptions("cpu", dtype)).model
     asked: list[int] = []
-    monkeypatch.setattr(packed_pays, "packed_pays", lambda n_in, n_out, dtype, rows: asked.append(rows) or pays)
+    monkeypatch.setattr(measured, "packed_pays", lambda n_in, n_out, dtype, rows: asked.append(rows) or pays)
     monkeypatch.setattr(devices, "available_memory", lambda device: memory)
     monkeypatch.setattr(formats, "PACKED_WIDTH", width)
     assert choose_format(model, EngineOptions(weight_format="auto", runner="eager"), plan) == found
@@ -166,14 +166,14 @@ def test_a_machine_is_measured_once(monkeypatch, tmp_path):
     """Guards equal commands with unequal kernels: the first answer is kept, whatever a busier moment would measure."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shares = iter([0.5, 1.5])
-    monkeypatch.setattr(packed_pays, "_share", lambda *shape: next(shares))
-    assert [packed_pays.packed_pays(64, 64, torch.float32, 2) for _ in range(3)] == [True] * 3
-    assert not packed_pays.packed_pays(64, 128, torch.float32, 2), "another matrix is another question"
+    monkeypatch.setattr(measured, "_share", lambda *shape: next(shares))
+    assert [measured.packed_pays(64, 64, torch.float32, 2) for _ in range(3)] == [True] * 3
+    assert not measured.packed_pays(64, 128, torch.float32, 2), "another matrix is another question"
     (tmp_path / "flashar_pl" / "packed_products.json").write_text("{")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(packed_pays, "BYTES", 2**16)
-    assert packed_pays.packed_pays(64, 64, torch.float32, 2) in (True, False), "a damaged file is measured anew"
+    monkeypatch.setattr(measured, "BYTES", 2**16)
+    assert measured.packed_pays(64, 64, torch.float32, 2) in (True, False), "a damaged file is measured anew"
     assert "float32, 2 rows" in (tmp_path / "flashar_pl" / "packed_products.json").read_text()
 
 

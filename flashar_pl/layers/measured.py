@@ -1,4 +1,4 @@
-"""Whether packed weights are faster than plain ones: measured once on a machine, and kept.
+"""Which of two forms is the faster one on this processor: measured once on a machine, and kept.
 
 No rule holds for all processors: in float32 and with two rows, packed products take 0.3 times the time of plain ones on
 one and 1.1 times on another.
@@ -6,23 +6,26 @@ one and 1.1 times on another.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flashar_pl.devices import device_name
 from flashar_pl.files import default_cache, write_json
 from flashar_pl.layers.packed import PackedLinear
+from flashar_pl.layers.transformer import attention
 from flashar_pl.text_files import read_json
 
 BYTES = 64 * 2**20
 """Of the weights that are measured: more than most caches hold."""
 REPEATS = 5
 MARGIN = 0.95
-"""Packed weights are a second copy: they have to be faster than this share of the plain ones' time."""
+"""Packed weights are a second copy, and a float32 cache has twice the bytes: they have to take less than this share of
+the time without."""
 
 
 def packed_pays(n_in: int, n_out: int, dtype: torch.dtype, rows: int) -> bool:
@@ -32,7 +35,22 @@ def packed_pays(n_in: int, n_out: int, dtype: torch.dtype, rows: int) -> bool:
     commands decode with equal kernels.
     """
     n_out = min(n_out, max(16, BYTES // (n_in * dtype.itemsize)))
-    key = f"{n_in}x{n_out} {str(dtype).removeprefix('torch.')}, {rows} rows, {torch.get_num_threads()} threads"
+    return _kept(f"{n_in}x{n_out}", dtype, rows, lambda: _share(n_in, n_out, dtype, rows)) < MARGIN
+
+
+def wide_cache_pays(heads: int, groups: int, width: int, n: int, keys: int, dtype: torch.dtype, rows: int) -> bool:
+    """Whether n queries of each of `rows` rows over a cache of some `keys` positions are faster in float32.
+
+    The processor's kernel for one query multiplies bfloat16 values one by one on some machines. Kept as above.
+    """
+    keys, rows = 2 ** round(math.log2(keys)), min(rows, 16)
+    shape = f"attention of {heads} heads to {groups} of {width}, {n} queries, {keys} keys"
+    return _kept(shape, dtype, rows, lambda: _cache_share(heads, groups, width, n, keys, dtype, rows)) < MARGIN
+
+
+def _kept(question: str, dtype: torch.dtype, rows: int, measure: Callable[[], float]) -> float:
+    """The share of time that was measured for a question before, on this machine and number of threads, or is now."""
+    key = f"{question} {str(dtype).removeprefix('torch.')}, {rows} rows, {torch.get_num_threads()} threads"
     machine = f"{device_name(torch.device('cpu'))}, torch {torch.__version__}"
     path = default_cache() / "packed_products.json"
     try:
@@ -42,13 +60,13 @@ def packed_pays(n_in: int, n_out: int, dtype: torch.dtype, rows: int) -> bool:
     kept = known.get(machine)
     found = kept if isinstance(kept, dict) else {}
     if not isinstance(share := found.get(key), float):
-        share = _share(n_in, n_out, dtype, rows)
+        share = measure()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, known | {machine: found | {key: share}})
         except OSError:  # a directory that cannot be written: measured again next time
             pass
-    return share < MARGIN
+    return share
 
 
 @torch.no_grad()
@@ -58,10 +76,22 @@ def _share(n_in: int, n_out: int, dtype: torch.dtype, rows: int) -> float:
     weights = [torch.full((n_out, n_in), 0.01, dtype=dtype) for _ in range(count)]
     x = torch.ones(rows, n_in, dtype=dtype)
     packed: Sequence[nn.Module] = [PackedLinear(weight) for weight in weights]
-    passes: tuple[Callable[[], list[Tensor]], ...] = (
-        lambda: [nn.functional.linear(x, weight) for weight in weights],
-        lambda: [linear(x) for linear in packed],
+    return _ratio(
+        lambda: [nn.functional.linear(x, weight) for weight in weights], lambda: [linear(x) for linear in packed]
     )
+
+
+@torch.no_grad()
+def _cache_share(heads: int, groups: int, width: int, n: int, keys: int, dtype: torch.dtype, rows: int) -> float:
+    """Time of attention over a float32 cache over that of one in `dtype`."""
+    q = torch.ones(rows, heads, n, width, dtype=dtype)
+    k = torch.full((rows, groups, keys, width), 0.01, dtype=dtype)
+    v, wide_k, wide_v = k.clone(), k.float(), k.float()
+    return _ratio(lambda: attention(q, k, v, None), lambda: attention(q.float(), wide_k, wide_v, None).to(dtype))
+
+
+def _ratio(*passes: Callable[[], object]) -> float:
+    """Time of the second pass over that of the first: medians, taken in turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(REPEATS + 1):
         for run, into in zip(passes, seconds, strict=True):
