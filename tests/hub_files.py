@@ -20,6 +20,7 @@ SPECIAL = {
     "chameleon": ("<s>", "<racm3:break>"),
     "lumina_mgpt": ("<s>", "<racm3:break>", "<reserved08706>", "<reserved08799>", "<reserved08801>", "<reserved08802>"),
     "simplear": ("<|t2i|>", "<|soi|>"),
+    "glm_image": ("<sop>", "<eop>", "<|dit_token_16384|>"),
     "qwen2": ("<|image|>",),
 }
 """Their ids begin at 256."""
@@ -52,6 +53,15 @@ def _network(family: str, ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
         name = "ChameleonXLLMXForConditionalGeneration"
         other = {"architectures": [name]} if family == "lumina_mgpt" else {}
         return transformers.ChameleonForConditionalGeneration(config), other
+    if family == "glm_image":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1]}
+        config = transformers.GlmImageConfig(
+            text_config={**TEXT, "vision_vocab_size": 40, "rope_parameters": rope},
+            vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "image_size": 32, "intermediate_size": 32},
+            vq_config={"num_embeddings": CODES, "embed_dim": 8, "latent_channels": 32}, image_token_id=290,
+            image_start_token_id=ids["<|dit_token_16384|>"], image_end_token_id=291,
+        )  # fmt: skip
+        return transformers.GlmImageForConditionalGeneration(config), {}
     if family == "janus":
         vq = {**VQ, "num_embeddings": CODES, "projection_dim": 32, "image_token_embed_dim": 32, "latent_channels": 32}
         vision = {

@@ -213,6 +213,14 @@ class Backbone(nn.Module, ABC):
         own = as_condition(condition)
         return Condition.cat([own, self.null_condition(own) if unconditional is None else as_condition(unconditional)])
 
+    def preview_grid(self, condition: Condition, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Grid of a smaller image that is drawn first and then stands in the prefix; None = there is none to draw."""
+        return None
+
+    def with_preview(self, condition: Condition, codes: Tensor) -> Condition:
+        """The condition with the codes (B, h, w) of that image."""
+        raise NotImplementedError(self.kind)
+
     # --- sequences --------------------------------------------------------------------------------------------------
 
     def input_dropout(self, x: Tensor) -> Tensor:

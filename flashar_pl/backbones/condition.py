@@ -272,6 +272,8 @@ class Prefix:
     """(R,) int64, valid positions of each row; they stand at the end."""
     mask: Tensor | None = None
     """(R, P) bool, True = valid; None = every position is valid."""
+    previews: tuple[int, ...] | None = None
+    """Positions at the end of each row that are codes of a smaller image; None = there are none."""
 
     def __len__(self) -> int:
         return self.x.shape[1]

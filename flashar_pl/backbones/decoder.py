@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from itertools import pairwise
+from math import log
 from pkgutil import resolve_name
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from flashar_pl.backbones.condition import Condition, Given, Prefix, Prompts
 from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
 from flashar_pl.backbones.families import PRESETS
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
-from flashar_pl.layers.rope import Rope, angles_1d, rotations
+from flashar_pl.layers.rope import Rope, angles_1d, angles_sections, rotations
 from flashar_pl.layers.transformer import RMSNorm
 from flashar_pl.numerics import wide
 
@@ -88,7 +89,7 @@ class Decoder(Backbone):
         super().__init__()
         self.config = config
         self.dim, self.n_layer, self.vocabulary = config.dim, config.n_layer, config.n_codes
-        self.first_code = config.vocab_size - config.n_codes if config.heads == "full" and config.has_codes else 0
+        self.first_code = config.full_rows - config.n_codes if config.heads == "full" and config.has_codes else 0
         self.row_ends = config.eol_token_id is not None
         self.conditioning, self.block = config.conditioning, config.block
         self.usual_grid = config.usual_grid or self.usual_grid
@@ -135,12 +136,14 @@ class Decoder(Backbone):
         if config.code_width is not None:
             x = self.code_mlp(codes.clamp_min(0))
             return torch.where((codes == ROW_END)[..., None], self.embedding.weight[row_end], x)
-        if config.code_ids is None:
-            assert config.visual_token_offset is not None
-            ids = codes + config.visual_token_offset
-        else:
-            ids = code_table(config.code_ids, codes.device)[codes.clamp_min(0)]
-        return self.embedding(ids.masked_fill(codes == ROW_END, row_end))
+        return self.embedding(self._tokens(codes).masked_fill(codes == ROW_END, row_end))
+
+    def _tokens(self, codes: Tensor) -> Tensor:
+        """Token ids of codes that are tokens; of ROW_END any."""
+        if self.config.code_ids is not None:
+            return code_table(self.config.code_ids, codes.device)[codes.clamp_min(0)]
+        assert self.config.visual_token_offset is not None
+        return codes + self.config.visual_token_offset
 
     def input_dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
@@ -153,9 +156,22 @@ class Decoder(Backbone):
         device = rows[0].device
         lengths = torch.tensor(counts, device=device)
         x = self.embedding(pad_sequence(rows, batch_first=True, padding_side="left"))  # (R, P, D)
+        previews = tuple(map(self.preview_length, rows)) if self.config.rope_sections else None
         if min(counts) == max(counts):
-            return Prefix(x, lengths)
-        return Prefix(x, lengths, torch.arange(max(counts), device=device) >= (max(counts) - lengths)[:, None])
+            return Prefix(x, lengths, previews=previews)
+        mask = torch.arange(max(counts), device=device) >= (max(counts) - lengths)[:, None]
+        return Prefix(x, lengths, mask, previews)
+
+    def preview_length(self, ids: Tensor) -> int:
+        """Codes of a preview at the end of a prefix (T,): whatever follows the token that begins the image.
+
+        Raises:
+            ValueError: the prefix begins several images.
+        """
+        begins = ids.eq(-1 if self.config.boi_token_id is None else self.config.boi_token_id).nonzero()
+        if len(begins) > 1:
+            raise ValueError(f"a prefix begins {len(begins)} images; expected one: images to start from are not read.")
+        return len(ids) - 1 - int(begins[0]) if len(begins) else 0
 
     def _drop_condition(self, condition: list[Tensor]) -> list[Tensor]:
         """In training, replace each sample's prompt by the unconditional one with probability `condition_dropout`."""
@@ -186,19 +202,39 @@ class Decoder(Backbone):
             )
         return Prompts(self.null_prefix(ids) for ids in condition)
 
+    def preview_grid(self, condition: Condition, grid: tuple[int, int]) -> tuple[int, int] | None:
+        assert isinstance(condition, Prompts)
+        begins = self.config.preview_side is not None and all(ids[-1] == self.config.boi_token_id for ids in condition)
+        return self.config.preview(*grid) if begins else None
+
+    def with_preview(self, condition: Condition, codes: Tensor) -> Condition:
+        assert isinstance(condition, Prompts)
+        return Prompts(torch.cat([ids, self._tokens(own.flatten().to(ids))]) for ids, own in zip(condition, codes))
+
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
-        return self.rope_at(plan, prefix, prefix.lengths, plan.width + self.row_ends)
+        if self.config.rope_sections is None:
+            return self.rope_at(plan, prefix, prefix.lengths, plan.width + self.row_ends)
+        position = picture_positions(self.config, plan, prefix)  # (R, P + S, 3)
+        return self._rotations(
+            angles_sections(position, self._turning, self.config.rope_base, self.config.rope_sections)
+        )
 
     def rope_at(self, plan: DecodePlan, prefix: Prefix, start: Tensor, row_stride: int) -> Rope:
         """1-D RoPE with the slot of (row, column) at start + row * row_stride + column; start (R,) int64."""
         if plan.n_slots > plan.n_cells and self.config.eol_token_id is None:
             raise ValueError("config.json has no eol_token_id; the raster plan needs it to end rows.")
         device = prefix.x.device
-        column = torch.arange(len(prefix), device=device)
-        in_prefix = (column - (len(prefix) - prefix.lengths)[:, None]).clamp_min(0)  # (R, P)
         slots = plan.on("row", device) * row_stride + plan.on("column", device)  # (S,)
-        position = torch.cat([in_prefix, start[:, None] + slots], dim=1)  # (R, P + S)
-        return rotations(angles_1d(position, self.config.head_dim, self.config.rope_base))
+        position = torch.cat([text_positions(prefix), start[:, None] + slots], dim=1)  # (R, P + S)
+        return self._rotations(angles_1d(position, self._turning, self.config.rope_base))
+
+    @property
+    def _turning(self) -> int:
+        return self.config.rope_width or self.config.head_dim
+
+    def _rotations(self, angles: Tensor) -> Rope:
+        """The rest of each head does not turn."""
+        return rotations(F.pad(angles, (0, self.config.head_dim // 2 - angles.shape[-1])))
 
     @torch.no_grad()
     def token_logits(self, ids: list[Tensor]) -> list[Tensor]:
@@ -216,6 +252,54 @@ class Decoder(Backbone):
             return logits
         by_token = torch.tensor(self.config.head_order, device=x.device).argsort()
         return [each[:, by_token] for each in logits]
+
+
+def text_positions(prefix: Prefix) -> Tensor:
+    """(R, P) int64: every position of a left-padded prefix, counted in its own row."""
+    column = torch.arange(len(prefix), device=prefix.x.device)
+    return (column - (len(prefix) - prefix.lengths)[:, None]).clamp_min(0)
+
+
+def picture_positions(config: DecoderConfig, plan: DecodePlan, prefix: Prefix) -> Tensor:
+    """(R, P + S, 3) int64: time, row and column of every position (GLM-Image, as `get_rope_index` of transformers).
+
+    Text counts on all three axes; an image of h x w codes has one time t, rows t, t + 1, ... and columns t, t + 1, ...,
+    and what follows goes on at t + max(h, w). The preview is such an image, and the one to draw the next.
+    """
+    device, codes = prefix.x.device, prefix.previews or (0,) * len(prefix.lengths)
+    grids = [preview_grid(config, plan, n) if n else (0, 0) for n in codes]
+    height, width = torch.tensor(grids, device=device).T[..., None]  # (R, 1) each
+    position = text_positions(prefix)[..., None].repeat(1, 1, 3)  # (R, P, 3)
+    text = prefix.lengths[:, None] - height * width  # (R, 1)
+    inside = position[..., 0] - text  # (R, P), from 0 in a preview
+    cell = torch.stack([0 * inside, inside // width.clamp_min(1), inside % width.clamp_min(1)], dim=-1)
+    position = torch.where((inside >= 0)[..., None], text[..., None] + cell, position)
+    start = text + torch.maximum(height, width)  # (R, 1)
+    row, column = plan.on("row", device), plan.on("column", device)  # (S,)
+    slots = start[..., None] + torch.stack([0 * row, row, column], dim=-1)  # (R, S, 3)
+    return torch.cat([position, slots], dim=1)
+
+
+def preview_grid(config: DecoderConfig, plan: DecodePlan, n: int) -> tuple[int, int]:
+    """(h, w) of a preview of n codes of an image: the published size, else the one with the most similar sides.
+
+    Raises:
+        ValueError: no h x w = n is a preview of such an image.
+    """
+    usual = config.preview(plan.height, plan.width)
+    if usual is not None and usual[0] * usual[1] == n:
+        return usual
+
+    def apart(h: int) -> float:
+        return abs(log(h / (n // h) * plan.width / plan.height))
+
+    best = min((h for h in range(1, n + 1) if n % h == 0), key=apart)
+    if apart(best) > log(2):
+        raise ValueError(
+            f"a prefix has {n} tokens after the begin of its image; expected none, or the codes of a preview of "
+            f"{plan.height}x{plan.width}{'' if usual is None else f', such as {usual[0]}x{usual[1]}'}."
+        )
+    return best, n // best
 
 
 @lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import sqrt
 from typing import Literal
 
 from flashar_pl.backbones.base import check_dropout
@@ -67,6 +68,14 @@ class DecoderConfig:
     """A bias of the attention's output projection."""
     ffn_bias: bool = False
     """Biases of the feed-forward projections."""
+    rope_width: int | None = None
+    """Dimensions of each head that turn, the first ones of the published weights; None = all."""
+    rope_sections: tuple[int, ...] | None = None
+    """Pairs of them that turn with time, row and column, in turn (M-RoPE); codes then stand at their row and column.
+    None = every position is one number."""
+    preview_side: int | None = None
+    """Side of the smaller image that is drawn first, for a square one: of (H, W) codes it has side * sqrt(H / W) x
+    side * sqrt(W / H), rounded down; None = there is none."""
     code_width: int | None = None
     """Width C of vectors that codes have beside the vocabulary, brought to D by an MLP, and scored by an MLP (Janus);
     None = codes are tokens."""
@@ -78,6 +87,8 @@ class DecoderConfig:
     """Family whose names `to_transformers` gives."""
     text_prefix: str = "model."
     """What stands before their names of the language model."""
+    head_size: int | None = None
+    """Rows of their head, where that is not the whole vocabulary; None = it is."""
     head_key: str = "lm_head.weight"
     """Their name of the head, where codes are tokens."""
     tied_head: bool = False
@@ -92,7 +103,7 @@ class DecoderConfig:
     """Pixels of a code along each side."""
 
     def __post_init__(self) -> None:
-        for name in ("unconditional_prompt", "code_ids", "usual_grid"):
+        for name in ("unconditional_prompt", "code_ids", "usual_grid", "rope_sections"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.knows_null and self.boi_token_id is None:
@@ -102,7 +113,18 @@ class DecoderConfig:
         check_dropout(self)
         if self.condition_dropout and not self.knows_null:
             raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
+        self._check_rope()
         self._check_codes()
+
+    def _check_rope(self) -> None:
+        turning, sections = self.rope_width or self.head_dim, self.rope_sections
+        if turning % 2 or turning > self.head_dim or (self.rope_order is not None and self.qk_norm != "none"):
+            raise ValueError(
+                f"{turning} dimensions of each head turn (partial_rotary_factor); expected an even number up to "
+                f"{self.head_dim}, and no norms of queries and keys unless all of them do."
+            )
+        if sections is not None and sum(sections) != turning // 2:
+            raise ValueError(f"mrope_section is {list(sections)}; expected {turning // 2} in all, pairs that turn.")
 
     def _check_codes(self) -> None:
         if self.code_width is not None:
@@ -113,11 +135,11 @@ class DecoderConfig:
             raise ValueError("visual_token_offset and code_ids are given; expected one of them.")
         if self.visual_token_offset is None and self.code_ids is None and self.heads == "visual":
             raise ValueError('heads="visual" needs visual_token_offset (or eoi_token_id in config.json).')
-        first, last = self.visual_token_offset, self.vocab_size - 1
+        first, last = self.visual_token_offset, self.full_rows - 1
         if first is not None and not 0 <= first <= last:
             raise ValueError(f"visual_token_offset is {first}; expected 0 to {last}.")
-        if first is not None and not 0 < self.n_codes <= self.vocab_size - first:
-            left = self.vocab_size - first
+        if first is not None and not 0 < self.n_codes <= last + 1 - first:
+            left = last + 1 - first
             raise ValueError(f"num_visual_codes is {self.n_codes}; expected 1 to {left}, the tokens from {first} on.")
         if self.code_ids and (len({*self.code_ids}) < len(self.code_ids) or not {*self.code_ids} <= {*range(last + 1)}):
             raise ValueError(f"code_ids are not {len(self.code_ids)} different token ids from 0 to {last}.")
@@ -139,12 +161,35 @@ class DecoderConfig:
             return len(self.code_ids)
         if self.num_visual_codes is not None:
             return self.num_visual_codes
-        return 0 if self.visual_token_offset is None else self.vocab_size - self.visual_token_offset
+        return 0 if self.visual_token_offset is None else self.full_rows - self.visual_token_offset
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of a head that scores all that theirs does."""
+        return self.head_size or self.vocab_size
 
     @property
     def head_rows(self) -> int:
         """Rows of each head."""
-        return self.vocab_size if self.heads == "full" else self.n_codes
+        return self.full_rows if self.heads == "full" else self.n_codes
+
+    def preview(self, height: int, width: int) -> tuple[int, int] | None:
+        """Grid of the preview of an image of (height, width) codes; None = there is none."""
+        if self.preview_side is None:
+            return None
+        ratio = height / width
+        return int(sqrt(ratio) * self.preview_side), int(sqrt(1 / ratio) * self.preview_side)
+
+    @property
+    def rope_order(self) -> tuple[int, ...] | None:
+        """Their dimension of every dimension of a head. Ours turn in pairs (i, i + E / 2), theirs in pairs
+        (i, i + rope_width / 2): those that do not turn stand between. None = the same."""
+        turning, width = self.rope_width, self.head_dim
+        if turning is None or turning == width:
+            return None
+        half, still = turning // 2, (width - turning) // 2
+        parts = ((0, half), (turning, still), (half, half), (turning + still, still))
+        return tuple(begin + i for begin, n in parts for i in range(n))
 
     @property
     def head_order(self) -> tuple[int, ...] | None:
@@ -186,5 +231,6 @@ def _head_order(config: DecoderConfig) -> tuple[int, ...] | None:
     first, n = config.visual_token_offset or 0, config.n_codes
     codes = config.code_ids or tuple(range(first, first + n))
     known = {*codes}
-    order = (*(token for token in range(config.vocab_size) if token not in known), *codes)
-    return None if order == tuple(range(config.vocab_size)) else order
+    rows = range(config.full_rows)
+    order = (*(token for token in rows if token not in known), *codes)
+    return None if order == tuple(rows) else order

@@ -8,41 +8,45 @@ from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.renames import Rename
 
 HEAD = "lm_head.weight"
+Names = Mapping[str, tuple[str, ...]]
+OWN: Names = {}
 
 
-def block_renames(config: DecoderConfig, ours: str, theirs: str) -> Iterator[Rename]:
-    """Names of one block under the given prefixes, with the rows of each of their tensors."""
+def block_renames(config: DecoderConfig, ours: str, theirs: str, own: Names = OWN) -> Iterator[Rename]:
+    """Names of one block under the given prefixes, with the rows of each of their tensors. own: their names where they
+    are others than Llama's, by ours."""
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     qkv, kinds = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, ("weight", "bias")
     post = config.norm_place == "after"
-    table: list[tuple[str, Mapping[str, int] | tuple[str, ...], int]] = [
-        ("attention.wqkv", qkv, 1 + config.qkv_bias),
-        ("attention.wo", ("self_attn.o_proj",), 1 + config.output_bias),
-        ("feed_forward.w13", ("mlp.gate_proj", "mlp.up_proj"), 1 + config.ffn_bias),
-        ("feed_forward.w2", ("mlp.down_proj",), 1 + config.ffn_bias),
-        ("attention_post_norm" if post else "attention_norm", ("input_layernorm",), 1),
-        ("ffn_post_norm" if post else "ffn_norm", ("post_attention_layernorm",), 1),
-    ]
+    table: dict[str, tuple[Mapping[str, int] | tuple[str, ...], int]] = {
+        "attention.wqkv": (qkv, 1 + config.qkv_bias),
+        "attention.wo": (("self_attn.o_proj",), 1 + config.output_bias),
+        "feed_forward.w13": (("mlp.gate_proj", "mlp.up_proj"), 1 + config.ffn_bias),
+        "feed_forward.w2": (("mlp.down_proj",), 1 + config.ffn_bias),
+        "attention_post_norm" if post else "attention_norm": (("input_layernorm",), 1),
+        "ffn_post_norm" if post else "ffn_norm": (("post_attention_layernorm",), 1),
+    }
     if config.qk_norm != "none":
         n = 2 if config.qk_norm == "layer" else 1
-        table += [(f"attention.{name}", (f"self_attn.{name}",), n) for name in ("q_norm", "k_norm")]
-    for key, pieces, n in table:
+        table |= {f"attention.{name}": ((f"self_attn.{name}",), n) for name in ("q_norm", "k_norm")}
+    table |= {key: (pieces, table[key][1] if key in table else 1) for key, pieces in own.items()}
+    for key, (pieces, n) in table.items():
         sizes = tuple(pieces.values()) if isinstance(pieces, Mapping) else None
         for kind in kinds[:n]:
             yield Rename(f"{ours}{key}.{kind}", tuple(f"{theirs}{name}.{kind}" for name in pieces), sizes)
 
 
-def body_renames(config: DecoderConfig, ours: str, official: str) -> Iterator[Rename]:
+def body_renames(config: DecoderConfig, ours: str, official: str, own: Names = OWN) -> Iterator[Rename]:
     """Names of embedding, blocks and final norm under the given prefixes."""
     yield Rename(f"{ours}embedding.weight", (f"{official}embed_tokens.weight",))
     for i in range(config.n_layer):
-        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.")
+        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.", own)
     yield Rename(f"{ours}norm.weight", (f"{official}norm.weight",))
 
 
 def head_rename(config: DecoderConfig, ours: str, official: str) -> Rename:
     """Name of a head; heads="visual" skips the text rows."""
-    return Rename(ours, (official,), skip=config.vocab_size - config.head_rows)
+    return Rename(ours, (official,), skip=config.full_rows - config.head_rows)
 
 
 def is_table(key: str) -> bool:

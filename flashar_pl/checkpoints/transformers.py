@@ -24,7 +24,7 @@ OTHER_PARTS = {"vqmodel", "vision_model", "aligner", "visual"}
 class LanguageModel(TensorSource):
     """The tensors of a `transformers` model as a decoder reads them, and what its config.json says.
 
-    The head has its rows in `DecoderConfig.head_order`; where it is tied, it is the embedding.
+    Rows are in `row_order`; where the head is tied, it is the embedding.
     """
 
     def __init__(self, source: TensorSource, values: Mapping[str, Any], heads: Heads) -> None:
@@ -59,7 +59,7 @@ class LanguageModel(TensorSource):
         return self.inner.dtype(self._stored(key))
 
     def rows(self, key: str, begin: int, end: int) -> Tensor:
-        order = self.config.head_order if key == self.config.head_key else None
+        order = row_order(self.config, key)
         if order is None:
             return self.inner.rows(self._stored(key), begin, end)
         wanted = torch.tensor(order[begin:end])
@@ -79,7 +79,7 @@ class LanguageModel(TensorSource):
 def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "head") -> list[Rename]:
     """Our names and theirs. Rows of a full head: see `DecoderConfig.head_order`."""
     text = config.text_prefix
-    found = [*body_renames(config, ours, text)]
+    found = [*body_renames(config, ours, text, family.block_names)]
     if config.code_width is None:
         return [*found, head_rename(config, f"{head}.weight", config.head_key)]
     outer = text.removesuffix("language_model.")
@@ -88,6 +88,16 @@ def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "
         kinds = ("weight",) if name == "code_mlp.vectors" else ("weight", "bias")
         found += [Rename(f"{own}.{kind}", (f"{outer}{theirs}.{kind}",)) for kind in kinds]
     return found
+
+
+def row_order(config: DecoderConfig, key: str) -> tuple[int, ...] | None:
+    """Their row of every row of ours of one of their tensors; None = the same."""
+    if key == config.head_key:
+        return config.head_order
+    heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head}.get(key.rpartition(".")[0].rpartition(".")[2])
+    if heads is None or config.rope_order is None:
+        return None
+    return tuple(head * config.head_dim + i for head in range(heads) for i in config.rope_order)
 
 
 def read_transformers(state_dict: Mapping[str, Tensor], values: Mapping[str, Any], heads: Heads) -> Decoder:
@@ -102,7 +112,7 @@ def read_transformers(state_dict: Mapping[str, Tensor], values: Mapping[str, Any
 def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
     """See `Decoder.to_transformers`."""
     config = backbone.config
-    if config.code_width is None and config.head_rows < config.vocab_size:
+    if config.code_width is None and config.head_rows < config.full_rows:
         raise ValueError('the model holds the heads of its codes only; expected one loaded with heads="full".')
     if config.model_type not in KNOWN:
         raise ValueError(f"the family {config.model_type!r} is not known here; register it first: register_family.")
@@ -110,10 +120,10 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
     if backbone.head.bias is not None:
         ours["head.bias"] = backbone.head.bias
     found = split_rows(ours, renames(config, KNOWN[config.model_type]))
-    head = config.head_key
-    if config.head_order is not None:
-        found[head] = found[head][torch.tensor(config.head_order, device=found[head].device).argsort()]
-    if config.tied_head and not torch.equal(found.pop(head), found[config.text_prefix + EMBEDDING]):
+    for key, tensor in found.items():
+        if (order := row_order(config, key)) is not None:
+            found[key] = tensor[torch.tensor(order, device=tensor.device).argsort()]
+    if config.tied_head and not torch.equal(found.pop(config.head_key), found[config.text_prefix + EMBEDDING]):
         raise ValueError(
             "config.json ties the head to the embedding, and training has parted them; save it as a FlashAR checkpoint."
         )
@@ -153,6 +163,8 @@ def _closest_family(source: TensorSource) -> str | None:
         return None
     if any("generation_embeddings" in key for key in keys):
         return "janus"
+    if f"{first}post_mlp_layernorm.weight" in keys:
+        return "glm_image"
     if (norm := f"{first}self_attn.q_norm.weight") in keys:
         return "qwen3" if len(source.shape(norm)) == 1 else "chameleon"
     return "qwen2" if f"{first}self_attn.q_proj.bias" in keys else "llama"

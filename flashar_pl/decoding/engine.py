@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar, get_args
 
@@ -293,7 +293,8 @@ def pad_prefix(prefix: Prefix, bucket: int) -> Prefix:
     valid = prefix.mask
     if valid is None:
         valid = torch.ones(prefix.x.shape[:2], dtype=torch.bool, device=prefix.x.device)
-    return Prefix(F.pad(prefix.x, (0, 0, missing, 0)), prefix.lengths, F.pad(valid, (missing, 0), value=False))
+    x, valid = F.pad(prefix.x, (0, 0, missing, 0)), F.pad(valid, (missing, 0), value=False)
+    return replace(prefix, x=x, mask=valid)
 
 
 def _resolve(runner: str, model: GridModel) -> str:

@@ -25,6 +25,8 @@ from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer
 
+PREVIEW_SEED = 2**40
+"""Added to the seeds of samples whose preview is drawn first, so that both have their own random numbers."""
 PIXELS = 2**20
 """Decoded to images together: four of 512 x 512, whose activations in Emu3.5's decoder take about 4 GB."""
 
@@ -100,16 +102,16 @@ def draw_batch(
     engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[Progress], object] | None = None
 ) -> Tensor:
     """Codes (B, H, W) int64 of one batch, those that only fill it up included. on_step: see `Engine.generate`."""
-    nulls = samples.unconditional
-    return engine.generate(
-        samples.entries(samples.condition, batch),
-        samples.grid,
-        samples.plan,
-        seeds=[samples.seed + i for i in samples.numbers(batch)],
-        unconditional=None if nulls is None else samples.entries(nulls, batch),
-        on_step=on_step,
-        **asdict(samples.sampling),
-    )
+    backbone, options = engine.model.backbone, {"plan": samples.plan, **asdict(samples.sampling)}
+    condition = samples.entries(samples.condition, batch)
+    nulls = None if samples.unconditional is None else samples.entries(samples.unconditional, batch)
+    seeds = [samples.seed + i for i in samples.numbers(batch)]
+    if (smaller := backbone.preview_grid(condition, samples.grid)) is not None:
+        own = [seed + PREVIEW_SEED for seed in seeds]
+        codes = engine.generate(condition, smaller, seeds=own, unconditional=nulls, **options)
+        condition = backbone.with_preview(condition, codes)
+        nulls = None if nulls is None else backbone.with_preview(nulls, codes)
+    return engine.generate(condition, samples.grid, seeds=seeds, unconditional=nulls, on_step=on_step, **options)
 
 
 def draw_codes(

@@ -35,6 +35,21 @@ def angles_2d(row: Tensor, column: Tensor, head_dim: int, base: float) -> Tensor
     return torch.cat([row[..., None].float() * frequency, column[..., None].float() * frequency], dim=-1)
 
 
+def angles_sections(position: Tensor, width: int, base: float, sections: tuple[int, ...]) -> Tensor:
+    """Angles (..., width / 2) for positions (..., 3), of time, row and column: pairs of dimensions in sections, which
+    turn with the three in turn (M-RoPE).
+
+    Raises:
+        ValueError: sections that are not all pairs.
+    """
+    if sum(sections) != width // 2:
+        raise ValueError(
+            f"mrope_section is {list(sections)}; expected {width // 2} in all, half of the width that turns."
+        )
+    axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
+    return position[..., axis].float() * frequencies(width, base, position.device)
+
+
 def rotations(angles: Tensor) -> Rope:
     """cos and sin of angles (..., E / 2): (..., E / 2, 2)."""
     return torch.stack([angles.cos(), angles.sin()], dim=-1)

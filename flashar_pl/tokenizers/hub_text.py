@@ -66,7 +66,7 @@ class HubText(PromptTokenizer):
         text = self._plain(unicodedata.normalize("NFC", text))
         ids = self._around(text)
         if len(ids) <= max_length:
-            return torch.tensor(ids)
+            return torch.tensor(ids, dtype=torch.int64)
         if too_long == "error":
             raise too_many(len(ids), max_length, text)
         kept, cut = text, ids

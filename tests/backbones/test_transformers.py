@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones import Decoder, build_backbone, from_transformers
+from flashar_pl.backbones.condition import Prompts
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.models import FlashAR
@@ -69,6 +70,32 @@ def janus() -> tuple[Any, dict[str, Any]]:
     return transformers.JanusForConditionalGeneration(config), config.to_dict()
 
 
+def glm_image(**changes: Any) -> tuple[Any, dict[str, Any]]:
+    vision = {
+        "depth": 1,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "image_size": 32,
+        "patch_size": 16,
+        "intermediate_size": 32,
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+    text = {**TEXT, "hidden_size": 64, "vision_vocab_size": 40, "rope_parameters": rope, **changes}
+    config = transformers.GlmImageConfig(
+        text_config=text, vision_config=vision, image_token_id=60, image_start_token_id=30, image_end_token_id=31,
+        vq_config={"num_embeddings": 30, "embed_dim": 8, "latent_channels": 32},
+    )  # fmt: skip
+    return transformers.GlmImageForConditionalGeneration(config), config.to_dict()
+
+
+def glm_positions(model: Any, prompt: Tensor, grids: list[tuple[int, ...]]) -> Tensor:
+    """(3, 1, n) positions of a prompt (T,), then of images of these grids, the last one drawn first."""
+    thw = torch.tensor([[1, *grid] for grid in grids])
+    text, _ = model.model.get_rope_index(prompt[None], image_grid_thw=thw)
+    drawn = model.model._cached_decode_position_ids.permute(1, 0, 2)[..., : int(thw.prod(1).sum())]
+    return torch.cat([text, drawn], dim=-1)
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "llama": lambda: language("Llama", attention_bias=True, mlp_bias=True, head_dim=16),
     "llama_tied": lambda: language("Llama", tie_word_embeddings=True),
@@ -78,6 +105,12 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "chameleon": chameleon,
     "chameleon_swin": lambda: chameleon(swin_norm=True),
     "janus": janus,
+    "glm_image": glm_image,
+    "glm_image_plain": lambda: glm_image(
+        attention_bias=False,
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2, 3, 2]},
+    ),
 }
 
 
@@ -97,7 +130,8 @@ class Judge:
             self.model.tie_weights()
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
         self.ours = from_transformers(self.state, self.config)
-        self.janus, self.eol = name == "janus", self.ours.config.eol_token_id
+        self.janus, self.glm = name == "janus", name.startswith("glm_image")
+        self.eol = self.ours.config.eol_token_id
 
     def embed(self, codes: Tensor) -> Tensor:
         """(1, n, D) of codes (n,), by their modules."""
@@ -122,7 +156,8 @@ class Judge:
                 x.append(self.model.get_input_embeddings()(torch.tensor([[self.eol]])))
         body = self.model.model
         body = getattr(body, "language_model", getattr(body, "text_model", body))
-        states = body(inputs_embeds=torch.cat(x, dim=1), use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
+        at = {"position_ids": glm_positions(self.model, prompt, [tuple(codes.shape)])} if self.glm else {}
+        states = body(inputs_embeds=torch.cat(x, dim=1), use_cache=False, **at).last_hidden_state[0, len(prompt) - 1 :]
         stride = codes.shape[1] + (self.eol is not None)
         at = torch.arange(codes.shape[0])[:, None] * stride + torch.arange(codes.shape[1])
         if self.janus:
@@ -145,6 +180,38 @@ def test_teacher_forced_logits_equal_theirs(judge: Judge) -> None:
             expected = judge.logits(codes[i], prompt)
             torch.testing.assert_close(found[i].double(), expected, atol=1e-5, rtol=1e-5)
             assert expected.std() > 0.05
+
+
+def test_previews_of_glm_image_stand_where_theirs_do() -> None:
+    """Guards both images' positions, a published and another size of preview, and drawing against their `generate`."""
+    judge = Judge("glm_image")
+    prompts = [torch.cat([ids, torch.tensor([30])]) for ids in PROMPTS]
+    for grid, preview in (((4, 6), (2, 3)), ((5, 8), (12, 20))):
+        codes, smaller = (torch.randint(0, 30, (2, *size)) for size in (grid, preview))
+        whole = [torch.cat([ids, own.flatten()]) for ids, own in zip(prompts, smaller)]
+        found = judge.ours.raster_logits(codes, whole)
+        for i, ids in enumerate(prompts):
+            tokens = torch.cat([whole[i], codes[i].flatten()])[None]
+            at = glm_positions(judge.model, ids, [grid, preview])
+            with torch.no_grad():
+                theirs = judge.model(tokens, position_ids=at).logits[0, len(whole[i]) - 1 : -1, :30]
+            torch.testing.assert_close(found[i].double(), theirs.view(*grid, 30), atol=1e-5, rtol=1e-5)
+    padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=0)
+    drawn = judge.model.generate(
+        padded, attention_mask=(padded != 0).long(), image_grid_thw=torch.tensor([[1, 3, 4], [1, 2, 2]] * 2),
+        images_per_sample=torch.tensor([2, 2]), max_new_tokens=16, do_sample=False, eos_token_id=None,
+        suppress_tokens=list(range(30, 40)),
+    )[:, padded.shape[1] :]  # fmt: skip
+    first = generate(judge.ours, prompts, (2, 2), plan="raster", greedy=True)
+    then = generate(judge.ours, judge.ours.with_preview(Prompts(prompts), first), (3, 4), plan="raster", greedy=True)
+    assert torch.equal(torch.cat([first.flatten(1), then.flatten(1)], dim=1), drawn)
+    model, mixed = FlashAR(judge.ours, branch_layer=1), [prompts[0], torch.cat([prompts[1], first[1].flatten()])]
+    diagonal = generate(model, mixed, (3, 4), greedy=True)
+    assert torch.equal(model(diagonal, mixed).fused.argmax(-1), diagonal)
+    with pytest.raises(ValueError, match="7 tokens after the begin of its image; expected none, or the codes of a pre"):
+        judge.ours.raster_logits(then, [torch.cat([ids, torch.arange(7)]) for ids in prompts])
+    with pytest.raises(ValueError, match="a prefix begins 2 images; expected one"):
+        judge.ours.raster_logits(then, [torch.cat([ids, ids]) for ids in prompts])
 
 
 def test_weights_come_back_under_their_names(judge: Judge) -> None:

@@ -62,12 +62,13 @@ PREFIXES = {
     "janus": ("<0><|User|>: a fox\n\n<|Assistant|>:<1>", "<0><|User|>: \n\n<|Assistant|>:"),
     "chameleon": ("<0>a fox<1>", "<0>"),
     "lumina_mgpt": ("<0>Generate an image of 64x32 according to the following prompt:\na fox<2><1><4><5>", ""),
+    "glm_image": ("a fox<0>2 4<1><0>11 22<1><2>", ""),
     "qwen2": ("a fox<0>", ""),
 }
 """Of a prompt for 2 x 4 codes; of none."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "glm_image"])
 def test_prompts_are_written_as_the_family_does(hub, family: str) -> None:
     """Guards templates, sizes, the begin token, and special tokens typed by a user."""
     text = prompt_tokenizer(hub(family))
@@ -114,6 +115,27 @@ def test_generate_draws_what_the_state_dict_draws(hub, family: str, tmp_path: Pa
     assert open_checkpoint(ModelOptions(str(directory))).need_grid() == backbone.usual_grid
 
 
+def test_glm_image_draws_its_preview_first(hub, tmp_path: Path) -> None:
+    """Guards the order of both images, random numbers of their own, and where the preview stands in each row."""
+    directory = hub("glm_image")
+    out = generate(
+        GenerateOptions(prompt=["a fox", "the snow"], num_images=1, out=str(tmp_path / "out"), codes_only=True),
+        ModelOptions(str(directory), grid="2x4", branch_layer=1),
+        SamplingSettings(cfg_scale=2.0),
+        engine=EngineOptions(dtype="fp32", device="cpu"),
+    )
+    model = FlashAR(open_checkpoint(ModelOptions(str(directory))).model.backbone, 1)
+    text = prompt_tokenizer(directory)
+    prompts, nulls = text.conditions(["a fox", "the snow"], (2, 4)), text.conditions(["", ""], (2, 4))
+    guided = {"cfg_scale": 2.0, "unconditional": nulls}
+    smaller = draw(model, prompts, (11, 22), seeds=[2**40, 2**40 + 1], **guided).flatten(1)
+    whole, none = ([torch.cat(pair) for pair in zip(each, smaller)] for each in (prompts, nulls))
+    codes = draw(model, whole, (2, 4), seeds=0, cfg_scale=2.0, unconditional=none)
+    assert np.array_equal(np.load(out / "codes.npy"), codes.numpy())
+    with pytest.raises(ValueError, match="codes-only"):
+        generate(GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")), ModelOptions(str(directory), grid="2x4"))
+
+
 def test_images_come_from_the_models_own_tokenizer(hub, tmp_path: Path) -> None:
     """Guards the tokenizer that is taken where none is given, and the check of one that is."""
     draws = GenerateOptions(prompt=["a fox"], num_images=1, out=str(tmp_path / "out"))
@@ -150,7 +172,7 @@ def test_what_does_not_fit_is_named_before_long_work(hub, tmp_path: Path) -> Non
         (directory / "config.json").write_text(json.dumps(config))
         return str(error.value)
 
-    assert "known: emu3, janus, chameleon, lumina_mgpt, llama, qwen2, qwen3" in refused(model_type="mystery")
+    assert "known: emu3, janus, chameleon, lumina_mgpt, glm_image, llama, qwen2, qwen3" in refused(model_type="mystery")
     assert "like those of qwen2" in refused(model_type="mystery")
     assert "act on image tokens only" in refused(model_type="x-omni")
     assert "does not say which tokens are codes; add visual_token_offset" in refused(visual_token_offset=None)
@@ -176,7 +198,7 @@ def test_published_sizes_have_the_parameters_that_their_names_state() -> None:
     """Guards presets: they are in the list of every command, and the planner and the benchmark size them."""
     for name, billions in (
         ("emu3-8b", 8.49), ("janus-pro-1b", 1.49), ("janus-pro-7b", 6.59), ("lumina-mgpt-7b", 7.01),
-        ("simplear-0.5b", 0.74), ("simplear-1.5b", 1.97),
+        ("simplear-0.5b", 0.74), ("simplear-1.5b", 1.97), ("glm-image-9b", 8.91),
     ):  # fmt: skip
         sizes = named_sizes(name, None, None)
         assert (sizes.parameters["backbone"] + sizes.parameters["horizontal_head"]) / 1e9 == pytest.approx(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashar_pl.backbones.decoder_config import DecoderConfig
-from flashar_pl.backbones.families import chameleon, emu3, janus, llama
+from flashar_pl.backbones.families import chameleon, emu3, glm_image, janus, llama
 from flashar_pl.backbones.families.base import Family, Values
 
 KNOWN: dict[str, Family] = {}
@@ -30,7 +30,7 @@ def register_family(family: Family) -> Family:
     return family
 
 
-for _module in (emu3, janus, chameleon, llama):
+for _module in (emu3, janus, chameleon, glm_image, llama):
     for _family in _module.FAMILIES:
         register_family(_family)
 

@@ -23,6 +23,8 @@ class Family:
     """The configuration, from the whole config.json. Raises ValueError."""
     code_names: Callable[[DecoderConfig], dict[str, str]] = lambda config: {}
     """Modules that embed and score codes beside the vocabulary: ours, theirs."""
+    block_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Modules of a block that are named otherwise than Llama's: ours, theirs whose rows follow one another in it."""
     architectures: tuple[str, ...] = ()
     """First of `architectures` in config.json, where that tells the family and `model_type` does not."""
     template: Template | None = None
