@@ -1,0 +1,87 @@
+"""From captioned images to a drawn one, on a directory in transformers' format: tokenize, fit a recipe, generate."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+transformers = pytest.importorskip("transformers")
+
+from hub_files import CODES, write_hub  # noqa: E402
+
+from flashar_pl.data.shards import Manifest, ShardReader  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+GRID, N = (2, 4), 8
+RECIPES = {"janus": "janus_pro_1b", "emu3": "emu3_gen_8b", "lumina_mgpt": "lumina_mgpt_7b"}
+CPU = {
+    "model.backbone.preset": "null", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
+    "trainer.max_steps": 3, "trainer.callbacks": "[]", "trainer.val_check_interval": 3, "data.num_workers": 0,
+    "data.batch_size": 2, "model.flashar.branch_layer": 1, "model.validation.grid_images": 0,
+    "model.optimiser.state": "fp32", "model.optimiser.lr": 1e-3, "trainer.default_root_dir": "run",
+}  # fmt: skip
+"""A recipe on the tiny model: sizes from its directory, three steps on this machine."""
+
+
+def write_images(folder: Path) -> Path:
+    """Images of 8 x 16 pixels, twice as large as 2 x 4 codes of the tiny VQs, and their list."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for i in range(N):
+        Image.fromarray(random.integers(0, 256, (8, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    items = [{"input_prompt": f"fox {i}", "output_image": f"{i}.png"} for i in range(N)]
+    (folder / "list.json").write_text(json.dumps(items))
+    return folder / "list.json"
+
+
+def network(directory: Path) -> torch.nn.Module:
+    """The image tokenizer of the model, as transformers reads it."""
+    kind = json.loads((directory / "config.json").read_text())["model_type"]
+    name = {"janus": "Janus", "emu3": "Emu3", "chameleon": "Chameleon"}[kind]
+    return getattr(transformers, f"{name}ForConditionalGeneration").from_pretrained(directory).model.vqmodel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", RECIPES)
+def test_a_recipe_trains_on_codes_of_the_models_own_tokenizer(run, work: Path, family: str) -> None:
+    """Guards what passes between the commands: codes, captions in their template, weights, the run's tokenizer."""
+    directory = write_hub(work / "model", family)
+    listed = write_images(work / "images")
+    base = ("--data", listed, "--weights", directory, "--buckets", f"{GRID[0]}x{GRID[1]}", "--out", "shards")
+    code, _, err = run("tokenize", "text-image", *base, "--validation", 2, "--workers", 0, "--block", 2)
+    assert code == 0, err
+    manifest = Manifest.load(next(Path("shards").rglob("manifest.json")))
+    assert (manifest.grid, manifest.vocabulary) == (GRID, CODES)
+    reader = ShardReader(manifest, "train")
+    samples = reader.read(np.arange(len(reader)))
+    half = torch.stack([pixels(work / "images" / f"{text.split()[1]}.png") for text in samples.texts])
+    sizes = {"image_sizes": torch.tensor([half.shape[-2:]] * len(half))} if family == "emu3" else {}
+    with torch.no_grad():
+        found = network(directory).encode(half / 127.5 - 1, **sizes).image_tokens
+    expected = torch.stack(list(found)) if family == "emu3" else found
+    assert np.array_equal(samples.codes.reshape(len(half), -1), expected.reshape(len(half), -1).numpy())
+
+    changed = {
+        **CPU, "model.backbone.directory": directory, "model.init_from": directory, "data.prompts": directory,
+        "data.shards": "shards",
+    }  # fmt: skip
+    words = [word for name, value in changed.items() for word in (f"--{name}", value)]
+    code, _, err = run("fit", "--config", ROOT / "experiments" / f"{RECIPES[family]}.yaml", *words)
+    assert code == 0, err
+    words = ["--prompt", "fox 1", "--num-images", 1, "--out", "drawn", "--grid", "2x4"]
+    codes_only = ["--codes-only"] if family == "lumina_mgpt" else []  # transformers has no decoder
+    code, _, err = run("generate", "--checkpoint", next(Path("run").rglob("*.ckpt")), *words, *codes_only)
+    assert code == 0, err
+    drawn = np.load("drawn/codes.npy")
+    assert drawn.shape == (1, *GRID)
+    assert 0 <= drawn.min() <= drawn.max() < CODES
+    assert bool(list(Path("drawn").glob("*.png"))) == (family != "lumina_mgpt")
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """(3, 4, 8) float32, 0 to 255: the image at the size of its codes, as tokenize makes it."""
+    image = Image.open(path).resize((8, 4), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
