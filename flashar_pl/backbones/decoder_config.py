@@ -200,6 +200,8 @@ class DecoderConfig:
     def conditioning(self) -> Conditioning:
         """What the model is conditioned on."""
         usual = 50  # tokens of a prompt, the image prefix included
+        if self.usual_grid is not None and (smaller := self.preview(*self.usual_grid)) is not None:
+            usual += smaller[0] * smaller[1]
         return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset)
 
     @property

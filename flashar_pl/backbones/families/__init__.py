@@ -15,7 +15,10 @@ PRESETS: dict[str, DecoderConfig] = {}
 NOT_THESE = {
     "x-omni": "its first and last layers act on image tokens only, and text passes them by",
     "multi_modality": "it is Janus as its authors saved it; use the transformers version, such as Janus-Pro-1B-hf",
-    "mammothmoda2": "its layers have other weights for image tokens than for text",
+    **dict.fromkeys(
+        ("mammothmoda2", "mammothmoda2_qwen2_5_vl", "mammothmoda2_qwen3_vl"),
+        "its layers have other weights for image tokens than for text",
+    ),
 }
 """Generators whose model_type is known to be none of these families, and why."""
 
