@@ -44,7 +44,7 @@ class Inputs:
     def clone(self) -> Inputs:
         """The same values in memory of their own."""
         x, lengths, rope, noise, *mask = (tensor.clone() for tensor in self._tensors())
-        return Inputs(Prefix(x, lengths, *mask), rope, noise)
+        return Inputs(Prefix(x, lengths, mask[0] if mask else None), rope, noise)
 
     def copy_(self, other: Inputs) -> None:
         """Take over the values of inputs of the same shapes."""
