@@ -81,7 +81,7 @@ def check_checkpoint_kind(path: str | Path, strategy: Strategy) -> None:
 
 
 def allow_frozen_parameters(strategy: Strategy) -> None:
-    """Let DDP skip parameters that are frozen in a stage; call it before the model is wrapped.
+    """Let DDP skip parameters that are frozen in a stage, and hold gradients once; call it before the model is wrapped.
 
     DDP decides at the wrap which parameters it synchronises: one that was frozen then would drift apart on the ranks
     once it trains. So the stages freeze after the wrap, and DDP looks for parameters without gradient in every step.
@@ -92,6 +92,7 @@ def allow_frozen_parameters(strategy: Strategy) -> None:
     if not isinstance(strategy, DDPStrategy):
         return
     options = ddp_options(strategy)
+    options.setdefault("gradient_as_bucket_view", True)  # gradients live in DDP's buckets: else a second set of them
     if options.get("static_graph"):
         raise ValueError(
             "trainer.strategy has static_graph=True, but stage 2 trains other parameters than stage 1; leave it out."

@@ -26,6 +26,7 @@ from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import GridModel
 from flashar_pl.training.callbacks import TrainingLog
 from flashar_pl.training.config import LossConfig, ScheduleConfig, plain_settings, typed_settings
+from flashar_pl.training.lightning_private import ddp_options
 from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
@@ -233,6 +234,8 @@ def test_a_strategy_that_shares_nothing_is_refused() -> None:
         check_cut(whole.net, ShardedStrategy())
     with pytest.raises(ValueError, match="find_unused_parameters=False"):
         allow_frozen_parameters(DDPStrategy(find_unused_parameters=False))
+    allow_frozen_parameters(strategy := DDPStrategy())
+    assert ddp_options(strategy)["gradient_as_bucket_view"], "the plan counts one set of gradients, and DDP held two"
     with pytest.raises(ValueError, match="static_graph=True"):
         allow_frozen_parameters(DDPStrategy(static_graph=True))
 
