@@ -14,6 +14,7 @@ from torch import Tensor
 from flashar_pl.backbones.llamagen import LlamaGen
 from flashar_pl.checkpoints.llamagen import backbone_renames, block_renames, clean_official, count_layers, infer_config
 from flashar_pl.checkpoints.methods import NAR, check_method
+from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
@@ -69,6 +70,16 @@ def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int,
     return (n_layer if start < 0 else min(start, n_layer)), k
 
 
+def arguments_of(model: GridModel) -> argparse.Namespace | None:
+    """Inverse of `branch_of`: what a file of the authors' LlamaGen-FlashAR says beside its weights. None = another
+    model's file."""
+    if not isinstance(model, FlashAR) or model.fusion != "logit_gate":
+        return None
+    return argparse.Namespace(
+        vertical_start_layer=model.branch_layer, medusa_attention_num=model.vertical_layers, hv_gate=True
+    )
+
+
 def read_nar(
     state_dict: Mapping[str, Tensor],
     n_head: int,
@@ -117,7 +128,7 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
             f"a FlashAR model trained here on an {backbone.kind} backbone has no official format: NAR checkpoints "
             "are LlamaGen's, and the FlashAR authors' have conventions of their own. Leave --to out for our format."
         )
-    if model.fusion == "logit_gate" and model.dual_head.corner == "fused":
+    if model.fusion == "logit_gate" and model.dual_head.corner == "fused" and model.vertical_layers:
         return split_rows(
             model.state_dict(), _nar_renames(backbone.n_layer, model.vertical_layers, backbone.config.condition, True)
         )

@@ -26,7 +26,7 @@ from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, read_bac
 from flashar_pl.checkpoints.hub import HubDirectory
 from flashar_pl.checkpoints.llamagen import clean_official, read_official
 from flashar_pl.checkpoints.methods import method_of
-from flashar_pl.checkpoints.nar import is_nar, read_nar
+from flashar_pl.checkpoints.nar import arguments_of, is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
 from flashar_pl.checkpoints.var import read_var_file
@@ -177,13 +177,18 @@ def write_official(target: Path, model: GridModel, path: str | Path, original: s
     if not isinstance(model.backbone, Emu35):
         if original is not None:
             raise ValueError("--original is for models that are published as directories; leave it out.")
-        tensors = official_weights(model)
+        tensors, arguments = official_weights(model), arguments_of(model)
         target = target if target.suffix in FILE_SUFFIXES else target / "model.pt"
+        if arguments is not None and target.suffix == ".safetensors":
+            raise ValueError(
+                f"{target} would hold weights alone, which do not tell the branch layer; expected a .pt file, such as "
+                f"--out {target.with_suffix('.pt')}."
+            )
         with replacing(target) as part:
             if target.suffix == ".safetensors":
                 save_checked(tensors, part)
             else:
-                torch.save({"model": tensors}, part)
+                torch.save({"model": tensors} | ({} if arguments is None else {"args": arguments}), part)
         return target
     if target.suffix in FILE_SUFFIXES:
         raise ValueError(f"official Emu3.5 weights are a directory, such as --out {target.with_suffix('')}.")

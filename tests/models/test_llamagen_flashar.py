@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from flashar_pl.checkpoints.nar import branch_of
+from flashar_pl.checkpoints.official import write_official
 from flashar_pl.decoding import generate
 from flashar_pl.models import FlashAR
 from flashar_pl.models.dual_head import Split
@@ -48,7 +49,11 @@ def test_a_gate_on_logits_is_the_authors(tmp_path: Path) -> None:
     for scale in (1, 2):
         drawn = generate(model, io["in/generate_class_ids"], grid=(4, 4), cfg_scale=float(scale), greedy=True)
         assert torch.equal(drawn, io[f"out/cfg{scale}_tokens"])
-    back = FlashAR.from_nar(model.to_nar(), n_head=4, branch_layer=2).to_nar()
+    again = FlashAR.from_pretrained(write_official(tmp_path / "again.pt", model, GATED, None), n_head=4)
+    assert (again.branch_layer, again.vertical_layers) == (2, 1)
+    with pytest.raises(ValueError, match=r"do not tell the branch layer; expected a \.pt file"):
+        write_official(tmp_path / "again.safetensors", model, GATED, None)
+    back = FlashAR.from_nar(again.to_nar(), n_head=4, branch_layer=2).to_nar()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
