@@ -16,7 +16,8 @@ RUN pip install --no-cache-dir --constraint /opt/flashar-pl/constraints.txt \
     && rm -r /opt/flashar-pl
 
 ENV HOME=/tmp OMP_NUM_THREADS=1
-RUN useradd --create-home --home-dir /work flashar
+# open to every user, for --user without a mount too
+RUN useradd --no-create-home flashar && install --directory --owner flashar --mode 1777 /work
 USER flashar
 WORKDIR /work
 ENTRYPOINT ["flashar"]

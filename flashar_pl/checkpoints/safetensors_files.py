@@ -98,6 +98,12 @@ class SafetensorsDirectory(TensorSource):
         return raw.view(at.dtype).view(shape)
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The file of a directory's weights, or its shards. ValueError for an index that names files that are not there."""
+    shards = _files_by_key(directory).values() if (directory / INDEX).exists() else [SINGLE]
+    return [directory / name for name in sorted(set(shards))]
+
+
 def _files_by_key(directory: Path) -> dict[str, str]:
     """Name of every tensor -> its file, from the index. ValueError for other than files that are there."""
     stored = read_json(directory / INDEX).get("weight_map")
@@ -136,8 +142,10 @@ def read_header(path: Path) -> dict[str, _Stored]:
     return entries
 
 
-def write_shards(directory: Path, tensors: dict[str, Tensor], shard_bytes: int = 5_000_000_000) -> None:
-    """Write a state dict into a directory that exists.
+def write_shards(
+    directory: Path, tensors: dict[str, Tensor], beside: Iterable[Path] = (), shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write a state dict into a directory that exists; beside: as in `save_checked`.
 
     More than `shard_bytes` are cut into files of at most that size (single tensors may be larger), with an index.
     """
@@ -150,7 +158,8 @@ def write_shards(directory: Path, tensors: dict[str, Tensor], shard_bytes: int =
         total = sum(tensor.nbytes for tensor in tensors.values())
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, shard in zip(names, shards, strict=True):
-        save_checked({key: tensors[key] for key in shard}, directory / name)
+        save_checked({key: tensors[key] for key in shard}, directory / name, beside)
+        beside = ()  # once is enough
 
 
 def save_checked(tensors: Mapping[str, Tensor], path: Path, beside: Iterable[Path] = ()) -> None:

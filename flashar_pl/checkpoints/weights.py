@@ -1,4 +1,5 @@
-"""Models from any file, and our own format: a directory with `config.json` and `model.safetensors`.
+"""Models from any file, and our own format: a directory with `config.json`, `model.safetensors` (above 5 GB in shards,
+with an index) and a card, as repositories of huggingface.co have them.
 
 `config.json` has everything needed to build the model, plus grid and tokenizer. Lightning checkpoints carry the same
 description under the key "flashar".
@@ -6,9 +7,10 @@ description under the key "flashar".
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,10 +23,11 @@ from flashar_pl.checkpoints.official import (
     read_official_model,
 )
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
-from flashar_pl.checkpoints.safetensors_files import SINGLE, SafetensorsDirectory, save_checked
+from flashar_pl.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsDirectory, weight_files, write_shards
 from flashar_pl.checkpoints.sharded import is_sharded
+from flashar_pl.checkpoints.sharing import card, gathered
 from flashar_pl.checkpoints.verify import naming, offering
-from flashar_pl.files import new_directory, write_json
+from flashar_pl.files import new_directory, write_json, write_text
 from flashar_pl.integrity import check_safetensors, check_torch_file
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import merge
@@ -47,11 +50,25 @@ class Loaded:
     """What kind of file it was, for messages."""
 
 
-def save_model(directory: str | Path, model: GridModel, description: Description) -> None:
-    """Write `config.json` and `model.safetensors`; the directory must not exist. It appears complete or not at all."""
+def save_model(
+    directory: str | Path,
+    model: GridModel,
+    description: Description,
+    scores: Mapping[str, float] = MappingProxyType({}),
+    self_contained: bool = False,
+) -> None:
+    """Write `config.json`, the weights and `README.md`; the directory must not exist. It appears complete or not at
+    all.
+
+    scores: metrics for the card. self_contained: copy the tokenizer, and what turns prompts into tokens, into it.
+    Raises ValueError where they are not there.
+    """
     with new_directory(directory, "model") as part:
+        if self_contained:
+            description = gathered(description, part)
         config = write_json(part / "config.json", description.to_dict())
-        save_checked(model.state_dict(), part / "model.safetensors", beside=[config])
+        write_shards(part, model.state_dict(), beside=[config])
+        write_text(part / "README.md", card(Path(directory).name, model, description, scores))
 
 
 def load_model(
@@ -86,7 +103,7 @@ def _load(
         description = Description(model=model.config(), tokenizer=open_directory(path).tokenizer)
         return Loaded(model, description, "official directory (visual heads)")
     if path.is_dir() and not is_sharded(path):
-        if not (path / "config.json").exists() or not (path / SINGLE).exists():
+        if not (path / "config.json").exists() or not any((path / name).exists() for name in (SINGLE, INDEX)):
             raise ValueError(
                 f"{path} holds no config.json and model.safetensors; expected a converted model.{nearest(path)}"
             )
@@ -109,11 +126,13 @@ def _load(
 
 def _converted(path: Path, device: torch.device | str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The weights of a directory of ours: left on the disk until they are used, where nothing is to be changed."""
-    check_safetensors(path / SINGLE)
+    files = weight_files(path)
+    for file in files:
+        check_safetensors(file)
     source = SafetensorsDirectory(path)
     stored = {each.dtype for each in source.stored.values()}
     if (dtype is None or stored == {dtype}) and torch.device(device).type == "cpu":
-        return read_tensors(path / SINGLE)
+        return {name: value for file in files for name, value in read_tensors(file).items()}
     found = {}
     for name in source.stored:
         value = source.whole(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from flashar_pl.files import require_new
 from flashar_pl.options import DeviceOptions, ModelOptions
@@ -25,19 +25,23 @@ class ConvertOptions:
     original: str | None = None
     """With --to official, the official directory the model came from: its config.json and the text rows of its heads,
     which decoding does not need, are taken from there. Default: the checkpoint itself, if it is one."""
+    self_contained: bool = False
+    """Copy the tokenizer, and the directory that turns prompts into tokens, into the result, so that it draws images
+    on any machine."""
 
 
 def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
     """Convert a checkpoint, bit for bit.
 
     Reads official files (.pt, .safetensors), Lightning checkpoints, converted and released directories. Writes a
-    directory with config.json and model.safetensors that loads by its path alone, or official weights again. --grid and
+    directory that loads by its path alone and is what a repository of huggingface.co holds: config.json,
+    model.safetensors (above 5 GB in shards, with an index) and a card, README.md; or official weights again. --grid and
     --tokenizer are noted in the result where the source does not say them. Prints the architecture and the number of
     parameters.
 
     Example:
         flashar convert c2i_B_256.pt --grid 16x16 --tokenizer vq16:vq_ds16_c2i.pt --out models/llamagen-b
-        flashar convert runs/flashar/checkpoints/last.ckpt --out models/flashar
+        flashar convert runs/flashar/checkpoints/last.ckpt --self-contained --out models/flashar
         flashar convert models/llamagen-b --to official --out c2i_B_again.pt
     """
     from flashar_pl.checkpoints.official import FILE_SUFFIXES, write_official
@@ -51,10 +55,12 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
         )
     read = open_checkpoint(model, DeviceOptions("cpu"), stored=True)
     if options.to == "official":
+        if options.self_contained:
+            raise ValueError("official weights have no place for a tokenizer; leave out --self-contained.")
         target = write_official(target, read.model, read.path, options.original)
     else:
         note = replace(read.description, model=read.model.config(), grid=read.grid, tokenizer=read.tokenizer)
-        save_model(target, read.model, note)
+        save_model(target, read.model, note, scores_of(read), options.self_contained)
     print(describe(read))
     decoder = (read.tokenizer or {}).get("weights")
     if decoder in read.description.strange:
@@ -67,23 +73,19 @@ def convert(model: ModelOptions, /, options: ConvertOptions) -> Path:
 
 def describe(source: Source) -> str:
     """What was read, in a few lines."""
-    config = source.model.config()
-    backbone: dict[str, Any] = config["backbone"]
-    parameters = sum(p.numel() for p in source.model.parameters())
-    own = source.model.backbone
-    kind = {"prompt": "token ids"}.get(own.conditioning.kind, own.conditioning.kind)
-    shape = (
-        f"dim {own.dim}, n_layer {own.n_layer}, n_head {own.block.n_head}, n_kv_head {own.block.n_kv_head}, "
-        f"vocab_size {backbone['vocab_size']}"
-    )
-    lines = [
-        f"{source.path}: {source.kind}",
-        f"  model       {config['kind']}, {parameters:,} parameters, {next(source.model.parameters()).dtype}",
-        f"  backbone    {backbone['kind']}: {shape}, condition {kind}",
-    ]
-    if config["kind"] == "flashar":
-        keys = ("branch_layer", "vertical_layers", "fusion", "corner")
-        lines.append("  FlashAR     " + ", ".join(f"{key} {config[key]}" for key in keys))
-    lines.append(f"  grid        {'not known' if source.grid is None else f'{source.grid[0]} x {source.grid[1]}'}")
-    lines.append(f"  tokenizer   {source.tokenizer or 'not known'}")
-    return "\n".join(lines)
+    from flashar_pl.checkpoints.sharing import facts
+
+    note = replace(source.description, model=source.model.config(), grid=source.grid, tokenizer=source.tokenizer)
+    lines = facts(source.model, note)
+    return "\n".join([f"{source.path}: {source.kind}", *(f"  {key:<11} {value}" for key, value in lines.items())])
+
+
+def scores_of(source: Source) -> dict[str, float]:
+    """What a run's checkpoint was kept for, by the metric's name; {} where it was kept for none, and of other files."""
+    from flashar_pl.checkpoints.runs import RunCheckpoint
+
+    if "checkpoint" not in source.kind:
+        return {}
+    states = RunCheckpoint(source.path).content.get("callbacks", {}).values()
+    kept = [each for each in states if isinstance(each, dict) and each.get("current_score") is not None]
+    return {str(each["monitor"]): float(each["current_score"]) for each in kept if each.get("monitor")}

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from command_toys import tiny_backbone
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flashar_pl import decoding, devices
+from flashar_pl import FlashARPipeline, decoding, devices
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.commands.score import held_out, image_nll
@@ -21,6 +22,8 @@ from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.room import HEADROOM
 from flashar_pl.planner.sizes import model_sizes
+from flashar_pl.tokenizers import VQ16
+from flashar_pl.tokenizers.small_vq import small_spec
 
 # --- generate ------------------------------------------------------------------------------------------------------
 
@@ -281,6 +284,37 @@ def test_convert_round_trip_is_bit_exact(run, work, suffix, kind):
     )
     assert back.keys() == official.keys()
     assert all(torch.equal(back[name], official[name]) and back[name].dtype == official[name].dtype for name in back)
+
+
+def test_a_converted_directory_has_a_card_and_draws_anywhere(run, refused, work, monkeypatch):
+    """Guards a repository whose images need a file of its maker's disk, and a card that says other things."""
+    backbone = tiny_backbone(vocab_size=16)
+    torch.manual_seed(0)
+    vq = VQ16(small_spec(4, 16, 32)).eval()
+    torch.save({"model": vq.to_official()}, "vq.pt")
+    words = ("convert", "raster", "--self-contained", "--grid", "4x4", "--out", "own")
+    note = Description({}, training={"step": 7, "total_steps": 9, "class_names": ["a|b", "owl"], "settings": {}})
+    model = FlashAR(backbone, 1)
+    save_model("raster", model, replace(note, model=model.config()))
+    assert "'gone.pt' cannot be copied: nothing is there" in refused(*words, "--tokenizer", "vq16:gone.pt")
+    assert not Path("own").exists()
+    code, _, err = run(*words, "--tokenizer", "vq16:vq.pt")
+    assert code == 0, err
+    card = Path("own/README.md").read_text()
+    for line in (
+        "| FlashAR | branch_layer 1,",
+        "| grid | 4 x 4 |",
+        "7 steps instead of 16",
+        "7 of 9 steps",
+        "a\\|b, owl",
+    ):
+        assert line in card
+    Path("vq.pt").unlink()
+    Path("far").mkdir()
+    Path("own").rename("far/own")
+    monkeypatch.chdir("far")
+    drawn = FlashARPipeline.from_pretrained("own")(classes="owl", num_images=1, progress=False)
+    assert torch.equal(torch.tensor(np.asarray(drawn.images[0])), vq.decode(drawn.codes)[0].permute(1, 2, 0))
 
 
 def test_convert_bad_input(refused, run, flashar_model, raster_model, work):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import llamagen_golden
 
+from flashar_pl.checkpoints import safetensors_files
+from flashar_pl.checkpoints import weights as own_format
 from flashar_pl.checkpoints.description import Description, build_model, build_on_meta
 from flashar_pl.checkpoints.initialise import initialise
 from flashar_pl.checkpoints.official import official_weights
@@ -54,6 +57,24 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     condition = tiny.captions([1, 2]) if name == "text" else tiny.classes(2)
     codes = tiny.codes(2, 3, 4)
     torch.testing.assert_close(loaded.model.eval()(codes, condition).fused, model(codes, condition).fused, **tiny.CLOSE)
+
+
+def test_above_the_limit_there_are_shards_with_an_index(tmp_path: Path, monkeypatch) -> None:
+    """Guards a model of 34 B in one file that a Hub refuses, and shards that nothing reads or compares."""
+    model, shards = tiny.flashar(m=1), safetensors_files.write_shards
+    monkeypatch.setattr(own_format, "write_shards", partial(shards, shard_bytes=20_000))
+    place = saved(tmp_path / "model", model)
+    names = sorted(path.name for path in place.iterdir())
+    assert names[0] == "README.md"
+    assert sum(name.startswith("model-0") for name in names) > 1
+    assert "model.safetensors.index.json" in names
+    assert_same_model(load_model(place).model, model)
+    shard = next(place.glob("model-00001*"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{shard.name} is damaged"):
+        load_model(place)
 
 
 @pytest.mark.parametrize("name", MODELS)
