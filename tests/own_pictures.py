@@ -24,7 +24,8 @@ def make_pictures(root: Path, classes: tuple[str, ...] = ("bee", "cup", "owl"), 
                 continue
             image = image.convert(mode)
             if mode in ("RGBA", "LA"):
-                image.putalpha(Image.fromarray(rng.integers(0, 256, size[::-1], dtype=np.uint8)))
+                alpha = Image.fromarray(rng.integers(0, 256, (3, 3), dtype=np.uint8))
+                image.putalpha(alpha.resize(size, Image.Resampling.BICUBIC))
             exif = Image.Exif()
             exif[0x0112] = turn
             suffix = "jpg" if mode in ("RGB", "L", "CMYK") else "png"

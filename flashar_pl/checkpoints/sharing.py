@@ -11,7 +11,7 @@ from typing import Any
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.models.base import GridModel
-from flashar_pl.tokenizers import build_tokenizer
+from flashar_pl.tokenizers import VQ16, build_tokenizer
 
 PAPER = "[FlashAR](https://arxiv.org/abs/2605.09430)"
 TASKS = {"class": "unconditional-image-generation"}
@@ -35,11 +35,11 @@ def gathered(description: Description, directory: Path) -> Description:
         if named in description.strange or not source.exists():
             why = "no command of yours named it" if named in description.strange else "nothing is there"
             raise ValueError(f"{key} {named!r} cannot be copied: {why}.")
-        rewritten = key == "weights" and source.is_file() and str(tokenizer["kind"]).startswith("vq")
-        values[key] = place + (".safetensors" if rewritten else source.suffix)
+        own = build_tokenizer(description.tokenizer or {}) if key == "weights" and source.is_file() else None
+        values[key] = place + (".safetensors" if isinstance(own, VQ16) else source.suffix)
         copied.add(values[key])
-        if rewritten:
-            save_checked(build_tokenizer(description.tokenizer or {}).to_official(), directory / values[key])
+        if isinstance(own, VQ16):
+            save_checked(own.to_official(), directory / values[key])
         else:
             (shutil.copytree if source.is_dir() else shutil.copyfile)(source, directory / values[key])
     return replace(description, tokenizer=tokenizer or None, training=training, strange=description.strange | copied)

@@ -305,7 +305,7 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         f"- NLL: {rows[0].results['images']} test images, mean ± standard error, under each row's own factorisation.",
         f"- FID, accuracy: {values['settings']['samples']} samples per seed (seeds {', '.join(map(str, seeds))}), no "
         f"guidance, against all real images of {values['data']['name']}, on a small classifier's features; {spread}.",
-        "  With so few images FID has a spread of 2 to 7 and a large bias: compare orders of magnitude only.",
+        "  With so few images FID has a large bias and a spread that grows with it: compare orders of magnitude only.",
         f"- Time: one image at a time, median (quartiles) after warm-up, CPU threads: {threads}. The claim is latency: "
         "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
         f"- Pictures: samples.png (guidance {guidance}), gate.png (horizontal head red, vertical blue).",
