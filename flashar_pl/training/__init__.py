@@ -9,6 +9,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 PUBLIC = {
+    "CompileBlocks": "compiled",
     "FlashARModule": "module",
     "ShardedStrategy": "sharded.strategy",
     "StopOnSignal": "preemption",
