@@ -274,6 +274,8 @@ class Prefix:
     """(R, P) bool, True = valid; None = every position is valid."""
     previews: tuple[int, ...] | None = None
     """Positions at the end of each row that are codes of a smaller image; None = there are none."""
+    image: Tensor | None = None
+    """(R, n) bool, which of the last n positions are tokens of images, where that matters; None = none are."""
 
     def __len__(self) -> int:
         return self.x.shape[1]

@@ -155,12 +155,15 @@ class Decoder(Backbone):
         counts = [len(ids) for ids in rows]
         device = rows[0].device
         lengths = torch.tensor(counts, device=device)
-        x = self.embedding(pad_sequence(rows, batch_first=True, padding_side="left"))  # (R, P, D)
+        padded = pad_sequence(rows, batch_first=True, padding_side="left")
+        x = self.embedding(padded)  # (R, P, D)
         previews = tuple(map(self.preview_length, rows)) if self.config.rope_sections else None
+        first = self.config.first_image_token
+        image = None if first is None else padded >= first
         if min(counts) == max(counts):
-            return Prefix(x, lengths, previews=previews)
+            return Prefix(x, lengths, None, previews, image)
         mask = torch.arange(max(counts), device=device) >= (max(counts) - lengths)[:, None]
-        return Prefix(x, lengths, mask, previews)
+        return Prefix(x, lengths, mask, previews, image)
 
     def preview_length(self, ids: Tensor) -> int:
         """Codes of a preview at the end of a prefix (T,): whatever follows the token that begins the image.
@@ -226,7 +229,14 @@ class Decoder(Backbone):
         device = prefix.x.device
         slots = plan.on("row", device) * row_stride + plan.on("column", device)  # (S,)
         position = torch.cat([text_positions(prefix), start[:, None] + slots], dim=1)  # (R, P + S)
-        return self._rotations(angles_1d(position, self._turning, self.config.rope_base))
+        rope = self._rotations(angles_1d(position, self._turning, self.config.rope_base))
+        if self.config.first_image_token is None:
+            return rope
+        code = torch.ones_like(position, dtype=rope.dtype)  # (R, P + S)
+        code[:, : len(prefix)] = 0
+        if prefix.image is not None:
+            code[:, len(prefix) - prefix.image.shape[1] : len(prefix)] = prefix.image.to(rope.dtype)
+        return torch.cat([rope, code[..., None, None].expand(-1, -1, 1, 2)], dim=-2)
 
     @property
     def _turning(self) -> int:

@@ -73,6 +73,13 @@ class DecoderConfig:
     rope_sections: tuple[int, ...] | None = None
     """Pairs of them that turn with time, row and column, in turn (M-RoPE); codes then stand at their row and column.
     None = every position is one number."""
+    first_image_token: int | None = None
+    """First of the token ids of images, which have a feed-forward of their own in every block (MammothModa2); None =
+    all tokens have the same."""
+    image_layers: tuple[int, int] | None = None
+    """Blocks [begin, end) that have it in the published weights; in others it repeats that of text. None = all."""
+    text_rows: int | None = None
+    """Rows of their embedding and head of text, where those of images are tensors of their own; None = they are not."""
     preview_side: int | None = None
     """Side of the smaller image that is drawn first, for a square one: of (H, W) codes it has side * sqrt(H / W) x
     side * sqrt(W / H), rounded down; None = there is none."""
@@ -103,7 +110,7 @@ class DecoderConfig:
     """Pixels of a code along each side."""
 
     def __post_init__(self) -> None:
-        for name in ("unconditional_prompt", "code_ids", "usual_grid", "rope_sections"):
+        for name in ("unconditional_prompt", "code_ids", "usual_grid", "rope_sections", "image_layers"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.knows_null and self.boi_token_id is None:
@@ -115,6 +122,13 @@ class DecoderConfig:
             raise ValueError("condition_dropout needs unconditional_prompt, the token ids that replace a prompt.")
         self._check_rope()
         self._check_codes()
+
+        drawn = [id for id in (self.visual_token_offset, *(self.code_ids or ()), self.eol_token_id) if id is not None]
+        if self.first_image_token is not None and min(drawn, default=self.first_image_token) < self.first_image_token:
+            raise ValueError(
+                f"codes and row ends are tokens from {min(drawn)} on; expected those of images, from "
+                f"{self.first_image_token} on."
+            )
 
     def _check_rope(self) -> None:
         turning, sections = self.rope_width or self.head_dim, self.rope_sections
@@ -219,6 +233,7 @@ class DecoderConfig:
             qkv_bias=self.qkv_bias,
             output_bias=self.output_bias,
             ffn_bias=self.ffn_bias,
+            text_ffn=self.first_image_token is not None,
             rope_interleaved=False,
             attn_dropout=self.dropout,
             resid_dropout=self.dropout,

@@ -36,11 +36,24 @@ def block_renames(config: DecoderConfig, ours: str, theirs: str, own: Names = OW
             yield Rename(f"{ours}{key}.{kind}", tuple(f"{theirs}{name}.{kind}" for name in pieces), sizes)
 
 
+def kinds(config: DecoderConfig, layer: int) -> Names:
+    """Names of both feed-forwards of a block, where text has one of its own."""
+    if config.first_image_token is None:
+        return {}
+    begin, end = config.image_layers or (0, config.n_layer)
+    image = "gen_mlp" if begin <= layer < end else "mlp"
+    return {
+        f"{part}.{linear}": tuple(f"{theirs}.{name}_proj" for name in names)
+        for part, theirs in (("feed_forward", image), ("text_feed_forward", "mlp"))
+        for linear, names in (("w13", ("gate", "up")), ("w2", ("down",)))
+    }
+
+
 def body_renames(config: DecoderConfig, ours: str, official: str, own: Names = OWN) -> Iterator[Rename]:
     """Names of embedding, blocks and final norm under the given prefixes."""
     yield Rename(f"{ours}embedding.weight", (f"{official}embed_tokens.weight",))
     for i in range(config.n_layer):
-        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.", own)
+        yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.", {**own, **kinds(config, i)})
     yield Rename(f"{ours}norm.weight", (f"{official}norm.weight",))
 
 

@@ -16,9 +16,36 @@ from flashar_pl.checkpoints.description import check_layers
 from flashar_pl.checkpoints.llama_names import HEAD, body_renames, head_rename, is_table
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
-EMBEDDING = "embed_tokens.weight"
-OTHER_PARTS = {"vqmodel", "vision_model", "aligner", "visual"}
+EMBEDDING, IMAGE_HEAD = "embed_tokens.weight", "gen_head.weight"
+OTHER_PARTS = {
+    "vqmodel", "vision_model", "aligner", "visual", "gen_vae", "gen_transformer", "gen_image_condition_refiner",
+}  # fmt: skip
 """Image encoders and decoders beside the language model, by a part of their tensors' names."""
+
+
+class Joined(TensorSource):
+    """A source, in which pairs of tensors are one: the rows of the first, then those of the second, by the first."""
+
+    def __init__(self, inner: TensorSource, pairs: Mapping[str, str]) -> None:
+        self.inner, self.pairs, self.name = inner, pairs, inner.name
+
+    def keys(self) -> Iterable[str]:
+        hidden = {*self.pairs.values()}
+        return [key for key in list(self.inner.keys()) if key not in hidden]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        first = self.inner.shape(key)
+        return first if key not in self.pairs else (first[0] + self.inner.shape(self.pairs[key])[0], *first[1:])
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.inner.dtype(key)
+
+    def rows(self, key: str, begin: int, end: int) -> Tensor:
+        n = self.inner.shape(key)[0]
+        if key not in self.pairs or end <= n:
+            return self.inner.rows(key, begin, end)
+        second = self.inner.rows(self.pairs[key], max(begin - n, 0), end - n)
+        return second if begin >= n else torch.cat([self.inner.rows(key, begin, n), second])
 
 
 class LanguageModel(TensorSource):
@@ -29,10 +56,10 @@ class LanguageModel(TensorSource):
 
     def __init__(self, source: TensorSource, values: Mapping[str, Any], heads: Heads) -> None:
         """Raises ValueError for an unknown model_type, a feature that decoders lack, or tensors of another model."""
-        self.inner, self.name = source, source.name
+        self.name = source.name
         keys = list(source.keys())
         self.family = known_family(values, source)
-        text = values.get("text_config") or values
+        text = (values.get("llm_config") or values).get("text_config") or values
         check_layers(text, "num_hidden_layers", len(keys))
         prefix, config = text_prefix(keys, values), self.family.config(values)
         head = min((key for key in keys if _is_head(key)), key=len, default=HEAD)
@@ -46,6 +73,10 @@ class LanguageModel(TensorSource):
             tied_head=tied,
             heads=heads if config.code_width is None and config.has_codes else config.heads,
         )
+        pairs = joined(self.config)
+        if absent := [key for key in pairs.values() if key not in keys]:
+            raise ValueError(f"{self.name} has no {', '.join(absent)}, and config.json says that it has.")
+        self.inner = Joined(source, pairs)
         self.beside = [key for key in keys if _is_beside(key, config)]
         """Names of what belongs to parts beside the decoder."""
 
@@ -90,6 +121,17 @@ def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "
     return found
 
 
+def joined(config: DecoderConfig) -> dict[str, str]:
+    """Their tensors of text that go on in another one of images."""
+    if config.text_rows is None:
+        return {}
+    embedding = config.text_prefix + EMBEDDING
+    return {
+        embedding: config.text_prefix + "gen_" + EMBEDDING,
+        config.head_key: config.head_key.removesuffix(HEAD) + IMAGE_HEAD,
+    }
+
+
 def row_order(config: DecoderConfig, key: str) -> tuple[int, ...] | None:
     """Their row of every row of ours of one of their tensors; None = the same."""
     if key == config.head_key:
@@ -120,14 +162,30 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
     if backbone.head.bias is not None:
         ours["head.bias"] = backbone.head.bias
     found = split_rows(ours, renames(config, KNOWN[config.model_type]))
+    _check_repeated(config, ours)
     for key, tensor in found.items():
         if (order := row_order(config, key)) is not None:
             found[key] = tensor[torch.tensor(order, device=tensor.device).argsort()]
+    for key, second in joined(config).items():
+        found[key], found[second] = (part.clone() for part in found[key].tensor_split([config.text_rows or 0]))
     if config.tied_head and not torch.equal(found.pop(config.head_key), found[config.text_prefix + EMBEDDING]):
         raise ValueError(
             "config.json ties the head to the embedding, and training has parted them; save it as a FlashAR checkpoint."
         )
     return {**found, **backbone.rest}
+
+
+def _check_repeated(config: DecoderConfig, ours: Mapping[str, Tensor]) -> None:
+    """ValueError where a block has two feed-forwards that are one in their files, and training has parted them."""
+    begin, end = config.image_layers or (0, config.n_layer)
+    for i in {*range(config.n_layer)} - {*range(begin, end)}:
+        for linear in ("w13", "w2"):
+            image, text = (ours[f"blocks.{i}.{kind}feed_forward.{linear}.weight"] for kind in ("", "text_"))
+            if not torch.equal(image, text):
+                raise ValueError(
+                    f"layer {i} has one MLP in the published model, and training has parted those of text and images; "
+                    "save it as a FlashAR checkpoint."
+                )
 
 
 def _is_beside(key: str, config: DecoderConfig) -> bool:

@@ -55,6 +55,9 @@ class BlockConfig:
     """A bias of the attention's output projection."""
     ffn_bias: bool = False
     """Biases of both feed-forward projections."""
+    text_ffn: bool = False
+    """Whether text has a feed-forward of its own, of the same sizes; the last pair of `rope` then says what is a code
+    (see `Block.forward`)."""
     rope_interleaved: bool = True
     """RoPE pairs: (2i, 2i + 1) if true, (i, i + E / 2) otherwise."""
     attn_dropout: float = 0.0
@@ -193,6 +196,7 @@ class Block(nn.Module):
         self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
         self.feed_forward = FeedForward(config)
+        self.text_feed_forward = FeedForward(config) if config.text_ffn else None
         self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.recompute = False
         """Keep only the inputs for the backward pass, which runs the block again (activation checkpointing)."""
@@ -209,15 +213,24 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x (R, L, D) -> (R, L, D).
 
-        With a cache, keys and values are appended to its `layer` and everything filled so far is visible.
+        With a cache, keys and values are appended to its `layer` and everything filled so far is visible. With a
+        feed-forward of text, `rope` has a pair more: 1 at positions that are codes, 0 at text, which is in the prefix
+        alone: what comes after a prefix is codes.
         """
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self._compute, x, rope, mask, cache, layer, use_reentrant=False)
         return self._compute(x, rope, mask, cache, layer)
 
     def _compute(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int) -> Tensor:
+        if self.text_feed_forward is not None:
+            rope, code = rope[..., :-1, :], rope[..., -1, :1] > 0  # (X, L, 1)
         q, k, v = self.before(x, rope)
-        return self.after(x, self.attention.attend(q, k, v, mask, cache, layer))
+        y = self.attention.attend(q, k, v, mask, cache, layer)
+        if self.text_feed_forward is None or (cache is not None and cache.filled):
+            return self.after(x, y)
+        x = x + self.attention_post_norm(self.attention.output(y))
+        h = self.ffn_norm(x)
+        return x + self.ffn_post_norm(torch.where(code, self.feed_forward(h), self.text_feed_forward(h)))
 
 
 def run_blocks(

@@ -88,6 +88,52 @@ def glm_image(**changes: Any) -> tuple[Any, dict[str, Any]]:
     return transformers.GlmImageForConditionalGeneration(config), config.to_dict()
 
 
+class TwoKinds(torch.nn.Module):
+    """An MLP of text, and one of images: what MammothModa2's published code does with token ids."""
+
+    image: Tensor | None = None
+    """(1, n, 1) bool, of the forward to come."""
+
+    def __init__(self, mlp: torch.nn.Module, gen_mlp: torch.nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.gen_mlp = mlp, gen_mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(TwoKinds.image, self.gen_mlp(x), self.mlp(x))
+
+
+def mammothmoda2(span: str = "") -> tuple[Any, dict[str, Any]]:
+    """A Qwen2 with a second MLP in some layers, 60 tokens of text and 40 of images. Row end 61, codes from 64."""
+    config = transformers.Qwen2Config(**{**TEXT, "vocab_size": 100})
+    model, begin = transformers.Qwen2ForCausalLM(config), 1 if span else 0
+    for layer in model.model.layers[begin:]:
+        layer.mlp = TwoKinds(layer.mlp, type(layer.mlp)(config))
+    values = {
+        **{key: config.to_dict()[key] for key in TEXT}, "vocab_size": 60, "gen_vocab_size": 40, "moe_type": f"ffn{span}",
+        "rms_norm_eps": config.rms_norm_eps, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    places = {"visual_token_offset": 64, "num_visual_codes": 30, "eol_token_id": 61}
+    return model, {"model_type": "mammothmoda2", "llm_config": {"text_config": values}, **places}
+
+
+def mammoth_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of MammothModa2, with a tensor of its diffusion decoder."""
+    found = {"gen_vae.encoder.weight": torch.ones(2)}
+    for key, value in state.items():
+        name = key.replace(".mlp.mlp.", ".mlp.").replace(".mlp.gen_mlp.", ".gen_mlp.")
+        name = (
+            name.replace("model.", "llm_model.model.language_model.", 1)
+            if "lm_head" not in name
+            else f"llm_model.{name}"
+        )
+        if "embed_tokens" in key or "lm_head" in key:
+            found[name], value = value[:60].clone(), value[60:].clone()
+            name = name.replace("embed_tokens", "gen_embed_tokens").replace("lm_head", "gen_head")
+        found[name] = value
+    return found
+
+
 def glm_positions(model: Any, prompt: Tensor, grids: list[tuple[int, ...]]) -> Tensor:
     """(3, 1, n) positions of a prompt (T,), then of images of these grids, the last one drawn first."""
     thw = torch.tensor([[1, *grid] for grid in grids])
@@ -105,6 +151,8 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "chameleon": chameleon,
     "chameleon_swin": lambda: chameleon(swin_norm=True),
     "janus": janus,
+    "mammothmoda2": mammothmoda2,
+    "mammothmoda2_some": lambda: mammothmoda2("-1:99"),
     "glm_image": glm_image,
     "glm_image_plain": lambda: glm_image(
         attention_bias=False,
@@ -129,6 +177,10 @@ class Judge:
         if name == "llama_tied":
             self.model.tie_weights()
         self.state = {key: value.clone() for key, value in self.model.state_dict().items()}
+        self.prompts = PROMPTS
+        if name.startswith("mammothmoda2"):  # with tokens of images in the prefix
+            self.state = mammoth_state(self.state)
+            self.prompts = [torch.cat([ids, torch.tensor([62, 7, 63])]) for ids in PROMPTS]
         self.ours = from_transformers(self.state, self.config)
         self.janus, self.glm = name == "janus", name.startswith("glm_image")
         self.eol = self.ours.config.eol_token_id
@@ -156,8 +208,10 @@ class Judge:
                 x.append(self.model.get_input_embeddings()(torch.tensor([[self.eol]])))
         body = self.model.model
         body = getattr(body, "language_model", getattr(body, "text_model", body))
+        n, drawn = len(prompt), codes.numel() + codes.shape[0] * (self.eol is not None)
+        TwoKinds.image = torch.cat([prompt >= 60, torch.ones(drawn, dtype=torch.bool)])[None, :, None]
         at = {"position_ids": glm_positions(self.model, prompt, [tuple(codes.shape)])} if self.glm else {}
-        states = body(inputs_embeds=torch.cat(x, dim=1), use_cache=False, **at).last_hidden_state[0, len(prompt) - 1 :]
+        states = body(inputs_embeds=torch.cat(x, dim=1), use_cache=False, **at).last_hidden_state[0, n - 1 :]
         stride = codes.shape[1] + (self.eol is not None)
         at = torch.arange(codes.shape[0])[:, None] * stride + torch.arange(codes.shape[1])
         if self.janus:
@@ -175,8 +229,8 @@ def test_teacher_forced_logits_equal_theirs(judge: Judge) -> None:
     assert judge.ours.vocabulary == 30
     for height, width in ((3, 3), (2, 5)):
         codes = torch.randint(0, 30, (2, height, width), generator=torch.Generator().manual_seed(height))
-        found = judge.ours.raster_logits(codes, PROMPTS)
-        for i, prompt in enumerate(PROMPTS):
+        found = judge.ours.raster_logits(codes, judge.prompts)
+        for i, prompt in enumerate(judge.prompts):
             expected = judge.logits(codes[i], prompt)
             torch.testing.assert_close(found[i].double(), expected, atol=1e-5, rtol=1e-5)
             assert expected.std() > 0.05
@@ -223,22 +277,23 @@ def test_weights_come_back_under_their_names(judge: Judge) -> None:
 def test_text_logits_are_in_the_order_of_token_ids(judge: Judge) -> None:
     if judge.janus:
         pytest.skip("its heads score codes only")
+    TwoKinds.image = (judge.prompts[1] >= 60)[None, :, None]
     with torch.no_grad():
-        states = judge.model.model(input_ids=PROMPTS[1][None]).last_hidden_state[0]
+        states = judge.model.model(input_ids=judge.prompts[1][None]).last_hidden_state[0]
         expected = judge.model.lm_head(states)
-    torch.testing.assert_close(judge.ours.token_logits(PROMPTS)[1].double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(judge.ours.token_logits(judge.prompts)[1].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_cached_drawing_follows_teacher_forcing(judge: Judge) -> None:
     """Greedy and guided, in both orders: each code is the best one under the logits of the whole image."""
     null = [torch.tensor([1, 4, 9])] * 2
     model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1)
-    codes = generate(judge.ours, PROMPTS, (3, 4), plan="raster", cfg_scale=3.0, greedy=True, unconditional=null)
-    logits = [judge.ours.raster_logits(codes, prompts) for prompts in (PROMPTS, null)]
+    codes = generate(judge.ours, judge.prompts, (3, 4), plan="raster", cfg_scale=3.0, greedy=True, unconditional=null)
+    logits = [judge.ours.raster_logits(codes, prompts) for prompts in (judge.prompts, null)]
     assert torch.equal((logits[1] + 3.0 * (logits[0] - logits[1])).argmax(-1), codes)
-    codes = generate(model, PROMPTS, (3, 4), cfg_scale=3.0, greedy=True, unconditional=null)
+    codes = generate(model, judge.prompts, (3, 4), cfg_scale=3.0, greedy=True, unconditional=null)
     with torch.no_grad():
-        fused = [model(codes, prompts).fused for prompts in (PROMPTS, null)]
+        fused = [model(codes, prompts).fused for prompts in (judge.prompts, null)]
     assert torch.equal((fused[1] + 3.0 * (fused[0] - fused[1])).argmax(-1), codes)
 
 
@@ -246,12 +301,13 @@ def test_training_moves_both_heads_and_biases(judge: Judge) -> None:
     """The chunked loss equals a plain cross-entropy, gradients of biases included."""
     model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).train()
     codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(5))
-    losses = model.loss(codes, PROMPTS)
+    losses = model.loss(codes, judge.prompts)
     losses["loss"].backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     silent = [name for name, grad in found.items() if grad is None or not grad.abs().sum() > 0]
+    silent = [name for name in silent if "text_feed_forward" not in name]  # of the last block nothing is used
     assert [name for name in silent if name != "dual_head.gate.hidden.weight"] == []  # behind the zeros of its output
-    logits = model(codes, PROMPTS).fused
+    logits = model(codes, judge.prompts).fused
     if judge.ours.config.heads == "visual":
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 2), codes.flatten())
         torch.testing.assert_close(losses["fused"].double(), expected.double(), atol=1e-6, rtol=1e-6)
@@ -262,11 +318,11 @@ def test_packed_weights_and_adapters_know_biases(judge: Judge) -> None:
     model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).eval()
     codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
-        expected = model(codes, PROMPTS).fused
-        found = prepare(model.float(), "packed")(codes, PROMPTS).fused
+        expected = model(codes, judge.prompts).fused
+        found = prepare(model.float(), "packed")(codes, judge.prompts).fused
         torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
         adapt(model, LoraConfig(rank=2))
-        torch.testing.assert_close(model(codes, PROMPTS).fused, expected.float(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(codes, judge.prompts).fused, expected.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_configuration_survives_as_plain_values(judge: Judge) -> None:
@@ -274,6 +330,29 @@ def test_a_configuration_survives_as_plain_values(judge: Judge) -> None:
     assert isinstance(again, Decoder)
     assert again.config == judge.ours.config
     assert again.state_dict().keys() == judge.ours.state_dict().keys()
+
+
+def test_what_mammothmoda2_does_not_have_is_named() -> None:
+    judge = Judge("mammothmoda2_some")
+    text = judge.config["llm_config"]["text_config"]
+
+    def read(state: dict[str, Tensor] = judge.state, **changes: Any) -> Decoder:
+        return from_transformers(state, {**judge.config, "llm_config": {"text_config": {**text, **changes}}})
+
+    with pytest.raises(ValueError, match="moe_type to 'ffn_attention'; expected ffn, or ffn-BEGIN:END"):
+        read(moe_type="ffn_attention")
+    with pytest.raises(ValueError, match=r"no llm_model.gen_head.weight, and config.json says that it has"):
+        read({key: value for key, value in judge.state.items() if "gen_head" not in key})
+    with pytest.raises(ValueError, match="row ends are tokens from 59 on; expected those of images, from 60 on"):
+        from_transformers(judge.state, {**judge.config, "eol_token_id": 59})
+    parted = read()
+    parted.blocks[0].text_feed_forward.w2.weight.data.add_(1.0)
+    with pytest.raises(ValueError, match="layer 0 has one MLP in the published model, and training has parted"):
+        parted.to_transformers()
+    codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(7))
+    visual = from_transformers(judge.state, judge.config, heads="visual")
+    expected = judge.ours.raster_logits(codes, judge.prompts)
+    torch.testing.assert_close(visual.raster_logits(codes, judge.prompts), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_wrong_input_is_named() -> None:

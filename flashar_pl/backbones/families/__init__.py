@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashar_pl.backbones.decoder_config import DecoderConfig
-from flashar_pl.backbones.families import chameleon, emu3, glm_image, janus, llama
+from flashar_pl.backbones.families import chameleon, emu3, glm_image, janus, llama, mammothmoda2
 from flashar_pl.backbones.families.base import Family, Values
 
 KNOWN: dict[str, Family] = {}
@@ -15,10 +15,7 @@ PRESETS: dict[str, DecoderConfig] = {}
 NOT_THESE = {
     "x-omni": "its first and last layers act on image tokens only, and text passes them by",
     "multi_modality": "it is Janus as its authors saved it; use the transformers version, such as Janus-Pro-1B-hf",
-    **dict.fromkeys(
-        ("mammothmoda2", "mammothmoda2_qwen2_5_vl", "mammothmoda2_qwen3_vl"),
-        "its layers have other weights for image tokens than for text",
-    ),
+    "mammothmoda2_qwen3_vl": "its published code has not been followed; MammothModa2-Preview is read",
 }
 """Generators whose model_type is known to be none of these families, and why."""
 
@@ -33,7 +30,7 @@ def register_family(family: Family) -> Family:
     return family
 
 
-for _module in (emu3, janus, chameleon, glm_image, llama):
+for _module in (emu3, janus, chameleon, glm_image, mammothmoda2, llama):
     for _family in _module.FAMILIES:
         register_family(_family)
 
