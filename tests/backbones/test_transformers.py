@@ -109,8 +109,8 @@ def mammothmoda2(span: str = "") -> tuple[Any, dict[str, Any]]:
     for layer in model.model.layers[begin:]:
         layer.mlp = TwoKinds(layer.mlp, type(layer.mlp)(config))
     values = {
-        **{key: config.to_dict()[key] for key in TEXT}, "vocab_size": 60, "gen_vocab_size": 40, "moe_type": f"ffn{span}",
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": 10000.0,
+        **{key: config.to_dict()[key] for key in TEXT}, "vocab_size": 60, "gen_vocab_size": 40,
+        "moe_type": f"ffn{span}", "rms_norm_eps": config.rms_norm_eps, "rope_theta": 10000.0,
         "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     places = {"visual_token_offset": 64, "num_visual_codes": 30, "eol_token_id": 61}
