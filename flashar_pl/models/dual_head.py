@@ -84,15 +84,16 @@ class StepSources:
 def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
     """`StepSources` of every step. The states fed last are those of the previous step, or the last prefix token."""
     cpu = sources(plan, corner, torch.device("cpu"))
+    h, v, alone = cpu.h.tolist(), cpu.v.tolist(), [set(each.tolist()) for each in (cpu.only_h, cpu.only_v)]
     steps = []
-    for t, cells in enumerate(plan.cells_of_step):
+    for t, step in enumerate(plan.cells_of_step):
+        cells, n = step.tolist(), len(step)
         first = 0 if t == 0 else plan.slots_of_step[t - 1].start + 1
-        only_h, only_v = (int(torch.isin(cells, alone).sum()) for alone in (cpu.only_h, cpu.only_v))
-        n = len(cells)
+        only_h, only_v = (sum(cell in each for cell in cells) for each in alone)
         steps.append(
             StepSources(
-                h=_as_slice(cpu.h[cells[: n - only_v]] - first),
-                v=_as_slice(cpu.v[cells[only_h:]] - first),
+                h=_as_slice([h[cell] - first for cell in cells[: n - only_v]]),
+                v=_as_slice([v[cell] - first for cell in cells[only_h:]]),
                 only_h=only_h,
                 only_v=only_v,
                 corner=cpu.corner and t == 0,
@@ -101,12 +102,12 @@ def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
     return tuple(steps)
 
 
-def _as_slice(index: Tensor) -> slice:
-    if not len(index):
+def _as_slice(index: list[int]) -> slice:
+    if not index:
         return slice(0, 0)
-    begin = int(index[0])
-    assert begin >= 0 and torch.equal(index, torch.arange(begin, begin + len(index))), "sources are not contiguous"
-    return slice(begin, begin + len(index))
+    found = slice(index[0], index[0] + len(index))
+    assert index[0] >= 0 and index == list(range(found.start, found.stop)), "sources are not contiguous"
+    return found
 
 
 def fed_by_slots(plan: DecodePlan, source: str, device: torch.device) -> tuple[Tensor, int]:

@@ -1,7 +1,6 @@
-"""`flashar plan`: every YAML in experiments/ can be planned, and a run that does not fit comes with advice."""
+"""`flashar plan`: what a file or a preset says is planned, and a run that does not fit comes with advice."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,20 +11,7 @@ from flashar_pl.planner.advice import GPUS, gpus_that_fit, what_would_fit
 from flashar_pl.planner.sizes import model_sizes
 from flashar_pl.planner.training import TrainingSetup, peak_total, usable
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_every_experiment_can_be_planned(path, capsys):
-    result = plan(RunOptions(config=str(path)), HardwareOptions(gpus=1 if path.stem.startswith("demo") else 8))
-    assert sum(result["parameters"].values()) > 1000
-    assert "GPU-hours" in capsys.readouterr().out
-    assert result["fits"], "the hardware of its header is 8 H20 with 96 GB"
-    said = re.search(r"# Time: about ([\d.]+) h \(([\d,]+) GPU-hours\)", path.read_text())
-    if said:
-        time = [float(number.replace(",", "")) for number in said.groups()]
-        assert time == pytest.approx([result["time"]["hours"], result["time"]["gpu_hours"]], rel=0.03), "its header"
-    assert said or path.stem.endswith("streamed") or not path.stem.startswith("llamagen")
+RECIPE = Path(__file__).parents[2] / "experiments" / "llamagen_l_256.yaml"
 
 
 def test_the_largest_of_several_grids_counts(tmp_path):
@@ -45,8 +31,7 @@ def test_the_largest_of_several_grids_counts(tmp_path):
 
 def test_the_published_recipe(run, work):
     """The paper's LlamaGen-L: 62,550 steps of batch 512 on 8 H20, with float32 state and without sharding."""
-    path = next(path for path in EXPERIMENTS if path.stem == "llamagen_l_256")
-    code, out, err = run("plan", "--config", path, "--gpus", 8, "--gpu-memory", 96, "--out", "plan.json")
+    code, out, err = run("plan", "--config", RECIPE, "--gpus", 8, "--gpu-memory", 96, "--out", "plan.json")
     assert code == 0, err
     result = json.loads((work / "plan.json").read_text())
     assert result["parameters"]["vertical_head"] == 1024 * 16384
@@ -61,9 +46,8 @@ def test_the_published_recipe(run, work):
 
 
 def test_options_win_over_the_file(capsys):
-    path = next(path for path in EXPERIMENTS if path.stem == "llamagen_l_256")
     result = plan(
-        RunOptions(config=str(path), samples=2, strategy="fsdp", moments="8bit", grid="24x24", steps=7, replicas=2)
+        RunOptions(config=str(RECIPE), samples=2, strategy="fsdp", moments="8bit", grid="24x24", steps=7, replicas=2)
     )
     setup = result["setup"]
     assert (setup["samples"], setup["sharded"], setup["moments"]) == (2, True, "8bit")
@@ -192,8 +176,6 @@ trainer:
 def test_a_file_is_checked_as_a_fit_checks_it(old, new, message, refused, work):
     """Guards plans of what is not in the file: a key below trainer that nobody reads, text where numbers are due."""
     good = STRATEGY.format(options="compute: bf16")
-    (work / "run.yaml").write_text(good)
-    assert plan(RunOptions(config="run.yaml"), HardwareOptions(gpus=1))["setup"]["sharded"]
     assert old in good
     (work / "run.yaml").write_text(good.replace(old, new))
     assert message in refused("plan", "--config", "run.yaml", "--gpus", "1")

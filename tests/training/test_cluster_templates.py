@@ -1,5 +1,7 @@
 """experiments/cluster: the scripts run, with a stand-in for Slurm that starts the tasks of a job on this machine."""
 
+import copy
+import functools
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from processes import free_port
 
 from flashar_pl.checkpoints.sharded import SafeReader, read_meta, read_sharded
 from flashar_pl.cli import main
+from flashar_pl.training import planned
 from flashar_pl.training.planned import PlannedRun
 
 ROOT = Path(__file__).parents[2]
@@ -149,8 +152,11 @@ def advertised() -> set[tuple[str, int, int | None]]:
     return found | {(config, nodes, None) for config in others for nodes in (1, 2, 4, 8)}
 
 
-def test_every_advertised_number_of_nodes_goes_with_its_recipe() -> None:
+def test_every_advertised_number_of_nodes_goes_with_its_recipe(monkeypatch) -> None:
     """Guards a batch of 8 that 16 GPUs were told to share: the command of the largest recipe could not start."""
+    parse = planned.parsed_config
+    once = functools.cache(lambda *words: parse(list(words)))
+    monkeypatch.setattr(planned, "parsed_config", lambda words: copy.deepcopy(once(*words)))
     shown = advertised()
     assert {nodes for config, nodes, _ in shown if config.endswith("emu35_34b.yaml")} == {1, 2, 4, 8}
     for config, nodes, batch in sorted(shown, key=str):

@@ -1,4 +1,4 @@
-"""Every YAML in experiments/ parses, instantiates and builds the model its name says."""
+"""Every YAML in experiments/ parses, instantiates, builds the model its name says and fits the hardware it names."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,9 @@ from lightning.pytorch.cli import LightningCLI
 
 from flashar_pl.backbones import describe_backbone
 from flashar_pl.cli import main
+from flashar_pl.commands.plan import HardwareOptions, RunOptions, plan
 from flashar_pl.data.datamodules import CodesDataModule
+from flashar_pl.training import planned
 from flashar_pl.training.checks import check_features, how_to_make, initial_weights
 from flashar_pl.training.config import TYPES, BackboneConfig
 from flashar_pl.training.module import FlashARModule
@@ -34,9 +36,20 @@ def parse(path: Path, *overrides: str) -> LightningCLI:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_instantiates(path: Path) -> None:
-    """On the meta device: no memory for weights, whatever the size."""
+def test_instantiates_and_is_planned(path: Path, monkeypatch, capsys) -> None:
+    """On the meta device: no memory for weights, whatever the size. And as its header says on 8 H20 with 96 GB."""
     cli = parse(path)
+    values = yaml.safe_load(cli.parser.dump(cli.config, skip_none=False))
+    monkeypatch.setattr(planned, "parsed_config", lambda words: values)  # parsed once
+    result = plan(RunOptions(config=str(path)), HardwareOptions(gpus=1 if path.stem.startswith("demo") else 8))
+    assert sum(result["parameters"].values()) > 1000
+    assert "GPU-hours" in capsys.readouterr().out
+    assert result["fits"]
+    said = re.search(r"# Time: about ([\d.]+) h \(([\d,]+) GPU-hours\)", path.read_text())
+    if said:
+        time = [float(number.replace(",", "")) for number in said.groups()]
+        assert time == pytest.approx([result["time"]["hours"], result["time"]["gpu_hours"]], rel=0.03), "its header"
+    assert said or path.stem.endswith("streamed") or not path.stem.startswith("llamagen")
     with torch.device("meta"):
         cli.model.configure_model()
     net = cli.model.net
