@@ -11,10 +11,12 @@ from torch import Tensor
 
 from flashar_pl.backbones import Decoder, build_backbone, from_transformers
 from flashar_pl.backbones.condition import Prompts
+from flashar_pl.checkpoints.transformers import LanguageModel
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.models import FlashAR
 from flashar_pl.models.lora import LoraConfig, adapt
+from flashar_pl.renames import StateDict
 
 transformers = pytest.importorskip("transformers")
 
@@ -349,6 +351,10 @@ def test_what_mammothmoda2_does_not_have_is_named() -> None:
     parted.blocks[0].text_feed_forward.w2.weight.data.add_(1.0)
     with pytest.raises(ValueError, match="layer 0 has one MLP in the published model, and training has parted"):
         parted.to_transformers()
+    source = LanguageModel(StateDict(judge.state), judge.config, "full")  # a rank reads its own rows only
+    for key in (source.config.text_prefix + "embed_tokens.weight", source.config.head_key):
+        whole = source.rows(key, 0, 100)
+        assert all(torch.equal(source.rows(key, a, b), whole[a:b]) for a, b in ((0, 60), (40, 70), (60, 80), (99, 100)))
     codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(7))
     visual = from_transformers(judge.state, judge.config, heads="visual")
     expected = judge.ours.raster_logits(codes, judge.prompts)

@@ -1,4 +1,4 @@
-"""Language models whose vocabulary was extended by codes: Llama, Qwen2 (SimpleAR, X-Omni), Qwen3.
+"""Language models whose vocabulary was extended by codes: Llama, Qwen2 (SimpleAR), Qwen3.
 
 config.json does not say where codes are; `visual_token_offset` and `num_visual_codes`, and with row ends
 `eol_token_id`, are added to it.
