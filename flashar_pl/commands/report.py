@@ -207,10 +207,10 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
         source = open_checkpoint(
             ModelOptions(checkpoint, branch_layer=branch_layer, download=asked.download), DeviceOptions("cpu")
         )
-        expected = RasterAR if key == "raster" else FlashAR
+        expected, named = (RasterAR, "raster") if key == "raster" else (FlashAR, "FlashAR")
         if not isinstance(source.model, expected):
             kind = source.model.config()["kind"]
-            raise ValueError(f"--{key} {source.path} is a {kind} model; expected {expected.__name__}.")
+            raise ValueError(f"--{key} {source.path} is a {kind} model; expected a {named} model.")
         check_data(source.model, manifest, source.grid, source.tokenizer)
         if not encoders:
             encoders.append(caption_encoder(source, manifest, text.assets))

@@ -182,7 +182,7 @@ def test_report_measures_every_row_and_draws(run, raster_model, flashar_model, c
 def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model, classifier, shards, work):
     base = ("report", "--data", shards, "--classifier", classifier, "--out", "report")
     swapped = refused(*base, "--raster", flashar_model, "--flashar", raster_model)
-    assert "is a flashar model; expected RasterAR" in swapped
+    assert "is a flashar model; expected a raster model" in swapped
     assert "classifier.json is missing" in refused(
         "report", "--data", shards, "--classifier", "none", "--out", "r", "--raster", "x", "--flashar", "y"
     )
