@@ -26,6 +26,7 @@ from flashar_pl.decoding.fused import FusedRecording, can_decode, decode_fused, 
 from flashar_pl.decoding.graphs import Recording, record
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress, decode
 from flashar_pl.decoding.lossless import Lossless
+from flashar_pl.decoding.prefill import prefill_by_length
 from flashar_pl.decoding.prepare import has_blocks
 from flashar_pl.devices import available_memory
 from flashar_pl.grid import DecodePlan, check_grid
@@ -160,7 +161,9 @@ class Engine:
                 key, lambda: Buffers.allocate(self.model, plan, inputs, self._cache_dtype(plan, inputs))
             )
             assert isinstance(buffers, Buffers)
-            loop = decode_fused if self.runner == "fused" else decode
+            loop: Callable[..., Iterator[int]] = decode_fused if self.runner == "fused" else decode
+            if self.model.backbone.conditioning.kind == "prompt" and self.device.type == "cpu" and loop is decode:
+                loop = partial(decode, prefill=prefill_by_length)
             for t in loop(self.model, plan, settings, inputs, buffers):
                 on_step(Progress(plan, t + 1, buffers.drawn))
         return buffers

@@ -10,7 +10,7 @@ step, V codes.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from flashar_pl.backbones.condition import Prefix
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
-from flashar_pl.models.base import GridModel
+from flashar_pl.models.base import GridModel, States
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import choose, guide, unusable
 
@@ -97,20 +97,29 @@ class Progress:
 
 
 def decode(
-    model: GridModel, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, buffers: Buffers
+    model: GridModel,
+    plan: DecodePlan,
+    settings: SamplingSettings,
+    inputs: Inputs,
+    buffers: Buffers,
+    prefill: Callable[..., States] | None = None,
 ) -> Generator[int]:
     """Fill `buffers` step by step; yields t after the codes of step t are drawn.
 
     Shapes and control flow depend on plan, settings and shapes alone, never on values, and nothing waits for the
     device: what runs between two yields can be recorded once and replayed with other inputs in the same memory.
+    prefill: instead of the model's; what it does may depend on values.
     """
     cache, drawn = buffers.cache, buffers.drawn
     cache.restart()
     prefix, rope = inputs.prefix, inputs.rope
     batch, rows, length = len(drawn), len(prefix.x), len(prefix)
     vertical = plan.has_vertical
-    mask = model.backbone.sequence_mask(plan, prefix, 0)
-    states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)
+    if prefill is None:
+        mask = model.backbone.sequence_mask(plan, prefix, 0)
+        states = model.prefill(prefix.x, rope[:, :length], mask, cache, vertical)
+    else:
+        states = prefill(model, plan, inputs, cache, vertical)
     done = 0
     guided = model.guided_steps(plan, settings)
     last = max((t for t, on in enumerate(guided) if on), default=-1)

@@ -13,6 +13,7 @@ from flashar_pl.backbones import Condition, Prefix
 from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.engine import pad_prefix
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
+from flashar_pl.decoding.prefill import prefill_by_length
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.options import SamplingSettings
@@ -59,6 +60,30 @@ def test_a_wider_cache_where_it_measures_faster(monkeypatch: pytest.MonkeyPatch)
             for _ in decode(model, order, settings, inputs, buffers):
                 pass
     assert torch.equal(both[0].drawn, both[1].drawn)
+
+
+@torch.no_grad()
+def test_prompts_are_fed_without_their_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a short prompt at the price of the longest, and one empty prompt a sample; the codes stay."""
+    model, prompts, guidance = make("emu")
+    settings = SamplingSettings(cfg_scale=2.0)
+    for plan in ("raster", "diagonal"):
+        order = model.make_plan(plan, 2, 3)
+        given = model.backbone.with_unconditional(prompts, guidance["unconditional"])
+        inputs = inputs_of(model, given, order, settings, seed=0)
+        drawn, fed = [], []
+        for prefill in (None, prefill_by_length):
+            buffers = Buffers.allocate(model, order, inputs)
+            buffers.cache.keys.fill_(torch.nan)
+            for _ in decode(model, order, settings, inputs, buffers, prefill):
+                pass
+            drawn.append(buffers.drawn)
+            monkeypatch.setattr(
+                model, "prefill", lambda x, *rest, of=model.prefill, fed=fed: fed.append(x.shape[:2]) or of(x, *rest)
+            )
+        assert torch.equal(*drawn)
+        assert fed == [(1, 2), (1, 4), (1, 5), (1, 7)]
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
