@@ -81,10 +81,17 @@ def _show(row: Row, title: str, run: bool) -> list[list[str]]:
 def read_tables() -> dict[str, dict[str, Any]]:
     """Table or figure -> its title, its columns and its rows."""
     content = read_yaml(find_recipe(TABLES))
-    return {
+    tables = {
         name: {**given, "rows": {key: _row(content, given, values) for key, values in given["rows"].items()}}
         for name, given in content["tables"].items()
     }
+    rows = {f"{name} --row {key}": row for name, given in tables.items() for key, row in given["rows"].items()}
+    makers = {stage.path: key for key, row in reversed(rows.items()) for stage in row.steps}  # the first row wins
+    for row in rows.values():
+        for name in row.needs.keys() - content["where"].keys():
+            maker = next(makers[place] for place in Path(name).parents if place in makers)
+            row.needs[name] = f"flashar reproduce {maker}"
+    return tables
 
 
 def _row(content: dict[str, Any], given: dict[str, Any], values: dict[str, Any]) -> Row:
@@ -96,7 +103,7 @@ def _row(content: dict[str, Any], given: dict[str, Any], values: dict[str, Any])
 
     needs = [filled(name) for name in _flat(chain["needs"])]
     steps = [Stage(name, 0, shlex.split(filled(text)), Path(filled(name))) for name, text in chain["steps"].items()]
-    return Row(paper, {name: content["where"].get(name, "made by another row") for name in needs}, steps)
+    return Row(paper, {name: content["where"].get(name, "") for name in needs}, steps)
 
 
 def _flat(names: list[Any]) -> list[str]:

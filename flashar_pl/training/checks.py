@@ -97,6 +97,8 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
             f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
             f"--weights {weights}"
         )
+    if kind == "prompt":
+        return f"flashar tokenize text-image --data text_to_image.json --out {shards} --weights TOKENIZER"
     return f"flashar tokenize images photos --out {shards}"
 
 
