@@ -81,11 +81,12 @@ class Pair:
         return [answers[rank][1] for rank in (0, 1)]
 
     def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        start = multiprocessing.get_context("forkserver")
+        start.set_forkserver_preload(["lightning.pytorch", "flashar_pl.training.module"])  # imported once for both
         store = Path(tempfile.mkdtemp(prefix="pair")) / "store"
         for rank in (0, 1):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(rank, str(store), theirs))
+            ours, theirs = start.Pipe()
+            process = start.Process(target=_work, args=(rank, str(store), theirs))
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
