@@ -39,8 +39,9 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "training-free, limited": (RASTER, [*FREE, "limited"]),
 }
 """Row -> the folder of its runs, and further options of `flashar evaluate scenes`."""
-SHOWN, COLUMNS, ENLARGED = 12, 6, 3
-COUNTED = ("torn", "clash", "surplus", "exact")
+SHOWN, COLUMNS, ENLARGED, FRAME = 12, 6, 3, 200
+LOOKED = ("edge", "inside", "clash", "surplus")
+COUNTED = ("torn", *LOOKED, "exact")
 BEGIN, END = "<!-- tables: benchmarks/scenes.py -->\n", "<!-- end -->\n"
 DATA = "data/scenes"
 
@@ -63,12 +64,18 @@ def run_all(stages: Iterable[Stage], workers: int) -> None:
         list(pool.map(run_stage, [stage for stage in stages if not finished(stage)]))
 
 
-def look(codes: np.ndarray, prompt: Prompt) -> tuple[bool, bool]:
-    """Of codes (8, 8): whether two objects begin side by side on one diagonal, where both cannot be whole; and whether
-    there are more whole objects than the prompt asks for."""
-    begins = codes % QUARTERS == 1
-    wanted = sum(each["count"] for each in entry_of(prompt)["include"])
-    return bool((begins[1:, :-1] & begins[:-1, 1:]).any()), len(find_things(codes)[0]) > wanted
+def look(codes: np.ndarray, prompt: Prompt) -> dict[str, bool]:
+    """What codes (8, 8) show: an object that begins in the last row or column, where it cannot be whole ("edge"); torn
+    without one ("inside"); two objects that begin side by side on one diagonal, where not both can be whole ("clash");
+    more whole objects than the prompt asks for ("surplus")."""
+    begins, (things, torn) = codes % QUARTERS == 1, find_things(codes)
+    edge = bool(begins[-1].any() or begins[:, -1].any())
+    return {
+        "edge": edge,
+        "inside": torn and not edge,
+        "clash": bool((begins[1:, :-1] & begins[:-1, 1:]).any()),
+        "surplus": len(things) > sum(each["count"] for each in entry_of(prompt)["include"]),
+    }
 
 
 def measured(stage: Stage, prompts: list[Prompt]) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def measured(stage: Stage, prompts: list[Prompt]) -> dict[str, Any]:
     found = json.loads((stage.path / "scenes.json").read_text())
     codes = np.load(stage.path / "codes.npy")
     run = Path(found["settings"]["checkpoint"]).parents[1]
-    clash, surplus = zip(*(look(each, prompt) for each, prompt in zip(codes, prompts, strict=True)), strict=True)
+    seen = [look(each, prompt) for each, prompt in zip(codes, prompts, strict=True)]
     return {
         "run": str(run),
         "commits": {
@@ -85,8 +92,7 @@ def measured(stage: Stage, prompts: list[Prompt]) -> dict[str, Any]:
         },
         "command": ["flashar", *stage.words],
         **{name: found[name] for name in ("tasks", "overall", "exact", "torn", "likelihood", "forwards")},
-        "clash": share(sum(clash), len(codes)),
-        "surplus": share(sum(surplus), len(codes)),
+        **{name: share(sum(each[name] for each in seen), len(seen)) for name in LOOKED},
         "cpu_s_per_image": found["cpu_s_per_image"],
         "batch_size": found["settings"]["batch_size"],
     }
@@ -109,9 +115,9 @@ def page(result: dict[str, Any]) -> str:
     """The tables as Markdown."""
     interval = lambda each: f"{100 * each['share']:.1f} ({100 * each['low']:.1f} to {100 * each['high']:.1f})"  # noqa: E731
     rows = result["rows"]
-    first = ["| | runs | forwards | CPU ms | nats | torn % | clash % | surplus % | exact % |"]
+    first = [f"| | runs | forwards | CPU ms | nats | {' | '.join(f'{each} %' for each in COUNTED)} |"]
     second = ["| | mean of tasks % | " + " | ".join(TASKS) + " |"]
-    first.append("|---|" + "---:|" * 8)
+    first.append("|---|" + "---:|" * (4 + len(COUNTED)))
     second.append("|---|" + "---:|" * 7)
     for name, row in rows.items():
         numbers = [f"{len(row['runs'])}", f"{row['forwards']:.0f}", f"{1e3 * row['cpu_s_per_image']:.1f}"]
@@ -135,6 +141,8 @@ def picture(stages: dict[str, list[Stage]], prompts: list[Prompt], manifest: Man
     for name, (stage, *_) in stages.items():
         images = tokenizer.decode(torch.from_numpy(np.load(stage.path / "codes.npy")[:SHOWN]))
         enlarged = images.repeat_interleave(ENLARGED, -2).repeat_interleave(ENLARGED, -1)
+        for side in (0, -1):
+            enlarged[..., side, :] = enlarged[..., side] = FRAME
         blocks.append((name.replace(", ", "\n"), enlarged))
     return sheet(blocks, [entry_of(prompt)["prompt"] for prompt in prompts[:SHOWN]], COLUMNS)
 

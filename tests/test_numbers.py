@@ -1,5 +1,6 @@
 """Numbers of the pages' tables are those of the committed result files."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -125,3 +126,18 @@ def test_the_study_of_the_digits() -> None:
             for cell, value in zip(row[5].split(" to "), each["difference"]["interval_95"], strict=True):
                 assert shows(cell, value), row
     assert {run["commit"] for each in found.values() for run in each["runs"]} == {"850fb6603b4c"}
+
+
+def test_the_study_of_the_scenes() -> None:
+    """The tables of the page are made from the file, and every evaluation is of one commit."""
+    spec = importlib.util.spec_from_file_location("scenes_study", ROOT / "benchmarks" / "scenes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    found = json.loads((ROOT / "docs" / "results" / "scenes.json").read_text())
+    text = page("results/scenes.md")
+    assert study.insert(text, study.page(found)) == text
+    runs = [run for row in found["rows"].values() for run in row["runs"]]
+    assert {run["commits"]["evaluation"] for run in runs} == {"ae133438acd8"}
+    assert "commit ae133438acd8" in text

@@ -21,15 +21,19 @@ def study():
 
 
 def test_beginnings_side_by_side_on_a_diagonal_clash(study) -> None:
-    one, far = Thing("circle", "red", 1, 3), Thing("square", "blue", 5, 0)
-    codes = draw_codes([one, far])
-    assert study.look(codes, ("", "circle", "", "", "")) == (False, True)
-    assert study.look(codes, ("", "circle", "and", "", "square")) == (False, False)
-    codes[2, 2] = codes[5, 0]  # the square begins below left of where the circle does
-    assert study.look(codes, ("", "circle", "and", "", "square")) == (True, False)
+    def seen(codes: np.ndarray, *prompt: str) -> set[str]:
+        return {name for name, found in study.look(codes, prompt).items() if found}
+
+    codes = draw_codes([Thing("circle", "red", 1, 3), Thing("square", "blue", 5, 0)])
+    assert seen(codes, "", "circle", "", "", "") == {"surplus"}
+    assert seen(codes, "", "circle", "and", "", "square") == set()
+    codes[2, 2] = codes[5, 0]  # a square begins below left of where the circle does
+    assert seen(codes, "", "circle", "and", "", "square") == {"clash", "inside"}
     other = np.zeros((8, 8), np.int64)
-    other[1, 3] = other[2, 4] = 1  # one diagonal after the next but one: the second could see the first
-    assert not study.look(other, ("", "circle", "", "", ""))[0]
+    other[1, 3] = other[2, 4] = 1  # two diagonals apart: the second could see the first
+    assert seen(other, "", "circle", "", "", "") == {"inside"}
+    other[2, 7] = 1
+    assert seen(other, "", "circle", "", "", "") == {"edge"}
 
 
 def test_runs_of_a_row_are_added_up(study) -> None:
@@ -42,7 +46,7 @@ def test_runs_of_a_row_are_added_up(study) -> None:
     assert row["torn"] == share(7, 20)
     assert row["tasks"]["counting"] == share(7, 20)
     assert (row["overall"], row["nll_nats_per_image"]) == (pytest.approx(0.35), 3.5)
-    assert "| it | 2 | 15 | 1.0 | 3.50 | 35.0 (18.1 to 56.7) |" in study.page({"rows": {"it": row}})
+    assert "| it | 2 | 15 | 1.0 | 3.50 | 35.0 (18.1 to 56.7) | 35.0" in study.page({"rows": {"it": row}})
 
 
 def test_tables_are_put_in_place_of_the_old_ones(study) -> None:
