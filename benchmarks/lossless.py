@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flashar_pl.backbones import TextFeatures
+from flashar_pl.data.scenes import TASKS, draw_prompt, to_features
 from flashar_pl.decoding import Engine
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import filter_logits
@@ -40,11 +43,14 @@ def gumbel(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tenso
 
 
 def draw(engine: Engine, plan: str, images: int, together: int, grid: tuple[int, int], **sampling: Any) -> Tensor:
-    classes = engine.model.backbone.conditioning.size
-    parts = []
+    takes, parts = engine.model.backbone.conditioning, []
     for first in range(0, images, together):
-        ids = torch.arange(first, first + together) % classes
-        parts.append(engine.generate(ids, grid, plan, seeds=first, **sampling))
+        asked: Any = torch.arange(first, first + together) % takes.size
+        if takes.kind == "text":  # the embedded scenes, all tasks in turn
+            random = np.random.default_rng(first)
+            prompts = [draw_prompt(random, TASKS[i % len(TASKS)]) for i in range(together)]
+            asked = TextFeatures(torch.from_numpy(np.stack([to_features(prompt) for prompt in prompts])).float())
+        parts.append(engine.generate(asked, grid, plan, seeds=first, **sampling))
     return torch.cat(parts)
 
 
@@ -87,6 +93,9 @@ def main() -> None:
     if "sampling" in asked.rows:
         for name, sampling in SETTINGS.items():
             row(name, asked.images, "above", 2, asked.batch, **sampling)
+    if "windows" in asked.rows:
+        for window in (1, 2, 4, 8):
+            row("plain", asked.images, "above", window, asked.batch)
     if "drafters" in asked.rows:
         for drafter, window in itertools.product(("above", "vertical"), (1, 2, 4, 8)):
             row("plain", asked.images, drafter, window, asked.batch)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 Plan = Literal["raster", "diagonal", "lossless", "limited"]
+Coupling = Literal["independent", "systematic"]
 Drafter = Literal["above", "vertical"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -89,6 +90,9 @@ class SamplingSettings:
     """Keep the most likely codes up to this probability; 1 is off."""
     greedy: bool = False
     """Take the most likely code after guidance instead of drawing."""
+    coupling: Coupling = "independent"
+    """systematic: the codes of a diagonal leave their most likely values as seldom together as each one's distribution
+    allows; independent: each by itself."""
 
     def __post_init__(self) -> None:
         if self.cfg_scale is not None and not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
@@ -96,6 +100,10 @@ class SamplingSettings:
         check_least(self, cfg_interval=0, temperature=0, top_k=0)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
+        if self.coupling not in get_args(Coupling):
+            raise ValueError(f"coupling is {self.coupling!r}; expected one of {', '.join(get_args(Coupling))}.")
+        if self.coupling != "independent" and self.greedy:
+            raise ValueError(f"coupling is {self.coupling}, and greedy draws nothing; leave one of both out.")
 
     @property
     def guided(self) -> bool:

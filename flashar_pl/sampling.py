@@ -63,11 +63,31 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return codes.to(weights.device)
 
 
+def draw_coupled(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Codes (B, n) int64 of cells that leave their most likely code together as seldom as can be; n > 1.
+
+    weights: (B, n, V) as in `draw`; uniform: (B, n) float64. Cell i owns the interval of length 1 - p_i(mode) that
+    follows those of the cells before it, and leaves its mode where the interval holds u + a whole number, u one uniform
+    for all (systematic sampling). Where it leaves, its own uniform draws from the other codes. u is the sum of the
+    uniforms modulo 1, which is independent of each of them: every single cell has the distribution of `draw`.
+    """
+    weights, own = weights.to(uniform.device).double(), uniform
+    mode = weights.argmax(-1, keepdim=True)
+    others = weights.scatter(-1, mode, 0.0)
+    ends = (others.sum(-1) / weights.sum(-1)).cumsum(-1)  # (B, n)
+    passed = (ends - own.sum(-1, keepdim=True) % 1).ceil()  # how many u + 0, u + 1, ... lie below the end
+    leaves = passed > torch.nn.functional.pad(passed[:, :-1], (1, 0))
+    return torch.where(leaves, draw(others, own), mode.squeeze(-1))
+
+
 def choose(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> Tensor:
-    """Codes (...) int64 from guided logits (..., V) and uniforms (...) float64."""
+    """Codes (B, n) int64 from guided logits (B, n, V) and uniforms (B, n) float64; coupled if the settings say so."""
     if settings.greedy:
         return logits.argmax(-1)
-    return draw(filter_logits(logits, settings.temperature, settings.top_k, settings.top_p).softmax(-1), uniform)
+    weights = filter_logits(logits, settings.temperature, settings.top_k, settings.top_p).softmax(-1)
+    if settings.coupling == "systematic" and uniform.shape[-1] > 1:
+        return draw_coupled(weights, uniform).to(logits.device)
+    return draw(weights, uniform)
 
 
 def unusable(logits: Tensor) -> Tensor:

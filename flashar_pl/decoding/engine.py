@@ -37,7 +37,7 @@ from flashar_pl.layers.transformer import Attention, Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
-from flashar_pl.options import Drafter, Runner, SamplingSettings
+from flashar_pl.options import Coupling, Drafter, Runner, SamplingSettings
 from flashar_pl.sampling import check_usable
 
 PREFIX_BUCKET = 64
@@ -111,6 +111,8 @@ class Engine:
         order = self.model.make_plan(plan, *check_grid(grid))
         if self.runner == "fused" and not can_decode(order):
             raise ValueError(f"runner is fused, and its kernels know no {plan} plan; use eager, or graphs on CUDA.")
+        if settings.coupling != "independent":
+            self._check_coupling(order)
         backbone, device = self.model.backbone, self.device
         wanted = backbone.check_condition(condition).to(device)
         listed = sample_seeds(seeds, len(wanted))
@@ -136,6 +138,16 @@ class Engine:
             buffers = self._run(order, settings, inputs, show)
         check_usable(buffers.broken, prefix.x.dtype)
         return Progress(order, order.n_steps, buffers.drawn).codes()
+
+    def _check_coupling(self, plan: DecodePlan) -> None:
+        """ValueError unless `plan` draws several codes a step, by the common loop."""
+        why = None
+        if self.model.own_decoding or all(len(cells) == 1 for cells in plan.cells_of_step):
+            why = f"a {self.model.method} model with the {plan.name} plan does not draw several codes at once"
+        elif self.runner == "fused":
+            why = "the kernels of runner fused draw each code by itself: use eager, or graphs on CUDA"
+        if why is not None:
+            raise ValueError(f"coupling is systematic, and {why}.")
 
     def _run(
         self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[Progress], object]
@@ -264,6 +276,7 @@ def generate(
     seeds: int | list[int] | Tensor | None = None,
     unconditional: Given | None = None,
     on_step: Callable[[Progress], object] | None = None,
+    coupling: Coupling = "independent",
 ) -> Tensor:
     """Sample codes (B, H, W) int64 for the B samples of `condition`, with the eager runner. For many batches: `Engine`.
 
@@ -273,7 +286,7 @@ def generate(
         grid: (H, W).
         plan: "diagonal" (H + W - 1 steps), "raster" (H * W steps, horizontal head only), or "lossless", the raster
             plan's codes in fewer forwards.
-        cfg_scale, cfg_interval, temperature, top_k, top_p, greedy: see `SamplingSettings`.
+        cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, coupling: see `SamplingSettings`.
         seeds: None = random, an int s = sample i uses s + i, or B ints. Equal seed and batch shape give equal codes.
         unconditional: None = the model's own null condition.
         on_step: called after every step with the codes so far, see `Progress`; what it raises ends the decoding.
@@ -282,7 +295,7 @@ def generate(
         ValueError: a setting out of range, a condition of the wrong kind, a plan the model cannot run, or a model
             whose logits are NaN or infinite.
     """
-    settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy)
+    settings = SamplingSettings(cfg_scale, cfg_interval, temperature, top_k, top_p, greedy, coupling)
     return Engine(model, "eager").generate(
         condition, grid, plan, seeds=seeds, unconditional=unconditional, on_step=on_step, **asdict(settings)
     )
