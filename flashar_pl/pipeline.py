@@ -153,8 +153,8 @@ class FlashARPipeline:
             batch_size: images computed together; None = 16, or fewer where fewer fit.
             codes_only: no images; needs no tokenizer.
             progress: show a progress bar.
-            options: others of `SamplingSettings` (temperature, top_k, top_p, greedy, cfg_interval) and `ShapeOptions`
-                (aspect_ratio, image_size), and text_features, a file.
+            options: others of `SamplingSettings` (temperature, top_k, top_p, greedy, coupling, cfg_interval) and
+                `ShapeOptions` (aspect_ratio, image_size), and text_features, a file.
 
         Raises:
             ValueError: an unknown option, or one that does not fit the model.
