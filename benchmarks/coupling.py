@@ -29,7 +29,8 @@ def row(folder: Path) -> dict[str, Any]:
     """One evaluation."""
     result = json.loads((folder / "scenes.json").read_text(encoding="utf-8"))
     found = np.array([pairs(codes) for codes in np.load(folder / "codes.npy")])
-    kept = {name: result[name] for name in ("torn", "exact", "correct", "steps", "data", "settings", "versions")}
+    kept = {name: result[name] for name in ("torn", "exact", "correct", "data", "versions")}
+    kept |= {name: result["settings"][name] for name in ("plan", "coupling", "seed", "batch_size")}
     training = result["checkpoint"]["training"]
     trained = {"training_steps": training.get("step"), "nll": result["likelihood"]["nll_nats_per_image"]}
     return {
