@@ -41,6 +41,13 @@ def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return a if a.itemsize >= b.itemsize else b
 
 
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`. From pageable memory a copy to a GPU would wait for all that it has been given to do."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def full_precision(device_type: str) -> AbstractContextManager:
     """A region that autocast leaves alone."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):

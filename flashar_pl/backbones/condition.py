@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from flashar_pl.numerics import moved
+
 Kind = Literal["class", "text", "prompt"]
 
 
@@ -54,7 +56,7 @@ class Condition(ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """The same condition on `device`."""
-        return self.each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: moved(tensor, device))
 
     def rows(self, index: slice | Sequence[int]) -> Self:
         """The samples `index`, in that order."""
@@ -258,8 +260,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        parts = (self.codes, self.condition, self.valid, self.index)
-        return Batch(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        valid, index = (None if part is None else moved(part, device) for part in (self.valid, self.index))
+        return Batch(moved(self.codes, device), self.condition.to(device), valid, index)
 
 
 @dataclass(frozen=True)

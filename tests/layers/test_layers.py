@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from flashar_pl.backbones.condition import Batch
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope, angles_1d, angles_2d, apply_rope, rotations
 from flashar_pl.layers.transformer import Attention, Block, BlockConfig, RMSNorm, attention
@@ -181,3 +182,18 @@ def test_masked_attention_runs_in_a_fused_kernel(heads: int, groups: int, width:
         y.sum().backward()
     expected = attention(q.detach().cpu().float(), k.cpu().float(), v.cpu().float(), mask.cpu())
     torch.testing.assert_close(y.detach().cpu().float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_a_batch_goes_to_a_gpu_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards copies from pageable memory, three a step, each of which waits for all that the GPU has to do."""
+    asked: list[object] = []
+    batch = Batch(torch.zeros(2, 3, 4, dtype=torch.int64), torch.arange(2))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, device, non_blocking=False: asked.append((device, non_blocking)) or tensor
+    )
+    batch.to("cuda")
+    assert asked == ["pinned", ("cuda", True)] * 2
+    asked.clear()
+    batch.to("cpu")
+    assert asked == [("cpu", False)] * 2
