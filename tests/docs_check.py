@@ -29,8 +29,8 @@ SHORT = ["--trainer.max_steps", "20", "--model.validation.samples", "20"]
 """Added to the training runs of the demo."""
 SECONDS = 600
 """A command may take."""
-OUTPUTS = {"--out", "--trainer.default_root_dir", "default_root_dir", "dirpath"}
-"""What follows is made, not read."""
+OUTPUTS = {"--out", "--trainer.default_root_dir", "default_root_dir", "dirpath", "monitor"}
+"""What follows is made, or no file, and not read."""
 INPUTS = {
     "--checkpoint",
     "--raster",
@@ -41,6 +41,8 @@ INPUTS = {
     "--images",
     "--codes",
     "--labels",
+    "images",  # tokenize images FOLDER
+    "train",  # tokenizer train FOLDER
 }
 """What follows is a path, though it may not look like one."""
 FILES = re.compile(r"[^\s:]*/[^\s:]*|[\w.=-]+\.(pt|ckpt|npz|npy|json|jsonl|txt|yaml|safetensors|tar)")
