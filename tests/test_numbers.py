@@ -141,3 +141,11 @@ def test_the_study_of_the_scenes() -> None:
     runs = [run for row in found["rows"].values() for run in row["runs"]]
     assert {run["commits"]["evaluation"] for run in runs} == {"ae133438acd8"}
     assert "commit ae133438acd8" in text
+
+
+def test_coupled_diagonals() -> None:
+    measured = json.loads((ROOT / "docs" / "results" / "coupling.json").read_text(encoding="utf-8"))["rows"]
+    shown = rows(page("results/beyond.md"), "| model | coupling | torn")
+    for (_, _, *cells), row in zip(shown, measured, strict=True):
+        values = (row["torn"]["share"], row["exact"]["share"], row["legal"], row["illegal"])
+        assert all(map(shows, cells, values)), row["name"]
