@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from flashar_pl.backbones import build_backbone
-from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, inside, named_paths
+from flashar_pl.checkpoints.named_paths import all_inside, located, marks, named_paths, strange
 from flashar_pl.grid import DecodePlan, make_plan
-from flashar_pl.mark import sign, signed
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
 from flashar_pl.models.baselines.plans import block_plan, region_plan, scale_plan
@@ -59,19 +58,18 @@ class Description:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, with marks of the paths that are this user's."""
         values = asdict(self)
-        own = sorted(named_paths(self.tokenizer, self.training) - values.pop("strange"))
-        if marks := {path: mark for path in own if (mark := sign(path)) is not None}:
-            values["marks"] = marks
+        own = named_paths(self.tokenizer, self.training) - values.pop("strange")
+        if own_marks := marks(own):
+            values["marks"] = own_marks
         return {"format": FORMAT, **values, "grid": None if self.grid is None else list(self.grid)}
 
     def settle(self, checkpoint: Path) -> None:
         """Say of strange paths that lie inside the checkpoint where they are; those are this user's from now on."""
-        found = {path: place for path in self.strange if (place := inside(checkpoint, path)) is not None}
+        file = checkpoint / "config.json" if checkpoint.is_dir() else checkpoint
+        found = all_inside(file, self.strange)
         self.strange -= found.keys()
         if self.tokenizer is not None:
-            self.tokenizer = {
-                key: found.get(value, value) if key in IN_TOKENIZER else value for key, value in self.tokenizer.items()
-            }
+            self.tokenizer = located(self.tokenizer, found)
         if (prompts := self.training.get("prompts")) in found:
             self.training = {**self.training, "prompts": found[prompts]}
 
@@ -87,8 +85,8 @@ class Description:
             isinstance(grid, list | tuple) and len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
         ):
             raise ValueError(f"the checkpoint's grid is {str(grid)[:60]}; expected two whole numbers above 0.")
-        training, marks = values.get("training", {}), values.get("marks", {})
-        for key, value in {**optional, "training": training, "marks": marks}.items():
+        training, stored = values.get("training", {}), values.get("marks", {})
+        for key, value in {**optional, "training": training, "marks": stored}.items():
             if not isinstance(value, dict if key in ("training", "marks") else dict | None):
                 raise ValueError(f"the checkpoint's {key} is {str(value)[:60]!r}; expected named values.")
         paths = named_paths(optional["tokenizer"], training)
@@ -96,7 +94,7 @@ class Description:
             model=values["model"],
             grid=None if grid is None else (grid[0], grid[1]),
             training=training,
-            strange=frozenset(path for path in paths if not signed(path, marks.get(path))),
+            strange=strange(paths, stored),
             **optional,
         )
 

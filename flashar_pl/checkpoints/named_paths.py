@@ -1,11 +1,15 @@
-"""Paths that a checkpoint names: opened where this user's own command wrote them, or where they lie inside it."""
+"""Paths that a checkpoint or a manifest names: opened where this user's own command wrote them, or where they lie
+beside it."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from flashar_pl.mark import sign, signed
 
 IN_TOKENIZER = ("weights", "settings")
 IN_VALIDATION = ("features", "reference")
@@ -21,27 +25,49 @@ def named_paths(tokenizer: dict[str, Any] | None, training: dict[str, Any]) -> s
     return {value for value in found if isinstance(value, str)}
 
 
-def inside(checkpoint: Path, name: str) -> str | None:
-    """Where a relative path lies inside the directory of a checkpoint, or that of a checkpoint file; else None.
+def marks(paths: Iterable[str]) -> dict[str, str]:
+    """Marks of paths that are this user's, to be stored where they are named."""
+    return {path: mark for path in sorted(paths) if (mark := sign(path)) is not None}
 
-    Links count by where they lead: out of the directory only to where those of the checkpoint's own files lead, as in
-    a cache of the Hub.
+
+def strange(paths: Iterable[str], stored: dict[str, Any]) -> frozenset[str]:
+    """Those of some paths that are not this user's, by the stored marks."""
+    return frozenset(path for path in paths if not signed(path, stored.get(path)))
+
+
+def inside(file: Path, name: str) -> str | None:
+    """Where a relative path lies inside the directory of the file that names it; else None.
+
+    Links count by where they lead: out of the directory only to where that of the file itself leads, as in a cache of
+    the Hub.
     """
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    file = folder / "config.json" if checkpoint.is_dir() else checkpoint
-    found = (folder / name).resolve()
-    if Path(name).is_absolute() or ".." in Path(name).parts or not found.exists():
+    folder = file.parent
+    try:
+        found = (folder / name).resolve()
+        if Path(name).is_absolute() or ".." in Path(name).parts or not found.exists():
+            return None
+    except (OSError, ValueError, RuntimeError):  # a name that no file system takes, a loop of links
         return None
     if any(root in found.parents for root in (folder.resolve(), file.resolve().parent)):
         return str((folder / name).absolute())
     return None
 
 
-def refusal(checkpoint: str, what: str, path: str, option: str) -> ValueError:
+def all_inside(file: Path, names: Iterable[str]) -> dict[str, str]:
+    """Of some names those that are `inside`, and where they lie."""
+    return {name: place for name in names if (place := inside(file, name)) is not None}
+
+
+def located(tokenizer: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer's configuration with its files where they were found."""
+    return tokenizer | {key: found[name] for key in IN_TOKENIZER for name in found if tokenizer.get(key) == name}
+
+
+def refusal(file: str, what: str, path: str, advice: str) -> ValueError:
     """That a path is not opened, and what to type."""
     return ValueError(
-        f"{checkpoint} names {path!r} as its {what}. Your own commands did not write that, and of other checkpoints "
-        f"only what lies inside their directory is opened. If you trust it, add {option}."
+        f"{file} names {path!r} as its {what}. Your own commands did not write that, and of what others write only "
+        f"what lies inside its directory is opened. If you trust it, {advice}."
     )
 
 

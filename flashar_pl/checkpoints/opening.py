@@ -55,7 +55,7 @@ class Source:
             )
         for name in IN_TOKENIZER:
             if (path := self.tokenizer.get(name)) in self.description.strange:
-                raise refusal(self.path, "tokenizer", str(path), typed_tokenizer(self.tokenizer))
+                raise refusal(self.path, "tokenizer", str(path), f"add {typed_tokenizer(self.tokenizer)}")
         return self.tokenizer
 
     def matching_tokenizer(self, device: str) -> Tokenizer:

@@ -53,12 +53,12 @@ def evaluate_scenes(
 
     from flashar_pl.backbones.condition import Condition, TextFeatures
     from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
+    from flashar_pl.data.encode import decoder_of
     from flashar_pl.data.scenes import to_prompt
     from flashar_pl.data.shards import Manifest
     from flashar_pl.decoding.build import build_engine
     from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
     from flashar_pl.pictures import save_png, tile
-    from flashar_pl.tokenizers import build_tokenizer
 
     target = require_new(out, "results")
     manifest = Manifest.load(images.data)
@@ -94,7 +94,7 @@ def evaluate_scenes(
     }
     with new_directory(target, "results") as folder:
         np.save(folder / "codes.npy", codes.numpy())
-        save_png(tile(decode_all(build_tokenizer(manifest.tokenizer), codes[:SHOWN]), 6), folder / "samples.png")
+        save_png(tile(decode_all(decoder_of(manifest), codes[:SHOWN]), 6), folder / "samples.png")
         write_json(folder / "scenes.json", result)
     print(report(result))
     print(f"wrote {Path(out) / 'scenes.json'}")

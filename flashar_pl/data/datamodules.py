@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
 from flashar_pl.data.captions import captioned_images
-from flashar_pl.data.encode import tokenizer_of
+from flashar_pl.data.encode import tokenizer_of, with_weights
 from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.locations import is_remote
@@ -69,6 +69,8 @@ class CodesDataModule(LightningDataModule):
         prompts: for captions and an Emu3.5 model, directory with emu3.tiktoken, released with the weights.
         max_prompt: longest prompt in tokens, template included; longer captions lose their end.
         text_encoder: in place of prompts, turns a caption into the 1-D int64 token ids of the whole prefix.
+        tokenizer_weights: weights file or directory of the tokenizer, if it is not where the manifest says, or another
+            user's manifest says it.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class CodesDataModule(LightningDataModule):
         prompts: str | None = None,
         max_prompt: int = MAX_PROMPT,
         text_encoder: Callable | None = None,
+        tokenizer_weights: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["text_encoder"], logger=False)
@@ -105,7 +108,7 @@ class CodesDataModule(LightningDataModule):
         self.shuffle, self.resampled, self.epoch_samples = shuffle, resampled, epoch_samples
         self.validation_batch_size = batch_size if validation_batch_size is None else validation_batch_size
         self.limit_validation_samples = limit_validation_samples
-        self.verify = verify
+        self.verify, self.tokenizer_weights = verify, tokenizer_weights
         self.cache, self.prompts, self.max_prompt, self.text_encoder = cache, prompts, max_prompt, text_encoder
         self._manifests: list[Manifest] = []
         self._mixture: list[MixedSource] = []
@@ -119,12 +122,16 @@ class CodesDataModule(LightningDataModule):
     def manifests(self) -> list[Manifest]:
         """One manifest for each grid of each source, that with most training samples first, read when first asked for.
         Raises ValueError as `load_grids` and `load_mixture` do."""
-        if not self._manifests and isinstance(self.location, dict):
+        if self._manifests:
+            return self._manifests
+        if isinstance(self.location, dict):
             self._mixture = load_mixture(self.location)
             found = [manifest for source in self._mixture for manifest in source.manifests]
             self._manifests = sorted(found, key=lambda manifest: -manifest.samples("train"))
-        elif not self._manifests:
+        else:
             self._manifests = load_grids(str(self.location))
+        if self.tokenizer_weights is not None:
+            self._manifests = [with_weights(each, self.tokenizer_weights) for each in self._manifests]
         return self._manifests
 
     @property
@@ -277,7 +284,6 @@ class _ImagesDataModule(CodesDataModule):
         shards: directory of the shards with the validation split and the manifest: they say which tokenizer, grid and
             condition the run has.
         num_workers: worker processes of each device that read and decode images; 0 reads in the training process.
-        tokenizer_weights: weights file or directory of the tokenizer, if it is not where the manifest says.
     """
 
     kind: str
@@ -285,11 +291,9 @@ class _ImagesDataModule(CodesDataModule):
     crop_range = 1.0
     classes: str | None = None
 
-    def __init__(
-        self, images: str, shards: str, num_workers: int = 4, tokenizer_weights: str | None = None, **options: Any
-    ) -> None:
+    def __init__(self, images: str, shards: str, num_workers: int = 4, **options: Any) -> None:
         super().__init__(shards, num_workers=num_workers, **options)
-        self.images, self.tokenizer_weights = images, tokenizer_weights
+        self.images = images
         if self.reading == "streamed" and self.epoch_samples is None:
             raise ValueError("epoch_samples is missing: how many images of the tars make an epoch.")
         self._tokenizer: Tokenizer | None = None
@@ -303,7 +307,7 @@ class _ImagesDataModule(CodesDataModule):
                     f"The shards at {self.location} have the condition {manifest.condition.kind!r}; "
                     f"{type(self).__name__} expects {self.kind!r}."
                 )
-            self._tokenizer = tokenizer_of(manifest, self.tokenizer_weights, "tokenizer_weights:")
+            self._tokenizer = tokenizer_of(manifest, None, "--data.tokenizer_weights")
         super().setup(stage)
 
     @abstractmethod

@@ -6,14 +6,15 @@ Shapes: n images, K crops of each, S side before cropping, s side of a crop, H x
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, refusal
 from flashar_pl.data.images import views
-from flashar_pl.data.manifest import Manifest
+from flashar_pl.data.manifest import FILE_NAME, Manifest
 from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
@@ -51,17 +52,36 @@ def weights_hash(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()[:16]
 
 
+def with_weights(manifest: Manifest, weights: str) -> Manifest:
+    """A manifest with the tokenizer's file or directory that the user types."""
+    kept = {key: value for key, value in manifest.tokenizer.items() if key not in IN_TOKENIZER}
+    return replace(manifest, tokenizer=kept | {"weights": weights}, strange=frozenset())
+
+
+def check_own(manifest: Manifest, advice: str) -> None:
+    """Raises ValueError where another user's manifest names the files of its tokenizer; advice: what to do then."""
+    for path in sorted(manifest.strange):
+        raise refusal(f"{FILE_NAME} of {manifest.root}", "tokenizer", path, advice)
+
+
+def decoder_of(manifest: Manifest) -> Tokenizer:
+    """The tokenizer of some shards, for commands that take none. Raises ValueError as `check_own`."""
+    check_own(manifest, f"copy it into {manifest.root} and write its name there into {FILE_NAME}")
+    return build_tokenizer(manifest.tokenizer)
+
+
 def tokenizer_of(manifest: Manifest, weights: str | None, option: str) -> Tokenizer:
     """The tokenizer of some shards; weights: its file, where that has moved; option: how a person gives it.
 
     Raises:
         ValueError: its weights are not there, or it has another number of codes.
     """
-    config = manifest.tokenizer if weights is None else manifest.tokenizer | {"weights": weights}
-    file = config.get("weights", "")
+    manifest = manifest if weights is None else with_weights(manifest, weights)
+    check_own(manifest, f"add {option} FILE")
+    file = manifest.tokenizer.get("weights", "")
     if file is None or (file and not Path(str(file)).exists()):
         raise ValueError(f"The tokenizer's weights {file} are not there; add {option} FILE.")
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(manifest.tokenizer)
     if tokenizer.vocabulary != manifest.vocabulary:
         raise ValueError(
             f"The shards at {manifest.root} hold codes of a vocabulary of {manifest.vocabulary}, their tokenizer has "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashar_pl.checkpoints.named_paths import all_inside, inside, located, marks, named_paths, strange
 from flashar_pl.data import forms
 from flashar_pl.data.locations import fetch, is_remote, read_bytes
 from flashar_pl.files import default_cache, write_text
@@ -148,6 +149,8 @@ class Manifest:
     """What was done to the images before they were tokenised, such as {"crop": "centre square"}, where it is known."""
     root: str = ""
     """Location the shard paths are relative to; not stored."""
+    strange: frozenset[str] = field(default=frozenset(), compare=False)
+    """Files of the tokenizer that no command of this user wrote or typed, see `named_paths`; not stored."""
 
     def __post_init__(self) -> None:
         forms.name("name", self.name)
@@ -231,13 +234,16 @@ class Manifest:
         try:
             splits = {split: tuple(_shard(s) for s in shards) for split, shards in data["splits"].items()}
             plain = {key: data[key] for key in ("name", "tokenizer", "vocabulary", "crops")}
+            others = strange(named_paths(data["tokenizer"], {}), data.get("marks", {}))
+            found: dict[str, str] = {} if is_remote(root) else all_inside(Path(root) / FILE_NAME, others)
+            plain |= {"tokenizer": located(plain["tokenizer"], found)} if found else {}
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
             later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
             later["preparation"] = data.get("preparation", {})
             return cls(
                 grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
-                **later,
+                **later, strange=others - found.keys(),
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
@@ -246,12 +252,18 @@ class Manifest:
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write `manifest.json` into `directory`, complete or not at all. Returns its path."""
-        return write_text(Path(directory) / FILE_NAME, json.dumps(self.stored(), indent=1) + "\n")
+        return write_text(Path(directory) / FILE_NAME, json.dumps(self.stored(Path(directory)), indent=1) + "\n")
 
-    def stored(self) -> dict[str, Any]:
-        """What the file holds."""
+    def stored(self, directory: Path) -> dict[str, Any]:
+        """What the file holds: the tokenizer's files by name where they lie in its directory, marks of others."""
         data = {"format": FORMAT} | asdict(self)
-        del data["root"]
+        del data["root"], data["strange"]
+        place = directory.resolve()
+        own = {path: Path(path).expanduser().resolve() for path in named_paths(self.tokenizer, {}) - self.strange}
+        here = {path: file.relative_to(place).as_posix() for path, file in own.items() if place in file.parents}
+        data["tokenizer"] = located(self.tokenizer, here)
+        if own_marks := marks(own.keys() - here.keys()):
+            data["marks"] = own_marks
         data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
         if not self.preparation:
             del data["preparation"]
@@ -268,10 +280,17 @@ class Manifest:
         return self.splits[split]
 
     def local_path(self, shard: Shard, cache: str | os.PathLike[str] | None = None) -> str:
-        """Where the shard can be opened: itself, or its copy in `cache`. Raises ValueError if it cannot be copied."""
+        """Where the shard can be opened: itself, or its copy in `cache`. ValueError where it cannot be copied, or is a
+        link that leads elsewhere than that of the manifest."""
         if is_remote(self.root):
             return str(fetch(self.root, shard.path, shard.sha256, default_cache() if cache is None else Path(cache)))
-        return str(Path(self.root) / shard.path)
+        path = Path(self.root) / shard.path
+        if path.is_symlink() and path.exists() and inside(path.with_name(FILE_NAME), shard.path) is None:
+            raise ValueError(
+                f"{path} is a link that leads out of its directory. If you trust it, link {FILE_NAME} from there too, "
+                f"or give {path.resolve().parent} in place of {self.root}."
+            )
+        return str(path)
 
     def samples(self, split: str) -> int:
         """Number of samples in a split, 0 if there is none of that name."""

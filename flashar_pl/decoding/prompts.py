@@ -261,7 +261,7 @@ def find_assets(source: Source, assets: str | None) -> str:
     places = [assets] if assets is not None else [source.path, *([] if trained is None else [trained])]
     for place in places:
         if assets is None and place in source.description.strange:
-            raise refusal(source.path, "tokenizer of prompts", place, f"--assets {shlex.quote(place)}")
+            raise refusal(source.path, "tokenizer of prompts", place, f"add --assets {shlex.quote(place)}")
         if find_prompt_tokenizer(place) is not None:
             return place
     where = " or ".join(places)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch, Condition
+from flashar_pl.data.encode import decoder_of
 from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import Engine
 from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
@@ -25,7 +26,7 @@ from flashar_pl.metrics.reference import ReferenceStatistics, reference_from_bat
 from flashar_pl.metrics.table import measure
 from flashar_pl.models import GridModel
 from flashar_pl.options import SamplingSettings
-from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.tokenizers import Tokenizer
 
 SEED_STRIDE = 1_000_000
 """Sample i of sample seed s is drawn from s * SEED_STRIDE + i, so that seeds share no sample."""
@@ -49,14 +50,14 @@ class Judge:
         """With all images of every split as the real side."""
         splits = [split for split in manifest.splits if manifest.samples(split)]
         images = (split_images(manifest, split)[0] for split in splits)
-        return cls(classifier, build_tokenizer(manifest.tokenizer), reference_from_batches(classifier, images))
+        return cls(classifier, decoder_of(manifest), reference_from_batches(classifier, images))
 
 
 def split_images(manifest: Manifest, split: str) -> tuple[Tensor, Tensor | None]:
     """Images (n, 3, h, w) uint8 and labels (n,) int64, None = it has no classes, of a split, evaluation crops."""
     reader = ShardReader(manifest, split)
     samples = reader.read(np.arange(len(reader)))
-    images = decode_all(build_tokenizer(manifest.tokenizer), torch.from_numpy(samples.codes))
+    images = decode_all(decoder_of(manifest), torch.from_numpy(samples.codes))
     return images, None if samples.labels is None else torch.from_numpy(samples.labels)
 
 

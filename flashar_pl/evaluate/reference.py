@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashar_pl.checkpoints.named_paths import typed_tokenizer
 from flashar_pl.data.account import Account
+from flashar_pl.data.encode import check_own
 from flashar_pl.data.folders import list_images
 from flashar_pl.data.images import centre_crop
 from flashar_pl.data.locations import is_remote
@@ -184,7 +186,10 @@ def _read_image(file: Path, crop: int | None) -> np.ndarray:
 def _from_shards(path: str, split: str, extractor: FeatureExtractor, tokenizer: str | dict[str, Any] | None) -> Source:
     manifest = Manifest.load(path)
     manifest.shards(split)
-    config = parse_tokenizer(tokenizer) or manifest.tokenizer
+    config = parse_tokenizer(tokenizer)
+    if config is None:
+        check_own(manifest, f"add {typed_tokenizer(manifest.tokenizer)}")
+        config = manifest.tokenizer
     decoder = build_tokenizer(config)
 
     def batches() -> Iterator[Tensor]:

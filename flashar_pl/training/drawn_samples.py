@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
+from flashar_pl.data.encode import tokenizer_of
 from flashar_pl.data.reader import ShardReader
 from flashar_pl.data.shards import Manifest
 from flashar_pl.decoding.samples import decode_all, draw
@@ -25,7 +26,7 @@ from flashar_pl.metrics.features import load_extractor
 from flashar_pl.metrics.fid import RowFID
 from flashar_pl.metrics.reference import load_reference
 from flashar_pl.pictures import sheet
-from flashar_pl.tokenizers import Tokenizer, build_tokenizer
+from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.evaluation import SplitCallback, sum_over_ranks
 from flashar_pl.training.protocol import Trained, trained
@@ -74,7 +75,7 @@ class DrawnSamples(SplitCallback):
             raise ValueError(
                 "validation.samples and grid_images need a data module with a manifest, whose tokenizer decodes them."
             )
-        self.tokenizer = build_tokenizer(manifest.tokenizer)
+        self.tokenizer = tokenizer_of(manifest, None, "--data.tokenizer_weights")
         if config.features is not None:
             self.extractor = load_extractor(config.features)
             self.fid = {split: RowFID(self.extractor.num_features) for split in ("val", "test")}

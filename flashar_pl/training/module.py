@@ -297,6 +297,7 @@ class FlashARModule(LightningModule):
             tokenizer=None if manifest is None else dict(manifest.tokenizer),
             training=training,
             lora=None if lora is None else lora.to_dict(),
+            strange=frozenset() if manifest is None else manifest.strange,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """Nothing that a file says is imported, executed, fetched or written to: one test for each door."""
 
 import json
+import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,11 @@ from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.cli import main
 from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.data.shards import ConditionSpec, ShardWriter
+from flashar_pl.data.encode import check_own, decoder_of, with_weights
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
 from flashar_pl.data.tars import tar_records
 from flashar_pl.decoding.prompts import find_assets
+from flashar_pl.evaluate.reference import load_reference_images
 from flashar_pl.mark import key_file, marked, own, sign
 from flashar_pl.options import ModelOptions
 from flashar_pl.tensor_files import read_arrays, read_tensors, read_torch
@@ -271,6 +275,81 @@ def test_a_tokenizer_inside_a_strangers_directory_is_opened(empty: Path, vq: str
     else:
         with pytest.raises(ValueError, match=f"names '{name}'"):
             source.need_tokenizer()
+
+
+def with_manifest(place: Path, **tokenizer: Any) -> Path:
+    """Shards whose manifest names the files of a tokenizer."""
+    condition, sizes = ConditionSpec("class", num_classes=3), {"grid": (4, 4), "vocabulary": 8}
+    with ShardWriter(place, name="x", tokenizer={"kind": "vq16", **tokenizer}, condition=condition, **sizes) as writer:
+        writer.write("train", np.arange(32).reshape(2, 4, 4) % 8, ids=range(2), labels=[0, 1])
+    return place
+
+
+def settled(place: Path) -> Any:
+    """The weights of a manifest that is trusted."""
+    manifest = Manifest.load(place)
+    check_own(manifest, "add --it FILE")
+    return manifest.tokenizer["weights"]
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "~/vq.pt", "../vq.pt", "link.pt", "loop", "pipe:touch DONE", "http://host/vq.pt", "x" * 300]
+)
+def test_a_tokenizer_that_a_strangers_manifest_names_is_not_opened(empty: Path, another, name: str) -> None:
+    """Guards `fit`, `report` and `tokenize check` on other people's shards, which opened what they name."""
+    with_manifest(empty / "set", weights=name)
+    (empty / "vq.pt").touch()
+    (empty / "set" / "link.pt").symlink_to(empty / "vq.pt")
+    (empty / "set" / "loop").symlink_to("loop")
+    assert settled(empty / "set") == name
+    another()
+    manifest = Manifest.load(empty / "set")
+    with pytest.raises(ValueError, match=rf"manifest\.json of .*set names '{re.escape(name)}'.*add --it FILE"):
+        check_own(manifest, "add --it FILE")
+    for use in (lambda: decoder_of(manifest), lambda: load_reference_images(str(empty / "set"), "train", None)):
+        with pytest.raises(ValueError, match="names"):
+            use()
+    typed = with_weights(manifest, "mine.pt")
+    check_own(typed, "")
+    assert typed.tokenizer == {"kind": "vq16", "weights": "mine.pt"}
+    manifest.save(empty / "set")
+    with pytest.raises(ValueError, match="names"):  # writing it again does not make it one's own
+        settled(empty / "set")
+
+
+def test_a_tokenizer_inside_a_data_set_travels_with_it(empty: Path, another) -> None:
+    (empty / "set").mkdir()
+    (empty / "vq.pt").touch()
+    manifest = Manifest.load(with_manifest(empty / "made", weights=str(empty / "set" / "own" / "vq.pt")))
+    (empty / "set" / "own").mkdir()
+    (empty / "set" / "own" / "vq.pt").touch()
+    assert json.loads(manifest.save(empty / "set").read_text())["tokenizer"]["weights"] == "own/vq.pt"
+    (empty / "set").rename(empty / "moved")
+    another()
+    assert settled(empty / "moved") == str(empty / "moved" / "own" / "vq.pt")
+
+
+def test_a_shard_that_is_a_link_leads_where_the_manifest_does(empty: Path) -> None:
+    """Out of the directory only beside the manifest's own file, as in a cache of the Hub."""
+    with_manifest(empty / "set")
+    (empty / "blobs").mkdir()
+    shard = (empty / "set" / "train-000000.tar").rename(empty / "blobs" / "1")
+    (empty / "set" / "train-000000.tar").symlink_to(shard)
+    with pytest.raises(ValueError, match=r"train-000000\.tar is a link that leads out of its directory"):
+        ShardReader(Manifest.load(empty / "set"), "train").read(np.arange(2))
+    (empty / "set" / "manifest.json").rename(empty / "blobs" / "2")
+    (empty / "set" / "manifest.json").symlink_to(empty / "blobs" / "2")
+    assert ShardReader(Manifest.load(empty / "set"), "train").read(np.arange(2)).ids.tolist() == [0, 1]
+
+
+def test_training_on_a_strangers_shards_does_not_make_its_paths_ones_own(home: Path, another, monkeypatch) -> None:
+    module = FlashARModule.load_from_checkpoint(next((home / "run" / "checkpoints").iterdir()))
+    with_manifest(Path("set"), weights="/etc/passwd")
+    for marks in (1, 0):
+        data = SimpleNamespace(manifest=Manifest.load("set"))
+        monkeypatch.setattr(FlashARModule, "trainer", SimpleNamespace(global_step=0, datamodule=data))
+        assert len(module.description().to_dict().get("marks", {})) == marks
+        another()
 
 
 def test_prompts_and_references_that_a_stranger_names_are_not_opened(empty: Path, vq: str, another) -> None:
