@@ -180,7 +180,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     }
     if options.out:
         write_json(Path(options.out), result)
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
     return result
 
 

@@ -88,7 +88,7 @@ def main() -> None:
             "codes_per_forward": expected[0].numel() / float(forwards.mean()),
             "raster_s": between - started, "lossless_s": ended - between,
         })  # fmt: skip
-        print(json.dumps(rows[-1]), flush=True)
+        print(json.dumps(rows[-1], allow_nan=False), flush=True)
 
     if "sampling" in asked.rows:
         for name, sampling in SETTINGS.items():
@@ -113,7 +113,7 @@ def main() -> None:
         "grid": list(source.grid),
         "rows": rows,
     }
-    Path(asked.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    Path(asked.out).write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

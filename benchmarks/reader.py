@@ -114,7 +114,7 @@ def main() -> None:
         "written_samples_per_cpu_second": round(written),
     }
     print(f"shuffled, ready batches: {shuffled:,.0f} samples per CPU-second; webdataset, unshuffled: {plain:,.0f}")
-    line = json.dumps(result)
+    line = json.dumps(result, allow_nan=False)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(line + "\n", encoding="utf-8")

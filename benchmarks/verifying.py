@@ -71,6 +71,7 @@ def main() -> None:
         (statistics.median(each[0] for each in column), statistics.median(each[1] for each in column))
         for column in zip(*pairs, strict=True)
     )
+    shares = [one[1] / other[1] - 1 for one, other in pairs]  # of loads after one another
     result = {
         "name": "verifying",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
@@ -84,8 +85,9 @@ def main() -> None:
         "cpu_seconds_without": round(plain_cpu, 4),
         "cpu_seconds_verified": round(verified_cpu, 4),
         "cpu_share": round(verified_cpu / plain_cpu - 1, 3),
+        "cpu_share_quartiles": [round(share, 3) for share in statistics.quantiles(shares, n=4)],
     }
-    text = json.dumps(result)
+    text = json.dumps(result, allow_nan=False)
     if options.out:
         Path(options.out).write_text(text + "\n")
     print(text)

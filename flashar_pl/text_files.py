@@ -14,7 +14,9 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 BROKEN = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, OSError, tokenize.TokenError, zipfile.BadZipFile, zlib.error),
@@ -117,6 +119,15 @@ def read_json(path: str | Path, content: bytes | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a JSON {type(values).__name__}; expected an object.")
     return values
+
+
+def read_field(path: str | Path, name: str, kind: type[T]) -> T:
+    """One value of a JSON object that a command of ours has written. Raises ValueError, naming the file, for others."""
+    value = read_json(path).get(name)
+    if not isinstance(value, kind):
+        found = "nothing" if value is None else repr(value)[:60]
+        raise ValueError(f"{path} has {found} as {name!r}; expected a {kind.__name__}. Restore it, or make it again.")
+    return value
 
 
 def read_yaml(path: str | Path, content: bytes | None = None) -> Any:

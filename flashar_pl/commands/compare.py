@@ -16,7 +16,7 @@ from flashar_pl.commands.score import DataOptions, likelihoods
 from flashar_pl.console import closest, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least, parse_classes
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import read_field
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 KEPT = ("best.ckpt", "last.ckpt")
 """Of a run's checkpoints the first that is there is compared."""
+SPEED = ("ms_per_image", "images_per_s", "runner", "weight_format", "time")
+"""What is shown of a row of a benchmark."""
 
 
 @dataclass(frozen=True)
@@ -189,15 +191,16 @@ def checkpoints_of(path: Path) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """What a checkpoint says of its seeds and its training."""
-    from flashar_pl.training.stored_config import own_config
+    from flashar_pl.training.stored_config import flatten, own_config
 
     settings, own = _settings(path)
     start = settings.get("model.init_from")
     marker = path.parent.parent / "sweep.json"
-    commit = read_json(marker)["versions"].get("commit") if marker.is_file() else None
+    commit = read_field(marker, "versions", dict).get("commit") if marker.is_file() else None
     if not isinstance(start, str):
         return Run(str(path), str(path.resolve()), "", [None if own is None else 0, own], commit)
-    known = own_config(str(path)) is not None and Path(start).exists()  # no path that a stranger's file names is opened
+    own_start = flatten(own_config(str(path)) or {}).get("model.init_from")
+    known = start == own_start and Path(start).exists()  # no path that a stranger's file names is opened
     before = _settings(Path(start))[1] if known else None
     return Run(str(path), str(Path(start).resolve()), str(settings.get("seed_everything")), [before, own], commit)
 
@@ -226,10 +229,9 @@ def read_speeds(words: list[str], names: list[str]) -> dict[str, list[dict[str, 
         name, equals, place = word.partition("=")
         if not equals or name not in names:
             raise ValueError(f"--speed is {word!r}; expected NAME=results.json of a row: {', '.join(names)}.")
-        content = read_json(Path(place))
-        if not isinstance(content.get("rows"), list):
-            raise ValueError(f"--speed {place} has no rows; expected results.json of `flashar benchmark --out`.")
-        found[name] = content["rows"]
+        found[name] = read_field(place, "rows", list)
+        if not all(isinstance(row, dict) and row.keys() >= {"plan", "batch", "seconds", *SPEED} for row in found[name]):
+            raise ValueError(f"--speed {place} has other rows than results.json of `flashar benchmark --out`.")
     return found
 
 
@@ -284,7 +286,7 @@ def _speed_of(row: Row, measured: list[dict[str, Any]] | None) -> dict[str, Any]
     if not own:
         raise ValueError(f"the benchmark of row {row.name} has no {row.plan} row of batch size 1; measure it.")
     best = min(own, key=lambda each: each["seconds"])
-    return {name: best[name] for name in ("ms_per_image", "images_per_s", "runner", "weight_format", "time")}
+    return {name: best[name] for name in SPEED}
 
 
 def describe(row: Row, reference: Row, manifest: Manifest) -> dict[str, Any]:

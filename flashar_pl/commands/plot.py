@@ -14,7 +14,7 @@ from typing import Any, Literal
 from flashar_pl.console import needing, table
 from flashar_pl.evaluate.options import MEASURED
 from flashar_pl.files import replacing, require_new
-from flashar_pl.text_files import read_json, read_yaml
+from flashar_pl.text_files import read_field, read_yaml
 
 Axis = Literal["step", "epoch", "gpu-hours"]
 AXES = {"epoch": "train/epochs", "gpu-hours": "train/device_hours"}
@@ -302,7 +302,12 @@ def find_runs(given: list[str]) -> dict[str, Path]:
 def read_curves(run: Path) -> dict[str, Curve]:
     """What a run has logged, and below measured/ what `flashar evaluate --run` has found."""
     curves, file = read_scalars(run), run / MEASURED
-    entries = read_json(file)["checkpoints"] if file.is_file() else []
+    entries = read_field(file, "checkpoints", list) if file.is_file() else []
+    for entry in entries:
+        metrics = entry.get("metrics") if isinstance(entry, dict) else None
+        numbers = [entry.get("step"), *metrics.values()] if isinstance(metrics, dict) else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{file} has {str(entry)[:60]} among its checkpoints; measure again, or remove it.")
     for name in sorted({name for entry in entries for name in entry["metrics"]}):
         own = [entry for entry in entries if name in entry["metrics"]]
         curves[f"measured/{name}"] = [e["step"] for e in own], [e["metrics"][name] for e in own]

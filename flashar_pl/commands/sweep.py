@@ -15,7 +15,7 @@ from flashar_pl.commands.demo import LAST, Stage, move_aside, run_process
 from flashar_pl.console import closest, versions
 from flashar_pl.files import write_json
 from flashar_pl.recipes import find_recipe
-from flashar_pl.text_files import read_json, read_yaml
+from flashar_pl.text_files import read_field, read_yaml
 
 FINISHED = "sweep.json"
 """What a finished run holds: its command, its time and the versions it ran with."""
@@ -155,9 +155,9 @@ def finished(stage: Stage) -> bool:
     """Whether an earlier call finished a stage. Raises ValueError for a run that had other options."""
     if not stage.done or stage.words[0] != "fit":
         return stage.done
-    if (found := read_json(stage.path / FINISHED)["words"]) != stage.words:
+    if (found := read_field(stage.path / FINISHED, "words", list)) != stage.words:
         raise ValueError(
-            f"{stage.path} holds the run `flashar {shlex.join(found)}`, the file asks for `flashar "
+            f"{stage.path} holds the run `flashar {shlex.join(map(str, found))}`, the file asks for `flashar "
             f"{shlex.join(stage.words)}`; move {stage.path} aside, or let the file name another out."
         )
     return True

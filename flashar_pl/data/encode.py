@@ -15,7 +15,7 @@ import torch
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, refusal
 from flashar_pl.data.images import views
 from flashar_pl.data.manifest import FILE_NAME, Manifest
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import read_field
 from flashar_pl.tokenizers import Tokenizer, build_tokenizer
 
 
@@ -93,7 +93,7 @@ def tokenizer_of(manifest: Manifest, weights: str | None, option: str) -> Tokeni
 def check_weights(out: Path, own: str | None) -> None:
     """Raises ValueError if a report of `flashar tokenize` in `out` notes another hash of weights than `own`."""
     for report in sorted(out.glob("tokenize-*.json")):
-        noted = read_json(report)["settings"].get("weights_hash")
+        noted = read_field(report, "settings", dict).get("weights_hash")
         if own is not None and noted is not None and noted != own:
             raise ValueError(
                 f"The codes that {report} describes were made with other weights of the tokenizer than this command "

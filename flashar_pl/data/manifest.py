@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashar_pl.checkpoints.named_paths import all_inside, inside, located, marks, named_paths, strange
+from flashar_pl.checkpoints.named_paths import all_inside, located, marks, named_paths, strange
 from flashar_pl.data import forms
 from flashar_pl.data.locations import fetch, is_remote, read_bytes
 from flashar_pl.files import default_cache, write_text
@@ -280,17 +280,10 @@ class Manifest:
         return self.splits[split]
 
     def local_path(self, shard: Shard, cache: str | os.PathLike[str] | None = None) -> str:
-        """Where the shard can be opened: itself, or its copy in `cache`. ValueError where it cannot be copied, or is a
-        link that leads elsewhere than that of the manifest."""
+        """Where the shard can be opened: itself, or its copy in `cache`. Raises ValueError if it cannot be copied."""
         if is_remote(self.root):
             return str(fetch(self.root, shard.path, shard.sha256, default_cache() if cache is None else Path(cache)))
-        path = Path(self.root) / shard.path
-        if path.is_symlink() and path.exists() and inside(path.with_name(FILE_NAME), shard.path) is None:
-            raise ValueError(
-                f"{path} is a link that leads out of its directory. If you trust it, link {FILE_NAME} from there too, "
-                f"or give {path.resolve().parent} in place of {self.root}."
-            )
-        return str(path)
+        return str(Path(self.root) / shard.path)
 
     def samples(self, split: str) -> int:
         """Number of samples in a split, 0 if there is none of that name."""

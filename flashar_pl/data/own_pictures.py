@@ -85,7 +85,8 @@ def usual_side(codec: CodecOptions) -> int:
     facts = Path(codec.weights or value).expanduser().with_name(FACTS)
     if kind == "pixels":
         return PIXELS_SIDE
-    return int(read_json(facts)["image_size"]) if facts.is_file() else WEIGHTS_SIDE
+    side = read_json(facts).get("image_size") if facts.is_file() else None
+    return side if isinstance(side, int) else WEIGHTS_SIDE
 
 
 def _job(

@@ -42,7 +42,7 @@ from flashar_pl.data.writer import ShardWriter
 from flashar_pl.files import new_directory, write_json, write_text
 from flashar_pl.options import ShardOptions
 from flashar_pl.ranks import Rank
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import read_field, read_json
 
 NAMED = 5
 """Unusable samples named in an error."""
@@ -189,10 +189,9 @@ def _begin(job: Job, held: ExitStack) -> dict[str, Any] | None:
     """
     held.enter_context(_alone(job.out))
     if job.report.exists():
-        report = read_json(job.report)
-        _compare(job, report["settings"], "is complete, but was made")
+        _compare(job, read_field(job.report, "settings", dict), "is complete, but was made")
         shutil.rmtree(job.work, ignore_errors=True)
-        return report
+        return read_json(job.report)
     found = manifests(job.out)
     unfinished = any((job.out / f".{split}").is_dir() for split in SPLITS)
     if not found and not unfinished and any(path.name not in (LOCK, TOKENIZER) for path in job.out.iterdir()):
@@ -255,7 +254,7 @@ def _finished(job: Job) -> dict[int, int]:
 
 
 def _bad_samples(job: Job, part: int) -> list[dict[str, Any]]:
-    return read_json(job.work / f"{part:06d}" / "part.json")["bad"]
+    return read_field(job.work / f"{part:06d}" / "part.json", "bad", list)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from flashar_pl.evaluate.parts import RESULT
 from flashar_pl.evaluate.run import evaluate_on_rank, settings_of
 from flashar_pl.files import write_json
 from flashar_pl.ranks import Rank
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import read_field, read_json
 
 
 def evaluate_checkpoints(asked: Evaluation, threads: int, rank: Rank) -> dict[str, Any] | None:
@@ -59,7 +59,7 @@ def kept_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 def check_same(file: Path, asked: Evaluation) -> None:
     """ValueError where an earlier call measured with other settings (which)."""
-    stored = read_json(file)["settings"] if file.is_file() else {}
+    stored = read_field(file, "settings", dict) if file.is_file() else {}
     wanted = json.loads(json.dumps(_shared(asked)))
     other = {name: value for name, value in wanted.items() if stored.get(name) != value}
     if stored and other:
@@ -76,13 +76,13 @@ def finished(asked: Evaluation) -> dict[str, Any] | None:
     file = Path(asked.options.out or "") / RESULT
     if not file.is_file():
         return None
-    result = read_json(file)
-    if result["samples"]["checkpoint_sha256"] != path_digest(asked.model.checkpoint):
+    read_field(file, "metrics", dict)
+    if read_field(file, "samples", dict).get("checkpoint_sha256") != path_digest(asked.model.checkpoint):
         raise ValueError(
             f"{file} is of another checkpoint than {asked.model.checkpoint}; choose another --out, or remove "
             f"{file.parent}."
         )
-    return result
+    return read_json(file)
 
 
 def _asked(asked: Evaluation, checkpoint: str, out: Path) -> Evaluation:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from flashar_pl.files import replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
 from flashar_pl.tensor_files import read_tensors
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import read_json, reason
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
 SMALLEST_IMAGE = 4
@@ -109,19 +109,23 @@ class ClassifierFeatures(FeatureExtractor):
 
     @classmethod
     def load(cls, directory: str | Path) -> ClassifierFeatures:
-        """Read what `save` wrote. Raises ValueError where a file is missing or does not fit."""
+        """Read what `save` wrote, the sizes compared with the tensors before any memory is taken. Raises ValueError
+        where a file is missing or does not fit."""
         folder = Path(directory)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise ValueError(f"no classifier in {folder}: {name} is missing; flashar classifier makes it.")
-        config = read_json(folder / CONFIG_FILE)
+        config, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
         try:
             height, width = config["image_size"]
-            poolings = config.get("poolings", 1)
-            model = cls((height, width), config["num_classes"], config["num_features"], poolings)
-            model.load_state_dict(read_tensors(folder / WEIGHTS_FILE))
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"the classifier in {folder} cannot be read: {str(error)[:400]}.") from error
+            if (poolings := config.get("poolings", 1)) > len(tensors):
+                raise ValueError(f"{folder / CONFIG_FILE} has {poolings} poolings for {len(tensors)} tensors.")
+            with torch.device("meta"):
+                model = cls((height, width), config["num_classes"], config["num_features"], poolings)
+            model.load_state_dict(tensors, assign=True)
+            model.float()
+        except (KeyError, TypeError, RuntimeError, ArithmeticError) as error:
+            raise ValueError(f"the classifier in {folder} cannot be read: {reason(error)}.") from error
         return model.requires_grad_(False).eval()
 
 

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = 32
+LEVELS, BLOCKS = 16, 100
+"""Most levels of a network, and residual blocks of a level; published ones have 5 or 6, and 2 to 4."""
 EPS = 1e-6
 
 
@@ -37,8 +39,11 @@ class NetSpec:
     def __post_init__(self) -> None:
         assert len(self.widths) == len(self.attention), "one flag for each level"
         uneven = [c for c in (self.stem, *self.widths) if c % GROUPS]
-        if uneven or not self.widths or self.blocks < 1:
-            raise ValueError(f"{self}: expected levels with a block each, of multiples of {GROUPS} channels.")
+        if uneven or not 1 <= len(self.widths) <= LEVELS or not 1 <= self.blocks <= BLOCKS:
+            raise ValueError(
+                f"{str(self)[:400]}: expected 1 to {LEVELS} levels of 1 to {BLOCKS} blocks each, "
+                f"of multiples of {GROUPS} channels."
+            )
 
     @property
     def downsample(self) -> int:

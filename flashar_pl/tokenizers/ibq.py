@@ -96,9 +96,12 @@ def read_ibq_settings(config: Mapping[str, Any], codes: int, dim: int) -> Tokeni
     for key, found in (("codebook_size", codes), ("n_embed", codes), ("embed_dim", dim)):
         if outer.get(key, found) != found:
             raise ValueError(f"the settings say {key} = {outer[key]}, but the codebook's tensor says {found}.")
-    widths = tuple(int(net["ch"]) * int(multiplier) for multiplier in net["ch_mult"])
-    attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in range(len(widths)))
-    blocks, latent = int(net["num_res_blocks"]), int(net["z_channels"])
+    try:
+        widths = tuple(int(net["ch"]) * int(multiplier) for multiplier in net["ch_mult"])
+        attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in range(len(widths)))
+        blocks, latent = int(net["num_res_blocks"]), int(net["z_channels"])
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"the tokenizer's settings cannot be used: {error}.") from error
     encoder = NetSpec(int(net["ch"]), widths, blocks, attention, latent)
     return TokenizerSpec(encoder, replace(encoder, stem=widths[-1], blocks=blocks + 1), codes, dim)
 

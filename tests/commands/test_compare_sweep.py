@@ -95,12 +95,12 @@ def test_a_path_that_a_strangers_run_names_is_not_opened(work, monkeypatch):
     run.parent.mkdir(parents=True)
     for path in (run, named):
         path.touch()
-    opened, own = [], [None, {}]
+    opened, own = [], [None, {"model": {"init_from": "other.ckpt"}}, {"model": {"init_from": str(named)}}]
     settings = {"model.init_from": str(named), "seed_everything": 3}
     monkeypatch.setattr("flashar_pl.commands.compare._settings", lambda path: opened.append(path) or (settings, 5))
     monkeypatch.setattr("flashar_pl.training.stored_config.own_config", lambda path: own.pop(0))
-    assert [read_run(run).tokens for _ in range(2)] == [[None, 5], [5, 5]]
-    assert opened == [run, run, named], "the second time it is this user's own run"
+    assert [read_run(run).tokens for _ in range(3)] == [[None, 5], [None, 5], [5, 5]]
+    assert opened == [run, run, run, named], "the third time this user's own run names it"
 
 
 def test_a_run_that_trains_is_not_moved_aside(work):

@@ -52,7 +52,7 @@ def test_a_tokenizer_is_trained_once_and_kept(run, refused, photos, work):
     ]  # fmt: skip
     manifest = Manifest.load("mine")
     assert (manifest.grid, manifest.vocabulary, manifest.crops, manifest.class_names) == ((4, 4), 16, 1, ("photos",))
-    assert manifest.tokenizer["weights"] == "mine/tokenizer/tokenizer.safetensors"
+    assert manifest.tokenizer["weights"] == str(Path("mine/tokenizer/tokenizer.safetensors").absolute())
     code, out, err = run("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY)
     assert code == 0, err
     assert "PSNR" not in out, "trained again"

@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 SECONDS = 2.0
-"""A reader that takes longer hangs."""
+"""A reader that computes for longer hangs; one that waits for something never ends."""
 TOKENS = (
     *(
         b"\x00",
@@ -83,7 +83,7 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
     """Unclean ends, hangs and bombs; each with what repeats it."""
     slowest: float = 0.0
-    """Seconds."""
+    """CPU-seconds."""
     grown: int = 0
     """Most bytes by which the process grew over what it had before the first damaged file."""
 
@@ -145,9 +145,9 @@ def run(
     before = peak(fresh=True)
     for seed in range(first, first + count):
         data = mutate(target.good, seed)
-        begin = time.perf_counter()
-        if begin > until:
+        if time.perf_counter() > until:
             break
+        begin = time.process_time()
         if memory:
             tracemalloc.start()
         try:
@@ -157,7 +157,7 @@ def run(
             outcome.refused += 1
         except BaseException as error:  # noqa: BLE001
             outcome.wrong.append(f"{target.name}, seed {seed}: {type(error).__name__}: {str(error)[:120]}")
-        taken = time.perf_counter() - begin
+        taken = time.process_time() - begin
         most = peak() - before
         if memory:
             most = tracemalloc.get_traced_memory()[1]

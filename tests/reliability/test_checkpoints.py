@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from emu_files import config, hf_config
+from emu_files import config, hf_config, write_assets, write_ibq
 from safetensors.torch import save
 
 from flashar_pl.checkpoints.description import Description, build_on_meta, check_layers
@@ -23,6 +23,8 @@ from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.integrity import LIST, listed
 from flashar_pl.tensor_files import read_tensors
 from flashar_pl.text_files import read_json
+from flashar_pl.tokenizers import IBQ
+from flashar_pl.tokenizers.text import Emu35Text
 from tests.reliability.containers import inside_safetensors, inside_zip
 from tests.reliability.mutate import Target, short
 
@@ -95,6 +97,14 @@ def run_with_weights(path: Path) -> None:
     load_model(path)
 
 
+def settings() -> bytes:
+    return (write_ibq(PLACE / "ibq") / "config.json").read_bytes()
+
+
+def ranks() -> bytes:
+    return (write_assets(PLACE / "assets") / "emu3.tiktoken").read_bytes()
+
+
 CKPT = {"state_dict": {"net.a": torch.ones(2, 3)}, "global_step": 3, "flashar": CONFIG}
 RUN = CKPT | {"state_dict": {f"net.{name}": value for name, value in TINY.state_dict().items()}}
 TARGETS = [
@@ -122,6 +132,8 @@ TARGETS = [
         [content(CKPT), content(CKPT, _use_new_zipfile_serialization=False)],
     ),
     Target("torch file, pickle", *inside_zip(content(RUN), "data.pkl", placed("b.ckpt", run_with_weights))),
+    Target("tokenizer's settings", placed("ibq/config.json", lambda path: IBQ.from_files(path.parent)), [settings()]),
+    Target("ranks of prompts", placed("emu3.tiktoken", lambda path: Emu35Text(path)), [ranks()]),
     Target("list of digests", placed(LIST, lambda path: listed(path.parent)), [DIGESTS]),
 ]
 

@@ -24,7 +24,7 @@ from flashar_pl.cli import main
 from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.encode import check_own, decoder_of, with_weights
-from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 from flashar_pl.data.tars import tar_records
 from flashar_pl.decoding.prompts import find_assets
 from flashar_pl.evaluate.reference import load_reference_images
@@ -327,19 +327,6 @@ def test_a_tokenizer_inside_a_data_set_travels_with_it(empty: Path, another) -> 
     (empty / "set").rename(empty / "moved")
     another()
     assert settled(empty / "moved") == str(empty / "moved" / "own" / "vq.pt")
-
-
-def test_a_shard_that_is_a_link_leads_where_the_manifest_does(empty: Path) -> None:
-    """Out of the directory only beside the manifest's own file, as in a cache of the Hub."""
-    with_manifest(empty / "set")
-    (empty / "blobs").mkdir()
-    shard = (empty / "set" / "train-000000.tar").rename(empty / "blobs" / "1")
-    (empty / "set" / "train-000000.tar").symlink_to(shard)
-    with pytest.raises(ValueError, match=r"train-000000\.tar is a link that leads out of its directory"):
-        ShardReader(Manifest.load(empty / "set"), "train").read(np.arange(2))
-    (empty / "set" / "manifest.json").rename(empty / "blobs" / "2")
-    (empty / "set" / "manifest.json").symlink_to(empty / "blobs" / "2")
-    assert ShardReader(Manifest.load(empty / "set"), "train").read(np.arange(2)).ids.tolist() == [0, 1]
 
 
 def test_training_on_a_strangers_shards_does_not_make_its_paths_ones_own(home: Path, another, monkeypatch) -> None:

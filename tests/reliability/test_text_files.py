@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 
+from flashar_pl.commands.plot import MEASURED, read_curves
 from flashar_pl.files import write_json
 from flashar_pl.tensor_files import read_arrays, read_torch
 from flashar_pl.text_files import read_json, read_lines, read_text, read_yaml
@@ -102,6 +104,18 @@ def test_errors_of_yaml_are_one_line(text, message):
     with pytest.raises(ValueError, match=message) as error:
         read_yaml("it.yaml", text.encode())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [{}, {"checkpoints": None}, {"checkpoints": {"a": 1}}, {"checkpoints": [3]},
+                                     {"checkpoints": [{"step": "1", "metrics": {"fid": 2.0}}]}])  # fmt: skip
+def test_results_with_other_fields_are_named(tmp_path, content, monkeypatch):
+    """Guards `plot`, `sweep`, `compare`, `tokenize` and `evaluate --run`, which ended in a KeyError or TypeError."""
+    file = tmp_path / MEASURED
+    file.parent.mkdir()
+    file.write_text(json.dumps(content))
+    monkeypatch.setattr("flashar_pl.commands.plot.read_scalars", lambda run: {})
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        read_curves(tmp_path)
 
 
 def test_yaml_may_repeat_itself_a_little():
