@@ -79,7 +79,7 @@ def tokenizer_of(manifest: Manifest, weights: str | None, option: str) -> Tokeni
     manifest = manifest if weights is None else with_weights(manifest, weights)
     check_own(manifest, f"add {option} FILE")
     file = manifest.tokenizer.get("weights", "")
-    if file is None or (file and not Path(str(file)).exists()):
+    if file is None or (file and not Path(str(file)).expanduser().exists()):
         raise ValueError(f"The tokenizer's weights {file} are not there; add {option} FILE.")
     tokenizer = build_tokenizer(manifest.tokenizer)
     if tokenizer.vocabulary != manifest.vocabulary:

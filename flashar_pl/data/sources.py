@@ -158,14 +158,14 @@ class TarSource(Source):
         classes: Sequence[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        self._tars = find_tars(location)
+        self.account = Account()
+        self._tars = find_tars(location, self.account)
         self._label, self._payload = label, payload
         self._ids: dict[str, int] | None = None
         if classes is not None:
             self._ids, num_classes = {name: i for i, name in enumerate(classes)}, len(classes)
             self.class_names = tuple(classes)
         self.condition = ConditionSpec("class", num_classes=num_classes) if label == "cls" else ConditionSpec("text")
-        self.account = Account()
         names: list[str] = []
         columns = array("q")
         for tar, path in enumerate(self._tars):
@@ -276,7 +276,7 @@ def class_images(
     folder = Path(images).expanduser()
     if folder.is_dir():
         entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
-        has_tars, has_folders = any(e.suffix == ".tar" for e in entries), any(e.is_dir() for e in entries)
+        has_tars, has_folders = any(e.suffix.lower() == ".tar" for e in entries), any(e.is_dir() for e in entries)
         if has_tars and has_folders:
             raise ValueError(
                 f"{images} holds both tars and folders; give the tars as a pattern such as {images}/*.tar."

@@ -23,18 +23,25 @@ BLOCK = 512
 ZEROS = bytes(BLOCK)
 READ = 2048 * BLOCK
 """Bytes read at once behind the end of a tar."""
+NO_TAR = "not named NAME.tar (compressed ones are to be unpacked to .tar)"
 AGAIN = "Copy or download it again."
 
 
-def find_tars(location: str) -> list[Path]:
+def find_tars(location: str, account: Account | None = None) -> list[Path]:
     """The tars that `location` names: a directory, one file, or a pattern such as "train-{0000..1023}.tar" or "*.tar".
 
     ~ is the home directory, and what exists under the name as it is given is no pattern: a file, or the folder that a
-    pattern begins with. Returns them sorted by name. Raises ValueError if there are none, or one is missing.
+    pattern begins with. Returns them sorted by name. What else a directory holds goes to the account. Raises ValueError
+    if there are none, or one is missing.
     """
     path = Path(location).expanduser()
     if path.is_dir():
-        found = sorted(tar for tar in path.glob("*.tar") if not is_hidden(tar.name))
+        found = []
+        for entry in sorted(path.iterdir()):
+            if not is_hidden(entry.name) and entry.name.lower().endswith(".tar"):
+                found.append(entry)
+            elif account is not None:
+                account.leave_out("hidden" if is_hidden(entry.name) else NO_TAR, entry.name)
     else:
         found = [path] if path.is_file() else _matches(path)
     if not found:

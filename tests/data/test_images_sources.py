@@ -16,7 +16,7 @@ from flashar_pl.data.folders import LOOP
 from flashar_pl.data.images import Unreadable
 from flashar_pl.data.manifest import ConditionSpec, Manifest
 from flashar_pl.data.sources import EMPTY, ImageFolder, Names, TarSource, class_id, read_classes
-from flashar_pl.data.tars import find_tars, tar_records
+from flashar_pl.data.tars import NO_TAR, find_tars, tar_records
 
 
 def touch(root: Path, *names: str) -> None:
@@ -108,10 +108,12 @@ def test_the_fingerprint_sees_a_new_file(tmp_path):
 def test_tars_of_images_and_class_ids(tmp_path):
     write_tar(tmp_path / "b.tar", {"z/3.jpg": b"three", "z/3.cls": b"4\n", "z/3.json": b"{}"})
     write_tar(tmp_path / "a.tar", {"1.JPEG": b"one", "1.cls": b"0", "2.cls": b"1", "4.png": b"four", "5.txt": b"five"})
+    touch(tmp_path, "c.tar.gz", "d.tgz")  # a shard that was not unpacked is no silent loss
     source = TarSource(str(tmp_path), ("jpg", "jpeg", "png"), "cls", num_classes=5)
     assert len(source) == 4
     assert source.known_bad() == [1, 2]
-    assert source.account.facts == {"found": 5, "used": 4, "left_out": {"records without jpg and cls": 1}}
+    left_out = {NO_TAR: 2, "records without jpg and cls": 1}
+    assert source.account.facts == {"found": 7, "used": 4, "left_out": left_out}
     assert source.read(0) == (b"one", 0)
     assert source.read(3) == (b"three", 4)
     assert pickle.loads(pickle.dumps(source)).read(3) == (b"three", 4)
@@ -159,7 +161,7 @@ def test_hidden_members_are_left_out_and_counted(tmp_path):
     write_tar(tmp_path / "._a.tar", entries("4.jpg", "4.cls"))
     source = TarSource(str(tmp_path), ("jpg",), "cls", num_classes=5)
     assert [source.read(i)[0] for i in range(len(source))] == [b"0.jpg", b"./a/3.jpg"]
-    assert str(source.account) == "found 6 entries, used 2, left out 4: 4 hidden (such as a.tar: ._0.jpg)"
+    assert str(source.account) == "found 7 entries, used 2, left out 5: 5 hidden (such as ._a.tar)"
 
 
 def test_concatenated_tars_are_read_to_the_end(tmp_path):
