@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
+
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+"""Flags of `os.open` that Windows has not."""
+
+
+def lock_file(path: str | Path) -> IO[str]:
+    """Open a file to be locked, made if needed, as it is. Raises ValueError for a link, which may lead to any file."""
+    try:
+        return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o666), "r+")
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a link; expected a file, which this command locks. Remove it.") from error
 
 
 def _fcntl() -> ModuleType | None:

@@ -10,7 +10,6 @@ against its hash there, and read from the copy.
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import subprocess
@@ -24,9 +23,6 @@ import fsspec
 
 from flashar_pl import locks
 from flashar_pl.files import digest, replacing
-
-NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-"""Flags of `os.open` that Windows has not."""
 
 
 def is_remote(location: str) -> bool:
@@ -79,13 +75,12 @@ def fetch(location: str, path: str, sha256: str, cache: Path) -> Path:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One block at a time among the threads and processes of this machine; the file is only made, never changed."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o600)
-    try:
+    with locks.lock_file(path) as lock:
         locks.take(lock, wait=True)
-        yield
-    finally:
-        locks.release(lock)
-        os.close(lock)
+        try:
+            yield
+        finally:
+            locks.release(lock)
 
 
 def _copy(url: str, target: IO[bytes]) -> None:

@@ -152,7 +152,7 @@ def _alone(out: Path) -> Iterator[None]:
     made = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     while True:
-        lock = (out / LOCK).open("w")
+        lock = locks.lock_file(out / LOCK)
         try:
             locks.take(lock)
         except BlockingIOError as error:

@@ -47,7 +47,7 @@ class PartFolder:
         self.check()
         check_settings(self.path, identity)
         self.parts.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("w")  # held, not only opened: closing it lets go of the lock
+        self._lock = locks.lock_file(self.path / LOCK)  # held, not only opened: closing it lets go of the lock
         try:
             locks.take(self._lock)
         except BlockingIOError as error:

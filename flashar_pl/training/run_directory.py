@@ -32,7 +32,7 @@ def only_one(directory: Path, new: bool = False) -> Iterator[None]:
         ValueError: another process is in it, or was.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / LOCK).open("a+") as file:
+    with locks.lock_file(directory / LOCK) as file:
         try:
             locks.take(file, alone=True)
         except BlockingIOError as error:

@@ -5,6 +5,7 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,15 @@ from flashar_pl.cli import main
 from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.encode import check_own, decoder_of, with_weights
+from flashar_pl.data.locations import locked
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
 from flashar_pl.data.tars import tar_records
+from flashar_pl.data.tokenise import _alone
 from flashar_pl.decoding.prompts import find_assets
+from flashar_pl.evaluate.identity import SETTINGS
+from flashar_pl.evaluate.parts import PartFolder
 from flashar_pl.evaluate.reference import load_reference_images
+from flashar_pl.files import write_json
 from flashar_pl.mark import key_file, marked, own, sign
 from flashar_pl.options import ModelOptions
 from flashar_pl.tensor_files import read_arrays, read_tensors, read_torch
@@ -35,6 +41,7 @@ from flashar_pl.text_files import read_yaml
 from flashar_pl.training.carried import carried
 from flashar_pl.training.lightning_cli import ExperimentCLI
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.run_directory import only_one
 from flashar_pl.training.stored_config import CONFIG_KEY, flatten
 from flashar_pl.training.words import Words
 
@@ -361,6 +368,25 @@ def test_a_loaded_module_measures_with_nothing_that_a_stranger_names(place: Path
     content["flashar"]["marks"] = {"/etc": sign("/etc")}
     torch.save(content, "foreign.ckpt")
     assert FlashARModule.load_from_checkpoint("foreign.ckpt").validation.features == "/etc"
+
+
+def test_a_lock_that_is_a_link_empties_no_file(empty: Path) -> None:
+    """Guards `fit`, `evaluate` and `tokenize` in a directory from somebody else: .lock led to a file and emptied it."""
+    victim, theirs = empty / "victim", empty / "theirs"
+    victim.write_text("mine")
+    theirs.mkdir()
+    (theirs / ".lock").symlink_to(victim)
+    write_json(theirs / SETTINGS, {})
+    for hold in (only_one, _alone, locked_below):
+        with pytest.raises(ValueError, match=r"\.lock is a link"), hold(theirs):
+            raise AssertionError
+    with pytest.raises(ValueError, match=r"\.lock is a link"):
+        PartFolder(theirs).open({}, 1)
+    assert victim.read_text() == "mine"
+
+
+def locked_below(folder: Path) -> AbstractContextManager[None]:
+    return locked(folder / ".lock")
 
 
 # --- doors that are closed: readers that run nothing ------------------------------------------------------------------
