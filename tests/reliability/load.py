@@ -25,6 +25,7 @@ from flashar_pl.backbones import LlamaGen
 from flashar_pl.backbones.llamagen import LlamaGenConfig
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.files import write_json
 from flashar_pl.models import FlashAR
 
 CLIENTS = 8
@@ -144,8 +145,8 @@ def observe(process: int, load: Load) -> None:
     load.files.append(len(os.listdir(f"/proc/{process}/fd")))
 
 
-def main(seconds: str = "180") -> int:
-    """Print the counts; 1 where something is wrong."""
+def main(seconds: str = "180", out: str = "benchmarks/results/load_cpu.json") -> int:
+    """Print the counts and keep them; 1 where something is wrong."""
     load = run(float(seconds))
     middle, slow = load.times()
     print(
@@ -156,6 +157,14 @@ def main(seconds: str = "180") -> int:
         f"{'; the machine was busy, so times are not judged' if load.busy else ''}"
     )
     print(*load.wrong(), sep="\n")
+    counts = {
+        **{"seconds": float(seconds), "clients": CLIENTS, "drawn": len(load.seconds), "refused": load.refused},
+        **{"left": load.left, "errors": len(load.errors)},
+        **{"median_ms": round(1000 * middle), "p99_ms": round(1000 * slow)},
+        **{"memory_mib": [load.memory[0] >> 20, load.memory[-1] >> 20], "open_files": [load.files[0], load.files[-1]]},
+        "busy": load.busy,
+    }
+    write_json(out, counts)
     return min(len(load.wrong()), 1)
 
 
