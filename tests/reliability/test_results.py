@@ -80,6 +80,7 @@ def read_classifier(data: bytes) -> None:
 
 FOLDER = Path(tempfile.mkdtemp())
 FEATURES = feature_files()
+CLASSIFIER = classifier()
 TARGETS = [
     Target("geneval", read_and_score, ["\n".join(map(json.dumps, ENTRIES)).encode()]),
     Target("reference", read_reference, [moments()]),
@@ -88,10 +89,19 @@ TARGETS = [
         for name in ("mu.npy", "features.npy")
     ),
     *(Target(f"text features, {name}", read_features(name), good) for name, good in FEATURES.items()),
-    Target("classifier", read_classifier, [classifier()]),
+    Target("classifier", read_classifier, [CLASSIFIER]),
 ]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_damaged_files_are_read_or_refused(target):
     short(target, 150)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"poolings": 10**9}, {"num_features": 10**12}, {"image_size": [10**6, 10**6]}], ids=str
+)
+def test_sizes_of_a_classifier_are_compared_before_memory_is_asked_for(sizes):
+    """A billion poolings were built one by one until the memory was gone."""
+    with pytest.raises(ValueError, match="classifier"):
+        read_classifier(json.dumps(json.loads(CLASSIFIER) | sizes).encode())
