@@ -172,3 +172,12 @@ def test_weights_of_a_run_are_tensors_by_name(tmp_path: Path) -> None:
     torch.save({name: value for name, value in RUN.items() if name != "state_dict"}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="more than the 0 tensors"):
         load_model(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize("wrong", [{"num_res_blocks": 10**9}, {"ch_mult": 3}, {"attn_resolutions": None}], ids=str)
+def test_settings_of_a_tokenizer_are_checked_before_it_is_built(wrong) -> None:
+    """A billion blocks were built one by one; other kinds of values ended in a TypeError."""
+    values = json.loads(settings()) | wrong
+    (PLACE / "ibq" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"expected 1 to 16 levels|settings cannot be used"):
+        IBQ.from_files(PLACE / "ibq")
