@@ -235,15 +235,15 @@ class Manifest:
             splits = {split: tuple(_shard(s) for s in shards) for split, shards in data["splits"].items()}
             plain = {key: data[key] for key in ("name", "tokenizer", "vocabulary", "crops")}
             others = strange(named_paths(data["tokenizer"], {}), data.get("marks", {}))
-            found: dict[str, str] = {} if is_remote(root) else all_inside(Path(root) / FILE_NAME, others)
-            plain |= {"tokenizer": located(plain["tokenizer"], found)} if found else {}
+            here: dict[str, str] = {} if is_remote(root) else all_inside(Path(root) / FILE_NAME, others)
+            plain |= {"tokenizer": located(plain["tokenizer"], here)} if here else {}
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
             later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
             later["preparation"] = data.get("preparation", {})
             return cls(
                 grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
-                **later, strange=others - found.keys(),
+                **later, strange=others - here.keys(),
             )  # fmt: skip
         except KeyError as error:
             raise ValueError(f"{source} lacks the field {error}. Tokenize the data set again.") from error
