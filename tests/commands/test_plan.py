@@ -169,7 +169,7 @@ trainer:
         (
             "branch_layer: 11",
             "branch_layer: 11, fusion: mean",
-            "model.flashar.fusion is 'mean'; expected gate or average",
+            "model.flashar.fusion is 'mean'; expected gate or logit_gate or average",
         ),
     ],
 )

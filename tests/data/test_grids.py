@@ -85,6 +85,7 @@ def test_a_batch_is_of_one_grid_and_a_sample_comes_at_most_once(place) -> None:
         assert all(len({grid for grid, _ in batch}) == 1 for batch in epoch)
         seen = [row for batch in epoch for row in batch]
         assert len({i for _, i in seen}) == len(seen) == BATCH * BATCHES, "numbers differ across grids"
+        assert {i for _, i in seen} <= set(range(sum(n for n, _ in SIZES.values())))
     assert epochs[0] != epochs[1]
 
 
