@@ -89,6 +89,15 @@ def test_a_batch_is_of_one_grid_and_a_sample_comes_at_most_once(place) -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_a_grid_alone_has_the_order_of_the_seed_itself(place) -> None:
+    """Guards the order of runs that were begun on one grid; of several, each has an order of its own."""
+    manifests = load_grids(str(place))
+    plain = TrainingOrder(manifests[0].block_sizes("train"), BATCH, 5, 3).batch(0, 0, 0, 1)
+    for n, same in ((1, True), (2, False)):
+        order = training_batches(manifests[:n], BATCH, 5, 3).grids[0].order
+        assert np.array_equal(order.batch(0, 0, 0, 1), plain) == same
+
+
 def test_resume_on_other_ranks_and_workers_is_exact(place) -> None:
     """2 ranks x 1 worker -> 1 x 0 -> 2 x 0, stopped in the middle of epochs, equals the uninterrupted run."""
     plain = TrainingLoader(training(place))

@@ -1,5 +1,6 @@
 """Mixtures: proportions, every sample of a source before one comes again, exact resume, any number of ranks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import Cut
 from flashar_pl.data.datamodules import CodesDataModule
 from flashar_pl.data.loader import TrainingLoader
+from flashar_pl.data.manifest import load_grids
 from flashar_pl.data.mixture import load_mixture, mixed_batches
 from flashar_pl.data.order import MixtureOrder, TrainingOrder
 
@@ -128,6 +130,18 @@ def test_sources_that_disagree_are_both_named(place, tmp_path, changes, message)
     write_grid(tmp_path / "other", **{"grid": (3, 4), "train": 9, "validation": 1} | changes)
     with pytest.raises(ValueError, match=message):
         load_mixture({str(place / "a"): 1, str(tmp_path / "other"): 1})
+
+
+def test_names_of_classes_agree_where_both_sources_have_some(place, monkeypatch) -> None:
+    """Guards a label that is a cat in one source and a dog in the other."""
+    named = {name: tuple(f"{name}{i}" for i in range(97)) for name in ("a", "b")}
+    found = {
+        name: [replace(m, class_names=named.get(name, ())) for m in load_grids(str(place / name))] for name in SIZES
+    }
+    monkeypatch.setattr("flashar_pl.data.mixture.load_grids", lambda path: found[path])
+    load_mixture({"a": 1, "c": 1})
+    with pytest.raises(ValueError, match=r"a has classes \('a0', .*b has \('b0', "):
+        load_mixture({"a": 1, "b": 1})
 
 
 @pytest.mark.parametrize(
