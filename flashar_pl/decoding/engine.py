@@ -174,7 +174,8 @@ class Engine:
             )
             assert isinstance(buffers, Buffers)
             loop: Callable[..., Iterator[int]] = decode_fused if self.runner == "fused" else decode
-            if self.model.backbone.conditioning.kind == "prompt" and self.device.type == "cpu" and loop is decode:
+            prompts = self.model.backbone.conditioning.kind == "prompt" and self.device.type == "cpu"
+            if prompts and loop is decode and not is_sharded(self.model):  # ranks of a sharded one forward in step
                 loop = partial(decode, prefill=prefill_by_length)
             for t in loop(self.model, plan, settings, inputs, buffers):
                 on_step(Progress(plan, t + 1, buffers.drawn))
@@ -313,12 +314,17 @@ def pad_prefix(prefix: Prefix, bucket: int) -> Prefix:
     return replace(prefix, x=x, mask=valid)
 
 
+def is_sharded(model: GridModel) -> bool:
+    """Whether its parameters are cut over devices."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
 def _resolve(runner: str, model: GridModel) -> str:
     """The runner that `auto` stands for, or `runner` if the model can use it."""
     if runner not in get_args(Runner):
         raise ValueError(f"runner is {runner!r}; expected one of {', '.join(get_args(Runner))}.")
     device = model.device
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sharded = is_sharded(model)
     if runner == "auto":
         return "graphs" if device.type == "cuda" and not sharded and not model.own_decoding else "eager"
     if "graphs" in runner and model.own_decoding:
