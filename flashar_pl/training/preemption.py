@@ -32,17 +32,21 @@ class Signals:
     """Handlers that are set for the time of a training."""
 
     def __init__(self) -> None:
+        self._note: Any = None
         self._before: dict[str, Any] = {}
 
     def watch(self, names: Iterable[str], note: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other set handlers
         known = signal.Signals.__members__  # Windows has no SIGUSR1
+        self._note = note
         self._before = {name: signal.signal(known[name], note) for name in names if name in known}
 
     def restore(self) -> None:
+        """Put back what was there, unless somebody has: Lightning restores its own first, and not again."""
         for name, handler in self._before.items():
-            signal.signal(signal.Signals[name], handler)
+            if signal.getsignal(signal.Signals[name]) == self._note:
+                signal.signal(signal.Signals[name], handler)
         self._before = {}
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import random
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from training_toys import STEPS, Losses, OptimiserConfig, fit, make_module
 
 from flashar_pl import files
 from flashar_pl.checkpoints.weights import load_model
-from flashar_pl.training.preemption import StopOnSignal
+from flashar_pl.training.preemption import Signals, StopOnSignal
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
 
@@ -247,3 +248,16 @@ def test_validation_does_not_disturb_training(whole, toy_shards: str, tmp_path: 
         losses = Losses()
         fit(tmp_path, toy_shards, make_module(ema_decay=0.9), callbacks=[losses, *callbacks], **validating)
         assert losses.seen == seen
+
+
+def test_handlers_that_lightning_has_put_back_stay() -> None:
+    """After a fit SIGTERM went to Lightning's handler for good, which only takes a note of it."""
+    before, signals = signal.getsignal(signal.SIGTERM), Signals()
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # Lightning's
+        signals.watch(["SIGTERM"], print)
+        signal.signal(signal.SIGTERM, before)
+        signals.restore()
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGTERM, before)
