@@ -58,6 +58,9 @@ class ModelOptions(ArchitectureOptions):
     tokenizer: str | None = None
     """What decodes the codes, where the checkpoint does not say it: a directory, vq16:FILE, vq8:FILE, ibq:FILE,
     multi_scale_vq:FILE, pixels:LEVELS, or a JSON object."""
+    groups: int | None = None
+    """In how many groups the codes of a diagonal are drawn, for models trained with model.flashar.intra: 1 (all at
+    once, plain FlashAR), 2, 4 and so on to 64 (one by one). Default: the checkpoint's own."""
 
 
 @dataclass(frozen=True)

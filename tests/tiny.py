@@ -58,9 +58,9 @@ def backbone(seed: int = 0, **overrides: Any) -> LlamaGen:
 
 
 def flashar(seed: int = 0, m: int = 1, k: int | None = None, fusion: Any = "gate", corner: Any = "horizontal",
-            **overrides: Any) -> FlashAR:  # fmt: skip
+            intra: Any = None, **overrides: Any) -> FlashAR:  # fmt: skip
     """A FlashAR model whose branches, heads and gate differ from one another, as after training."""
-    model = FlashAR(backbone(seed, **overrides), m, k, fusion, corner).eval()
+    model = FlashAR(backbone(seed, **overrides), m, k, fusion, corner, intra).eval()
     randomise(model, seed + 1)
     return model
 

@@ -24,7 +24,7 @@ from flashar_pl.text_files import BROKEN, reason
 FORMAT = 1
 FIELDS = {
     "raster": set(),
-    "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility"},
+    "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility", "intra"},
     "par": {"tokens_per_step"},
     "block_diffusion": {"strategy", "clean_context", "steps"},
     "var": set(),

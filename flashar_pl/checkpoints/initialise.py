@@ -29,6 +29,8 @@ NOT_ARCHITECTURE = (
     *("usual_grid", "cfg_scale", "code_pixels", "model_type", "text_prefix", "head_key", "tied_head"),
 )
 """Fields that, besides dropouts, may differ between a file and the run that starts from it."""
+INTRA = "dual_head.intra."
+"""How the names of an `IntraHead`'s parameters begin."""
 CLASSES, TABLE = "num_classes", "backbone.condition_embedding.table.weight"
 """Field of the number of classes, and the weight that depends on nothing else."""
 
@@ -62,25 +64,25 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
         ValueError: the file's architecture is not the model's; the message names the fields that differ.
     """
     with without_adapters(model):
-        source, whole, table = _take_over(model, path, weights)
+        source, whole, kept = _take_over(model, path, weights)
         sizes = dict.fromkeys(ROLES, 0)
         for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
             sizes[role] += parameter.numel()
     beside = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("backbone."))
-    own = beside if isinstance(model, RasterAR) else sizes["gate"]  # a mask, embeddings of time
+    own = beside if isinstance(model, RasterAR) else sizes["gate"] + sizes["added"]  # a mask, embeddings of time
     cloned, new = (0, 0) if whole else (sizes["vertical"] + sizes["vertical_head"], own)
     loaded = sum(sizes.values()) - cloned - new
-    fresh = 0 if table is None else table.numel()
+    fresh = sum(value.numel() for value in kept.values())
     return InitReport(f"{path} ({source})", loaded - fresh, cloned, new + fresh + added_parameters(model))
 
 
-def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[str, bool, Tensor | None]:
-    """What kind of file it was; whether it held all parameters, not only those of backbone and horizontal head; the
-    table of classes, where it stays new because the file has another number of classes."""
+def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[str, bool, dict[str, Tensor]]:
+    """What kind of file it was; whether it held all parameters, not only those of backbone and horizontal head; which
+    of those stay new: the table of classes, where the file has another number, and an `IntraHead` it does not have."""
     own = model.config()["backbone"]
     if is_official_directory(path):
         check_same("backbone", backbone_config(path, own.get("heads", "visual")), own, path)
-        return "official directory", stream_weights(model, path), None
+        return "official directory", stream_weights(model, path), {}
     loaded = load_model(path, weights, n_head=own["n_head"] if own["kind"] == LlamaGen.kind else None)
     source = loaded.model
     found = source.config()["backbone"]
@@ -90,23 +92,28 @@ def _take_over(model: GridModel, path: str | Path, weights: Weights) -> tuple[st
             f"{path} is a {source.method} model and this run trains a {model.method} model; expected raster weights"
             f"{'' if type(model) is RasterAR else f', or those of {model.method}'}."
         )
-    chosen, state, table = loaded.source, source.state_dict(), None
+    chosen, state, own_state = loaded.source, source.state_dict(), model.state_dict()
+    kept: dict[str, Tensor] = {}
     check_same("backbone", found, own, path, (CLASSES,) if TABLE in state else ())
     if TABLE in state and _classes(found) != _classes(own):
-        table = model.state_dict()[TABLE]
-        state[TABLE] = table  # keeps its new values
+        kept[TABLE] = own_state[TABLE]
         chosen += f", its {_classes(found):,} classes are other ones: the table of {_classes(own):,} classes is new"
     if type(source) is not RasterAR:
-        check_same("model", {**source.config(), "backbone": own}, model.config(), path, ("steps",))
-        model.load_state_dict(state)
-        return chosen, True, table
+        config = {**source.config(), "backbone": own}
+        if "intra" not in config:
+            kept |= {name: value for name, value in own_state.items() if name.startswith(INTRA)}
+        free = ("steps", "intra") if "intra" in model.config() else ("steps",)
+        check_same("model", config, model.config(), path, free)
+        model.load_state_dict(state | kept)
+        return chosen, True, kept
+    state |= kept
     expected = model.backbone.state_dict()  # without the head where a FlashAR model owns it
     within = {key.removeprefix("backbone."): value for key, value in state.items()}
     model.backbone.load_state_dict({key: value for key, value in within.items() if key in expected})
     model.backbone.head.load_state_dict(source.backbone.head.state_dict())
     if isinstance(model, FlashAR):
         model.init_vertical_from_backbone()
-    return chosen, type(model) is RasterAR, table
+    return chosen, type(model) is RasterAR, kept
 
 
 def _classes(config: dict[str, Any]) -> int | None:
@@ -145,8 +152,9 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
         table = backbone_renames(config, "backbone.", f"{head}.weight")
         fill(model, source, table, device, filter(is_table, source.keys()))
     if isinstance(model, FlashAR):
-        if without_values and model.dual_head.gate is not None:
-            model.dual_head.gate.reset_parameters()
+        for part in (model.dual_head.gate, model.dual_head.intra) if without_values else ():
+            if part is not None:
+                part.reset_parameters()
         model.init_vertical_from_backbone()
     return False
 

@@ -102,14 +102,15 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
     tens of GB, stored.
 
     Raises:
-        ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, n_head
-            for a checkpoint that says it. Every message names the file.
+        ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, groups
+            for one without an `IntraHead`, n_head for a checkpoint that says it. Every message names the file.
     """
     from flashar_pl.backbones import import_backbone
     from flashar_pl.checkpoints.official import is_official_directory
     from flashar_pl.checkpoints.weights import OFFICIAL_FILE, load_model
     from flashar_pl.devices import find_device
     from flashar_pl.models.flashar import FlashAR
+    from flashar_pl.models.intra import check_groups
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.tokenizers.files import naming
 
@@ -136,6 +137,11 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
                 f"{path} is a FlashAR model (branch layer {model.branch_layer}); leave out --branch-layer."
             )
         model = FlashAR(model.backbone, options.branch_layer)
+    if options.groups is not None:
+        if model.dual_head.intra is None:
+            raise ValueError(f"{path} was not trained with model.flashar.intra; leave out --groups.")
+        check_groups(options.groups)
+        model.dual_head.intra.groups = options.groups
     description = loaded.description
     description.settle(Path(path))
     if given_tokenizer is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,10 +126,9 @@ def decode(
     last = max((t for t, on in enumerate(guided) if on), default=-1)
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
-        logits = model.step_logits(states, plan, t)  # (R, n, V)
-        logits = guide(logits[:batch], logits[batch:], settings.scale) if guided[t] else logits[:batch]
-        buffers.broken[t] = unusable(logits)
-        drawn[:, done : done + n] = choose(logits, inputs.noise[:, done : done + n], settings)
+        here = slice(done, done + n)
+        take = partial(_take, buffers.broken[t], drawn[:, here], inputs.noise[:, here], settings, guided[t])
+        model.draw_step(states, plan, t, take)
         done += n
         yield t
         if t + 1 == plan.n_steps:
@@ -142,6 +142,28 @@ def decode(
         step_mask = _key_mask(plan, prefix, slots, rows)
         turns = rope[:, length + slots.start : length + slots.stop]
         states = model.step(fed, turns, step_mask, cache, vertical)
+
+
+def _take(
+    broken: Tensor,
+    drawn: Tensor,
+    noise: Tensor,
+    settings: SamplingSettings,
+    guided: bool,
+    logits: Tensor,
+    cells: slice,
+) -> Tensor:
+    """The codes (R, m) of some cells of a step for their logits (R, m, V); into `drawn` (B, n) by `noise` (B, n).
+
+    broken: (), of the step, set by its first cells.
+    """
+    batch = len(drawn)
+    mixed = guide(logits[:batch], logits[batch:], settings.scale) if guided else logits[:batch]
+    bad = unusable(mixed)
+    broken.copy_(bad if cells.start == 0 else bad | broken)
+    codes = choose(mixed, noise[:, cells], settings)
+    drawn[:, cells] = codes
+    return codes.repeat(len(logits) // batch, 1)
 
 
 def _with_row_ends(codes: Tensor, n_slots: int) -> Tensor:

@@ -22,14 +22,11 @@ from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import DualHead, Split, Teacher, fed_by_slots, step_sources
+from flashar_pl.models.dual_head import DualHead, Split, States, Teacher, fed_by_slots, step_sources
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
-
-States = tuple[Tensor, Tensor | None]
-"""Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
 
 ROLES = ("backbone", "horizontal_head", "vertical", "vertical_head", "gate", "added")
 """What a parameter is for; every parameter has exactly one role (Sec. 4.3 trains them differently)."""
@@ -41,6 +38,7 @@ ROLE_OF = {
     "dual_head.vertical.": "vertical_head",
     "dual_head.gate.": "gate",
     "dual_head.corner_gate.": "gate",
+    "dual_head.intra.": "added",
     "vertical.": "vertical",
 }
 """Role by the begin of a parameter's name; "backbone" for all others."""
@@ -203,11 +201,15 @@ class GridModel(nn.Module, ABC):
         h, v = self.states(self.backbone.input_dropout(x), rope, mask, None, len(prefix), vertical)
         return h[:, len(prefix) - 1 :], None if v is None else v[:, len(prefix) - 1 :]
 
+    def _embedded(self, codes: Tensor, plan: DecodePlan) -> Tensor | None:
+        """Codes (B, H, W) as (B, N, D), where the cells of a step tell one another."""
+        return self.embed(codes.flatten(1).long()) if self.dual_head.groups(plan) else None
+
     def forward(self, codes: Tensor, condition: Given, plan: DecodePlan | None = None) -> Logits:
         """All logits of codes (B, H, W) int64, teacher-forced. plan None = the model's own."""
         plan = self._plan_of(codes, plan)
         h, v = self.teacher_forced(codes, condition, plan, plan.n_slots)
-        fused, horizontal, vertical, gate = self.dual_head(h, v, plan)
+        fused, horizontal, vertical, gate = self.dual_head(h, v, plan, self._embedded(codes, plan))
         shape = codes.shape[1:]
         return Logits(*(part.unflatten(1, shape) for part in (fused, horizontal, vertical, gate)))
 
@@ -247,7 +249,7 @@ class GridModel(nn.Module, ABC):
         h, v = self.teacher_forced(codes, condition, plan, plan.n_inputs, vertical=plan.has_vertical)
         weight = wide(h[:0]).new_ones(len(h)) if valid is None else valid.to(wide(h[:0]))
         labels, options = codes.flatten(1).long(), (weight, aux_weight, gate_collapse, teacher, split)
-        losses = self.dual_head.losses(h, v, labels, plan, *options)
+        losses = self.dual_head.losses(h, v, labels, plan, *options, self._embedded(codes, plan))
         samples = weight.sum().clamp_min(1)
 
         def mean(values: Tensor, targets: Tensor | int, n: int) -> Tensor:
@@ -296,3 +298,16 @@ class GridModel(nn.Module, ABC):
     def step_logits(self, states: States, plan: DecodePlan, t: int) -> Tensor:
         """Fused logits (R, n, V) float32 of the cells of step t, from the states that were fed last."""
         return self.dual_head.step(*states, step_sources(plan, self.dual_head.corner)[t])
+
+    def draw_step(self, states: States, plan: DecodePlan, t: int, take: Callable[[Tensor, slice], Tensor]) -> None:
+        """Draw the cells of step t: all together, or in the groups of an `IntraHead`.
+
+        take: makes of logits (R, m, V), as `step_logits`, of the cells of a slice of the step their codes (R, m) int64.
+        """
+        (h, v), n = states, len(plan.cells_of_step[t])
+        if not self.dual_head.groups(plan) or n == 1:
+            take(self.step_logits(states, plan, t), slice(0, n))
+        else:
+            assert v is not None
+            at = step_sources(plan, self.dual_head.corner)[t]
+            self.dual_head.draw_step(h, v, at, lambda logits, cells: self.embed(take(logits, cells)))

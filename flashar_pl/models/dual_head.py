@@ -7,16 +7,19 @@ Hidden states are (R, 1 + S', D): the last prefix token, then the slots in plan 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.grid import NONE, PREFIX, DecodePlan, plain_tensors
 from flashar_pl.models.gates import FusionGate, LogitGate
+from flashar_pl.models.intra import IntraHead
 from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, chunk_size, distilled, dual_nll, head_nll
 from flashar_pl.numerics import wide
 
@@ -160,6 +163,10 @@ def target_weights(
     return torch.zeros_like(fused), parts[0], parts[1] + fused * mean_over(where.only_v, split.column0)
 
 
+States = tuple[Tensor, Tensor | None]
+"""Final hidden states of the horizontal branch, and of the vertical branch if there is one."""
+
+
 class Teacher(NamedTuple):
     """The raster model that the vertical head learns from: the horizontal head on causal states."""
 
@@ -177,7 +184,7 @@ def affine(head: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """States (M, D) and weight (V, D) of a head; a bias is one more input that is always 1."""
     if head.bias is None:
         return x, head.weight
-    return nn.functional.pad(x, (0, 1), value=1.0), torch.cat([head.weight, head.bias[:, None]], dim=1)
+    return pad(x, (0, 1), value=1.0), torch.cat([head.weight, head.bias[:, None]], dim=1)
 
 
 class TargetLosses(NamedTuple):
@@ -208,6 +215,7 @@ class DualHead(nn.Module):
         gate: FusionGate | None = None,
         corner: Corner = "horizontal",
         first_code: int = 0,
+        intra: IntraHead | None = None,
     ) -> None:
         """first_code: row of both heads that scores code 0; the rows before it score text tokens."""
         super().__init__()
@@ -216,6 +224,7 @@ class DualHead(nn.Module):
         self.gate = gate
         self.corner: Corner = corner
         self.first_code = first_code
+        self.intra = intra
 
     def _code_logits(self, head: nn.Linear, states: Tensor) -> Tensor:
         """Logits (..., V) of the codes for states (..., D), in their dtype."""
@@ -287,12 +296,33 @@ class DualHead(nn.Module):
         gate[:, where.both] = self.weigh(h[:, where.h[where.both]], v[:, where.v[where.both]], where.corner)
         return gate
 
-    def forward(self, h: Tensor, v: Tensor | None, plan: DecodePlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def groups(self, plan: DecodePlan) -> bool:
+        """Whether the cells of a step are drawn in groups."""
+        return self.intra is not None and self.intra.groups > 1 and plan.has_vertical
+
+    def together(self, h: Tensor, v: Tensor | None, embedded: Tensor | None, plan: DecodePlan) -> States:
+        """The states (R, 1 + S', D) after what the cells of a diagonal tell one another; embedded codes (R, N, D)."""
+        if not self.groups(plan):
+            return h, v
+        assert self.intra is not None and v is not None and embedded is not None
+        where = sources(plan, self.corner, h.device)
+        by_h, by_v = torch.cat([where.both, where.only_h]), torch.cat([where.both, where.only_v])
+        zeros = h.new_zeros(len(h), plan.n_cells, h.shape[2])
+        pair = zeros.index_copy(1, by_h, h[:, where.h[by_h]]), zeros.index_copy(1, by_v, v[:, where.v[by_v]])
+        delta = self.intra(torch.cat(pair, dim=-1), embedded, plan)
+        h = h.index_add(1, where.h[by_h], delta[:, by_h].to(h.dtype))
+        return h, v.index_add(1, where.v[by_v], delta[:, by_v].to(v.dtype))
+
+    def forward(
+        self, h: Tensor, v: Tensor | None, plan: DecodePlan, embedded: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All logits at once: fused, horizontal, vertical (B, N, V) and gate (B, N), float32.
 
         `fused` and `gate` are by target; `horizontal` and `vertical` are what the heads emit at each cell. h, v must
-        hold all S slots. Without a vertical branch, `vertical` equals `horizontal`.
+        hold all S slots. Without a vertical branch, `vertical` equals `horizontal`. embedded (B, N, D): the codes,
+        where they are drawn in groups.
         """
+        h, v = self.together(h, v, embedded, plan)
         z_h = wide(self._code_logits(self.horizontal, h))  # (B, 1 + S, V)
         z_v = z_h if v is None or self.vertical is None else wide(self._code_logits(self.vertical, v))
         gate = self.gates(h, v, plan)
@@ -312,13 +342,15 @@ class DualHead(nn.Module):
         gate_collapse: float = 0.0,
         teacher: Teacher | None = None,
         split: Split | None = None,
+        embedded: Tensor | None = None,
     ) -> TargetLosses:
         """Losses of every target of codes (B, N) int64 (Eq. 9, 10), never holding all logits.
 
         weight: (B,) float32 of each sample, None = 1. L_H and L_V of a sample are means over the targets whose source
         is a slot (Eq. 10). Logits are normalised over all rows of the heads, so over text tokens too where the heads
-        score them.
+        score them. embedded: as in `forward`.
         """
+        h, v = self.together(h, v, embedded, plan)
         where = sources(plan, self.corner, h.device)
         codes = codes + self.first_code  # rows of the heads
         batch, zeros = h.shape[0], wide(h[:0]).new_zeros(h.shape[0], plan.n_cells)
@@ -388,3 +420,21 @@ class DualHead(nn.Module):
         mixed = fused[:, at.only_h : n_h]
         torch.lerp(wide(z_v[:, :both]), mixed, gate[..., None], out=mixed)
         return fused
+
+    def draw_step(self, h: Tensor, v: Tensor, at: StepSources, take: Callable[[Tensor, slice], Tensor]) -> None:
+        """One step's cells in groups that see one another. take: of the fused logits (R, m, V) of the cells of a slice
+        of the step makes their embedded codes (R, m, D)."""
+        assert self.intra is not None
+        s = torch.cat([pad(h[:, at.h], (0, 0, 0, at.only_v)), pad(v[:, at.v], (0, 0, at.only_h, 0))], dim=-1)
+        n, known = s.shape[1], self.intra.meet(s)
+        for cells in (parts := self.intra.parts(n)):
+            places = range(n)[cells]
+            only_h = sum(place < at.only_h for place in places)
+            only_v = sum(place >= n - at.only_v for place in places)
+            by_h, by_v = slice(0, len(places) - only_v), slice(0, len(places) - only_h)
+            states = s[:, cells].unflatten(2, (2, -1)) + self.intra.delta(known[:, cells])[:, :, None].to(s.dtype)
+            left, up = states[:, by_h, 0], states[:, only_h:, 1]
+            at_group = StepSources(by_h, by_v, only_h, only_v, corner=False)
+            embedded = take(DualHead.step(self, left, up, at_group), cells)  # self.step would end a shard's gathering
+            if cells != parts[-1]:
+                known = self.intra.tell(known, cells, embedded)

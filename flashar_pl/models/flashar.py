@@ -17,9 +17,10 @@ from flashar_pl.backbones.base import Backbone
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
-from flashar_pl.models.base import GridModel, States
-from flashar_pl.models.dual_head import Corner, DualHead, Fusion
+from flashar_pl.models.base import GridModel
+from flashar_pl.models.dual_head import Corner, DualHead, Fusion, States
 from flashar_pl.models.gates import FusionGate, LogitGate
+from flashar_pl.models.intra import IntraHead
 
 
 class VerticalBranch(nn.Module):
@@ -44,6 +45,7 @@ class FlashAR(GridModel):
             layers are cloned. With m = L and None only norm and head are.
         fusion: "gate" (Eq. 7), "logit_gate" (the authors' LlamaGen code) or "average" (g = 0.5, NAR).
         corner: (0, 0) from the "horizontal" head (the paper) or "fused" like the interior (NAR).
+        intra: options of an `IntraHead`; None = the codes of a diagonal are drawn independently (the paper).
 
     Before any training step the vertical branch equals the horizontal one: "training-free" diagonal decoding.
     A backbone on the meta device is cloned later, by `init_vertical_from_backbone` after its weights are loaded.
@@ -61,6 +63,7 @@ class FlashAR(GridModel):
         vertical_layers: int | None = None,
         fusion: Fusion = "gate",
         corner: Corner = "horizontal",
+        intra: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         n_layer = backbone.n_layer
@@ -85,7 +88,8 @@ class FlashAR(GridModel):
         with torch.device(like.device):
             gate = self.new_gate()
             gate = None if gate is None else gate.to(like.dtype)
-        self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code)
+            within = None if intra is None else IntraHead(backbone.dim, **intra).to(like.dtype)
+        self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code, within)
         if like.device.type != "meta":
             self.vertical.to_empty(device=like.device).to(like.dtype)
             vertical_head.to_empty(device=like.device).to(like.dtype)
@@ -126,6 +130,7 @@ class FlashAR(GridModel):
         return self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
 
     def config(self) -> dict[str, Any]:
+        intra = self.dual_head.intra
         return {
             "kind": "flashar",
             "backbone": self.backbone.config_dict(),
@@ -133,6 +138,7 @@ class FlashAR(GridModel):
             "vertical_layers": self.vertical_layers,
             "fusion": self.fusion,
             "corner": self.dual_head.corner,
+            **({} if intra is None else {"intra": intra.config()}),
         }
 
     @classmethod

@@ -76,10 +76,14 @@ def adapt(model: GridModel, config: LoraConfig | None) -> GridModel:
     The model may be on the meta device. The dtype of added matrices is that of the model before.
 
     Raises:
-        ValueError: peft is not installed.
+        ValueError: peft is not installed, or an `IntraHead` trains alone.
     """
     if config is None:
+        for name in frozen_names(model):  # by an `IntraHead` that trains alone
+            model.get_parameter(name).requires_grad_(False)
         return model
+    if frozen_names(model):
+        raise ValueError("model.lora is given, and model.flashar.intra.alone freezes what it adapts; leave one out.")
     with needing("model.lora", "lora"), quiet_torchao():
         import peft
     options = peft.LoraConfig(
@@ -108,7 +112,10 @@ def adaptation(model: GridModel) -> LoraConfig | None:
 
 
 def frozen_names(model: GridModel) -> set[str]:
-    """Names of the parameters that never train: the backbone's own, where it is adapted."""
+    """Names of the parameters that never train: the backbone's own, where it is adapted; all but those of an
+    `IntraHead` that is trained alone."""
+    if model.dual_head.intra is not None and model.dual_head.intra.alone:
+        return {name for name in model.roles() if not name.startswith("dual_head.intra.")}
     if adaptation(model) is None:
         return set()
     return {name for name, role in model.roles().items() if role == "backbone" and ADDED not in name}

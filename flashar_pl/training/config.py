@@ -101,6 +101,16 @@ def _released(directory: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class IntraConfig:
+    """Codes of a diagonal that see one another (docs/results/beyond.md)."""
+
+    groups: int = 2
+    """In how many groups the codes of a diagonal are drawn, each seeing those before: 2, 4, 8 and so on; 1 is off."""
+    alone: bool = False
+    """Freeze everything else: for a trained FlashAR model, given by model.init_from."""
+
+
+@dataclass(frozen=True)
 class FlashARConfig:
     """The vertical branch and the fusion of both predictions."""
 
@@ -113,6 +123,8 @@ class FlashARConfig:
     weight of 0.5."""
     corner: Literal["horizontal", "fused"] = "horizontal"
     """What predicts cell (0, 0): the horizontal head (the paper), or both like any other cell (NAR)."""
+    intra: IntraConfig | None = None
+    """Draw the codes of a diagonal in groups that see one another; None = independently (the paper)."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +345,8 @@ def model_config(
         raise ValueError(
             f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {n_layer} (the number of layers)."
         )
-    return {"kind": "flashar", "backbone": described, **asdict(flashar)}
+    options = {name: value for name, value in asdict(flashar).items() if (name, value) != ("intra", None)}
+    return {"kind": "flashar", "backbone": described, **options}
 
 
 OPTIMISER, SCHEDULE, VALIDATION, LOSS_OPTIONS = OptimiserConfig(), ScheduleConfig(), ValidationConfig(), LossConfig()

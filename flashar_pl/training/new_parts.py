@@ -1,5 +1,5 @@
-"""First values of what no official directory holds: the gate, mask and time of block diffusion, and the matrices A of
-LoRA (B starts at 0).
+"""First values of what no official directory holds: the gate, the head between cells of a diagonal, mask and time of
+block diffusion, and the matrices A of LoRA (B starts at 0).
 
 They are a function of the seed alone, not of where the random generator stands: one process has built a whole random
 model before, shards have not.
@@ -13,6 +13,7 @@ from torch import nn
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.intra import IntraHead
 from flashar_pl.models.lora import ADAPTER, adapted_layers
 
 
@@ -25,6 +26,8 @@ def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
         if isinstance(model, FlashAR) and (gate := model.new_gate()) is not None:
             assert model.dual_head.gate is not None
             made.append((model.dual_head.gate, gate))
+        if (intra := model.dual_head.intra) is not None:
+            made.append((intra, IntraHead(model.backbone.dim)))
         if isinstance(model, BlockDiffusion):
             made += zip((model.mask, model.time), model.new_embeddings(), strict=True)
         for _, _, layer in adapted_layers(model):

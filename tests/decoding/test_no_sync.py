@@ -30,7 +30,7 @@ def make(kind: str) -> tuple[GridModel, Condition, dict[str, Any]]:
     """A model, conditions of two samples, and what guidance needs besides. Prompts have two lengths, so a mask."""
     if kind == "emu":
         return tiny.emu_flashar(), PROMPTS, {"unconditional": NULLS}
-    return tiny.flashar(), tiny.classes(2), {}
+    return tiny.flashar(intra={"groups": 2} if kind == "intra" else None), tiny.classes(2), {}
 
 
 def operations_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> set[str]:
@@ -50,7 +50,7 @@ def operations_of(monkeypatch: pytest.MonkeyPatch, call: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("plan", ["raster", "diagonal"])
-@pytest.mark.parametrize("kind", ["llamagen", "emu"])
+@pytest.mark.parametrize("kind", ["llamagen", "emu", "intra"])
 def test_nothing_in_the_loop_needs_a_value_on_the_host(kind, plan, monkeypatch) -> None:
     """Guards the loop against an `if tensor`, `int(tensor)`, boolean index or the like: each stops the GPU's queue."""
     model, condition, guidance = make(kind)

@@ -18,7 +18,7 @@ from flashar_pl.models.released import ReleasedFlashAR
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
 NULLS = {"unconditional": [torch.tensor([1, 2, 9])] * 2}
-KINDS = ("class", "text", "emu", "released")
+KINDS = ("class", "text", "emu", "released", "intra")
 SETTINGS = ({"greedy": True}, {"cfg_scale": 2.0, "cfg_interval": 1, "top_k": 9, "top_p": 0.9, "temperature": 0.8})
 
 
@@ -31,6 +31,8 @@ def make(kind: str) -> tuple[GridModel, list[Condition], dict[str, Any]]:
         return tiny.flashar(condition="text", dim=24), batches, {}
     if kind == "emu":
         return tiny.emu_flashar(), [PROMPTS, PROMPTS[::-1]], NULLS
+    if kind == "intra":
+        return tiny.flashar(intra={"groups": 2}), [tiny.classes(2), tiny.classes(4)[2:]], {}
     torch.manual_seed(0)
     released = ReleasedFlashAR(tiny.emu(), 2, 1)
     tiny.randomise(released.vertical, 1)

@@ -29,6 +29,7 @@ MODELS = {
     "grouped": lambda: RasterAR(tiny.backbone(n_kv_head=1)),
     "flashar": lambda: tiny.flashar(m=1, k=2, corner="fused"),
     "average": lambda: tiny.flashar(m=2, fusion="average"),
+    "intra": lambda: tiny.flashar(m=1, intra={"groups": 4}),
 }
 
 
@@ -305,6 +306,22 @@ def test_flashar_run_from_flashar_file(tmp_path: Path) -> None:
     report = initialise(model, saved(tmp_path / "m", source))
     assert_same_model(model, source)
     assert (report.cloned, report.new) == (0, 0)
+
+
+def test_intra_run_from_flashar_file(tmp_path: Path) -> None:
+    """Everything but the new head is taken over; where the file has one it is, and is not dropped without a word."""
+    source, model = tiny.flashar(seed=1), FlashAR(tiny.backbone(seed=9), 1, intra={"alone": True})
+    head = {name: value.clone() for name, value in model.state_dict().items() if ".intra." in name}
+    report = initialise(model, saved(tmp_path / "plain", source))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (source.state_dict() | head)[name]), name
+    assert (report.cloned, report.new) == (0, sum(value.numel() for value in head.values()))
+    again = FlashAR(tiny.backbone(seed=8), 1, intra={"groups": 4})
+    initialise(again, saved(tmp_path / "intra", model))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+    with pytest.raises(ValueError, match="holds another model: intra"):
+        initialise(FlashAR(tiny.backbone(), 1), tmp_path / "intra")
 
 
 @pytest.mark.parametrize("kind", ["raster", "flashar"])

@@ -28,9 +28,9 @@ from flashar_pl.models.lora import frozen_names
 
 Compute = Literal["bf16", "fp32"]
 """Dtype of the gathered parameters and of activations."""
-DOORS = ("enter", "loss", "prefix", "prefill", "step", "step_logits")
+DOORS = ("enter", "loss", "prefix", "prefill", "step", "step_logits", "draw_step")
 """Methods of a model, besides forward, in which its parameters exist."""
-HEAD_DOORS = ("losses", "step")
+HEAD_DOORS = ("losses", "step", "draw_step")
 """The same of a `DualHead`."""
 FLOAT32_UNITS = ("gate", "corner_gate")
 """Parts of a `DualHead` that compute in float32."""
