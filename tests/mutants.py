@@ -34,6 +34,13 @@ CORE = {
     "flashar_pl/models/losses.py": ["tests/models/test_losses.py", "tests/models/test_flashar.py"],
     "flashar_pl/training/stages.py": ["tests/training/test_stages.py", "tests/training/test_module.py"],
     "flashar_pl/data/order.py": ["tests/data/test_data_order.py", "tests/data/test_data_loader.py"],
+    "flashar_pl/data/batches.py": ["tests/data/test_grids.py", "tests/data/test_mixture.py"],
+    "flashar_pl/data/mixture.py": ["tests/data/test_mixture.py"],
+    "flashar_pl/data/reader.py": ["tests/data/test_shards.py"],
+    "flashar_pl/checkpoints/safetensors_files.py": [
+        "tests/checkpoints/test_damage.py", "tests/reliability/test_checkpoints.py",
+        "tests/backbones/test_emu35_weights.py",
+    ],
     "flashar_pl/training/sharded": [
         "tests/training/test_fsdp_units.py", "tests/training/test_fsdp.py", "tests/training/test_fsdp_moments.py",
     ],
