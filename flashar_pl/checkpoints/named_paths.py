@@ -66,8 +66,8 @@ def located(tokenizer: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
 def refusal(file: str, what: str, path: str, advice: str) -> ValueError:
     """That a path is not opened, and what to type."""
     return ValueError(
-        f"{file} names {path!r} as its {what}. Your own commands did not write that, and of what others write only "
-        f"what lies inside its directory is opened. If you trust it, {advice}."
+        f"{file} names {path!r} as its {what}. It bears no mark of yours: another user or an earlier version wrote "
+        f"it, or your home cannot be written. Then only what lies inside its directory is opened. If you trust it, {advice}."
     )
 
 

@@ -395,4 +395,5 @@ def _merge_grid(job: Job, target: Path, group: list[Manifest], account: Account)
         splits, accounts = present.splits | splits, present.accounts | accounts
         names = present.class_names  # the job's, if it knows any
     splits = {split: splits[split] for split in SPLITS if split in splits}
-    replace(group[0], splits=splits, accounts=accounts, class_names=names).save(target)
+    own = replace(group[0], tokenizer=job.tokenizer, strange=frozenset())  # typed, so the user's, without a mark too
+    replace(own, splits=splits, accounts=accounts, class_names=names).save(target)

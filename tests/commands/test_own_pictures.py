@@ -18,7 +18,7 @@ from flashar_pl.data.shards import Manifest, verify
 from flashar_pl.data.writer import ShardWriter
 from flashar_pl.models import FlashAR, RasterAR
 
-TINY = ("--image-size", 16, "--downsample", 4, "--codes", 16, "--steps", 3, "--workers", 0)
+TINY = ("--image-size", 16, "--downsample", 4, "--codes", 16, "--steps", 10, "--workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,9 @@ def test_grey_levels_of_any_pictures(run, photos, work):
     assert run("tokenize", "images", photos, "--out", "icons", "--tokenizer", "pixels:8", "--image-size", 8)[0] == 0
 
 
-def test_a_tokenizer_is_trained_once_and_kept(run, refused, photos, work):
+def test_a_tokenizer_is_trained_once_and_kept(run, refused, photos, work, monkeypatch):
+    """Also in a home that cannot be written, where a manifest bears no marks."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(photos / "notes.txt"))
     code, out, err = run("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY)
     assert code == 0, err
     assert "PSNR" in out
