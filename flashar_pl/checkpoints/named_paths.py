@@ -67,7 +67,8 @@ def refusal(file: str, what: str, path: str, advice: str) -> ValueError:
     """That a path is not opened, and what to type."""
     return ValueError(
         f"{file} names {path!r} as its {what}. It bears no mark of yours: another user or an earlier version wrote "
-        f"it, or your home cannot be written. Then only what lies inside its directory is opened. If you trust it, {advice}."
+        "it, or your home cannot be written. Then only what lies inside its directory is opened. If you trust it, "
+        f"{advice}."
     )
 
 
