@@ -5,6 +5,8 @@
 
 Trains an `IntraHead` on a frozen FlashAR model, and then one to which the codes of the diagonal are hidden. One head
 serves every number of groups. Scores the test images and draws one image for each of their first prompts.
+
+    python benchmarks/intra.py --cost 3 --out docs/results/intra_cost.json
 """
 
 import argparse
@@ -128,9 +130,9 @@ def cost(repeats: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--raster", required=True)
-    parser.add_argument("--flashar", required=True)
+    for name in ("--data", "--raster", "--flashar"):
+        parser.add_argument(name)
+    parser.add_argument("--cost", type=int, metavar="REPEATS", help="measure the cost alone, with random weights")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=6e-3)
     parser.add_argument("--images", type=int, default=600)
@@ -139,11 +141,14 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    if asked.cost is not None:
+        write_json(Path(asked.out), {"commit": commit, "torch": torch.__version__, "rows": cost(asked.cost)})
+        return
     manifest = Manifest.load(asked.data)
     test = list(held_out(manifest, "test", 200, None, None, "cpu"))
     raster = measure(load_model(asked.raster).model.eval(), test, asked.images, asked.seeds)
     print("raster", raster["nll"], raster["torn"], raster["exact"]["share"], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     result = {"commit": commit, "steps": asked.steps, "lr": asked.lr, "seed": asked.seed, "raster": raster, "rows": []}
     batches = list(shuffled(manifest, 64 * asked.steps, asked.seed))
     plain: dict[str, Any] = {}

@@ -149,3 +149,15 @@ def test_coupled_diagonals() -> None:
     for (_, _, *cells), row in zip(shown, measured, strict=True):
         values = (row["torn"]["share"], row["exact"]["share"], row["legal"], row["illegal"])
         assert all(map(shows, cells, values)), row["name"]
+
+
+def test_codes_of_a_diagonal_that_see_one_another() -> None:
+    results, text = ROOT / "docs" / "results", page("results/beyond.md")
+    found = json.loads((results / "intra.json").read_text(encoding="utf-8"))
+    for (_, *cells), run in zip(rows(text, "| FlashAR | plain | 2 groups"), found.values(), strict=True):
+        for cell, row in zip(cells, [row for row in run["rows"] if "coupling" not in row], strict=True):
+            assert all(map(shows, cell.split(", "), (row["nll"], row["torn"]["share"]))), (cell, row)
+    cost = json.loads((results / "intra_cost.json").read_text(encoding="utf-8"))["rows"]
+    said = re.search(r"takes (\S+) times the multiplications; CPU time\s+(\S+) \(2 groups\) and (\S+) times", text)
+    assert said is not None
+    assert all(map(shows, said.groups(), (cost[2]["gmac_ratio"], cost[1]["cpu_ratio"], cost[2]["cpu_ratio"])))

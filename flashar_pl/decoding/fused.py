@@ -48,6 +48,8 @@ def refusal(model: GridModel) -> str | None:
         return f"a {model.config()['kind']} model has a vertical branch of its own"
     if isinstance(model.dual_head.gate, LogitGate):
         return "its gate reads logits"
+    if model.dual_head.intra is not None and model.dual_head.intra.groups > 1:
+        return "it draws the codes of a diagonal in groups"
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"
