@@ -53,7 +53,7 @@ def facts(model: GridModel, description: Description) -> dict[str, str]:
         "model": f"{config['kind']}, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{next(model.parameters()).dtype}",
         "backbone": f"{config['backbone']['kind']}: dim {own.dim}, n_layer {own.n_layer}, n_head {own.block.n_head}, "
-        f"n_kv_head {own.block.n_kv_head}, vocab_size {config['backbone']['vocab_size']}, condition {condition}",
+        f"n_kv_head {own.block.n_kv_head}, vocabulary {own.vocabulary}, condition {condition}",
     }
     if config["kind"] == "flashar":
         keys = ("branch_layer", "vertical_layers", "fusion", "corner")

@@ -260,7 +260,7 @@ def test_validation_in_inference_mode_before_training() -> None:
     ("arguments", "message"),
     [
         ({"branch_layer": 3}, r"branch_layer is 3; expected 0 to 2"),
-        ({"branch_layer": 1, "fusion": "sum"}, r'expected "gate" or "average"'),
+        ({"branch_layer": 1, "fusion": "sum"}, r"expected one of gate, logit_gate, average"),
         ({"branch_layer": 1, "corner": "vertical"}, r'expected "horizontal" or "fused"'),
     ],
 )

@@ -74,7 +74,8 @@ def test_gemm_shapes_of_emu_with_row_ends_and_text_rows():
     """Row-end tokens are fed with their neighbour, and text rows of the head are not computed."""
     config = CONFIGS[2]
     model = build(config).eval()
-    prompts, empty = [torch.tensor([5, 6, 7, 3])] * 2, [torch.tensor([8, 9, 9, 3])] * 2
+    prompts = [torch.tensor([5, 6, 7, 3]), torch.tensor([5, 6, 2, 3])]
+    empty = [torch.tensor([8, 9, 9, 3]), torch.tensor([8, 9, 2, 3])]  # equal ones would be fed once on a CPU
     for plan in ("raster", "diagonal"):
         job = DecodeJob(model_sizes(config), plan, (3, 4), 2, True, torch.float32, prefix=4)
         assert planned_gemms(job) == recorded_gemms(model, prompts, (3, 4), plan, 2.0, empty)

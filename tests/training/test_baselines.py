@@ -102,8 +102,9 @@ def test_block_diffusion_on_prompts(folder: Path, capsys, caplog, monkeypatch) -
         block_diffusion=BlockDiffusionConfig(strategy="sub4x4", clean_context=True, steps=2),
     )  # fmt: skip
     save = ModelCheckpoint(folder, filename="blocks", every_n_train_steps=2)
-    module = fit(folder, "data/emu35_tiny/shards", module, data={"prompts": base}, callbacks=[save], max_steps=2,
-                 enable_checkpointing=True, limit_val_batches=1)  # fmt: skip
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        module = fit(folder, "data/emu35_tiny/shards", module, data={"prompts": base}, callbacks=[save], max_steps=2,
+                     enable_checkpointing=True, limit_val_batches=1)  # fmt: skip
     dim = module.net.backbone.dim
     assert module.schedule.stage1_share == 0.2
     assert f" 0 cloned into the vertical branch, {dim + 2 * dim * (dim + 1):,} new" in caplog.text
