@@ -95,12 +95,14 @@ def card(name: str, model: GridModel, description: Description, scores: Mapping[
         says += "." if grid is None else f": {steps} steps instead of {model.make_plan('raster', *grid).n_steps}."
     kind = model.backbone.conditioning.kind
     asked = {"class": "classes=[0]"}.get(kind, 'prompt="a fox in the snow"')
+    encoder = ', text_encoder="DIRECTORY OF ITS T5"' if kind == "text" else ""
     return "\n".join([
         "---", "library_name: flashar-pl", f"pipeline_tag: {TASKS.get(kind, 'text-to-image')}", "---", f"# {name}", "",
         says, "", "| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in lines.items()), "",
         "With [flashar-pl](https://pypi.org/project/flashar-pl/) installed, in the directory that holds this one:", "",
         "```python", "from flashar_pl import FlashARPipeline", "",
-        f'pipeline = FlashARPipeline.from_pretrained("{name}")', f"pipeline({asked}).images[0].save(\"sample.png\")",
+        f'pipeline = FlashARPipeline.from_pretrained("{name}"{encoder})',
+        f"pipeline({asked}).images[0].save(\"sample.png\")",
         "```", "",
         "No licence is chosen here: that of the weights it was trained from, and of the data, goes on.", "",
     ])  # fmt: skip

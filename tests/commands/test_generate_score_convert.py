@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from flashar_pl import FlashARPipeline, decoding, devices
 from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.sharing import card as make_card
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.commands.score import held_out, image_nll
 from flashar_pl.data.shards import Manifest, ShardReader
-from flashar_pl.models import FlashAR
+from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.options import DeviceOptions, EngineOptions, ModelOptions
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.room import HEADROOM
@@ -309,6 +310,8 @@ def test_a_converted_directory_has_a_card_and_draws_anywhere(run, refused, work,
         "a\\|b, owl",
     ):
         assert line in card
+    text = RasterAR(tiny_backbone(condition="text", caption_dim=12))
+    assert "text_encoder=" in make_card("t", text, replace(note, model=text.config()), {})  # draws no prompt without
     Path("vq.pt").unlink()
     Path("far").mkdir()
     Path("own").rename("far/own")
