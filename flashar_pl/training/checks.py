@@ -19,7 +19,7 @@ from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.recipes import recipes
 from flashar_pl.text_files import read_text, read_yaml
 from flashar_pl.tokenizers.files import RECIPE_WEIGHTS
-from flashar_pl.training.config import ValidationConfig
+from flashar_pl.training.config import FlashARConfig, ValidationConfig
 from flashar_pl.training.stages import Schedule
 
 WEIGHTS_HOME = "https://github.com/toshas/torch-fidelity/releases"
@@ -102,10 +102,21 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
     return f"flashar tokenize images photos --out {shards}"
 
 
-def check_model(lora: LoraConfig | None, flashar: object, init_from: str | None, aux_weight: float) -> None:
-    """ValueError for a negative weight of the auxiliary losses, and for LoRA on a raster model or on random weights."""
+def check_model(
+    lora: LoraConfig | None, flashar: FlashARConfig | None, init_from: str | None, aux_weight: float
+) -> None:
+    """ValueError for a negative weight of the auxiliary losses, for LoRA on a raster model or on random weights, and
+    for an intra-diagonal head that would train nothing, or alone on random weights."""
     if aux_weight < 0:
         raise ValueError(f"aux_weight is {aux_weight}; expected 0 or more (the paper has {AUX_WEIGHT}).")
+    intra = None if flashar is None else flashar.intra
+    if intra is not None and intra.groups == 1:
+        raise ValueError("model.flashar.intra.groups is 1, which is off: it would not train; expected 2, 4 and so on.")
+    if intra is not None and intra.alone and init_from is None:
+        raise ValueError(
+            "model.flashar.intra.alone freezes the rest and model.init_from is null, so it would stay random; expected "
+            "a trained FlashAR model in model.init_from."
+        )
     if lora is None:
         return
     if flashar is None:

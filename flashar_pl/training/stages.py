@@ -54,6 +54,8 @@ class Schedule:
                 f"schedule.milestones is {self.milestones}, gamma {self.gamma}; expected shares of the run between 0 "
                 "and 1, and 0 < gamma <= 1."
             )
+        if not self.milestones and self.gamma != 0.2:
+            raise ValueError(f"schedule.gamma is {self.gamma}, and there are no milestones; give schedule.milestones.")
         if self.milestones and (self.per_stage or self.floor):
             raise ValueError("schedule.milestones take the place of a cosine; leave per_stage and floor out.")
 

@@ -9,7 +9,7 @@ import pytest
 from training_toys import fit, make_module
 
 from flashar_pl.training.checks import first_validation, idle_parts
-from flashar_pl.training.config import ScheduleConfig
+from flashar_pl.training.config import FlashARConfig, IntraConfig, ScheduleConfig
 from flashar_pl.training.stages import Schedule
 
 
@@ -60,3 +60,11 @@ def test_a_fit_says_it_before_its_first_step(tmp_path: Path, toy_shards: str) ->
         warnings.simplefilter("always")
         fit(tmp_path, toy_shards, make_module(), max_steps=6, limit_val_batches=1)
     assert not [each for each in silent if "no validation" in str(each.message) or "is 0 in all" in str(each.message)]
+
+
+def test_an_intra_diagonal_head_that_would_train_nothing_is_refused() -> None:
+    """Guards groups of 1, whose head no loss reaches, and a head that trains alone beside random weights."""
+    refused: Any = (({"groups": 1}, "groups is 1, which is off"), ({"alone": True}, "would stay random"))
+    for intra, message in refused:
+        with pytest.raises(ValueError, match=message):
+            make_module(flashar=FlashARConfig(1, intra=IntraConfig(**intra)))

@@ -75,6 +75,7 @@ def test_raster_settings_have_one_stage() -> None:
         ({"warmup": -1}, "0 or more"),
         ({"milestones": [1.5]}, "shares of the run"),
         ({"milestones": [0.5], "floor": 0.1}, "leave per_stage and floor out"),
+        ({"gamma": 0.5}, "gamma is 0.5, and there are no milestones"),
     ],
 )
 def test_wrong_schedules_are_refused(values: dict, message: str) -> None:
