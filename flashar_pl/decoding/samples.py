@@ -107,8 +107,9 @@ def draw_batch(
     nulls = None if samples.unconditional is None else samples.entries(samples.unconditional, batch)
     seeds = [samples.seed + i for i in samples.numbers(batch)]
     if (smaller := backbone.preview_grid(condition, samples.grid)) is not None:
-        own = [seed + PREVIEW_SEED for seed in seeds]
+        own, counted = [seed + PREVIEW_SEED for seed in seeds], len(engine.forwards)
         codes = engine.generate(condition, smaller, seeds=own, unconditional=nulls, **options)
+        del engine.forwards[counted:]  # those of the preview, which is no sample
         condition = backbone.with_preview(condition, codes)
         nulls = None if nulls is None else backbone.with_preview(nulls, codes)
     return engine.generate(condition, samples.grid, seeds=seeds, unconditional=nulls, on_step=on_step, **options)

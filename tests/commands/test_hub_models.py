@@ -136,6 +136,16 @@ def test_glm_image_draws_its_preview_first(hub, tmp_path: Path) -> None:
         generate(GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")), ModelOptions(str(directory), grid="2x4"))
 
 
+def test_forwards_of_a_preview_are_not_those_of_the_image(hub, tmp_path: Path) -> None:
+    """Guards the forwards of a lossless plan: those of the preview, of 242 codes, once stood for the image's 8."""
+    engine = EngineOptions(dtype="fp32", device="cpu", plan="lossless")
+    draws = GenerateOptions(prompt=["a fox"], num_images=1, out=str(tmp_path / "out"), codes_only=True)
+    out = generate(
+        draws, ModelOptions(str(hub("glm_image")), grid="2x4"), SamplingSettings(cfg_scale=1.0), engine=engine
+    )
+    assert json.loads((out / "settings.json").read_text())["settings"]["forwards"]["most"] <= 9  # the prefix's included
+
+
 def test_images_come_from_the_models_own_tokenizer(hub, tmp_path: Path) -> None:
     """Guards the tokenizer that is taken where none is given, and the check of one that is."""
     draws = GenerateOptions(prompt=["a fox"], num_images=1, out=str(tmp_path / "out"))
