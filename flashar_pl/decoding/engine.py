@@ -30,10 +30,11 @@ from flashar_pl.decoding.prefill import prefill_by_length
 from flashar_pl.decoding.prepare import has_blocks
 from flashar_pl.devices import available_memory
 from flashar_pl.grid import DecodePlan, check_grid
+from flashar_pl.layers.compiled import compiled_blocks, compiled_parts, first_line
 from flashar_pl.layers.measured import wide_cache_pays
 from flashar_pl.layers.packed import PackedLinear
-from flashar_pl.layers.torch_private import compile_errors, recompile_limit
-from flashar_pl.layers.transformer import Attention, Block
+from flashar_pl.layers.torch_private import compile_errors
+from flashar_pl.layers.transformer import Attention
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
@@ -42,9 +43,6 @@ from flashar_pl.sampling import check_usable
 
 PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
-VARIANTS = 128
-"""Compiled forms of one function, of all models of a process: single and several positions, dtypes, formats of weights.
-Beyond torch's own limit of 8 the blocks would run eagerly, and be called compiled."""
 KEPT = 4
 """Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -83,7 +81,7 @@ class Engine:
         self.forwards: list[int] = []
         """Of every sample that was drawn with a lossless plan, in their order: its forwards, the prefix's included."""
         self._kept: OrderedDict[Any, Buffers | Recorded | Lossless] = OrderedDict()
-        self._compiled: dict[str, Any] = {}
+        self._parts: dict[str, Callable[..., Any]] = {}
 
     @property
     def _recorded(self) -> bool:
@@ -245,22 +243,13 @@ class Engine:
         if "compiled" not in self.runner:
             yield
             return
-        if not self._compiled:  # a compiled function serves all blocks, and any number of positions
-            self._compiled = {name: torch.compile(getattr(Block, name), dynamic=True) for name in ("before", "after")}
-        blocks = [module for module in self.model.modules() if isinstance(module, Block)]
-        for block in blocks:
-            for name, function in self._compiled.items():
-                setattr(block, name, partial(function, block))
+        self._parts = self._parts or compiled_parts(dynamic=True)
         try:
-            with recompile_limit(VARIANTS):
+            with compiled_blocks(self.model, self._parts):
                 yield
         except compile_errors() as error:
-            cause = " ".join(str(error).split("\n\n")[0].split())
+            cause = first_line(error)
             raise ValueError(f"torch.compile failed: {cause}. Use runner eager, or graphs on CUDA.") from error
-        finally:
-            for block in blocks:
-                for name in self._compiled:
-                    delattr(block, name)
 
 
 def generate(

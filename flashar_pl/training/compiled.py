@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from flashar_pl.layers.torch_private import compile_errors, recompile_limit
-from flashar_pl.layers.transformer import Block
-
-PARTS = ("before", "after")
-"""Of a block: all but attention, which has kernels of its own."""
-VARIANTS = 128
-"""Compiled forms of a part: stages, dtypes, grids. Beyond torch's own limit of 8 it would run eagerly, unsaid."""
+from flashar_pl.layers.compiled import compiled_blocks, compiled_parts, first_line
+from flashar_pl.layers.torch_private import compile_errors
 
 
 class CompileBlocks(Callback):
@@ -27,41 +22,30 @@ class CompileBlocks(Callback):
     """
 
     def __init__(self) -> None:
-        self._functions: dict[str, Any] = {}
-        self._limit = ExitStack()
+        self._parts: dict[str, Callable[..., Any]] = {}
+        self._inside = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cause = refusal(pl_module.device)
         if cause is not None:
             warnings.warn(f"the blocks are not compiled, training goes on without: {cause}", stacklevel=2)
             return
-        self._limit.enter_context(recompile_limit(VARIANTS))
-        self._functions = {name: torch.compile(getattr(Block, name)) for name in PARTS}
-        self._compile(pl_module)
+        self._parts = compiled_parts()
+        self._inside.enter_context(compiled_blocks(pl_module, self._parts))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore(pl_module)
+        self._inside.close()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._compile(pl_module)
+        if self._parts:
+            self._inside.enter_context(compiled_blocks(pl_module, self._parts))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._functions = {}
-        self._restore(pl_module)
-        self._limit.close()
+        self._parts = {}
+        self._inside.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-    def _compile(self, pl_module: LightningModule) -> None:
-        for block in _blocks(pl_module):
-            for name, function in self._functions.items():
-                setattr(block, name, partial(function, block))
-
-    def _restore(self, pl_module: LightningModule) -> None:
-        for block in _blocks(pl_module):
-            for name in PARTS:
-                vars(block).pop(name, None)
 
 
 def refusal(device: torch.device) -> str | None:
@@ -69,9 +53,5 @@ def refusal(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except compile_errors() as error:
-        return " ".join(str(error).split("\n\n")[0].split())
+        return first_line(error)
     return None
-
-
-def _blocks(pl_module: LightningModule) -> list[Block]:
-    return [module for module in pl_module.modules() if isinstance(module, Block)]

@@ -14,6 +14,7 @@ from flashar_pl.decoding import Engine, engine, generate
 from flashar_pl.decoding.engine import pad_prefix
 from flashar_pl.decoding.loop import Buffers, Inputs, decode
 from flashar_pl.decoding.prefill import prefill_by_length
+from flashar_pl.layers import compiled as compiled_layers
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
 from flashar_pl.options import SamplingSettings
@@ -259,7 +260,7 @@ def test_many_compiled_models_stay_compiled(monkeypatch: pytest.MonkeyPatch) -> 
             for scale in (1.0, 2.0):
                 Engine(model, "compiled").generate(tiny.classes(1), (2, 3), plan, cfg_scale=scale, seeds=0)
     assert len(made) >= 8
-    monkeypatch.setattr(engine, "VARIANTS", 1)
+    monkeypatch.setattr(compiled_layers, "VARIANTS", 1)
     torch._dynamo.reset()
     with pytest.raises(ValueError, match=r"torch.compile failed: .*limit"):
         Engine(model, "compiled").generate(tiny.classes(1), (2, 3), seeds=0)
