@@ -214,7 +214,8 @@ class Backbone(nn.Module, ABC):
         return Condition.cat([own, self.null_condition(own) if unconditional is None else as_condition(unconditional)])
 
     def preview_grid(self, condition: Condition, grid: tuple[int, int]) -> tuple[int, int] | None:
-        """Grid of a smaller image that is drawn first and then stands in the prefix; None = there is none to draw."""
+        """Grid of a smaller image that is drawn first and then stands in the prefix; None = there is none to draw, as
+        where one of these conditions has it already."""
         return None
 
     def with_preview(self, condition: Condition, codes: Tensor) -> Condition:

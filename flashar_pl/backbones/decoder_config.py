@@ -82,7 +82,7 @@ class DecoderConfig:
     """Rows of their embedding and head of text, where those of images are tensors of their own; None = they are not."""
     preview_side: int | None = None
     """Side of the smaller image that is drawn first, for a square one: of (H, W) codes it has side * sqrt(H / W) x
-    side * sqrt(W / H), rounded down; None = there is none."""
+    side * sqrt(W / H), rounded down, but at least 1; None = there is none."""
     code_width: int | None = None
     """Width C of vectors that codes have beside the vocabulary, brought to D by an MLP, and scored by an MLP (Janus);
     None = codes are tokens."""
@@ -192,7 +192,7 @@ class DecoderConfig:
         if self.preview_side is None:
             return None
         ratio = height / width
-        return int(sqrt(ratio) * self.preview_side), int(sqrt(1 / ratio) * self.preview_side)
+        return max(1, int(sqrt(ratio) * self.preview_side)), max(1, int(sqrt(1 / ratio) * self.preview_side))
 
     @property
     def rope_order(self) -> tuple[int, ...] | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from flashar_pl.backbones.condition import Given
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel, States
-from flashar_pl.models.dual_head import sources
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.models.sources import sources
 
 
 def head_loss(model: GridModel, states: States, codes: Tensor, plan: DecodePlan) -> Tensor:

@@ -164,11 +164,13 @@ def check_same(
 ) -> None:
     """ValueError naming the fields in which the config `found` at `path` differs from the `expected` one.
 
-    what: which config, for the message, such as "backbone". free: fields that may differ.
+    what: which config, for the message: "backbone", or "model", whose fields are options of its method. free: fields
+    that may differ.
     """
     found, expected = _resolved(found), _resolved(expected)
+    option = f"--model.{expected['kind']}." if what == "model" else ""
     different = [
-        f"{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
+        f"{option}{key} {found.get(key)!r} (this run: {expected.get(key)!r})"
         for key in sorted((found.keys() | expected.keys()) - {*NOT_ARCHITECTURE, *free})
         if not key.endswith("dropout") and found.get(key) != expected.get(key)
     ]

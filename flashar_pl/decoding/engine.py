@@ -57,8 +57,8 @@ class Engine:
     """A model ready to decode.
 
     Buffers and graphs are made at the first batch of a kind (plan, settings, batch size, dtype, prefix bucket) and used
-    again by later ones: one batch at a time, from one thread. Weights may change in place between batches, as training
-    does.
+    again by later ones: one batch at a time, from one thread. Between batches weights may change in place, as training
+    does, and `DualHead.rules`; what is set for the whole of torch, such as TF32, stays in a graph as it was.
 
     Args:
         model: a FlashAR or RasterAR model, or a bare backbone (raster plan only).
@@ -151,7 +151,7 @@ class Engine:
         self, plan: DecodePlan, settings: SamplingSettings, inputs: Inputs, on_step: Callable[[Progress], object]
     ) -> Buffers:
         """The batch decoded, in buffers that the next batch overwrites."""
-        key: tuple[Any, ...] = (plan, settings, inputs.shapes())
+        key: tuple[Any, ...] = (plan, settings, inputs.shapes(), self.model.dual_head.rules)
         if self._recorded:
             key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
         with self._blocks():

@@ -25,10 +25,11 @@ from flashar_pl.layers.kernels.launch import launch, why_not
 from flashar_pl.layers.kernels.tiles import head_tile, power_of_two, tile
 from flashar_pl.layers.transformer import Block, HeadNorm, RMSNorm
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.dual_head import DualHead, step_sources
+from flashar_pl.models.dual_head import DualHead
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.gates import LogitGate
 from flashar_pl.models.raster import RasterAR
+from flashar_pl.models.sources import step_sources
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import MIN_TEMPERATURE, guide
 
@@ -94,6 +95,7 @@ class Fused:
     ) -> None:
         self.model, self.plan, self.settings, self.inputs, self.buffers = model, plan, settings, inputs, buffers
         assert can_decode(plan), f"kernels know no {plan.name} plan"
+        assert not model.dual_head.groups(plan), "kernels draw a diagonal at once"
         assert inputs.noise.is_contiguous() and inputs.rope[0].is_contiguous(), "kernels read them as they are written"
         x, length = inputs.prefix.x, len(inputs.prefix)
         self.rows, self.batch, self.length = len(x), len(buffers.drawn), length

@@ -21,7 +21,7 @@ from flashar_pl.decoding.loop import Buffers, Inputs, Progress
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.dual_head import StepSources
+from flashar_pl.models.sources import StepSources
 from flashar_pl.options import Drafter, SamplingSettings
 from flashar_pl.sampling import choose, guide
 

@@ -106,7 +106,8 @@ def draw_batch(
     condition = samples.entries(samples.condition, batch)
     nulls = None if samples.unconditional is None else samples.entries(samples.unconditional, batch)
     seeds = [samples.seed + i for i in samples.numbers(batch)]
-    if (smaller := backbone.preview_grid(condition, samples.grid)) is not None:
+    # of all samples' conditions: ranks that share one model have other batches, and forward in step
+    if (smaller := backbone.preview_grid(samples.condition, samples.grid)) is not None:
         own, counted = [seed + PREVIEW_SEED for seed in seeds], len(engine.forwards)
         codes = engine.generate(condition, smaller, seeds=own, unconditional=nulls, **options)
         del engine.forwards[counted:]  # those of the preview, which is no sample

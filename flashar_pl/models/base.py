@@ -22,8 +22,9 @@ from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
-from flashar_pl.models.dual_head import DualHead, Split, States, Teacher, fed_by_slots, step_sources
+from flashar_pl.models.dual_head import DualHead, Split, States, Teacher
 from flashar_pl.models.losses import AUX_WEIGHT
+from flashar_pl.models.sources import fed_by_slots, step_sources
 from flashar_pl.numerics import wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer

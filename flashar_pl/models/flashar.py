@@ -18,9 +18,10 @@ from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.models.base import GridModel
-from flashar_pl.models.dual_head import Corner, DualHead, Fusion, States
+from flashar_pl.models.dual_head import DualHead, Fusion, States
 from flashar_pl.models.gates import FusionGate, LogitGate
 from flashar_pl.models.intra import IntraHead
+from flashar_pl.models.sources import Corner
 
 
 class VerticalBranch(nn.Module):

@@ -19,7 +19,7 @@ import torch
 
 from flashar_pl.checkpoints.description import plan_of
 from flashar_pl.grid import DecodePlan
-from flashar_pl.models.dual_head import StepSources, step_sources
+from flashar_pl.models.sources import StepSources, step_sources
 from flashar_pl.planner.sizes import Linear, ModelSizes
 
 

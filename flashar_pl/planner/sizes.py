@@ -16,7 +16,7 @@ from flashar_pl.backbones import Conditioning, describe_backbone, import_backbon
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.layers.transformer import BlockConfig
 from flashar_pl.models.base import ROLES
-from flashar_pl.models.dual_head import Corner
+from flashar_pl.models.sources import Corner
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flashar_pl.checkpoints.hub import find_prompt_tokenizer
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.models.dual_head import Fusion, Split
+from flashar_pl.models.intra import check_groups
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
 from flashar_pl.training.stages import Schedule
@@ -108,6 +109,12 @@ class IntraConfig:
     """In how many groups the codes of a diagonal are drawn, each seeing those before: 2, 4, 8 and so on; 1 is off."""
     alone: bool = False
     """Freeze everything else: for a trained FlashAR model, given by model.init_from."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_groups(self.groups)
+        except ValueError as error:
+            raise ValueError(f"model.flashar.intra.{error}") from error
 
 
 @dataclass(frozen=True)

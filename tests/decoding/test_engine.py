@@ -17,6 +17,7 @@ from flashar_pl.decoding.prefill import prefill_by_length
 from flashar_pl.layers import compiled as compiled_layers
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.intra import IntraHead
 from flashar_pl.options import SamplingSettings
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9]), torch.tensor([4, 9])]
@@ -152,6 +153,18 @@ def test_only_the_latest_shape_is_kept() -> None:
     for width in (2, 3, 4):
         kept.generate(condition, (2, width), seeds=0)
     assert [key[0].width for key in kept._kept] == [4]
+
+
+def test_other_groups_of_a_diagonal_are_another_recording() -> None:
+    """`--groups`, or a notebook, changes what a step does: a graph of before would draw with the old ones."""
+    model = tiny.flashar()
+    model.dual_head.intra = IntraHead(model.backbone.dim, 2)
+    kept, keys = Engine(model, "eager"), []
+    for groups in (2, 4):
+        model.dual_head.intra.groups = groups
+        kept.generate(tiny.classes(1), (3, 4), seeds=0)
+        keys += kept._kept
+    assert len({*keys}) == 2
 
 
 def test_the_latest_graphs_are_kept_while_memory_suffices() -> None:

@@ -1,5 +1,7 @@
 """Sample sets: what in-training validation and `flashar evaluate` both draw from."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -7,8 +9,8 @@ import torch.nn.functional as F
 from tiny_images import vq_state
 
 from flashar_pl.backbones import ClassIds, Prompts
-from flashar_pl.decoding import generate
-from flashar_pl.decoding.samples import SampleSet, decode_images, draw
+from flashar_pl.decoding import Engine, generate
+from flashar_pl.decoding.samples import SampleSet, decode_images, draw, draw_batch
 from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import VQ16, PixelTokenizer
@@ -50,6 +52,30 @@ def test_samples_are_those_of_plain_generation_and_every_batch_has_one_shape() -
         assert torch.equal(part.features.pool, part.images.float().mean((2, 3)))
         assert part.features.logits is not None
         assert len(part.images) == len(part.features.logits) == len(part.index)
+
+
+def test_whether_a_preview_is_drawn_is_one_answer_for_all_batches() -> None:
+    """Ranks that share one model draw other batches, and would wait for each other's forwards for ever."""
+    model, begin = tiny.emu(boi_token_id=9, preview_side=2), torch.tensor([5, 9])
+    grids: list[tuple[int, int]] = []
+
+    class Grids(Engine):
+        def generate(self, condition: Any, grid: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+            grids.append(grid)
+            return super().generate(condition, grid, *arguments, **options)
+
+    for last, drawn in ((begin, [(2, 2), (4, 4)]), (torch.tensor([5, 9, 7, 7, 7, 7]), [(4, 4)])):
+        prompts = SampleSet(Prompts([begin, last]), (4, 4), "raster", SamplingSettings(), 1)
+        for batch in (0, 1):
+            grids.clear()
+            draw_batch(Grids(model, "eager"), prompts, batch)
+            assert grids == drawn
+
+
+def test_a_long_and_narrow_image_has_a_preview() -> None:
+    """A side of it was rounded down to 0 codes."""
+    config = tiny.emu(preview_side=2).config
+    assert [config.preview(*grid) for grid in ((4, 4), (1, 64), (64, 1))] == [(2, 2), (1, 16), (16, 1)]
 
 
 def test_entries_of_several_samples_each_fill_up_the_last_batch() -> None:

@@ -320,8 +320,14 @@ def test_intra_run_from_flashar_file(tmp_path: Path) -> None:
     initialise(again, saved(tmp_path / "intra", model))
     assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
-    with pytest.raises(ValueError, match="holds another model: intra"):
+    with pytest.raises(ValueError, match=r"holds another model: --model.flashar.intra \{"):
         initialise(FlashAR(tiny.backbone(), 1), tmp_path / "intra")
+
+
+def test_a_file_with_another_gate_names_the_option(tmp_path: Path) -> None:
+    saved(tmp_path / "m", tiny.flashar(fusion="logit_gate"))
+    with pytest.raises(ValueError, match=r"--model.flashar.fusion 'logit_gate' \(this run: 'gate'\)"):
+        initialise(FlashAR(tiny.backbone(), 1), tmp_path / "m")
 
 
 @pytest.mark.parametrize("kind", ["raster", "flashar"])
@@ -390,7 +396,7 @@ def test_flashar_files_start_flashar_runs_of_the_same_shape_only(tmp_path: Path)
     path = saved(tmp_path / "m", tiny.flashar(m=1))
     with pytest.raises(ValueError, match="is a FlashAR model and this run trains a raster model"):
         initialise(RasterAR(tiny.backbone()), path)
-    with pytest.raises(ValueError, match=r"another model: branch_layer 1 \(this run: 2\)"):
+    with pytest.raises(ValueError, match=r"another model: --model.flashar.branch_layer 1 \(this run: 2\)"):
         initialise(FlashAR(tiny.backbone(), 2), path)
     with pytest.raises(ValueError, match=r"fusion 'gate' \(this run: 'average'\)"):
         initialise(FlashAR(tiny.backbone(), 1, fusion="average"), path)

@@ -64,7 +64,11 @@ def test_a_fit_says_it_before_its_first_step(tmp_path: Path, toy_shards: str) ->
 
 def test_an_intra_diagonal_head_that_would_train_nothing_is_refused() -> None:
     """Guards groups of 1, whose head no loss reaches, and a head that trains alone beside random weights."""
-    refused: Any = (({"groups": 1}, "groups is 1, which is off"), ({"alone": True}, "would stay random"))
+    refused: Any = (
+        ({"groups": 1}, "groups is 1, which is off"),
+        ({"groups": 3}, "model.flashar.intra.groups is 3; expected 1"),
+        ({"alone": True}, "would stay random"),
+    )
     for intra, message in refused:
         with pytest.raises(ValueError, match=message):
             make_module(flashar=FlashARConfig(1, intra=IntraConfig(**intra)))

@@ -109,6 +109,40 @@ def norm_qkv(x, gain, w, bias, q_gain, q_shift, k_gain, k_shift, rope, places, n
         tl.store(target + two[None, :], b, mask=mask)
 
 
+@triton.jit
+def risen(peak, other):
+    """The higher of two peaks; the same to subtract from scores, 0 where nothing was seen; what sums taken at `peak`
+    are worth there."""
+    higher = tl.maximum(peak, other)
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    return higher, safe, tl.exp(peak - safe)
+
+
+@triton.jit
+def all_parts(part, peaks, totals, tile, e, EP: tl.constexpr, SPLITS: tl.constexpr, BQ: tl.constexpr,
+              ACC: tl.constexpr):  # fmt: skip
+    """acc (BQ, EP) and total (BQ,) of attention to all parts of the keys, in their order."""
+    peak = tl.full((BQ,), float("-inf"), ACC)
+    total = tl.zeros((BQ,), ACC)
+    acc = tl.zeros((BQ, EP), ACC)
+    for s in range(SPLITS):
+        at = (tile * SPLITS + s) * BQ + tl.arange(0, BQ)
+        other = tl.load(peaks + at, cache_modifier=".cg")
+        peak, safe, fade = risen(peak, other)
+        grow = tl.exp(other - safe)
+        total = total * fade + tl.load(totals + at, cache_modifier=".cg") * grow
+        more = tl.load(part + at[:, None] * EP + e[None, :], cache_modifier=".cg")
+        acc = acc * fade[:, None] + more * grow[:, None]
+    return acc, total
+
+
+@triton.jit
+def store_mean(y, place, wanted, acc, total):
+    """acc / total to y; 0 where nothing was seen."""
+    total = tl.where(total > 0, total, 1.0)
+    tl.store(y + place, (acc / total[:, None]).to(y.dtype.element_ty), mask=wanted)
+
+
 @triton.jit(do_not_specialize=["n"])
 def attend(q, keys, values, first, places, now, y, part, peaks, totals, arrived,
            n, scale, row_stride, head_stride,
@@ -150,16 +184,12 @@ def attend(q, keys, values, first, places, now, y, part, peaks, totals, arrived,
         if CAUSAL:
             seen = seen & (k[None, :] <= own[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        fade = tl.exp(peak - safe)
+        peak, safe, fade = risen(peak, tl.max(scores, 1))
         p = tl.exp(scores - safe[:, None])
         total = total * fade + tl.sum(p, 1)
         acc = acc * fade[:, None] + tl.dot(p.to(vs.dtype), vs, input_precision="ieee", out_dtype=ACC)
-        peak = higher
     if SPLITS == 1:
-        total = tl.where(total > 0, total, 1.0)
-        tl.store(y + place, (acc / total[:, None]).to(y.dtype.element_ty), mask=wanted)
+        store_mean(y, place, wanted, acc, total)
     else:
         tile = (tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         at = (tile * SPLITS + split) * BQ + tl.arange(0, BQ)
@@ -169,21 +199,8 @@ def attend(q, keys, values, first, places, now, y, part, peaks, totals, arrived,
         tl.debug_barrier()  # all threads have written before one of them says so
         if tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1:
             tl.debug_barrier()
-            peak = tl.full((BQ,), float("-inf"), ACC)
-            total = tl.zeros((BQ,), ACC)
-            acc = tl.zeros((BQ, EP), ACC)
-            for s in range(SPLITS):
-                at = (tile * SPLITS + s) * BQ + tl.arange(0, BQ)
-                other = tl.load(peaks + at, cache_modifier=".cg")
-                higher = tl.maximum(peak, other)
-                safe = tl.where(higher == float("-inf"), 0.0, higher)
-                fade, grow = tl.exp(peak - safe), tl.exp(other - safe)
-                total = total * fade + tl.load(totals + at, cache_modifier=".cg") * grow
-                more = tl.load(part + at[:, None] * EP + e[None, :], cache_modifier=".cg")
-                acc = acc * fade[:, None] + more * grow[:, None]
-                peak = higher
-            total = tl.where(total > 0, total, 1.0)
-            tl.store(y + place, (acc / total[:, None]).to(y.dtype.element_ty), mask=wanted)
+            acc, total = all_parts(part, peaks, totals, tile, e, EP, SPLITS, BQ, ACC)
+            store_mean(y, place, wanted, acc, total)
             tl.store(arrived + tile, 0)
 
 
