@@ -41,6 +41,7 @@ class Account:
 
     def __str__(self) -> str:
         """In one line, such as: found 30 entries, used 27, left out 3: 3 hidden (such as .git)."""
-        reasons = ", ".join(f"{n:,} {why} (such as {self.examples[why]})" for why, n in self.left_out.items())
+        such = {why: f" (such as {example})" for why, example in self.examples.items()}
+        reasons = ", ".join(f"{n:,} {why}{such.get(why, '')}" for why, n in self.left_out.items())
         number = sum(self.left_out.values())
         return f"found {self.found:,} entries, used {self.used:,}, left out {number:,}" + (reasons and f": {reasons}")

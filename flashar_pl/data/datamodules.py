@@ -32,6 +32,7 @@ from flashar_pl.data.pixels import ImageBatch, ImageBatches, ImageRows, Prepare
 from flashar_pl.data.prompt_encoder import PromptEncoder
 from flashar_pl.data.sources import Source, class_images, read_classes
 from flashar_pl.data.streaming import Arrivals, Stream, StreamedLoader, code_rows, collate_codes, shard_urls, tar_urls
+from flashar_pl.data.tally import Tally
 from flashar_pl.data.verify import check_held_out
 from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.prompts import MAX_PROMPT
@@ -200,20 +201,18 @@ class CodesDataModule(LightningDataModule):
         """Training batches of webdataset's pipeline."""
         manifest = self._one_grid()
         collate = partial(collate_codes, manifest, self._encoder(manifest))
-        arrivals = Arrivals(manifest) if self.verify else None
-        return self._stream(shard_urls(manifest), partial(code_rows, manifest), collate, cut, arrivals, True)
+        arrivals, rows = Arrivals(manifest) if self.verify else None, partial(code_rows, manifest)
+        tally = Tally(max(1, self.num_workers))
+        if (n := manifest.samples("train")) < self.batch_size and self.epoch_samples is None:
+            raise ValueError(
+                f"The training split has {n} samples, fewer than one batch of {self.batch_size}; set batch_size to at "
+                f"most {n}, or epoch_samples."
+            )
+        return self._stream(cut, shard_urls(manifest), rows, collate, arrivals=arrivals, shuffle_rows=True, tally=tally)
 
-    def _stream(
-        self,
-        urls: list[str],
-        rows: Callable,
-        collate: Callable,
-        cut: Cut,
-        arrivals: Arrivals | None = None,
-        shuffle_rows: bool = False,
-    ) -> Stream:
-        mixing = (self.batch_size, self.seed, self.shuffle, self.resampled, arrivals, shuffle_rows)
-        return Stream(urls, rows, collate, *mixing, cut.rank, cut.ranks)
+    def _stream(self, cut: Cut, urls: list[str], rows: Callable, collate: Callable, **more: Any) -> Stream:
+        mixing = (self.batch_size, self.seed, self.shuffle, self.resampled)
+        return Stream(urls, rows, collate, *mixing, rank=cut.rank, ranks=cut.ranks, **more)
 
     def _one_grid(self) -> Manifest:
         if len(self.manifests) > 1:
@@ -229,7 +228,7 @@ class CodesDataModule(LightningDataModule):
         if isinstance(self._source, Stream):
             samples = self.epoch_samples or self.manifest.samples("train")
             n = samples // self.batch_size
-            self._training = StreamedLoader(self._source, self.num_workers, n, self._reshuffle())
+            self._training = StreamedLoader(self._source, self.num_workers, n, self._reshuffle(), rank_zero_info)
         else:
             processed = None
             if self.trainer is not None:
@@ -316,11 +315,7 @@ class _ImagesDataModule(CodesDataModule):
 
     def _exact(self, cut: Cut) -> ImageBatches:
         source = self._read_source()
-        known = self.manifest.condition.num_classes
-        if source.condition.num_classes != known:
-            raise ValueError(
-                f"{self.images} has {source.condition.num_classes} classes, the shards at {self.location} have {known}."
-            )
+        self._check_classes(self.images, source.condition.num_classes)
         if source.account.left_out:
             rank_zero_info(f"{self.images}: {source.account}")
         blocks = np.diff([*range(0, len(source), BLOCK), len(source)])  # (M,)
@@ -328,9 +323,16 @@ class _ImagesDataModule(CodesDataModule):
         return ImageBatches(source, self._prepare(), order, cut.rank, cut.ranks, self._reshuffle())
 
     def _streamed(self, cut: Cut) -> Stream:
-        prepare = self._prepare()
-        ids = {name: i for i, name in enumerate(read_classes(self.classes) or ())} or None
-        return self._stream(tar_urls(self.images), ImageRows(prepare, ids), prepare.collate, cut)
+        prepare, tally = self._prepare(), Tally(max(1, self.num_workers))
+        names = read_classes(self.classes, self.manifest.class_names)
+        ids = None if names is None else {name: i for i, name in enumerate(names)}
+        if names is not None:
+            self._check_classes(str(self.classes), len(names))
+        return self._stream(cut, tar_urls(self.images), ImageRows(prepare, ids, tally), prepare.collate, tally=tally)
+
+    def _check_classes(self, what: str, n: int | None) -> None:
+        if n != (known := self.manifest.condition.num_classes):
+            raise ValueError(f"{what} has {n} classes, the shards at {self.location} have {known}.")
 
     def _prepare(self) -> Prepare:
         assert self._tokenizer is not None

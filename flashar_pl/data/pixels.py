@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,8 @@ from flashar_pl.backbones.condition import ClassIds, Condition, Prompts
 from flashar_pl.data.batches import TextEncoder
 from flashar_pl.data.images import centre_crop, fit, views
 from flashar_pl.data.order import TrainingOrder
-from flashar_pl.data.sources import IMAGE_MEMBERS, Source, class_id
+from flashar_pl.data.sources import IMAGE_MEMBERS, Source, condition_of
+from flashar_pl.data.tally import Tally
 from flashar_pl.image_files import Unreadable, open_rgb
 
 BAD_SHARE, BAD_START = 0.01, 100
@@ -154,6 +155,8 @@ class ImageRows:
     prepare: Prepare
     classes: dict[str, int] | None = None
     """Class names, where the tars hold them."""
+    tally: Tally = field(default_factory=Tally)
+    """Of the `Stream` that it is a part of."""
 
     def __call__(self, samples: Iterator[dict[str, Any]], rng: random.Random) -> Iterator[Row]:
         tolerance = _Tolerance()
@@ -162,6 +165,7 @@ class ImageRows:
             try:
                 yield self.prepare(*self._read(sample), rng.randrange(self.prepare.crops))
             except Unreadable as error:
+                self.tally.count("unreadable")
                 tolerance.skip(f"{sample['__url__']}: {sample['__key__']}", error)
 
     def _read(self, sample: dict[str, Any]) -> tuple[bytes, int | str]:
@@ -170,6 +174,4 @@ class ImageRows:
         given = sample.get("txt" if classes is None else "cls")
         if data is None or given is None:
             raise Unreadable("no image or no condition in the record")
-        if classes is None:
-            return data, given.decode("utf-8", "replace").strip()
-        return data, class_id(given, self.classes, classes)
+        return data, condition_of(given, self.classes, classes)

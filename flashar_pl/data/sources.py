@@ -234,14 +234,10 @@ class TarSource(Source):
             raise Unreadable(f"no {self._label} in the record")
         try:
             data = read_range(self._tars[tar], at, size)
-            if number >= 0:
-                return data, number
-            given = read_range(self._tars[tar], label_at, label_size)
-            if self.condition.num_classes is not None:
-                return data, class_id(given, self._ids, self.condition.num_classes)
-            return data, given.decode("utf-8-sig").strip()
-        except (OSError, UnicodeDecodeError) as error:
+            given = None if number >= 0 else read_range(self._tars[tar], label_at, label_size)
+        except OSError as error:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
+        return data, number if given is None else condition_of(given, self._ids, self.condition.num_classes)
 
     def known_bad(self) -> list[int]:
         needed = [2, 4, 5] if self._label == "cls" else [2, 4]
@@ -266,13 +262,7 @@ def class_images(
     Raises:
         ValueError: both tars and folders, other classes than those known, or options that do not go with what is there.
     """
-    names = read_classes(classes)
-    if names is not None and known and tuple(names) != known:
-        both = [*zip(names, known), (f"{len(names)} names", f"{len(known)} names")]
-        given, there = next(pair for pair in both if pair[0] != pair[1])
-        raise ValueError(
-            f"{classes} has {given} where the shards that are there have {there}; splits share the classes."
-        )
+    names = read_classes(classes, known)
     folder = Path(images).expanduser()
     if folder.is_dir():
         entries = [entry for entry in folder.iterdir() if not is_hidden(entry.name)]
@@ -302,8 +292,12 @@ def read_file(path: str) -> bytes:
         raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
 
-def read_classes(path: str | None) -> list[str] | None:
-    """Class names, one a line, the first is class 0. Raises ValueError for a missing file, no or repeated names."""
+def read_classes(path: str | None, known: tuple[str, ...] = ()) -> list[str] | None:
+    """Class names, one a line, the first is class 0.
+
+    known: those of the shards that the images belong to, where they have names. Raises ValueError for a missing file,
+    no or repeated names, or others than those known.
+    """
     if path is None:
         return None
     file = Path(path).expanduser()
@@ -312,7 +306,24 @@ def read_classes(path: str | None) -> list[str] | None:
     names = [line for _, line in read_lines(file)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path} holds {len(names)} class names, {len(set(names))} different ones; each must differ.")
+    if known and tuple(names) != known:
+        both = [*zip(names, known), (f"{len(names)} names", f"{len(known)} names")]
+        given, there = next(pair for pair in both if pair[0] != pair[1])
+        raise ValueError(f"{path} has {given} where the shards that are there have {there}; splits share the classes.")
     return names
+
+
+def condition_of(raw: bytes, ids: dict[str, int] | None, num_classes: int | None) -> int | str:
+    """What the member of a record says: a class, see `class_id`, or with num_classes None a caption.
+
+    Raises `Unreadable`.
+    """
+    if num_classes is not None:
+        return class_id(raw, ids, num_classes)
+    try:
+        return raw.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
 def class_id(raw: bytes, ids: dict[str, int] | None, num_classes: int) -> int:

@@ -19,7 +19,7 @@ import re
 import tarfile
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, Self
@@ -29,7 +29,7 @@ import torch
 import webdataset
 from braceexpand import braceexpand
 from torch.utils.data import get_worker_info
-from webdataset.tariterators import base_plus_ext, group_by_keys, url_opener
+from webdataset.tariterators import url_opener
 
 from flashar_pl.backbones.condition import Batch
 from flashar_pl.data.batches import TextEncoder, to_batch
@@ -39,7 +39,8 @@ from flashar_pl.data.locations import address, is_remote
 from flashar_pl.data.manifest import Manifest
 from flashar_pl.data.order import stream
 from flashar_pl.data.reader import Row, check_codes, gather, read_record
-from flashar_pl.data.tars import find_tars
+from flashar_pl.data.tally import Tally
+from flashar_pl.data.tars import find_tars, grouped
 
 Rows = Callable[[Iterator[dict[str, Any]], random.Random], Iterator[Any]]
 """webdataset's samples and a reader's random numbers -> rows of a batch."""
@@ -90,6 +91,8 @@ class Stream:
     """Shuffle rows instead of records: where a record holds many samples."""
     rank: int = 0
     ranks: int = 1
+    tally: Tally = field(default_factory=Tally)
+    """Counts what this device's readers have read, and left out."""
 
     def check(self, num_workers: int) -> None:
         """Raises ValueError where a reader would have no tar."""
@@ -119,49 +122,56 @@ class Stream:
         return webdataset.DataPipeline(
             tars,
             watch.tars,
-            partial(_samples, self.arrivals),
+            partial(_samples, self.arrivals, self.tally),
             watch.samples,
             *((rows, mix) if self.shuffle_rows else (mix, rows)),
             webdataset.batched(self.batch_size // self.ranks, collation_fn=self.collate, partial=False),
         )
 
 
-def _samples(arrivals: Arrivals | None, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """webdataset's `tarfile_to_samples`, with a look at each tar before it is opened and after it was read."""
-    handler = webdataset.warn_and_continue
-    opened = url_opener(tars if arrivals is None else arrivals.files(tars), handler=handler)
-    return group_by_keys(_files(opened if arrivals is None else arrivals.streams(opened)), handler=handler)
+def _samples(arrivals: Arrivals | None, tally: Tally, tars: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """webdataset's `tarfile_to_samples`, with a look at each tar before it is opened and after it was read.
 
-
-def _files(streams: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The files of opened tars as webdataset groups them; {} ends a record.
-
-    webdataset's own stops at the first end mark, without a word about what `cat a.tar b.tar` has put behind it, and
-    leaves out a record whose key is that of the one before. What is damaged ends a tar, with a warning.
+    webdataset's own stops at the first end mark, without a word about what `cat a.tar b.tar` has put behind it, leaves
+    out a record whose key is that of the one before, and takes hidden members (img/._0.jpg) for the end of a record.
     """
-    for source in streams:
+
+    def unopened(error: Exception) -> bool:
+        tally.count("torn")
+        return webdataset.warn_and_continue(error)
+
+    opened = _closing(url_opener(tars if arrivals is None else arrivals.files(tars), handler=unopened))
+    for source in opened if arrivals is None else arrivals.streams(opened):
+        url = source["url"]
+        for key, members in grouped(_files(source["stream"], url, tally), lambda name: tally.count("hidden")):
+            tally.count("records")
+            yield {"__key__": key, "__url__": url, **members}
+
+
+def _closing(opened: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Opened tars, each closed when the next one is asked for, and at the end."""
+    for source in opened:
+        stream = source["stream"]  # `Arrivals.streams` puts another one there
         try:
-            with tarfile.open(fileobj=source["stream"], mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
-                yield from _members(tar, source["url"])
-        except Exception as error:  # noqa: BLE001 - what reads a URL has errors of its own
-            warnings.warn(f"{source['url']} ends in an error: {error}; the rest is left out.", stacklevel=2)
-        yield {}
+            yield source
+        finally:
+            with contextlib.suppress(OSError):  # of a command whose output was not read to its end
+                stream.close()
 
 
-def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict[str, Any]]:
-    current, extensions = "", set[str]()
-    for info in tar:
-        tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
-        key, extension = base_plus_ext(info.name)
-        if not info.isreg() or key is None or META.match(info.name):
-            continue
-        if key != current or extension.lower() in extensions:
-            current, extensions = key, set()
-            yield {}
-        extensions.add(extension.lower())
-        file = tar.extractfile(info)
-        assert file is not None
-        yield {"fname": info.name, "data": file.read(), "__url__": url}
+def _files(stream: Any, url: str, tally: Tally) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of the files of an opened tar. What is damaged ends it, with a warning."""
+    try:
+        with tarfile.open(fileobj=stream, mode="r|*", ignore_zeros=True, tarinfo=_Header) as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # else it remembers every member
+                if info.isreg() and "." in info.name.rpartition("/")[2] and not META.match(info.name):
+                    file = tar.extractfile(info)
+                    assert file is not None
+                    yield info.name, file.read()
+    except Exception as error:  # noqa: BLE001 - what reads a URL has errors of its own
+        tally.count("torn")
+        warnings.warn(f"{url} ends in an error: {error}; the rest is left out.", stacklevel=2)
 
 
 class _Header(tarfile.TarInfo):
@@ -285,9 +295,18 @@ class StreamedLoader:
     It is no torch `DataLoader`, so a Trainer does not replace its sampler: the tars are cut over ranks already.
     """
 
-    def __init__(self, source: Stream, num_workers: int, batches: int, reshuffle: bool = True) -> None:
+    def __init__(
+        self,
+        source: Stream,
+        num_workers: int,
+        batches: int,
+        reshuffle: bool = True,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        """say: is told the account of what was read, after each pass in which more was left out, and the first."""
         self.source, self.num_workers, self._n, self._reshuffle = source, num_workers, batches, reshuffle
         self.turn, self.position = -1, 0
+        self._say, self._said = say, ""
 
     def __len__(self) -> int:
         return self._n
@@ -298,11 +317,20 @@ class StreamedLoader:
         loader = webdataset.WebLoader(
             pipeline, batch_size=None, num_workers=self.num_workers, generator=torch.Generator()
         ).with_epoch(self._n)
-        for batch in without_worker(iter(loader)):
-            self.position += 1
-            yield batch
+        try:
+            for batch in without_worker(iter(loader)):
+                self.position += 1
+                yield batch
+        finally:
+            self._tell()
         if self.position < self._n:
             raise ValueError(f"The tars gave {self.position} batches, too few for this device; set resampled to true.")
+
+    def _tell(self) -> None:
+        account = self.source.tally.account()
+        if (left_out := str(account.left_out)) != self._said:
+            self._say(f"Streamed by this device so far, what was read ahead included: {account}")
+            self._said = left_out
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the pass, and how far it is; between passes, that of the next one."""

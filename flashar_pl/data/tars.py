@@ -9,15 +9,17 @@ from __future__ import annotations
 import glob
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from braceexpand import braceexpand
 
 from flashar_pl.data.account import Account, is_hidden
 from flashar_pl.text_files import BROKEN
+
+T = TypeVar("T")
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -71,26 +73,35 @@ def _matches(pattern: Path) -> list[Path]:
 
 
 def tar_records(path: Path, account: Account | None = None) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """The records of a WebDataset tar: (key, {extension in lower case: (offset, bytes)}).
+    """The records of a WebDataset tar: (key, {extension in lower case: (offset, bytes)}), see `grouped`.
+
+    Hidden members go to the account. Raises ValueError for a tar that is compressed, truncated, or damaged in the
+    middle.
+    """
+    kept = Account() if account is None else account
+    return grouped(_files(path), lambda name: kept.leave_out("hidden", f"{path.name}: {name}"))
+
+
+def grouped(files: Iterable[tuple[str, T]], hidden: Callable[[str], object]) -> Iterator[tuple[str, dict[str, T]]]:
+    """The records of a tar's files (name, content): (key, {extension in lower case: content}).
 
     A record is a run of members whose names agree up to the first dot of the file name; an extension that comes again
-    begins the next one, so that repeated keys lose nothing. Hidden members (._a.jpg) go to the account. Raises
-    ValueError for a tar that is compressed, truncated, or damaged in the middle.
+    begins the next one, so that repeated keys lose nothing. `hidden` is told the names of members that are nobody's
+    data (._a.jpg), which may stand within a record.
     """
-    key, members = "", dict[str, tuple[int, int]]()
-    for name, place in _files(path):
-        folder, slash, base = name.rpartition("/")
+    key, members = "", dict[str, T]()
+    for name, content in files:
         if any(map(is_hidden, name.split("/"))):
-            if account is not None:
-                account.leave_out("hidden", f"{path.name}: {name}")
+            hidden(name)
             continue
+        folder, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
-        extension = extension.lower()
-        if members and (folder + slash + stem != key or extension in members):
+        own, extension = folder + slash + stem, extension.lower()
+        if members and (own != key or extension in members):
             yield key, members
             members = {}
-        key = folder + slash + stem
-        members[extension] = place
+        key = own
+        members[extension] = content
     if members:
         yield key, members
 

@@ -2,7 +2,9 @@
 
 import io
 import random
+import re
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from toy_shards import sample_codes, write_classes
 from flashar_pl.data import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.data.images import SquareCrop, ten_crop
 from flashar_pl.data.pixels import ImageBatch, ImageRows, Prepare
-from flashar_pl.data.shards import ConditionSpec, ShardWriter
+from flashar_pl.data.shards import ConditionSpec, Manifest, ShardWriter
+from flashar_pl.data.sources import condition_of
 from flashar_pl.data.streaming import Stream
 from flashar_pl.tokenizers import VQ16
 
@@ -89,8 +92,9 @@ def fit(data, epochs: int = 2, path: Path | None = None, resume: Path | None = N
 
 
 @pytest.mark.parametrize("reading", ["exact", "streamed"])
-def test_codes_are_those_of_a_crop_and_epochs_have_their_length(tmp_path, shards, reading):
-    """Guards the pixels, the pairing with labels and the number of batches, through a real Trainer."""
+def test_codes_are_those_of_a_crop_and_epochs_have_their_length(tmp_path, shards, reading, caplog):
+    """Guards the pixels, the pairing with labels, the number of batches and the account, through a real Trainer."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     tars = write_tars(tmp_path / "tars")
     data = ImageNetDataModule(tars, shards, reading=reading, epoch_samples=20, batch_size=4, num_workers=1, shuffle=8)
     probe = fit(data)
@@ -108,6 +112,8 @@ def test_codes_are_those_of_a_crop_and_epochs_have_their_length(tmp_path, shards
             chosen.update(matches)
     assert len(chosen) > 3
     assert probe.labels[:20] != probe.labels[20:]
+    told = re.findall(r"found (\d+) entries, used (\d+), left out 0", caplog.text)
+    assert [int(n) >= 20 and n == used for n, used in told] == [True] * (reading == "streamed"), "a worker's counts"
     if reading == "exact":
         assert sorted(probe.labels[:20]) == sorted(probe.labels[20:]) == list(range(20)), "each once in an epoch"
 
@@ -170,6 +176,42 @@ def test_resampled_ranks_draw_other_tars(tmp_path):
     assert drawn[0] == drawn[3]
     assert drawn[0] != drawn[1]
     assert drawn[0] != drawn[2]
+
+
+@pytest.mark.parametrize("reading", ["exact", "streamed"])
+def test_class_names_in_another_order_than_the_shards_are_refused(tmp_path, shards, reading):
+    """Ids of the training images would be others than those of the validation split."""
+    names, classes = tuple(f"n{i}" for i in range(20)), tmp_path / "classes.txt"
+    manifest = replace(Manifest.load(shards), class_names=names)
+    manifest.save(shards)
+    tars = write_tars(tmp_path / "tars", tars=1)
+    more, options = (*names, "more"), {"epoch_samples": 8, "batch_size": 4, "num_workers": 0}
+    for known, given, message in (
+        (names, names[::-1], "has n19 where the shards that are there have n0"),
+        (names, more, "has 21 names where the shards that are there have 20 names"),
+        ((), more, "has 21 classes, the shards at .* have 20"),
+    ):
+        replace(manifest, class_names=known).save(shards)
+        classes.write_text("\n".join(given))
+        data = ImageNetDataModule(tars, shards, reading=reading, classes=str(classes), **options)
+        with pytest.raises(ValueError, match=message):
+            data.setup("fit")
+
+
+def test_an_epoch_of_no_streamed_batch_is_refused(tmp_path):
+    """Lightning would train nothing, without an error."""
+    write_classes(tmp_path / "s", {"train": 3})
+    with pytest.raises(ValueError, match="3 samples, fewer than one batch of 4; set batch_size to at most 3"):
+        CodesDataModule(str(tmp_path / "s"), reading="streamed", batch_size=4).setup("fit")
+
+
+def test_streamed_captions_are_those_of_the_exact_way(tmp_path):
+    """A byte order mark is no part of a caption, and what is not UTF-8 is no caption."""
+    assert condition_of("\ufeffa fox\n".encode(), None, None) == "a fox"
+    prepare = Prepare(16, 16, 1.0, None, lambda text: torch.tensor([len(text)]))
+    given = [{"jpg": jpeg(0), "txt": text, "__key__": "7", "__url__": "u"} for text in (b"\xef\xbb\xbfa fox", b"\xff")]
+    with pytest.warns(UserWarning, match="skipped u: 7: UnicodeDecodeError"):
+        assert [ids.tolist() for _, ids in ImageRows(prepare)(iter(given), random)] == [[5]]
 
 
 @pytest.mark.parametrize("reading", ["exact", "streamed"])

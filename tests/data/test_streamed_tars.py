@@ -7,18 +7,22 @@ import warnings
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from webdataset.tariterators import url_opener
 
-from flashar_pl.data.streaming import Stream
+from flashar_pl.data.pixels import ImageRows, Prepare
+from flashar_pl.data.streaming import Stream, StreamedLoader, _closing
+from flashar_pl.data.tally import Tally
 
 
-def tar(*names: str) -> bytes:
-    """A tar whose files hold their own names."""
+def tar(*names: str, **files: bytes) -> bytes:
+    """A tar of files that hold their own names, and of others."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as file:
-        for name in names:
+        for name, content in [*((name, name.encode()) for name in names), *files.items()]:
             info = tarfile.TarInfo(name)
-            info.size = len(name)
-            file.addfile(info, io.BytesIO(name.encode()))
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
     return out.getvalue()
 
 
@@ -55,3 +59,42 @@ def test_a_damaged_header_is_said(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(streamed(tmp_path, tar("0.jpg", "1.jpg", "2.jpg"), 3)) == 3
+
+
+def test_hidden_members_do_not_part_a_record(tmp_path: Path) -> None:
+    """macOS writes img/._0.jpg between img/0.cls and img/0.jpg: webdataset's grouping makes two halves of them."""
+    content = tar("img/0.cls", "img/._0.jpg", "img/0.jpg", "__MACOSX/img/._0.jpg", ".git/1.jpg")
+    assert streamed(tmp_path, content + tar("2.cls", "2.jpg"), 2) == [("2", ["cls", "jpg"]), ("img/0", ["cls", "jpg"])]
+
+
+@pytest.mark.parametrize("url", ["pipe:cat {}", "{}"])
+def test_tars_are_closed_as_they_are_left(tmp_path: Path, url: str) -> None:
+    (tmp_path / "a.tar").write_bytes(tar("0.jpg"))
+    opened = []
+
+    def noted(tars):
+        for each in tars:
+            opened.append(each["stream"])
+            yield each
+
+    given = iter([{"url": url.format(tmp_path / "a.tar")}] * 2)
+    for number, source in enumerate(_closing(noted(url_opener(given)))):
+        assert len(source["stream"].read()) > 0
+        assert [getattr(each, "stream", each).closed for each in opened] == [True] * number + [False]
+    assert [getattr(each, "stream", each).closed for each in opened] == [True, True]
+
+
+def test_what_was_left_out_is_told_at_the_end_of_a_pass(tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(picture, "JPEG")
+    good = {"2.jpg": picture.getvalue(), "2.cls": b"2"}
+    (tmp_path / "a.tar").write_bytes(tar("0.jpg", "0.cls", "._1.jpg", "1.jpg", **good))
+    said, tally, prepare = list[str](), Tally(), Prepare(16, 16, 1.0, 3)
+    rows = ImageRows(prepare, None, tally)
+    stream = Stream([str(tmp_path / "a.tar")], rows, prepare.collate, 1, 0, 1, resampled=False, tally=tally)
+    with pytest.warns(UserWarning, match="skipped .*a.tar: [01]: "):
+        assert len(list(StreamedLoader(stream, 0, 1, say=said.append))) == 1
+    passes = tally.account().used  # the shuffle buffer reads ahead: one or two
+    reasons = f"{2 * passes} unreadable, or without an image or a condition, {passes} hidden"
+    found = f"found {4 * passes} entries, used {passes}, left out {3 * passes}: {reasons}"
+    assert said == [f"Streamed by this device so far, what was read ahead included: {found}"]
