@@ -85,6 +85,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(row(cells) for cells in (header, rule, *rows))
 
 
+def plus_minus(value: float, error: float | None, digits: str, of_error: str | None = None) -> str:
+    """A number with what it may be off, None = not known. digits: such as .2f, and those of the error if others."""
+    return f"{value:{digits}}" + ("" if error is None else f" ± {error:{of_error or digits.removeprefix('+')}}")
+
+
 def first_line(error: BaseException) -> str:
     """Of an error's message; the name of its class where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -71,19 +71,19 @@ def _sheet(blocks: Sequence[tuple[str, Tensor]], heads: Sequence[str]) -> Tensor
     width = (tiles[0].shape[2] + 2) / columns
     top = space + line
     height = top + sum(each.shape[1] + space for each in tiles)
-    picture = Image.new("RGB", (left + tiles[0].shape[2] + space, height), "white")
-    pen = ImageDraw.Draw(picture)
+    canvas = Image.new("RGB", (left + tiles[0].shape[2] + space, height), "white")
+    pen = ImageDraw.Draw(canvas)
     for column, head in enumerate(heads):
         middle = left + round((column + 0.5) * width) - 1
         pen.text((middle, top - 4), shortened(head, width - 4, font), "black", font, anchor="ms")
     for (label, _), each in zip(blocks, tiles, strict=True):
-        picture.paste(Image.fromarray(each.permute(1, 2, 0).numpy()), (left, top))
+        canvas.paste(picture(each), (left, top))
         rows = label.split("\n")
         start = top + each.shape[1] // 2 - line * (len(rows) - 1) // 2
         for number, row in enumerate(rows):
             pen.text((left - space, start + number * line), row, "black", font, anchor="rm")
         top += each.shape[1] + space
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def shortened(text: str, width: float, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
@@ -109,10 +109,15 @@ def gate_picture(gate: Tensor) -> Tensor:
     return enlarge((torch.stack([red, fade, blue]) * 255).round().to(torch.uint8))
 
 
+def picture(image: Tensor) -> Image.Image:
+    """An image (3, h, w) uint8 as Pillow's."""
+    return Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy()))
+
+
 def png_bytes(image: Tensor) -> bytes:
     """An image (3, h, w) uint8 as PNG."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(buffer, format="PNG")
+    picture(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

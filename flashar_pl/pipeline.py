@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL.Image import Image, fromarray
+from PIL.Image import Image
 from torch import Tensor
 
 from flashar_pl.checkpoints.opening import Source, open_checkpoint
@@ -40,7 +40,7 @@ from flashar_pl.options import (
     ShapeOptions,
     TextOptions,
 )
-from flashar_pl.pictures import tile
+from flashar_pl.pictures import picture, tile
 from flashar_pl.planner.room import fitting_batch
 from flashar_pl.tokenizers import Tokenizer
 
@@ -70,7 +70,7 @@ class PipelineOutput:
         if not self.images:
             raise ValueError("these samples are codes without images; leave out codes_only.")
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in self.images])).permute(0, 3, 1, 2)
-        return fromarray(tile(pixels, columns).permute(1, 2, 0).numpy())
+        return picture(tile(pixels, columns))
 
 
 class FlashARPipeline:
@@ -200,7 +200,7 @@ class FlashARPipeline:
         settings = {**asdict(subject), **asdict(asked.sampling), **asdict(engine), "plan": plan, "batch_size": size,
                     "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
         seeds = [subject.seed + i for i in range(len(wanted))]
-        images = [fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
+        images = [picture(image) for image in pixels]
         return PipelineOutput(images, codes, wanted.labels, seeds, wanted.prompts, plan, steps, seconds, settings)
 
 

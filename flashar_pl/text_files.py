@@ -176,6 +176,14 @@ def parse_yaml(text: str, path: str | Path) -> Any:
         raise ValueError(f"{path} is not YAML that can be read: {text}.") from error
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
 def reason(error: BaseException) -> str:
     """What a reader found, without torch's advice to read the file unsafely."""
     text = " ".join(str(error).split())

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -47,7 +48,11 @@ GAP, LINE = 12, 18
 """Pixels between panels; height of a line of text."""
 NARROWEST = 170
 """Pixels of a panel, so that its text fits."""
-FORMATS = {".webp": "WEBP", ".gif": "GIF"}
+FORMATS: dict[str, dict[str, Any]] = {
+    ".webp": {"format": "WEBP", "quality": 85, "method": 4},
+    ".gif": {"format": "GIF", "optimize": True},
+}
+"""Suffix -> how Pillow writes it."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,10 @@ def animate(
     sides = decode_both(draw, source, other, asked, compute)
     gate = mean_gate(source.model, pairs(sides[1]), asked.grid).float()  # (H, W)
     pictures = draw_frames(sides, gate, tokenizer, draw.frames, draw.size)
-    shown = [round(1000 * draw.seconds / draw.frames)] * draw.frames
+    milliseconds = [round(1000 * draw.seconds / draw.frames)] * draw.frames + [round(1000 * STAND_STILL)]
     with replacing(target) as part:
-        save(pictures, [*shown, round(1000 * STAND_STILL)], part, FORMATS[target.suffix.lower()])
+        options = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
+        pictures[0].save(part, **options, **FORMATS[target.suffix.lower()])
     ends = ", ".join(f"{side.title} {side.status(side.plan.n_steps).rpartition(' of ')[2]}" for side in sides)
     n, size = len(asked.wanted), target.stat().st_size
     print(f"animation: {n:,} images, clock {draw.clock} ({ends}): {target}, {size:,} bytes")
@@ -189,21 +195,21 @@ def time_steps(sides: list[Side]) -> None:
     from flashar_pl.decoding.samples import draw_batch
 
     found: list[list[list[float]]] = [[] for _ in sides]
+    times: list[float] = []
+
+    def on_step(progress: Progress) -> None:
+        progress.drawn[:, -1].cpu()  # waits for the device
+        times.append(time.perf_counter())
+
     with progress_bar((1 + TIMED) * len(sides), "images timed") as advance:
-        for turn in range(1 + TIMED):
-            for side, counted in zip(sides, found, strict=True):
-                times = [time.perf_counter()]
-
-                def on_step(progress: Progress, times: list[float] = times) -> None:
-                    progress.drawn[:, -1].cpu()  # waits for the device
-                    times.append(time.perf_counter())
-
+        for _ in range(1 + TIMED):
+            for side, measured in zip(sides, found, strict=True):
+                times[:] = [time.perf_counter()]
                 draw_batch(side.engine, replace(side.samples, batch_size=1), 0, on_step)
-                if turn:
-                    counted.append([1000 * (end - begin) for begin, end in pairwise(times)])
+                measured.append([1000 * (end - begin) for begin, end in pairwise(times)])
                 advance(1)
-    for side, counted in zip(sides, found, strict=True):
-        side.ends = list(accumulate(statistics.median(step) for step in zip(*counted, strict=True)))
+    for side, measured in zip(sides, found, strict=True):
+        side.ends = list(accumulate(statistics.median(step) for step in zip(*measured[1:], strict=True)))
         side.unit = "ms"
 
 
@@ -224,16 +230,13 @@ def draw_frames(sides: list[Side], gate: Tensor, tokenizer: Tokenizer, frames: i
     from flashar_pl.tokenizers.base import GREY
 
     last = max(side.ends[-1] for side in sides)
-    diagonal = sides[1]
-    step = diagonal.plan.step.view(gate.shape)  # (H, W)
+    step = sides[1].plan.step.view(gate.shape)  # (H, W)
     colours = gate_picture(gate)  # (3, h, w)
     factor = colours.shape[-1] // gate.shape[-1]
-    kept: dict[tuple[str, int], Image.Image] = {}
 
-    def panel(side: Side, done: int) -> Image.Image:
-        if (side.title, done) not in kept:
-            kept[side.title, done] = fit(sheet(side, done, tokenizer), size)
-        return kept[side.title, done]
+    @cache
+    def panel(number: int, done: int) -> Image.Image:
+        return fit(sheet(sides[number], done, tokenizer), size)
 
     def gate_panel(done: int, height: int) -> Image.Image:
         late = (step >= done).repeat_interleave(factor, 0).repeat_interleave(factor, 1)
@@ -243,7 +246,7 @@ def draw_frames(sides: list[Side], gate: Tensor, tokenizer: Tokenizer, frames: i
     with progress_bar(frames + 1, "frames") as advance:
         for i in range(frames + 1):
             done = [side.done(last * i / frames) for side in sides]
-            panels = [panel(side, n) for side, n in zip(sides, done)]
+            panels = [panel(number, n) for number, n in enumerate(done)]
             panels.append(gate_panel(done[1], max(NARROWEST, min(size, panels[1].height))))
             texts = [(side.title, side.status(n)) for side, n in zip(sides, done)]
             pictures.append(compose(panels, [*texts, ("gate", "red: H, blue: V")]))
@@ -267,35 +270,28 @@ def columns_of(n: int) -> int:
 
 def fit(image: Tensor, size: int, grow: bool = False) -> Image.Image:
     """An image (3, h, w) uint8 with a longer side of at most `size` pixels; grow: of `size` pixels."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    scale = size / max(picture.size)
-    if scale == 1 or (scale > 1 and not grow):
-        return picture
-    sides = [max(1, round(side * scale)) for side in picture.size]
-    return picture.resize((sides[0], sides[1]), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BOX)
+    from flashar_pl.pictures import picture
+
+    found = picture(image)
+    larger = max(found.size) < size
+    if larger and not grow:
+        return found
+    return ImageOps.contain(found, (size, size), Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
 
 
 def compose(panels: list[Image.Image], texts: list[tuple[str, str]]) -> Image.Image:
     """Panels from left to right on white, each with a line of text above and one below."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     widths = [max(panel.width, NARROWEST) for panel in panels]
     height = max(panel.height for panel in panels)
     canvas = Image.new("RGB", (sum(widths) + GAP * (len(panels) + 1), height + 2 * LINE + 2 * GAP), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default()
-    left = GAP
+    pen, left = ImageDraw.Draw(canvas), GAP
     for panel, width, (title, status) in zip(panels, widths, texts, strict=True):
-        pen.text((left, GAP // 2), title, fill="black", font=font)
+        pen.text((left, GAP // 2), title, fill="black")
         canvas.paste(panel, (left, GAP // 2 + LINE))
-        pen.text((left, GAP + LINE + height), status, fill="black", font=font)
+        pen.text((left, GAP + LINE + height), status, fill="black")
         left += width + GAP
     return canvas
-
-
-def save(pictures: list[Image.Image], milliseconds: list[int], path: Path, kind: str) -> None:
-    """Write the pictures as one animation that begins again at its end."""
-    first, *rest = pictures
-    more: dict[str, Any] = {"quality": 85, "method": 4} if kind == "WEBP" else {"optimize": True}
-    first.save(path, kind, save_all=True, append_images=rest, duration=milliseconds, loop=0, **more)

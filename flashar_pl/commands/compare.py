@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.commands.compare_page import draw, markdown
 from flashar_pl.commands.plot import require_pyplot
-from flashar_pl.commands.score import DataOptions, likelihoods
+from flashar_pl.commands.score import DataOptions, caption_encoder, conditions_of, likelihoods
 from flashar_pl.console import closest, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least, parse_classes
-from flashar_pl.text_files import read_field
+from flashar_pl.text_files import flatten, read_field
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from flashar_pl.checkpoints.opening import Source
-    from flashar_pl.data.shards import Manifest
-    from flashar_pl.evaluate.quality import Judge
 
 KEPT = ("best.ckpt", "last.ckpt")
 """Of a run's checkpoints the first that is there is compared."""
@@ -114,25 +110,34 @@ def compare(
     import torch
 
     from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import Judge, sample_quality
+    from flashar_pl.metrics.classifier import ClassifierFeatures
 
     target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds)
     require_pyplot()
     torch.set_num_threads(asked.threads)
     found = find_rows(list(rows))
-    reference = asked.reference or found[0].name
-    if reference not in [row.name for row in found]:
-        raise ValueError(f"--reference is {reference!r}; {closest(reference, [row.name for row in found])}")
-    speeds = read_speeds(asked.speed or [], [row.name for row in found])
+    names = [row.name for row in found]
+    reference = asked.reference or names[0]
+    if reference not in names:
+        raise ValueError(f"--reference is {reference!r}; {closest(reference, names)}")
+    speeds = read_speeds(asked.speed or [], names)
     manifest = Manifest.load(images.data)
     manifest.shards(images.split)
-    judge = _judge(asked.classifier, manifest)
+    judge = None if asked.classifier is None else Judge.build(ClassifierFeatures.load(asked.classifier), manifest)
     for row in found:
         for run in row.runs:
-            _measure(row, run, manifest, judge, asked, seeds, images, compute, text)
+            source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
+            run.nll, row.steps = nll.numpy(), source.model.make_plan(row.plan, *manifest.grid).n_steps
+            if judge is not None:
+                drawn = conditions_of(manifest, caption_encoder(source, manifest, text.assets))
+                run.quality = sample_quality(source.model, row.plan, manifest.grid, judge, drawn, asked.samples, seeds)[
+                    0
+                ]
         row.speed = _speed_of(row, speeds.get(row.name))
     result = {
         "reference": reference,
-        "rows": {row.name: describe(row, next(r for r in found if r.name == reference), manifest) for row in found},
+        "rows": {row.name: describe(row, found[names.index(reference)]) for row in found},
         "split": images.split,
         "images": len(found[0].runs[0].nll),
         "data": {"path": images.data, "name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
@@ -191,7 +196,7 @@ def checkpoints_of(path: Path) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """What a checkpoint says of its seeds and its training."""
-    from flashar_pl.training.stored_config import flatten, own_config
+    from flashar_pl.training.stored_config import own_config
 
     settings, own = _settings(path)
     start = settings.get("model.init_from")
@@ -208,7 +213,7 @@ def read_run(path: Path) -> Run:
 def _settings(path: Path) -> tuple[dict[str, Any], int | None]:
     """The flat configuration of a training run's checkpoint, and the codes it was trained on; {} and None of others."""
     from flashar_pl.checkpoints.runs import RunCheckpoint
-    from flashar_pl.training.stored_config import flatten, read_config
+    from flashar_pl.training.stored_config import read_config
 
     try:
         content = RunCheckpoint(path)
@@ -235,47 +240,7 @@ def read_speeds(words: list[str], names: list[str]) -> dict[str, list[dict[str, 
     return found
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def _judge(classifier: str | None, manifest: Manifest) -> Judge | None:
-    if classifier is None:
-        return None
-    from flashar_pl.evaluate.quality import Judge
-    from flashar_pl.metrics.classifier import ClassifierFeatures
-
-    return Judge.build(ClassifierFeatures.load(classifier), manifest)
-
-
-def _measure(
-    row: Row,
-    run: Run,
-    manifest: Manifest,
-    judge: Judge | None,
-    asked: CompareOptions,
-    seeds: list[int],
-    images: DataOptions,
-    compute: PlanOptions,
-    text: AssetOptions,
-) -> None:
-    """Fill in a run's likelihoods and the quality of its samples."""
-    source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
-    run.nll = nll.numpy()
-    row.steps = source.model.make_plan(row.plan, *manifest.grid).n_steps
-    if judge is not None:
-        from flashar_pl.evaluate.quality import sample_quality
-
-        conditions = _conditions(source, manifest, text)
-        run.quality, _ = sample_quality(
-            source.model, row.plan, manifest.grid, judge, conditions, asked.samples, seeds, lambda n: None
-        )
-
-
-def _conditions(source: Source, manifest: Manifest, text: AssetOptions) -> Any:
-    from flashar_pl.commands.report import HeldOut
-    from flashar_pl.commands.score import caption_encoder
-
-    return HeldOut.of(source.model, manifest, caption_encoder(source, manifest, text.assets)).conditions
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def _speed_of(row: Row, measured: list[dict[str, Any]] | None) -> dict[str, Any] | None:
@@ -289,36 +254,28 @@ def _speed_of(row: Row, measured: list[dict[str, Any]] | None) -> dict[str, Any]
     return {name: best[name] for name in SPEED}
 
 
-def describe(row: Row, reference: Row, manifest: Manifest) -> dict[str, Any]:
+def describe(row: Row, reference: Row) -> dict[str, Any]:
     """Everything known of a row as plain values."""
     from flashar_pl.metrics.intervals import difference, nested
 
-    own = nested(row.values())
-    found = {
+    own, apart = nested(row.values()), None
+    if row is not reference:
+        found, paired = difference(row.values(), reference.values())
+        apart = found.estimate.plain() | {"paired": paired, "levels": found.levels}
+    return {
         "plan": row.plan,
         "steps": row.steps,
         "nll": own.estimate.plain() | {"levels": own.levels},
-        "difference": None,
+        "difference": apart,
         "quality": {name: _spread([run.quality.get(name, []) for run in row.runs]) for name in ("fid", "accuracy")},
         "speed": row.speed,
         "tokens": row.runs[0].tokens,
         "runs": [
-            {
-                "checkpoint": run.checkpoint,
-                "pretraining": run.pretraining,
-                "adaptation": run.adaptation,
-                "tokens": run.tokens,
-                "commit": run.commit,
-                "nll": float(run.nll.mean()),
-                **run.quality,
-            }
+            {name: getattr(run, name) for name in ("checkpoint", "pretraining", "adaptation", "tokens", "commit")}
+            | {"nll": float(run.nll.mean()), **run.quality}
             for run in row.runs
         ],
     }
-    if row is not reference:
-        apart, paired = difference(row.values(), reference.values())
-        found["difference"] = apart.estimate.plain() | {"paired": paired, "levels": apart.levels}
-    return found
 
 
 def _spread(runs: list[list[float]]) -> dict[str, float | None] | None:

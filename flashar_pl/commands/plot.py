@@ -6,15 +6,17 @@ import fnmatch
 import itertools
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from flashar_pl.console import needing, table
 from flashar_pl.evaluate.options import MEASURED
 from flashar_pl.files import replacing, require_new
-from flashar_pl.text_files import read_field, read_yaml
+from flashar_pl.text_files import flatten, read_field, read_yaml
 
 Axis = Literal["step", "epoch", "gpu-hours"]
 AXES = {"epoch": "train/epochs", "gpu-hours": "train/device_hours"}
@@ -68,12 +70,7 @@ COMPARED = (
     *("seed_everything", "model.", "data.", "trainer.max_steps", "trainer.max_epochs", "trainer.precision"),
     *("trainer.accumulate_grad_batches", "trainer.strategy."),
 )
-NOT_COMPARED = (
-    "model.validation.samples",
-    "model.validation.features",
-    "model.validation.grid_images",
-    "model.validation.at_start",
-)
+NOT_COMPARED = tuple(f"model.validation.{name}" for name in ("samples", "features", "grid_images", "at_start"))
 """Beginnings of the settings that make a result, and of those among them that only look at it."""
 SEEDS = ("seed_everything", "data.seed", "data.init_args.seed")
 """Settings in which runs may differ that are drawn as one band."""
@@ -127,16 +124,7 @@ def plot(
     levels = {} if baseline is None else read_levels(baseline)
     placed = {name: on_axis(name, found, axis) for name, found in curves.items()}
     lines = {name: [name] for name in curves} if apart else by_seed(settings)
-    with replacing(target) as part:
-        draw_curves(
-            {name: [placed[run] for run in own] for name, own in lines.items()},
-            panels,
-            levels,
-            axis,
-            part,
-            target.suffix[1:].lower(),
-            width,
-        )
+    draw_curves({n: [placed[run] for run in own] for n, own in lines.items()}, panels, levels, axis, target, width)
     print(side_by_side(curves, settings))
     print(f"{len(panels)} panels of {len(curves)} runs: {target}")
     return target
@@ -154,10 +142,7 @@ def by_seed(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     for name, found in settings.items():
         same = {key: value for key, value in found.items() if compared(key) and key not in SEEDS}
         groups.setdefault(str(sorted(same.items(), key=str)) if found else name, []).append(name)
-    lines = {}
-    for own in groups.values():
-        lines[own[0] if len(own) == 1 else f"{own[0]} ({len(own)} seeds)"] = own
-    return lines
+    return {own[0] if len(own) == 1 else f"{own[0]} ({len(own)} seeds)": own for own in groups.values()}
 
 
 def compared(key: str) -> bool:
@@ -193,11 +178,10 @@ def read_levels(baseline: str) -> dict[str, float]:
     if len(places) != 1:
         raise ValueError(f"--baseline {baseline} holds {len(places)} runs ({', '.join(places)}); expected one of them.")
     [place] = places.values()
-    levels = {}
-    for tag, (_, values) in read_curves(place).items():
-        last = values[-max(1, len(values) // 10) :] if tag.startswith("train/") else values[-1:]
-        levels[tag] = sum(last) / len(last)
-    return levels
+    return {
+        tag: fmean(values[-max(1, len(values) // 10) :] if tag.startswith("train/") else values[-1:])
+        for tag, (_, values) in read_curves(place).items()
+    }
 
 
 def side_by_side(curves: dict[str, dict[str, Curve]], settings: dict[str, dict[str, Any]]) -> str:
@@ -223,38 +207,19 @@ def newest_value(curve: Curve, last: int) -> str:
 
 def read_settings(file: Path) -> dict[str, Any]:
     """config.yaml of a run with dotted keys, without empty values; {} where there is none."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return found
-
     values = read_yaml(file) if file.is_file() else None
-    return {key: value for key, value in flat(values if isinstance(values, dict) else {}).items() if value is not None}
+    flat = flatten(values if isinstance(values, dict) else {})
+    return {key: value for key, value in flat.items() if value is not None and value != {}}
 
 
 def draw_curves(
-    lines: dict[str, list[Placed]],
-    panels: list[Panel],
-    levels: dict[str, float],
-    axis: Axis,
-    path: Path,
-    kind: str,
-    width: float,
+    lines: dict[str, list[Placed]], panels: list[Panel], levels: dict[str, float], axis: Axis, path: Path, width: float
 ) -> None:
-    """Draw the panels of line -> its runs, and the baseline's levels, as a file of a kind such as png."""
-    pyplot = require_pyplot()
-    columns = min(3, len(panels))
+    """Draw the panels of line -> its runs, and the baseline's levels, as a file."""
+    pyplot, columns = require_pyplot(), min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, 3.4 * rows), squeeze=False, layout="constrained")
     palette = pyplot.get_cmap("tab10") if len(lines) <= 10 else pyplot.get_cmap("turbo", len(lines))
     colours = {name: palette(number) for number, name in enumerate(lines)}
-    for place, panel in zip(axes.flat, panels, strict=False):
-        _draw(place, panel, lines, colours, levels)
-        place.set_xlabel({"step": "optimiser step", "gpu-hours": "GPU-hours"}.get(axis, axis))
-    for place in list(axes.flat)[len(panels) :]:
-        place.set_visible(False)
     handles = [pyplot.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
     if levels:
         handles.append(pyplot.Line2D([], [], **BASELINE, label="baseline"))
@@ -262,11 +227,28 @@ def draw_curves(
         handles.append(pyplot.Line2D([], [], **BEFORE, color="0.3", label="before the first step"))
     if any(run.switch for runs in lines.values() for run in runs):
         handles.append(pyplot.Line2D([], [], **SWITCH, color="0.3", label="stage 2 begins"))
-    columns = max(1, int(10 * width / (max(len(handle.get_label()) for handle in handles) + 6)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=9)
-    figure.set_figheight(figure.get_figheight() + 0.2 * (1 + -(-len(handles) // columns)))
-    figure.savefig(path, dpi=130, format=kind)
-    pyplot.close(figure)
+    beside = max(1, int(10 * width / (max(len(handle.get_label()) for handle in handles) + 6)))
+    height = 3.4 * rows + 0.2 * (1 + -(-len(handles) // beside))
+    with figure(path, rows, columns, (width, height)) as axes:
+        for place, panel in zip(axes, panels):
+            _draw(place, panel, lines, colours, levels)
+            place.set_xlabel({"step": "optimiser step", "gpu-hours": "GPU-hours"}.get(axis, axis))
+        for place in axes[len(panels) :]:
+            place.set_visible(False)
+        axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=min(beside, len(handles)), fontsize=9)
+
+
+@contextmanager
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float], **options: Any) -> Iterator[list[Any]]:
+    """Axes, row by row, of a figure of so many inches, whose file is written, complete or not at all, at the end."""
+    pyplot = require_pyplot()
+    made, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    try:
+        yield list(axes.flat)
+        with replacing(path) as part:
+            made.savefig(part, dpi=130, format=path.suffix[1:].lower())
+    finally:
+        pyplot.close(made)
 
 
 def require_pyplot() -> Any:

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.commands.plot import require_pyplot
+from flashar_pl.commands.plot import figure, require_pyplot
 from flashar_pl.commands.score import caption_encoder, check_data, held_out
 from flashar_pl.console import progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json
@@ -21,8 +21,6 @@ from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_le
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Batch
     from flashar_pl.checkpoints.opening import Source
-    from flashar_pl.data.prompt_encoder import PromptEncoder
-    from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import DecodePlan
     from flashar_pl.models.probe import LayerProbe
 
@@ -78,6 +76,7 @@ def probe(
         flashar probe --checkpoint runs/demo/raster/checkpoints/last.ckpt --data data/digits --out probe/
     """
     from flashar_pl.checkpoints.opening import open_checkpoint
+    from flashar_pl.data.batches import Cut, training_batches
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import make_plan
     from flashar_pl.models.probe import LayerProbe
@@ -97,7 +96,9 @@ def probe(
     probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
               "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
     place, encoder = source.model.device, caption_encoder(source, manifest, text.assets)
-    training = _training(manifest, encoder, batch_size, options, place)
+    cut = Cut(encoder=lambda manifest: encoder)
+    batches = training_batches([manifest], batch_size, options.seed, WINDOW, cut)  # epoch after epoch, shuffled
+    training = (batches[divmod(step, len(batches))].to(place) for step in range(options.steps))
     validation = (manifest, "validation", batch_size, options.limit, encoder, place)
     before = _measure(probes, held_out(*validation), source, order)
     _train(probes, training, source, order, options)
@@ -123,16 +124,6 @@ def probe(
         print(f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below (validation split)")
     print(f"{MOST:.0%} of the weight is at layers up to {depth_of(shares)}: a first choice of branch_layer. {target}")
     return result
-
-
-def _training(
-    manifest: Manifest, encoder: PromptEncoder | None, batch_size: int, options: ProbeOptions, device: Any
-) -> Iterator[Batch]:
-    """Shuffled batches, epoch after epoch. Raises ValueError, at once, where images are fewer than a batch."""
-    from flashar_pl.data.batches import Cut, training_batches
-
-    batches = training_batches([manifest], batch_size, options.seed, WINDOW, Cut(encoder=lambda manifest: encoder))
-    return (batches[divmod(step, len(batches))].to(device) for step in range(options.steps))
 
 
 def _train(
@@ -184,15 +175,11 @@ def depth_of(weights: list[float]) -> int:
 
 def _plot(result: dict[str, Any], path: Path) -> None:
     """The weights as bars (Fig. 3b)."""
-    pyplot = require_pyplot()
     shares = result["weights"]
-    figure, axis = pyplot.subplots(figsize=(max(5, 0.35 * len(shares)), 3.6), layout="constrained")
-    axis.bar(range(len(shares)), shares, color="#335577")
-    axis.axhline(1 / len(shares), color="#999999", linewidth=1, linestyle="--", label="equal weights")
-    axis.set(xlabel="layer (0: embeddings)", ylabel="weight in the vertical head's input")
-    nll = result["nll"]
-    lines = [f"{name} {nll[name]['after']:.3f}" for name in nll]
-    axis.set_title(f"{result['plan']} mask\nnats per code below: {', '.join(lines)}", fontsize=10)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with figure(path, 1, 1, (max(5, 0.35 * len(shares)), 3.6)) as (axis,):
+        axis.bar(range(len(shares)), shares, color="#335577")
+        axis.axhline(1 / len(shares), color="#999999", linewidth=1, linestyle="--", label="equal weights")
+        axis.set(xlabel="layer (0: embeddings)", ylabel="weight in the vertical head's input")
+        found = ", ".join(f"{name} {nll['after']:.3f}" for name, nll in result["nll"].items())
+        axis.set_title(f"{result['plan']} mask\nnats per code below: {found}", fontsize=10)
+        axis.legend(frameon=False)

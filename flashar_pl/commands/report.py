@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import operator
 import statistics
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.console import Missed, progress_bar, table, versions
+from flashar_pl.commands.score import caption_encoder, check_data, conditions_of, held_out, image_nll, summary
+from flashar_pl.console import Missed, plus_minus, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import (
     AssetOptions,
@@ -27,15 +27,15 @@ from flashar_pl.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.backbones.condition import Batch, Condition
+    from flashar_pl.backbones.condition import Condition
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.evaluate.quality import Judge
     from flashar_pl.models import GridModel
 
 PICTURE_CFG, PICTURE_COLUMNS, PICTURE_LINES = 1.5, 10, 3
-CAPTIONS = 64
-"""Captions of the test split that samples are drawn for."""
+TOGETHER = 256
+"""Test images of one forward."""
 CLASSIFIER = "classifier"
 """Directory of the report with a metric network that was trained for it."""
 BOUND = "digits"
@@ -86,45 +86,6 @@ class Row:
     results: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class HeldOut:
-    """What is drawn and scored."""
-
-    manifest: Manifest
-    encoder: Callable[[str], Tensor] | None
-    """What turns captions into prompts, for a model that takes such."""
-    conditions: Condition
-    """One entry for each class, or those of the first test images."""
-
-    @classmethod
-    def of(cls, model: GridModel, manifest: Manifest, encoder: Callable[[str], Tensor] | None) -> HeldOut:
-        """What this data has for a model."""
-        import torch
-
-        from flashar_pl.backbones.condition import ClassIds, Condition
-        from flashar_pl.commands.score import held_out
-
-        if manifest.condition.num_classes is not None:
-            return cls(manifest, encoder, ClassIds(torch.arange(manifest.condition.num_classes)))
-        batches = held_out(manifest, "test", CAPTIONS, CAPTIONS, encoder, torch.device("cpu"))
-        found = [each.condition if each.valid is None else each.condition.rows(each.valid.nonzero()[:, 0].tolist())
-                 for each in batches]  # fmt: skip
-        return cls(manifest, encoder, Condition.cat(found))
-
-    @property
-    def picture_cfg(self) -> float:
-        """Guidance of the pictures: captions have none, as not every model knows what leads away from one."""
-        return PICTURE_CFG if self.manifest.condition.num_classes is not None else 1.0
-
-    def held_out(self) -> Iterator[Batch]:
-        """Batches of the test split."""
-        import torch
-
-        from flashar_pl.commands.score import held_out
-
-        return held_out(self.manifest, "test", 256, None, self.encoder, torch.device("cpu"))
-
-
 def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[str, Any]:
     """Compare raster, FlashAR and training-free decoding on held-out images, by samples and by time.
 
@@ -158,20 +119,17 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     network = None if asked.classifier is None else ClassifierFeatures.load(asked.classifier)
     rows, encoder = _rows(asked, manifest, text)
     network = network or learn(manifest)
-    subject = HeldOut.of(rows[0].model, manifest, encoder)
-    judge = Judge.build(network, manifest)
-    measure(rows, subject, judge, asked, seeds)
+    conditions, judge = conditions_of(manifest, encoder), Judge.build(network, manifest)
+    measure(rows, manifest, encoder, conditions, judge, asked, seeds)
     bounds = check_bounds({row.key: row.results for row in rows}) if manifest.name == BOUND else []
+    # captions have no guidance: not every model knows what leads away from one
+    guidance = PICTURE_CFG if manifest.condition.num_classes is not None else 1.0
+    settings = {"samples": asked.samples, "seeds": seeds, "cfg_scale": 1.0, "picture_cfg_scale": guidance,
+                "metric_network": asked.classifier or CLASSIFIER}  # fmt: skip
     values = {
         "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
         "bounds": bounds,
-        "settings": {
-            "samples": asked.samples,
-            "seeds": seeds,
-            "cfg_scale": 1.0,
-            "picture_cfg_scale": subject.picture_cfg,
-            "metric_network": asked.classifier or CLASSIFIER,
-        },
+        "settings": settings,
         "data": {"path": asked.data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
         "threads": asked.threads,
         "versions": versions(),
@@ -179,8 +137,8 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     with new_directory(target, "report") as folder:
         if asked.classifier is None:
             network.save(folder / CLASSIFIER)
-        draw_samples(rows, subject, judge, folder / "samples.png")
-        gate = mean_gate(rows[1].model, subject.held_out(), manifest.grid)
+        draw_samples(rows, manifest, conditions, judge, guidance, folder / "samples.png")
+        gate = mean_gate(rows[1].model, held_out(manifest, "test", TOGETHER, None, encoder, "cpu"), manifest.grid)
         values["gate_map"] = gate.tolist()
         save_png(gate_picture(gate), folder / "gate.png")
         page = markdown(rows, values)
@@ -197,7 +155,6 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
 def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple[list[Row], PromptEncoder | None]:
     """The rows, each model checked against the data, and what encodes its captions."""
     from flashar_pl.checkpoints.opening import open_checkpoint
-    from flashar_pl.commands.score import caption_encoder, check_data
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.raster import RasterAR
 
@@ -225,31 +182,32 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
     return rows, encoders[0]
 
 
-def measure(rows: list[Row], subject: HeldOut, judge: Judge, asked: ReportOptions, seeds: list[int]) -> None:
+def measure(
+    rows: list[Row], manifest: Manifest, encoder: PromptEncoder | None, conditions: Condition, judge: Judge,
+    asked: ReportOptions, seeds: list[int],
+) -> None:  # fmt: skip
     """Fill in every row's results."""
     from flashar_pl.checkpoints.opening import count_parameters
-    from flashar_pl.commands.score import image_nll, summary
     from flashar_pl.evaluate.quality import sample_quality, time_per_image
 
-    grid, conditions = subject.manifest.grid, subject.conditions
+    grid = manifest.grid
     with progress_bar(len(rows) * asked.samples * len(seeds), "samples") as advance:
         for row in rows:
             quality, left_out = sample_quality(
                 row.model, row.plan, grid, judge, conditions, asked.samples, seeds, advance
             )
+            nll = image_nll(row.model, held_out(manifest, "test", TOGETHER, None, encoder, "cpu"), row.plan)
             row.results = {
                 "parameters": count_parameters(row.model),
                 "steps": row.model.make_plan(row.plan, *grid).n_steps,
-                **summary(image_nll(row.model, subject.held_out(), row.plan), grid[0] * grid[1]),
-                "fid": statistics.mean(quality["fid"]) if quality["fid"] else None,
-                "accuracy": statistics.mean(quality["accuracy"]) if quality["accuracy"] else None,
+                **summary(nll, grid[0] * grid[1]),
+                **{name: statistics.mean(values) if values else None for name, values in quality.items()},
                 "per_seed": quality,
                 "left_out": left_out,
             }
     times = time_per_image([(row.model, row.plan) for row in rows], grid, asked.timed_images, conditions)
     for row, measured in zip(rows, times, strict=True):
-        row.results["ms_per_image"] = measured
-        row.results["speed_up"] = times[0]["median"] / measured["median"]
+        row.results |= {"ms_per_image": measured, "speed_up": times[0]["median"] / measured["median"]}
 
 
 # --- bounds ---------------------------------------------------------------------------------------------------------
@@ -294,8 +252,8 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         found, ms = row.results, row.results["ms_per_image"]
         lines.append([
             row.name, str(found["steps"]),
-            _with_error(found["nll_nats_per_image"], found["standard_error"]),
-            _with_spread(found["per_seed"]["fid"], 1), _with_spread(found["per_seed"]["accuracy"], 3),
+            plus_minus(found["nll_nats_per_image"], found["standard_error"], ".2f"),
+            _with_spread(found["per_seed"]["fid"], ".1f"), _with_spread(found["per_seed"]["accuracy"], ".3f"),
             f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
             f"{found['speed_up']:.2f}x",
         ])  # fmt: skip
@@ -310,39 +268,32 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
         "fewer, wider steps decode one image sooner, while throughput at large batches gains far less on a CPU.",
         f"- Pictures: samples.png (guidance {guidance}), gate.png (horizontal head red, vertical blue).",
     ]
-    notes += missing
     bounds = [f"- {'met' if bound['met'] else 'MISSED'}: {bound['text']}" for bound in values["bounds"]]
-    title = "# Raster and diagonal decoding"
     tail = ["Bounds:", "", *bounds, ""] if bounds else []
-    return "\n".join([title, "", table(head, lines), "", *notes, "", *tail])
+    return "\n".join(["# Raster and diagonal decoding", "", table(head, lines), "", *notes, *missing, "", *tail])
 
 
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.2f}" if error is None else f"{value:.2f} ± {error:.2f}"
-
-
-def _with_spread(values: list[float], digits: int) -> str:
-    if not values:
-        return "none"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:.{digits}f}"
+def _with_spread(values: list[float], digits: str) -> str:
+    half = (max(values) - min(values)) / 2 if len(values) > 1 else None
+    return plus_minus(statistics.mean(values), half, digits) if values else "none"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def draw_samples(rows: list[Row], subject: HeldOut, judge: Judge, path: Path) -> None:
+def draw_samples(
+    rows: list[Row], manifest: Manifest, conditions: Condition, judge: Judge, guidance: float, path: Path
+) -> None:
     """A column for each class or caption: a real test image, then `PICTURE_LINES` of each model, equal seeds."""
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
     from flashar_pl.pictures import save_png, sheet
 
-    entries, heads, codes = real_images(subject.manifest)
-    shown, settings = subject.conditions.rows(entries), SamplingSettings(cfg_scale=subject.picture_cfg)
-    blocks = [("real", decode_all(judge.tokenizer, codes))]
+    entries, heads, codes = real_images(manifest)
+    shown, settings = conditions.rows(entries), SamplingSettings(cfg_scale=guidance)
+    blocks, n = [("real", decode_all(judge.tokenizer, codes))], PICTURE_LINES * len(shown)
     for row in rows:
-        n = PICTURE_LINES * len(shown)
-        samples = SampleSet(shown, subject.manifest.grid, row.plan, settings, n, n=n)
+        samples = SampleSet(shown, manifest.grid, row.plan, settings, n, n=n)
         name = row.name.replace(", ", ",\n").replace(" ", "\n", 1)
         images = decode_all(judge.tokenizer, draw_codes(Engine(row.model), samples))
         blocks.append((f"{name}\n{row.results['steps']} steps", images))

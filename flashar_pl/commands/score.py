@@ -18,13 +18,15 @@ from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_le
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.backbones.condition import Batch
+    from flashar_pl.backbones.condition import Batch, Condition
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.prompt_encoder import PromptEncoder
     from flashar_pl.data.shards import Manifest
     from flashar_pl.models import GridModel
 
 
+CAPTIONS = 64
+"""Captions of the test split that samples are drawn for."""
 TOGETHER = 64
 """Images of one forward, unless told."""
 FILE_ONLY = ("checkpoint", "versions")
@@ -171,6 +173,18 @@ def held_out(
     batches = evaluation_batches([manifest], split, batch_size, limit, Cut(encoder=lambda manifest: text_encoder))
     for g in range(len(batches)):
         yield batches[g].to(device)
+
+
+def conditions_of(manifest: Manifest, text_encoder: Callable[[str], Tensor] | None) -> Condition:
+    """What samples are drawn for: one entry for each class, or those of the first test images."""
+    import torch
+
+    from flashar_pl.backbones.condition import ClassIds, Condition
+
+    if manifest.condition.num_classes is not None:
+        return ClassIds(torch.arange(manifest.condition.num_classes))
+    batches = held_out(manifest, "test", CAPTIONS, CAPTIONS, text_encoder, "cpu")  # padding stands at the end
+    return Condition.cat([each.condition for each in batches]).rows(range(min(CAPTIONS, manifest.samples("test"))))
 
 
 def image_nll(

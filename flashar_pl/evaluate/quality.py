@@ -69,7 +69,7 @@ def sample_quality(
     condition: Condition,
     samples: int,
     seeds: list[int],
-    advance: Callable[[int], Any],
+    advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """ "fid" and "accuracy" of n samples for each sample seed, and why a seed has none (the last one's reason).
 

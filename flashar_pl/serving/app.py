@@ -16,17 +16,19 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
 from torch import Tensor
 
-from flashar_pl.checkpoints.opening import check_plan, check_top_k, open_checkpoint
+from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.loop import Progress
-from flashar_pl.decoding.prompts import Wanted, ask, choose_grid, class_ids
+from flashar_pl.decoding.prompts import choose_grid, class_ids
 from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, Subject, TextOptions
+from flashar_pl.options import EngineOptions, ModelOptions, SampleOptions, SamplingSettings, ShapeOptions, TextOptions
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
 from flashar_pl.serving.border import Border
@@ -46,7 +48,7 @@ FIELDS: dict[str, type] = {
 class Job:
     """The samples of one request. left: the client is gone, nothing more is drawn."""
 
-    wanted: Wanted
+    asked: DrawRequest
     samples: SampleSet
     partial_images: int
     left: bool = False
@@ -59,26 +61,24 @@ class Service:
         self, model: ModelOptions, sampling: SamplingSettings, shape: ShapeOptions, text: TextOptions,
         engine: EngineOptions, most_jobs: int,
     ) -> None:  # fmt: skip
-        self.source, self.text = open_checkpoint(model, engine), text
-        network = self.source.model
+        self.source, self.shape, self.text = open_checkpoint(model, engine), shape, text
+        network, grid = self.source.model, choose_grid(self.source, shape)
         self.sampling = sampling.of(network.backbone.published_cfg_scale)
-        self.grid = choose_grid(self.source, shape)
-        self.plan = check_plan(network, engine.plan, self.grid)
-        self.steps = {plan: network.make_plan(plan, *self.grid).n_steps for plan in reversed(network.plans)}
+        self.plan = check_plan(network, engine.plan, grid)
+        self.steps = {plan: network.make_plan(plan, *grid).n_steps for plan in reversed(network.plans)}
         self.tokenizer = self.source.matching_tokenizer(engine.device)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
-        height, width = self.tokenizer.image_size(self.grid)
-        self.size = f"{width}x{height}"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
+        height, width = self.tokenizer.image_size(grid)
+        self.only = {"response_format": "b64_json", "output_format": "png", "size": f"{width}x{height}"}
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
-        fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2})
-        asked = DrawRequest(fullest.wanted, self.grid, self.plan, fullest.samples.sampling, seed=0)
-        self.most_images = fitting_batch(self.source, asked, engine.batch_size, self.engine.prefix_bucket)
+        fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2}).asked
+        self.most_images = fitting_batch(self.source, fullest, engine.batch_size, self.engine.prefix_bucket)
         self.thread = ThreadPoolExecutor(1, "flashar-drawing")
         self.jobs, self.most_jobs, self.counts = 0, most_jobs, Counter[str]()  # jobs wait or are drawn
         self.facts = {
-            "checkpoint": self.source.path, "grid": self.grid, "asked_by": self.by, "example": self.example,
+            "checkpoint": self.source.path, "grid": grid, "asked_by": self.by, "example": self.example,
             "plans": self.steps, "defaults": {"plan": self.plan, **asdict(self.sampling)},
             "most_images": self.most_images,
         }  # fmt: skip
@@ -91,6 +91,8 @@ class Service:
         for key, value in given.items():
             if type(value) is not FIELDS[key] and (FIELDS[key], type(value)) != (float, int):
                 raise ValueError(f'"{key}" is {str(value)[:60]!r}; expected {FIELDS[key].__name__}.')
+            if key in self.only and value not in (self.only[key], "auto"):
+                raise ValueError(f'"{key}" is {value[:60]!r}; expected "{self.only[key]}".')
         n, seed, parts = given.get("n", 1), given.get("seed", time.time_ns() % 2**31), given.get("partial_images", 8)
         if not (1 <= n <= most and 0 <= seed < 2**63 and 0 <= parts <= 64):
             raise ValueError(f"n is {n}, seed {seed}, partial_images {parts}; expected 1 to {most}, 63 bits, 0 to 64.")
@@ -101,23 +103,18 @@ class Service:
             given["class"] = ids[0]
         if given.keys() & {"class", "prompt"} != {self.by}:
             raise ValueError(f'this model is asked by "{self.by}"; got {json.dumps(body)[:200]}.')
-        for key, only in (("response_format", "b64_json"), ("output_format", "png"), ("size", self.size)):
-            if given.get(key, only) not in (only, "auto"):
-                raise ValueError(f'"{key}" is {given[key][:60]!r}; expected "{only}".')
-        plan = check_plan(self.source.model, given.get("plan", self.plan), self.grid)
         sampling = replace(self.sampling, **{key: given[key] for key in asdict(self.sampling) if key in given})
-        check_top_k(self.source.model, sampling.top_k)
         text = replace(self.text, negative_prompt=given.get("negative_prompt", self.text.negative_prompt))
-        subject = Subject(classes=[given["class"]]) if self.by == "class" else Subject(prompt=[given["prompt"]])
-        wanted = ask(self.source, self.grid, n, sampling.guided, subject, text)
+        subject: dict[str, Any] = {"classes" if self.by == "class" else "prompt": [given[self.by]]}
+        draw = SampleOptions(**subject, num_images=n, seed=seed)
+        asked = DrawRequest.of(self.source, draw, sampling, self.shape, text, given.get("plan", self.plan))
         # graphs are made for shapes: two of them, so that the first requests and not all of them wait for that
         size = n if "graphs" not in self.engine.runner or n == 1 else self.most_images
-        samples = SampleSet(wanted.condition, self.grid, plan, sampling, size, seed, wanted.unconditional)
-        return Job(wanted, samples, parts if given.get("stream") else 0)
+        return Job(asked, asked.samples(size), parts if given.get("stream") else 0)
 
     def draw(self, job: Job, show: Callable[[dict[str, Any]], object] = print) -> dict[str, Any]:
         """Images in base64, and the seconds their codes took; `show` gets growing ones. Raises where it left."""
-        steps, parts = self.steps[job.samples.plan], job.partial_images + 1
+        steps, parts = self.steps[job.asked.plan], job.partial_images + 1
         shown = {-(-steps * i // parts) for i in range(1, parts)} - {steps}
         began = time.perf_counter()
         if job.left:
@@ -127,9 +124,8 @@ class Service:
             nonlocal began
             codes = codes[: job.samples.n].cpu()  # waits for the device
             seconds = time.perf_counter() - began
-            images = decode_all(self.tokenizer, codes)
-            pngs = [base64.b64encode(png_bytes(image)).decode() for image in images]
-            data = [{"index": i, "seed": job.samples.seed + i, "b64_json": png} for i, png in enumerate(pngs)]
+            pngs = [base64.b64encode(png_bytes(image)).decode() for image in decode_all(self.tokenizer, codes)]
+            data = [{"index": i, "seed": job.asked.seed + i, "b64_json": png} for i, png in enumerate(pngs)]
             began = time.perf_counter() - seconds
             return {"data": data, "step": step, "steps": steps, "seconds": seconds}
 
@@ -161,19 +157,20 @@ class Service:
         loop.run_in_executor(self.thread, self.draw, job, show).add_done_callback(end)
         return told
 
-    async def follow(self, request: Request, job: Job, told: asyncio.Queue[Any]) -> AsyncIterator[dict[str, Any]]:
-        """What a job's queue gets, until the client leaves."""
-        try:
-            while not await request.is_disconnected():
-                with suppress(TimeoutError):
-                    if (news := await asyncio.wait_for(told.get(), 0.2)) is None:
-                        return
-                    yield news
-        finally:
-            job.left = True
+
+async def follow(request: Request, job: Job, told: asyncio.Queue[Any]) -> AsyncIterator[dict[str, Any]]:
+    """What a job's queue gets, until the client leaves."""
+    try:
+        while not await request.is_disconnected():
+            with suppress(TimeoutError):
+                if (news := await asyncio.wait_for(told.get(), 0.2)) is None:
+                    return
+                yield news
+    finally:
+        job.left = True
 
 
-async def events(job: Job, told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def events(told: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
     """Server-sent events of each image: image_generation.partial_image and image_generation.completed; or error."""
     async for news in told:
         kind = "error" if "error" in news else "completed" if news["step"] == news["steps"] else "partial_image"
@@ -182,18 +179,14 @@ async def events(job: Job, told: AsyncIterator[dict[str, Any]]) -> AsyncIterator
             yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
 
 
-def read(content: bytes) -> Any:
-    """JSON in which no name stands twice. Raises ValueError."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(values := dict(pairs)) < len(pairs):
-            raise ValueError("a name stands twice in an object; expected each once.")
-        return values
-
-    return json.loads(content, object_pairs_hook=once)
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError where a name stands twice."""
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a name stands twice in an object; expected each once.")
+    return values
 
 
-def build_app(service: Service, hosts: list[str]) -> Border:
+def build_app(service: Service, hosts: list[str]) -> Starlette:
     """The application. hosts: names in a browser's address bar."""
     model = {"id": service.source.path, "object": "model", "created": int(time.time()), "owned_by": "flashar"}
 
@@ -202,12 +195,12 @@ def build_app(service: Service, hosts: list[str]) -> Border:
         async for chunk in request.stream():
             if len(content := content + chunk) > MOST_BYTES:
                 raise HTTPException(413, f"the request is longer than {MOST_BYTES} bytes.")
-        job = await asyncio.to_thread(service.job, read(content))
-        told = service.follow(request, job, service.start(job))
+        job = await asyncio.to_thread(service.job, json.loads(content, object_pairs_hook=once))
+        told = follow(request, job, service.start(job))
         if job.partial_images:
-            return StreamingResponse(events(job, told), media_type="text/event-stream")
+            return StreamingResponse(events(told), media_type="text/event-stream")
         async for news in told:
-            facts = {"created": int(time.time()), "plan": job.samples.plan, **asdict(job.samples.sampling)}
+            facts = {"created": int(time.time()), "plan": job.asked.plan, **asdict(job.asked.sampling)}
             return JSONResponse(news, 500) if "error" in news else JSONResponse({**facts, **news})
         return Response(status_code=499)  # to nobody
 
@@ -220,10 +213,14 @@ def build_app(service: Service, hosts: list[str]) -> Border:
         message = {"message": getattr(error, "detail", str(error)), "type": "invalid_request_error"}
         return JSONResponse({"error": message}, getattr(error, "status_code", 400), getattr(error, "headers", None))
 
-    app = Starlette(exception_handlers=dict.fromkeys((HTTPException, ValueError, RecursionError), refuse))
-    app.add_route("/", lambda _: FileResponse(Path(__file__).with_name("page.html")))
-    app.add_route("/metrics", metrics)
-    app.add_route("/health", lambda _: JSONResponse({"status": "ok", "jobs": service.jobs, **service.facts}))
-    app.add_route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]}))
-    app.add_route("/v1/images/generations", generations, ["POST"])
-    return Border(app, hosts)
+    routes = [
+        Route("/", lambda _: FileResponse(Path(__file__).with_name("page.html"))),
+        Route("/metrics", metrics),
+        Route("/health", lambda _: JSONResponse({"status": "ok", "jobs": service.jobs, **service.facts})),
+        Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
+        Route("/v1/images/generations", generations, methods=["POST"]),
+    ]
+    guarded = Mount("/", routes=routes, middleware=[Middleware(Border, hosts=hosts)])
+    return Starlette(
+        routes=[guarded], exception_handlers=dict.fromkeys((HTTPException, ValueError, RecursionError), refuse)
+    )

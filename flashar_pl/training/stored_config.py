@@ -8,7 +8,7 @@ from typing import Any
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.mark import own
 from flashar_pl.models.lora import LoraConfig
-from flashar_pl.text_files import parse_yaml, read_text
+from flashar_pl.text_files import flatten, parse_yaml, read_text
 
 CONFIG_KEY = "flashar_config"
 """Key of the configuration (YAML text) inside a Lightning checkpoint."""
@@ -92,14 +92,3 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     old, new = flatten(before), flatten(after)
     keys = sorted(old.keys() | new.keys())
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
