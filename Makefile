@@ -35,7 +35,7 @@ constraints: setup  ## write what is installed to constraints.txt, for a set-up 
 	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable | sed 's/+.*//') > .constraints
 	mv .constraints constraints.txt
 
-test: setup  ## the test suite: about 3 minutes on 2 cores, no network, weights or GPU
+test: setup  ## the test suite: about 2 minutes on 2 cores, no network, weights or GPU
 	$(PYTEST)
 
 test-slow: setup  ## the tests marked slow

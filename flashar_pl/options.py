@@ -7,7 +7,7 @@ library only: every `--help` imports this file.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -402,7 +402,7 @@ MOST_CLASSES = 100_000
 """Of one range."""
 
 
-def parse_classes(classes: str | list[int] | int) -> list[int]:
+def parse_classes(classes: str | Sequence[int] | int) -> list[int]:
     """ "3,7", "0-9" or a list of ints as class ids. Raises ValueError for anything else."""
     if not isinstance(classes, str):
         return [classes] if isinstance(classes, int) else [int(c) for c in classes]

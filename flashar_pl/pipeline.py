@@ -39,6 +39,7 @@ from flashar_pl.options import (
     SamplingSettings,
     ShapeOptions,
     TextOptions,
+    parse_classes,
 )
 from flashar_pl.pictures import picture, tile
 from flashar_pl.planner.room import fitting_batch
@@ -94,13 +95,9 @@ class FlashARPipeline:
         Raises:
             ValueError: nothing there, an unknown option, or a file that is no checkpoint.
         """
-        known = _options_of(ModelOptions, EngineOptions, TextOptions) - {"checkpoint"}
-        if unknown := [name for name in options if name not in known]:
-            raise ValueError(f"from_pretrained has no option {unknown[0]!r}; {closest(unknown[0], sorted(known))}")
-        groups = [{name: options[name] for name in _options_of(kind) & options.keys()}
-                  for kind in (ModelOptions, EngineOptions, TextOptions)]  # fmt: skip
-        model = located(ModelOptions(checkpoint=str(path_or_repo), **groups[0]))
-        return cls(model, EngineOptions(**groups[1]), TextOptions(**groups[2]))
+        kinds = {ModelOptions: {"checkpoint": str(path_or_repo)}, EngineOptions: {}, TextOptions: {}}
+        model, engine, text = _groups("from_pretrained", options, kinds)
+        return cls(located(model), engine, text)
 
     @property
     def source(self) -> Source:
@@ -139,6 +136,7 @@ class FlashARPipeline:
         cfg_scale: float | None = None,
         negative_prompt: str | None = None,
         batch_size: int | None = None,
+        text_features: str | None = None,
         codes_only: bool = False,
         progress: bool = True,
         **options: Any,
@@ -151,45 +149,32 @@ class FlashARPipeline:
             plan: raster or diagonal; None = the checkpoint's own.
             cfg_scale: guidance; None = the model's own.
             batch_size: images computed together; None = 16, or fewer where fewer fit.
+            text_features: a file, see `Subject`.
             codes_only: no images; needs no tokenizer.
             progress: show a progress bar.
             options: others of `SamplingSettings` (temperature, top_k, top_p, greedy, coupling, cfg_interval) and
-                `ShapeOptions` (aspect_ratio, image_size), and text_features, a file.
+                `ShapeOptions` (aspect_ratio, image_size).
 
         Raises:
             ValueError: an unknown option, or one that does not fit the model.
         """
-        known = _options_of(SamplingSettings, ShapeOptions) | {"text_features"}
-        if unknown := [name for name in options if name not in known]:
-            raise ValueError(f"the pipeline has no option {unknown[0]!r}; {closest(unknown[0], sorted(known))}")
+        kinds = {SamplingSettings: {"cfg_scale": cfg_scale}, ShapeOptions: {}}
+        sampling, shape = _groups("the pipeline", options, kinds)
         texts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
-        ids = [classes] if isinstance(classes, int) else classes
-        subject = SampleOptions(
-            prompt=texts, classes=ids if isinstance(ids, str | None) else [int(each) for each in ids],
-            text_features=options.pop("text_features", None), num_images=num_images, seed=seed,
-        )  # fmt: skip
-        shape = ShapeOptions(**{name: options.pop(name) for name in _options_of(ShapeOptions) & options.keys()})
-        sampling = SamplingSettings(cfg_scale, **options)
+        ids = classes if isinstance(classes, str | None) else parse_classes(classes)
+        subject = SampleOptions(texts, None, ids, text_features, num_images, seed)
         text = replace(self._text, negative_prompt=negative_prompt or self._text.negative_prompt)
-        engine = replace(
-            self._options, batch_size=batch_size or self._options.batch_size, plan=plan or self._options.plan
-        )
-        return self._draw(subject, sampling, shape, text, engine, codes_only, progress)
-
-    def _draw(
-        self, subject: SampleOptions, sampling: SamplingSettings, shape: ShapeOptions, text: TextOptions,
-        engine: EngineOptions, codes_only: bool, progress: bool,
-    ) -> PipelineOutput:  # fmt: skip
-        source = self._source
+        usual, source = self._options, self._source
+        engine = replace(usual, batch_size=batch_size or usual.batch_size, plan=plan or usual.plan)
         asked = DrawRequest.of(source, subject, sampling, shape, text, engine.plan)
-        wanted, grid, plan = asked.wanted, asked.grid, asked.plan
+        wanted, grid, name = asked.wanted, asked.grid, asked.plan
         if not codes_only and self._tokenizer is None:
             self._tokenizer = source.matching_tokenizer(engine.device)
         if self._engine is None:
-            self._engine = build_engine(source, engine, plan)
+            self._engine = build_engine(source, engine, name)
         size = fitting_batch(source, asked, engine.batch_size, self._engine.prefix_bucket)
         samples = asked.samples(size)
-        steps = source.model.make_plan(plan, *grid).n_steps
+        steps = source.model.make_plan(name, *grid).n_steps
         bar = progress_bar(samples.batches * steps, "steps") if progress else nullcontext(lambda _: None)
         with bar as advance:
             began = time.perf_counter()
@@ -197,12 +182,17 @@ class FlashARPipeline:
             seconds = time.perf_counter() - began
         decoder = None if codes_only else self._tokenizer
         pixels = torch.empty(0) if decoder is None else decode_all(decoder, codes)  # (N, 3, h, w)
-        settings = {**asdict(subject), **asdict(asked.sampling), **asdict(engine), "plan": plan, "batch_size": size,
+        settings = {**asdict(subject), **asdict(asked.sampling), **asdict(engine), "plan": name, "batch_size": size,
                     "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
         seeds = [subject.seed + i for i in range(len(wanted))]
         images = [picture(image) for image in pixels]
-        return PipelineOutput(images, codes, wanted.labels, seeds, wanted.prompts, plan, steps, seconds, settings)
+        return PipelineOutput(images, codes, wanted.labels, seeds, wanted.prompts, name, steps, seconds, settings)
 
 
-def _options_of(*groups: type) -> set[str]:
-    return {field.name for group in groups for field in fields(group)}
+def _groups(what: str, options: dict[str, Any], kinds: dict[Any, dict[str, Any]]) -> list[Any]:
+    """Groups of options, kind -> what is set already, from options by name. ValueError for a name that none has."""
+    home = {field.name: kind for kind, given in kinds.items() for field in fields(kind) if field.name not in given}
+    if unknown := [name for name in options if name not in home]:
+        raise ValueError(f"{what} has no option {unknown[0]!r}; {closest(unknown[0], sorted(home))}")
+    return [kind(**given, **{name: options[name] for name in options if home[name] is kind})
+            for kind, given in kinds.items()]  # fmt: skip

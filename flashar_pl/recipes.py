@@ -10,15 +10,12 @@ FOLDER = "experiments"
 
 def recipes() -> list[Path]:
     """The YAML files of experiments/."""
-    package = Path(str(files("flashar_pl")))
-    return next((found for place in (package, package.parent) if (found := [*(place / FOLDER).glob("*.yaml")])), [])
+    return [*find_recipe(FOLDER, here=False).glob("*.yaml")]
 
 
-def find_recipe(name: str | Path) -> Path:
-    """The file of that name; where there is none, for experiments/NAME, the one that came with the package."""
-    given = Path(name).expanduser()
-    if given.parts[:1] != (FOLDER,) or ".." in given.parts or given.exists():
+def find_recipe(name: str | Path, here: bool = True) -> Path:
+    """The path of that name; where there is none, for experiments/NAME, the one that came with the package."""
+    given, package = Path(name).expanduser(), Path(str(files("flashar_pl")))
+    if given.parts[:1] != (FOLDER,) or ".." in given.parts or (here and given.exists()):
         return given
-    package = Path(str(files("flashar_pl")))
-    own = (place / given for place in (package, package.parent))
-    return next((path for path in own if path.is_file()), given)
+    return next((path for place in (package, package.parent) if (path := place / given).exists()), given)

@@ -11,7 +11,7 @@ import datetime
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -174,12 +174,6 @@ def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight)
 
 
-def projections(module: nn.Module, without: Container[nn.Module]) -> list[Projection]:
-    """Every matrix product inside a module but some, in the order they run."""
-    linears = (m for m in module.modules() if hasattr(m, "in_features") and hasattr(m, "out_features"))
-    return [Projection.of(m) for m in linears if m not in without]
-
-
 class GemmWalk:
     """Runs exactly the linears of a job, with the model's own weights and kernels and the rows of each forward."""
 
@@ -190,8 +184,10 @@ class GemmWalk:
         if job.order.has_vertical and isinstance(model, FlashAR):
             blocks += list(model.vertical.blocks)
         of_condition = model.backbone.condition_linears()
-        once = set(of_condition.values())
-        self.blocks = [each for block in blocks for each in projections(block, once)]
+        linears = [
+            m for block in blocks for m in block.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")
+        ]
+        self.blocks = [Projection.of(m) for m in linears if m not in set(of_condition.values())]  # as they run
         head = model.dual_head
         heads = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
         self.others = {name: [Projection.of(linear)] for name, linear in of_condition.items()}

@@ -9,6 +9,8 @@ from flashar_pl.decoding.build import EXACT
 
 PLAIN = "plain raster"
 """Name of the rows of `flashar_pl.benchmarking.plain`."""
+ENGINE = ("runner", "weight_format", "batch")
+"""What rows that are compared like for like have in common."""
 COLUMNS = (
     "plan", "runner", "weights", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB",
     "memory floor ms", "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",
@@ -20,14 +22,17 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     of the same engine, the plain raster decoder, the ratio of steps, and the ratio of the matrix products alone (of the
     same engine, else the fastest); None where a row is missing."""
     found = []
-    alike_at = {_engine(row): row for row in rows if row["plan"] == "raster"}
+    alike_at = {tuple(row[name] for name in ENGINE): row for row in rows if row["plan"] == "raster"}
     plain_at = {row["batch"]: row for row in rows if row["plan"] == PLAIN}
     for row in (row for row in rows if row["plan"] not in ("raster", PLAIN)):
-        fastest, alike, slow = _fastest(row, rows), alike_at.get(_engine(row)), plain_at.get(row["batch"])
+        rivals = [other for other in rows if other["plan"] == "raster" and other["batch"] == row["batch"]]
+        exact = [other for other in rivals if other["weight_format"] in {*EXACT, row["weight_format"]}]
+        fastest = min(exact, key=lambda other: other["seconds"], default=None)  # as exact, or rounded as the row
+        alike, slow = alike_at.get(tuple(row[name] for name in ENGINE)), plain_at.get(row["batch"])
         strong = alike or fastest
         reference = strong or slow
         found.append(
-            {name: row[name] for name in ("plan", "runner", "weight_format", "batch")}
+            {name: row[name] for name in ("plan", *ENGINE)}
             | {
                 "over_raster": fastest and fastest["seconds"] / row["seconds"],
                 "like_for_like": alike and alike["seconds"] / row["seconds"],
@@ -37,19 +42,6 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def _engine(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows that are compared like for like have in common."""
-    return row["runner"], row["weight_format"], row["batch"]
-
-
-def _fastest(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The fastest raster row of a batch size whose weights are exact, or rounded as those of `row`."""
-    formats = {*EXACT, row["weight_format"]}
-    rivals = [other for other in rows if other["plan"] == "raster" and other["batch"] == row["batch"]]
-    rivals = [other for other in rivals if other["weight_format"] in formats]
-    return min(rivals, key=lambda other: other["seconds"], default=None)
 
 
 def doubts(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[str]:
@@ -85,9 +77,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _mean(row: dict[str, Any], clock: str) -> str:
     mean, error, images = row["time"][f"{clock}_mean_s"], row["time"][f"{clock}_standard_error_s"], row["batch"]
-    plus = "" if error is None else f" ± {1e3 * error / images:.2f}"
+    each = console.plus_minus(1e3 * mean / images, None if error is None else 1e3 * error / images, ".2f")
     name = f"{row['plan']} {row['runner']} {row['weight_format']} batch {images}"
-    return f"{name} {1e3 * mean / images:.2f}{plus} ms/image, {images / mean:.2f} images/s"
+    return f"{name} {each} ms/image, {images / mean:.2f} images/s"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -107,13 +99,8 @@ def table(result: dict[str, Any]) -> str:
         )  # fmt: skip
         keys = ("over_raster", "like_for_like", "over_plain_raster", "steps", "gemm_only")
         lines = [
-            [
-                each["plan"],
-                each["runner"],
-                each["weight_format"],
-                str(each["batch"]),
-                *("-" if each[k] is None else f"{each[k]:.2f}x" for k in keys),
-            ]
+            [str(each[name]) for name in ("plan", *ENGINE)]
+            + ["-" if each[name] is None else f"{each[name]:.2f}x" for name in keys]
             for each in result["speedups"]
         ]
         parts.append("Speed-up:\n\n" + console.table(header, lines))

@@ -143,7 +143,7 @@ def animate(
     pictures = draw_frames(sides, gate, tokenizer, draw.frames, draw.size)
     milliseconds = [round(1000 * draw.seconds / draw.frames)] * draw.frames + [round(1000 * STAND_STILL)]
     with replacing(target) as part:
-        options = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
+        options: dict[str, Any] = {"save_all": True, "append_images": pictures[1:], "duration": milliseconds, "loop": 0}
         pictures[0].save(part, **options, **FORMATS[target.suffix.lower()])
     ends = ", ".join(f"{side.title} {side.status(side.plan.n_steps).rpartition(' of ')[2]}" for side in sides)
     n, size = len(asked.wanted), target.stat().st_size

@@ -9,7 +9,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashar_pl.files import new_directory, require_new, write_json, write_text
-from flashar_pl.options import ComputeOptions, PresetOptions, SamplingSettings, WayOptions, as_settings, check_least
+from flashar_pl.options import (
+    ComputeOptions,
+    PresetOptions,
+    SamplingSettings,
+    WayOptions,
+    as_settings,
+    check_least,
+    split_names,
+)
 
 
 @dataclass(frozen=True)
@@ -31,16 +39,6 @@ class MeasureOptions:
 
     def __post_init__(self) -> None:
         check_least(self, repeats=1, threads=1)
-
-    def plan_names(self, own: tuple[str, ...]) -> list[str]:
-        """The plans of a model that has `own`. Raises ValueError for an unknown one."""
-        from flashar_pl.grid import PLANS
-
-        names = list(own) if self.plans is None else [name.strip() for name in self.plans.split(",")]
-        known = PLANS if "raster" in own else own
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"plan is {unknown[0]!r}; expected one of {', '.join(known)}, separated by commas.")
-        return names
 
 
 def benchmark(
@@ -68,6 +66,7 @@ def benchmark(
     from flashar_pl.benchmarking.table import speedups, table
     from flashar_pl.checkpoints.opening import check_plan
     from flashar_pl.devices import find_device
+    from flashar_pl.grid import PLANS
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner.decode import DecodeJob
     from flashar_pl.planner.room import Room
@@ -79,9 +78,10 @@ def benchmark(
         require_new(measured.out, "benchmark")
     device, kind = find_device(compute.device), compute.dtype or "fp32"
     dtype, subject = dtype_from_name(kind), Subject.of(model, device, kind)
-    described, names = describe_backbone(subject.sizes.config["backbone"]), measured.plan_names(subject.sizes.plans)
+    described, own = describe_backbone(subject.sizes.config["backbone"]), subject.sizes.plans
+    names = split_names("plans", measured.plans or ",".join(own), PLANS if "raster" in own else own)
     sampling = sampling.of(described.published_cfg_scale)
-    skip_plain = measured.skip_plain or "raster" not in subject.sizes.plans
+    skip_plain = measured.skip_plain or "raster" not in own
     if subject.loaded is not None:
         for name in names:
             check_plan(subject.loaded, name, subject.grid)

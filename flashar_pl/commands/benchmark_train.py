@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flashar_pl.console import table
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import DeviceOptions, PresetOptions, as_settings
+from flashar_pl.options import DeviceOptions, PresetOptions, as_settings, check_least
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,7 @@ class StepOptions:
     """Also write the numbers to this new JSON file."""
 
     def __post_init__(self) -> None:
-        if min(self.repeats, self.threads, 1 if self.layers is None else self.layers) < 1:
-            given = f"repeats is {self.repeats}, threads {self.threads}, layers {self.layers}"
-            raise ValueError(f"{given}; expected 1 or more.")
+        check_least(self, repeats=1, threads=1, layers=1)
 
 
 def benchmark_train(

@@ -216,9 +216,9 @@ def check(
             difference, remark = measure()
         except FAILURES as error:
             return Check(name, dtype, what, limit, None, first_line(error))
-        if math.isfinite(difference):
-            return Check(name, dtype, what, limit, difference, remark)
-        return Check(name, dtype, what, limit, None, f"the difference is {difference} {remark}".strip())
+        if not math.isfinite(difference):
+            return Check(name, dtype, what, limit, None, f"the difference is {difference} {remark}".strip())
+        return Check(name, dtype, what, limit, difference, remark)
 
     subject = subject_of(name, asked, place, dtype)
     try:

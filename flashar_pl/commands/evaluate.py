@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashar_pl.console import table
+from flashar_pl.console import plus_minus, table
 from flashar_pl.evaluate.options import EvaluateOptions, Evaluation, MeasuredModelOptions
 from flashar_pl.options import EngineOptions, RankOptions, SamplingSettings
 
@@ -53,17 +53,15 @@ def evaluate(
     if options.run is None:
         model = located(model)  # once, before there are ranks
     asked = Evaluation(options, model, sampling, engine)
-    if options.run is not None:
-        measured = run_on_ranks(partial(evaluate_checkpoints, asked, torch.get_num_threads()), ranks, engine.device)
-        if measured is not None:
-            print(table_of(measured["checkpoints"]))
-            print(f"wrote {measured['out']}/checkpoints.json")
-        return measured
-    result = run_on_ranks(partial(evaluate_on_rank, asked, torch.get_num_threads()), ranks, engine.device)
-    if result is not None:
+    work = evaluate_on_rank if options.run is None else evaluate_checkpoints
+    result = run_on_ranks(partial(work, asked, torch.get_num_threads()), ranks, engine.device)
+    if result is not None and options.run is not None:
+        print(table_of(result["checkpoints"]))
+        print(f"wrote {result['out']}/checkpoints.json")
+    elif result is not None:
         for name, value in result["metrics"].items():
             error = result.get("standard_errors", {}).get(name)  # an evaluation of an earlier version has none
-            print(f"{name:<10} {value:.6g}" + ("" if error is None else f" ± {error:.2g}"))
+            print(f"{name:<10} {plus_minus(value, error, '.6g', '.2g')}")
         for name, reason in result["left_out"].items():
             print(f"{name:<10} left out: {reason}")
         print(f"wrote {options.out}/evaluation.json")
@@ -73,7 +71,9 @@ def evaluate(
 def table_of(entries: list[dict[str, Any]]) -> str:
     """One row for each checkpoint."""
     names = list(dict.fromkeys(name for entry in entries for name in entry["metrics"]))
-    rows = [[Path(entry["checkpoint"]).name, f"{entry['step']:,}"] for entry in entries]
-    for row, entry in zip(rows, entries, strict=True):
-        row += [f"{entry['metrics'][name]:.5g}" if name in entry["metrics"] else "-" for name in names]
+    rows = [
+        [Path(entry["checkpoint"]).name, f"{entry['step']:,}"]
+        + [f"{entry['metrics'][name]:.5g}" if name in entry["metrics"] else "-" for name in names]
+        for entry in entries
+    ]
     return table(["checkpoint", "step", *names], rows)

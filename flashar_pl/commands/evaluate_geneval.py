@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from flashar_pl.console import plus_minus
 from flashar_pl.evaluate.options import DrawnModelOptions, GenEval, GenEvalOptions
 from flashar_pl.options import EngineOptions, RankOptions, SamplingSettings, TextOptions
 
@@ -36,8 +37,10 @@ def evaluate_geneval(
     from flashar_pl.evaluate.geneval import geneval_on_rank
     from flashar_pl.ranks import run_on_ranks
 
-    _check_pair("--checkpoint", model.checkpoint, "--prompts", options.prompts)
-    _check_pair("--detector", options.detector, "--clip", options.clip)
+    for pair in ({"--checkpoint": model.checkpoint, "--prompts": options.prompts},
+                 {"--detector": options.detector, "--clip": options.clip}):  # fmt: skip
+        if len(missing := [name for name, value in pair.items() if not value]) == 1:
+            raise ValueError(f"{' and '.join(pair)} belong together; {missing[0]} is missing.")
     if not model.checkpoint and options.detector is None:
         raise ValueError("nothing to do: give --checkpoint and --prompts to draw, --detector and --clip to score.")
     if not model.checkpoint and (model, text) != (DrawnModelOptions(), TextOptions()):
@@ -49,19 +52,9 @@ def evaluate_geneval(
     if report is not None:
         errors = report["standard_errors"]
         for name, task in report["tasks"].items():
-            counts = f"({task['correct']} of {task['images']})"
-            print(f"{name:<14} {task['correct'] / task['images']:.4f}{_plus(errors[name])}  {counts}")
-        print(f"mean over tasks (the official score)  {report['overall']:.4f}{_plus(errors['overall'])}")
+            share = plus_minus(task["correct"] / task["images"], errors[name], ".4f")
+            print(f"{name:<14} {share}  ({task['correct']} of {task['images']})")
+        print(f"mean over tasks (the official score)  {plus_minus(report['overall'], errors['overall'], '.4f')}")
         print(f"mean over images                      {report['image_mean']:.4f}")
         print(f"wrote {options.out}/geneval.json, {options.out}/results.jsonl")
     return report
-
-
-def _plus(error: float | None) -> str:
-    return "" if error is None else f" ± {error:.4f}"
-
-
-def _check_pair(first: str, one: str | None, second: str, other: str | None) -> None:
-    """ValueError where one of two options that belong together is missing."""
-    if bool(one) != bool(other):
-        raise ValueError(f"{first} and {second} belong together; {second if one else first} is missing.")

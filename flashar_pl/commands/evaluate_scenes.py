@@ -6,6 +6,7 @@ Shapes: N prompts of a split, T places of a prompt, C words, 8 x 8 grid.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,10 @@ from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, as
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from flashar_pl.backbones.condition import Batch, Condition
+    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.scenes import Prompt
+    from flashar_pl.decoding.samples import SampleSet
 
 SHOWN = 24
 """Images of the picture, four of each task."""
@@ -51,13 +55,10 @@ def evaluate_scenes(
     """
     import numpy as np
 
-    from flashar_pl.backbones.condition import Condition, TextFeatures
     from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
     from flashar_pl.data.encode import decoder_of
-    from flashar_pl.data.scenes import to_prompt
     from flashar_pl.data.shards import Manifest
-    from flashar_pl.decoding.build import build_engine
-    from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
+    from flashar_pl.decoding.samples import SampleSet, decode_all
     from flashar_pl.pictures import save_png, tile
 
     target = require_new(out, "results")
@@ -66,27 +67,18 @@ def evaluate_scenes(
         raise ValueError(f"{images.data} holds {manifest.name!r}; expected what `flashar tokenize scenes` writes.")
     source = open_checkpoint(model, engine)
     check_data(source.model, manifest, source.grid, source.tokenizer)
-    plan, settings = check_plan(source.model, engine.plan, manifest.grid), sampling.of(None)
-    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
+    plan, total = check_plan(source.model, engine.plan, manifest.grid), images.number(manifest)
     size = batch_size(engine, BATCH_SIZE, total)
     batches = list(held_out(manifest, images.split, size, images.limit, None, source.model.device))
-    condition = Condition.cat([batch.condition for batch in batches]).rows(range(total))  # padding stands at the end
-    assert isinstance(condition, TextFeatures)
-    prompts = [to_prompt(features) for features in condition.features.cpu().numpy()]
-    check_tasks(prompts, images.limit)
+    condition, prompts = read_prompts(batches, total, images.limit)
     with progress_bar(2 * total, "images") as advance:
         nll = image_nll(source.model, batches, plan, advance)  # (N,)
-        drawn = SampleSet(condition, manifest.grid, plan, settings, size, seed)
-        runner = build_engine(source, engine, plan)
-        started = time.process_time()
-        codes = draw_codes(runner, drawn, advance)  # (N, 8, 8)
-        seconds = time.process_time() - started
-    steps = source.model.make_plan(plan, *manifest.grid).n_steps * getattr(source.model, "steps", 1)  # calls of a block
+        samples = SampleSet(condition, manifest.grid, plan, sampling.of(None), size, seed)
+        codes, cost = draw(source, engine, samples, advance)  # (N, 8, 8)
     result = {
         **count(codes, prompts),
         "likelihood": summary(nll, codes[0].numel()),
-        "forwards": fmean(runner.forwards[:total]) if runner.forwards else steps,
-        "cpu_s_per_image": seconds / total,
+        **cost,
         "settings": as_settings(images, model, sampling, engine) | {"plan": plan, "batch_size": size, "seed": seed},
         "data": {"name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
         "checkpoint": source.facts(),
@@ -101,15 +93,37 @@ def evaluate_scenes(
     return result
 
 
-def check_tasks(prompts: list[Prompt], limit: int | None) -> None:
-    """ValueError where a limit leaves no prompt of some task: the mean over tasks would be another one."""
-    from flashar_pl.data.scenes import TASKS, task_of
+def read_prompts(batches: list[Batch], total: int, limit: int | None) -> tuple[Condition, list[Prompt]]:
+    """The prompts of a split, as conditions and as what they ask for. ValueError where a limit leaves none of some
+    task: the mean over tasks would be another one."""
+    from flashar_pl.backbones.condition import Condition, TextFeatures
+    from flashar_pl.data.scenes import TASKS, task_of, to_prompt
 
+    condition = Condition.cat([batch.condition for batch in batches]).rows(range(total))  # padding stands at the end
+    assert isinstance(condition, TextFeatures)
+    prompts = [to_prompt(features) for features in condition.features.cpu().numpy()]
     if missing := [task for task in TASKS if task not in map(task_of, prompts)]:
         raise ValueError(
             f"--limit {limit} leaves no prompt of {', '.join(missing)}: tasks come in turn, and a limit takes every "
             "n-th prompt; expected another one, or none."
         )
+    return condition, prompts
+
+
+def draw(
+    source: Source, engine: EngineOptions, samples: SampleSet, advance: Callable[[int], Any]
+) -> tuple[Tensor, dict[str, float]]:
+    """Codes (N, 8, 8), and what one image took: forwards, or calls of a block, and processor seconds."""
+    from flashar_pl.decoding.build import build_engine
+    from flashar_pl.decoding.samples import draw_codes
+
+    runner = build_engine(source, engine, samples.plan)
+    started = time.process_time()
+    codes = draw_codes(runner, samples, advance)
+    seconds = time.process_time() - started
+    steps = source.model.make_plan(samples.plan, *samples.grid).n_steps * getattr(source.model, "steps", 1)
+    forwards = fmean(runner.forwards[: samples.n]) if runner.forwards else steps
+    return codes, {"forwards": forwards, "cpu_s_per_image": seconds / samples.n}
 
 
 def count(codes: Tensor, prompts: list[Prompt]) -> dict[str, Any]:
@@ -141,8 +155,15 @@ def share(k: int, n: int) -> dict[str, float]:
 def report(result: dict[str, Any]) -> str:
     """The result as a table."""
     named = {**result["tasks"], **{name: result[name] for name in ("correct", "exact", "torn")}}
-    shares = "{share:.3f}|{low:.3f} to {high:.3f}|{count} of {images}"
-    rows = [[name, *shares.format(**each).split("|")] for name, each in named.items()]
+    rows = [
+        [
+            name,
+            f"{each['share']:.3f}",
+            f"{each['low']:.3f} to {each['high']:.3f}",
+            f"{each['count']} of {each['images']}",
+        ]
+        for name, each in named.items()
+    ]
     nats = result["likelihood"]
     rows += [
         ["mean over tasks", f"{result['overall']:.3f}", "", ""],

@@ -93,13 +93,15 @@ def generate(
     with new_directory(target, "samples") as folder:
         np.save(folder / "codes.npy", codes.numpy())
         files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, draw.num_images)
+        columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
+        known = {name: values for name, values in columns.items() if values}
         facts = {"grid": list(grid), "plan": plan, "batch_size": size, **used, "weight_format": form,
                  "dtype": source.dtype}  # fmt: skip
         record = {
             "command": "generate",
             "settings": {**as_settings(draw, model, sampling, shape, text, engine), **facts},
             "checkpoint": source.facts(),
-            "images": describe_images(wanted, seeds, files),
+            "images": [dict(zip(known, row)) for row in zip(*known.values(), strict=True)],
             "seconds": seconds,
             "peak_memory_bytes": peak.bytes or None,
             "versions": versions(),
@@ -126,13 +128,6 @@ def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tup
         notes.append("a prompt is empty; its images are drawn without a description.")
     for note in notes + backbone.notes(wanted.condition, guided):
         print(f"note: {note}", file=sys.stderr)
-
-
-def describe_images(wanted: Wanted, seeds: list[int], files: list[str]) -> list[dict[str, Any]]:
-    """What is known of each image, for settings.json; `files` is empty where none were written."""
-    columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
-    known = {name: values for name, values in columns.items() if values}
-    return [dict(zip(known, row)) for row in zip(*known.values(), strict=True)]
 
 
 def _write_images(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import ArchitectureOptions, RunnerOptions, parse_grid
+from flashar_pl.options import ArchitectureOptions, RunnerOptions, check_least, parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.planner.advice import Gpu
@@ -60,21 +60,16 @@ class RunOptions(ArchitectureOptions):
             )
         if self.batch is not None and (self.config is None or self.batch < 1):
             raise ValueError(f"batch is {self.batch}; expected 1 or more, with --config. A preset takes --samples.")
-        if self.prefix is not None and self.prefix < 0:
-            raise ValueError(f"prefix is {self.prefix}; expected 0 or more positions.")
+        check_least(self, prefix=0)
 
     def setup(self, gpus: int) -> dict[str, Any]:
         """What was typed, as fields of `TrainingSetup`."""
-        given = {
+        given = {name: getattr(self, name) for name in ("samples", "replicas", "moments", "prefix")} | {
             "gpus": gpus,
-            "samples": self.samples,
             "sharded": None if self.strategy is None else self.strategy == "fsdp",
-            "replicas": self.replicas,
-            "moments": self.moments,
             "offload": SWITCH.get(self.offload),
             "checkpointing": SWITCH.get(self.checkpointing),
             "grid": parse_grid(self.grid),
-            "prefix": self.prefix,
             "total_steps": self.steps,
         }
         return {name: value for name, value in given.items() if value is not None}
@@ -94,9 +89,7 @@ class HardwareOptions:
     """Share of the published FLOP rate that training reaches."""
 
     def __post_init__(self) -> None:
-        if self.gpus < 1 or (self.gpu_memory is not None and self.gpu_memory <= 0):
-            size = "" if self.gpu_memory is None else f" and gpu_memory {self.gpu_memory:g}"
-            raise ValueError(f"gpus is {self.gpus}{size}; expected 1 or more GPUs with more than 0 GB.")
+        check_least(self, gpus=1, gpu_memory=1)
         if not 0 < self.mfu <= 1:
             raise ValueError(f"mfu is {self.mfu}; expected 0 < mfu <= 1.")
 

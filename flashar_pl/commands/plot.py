@@ -77,6 +77,8 @@ SEEDS = ("seed_everything", "data.seed", "data.init_args.seed")
 BASELINE: dict[str, Any] = {"color": "0.25", "linestyle": "--", "linewidth": 1}
 BEFORE: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 6, "fillstyle": "none"}
 SWITCH: dict[str, Any] = {"linestyle": ":", "linewidth": 1}
+WIDTH = 13.0
+"""Of the figure in inches."""
 STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (1, 3)))
 
 
@@ -86,7 +88,6 @@ def plot(
     axis: Axis = "step",
     baseline: str | None = None,
     apart: bool = False,
-    width: float = 13.0,
 ) -> Path:
     """Draw convergence curves of one or more runs: one panel per quantity, one colour per run.
 
@@ -109,7 +110,6 @@ def plot(
         baseline: run directory whose last results are drawn as horizontal lines, such as the raster model's; of a
             training loss the mean of its last tenth.
         apart: draw runs that differ in their seeds alone one by one.
-        width: of the figure in inches.
     """
     require_pyplot()
     target = require_new(out, "plot")
@@ -118,22 +118,18 @@ def plot(
     places = find_runs(list(runs))
     curves = {name: read_curves(path) for name, path in places.items()}
     settings = {name: read_settings(path / "config.yaml") for name, path in places.items()}
-    panels = panels_of(curves)
+    panels = [panel for panel in PANELS if any(map(panel.tags, curves.values()))]
+    if LOSS in panels and PANELS[0] in panels:
+        panels.remove(LOSS)
     if not panels:
         raise ValueError(f"the event files of {', '.join(runs)} hold none of the known quantities, such as train/loss.")
     levels = {} if baseline is None else read_levels(baseline)
     placed = {name: on_axis(name, found, axis) for name, found in curves.items()}
     lines = {name: [name] for name in curves} if apart else by_seed(settings)
-    draw_curves({n: [placed[run] for run in own] for n, own in lines.items()}, panels, levels, axis, target, width)
+    draw_curves({n: [placed[run] for run in own] for n, own in lines.items()}, panels, levels, axis, target)
     print(side_by_side(curves, settings))
     print(f"{len(panels)} panels of {len(curves)} runs: {target}")
     return target
-
-
-def panels_of(curves: dict[str, dict[str, Curve]]) -> list[Panel]:
-    """Those that some run has something for."""
-    found = [panel for panel in PANELS if any(map(panel.tags, curves.values()))]
-    return [panel for panel in found if panel is not LOSS or PANELS[0] not in found]
 
 
 def by_seed(settings: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -191,18 +187,14 @@ def side_by_side(curves: dict[str, dict[str, Curve]], settings: dict[str, dict[s
     results = [tag for tag in RESULTS if any(tag in found for found in curves.values())]
     rows = []
     for name, found in curves.items():
-        last = max(steps[-1] for steps, _ in found.values())
-        newest = [newest_value(found[tag], last) if tag in found else "-" for tag in results]
+        last, newest = max(steps[-1] for steps, _ in found.values()), []
+        for steps, values in (found.get(tag, ([], [])) for tag in results):
+            late = f" (step {steps[-1]:,})" if steps[-1:] < [last] else ""
+            newest.append(f"{values[-1]:.4g}{late}" if values else "-")
         own = [str(settings[name].get(key, "-")) for key in keys]
         rows.append([name, f"{last:,}", *newest, *own])
     short = [key.removeprefix("model.").removeprefix("trainer.") for key in keys]
     return table(["run", "steps", *results, *short], rows)
-
-
-def newest_value(curve: Curve, last: int) -> str:
-    """The newest value of a curve, and its step where that is not the last one of the run."""
-    step, value = curve[0][-1], curve[1][-1]
-    return f"{value:.4g}" if step == last else f"{value:.4g} (step {step:,})"
 
 
 def read_settings(file: Path) -> dict[str, Any]:
@@ -213,7 +205,7 @@ def read_settings(file: Path) -> dict[str, Any]:
 
 
 def draw_curves(
-    lines: dict[str, list[Placed]], panels: list[Panel], levels: dict[str, float], axis: Axis, path: Path, width: float
+    lines: dict[str, list[Placed]], panels: list[Panel], levels: dict[str, float], axis: Axis, path: Path
 ) -> None:
     """Draw the panels of line -> its runs, and the baseline's levels, as a file."""
     pyplot, columns = require_pyplot(), min(3, len(panels))
@@ -227,9 +219,9 @@ def draw_curves(
         handles.append(pyplot.Line2D([], [], **BEFORE, color="0.3", label="before the first step"))
     if any(run.switch for runs in lines.values() for run in runs):
         handles.append(pyplot.Line2D([], [], **SWITCH, color="0.3", label="stage 2 begins"))
-    beside = max(1, int(10 * width / (max(len(handle.get_label()) for handle in handles) + 6)))
+    beside = max(1, int(10 * WIDTH / (max(len(handle.get_label()) for handle in handles) + 6)))
     height = 3.4 * rows + 0.2 * (1 + -(-len(handles) // beside))
-    with figure(path, rows, columns, (width, height)) as axes:
+    with figure(path, rows, columns, (WIDTH, height)) as axes:
         for place, panel in zip(axes, panels):
             _draw(place, panel, lines, colours, levels)
             place.set_xlabel({"step": "optimiser step", "gpu-hours": "GPU-hours"}.get(axis, axis))

@@ -47,6 +47,10 @@ class DataOptions:
     def __post_init__(self) -> None:
         check_least(self, limit=1)
 
+    def number(self, manifest: Manifest) -> int:
+        """How many images."""
+        return min(manifest.samples(self.split), self.limit or manifest.samples(self.split))
+
 
 def score(
     images: DataOptions,
@@ -107,8 +111,7 @@ def likelihoods(
     encoder = caption_encoder(source, manifest, text.assets)
     name = check_plan(source.model, compute.plan, manifest.grid)
     together = compute.batch_size if isinstance(compute.batch_size, int) else TOGETHER
-    total = min(manifest.samples(images.split), images.limit or manifest.samples(images.split))
-    with progress_bar(total, "images") as advance:
+    with progress_bar(images.number(manifest), "images") as advance:
         batches = held_out(manifest, images.split, together, images.limit, encoder, source.model.device)
         return source, name, image_nll(source.model, batches, name, advance)
 

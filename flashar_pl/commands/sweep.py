@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,16 @@ class Runs:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Folder -> its own options."""
 
-    def words(self, out: Path, seed: int, own: dict[str, Any]) -> list[str]:
-        """What follows `flashar` for one run."""
-        words = ["fit", "--config", self.config, "--trainer.default_root_dir", str(out)]
-        values = {"seed_everything": seed, "data.seed": seed, **self.set, **own}
-        for key, value in values.items():
-            words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        return words
+    def stages(self, root: Path, folder: str, first: int = 0, start: Sequence[str] = ()) -> Iterator[Stage]:
+        """A run for each seed and variant. folder: what stands before its seed in its folder's name; first: what is
+        added to its seed; start: options of `flashar fit` for all of them."""
+        for number in self.seeds:
+            for name, own in (self.variants or {RASTER: {}}).items():
+                place, seed = root / name / f"{folder}{number}", first + number
+                words = ["fit", "--config", self.config, "--trainer.default_root_dir", str(place)]
+                for key, value in {"seed_everything": seed, "data.seed": seed, **self.set, **own}.items():
+                    words += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+                yield Stage(f"{place.parent.name}/{place.name}", 0, [*words, *start], place, FINISHED)
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,16 @@ class Sweep:
 
     def runs(self) -> Iterator[Stage]:
         """Every training run, a raster model before those that start from it."""
-        root, adapted = Path(self.out), self.adaptation
-        for p in self.pretraining.seeds if self.pretraining else [None]:
-            start: list[str] = []
-            if p is not None and self.pretraining is not None:
-                place = root / RASTER / f"p{p}"
-                yield _stage(place, self.pretraining.words(place, p, {}))
-                start = ["--model.init_from", str(place / LAST)]
-            for a in adapted.seeds:
-                for name, own in adapted.variants.items():
-                    place = root / name / (f"a{a}" if p is None else f"p{p}a{a}")
-                    yield _stage(place, adapted.words(place, SEED_STRIDE * (p or 0) + a, own) + start)
+        root, before = Path(self.out), self.pretraining
+        if before is None:
+            yield from self.adaptation.stages(root, "a")
+        else:
+            for p, raster in zip(before.seeds, before.stages(root, "p"), strict=True):
+                yield raster
+                start = ["--model.init_from", str(raster.path / LAST)]
+                yield from self.adaptation.stages(root, f"p{p}a", SEED_STRIDE * p, start)
         if self.scratch is not None:
-            for s in self.scratch.seeds:
-                for name, own in self.scratch.variants.items():
-                    place = root / name / f"s{s}"
-                    yield _stage(place, self.scratch.words(place, s, own))
+            yield from self.scratch.stages(root, "s")
 
     def summary(self) -> Stage | None:
         """The comparison of all runs."""
@@ -135,15 +132,10 @@ def run_stage(stage: Stage) -> None:
     if training and stage.path.is_dir() and not list((stage.path / "checkpoints").glob("*.ckpt")):
         move_aside(stage.path, "unfinished")  # it was stopped before its first checkpoint
     started = time.monotonic()
-    if code := run_process(stage):
-        raise ValueError(f"`flashar {stage.words[0]}` of {stage.title} ended with exit code {code}; see above.")
+    run_process(stage)
     if training:
         found = {"words": stage.words, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
         write_json(stage.path / FINISHED, found)
-
-
-def _stage(place: Path, words: list[str]) -> Stage:
-    return Stage(f"{place.parent.name}/{place.name}", 0, words, place, FINISHED)
 
 
 def prepared(asked: Sweep) -> list[Stage]:

@@ -118,16 +118,11 @@ def tokenize_images(
     if reports is None:
         return None
     for split, report in reports.items():
-        print(f"{split}: {report['written']:,} of {report['samples']:,} pictures are in the shards")
-        if report["unreadable"]:
-            print(f"unreadable: {report['unreadable']:,}, listed in {shards.out}/bad_images.{split}.txt")
+        _tell(report, split, shards.out)
     print(reports["train"]["account"])
     manifest = Manifest.load(shards.out)
-    classes = ", ".join(manifest.class_names[:10]) + (" ..." if len(manifest.class_names) > 10 else "")
-    print(
-        f"{manifest.grid[0]} x {manifest.grid[1]} codes of {manifest.vocabulary}, {manifest.condition.num_classes} "
-        f"classes: {classes}"
-    )
+    names, classes = manifest.class_names, manifest.condition.num_classes
+    print(f"{classes} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
     print(f"shards at {shards.out}; look at them: flashar tokenize check {shards.out} --out check.png")
     print(f"train on them: flashar fit --config experiments/own_images.yaml --data.shards {shards.out}")
     return reports
@@ -204,6 +199,14 @@ def _show_captions(report: dict[str, Any], shards: ShardOptions) -> None:
             print("\n  ".join([f"{grid}:", *caption_report(ShardReader(manifest, shards.split))["lines"]]))
 
 
+def _tell(report: dict[str, Any], split: str, out: str) -> None:
+    """What became of the images of a split."""
+    grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
+    print(f"{split}: {report['written']:,} of {report['samples']:,} images are in the shards ({grids})")
+    if report["unreadable"]:
+        print(f"unreadable: {report['unreadable']:,}, listed in {out}/bad_images.{split}.txt")
+
+
 def _tokenise(
     build: Callable[..., Any], shards: ShardOptions, codec: CodecOptions, ranks: RankOptions
 ) -> dict[str, Any] | None:
@@ -214,11 +217,8 @@ def _tokenise(
     report = run_on_ranks(partial(tokenise, build), ranks, codec.device)
     if report is None:
         return None
-    grids = ", ".join(f"{count:,} of {grid} codes" for grid, count in report["grids"].items())
-    print(f"{shards.split}: {report['written']:,} of {report['samples']:,} images are in the shards ({grids})")
+    _tell(report, shards.split, shards.out)
     print(report["account"])
-    if report["unreadable"]:
-        print(f"unreadable: {report['unreadable']:,}, listed in {shards.out}/bad_images.{shards.split}.txt")
     print(f"shards at {shards.out}; check them with: flashar tokenize check {shards.out} --out check.png")
     return report
 

@@ -48,11 +48,11 @@ class DrawRequest:
         check_seed(draw.seed, len(wanted))
         return cls(wanted, grid, chosen, sampling, draw.seed)
 
-    def samples(self, batch_size: int) -> SampleSet:
-        """The samples, `batch_size` computed together."""
+    def samples(self, batch_size: int, every: int = 1) -> SampleSet:
+        """The samples, `batch_size` computed together; `every` of each."""
         from flashar_pl.decoding.samples import SampleSet
 
         wanted = self.wanted
         return SampleSet(
-            wanted.condition, self.grid, self.plan, self.sampling, batch_size, self.seed, wanted.unconditional
+            wanted.condition, self.grid, self.plan, self.sampling, batch_size, self.seed, wanted.unconditional, every
         )

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from flashar_pl.checkpoints.opening import Source, check_plan, check_top_k, open_checkpoint
+from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.console import versions
 from flashar_pl.decoding.build import build_engine
-from flashar_pl.decoding.prompts import ask, choose_grid
+from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.decoding.samples import SampleSet, draw
 from flashar_pl.evaluate.identity import SETTINGS, check_settings, path_digest, tokenizer_identity
 from flashar_pl.evaluate.options import GENEVAL_BATCH_SIZE, GenEval, batch_size
@@ -27,7 +27,7 @@ from flashar_pl.files import require_new, write_json, write_text
 from flashar_pl.metrics import geneval_images
 from flashar_pl.metrics.geneval import DEFAULT_SETTINGS, keep_detections, score_image, summarise
 from flashar_pl.metrics.geneval_entries import read_entries
-from flashar_pl.options import ShapeOptions, Subject
+from flashar_pl.options import SampleOptions, ShapeOptions
 from flashar_pl.pictures import save_png
 from flashar_pl.ranks import Rank
 from flashar_pl.text_files import read_json
@@ -88,21 +88,9 @@ def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> No
 
 def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> SampleSet:
     """The numbered images of all prompts. Raises ValueError for a model or prompt assets that do not fit."""
-    sampling = asked.sampling.of(source.model.backbone.published_cfg_scale)
-    check_top_k(source.model, sampling.top_k)
-    grid = choose_grid(source, ShapeOptions())
-    wanted = ask(source, grid, 1, sampling.guided, Subject(prompt=prompts), asked.text)
-    every = asked.options.num_images
-    return SampleSet(
-        wanted.condition,
-        grid=grid,
-        plan=check_plan(source.model, asked.engine.plan, grid),
-        sampling=sampling,
-        batch_size=batch_size(asked.engine, GENEVAL_BATCH_SIZE, len(prompts) * every),
-        seed=asked.options.seed,
-        unconditional=wanted.unconditional,
-        every=every,
-    )
+    draw, every = SampleOptions(prompts, num_images=1, seed=asked.options.seed), asked.options.num_images
+    request = DrawRequest.of(source, draw, asked.sampling, ShapeOptions(), asked.text, asked.engine.plan)
+    return request.samples(batch_size(asked.engine, GENEVAL_BATCH_SIZE, len(prompts) * every), every)
 
 
 def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples: SampleSet) -> None:

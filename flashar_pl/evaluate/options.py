@@ -58,11 +58,6 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         check_least(self, num_samples=1, resize=1, min_samples=2)
 
-    @property
-    def metric_names(self) -> list[str] | None:
-        """The metrics asked for; None = all that are possible."""
-        return None if self.metrics is None else [name.strip() for name in self.metrics.split(",")]
-
 
 @dataclass(frozen=True)
 class MeasuredModelOptions(ModelOptions):

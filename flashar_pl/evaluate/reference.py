@@ -9,7 +9,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,18 @@ ORDER_SEED = 0
 """Of the order in which images are read: the first 10,000 serve precision and recall and must not be a few classes."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Reference:
-    """Statistics and where they come from."""
+    """Reference images; before they are looked at, without statistics."""
 
-    statistics: ReferenceStatistics
+    facts: dict[str, Any]
+    """Plain values for the report: where they come from, and how many."""
     side: tuple[int, int] | None
     """(h, w) of the images; None = not known."""
-    facts: dict[str, Any]
-    """Plain values for the report."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Reference images before they are looked at."""
-
-    facts: dict[str, Any]
-    side: tuple[int, int] | None
     key: dict[str, Any] | None
     """Plain values that fix the images, such as {"file": sha256}; None = nothing worth a cache is computed."""
     compute: Callable[[], ReferenceStatistics]
+    statistics: ReferenceStatistics = field(init=False)
 
 
 def load_reference_images(
@@ -98,20 +90,20 @@ def load_reference_images(
     else:
         found = _from_images(place, extractor, crop) if place.is_dir() else _from_npz(place, extractor)
     if found.key is None:
-        statistics = found.compute()
+        found.statistics = found.compute()
     else:
         folder = Path(cache) if cache is not None else default_cache() / "references"
         key = json.dumps({"format": FORMAT, "of": found.key, "extractor": extractor.fingerprint()}, sort_keys=True)
         file = folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
         if not file.is_file():
             found.compute().save(file)
-        statistics = load_reference(file)
-    rows = statistics.features
-    counts = {"images": statistics.n, "feature_rows": None if rows is None else len(rows)}
-    return Reference(statistics, found.side, found.facts | counts)
+        found.statistics = load_reference(file)
+    rows = found.statistics.features
+    found.facts |= {"images": found.statistics.n, "feature_rows": None if rows is None else len(rows)}
+    return found
 
 
-def _from_npz(file: Path, extractor: FeatureExtractor) -> Source:
+def _from_npz(file: Path, extractor: FeatureExtractor) -> Reference:
     if not file.is_file():
         raise ValueError(
             f"no reference at {file}; expected an .npz such as VIRTUAL_imagenet256_labeled.npz, a directory of images, "
@@ -122,7 +114,7 @@ def _from_npz(file: Path, extractor: FeatureExtractor) -> Source:
     computes = IMAGES in arrays and not {"mu", "sigma", "features"} <= arrays.keys()
     shape = arrays.get(IMAGES, ())
     side = (shape[1], shape[2]) if len(shape) == 4 else None
-    return Source(facts, side, {"file": sha256} if computes else None, lambda: load_reference(file, extractor))
+    return Reference(facts, side, {"file": sha256} if computes else None, lambda: load_reference(file, extractor))
 
 
 def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
@@ -138,7 +130,7 @@ def _array_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _from_images(folder: Path, extractor: FeatureExtractor, crop: int | None) -> Source:
+def _from_images(folder: Path, extractor: FeatureExtractor, crop: int | None) -> Reference:
     account = Account()
     files = sorted(folder / name for name in list_images(folder, account))
     if len(files) < 2:
@@ -165,7 +157,7 @@ def _from_images(folder: Path, extractor: FeatureExtractor, crop: int | None) ->
     key: dict[str, Any] = {"images": sha256, "reader": READER}
     if crop is not None:
         key["crop"] = facts["crop"] = f"centre square of {crop} pixels"
-    return Source(facts, (side[0], side[1]), key, lambda: reference_from_batches(extractor, batches()))
+    return Reference(facts, (side[0], side[1]), key, lambda: reference_from_batches(extractor, batches()))
 
 
 def _shuffled(n: int) -> list[np.ndarray]:
@@ -183,7 +175,9 @@ def _read_image(file: Path, crop: int | None) -> np.ndarray:
         raise ValueError(f"{file} is not a readable image: {error}.") from error
 
 
-def _from_shards(path: str, split: str, extractor: FeatureExtractor, tokenizer: str | dict[str, Any] | None) -> Source:
+def _from_shards(
+    path: str, split: str, extractor: FeatureExtractor, tokenizer: str | dict[str, Any] | None
+) -> Reference:
     manifest = Manifest.load(path)
     manifest.shards(split)
     config = parse_tokenizer(tokenizer)
@@ -206,4 +200,4 @@ def _from_shards(path: str, split: str, extractor: FeatureExtractor, tokenizer: 
     }
     side = (manifest.grid[0] * decoder.downsample, manifest.grid[1] * decoder.downsample)
     facts = {"kind": "shards", "path": path, "name": manifest.name, "split": split, **key}
-    return Source(facts, side, key, lambda: reference_from_batches(extractor, batches()))
+    return Reference(facts, side, key, lambda: reference_from_batches(extractor, batches()))

@@ -94,8 +94,9 @@ def find_judge(asked: Evaluation, bench: Bench) -> Judge:
             f"the samples are {size[0]} x {size[1]} pixels, the reference images {reference.side[0]} x "
             f"{reference.side[1]}; expected one size: --resize {reference.side[0]}, or another reference."
         )
+    asked_for = None if options.metrics is None else [name.strip() for name in options.metrics.split(",")]
     names, left_out = choose_metrics(
-        options.metric_names, bench.extractor, reference.statistics, options.num_samples, options.min_samples
+        asked_for, bench.extractor, reference.statistics, options.num_samples, options.min_samples
     )
     return Judge(reference, names, left_out)
 

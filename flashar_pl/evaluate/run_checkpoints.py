@@ -27,7 +27,10 @@ def evaluate_checkpoints(asked: Evaluation, threads: int, rank: Rank) -> dict[st
     out = Path(asked.options.out or run / Path(MEASURED).parent)
     file = out / Path(MEASURED).name
     listed = rank.first(lambda: [(step, str(path)) for step, path in kept_checkpoints(run)])
-    each = [(step, _asked(asked, path, out / f"step_{step:07d}")) for step, path in listed]
+    each = []
+    for step, path in listed:
+        options, model = replace(asked.options, run=None, out=str(out / f"step_{step:07d}")), asked.model
+        each.append((step, replace(asked, options=options, model=replace(model, checkpoint=path))))
     rank.first(lambda: check_same(file, asked))
     done = rank.first(lambda: [finished(one) for _, one in each])
     entries = []
@@ -83,12 +86,6 @@ def finished(asked: Evaluation) -> dict[str, Any] | None:
             f"{file.parent}."
         )
     return read_json(file)
-
-
-def _asked(asked: Evaluation, checkpoint: str, out: Path) -> Evaluation:
-    """The evaluation of one checkpoint."""
-    options, model = replace(asked.options, run=None, out=str(out)), replace(asked.model, checkpoint=checkpoint)
-    return replace(asked, options=options, model=model)
 
 
 def _shared(asked: Evaluation) -> dict[str, Any]:

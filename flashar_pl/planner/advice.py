@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.planner.sizes import ModelSizes
@@ -45,27 +45,22 @@ CHANGES = {
 """What it means that a field of a setup is another one."""
 
 
-def changes(setup: TrainingSetup) -> Iterator[TrainingSetup]:
+def changes(setup: TrainingSetup) -> list[TrainingSetup]:
     """Setups with one change that needs less memory, the cheapest in time first."""
-    if setup.gpus > 1 and not setup.sharded:
-        yield replace(setup, sharded=True)
-    if setup.replicas > 1:
-        yield replace(setup, replicas=1)
-    if setup.lora is not None and setup.lora.base == "fp32" and setup.mixed:
-        yield replace(setup, lora=replace(setup.lora, base="bf16"))
-    if setup.moments == "fp32":
-        yield replace(setup, moments="bf16")
-    if setup.moments != "8bit":
-        yield replace(setup, moments="8bit")
-    if not setup.checkpointing:
-        yield replace(setup, checkpointing=True)
-    if setup.samples > 1:
-        half = setup.samples // 2
-        yield replace(setup, samples=half, accumulate=-(-setup.samples * setup.accumulate // half))
-    if setup.ema:
-        yield replace(setup, ema=False)
-    if not setup.offload:
-        yield replace(setup, offload=True, sharded=True)
+    lora, half = setup.lora, max(1, setup.samples // 2)
+    fewer = {"samples": half, "accumulate": -(-setup.samples * setup.accumulate // half)}
+    possible: list[tuple[bool, dict[str, Any]]] = [
+        (setup.gpus > 1 and not setup.sharded, {"sharded": True}),
+        (setup.replicas > 1, {"replicas": 1}),
+        (lora is not None and lora.base == "fp32" and setup.mixed, {"lora": lora and replace(lora, base="bf16")}),
+        (setup.moments == "fp32", {"moments": "bf16"}),
+        (setup.moments != "8bit", {"moments": "8bit"}),
+        (not setup.checkpointing, {"checkpointing": True}),
+        (setup.samples > 1, fewer),
+        (setup.ema, {"ema": False}),
+        (not setup.offload, {"offload": True, "sharded": True}),
+    ]
+    return [replace(setup, **change) for helps, change in possible if helps]
 
 
 def described(before: TrainingSetup, after: TrainingSetup) -> str:
@@ -85,14 +80,12 @@ def what_would_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> list
     if found := [(text, total) for text, total in single if total <= usable]:
         return found
     after, total = setup, usable + 1
-    while total > usable and (left := list(changes(after))):
+    while total > usable and (left := changes(after)):
         total, after = min(((peak_total(sizes, each), each) for each in left), key=lambda pair: pair[0])
     return [(described(setup, after), total)] if total <= usable else []
 
 
 def gpus_that_fit(sizes: ModelSizes, setup: TrainingSetup, usable: int) -> int | None:
     """Smallest doubling of the GPUs with which the run fits unchanged under FSDP2; None = no number helps."""
-    for factor in (2, 4, 8, 16, 32, 64):
-        if peak_total(sizes, replace(setup, gpus=setup.gpus * factor, sharded=True, replicas=1)) <= usable:
-            return setup.gpus * factor
-    return None
+    more = (replace(setup, gpus=setup.gpus * 2**doublings, sharded=True, replicas=1) for doublings in range(1, 7))
+    return next((each.gpus for each in more if peak_total(sizes, each) <= usable), None)

@@ -43,27 +43,24 @@ def report(result: dict[str, Any]) -> str:
 
 def _decoding(plans: list[dict[str, Any]], gpu: str) -> str:
     """Floors, and what is predicted where it is."""
+    head = ["plan", "steps", "GB moved", "TFLOP", f"floor ms ({gpu})", "GB needed"]
     rows = [
-        {
-            "plan": each["plan"],
-            "steps": str(each["steps"]),
-            "GB moved": f"{each['bytes'] / 1e9:.1f}",
-            "TFLOP": f"{each['flops'] / 1e12:.2f}",
-            f"floor ms ({gpu})": f"{1e3 * each['floor_s']:.1f}",
-            "GB needed": f"{each['memory'] / 1e9:.1f}",
-        }
+        [
+            *(each["plan"], str(each["steps"]), f"{each['bytes'] / 1e9:.1f}", f"{each['flops'] / 1e12:.2f}"),
+            *(f"{1e3 * each['floor_s']:.1f}", f"{each['memory'] / 1e9:.1f}"),
+        ]
         for each in plans
     ]
     title, runners = "decoding one guided image in bfloat16", [each["runner"] for each in plans if "runner" in each]
     if runners:
         title += f"; runner {runners[0]}, milliseconds predicted, low / central / high (no GPU has confirmed them)"
+        head += ["kernels", "graphs MB", "predicted ms"]
         for row, each in zip(rows, plans):
-            known = "runner" in each
-            low_to_high = " / ".join(f"{1e3 * seconds:.1f}" for seconds in each["predicted_s"]) if known else "-"
-            row["kernels"] = f"{each['kernels']:,}" if known else "-"
-            row["graphs MB"] = " / ".join(f"{size / 1e6:.0f}" for size in each["graph_bytes"]) if known else "-"
-            row["predicted ms"] = low_to_high
-    return f"{title}:\n\n" + table(tuple(rows[0]) if rows else ("plan",), [list(row.values()) for row in rows])
+            row += ["-", "-", "-"] if "runner" not in each else [
+                f"{each['kernels']:,}", " / ".join(f"{size / 1e6:.0f}" for size in each["graph_bytes"]),
+                " / ".join(f"{1e3 * seconds:.1f}" for seconds in each["predicted_s"]),
+            ]  # fmt: skip
+    return f"{title}:\n\n" + table(head, rows)
 
 
 def _verdict(result: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from flashar_pl.grid import make_plan
 from flashar_pl.models.base import STAGE1_ROLES
 from flashar_pl.models.lora import TARGETS, LoraConfig
 from flashar_pl.models.losses import chunk_size
+from flashar_pl.options import check_least
 from flashar_pl.planner.sizes import ModelSizes
 
 Moments = Literal["fp32", "bf16", "8bit"]
@@ -62,11 +63,7 @@ class TrainingSetup:
     stage1_share: float = 0.2
 
     def __post_init__(self) -> None:
-        if min(self.gpus, self.samples, self.accumulate, self.replicas, self.total_steps) < 1:
-            raise ValueError(
-                f"gpus is {self.gpus}, samples {self.samples}, accumulate {self.accumulate}, replicas {self.replicas}, "
-                f"total_steps {self.total_steps}; expected 1 or more of each."
-            )
+        check_least(self, gpus=1, samples=1, accumulate=1, replicas=1, total_steps=1)
         if self.gpus % self.replicas:
             raise ValueError(f"{self.gpus} GPUs cannot hold {self.replicas} replicas; expected a divisor of gpus.")
         if self.offload and not self.sharded:

@@ -207,7 +207,7 @@ def test_memory_that_a_loaded_model_takes_is_not_available(monkeypatch):
     ("words", "message"),
     [
         ([], "give either --preset"),
-        (["--preset", "llamagen-b", "--plans", "raster,spiral"], "plan is 'spiral'"),
+        (["--preset", "llamagen-b", "--plans", "raster,spiral"], "plans has 'spiral'; expected some of"),
         (["--preset", "llamagen-b", "--batch-sizes", "1,many"], "batch_sizes is '1,many'"),
         (["--preset", "llamagen-b", "--repeats", "0"], "repeats is 0"),
         (["--preset", "llamagen-b", "--runners", "eager,fast"], "runners has 'fast'"),

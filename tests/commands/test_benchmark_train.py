@@ -78,7 +78,7 @@ def test_a_step_with_a_frozen_backbone(work, run, narrow):
     ("words", "message"),
     [
         (["--batch-size", "0"], "batch_size is 0"),
-        (["--preset", "llamagen-b", "--layers", "0"], "layers 0; expected 1 or more"),
+        (["--preset", "llamagen-b", "--layers", "0"], "layers is 0; expected 1 or more"),
         (["--preset", "llamagen-b", "--dtype", "fp16"], "dtype is fp16"),
     ],
 )

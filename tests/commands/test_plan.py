@@ -129,7 +129,7 @@ def test_changes_are_combined_where_one_is_not_enough():
         (["--config", "broken.yaml"], "not YAML"),
         (["--config", "wrong.yaml"], "no configuration key 'model.backbone.size'"),
         (["--config", "lora.yaml"], "model.init_from is null"),
-        (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory -5; expected 1 or more GPUs with more than 0 GB"),
+        (["--config", "odd.yaml", "--gpu-memory", "-5"], "gpu_memory is -5.0; expected 1 or more"),
         (["--config", "odd.yaml", "--gpus", "3"], "data.batch_size 64 is the global batch and no multiple of 3"),
         (["--preset", "llamagen-b", "--mfu", "40"], "mfu is 40"),
         (["--preset", "llamagen-b", "--strategy", "ddp", "--offload", "on"], "only sharded parameters"),
