@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from flashar_pl.console import closest, progress_bar
 from flashar_pl.decoding.build import build_engine
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.request import DrawRequest
-from flashar_pl.decoding.samples import decode_all, draw_codes
+from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.devices import find_device
 from flashar_pl.options import (
     EngineOptions,
@@ -172,21 +172,32 @@ class FlashARPipeline:
             self._tokenizer = source.matching_tokenizer(engine.device)
         if self._engine is None:
             self._engine = build_engine(source, engine, name)
-        size = fitting_batch(source, asked, engine.batch_size, self._engine.prefix_bucket)
-        samples = asked.samples(size)
-        steps = source.model.make_plan(name, *grid).n_steps
-        bar = progress_bar(samples.batches * steps, "steps") if progress else nullcontext(lambda _: None)
-        with bar as advance:
-            began = time.perf_counter()
-            codes = draw_codes(self._engine, samples, on_step=lambda _: advance(1))  # (N, H, W)
-            seconds = time.perf_counter() - began
+        what = "steps" if progress else None
+        samples, codes, seconds = draw_asked(source, self._engine, asked, engine.batch_size, what)
         decoder = None if codes_only else self._tokenizer
         pixels = torch.empty(0) if decoder is None else decode_all(decoder, codes)  # (N, 3, h, w)
-        settings = {**asdict(subject), **asdict(asked.sampling), **asdict(engine), "plan": name, "batch_size": size,
-                    "grid": list(grid), "runner": self._engine.runner}  # fmt: skip
+        settings = asdict(subject) | asdict(asked.sampling) | asdict(engine) | {
+            "plan": name, "batch_size": samples.batch_size, "grid": list(grid), "runner": self._engine.runner,
+        }  # fmt: skip
         seeds = [subject.seed + i for i in range(len(wanted))]
         images = [picture(image) for image in pixels]
+        steps = source.model.make_plan(name, *grid).n_steps
         return PipelineOutput(images, codes, wanted.labels, seeds, wanted.prompts, name, steps, seconds, settings)
+
+
+def draw_asked(
+    source: Source, engine: Engine, asked: DrawRequest, batch_size: int | Literal["auto"] | None, what: str | None
+) -> tuple[SampleSet, Tensor, float]:
+    """The samples of a request, their codes (N, H, W) int64 on the CPU, and the seconds that they took.
+
+    what: of the progress bar, such as "steps"; None = there is none. ValueError for a batch size that does not fit.
+    """
+    samples = asked.samples(fitting_batch(source, asked, batch_size, engine.prefix_bucket))
+    steps = samples.batches * source.model.make_plan(asked.plan, *asked.grid).n_steps
+    with nullcontext(lambda _: None) if what is None else progress_bar(steps, what) as advance:
+        began = time.perf_counter()
+        codes = draw_codes(engine, samples, on_step=lambda _: advance(1))
+        return samples, codes, time.perf_counter() - began
 
 
 def _groups(what: str, options: dict[str, Any], kinds: dict[Any, dict[str, Any]]) -> list[Any]:

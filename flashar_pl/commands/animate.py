@@ -173,16 +173,13 @@ def decode_both(
 ) -> list[Side]:
     """Raster and diagonal, drawn under the same conditions and seeds, each with its clock."""
     from flashar_pl.decoding.engine import Engine
-    from flashar_pl.decoding.samples import draw_codes
-    from flashar_pl.planner.room import fitting_batch
+    from flashar_pl.pipeline import draw_asked
 
     sides = []
     for title, opened in (("raster", other), ("diagonal", source)):
         engine, plan = Engine(opened.model), opened.model.make_plan(title, *asked.grid)
         own = replace(asked, plan=title)
-        samples = own.samples(fitting_batch(opened, own, compute.batch_size, engine.prefix_bucket))
-        with progress_bar(samples.batches * plan.n_steps, f"{title} steps") as advance:
-            codes = draw_codes(engine, samples, on_step=lambda _: advance(1))
+        samples, codes, _ = draw_asked(opened, engine, own, compute.batch_size, f"{title} steps")
         ends = [float(step) for step in range(1, plan.n_steps + 1)]
         sides.append(Side(title, engine, samples, plan, codes, ends, "steps"))
     if draw.clock == "time":

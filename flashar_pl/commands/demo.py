@@ -72,7 +72,10 @@ def demo(*, full: bool = False, out: str = OUT, data: str = DATA, overwrite: boo
             move_aside(stage.path, "unfinished")
         left = sum(each.seconds for each in todo[i:])
         print(f"\n[{i + 1}/{len(todo)}] {stage.title}: about {stage.seconds} s; {left} s left in all")
-        missed = run_process(stage, may_miss=stage is report)
+        code = run_process(stage)
+        missed = stage is report and stage.done and code == 1
+        if code != 0 and not missed:
+            raise ValueError(f"`flashar {stage.words[0]}` ended with exit code {code}; its message is above.")
     print(files_made(root, data, *(stage.path for stage in stages[-2:])))
     print(f"demo: {time.monotonic() - started:.0f} s in all")
     if missed:
@@ -133,11 +136,8 @@ def start(stage: Stage) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-m", "flashar_pl.cli", *stage.words], env=environment)
 
 
-def run_process(stage: Stage, may_miss: bool = False) -> bool:
-    """Run a stage; whether it missed a bound, if it may. An interrupt reaches the stage too, and is passed on after it.
-
-    Raises ValueError where it fails.
-    """
+def run_process(stage: Stage) -> int:
+    """Run a stage; its exit code. An interrupt reaches the stage too, and is passed on after it."""
     process = start(stage)
     try:
         code = process.wait()
@@ -146,10 +146,7 @@ def run_process(stage: Stage, may_miss: bool = False) -> bool:
         raise
     if code == 130:
         raise KeyboardInterrupt
-    missed = may_miss and code == 1 and stage.done
-    if code != 0 and not missed:
-        raise ValueError(f"`flashar {stage.words[0]}` of {stage.title} ended with exit code {code}; see above.")
-    return missed
+    return code
 
 
 def files_made(root: Path, data: str, convergence: Path, report: Path) -> str:

@@ -6,12 +6,11 @@ Shapes: N samples in all, B samples of a batch, H x W grid.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashar_pl.console import progress_bar, versions
+from flashar_pl.console import versions
 from flashar_pl.files import new_directory, require_new, write_json
 from flashar_pl.options import (
     EngineOptions,
@@ -65,9 +64,8 @@ def generate(
     from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.decoding.build import build_engine, choose_format
     from flashar_pl.decoding.request import DrawRequest
-    from flashar_pl.decoding.samples import draw_codes
     from flashar_pl.devices import peak_memory
-    from flashar_pl.planner.room import fitting_batch
+    from flashar_pl.pipeline import draw_asked
 
     target = require_new(draw.out, "samples")
     source = open_checkpoint(model, engine)
@@ -77,13 +75,8 @@ def generate(
     decoder = None if draw.codes_only else source.matching_tokenizer(engine.device)
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
-    size = fitting_batch(source, asked, engine.batch_size, drawing.prefix_bucket)
-    samples = asked.samples(size)
-    steps = samples.batches * source.model.make_plan(plan, *grid).n_steps
-    with peak_memory(drawing.device) as peak, progress_bar(steps, "steps") as advance:
-        started = time.perf_counter()
-        codes = draw_codes(drawing, samples, on_step=lambda _: advance(1))  # (N, H, W)
-        seconds = time.perf_counter() - started
+    with peak_memory(drawing.device) as peak:
+        samples, codes, seconds = draw_asked(source, drawing, asked, engine.batch_size, "steps")  # (N, H, W)
     used: dict[str, Any] = {"device": str(drawing.device), "runner": drawing.runner}
     if forwards := drawing.forwards[: len(wanted)]:
         used["forwards"] = {"mean": sum(forwards) / len(forwards), "most": max(forwards)}
@@ -95,7 +88,7 @@ def generate(
         files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, draw.num_images)
         columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
         known = {name: values for name, values in columns.items() if values}
-        facts = {"grid": list(grid), "plan": plan, "batch_size": size, **used, "weight_format": form,
+        facts = {"grid": list(grid), "plan": plan, "batch_size": samples.batch_size, **used, "weight_format": form,
                  "dtype": source.dtype}  # fmt: skip
         record = {
             "command": "generate",

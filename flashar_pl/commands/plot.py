@@ -189,7 +189,7 @@ def side_by_side(curves: dict[str, dict[str, Curve]], settings: dict[str, dict[s
     for name, found in curves.items():
         last, newest = max(steps[-1] for steps, _ in found.values()), []
         for steps, values in (found.get(tag, ([], [])) for tag in results):
-            late = f" (step {steps[-1]:,})" if steps[-1:] < [last] else ""
+            late = f" (step {steps[-1]:,})" if steps and steps[-1] < last else ""
             newest.append(f"{values[-1]:.4g}{late}" if values else "-")
         own = [str(settings[name].get(key, "-")) for key in keys]
         rows.append([name, f"{last:,}", *newest, *own])

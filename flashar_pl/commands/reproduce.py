@@ -73,8 +73,8 @@ def _show(row: Row, title: str, run: bool) -> list[list[str]]:
     for stage in row.steps if run else []:
         if stage.words[0] not in CONTINUED and stage.done:
             print(f"{stage.path} is there and kept")
-        else:
-            run_process(stage)
+        elif code := run_process(stage):
+            raise ValueError(f"`flashar {stage.words[0]}` ended with exit code {code}; its message is above.")
     return [stage.words for stage in row.steps]
 
 

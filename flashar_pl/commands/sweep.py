@@ -132,7 +132,8 @@ def run_stage(stage: Stage) -> None:
     if training and stage.path.is_dir() and not list((stage.path / "checkpoints").glob("*.ckpt")):
         move_aside(stage.path, "unfinished")  # it was stopped before its first checkpoint
     started = time.monotonic()
-    run_process(stage)
+    if code := run_process(stage):
+        raise ValueError(f"`flashar {stage.words[0]}` of {stage.title} ended with exit code {code}; see above.")
     if training:
         found = {"words": stage.words, "seconds": round(time.monotonic() - started, 1), "versions": versions()}
         write_json(stage.path / FINISHED, found)

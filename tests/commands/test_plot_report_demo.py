@@ -301,7 +301,7 @@ def test_demo_elsewhere_overrides_every_place(run, staged):
 
 def test_demo_reports_a_failed_stage_and_a_missed_bound(run, refused, staged, monkeypatch):
     monkeypatch.setattr(demo_module, "run_process", lambda stage: 2)
-    assert "`flashar tokenize` of shards of codes ended with exit code 2" in refused("demo")
+    assert "`flashar tokenize` ended with exit code 2" in refused("demo")
 
     def missed(stage):
         leave(stage)

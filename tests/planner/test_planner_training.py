@@ -163,7 +163,7 @@ def test_the_34b_model_on_one_node_of_96_gb():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"gpus": 8, "replicas": 3}, "cannot hold 3 replicas"), ({"samples": 0}, "samples 0, accumulate 1")],
+    [({"gpus": 8, "replicas": 3}, "cannot hold 3 replicas"), ({"samples": 0}, "samples is 0; expected 1 or more")],
 )
 def test_wrong_setups_are_named(options, message):
     with pytest.raises(ValueError, match=message):
