@@ -9,13 +9,14 @@ Shapes: H, W grid; N = H * W cells, raster index i = p * W + q; S slots (N, or N
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, ParamSpec
 
 import torch
 from torch import Tensor
@@ -169,24 +170,38 @@ class DecodePlan:
         return self._on[key]
 
 
-def _check(height: int, width: int) -> None:
-    if height < 1 or width < 1:
-        raise ValueError(f"grid is {height} x {width}; expected at least 1 x 1.")
+P = ParamSpec("P")
 
 
+def check_grid(grid: Iterable[int]) -> tuple[int, int]:
+    """(H, W) as a tuple of two positive ints."""
+    values = tuple(grid)
+    if len(values) != 2 or any(int(side) != side or side < 1 for side in values):
+        raise ValueError(f"grid is {values}; expected (H, W), two integers of at least 1.")
+    return int(values[0]), int(values[1])
+
+
+def plan_builder(build: Callable[P, DecodePlan]) -> Callable[P, DecodePlan]:
+    """A builder of plans that gives the same one for equal arguments, however they are written."""
+    signature, kept = inspect.signature(build), lru_cache(maxsize=64)(plain_tensors()(build))
+
+    @wraps(build)
+    def plan(*args: P.args, **kwargs: P.kwargs) -> DecodePlan:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return kept(*given.args)
+
+    return plan
+
+
+@plan_builder
 def diagonal_plan(height: int, width: int) -> DecodePlan:
     """One anti-diagonal D_t = {(p, q): p + q = t} per step (Eq. 2, 3): H + W - 1 steps.
 
     The horizontal source of (p, q) is its left neighbour's slot, the vertical source the slot above; (0, 0) has the
     prefix for both.
     """
-    return _diagonal_plan(height, width)
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _diagonal_plan(height: int, width: int) -> DecodePlan:
-    _check(height, width)
+    height, width = check_grid((height, width))
     n = height * width
     p, q = torch.arange(n) // width, torch.arange(n) % width
     step = p + q
@@ -210,19 +225,14 @@ def _diagonal_plan(height: int, width: int) -> DecodePlan:
     )
 
 
+@plan_builder
 def raster_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
     """One cell per step in raster order (Eq. 1): H * W steps, horizontal head only.
 
     With `row_end`, a forced row-end token follows every row but the last. It enters the model together with the last
     code of its row, and its horizontal logits predict the first cell of the next row.
     """
-    return _raster_plan(height, width, row_end)
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _raster_plan(height: int, width: int, row_end: bool) -> DecodePlan:
-    _check(height, width)
+    height, width = check_grid((height, width))
     n = height * width
     cells = torch.arange(n)
     if row_end:
@@ -247,28 +257,19 @@ def _raster_plan(height: int, width: int, row_end: bool) -> DecodePlan:
     )
 
 
+@plan_builder
 def lossless_plan(height: int, width: int, row_end: bool = False) -> DecodePlan:
     """The raster plan under another name: the same codes, drawn several at a time (`flashar_pl.decoding.lossless`)."""
-    return _lossless_plan(height, width, row_end)
-
-
-@lru_cache(maxsize=64)
-def _lossless_plan(height: int, width: int, row_end: bool) -> DecodePlan:
     return replace(raster_plan(height, width, row_end), name="lossless", _on={})
 
 
+@plan_builder
 def limited_plan(height: int, width: int) -> DecodePlan:
     """The diagonal plan as near to the raster one as it can be, best for a model that was never trained on diagonals.
 
     A slot sees what both orders show it: slots of its own and earlier diagonals that are not behind it in raster order.
     The horizontal head predicts every cell that has a left neighbour, the vertical head the first column alone.
     """
-    return _limited_plan(height, width)
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _limited_plan(height: int, width: int) -> DecodePlan:
     plan = diagonal_plan(height, width)
     return replace(
         plan,
@@ -294,14 +295,6 @@ def make_plan(name: str, height: int, width: int, row_end: bool = False) -> Deco
     if name == "lossless":
         return lossless_plan(height, width, row_end)
     raise ValueError(f"plan is {name!r}; expected one of {', '.join(PLANS)}.")
-
-
-def check_grid(grid: Iterable[int]) -> tuple[int, int]:
-    """(H, W) as a tuple of two positive ints."""
-    values = tuple(grid)
-    if len(values) != 2 or any(int(side) != side or side < 1 for side in values):
-        raise ValueError(f"grid is {values}; expected (H, W), two integers of at least 1.")
-    return int(values[0]), int(values[1])
 
 
 def grid_of_ratio(ratio: float, cells: int) -> tuple[int, int]:

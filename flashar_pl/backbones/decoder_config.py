@@ -221,24 +221,8 @@ class DecoderConfig:
     @property
     def block(self) -> BlockConfig:
         """Sizes of one block."""
-        return BlockConfig(
-            dim=self.dim,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head,
-            head_dim=self.head_dim,
-            ffn_dim=self.ffn_dim,
-            norm_eps=self.norm_eps,
-            qk_norm=self.qk_norm,
-            norm_place=self.norm_place,
-            qkv_bias=self.qkv_bias,
-            output_bias=self.output_bias,
-            ffn_bias=self.ffn_bias,
-            text_ffn=self.first_image_token is not None,
-            rope_interleaved=False,
-            attn_dropout=self.dropout,
-            resid_dropout=self.dropout,
-            ffn_dropout=self.dropout,
-        )
+        dropout = dict.fromkeys(("attn_dropout", "resid_dropout", "ffn_dropout"), self.dropout)
+        return BlockConfig.of(self, rope_interleaved=False, text_ffn=self.first_image_token is not None, **dropout)
 
 
 @lru_cache(maxsize=64)

@@ -92,17 +92,8 @@ class LlamaGenConfig:
     @property
     def block(self) -> BlockConfig:
         """Sizes of one block."""
-        return BlockConfig(
-            dim=self.dim,
-            n_head=self.n_head,
-            n_kv_head=self.n_kv_head or self.n_head,
-            head_dim=self.dim // self.n_head,
-            ffn_dim=self.feed_forward_dim,
-            norm_eps=self.norm_eps,
-            attn_dropout=self.attn_dropout,
-            resid_dropout=self.resid_dropout,
-            ffn_dropout=self.ffn_dropout,
-        )
+        kv, width = self.n_kv_head or self.n_head, self.dim // self.n_head
+        return BlockConfig.of(self, n_kv_head=kv, head_dim=width, ffn_dim=self.feed_forward_dim)
 
 
 PRESETS: dict[str, LlamaGenConfig] = {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Condition, Given, as_condition
-from flashar_pl.decoding.engine import decode_mode
 from flashar_pl.grid import ROW_END, DecodePlan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
+from flashar_pl.layers.transformer import decode_mode
 from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
 from flashar_pl.options import SamplingSettings

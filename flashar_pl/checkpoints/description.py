@@ -146,7 +146,7 @@ def build_model(config: dict[str, Any]) -> GridModel:
 def plan_of(config: dict[str, Any], name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
     """The plan called `name` of the model that `config` describes; the baselines have one of their own."""
     if config["kind"] == "var":
-        return scale_plan(config["backbone"]["patch_nums"])
+        return scale_plan(tuple(config["backbone"]["patch_nums"]))
     if config["kind"] == "par":
         return region_plan(height, width, config["tokens_per_step"])
     if config["kind"] == "block_diffusion":

@@ -262,7 +262,7 @@ def changed(model: GridModel, plain: GridModel, codes: Tensor, condition: Condit
     """KL divergence from the plain weights, and agreement with them, on codes (B, H, W), teacher-forced."""
     import torch
 
-    from flashar_pl.decoding.engine import decode_mode
+    from flashar_pl.layers.transformer import decode_mode
 
     logs = []
     for each in (model, plain):

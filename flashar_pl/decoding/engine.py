@@ -15,9 +15,7 @@ from typing import Any, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.condition import Given, Prefix
@@ -34,7 +32,7 @@ from flashar_pl.layers.compiled import compiled_blocks, compiled_parts, first_li
 from flashar_pl.layers.measured import wide_cache_pays
 from flashar_pl.layers.packed import PackedLinear
 from flashar_pl.layers.torch_private import compile_errors
-from flashar_pl.layers.transformer import Attention
+from flashar_pl.layers.transformer import Attention, decode_mode
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.numerics import float64_device, full_precision, sample_seeds, uniforms
@@ -45,8 +43,6 @@ PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
 KEPT = 4
 """Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of attention: those that need no preparation for a new number of keys, as cuDNN's do. Every step has another one."""
 
 
 Recorded = Recording | FusedRecording
@@ -118,13 +114,13 @@ class Engine:
             raise ValueError("condition holds no samples; expected at least one.")
         away = None if unconditional is None else backbone.check_condition(unconditional, len(listed)).to(device)
         show = on_step or (lambda progress: None)
-        if self.model.own_decoding:
-            with torch.inference_mode(False), full_precision(device.type), self._blocks(), sdpa_kernel(KERNELS):
-                return self.model.draw(
-                    wanted, order, settings, listed, away, lambda done, drawn: show(Progress(order, done, drawn))
-                )
         # a caller's inference mode must not reach the buffers: later batches could not write to them
         with torch.inference_mode(False), torch.no_grad(), decode_mode(self.model), full_precision(device.type):
+            if self.model.own_decoding:
+                with self._blocks():
+                    return self.model.draw(
+                        wanted, order, settings, listed, away, lambda done, drawn: show(Progress(order, done, drawn))
+                    )
             if settings.guided:
                 wanted = backbone.with_unconditional(wanted, away)
             prefix = self.model.prefix(wanted)
@@ -156,7 +152,7 @@ class Engine:
             key = (*key, tuple(parameter.data_ptr() for parameter in self.model.parameters()))
         with self._blocks():
             if plan.name == "lossless":
-                graph = self._graph if self._recorded else None
+                graph = (lambda run: self._recording(partial(record, self.device, run))) if self._recorded else None
                 make = partial(Lossless, self.model, plan, settings, inputs, *self._speculation, graph)
                 found = self._keep(key, make)
                 assert isinstance(found, Lossless)
@@ -173,7 +169,7 @@ class Engine:
             assert isinstance(buffers, Buffers)
             loop: Callable[..., Iterator[int]] = decode_fused if self.runner == "fused" else decode
             prompts = self.model.backbone.conditioning.kind == "prompt" and self.device.type == "cpu"
-            if prompts and loop is decode and not is_sharded(self.model):  # ranks of a sharded one forward in step
+            if prompts and loop is decode and not self.model.sharded:  # ranks of a sharded one forward in step
                 loop = partial(decode, prefill=prefill_by_length)
             for t in loop(self.model, plan, settings, inputs, buffers):
                 on_step(Progress(plan, t + 1, buffers.drawn))
@@ -197,10 +193,6 @@ class Engine:
         kind: Callable[..., Recorded] = FusedRecording if self.runner == "fused" else Recording
         made = self._recording(lambda: kind(self.model, plan, settings, inputs))
         return Buffers.allocate(self.model, plan, inputs) if made is None else made
-
-    def _graph(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
-        """A graph of what `run` does; None where `auto` chose graphs and they fail."""
-        return self._recording(partial(record, self.device, run))
 
     def _recording(self, make: Callable[[], T]) -> T | None:
         """What `make` records; None, and the runner is eager from now on, where `auto` chose graphs and they fail."""
@@ -303,17 +295,11 @@ def pad_prefix(prefix: Prefix, bucket: int) -> Prefix:
     return replace(prefix, x=x, mask=valid)
 
 
-def is_sharded(model: GridModel) -> bool:
-    """Whether its parameters are cut over devices."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 def _resolve(runner: str, model: GridModel) -> str:
     """The runner that `auto` stands for, or `runner` if the model can use it."""
     if runner not in get_args(Runner):
         raise ValueError(f"runner is {runner!r}; expected one of {', '.join(get_args(Runner))}.")
-    device = model.device
-    sharded = is_sharded(model)
+    device, sharded = model.device, model.sharded
     if runner == "auto":
         return "graphs" if device.type == "cuda" and not sharded and not model.own_decoding else "eager"
     if "graphs" in runner and model.own_decoding:
@@ -333,17 +319,3 @@ def _resolve(runner: str, model: GridModel) -> str:
     if runner == "fused" and (why := refusal(model)) is not None:
         raise ValueError(f"runner is fused, and {why}; use {'graphs' if device.type == 'cuda' else 'eager'}.")
     return runner
-
-
-@contextmanager
-def decode_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, its mode restored afterwards, and attention by one of `KERNELS`."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with sdpa_kernel(KERNELS):
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -99,7 +99,8 @@ class Fused:
         assert inputs.noise.is_contiguous() and inputs.rope[0].is_contiguous(), "kernels read them as they are written"
         x, length = inputs.prefix.x, len(inputs.prefix)
         self.rows, self.batch, self.length = len(x), len(buffers.drawn), length
-        self.widest = max(part.stop - part.start for part in plan.slots_of_step)
+        widths = {part.stop - part.start for part in plan.slots_of_step}
+        self.widest = max(widths)
         self.guided = model.guided_steps(plan, settings)
         self.last = max((t for t, on in enumerate(self.guided) if on), default=-1)
         self.sources = step_sources(plan, model.dual_head.corner)
@@ -112,12 +113,9 @@ class Fused:
         self.h, self.v = state, torch.empty_like(state) if plan.has_vertical else None
         self.q = x.new_empty(len(state), model.backbone.block.n_head * model.backbone.block.head_dim)
         self.y, self.middle = torch.empty_like(self.q), x.new_empty(len(state), model.backbone.block.ffn_dim)
-        self.fed = {n: torch.full((self.batch, n), ROW_END, device=x.device) for n in self._fed_widths()}
+        self.fed = {n: torch.full((self.batch, n), ROW_END, device=x.device) for n in widths}
         self.accumulate = torch.promote_types(x.dtype, torch.float32)
         self.split = _Split(self)
-
-    def _fed_widths(self) -> set[int]:
-        return {part.stop - part.start for part in self.plan.slots_of_step}
 
     def begin(self) -> None:
         """The prefix."""
@@ -261,7 +259,7 @@ class Fused:
             self._block(block, layer + i, x, out, rows, n, first)
             x = out
 
-    def _block(self, block: Block, layer: int, x: Tensor, out: Tensor, rows: int, n: int, first: Tensor) -> None:
+    def _block(self, block: Any, layer: int, x: Tensor, out: Tensor, rows: int, n: int, first: Tensor) -> None:
         """out (M, D) of x (M, D); they may be one."""
         from flashar_pl.layers.kernels import block as kernels
 
@@ -276,7 +274,7 @@ class Fused:
         where = self.places, self.now
         launch(
             kernels.norm_qkv, (heads * -(-(width // 2) // pairs), -(-m // cut.m)),
-            x, _gain(block.attention_norm), wqkv.weight, _bias(wqkv), *_head_norm(block.attention.q_norm, wqkv),
+            x, block.attention_norm.weight, wqkv.weight, _bias(wqkv), *_head_norm(block.attention.q_norm, wqkv),
             *_head_norm(block.attention.k_norm, wqkv), rope, *where, self.q, keys, values, m, n, config.norm_eps,
             0 if len(rope) == 1 else rope.stride(0), *strides,
             D=config.dim, A=config.n_head, G=config.n_kv_head, E=width, INTERLEAVED=config.rope_interleaved,
@@ -292,7 +290,7 @@ class Fused:
         )  # fmt: skip
         two = tile(m, pairs=True)
         launch(
-            kernels.norm_swiglu, (-(-config.ffn_dim // two.n), -(-m // two.m)), out, _gain(block.ffn_norm), w13.weight,
+            kernels.norm_swiglu, (-(-config.ffn_dim // two.n), -(-m // two.m)), out, block.ffn_norm.weight, w13.weight,
             _bias(w13), self.middle, m, config.ffn_dim, config.norm_eps, D=config.dim, BIAS=w13.bias is not None,
             BM=two.m, BN=two.n, BK=two.k, ACC=acc, **two.options,
         )  # fmt: skip
@@ -340,10 +338,6 @@ class _Split:
             A=config.n_head, G=config.n_kv_head, E=config.head_dim, EP=self.width, SPLITS=self.parts, CAUSAL=causal,
             BQ=size, BK=32, ACC=self.fused._acc(), num_warps=4, num_stages=3,
         )  # fmt: skip
-
-
-def _gain(norm: Any) -> Tensor:
-    return norm.weight
 
 
 def _bias(linear: nn.Linear) -> Tensor:

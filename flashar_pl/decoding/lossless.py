@@ -15,7 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.decoding.loop import Buffers, Inputs, Progress
 from flashar_pl.grid import ROW_END, DecodePlan
@@ -69,7 +68,7 @@ class Lossless:
                  drafter: Drafter, window_rows: int, graph: Record | None) -> None:  # fmt: skip
         if drafter == "vertical" and model.dual_head.vertical is None:
             raise ValueError(f"drafter is {drafter!r}, and this model has no vertical branch; expected above.")
-        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        if model.sharded:
             raise ValueError("the plan is lossless, and the model is sharded: its ranks would need unlike numbers of "
                              "forwards; expected raster.")  # fmt: skip
         self.model, self.plan, self.settings, self.drafter, self._record = model, plan, settings, drafter, graph

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Given, as_condition
-from flashar_pl.decoding.engine import decode_mode
+from flashar_pl.layers.transformer import decode_mode
 from flashar_pl.models.base import GridModel
 from flashar_pl.numerics import sample_seeds, uniforms
 from flashar_pl.sampling import guide, probabilities

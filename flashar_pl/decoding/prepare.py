@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.layers.packed import PackedLinear, unsupported
 from flashar_pl.layers.transformer import Block
@@ -40,7 +39,7 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     if not has_blocks(model):
         kind = model.config()["kind"]
         raise ValueError(f"weight format is {weights!r}, which a {kind} model does not have; expected plain.")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if model.sharded:
         raise ValueError(f"weight format is {weights!r}, and the model is sharded; expected plain.")
     change = _packer(model) if weights == "packed" else _quantiser(weights, model.device)
     head = model.dual_head

@@ -6,13 +6,15 @@ E head width, F feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.layers.kv_cache import KVCache
@@ -23,6 +25,10 @@ Mask = Tensor | Literal["causal"] | None
 """Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
 position i sees 0..i, which needs L = K; a tensor could say the same, but no fused kernel runs with one on a GPU."""
 
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of attention while decoding: those that need no preparation for a new number of keys, as cuDNN's do. Every step has
+another one."""
 
 QKNorm = Literal["none", "rms", "layer"]
 NormPlace = Literal["before", "after", "both"]
@@ -75,6 +81,11 @@ class BlockConfig:
         for name, words in (("qk_norm", get_args(QKNorm)), ("norm_place", get_args(NormPlace))):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(words)}.")
+
+    @classmethod
+    def of(cls, model: Any, **own: Any) -> BlockConfig:
+        """What a model's configuration says under the same names, and `own`, which wins."""
+        return cls(**{each.name: getattr(model, each.name) for each in fields(cls) if hasattr(model, each.name)} | own)
 
 
 class RMSNorm(nn.Module):
@@ -240,3 +251,17 @@ def run_blocks(
     for offset, block in enumerate(blocks):
         x = block(x, rope, mask, cache, first_layer + offset)
     return x
+
+
+@contextmanager
+def decode_mode(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, its mode restored afterwards, and attention by one of `KERNELS`."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with sdpa_kernel(KERNELS):
+            yield
+    finally:
+        for module in training:
+            module.training = True

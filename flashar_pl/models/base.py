@@ -283,6 +283,11 @@ class GridModel(nn.Module, ABC):
             return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
         return parameter.device
 
+    @property
+    def sharded(self) -> bool:
+        """Whether its parameters are cut over devices."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+
     def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
         cache.n_prefix = x.shape[1]

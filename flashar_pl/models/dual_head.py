@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.special import entr
 from torch.utils.checkpoint import checkpoint
 
 from flashar_pl.grid import DecodePlan
@@ -176,8 +177,7 @@ class DualHead(nn.Module):
         if not isinstance(self.gate, LogitGate):
             gate = self.weigh(h[:, where.h[where.both]].detach(), v[:, where.v[where.both]].detach(), where.corner)
         g = gate[:, int(where.corner) :].clamp(1e-6, 1 - 1e-6)
-        entropy = -(g * g.log() + (1 - g) * (1 - g).log()) / math.log(2)
-        return 1 - entropy.mean(1)
+        return 1 - (entr(g) + entr(1 - g)).mean(1) / math.log(2)
 
     def distillation(self, v: Tensor, where: Sources, weight: Tensor, teacher: Teacher) -> Tensor:
         """N times the teacher's weight times the sum over samples of their weight (B,) times the mean of T^2 KL(teacher

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +16,9 @@ from flashar_pl.models.dual_head import Fusion, Split
 from flashar_pl.models.intra import check_groups
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
-from flashar_pl.training.stages import Schedule
+from flashar_pl.training.stages import ScheduleConfig
 
 State = Literal["fp32", "bf16", "8bit"]
-
-STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
-"""The paper's two-stage schedule (Sec. 5.1)."""
-LORA_FACTOR = 5.0
-"""LoRA's learning rate relative to the base: low-rank updates start at 0 and need larger steps (docs/training.md)."""
 
 
 @dataclass(frozen=True)
@@ -182,53 +177,6 @@ class OptimiserConfig:
                 f"lr is {self.lr}, weight_decay {self.weight_decay}, clip {self.clip}; expected lr > 0, "
                 "weight_decay >= 0, clip > 0."
             )
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Two stages and one cosine over the whole run (Sec. 4.3)."""
-
-    stage1_share: float | None = None
-    """Share of the steps in which only what is new trains: vertical branch, vertical head and gate; in BlockDiffusion
-    mask, time and head. None = 0.2, raster models and PAR 0."""
-    backbone_factor: float | None = None
-    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, with LoRA 5, raster models and PAR 1.
-    """
-    warmup: int = 0
-    """Steps of linear warm-up."""
-    per_stage: bool = False
-    """Each stage has a cosine of its own, as in the authors' Emu3.5 code."""
-    floor: float = 0.0
-    """Where a cosine ends, relative to the base rate of the stage, for every role that trains in it."""
-    flat_stage1: int = 0
-    """Per stage: steps of stage 1 at full rate before its cosine begins."""
-    flat_stage2: int = 0
-    """Per stage: the same of stage 2."""
-    stage2_rate: float = 1.0
-    """Per stage: base rate of stage 2 relative to that of stage 1."""
-    milestones: list[float] = field(default_factory=list)
-    """Shares of the steps at which every rate is multiplied by `gamma`, in place of a cosine, as in the authors'
-    LlamaGen code."""
-    gamma: float = 0.2
-    """At milestones."""
-
-    def resolve(self, raster: bool, lora: bool = False) -> ScheduleConfig:
-        """The same settings without None. ValueError for a stage 1 in which nothing could train."""
-        share = (0.0 if raster else STAGE1_SHARE) if self.stage1_share is None else self.stage1_share
-        usual = 1.0 if raster else LORA_FACTOR if lora else BACKBONE_FACTOR
-        factor = usual if self.backbone_factor is None else self.backbone_factor
-        if raster and share > 0:
-            raise ValueError(
-                f"schedule.stage1_share is {share}, but a raster model has no vertical branch to train in stage 1; "
-                "set it to 0, or give model.flashar."
-            )
-        return replace(self, stage1_share=share, backbone_factor=factor)
-
-    def build(self, total_steps: int) -> Schedule:
-        """The schedule over `total_steps`; resolved settings only."""
-        assert self.stage1_share is not None
-        assert self.backbone_factor is not None
-        return Schedule(total_steps, **asdict(self))
 
 
 @dataclass(frozen=True)

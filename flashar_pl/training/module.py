@@ -120,7 +120,6 @@ class FlashARModule(LightningModule):
             raise ValueError(
                 "model.losses.distillation acts in stage 1; set schedule.stage1_share above 0, or leave it out."
             )
-        self.schedule.build(total_steps=1)  # its values are checked now
         own = describe_backbone(self.model_config["backbone"])
         self.optimiser = optimiser
         self.validation = validation = validation.of(own.published_cfg_scale if own.knows_null else None)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.lora import frozen_names
@@ -50,8 +49,7 @@ def adamw(model: GridModel, options: OptimiserConfig, unscaled: bool = True) -> 
             )
     groups, lr, betas = parameter_groups(model, options.weight_decay, options.decay_vectors), options.lr, options.betas
     if options.state == "fp32":
-        whole = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=unscaled and whole)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=unscaled and not model.sharded)
     if options.state == "bf16":
         return CompactAdamW(groups, lr=lr, betas=betas)
     try:

@@ -3,42 +3,48 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from flashar_pl.models.base import STAGE1_ROLES
 
+STAGE1_SHARE, BACKBONE_FACTOR = 0.2, 0.2
+"""The paper's two-stage schedule (Sec. 5.1)."""
+LORA_FACTOR = 5.0
+"""LoRA's learning rate relative to the base: low-rank updates start at 0 and need larger steps (docs/training.md)."""
 
-@dataclass(frozen=True)
-class Schedule:
-    """Two stages under one cosine. A step is the number of completed optimiser steps."""
 
-    total_steps: int
-    """Steps of the whole run, fixed when it starts."""
-    stage1_share: float = 0.2
-    """Share of the steps that belong to stage 1; 0 = there is no stage 1 (raster pre-training)."""
-    backbone_factor: float = 0.2
-    """Learning rate of the backbone in stage 2 relative to the base."""
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Two stages and one cosine over the whole run (Sec. 4.3)."""
+
+    stage1_share: float | None = None
+    """Share of the steps in which only what is new trains: vertical branch, vertical head and gate; in BlockDiffusion
+    mask, time and head. None = 0.2, raster models and PAR 0."""
+    backbone_factor: float | None = None
+    """The backbone's learning rate in stage 2, relative to the base; None = 0.2, with LoRA 5, raster models and PAR 1.
+    """
     warmup: int = 0
     """Steps of linear warm-up."""
     per_stage: bool = False
-    """Each stage has a cosine of its own."""
+    """Each stage has a cosine of its own, as in the authors' Emu3.5 code."""
     floor: float = 0.0
     """Where a cosine ends, relative to the base rate of the stage, for every role that trains in it."""
     flat_stage1: int = 0
-    """Steps of stage 1 before its cosine begins."""
+    """Per stage: steps of stage 1 at full rate before its cosine begins."""
     flat_stage2: int = 0
-    """Steps of stage 2 before its cosine begins."""
+    """Per stage: the same of stage 2."""
     stage2_rate: float = 1.0
-    """Base rate of stage 2 relative to that of stage 1."""
+    """Per stage: base rate of stage 2 relative to that of stage 1."""
     milestones: list[float] = field(default_factory=list)
-    """Shares of the steps at which every rate is multiplied by `gamma`, in place of a cosine."""
+    """Shares of the steps at which every rate is multiplied by `gamma`, in place of a cosine, as in the authors'
+    LlamaGen code."""
     gamma: float = 0.2
     """At milestones."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.stage1_share <= 1:
+        if not 0 <= (self.stage1_share or 0) <= 1:
             raise ValueError(f"schedule.stage1_share is {self.stage1_share}; expected 0 to 1.")
-        if self.backbone_factor < 0:
+        if (self.backbone_factor or 0) < 0:
             raise ValueError(f"schedule.backbone_factor is {self.backbone_factor}; expected 0 or more.")
         if self.warmup < 0:
             raise ValueError(f"schedule.warmup is {self.warmup}; expected 0 or more steps.")
@@ -58,6 +64,34 @@ class Schedule:
             raise ValueError(f"schedule.gamma is {self.gamma}, and there are no milestones; give schedule.milestones.")
         if self.milestones and (self.per_stage or self.floor):
             raise ValueError("schedule.milestones take the place of a cosine; leave per_stage and floor out.")
+
+    def resolve(self, raster: bool, lora: bool = False) -> ScheduleConfig:
+        """The same settings without None. ValueError for a stage 1 in which nothing could train."""
+        share = (0.0 if raster else STAGE1_SHARE) if self.stage1_share is None else self.stage1_share
+        usual = 1.0 if raster else LORA_FACTOR if lora else BACKBONE_FACTOR
+        factor = usual if self.backbone_factor is None else self.backbone_factor
+        if raster and share > 0:
+            raise ValueError(
+                f"schedule.stage1_share is {share}, but a raster model has no vertical branch to train in stage 1; "
+                "set it to 0, or give model.flashar."
+            )
+        return replace(self, stage1_share=share, backbone_factor=factor)
+
+    def build(self, total_steps: int) -> Schedule:
+        """The schedule over `total_steps`; resolved settings only."""
+        return Schedule(total_steps, **asdict(self))
+
+
+@dataclass(frozen=True)
+class Schedule(ScheduleConfig):
+    """Two stages under one cosine. A step is the number of completed optimiser steps."""
+
+    total_steps: int
+    """Steps of the whole run, fixed when it starts."""
+    stage1_share: float = field(default=STAGE1_SHARE, kw_only=True)
+    """0 = there is no stage 1 (raster pre-training)."""
+    backbone_factor: float = field(default=BACKBONE_FACTOR, kw_only=True)
+    """Learning rate of the backbone in stage 2 relative to the base."""
 
     @property
     def stage1_steps(self) -> int:

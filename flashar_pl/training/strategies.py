@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.checkpoints.description import build_model
 from flashar_pl.checkpoints.initialise import InitReport, initialise
@@ -64,7 +63,7 @@ def check_strategy(strategy: Strategy) -> None:
 
 def check_cut(model: GridModel, strategy: Strategy | None) -> None:
     """ValueError for a whole model in a sharded run, as `load_from_checkpoint` returns."""
-    if isinstance(strategy, ShardedStrategy) and not any(isinstance(p, DTensor) for p in model.parameters()):
+    if isinstance(strategy, ShardedStrategy) and not model.sharded:
         raise ValueError(
             "this module has whole weights, and a sharded run cuts its model while it is built; make the module anew "
             "with FlashARModule(...) and give the Trainer the checkpoint: fit(module, ckpt_path=...)."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.special import entr
 
 from flashar_pl.backbones.condition import Batch, ClassIds, Condition
 from flashar_pl.checkpoints.description import build_on_meta
@@ -44,7 +44,8 @@ class LossSums:
         count = weight.sum()
         interior = _interior(plan).to(gate.device)  # (N,)
         cells = interior.sum().clamp_min(1)
-        inside = [(values * interior).sum(1) / cells for values in (gate, binary_entropy(gate))]  # (B,) each
+        entropy = entr(gate) + entr(1 - gate)  # nats
+        inside = [(values * interior).sum(1) / cells for values in (gate, entropy)]  # (B,) each
         means = [losses[name].double() * count for name in LOSSES]
         self.scalars += torch.stack([*means, *((values * weight).sum() for values in (nll, *inside)), count])
         if (plan.height, plan.width) == (self.plan.height, self.plan.width):
@@ -78,11 +79,6 @@ class LossSums:
 def _interior(plan: DecodePlan) -> Tensor:
     """Cells that both heads predict: (N,) bool."""
     return (plan.h_source >= 0) & (plan.v_source >= 0)
-
-
-def binary_entropy(p: Tensor) -> Tensor:
-    """-(p ln p + (1 - p) ln(1 - p)) in nats, 0 at 0 and 1."""
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
 
 
 @dataclass(frozen=True)
@@ -153,10 +149,9 @@ def for_sampling(model: GridModel, precision: str) -> GridModel:
     LoRA's updates are merged, and the gate stays in float32, as in `flashar generate --dtype bf16`; autocast would
     cast every weight at every step. A sharded model is gathered in its compute dtype anyway, and returned as it is.
     """
-    state = dict(model.state_dict())
-    if precision != "bf16-mixed" or any(isinstance(tensor, DTensor) for tensor in state.values()):
+    if precision != "bf16-mixed" or model.sharded:
         return model
-    copy, lora = build_on_meta(model.config()), adaptation(model)
+    state, copy, lora = dict(model.state_dict()), build_on_meta(model.config()), adaptation(model)
     roles = copy.roles()
     plain = state.items() if lora is None else merge(state, lora)
     low = {name: t.detach().to(torch.float32 if roles.get(name) == "gate" else torch.bfloat16) for name, t in plain}

@@ -24,7 +24,7 @@ from flashar_pl.text_files import read_yaml
 
 DEFAULT_DATA = "CodesDataModule"
 """Data module of a configuration that names none."""
-OPTIONS = "flashar_pl.training.config."
+OPTIONS = ("flashar_pl.training.config.", "flashar_pl.training.stages.", "flashar_pl.models.lora.")
 """Where dataclasses of options are; a class_path of the user's is elsewhere."""
 ELSEWHERE = {
     "learning_rate": "lr", "epochs": "max_epochs", "steps": "max_steps", "max_train_steps": "max_steps",

@@ -8,9 +8,9 @@ import torch
 
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import ROLES
-from flashar_pl.training.config import OptimiserConfig, ScheduleConfig
+from flashar_pl.training.config import OptimiserConfig
 from flashar_pl.training.optim import adamw, parameter_groups
-from flashar_pl.training.stages import Schedule
+from flashar_pl.training.stages import Schedule, ScheduleConfig
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from flashar_pl.training.stages import Schedule
 def test_stage_one_is_its_share_rounded_up(total: int, share: float, steps: int) -> None:
     """0.28 * 25 is 7.000000000000001 in floating point: its ceiling is 8. Over all shares of two digits and runs up to
     20,000 steps a plain ceiling is wrong in thousands of cases."""
-    schedule = Schedule(total, share)
+    schedule = Schedule(total, stage1_share=share)
     assert schedule.stage1_steps == steps
     assert [schedule.stage(s) for s in range(total)] == [1] * steps + [2] * (total - steps)
 
@@ -28,7 +28,10 @@ def test_stage_one_is_its_share_rounded_up(total: int, share: float, steps: int)
 def test_stage_one_equals_exact_arithmetic() -> None:
     for percent in range(101):
         for total in (*range(1, 400), 9_999, 62_550, 1_000_000):
-            assert Schedule(total, percent / 100).stage1_steps == -(-percent * total // 100), (percent, total)
+            assert Schedule(total, stage1_share=percent / 100).stage1_steps == -(-percent * total // 100), (
+                percent,
+                total,
+            )
 
 
 def test_factors_follow_the_paper() -> None:
@@ -55,7 +58,10 @@ def test_the_rate_does_not_rise_again_behind_the_end() -> None:
 
 def test_warmup_starts_above_zero_and_ends_at_the_cosine() -> None:
     schedule = Schedule(100, stage1_share=0, backbone_factor=1, warmup=4)
-    ratios = [schedule.scale("backbone", s) / Schedule(100, 0, 1).scale("backbone", s) for s in range(6)]
+    ratios = [
+        schedule.scale("backbone", s) / Schedule(100, stage1_share=0, backbone_factor=1).scale("backbone", s)
+        for s in range(6)
+    ]
     assert ratios == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
 
 
@@ -111,7 +117,11 @@ def test_half_precision_weights_are_refused() -> None:
 
 def test_defaults_and_whether_anything_is_frozen() -> None:
     assert Schedule(10).scale("gate", 0) == 1.0, "no warm-up unless asked for"
-    frozen = {(share, factor): Schedule(10, share, factor).freezes for share in (0.0, 0.2) for factor in (0.0, 0.2)}
+    frozen = {
+        (share, factor): Schedule(10, stage1_share=share, backbone_factor=factor).freezes
+        for share in (0.0, 0.2)
+        for factor in (0.0, 0.2)
+    }
     assert frozen == {(0.0, 0.0): True, (0.0, 0.2): False, (0.2, 0.0): True, (0.2, 0.2): True}
 
 
@@ -126,7 +136,7 @@ def test_the_authors_schedule_ends_each_stage_at_its_floor() -> None:
     """Their default.json: 20,000 steps, 5 % in stage 1; flat parts of 500 and 2,000 steps; 0.35 of the rate in stage 2,
     and a floor of 5 % of the heads' rate for the backbone too."""
     flat = {"flat_stage1": 500, "flat_stage2": 2000}
-    schedule = Schedule(20000, 0.05, 0.2, per_stage=True, floor=0.05, stage2_rate=0.35, **flat)
+    schedule = Schedule(20000, stage1_share=0.05, per_stage=True, floor=0.05, stage2_rate=0.35, **flat)
     lr = lambda role, step: 5e-5 * schedule.scale(role, step)  # noqa: E731
     assert {lr("gate", step) for step in (0, 250, 500)} == {5e-5}
     assert lr("gate", 999) == pytest.approx(2.5e-6, rel=1e-3)
@@ -139,7 +149,7 @@ def test_the_authors_schedule_ends_each_stage_at_its_floor() -> None:
 
 def test_milestones_take_the_place_of_the_cosine() -> None:
     """Their LlamaGen code: 30 epochs of 2,500 steps, 0.2 of the rate behind 15, 20 and 25."""
-    schedule = Schedule(75000, 0.0, 1.0, milestones=[1 / 2, 2 / 3, 5 / 6], gamma=0.2)
+    schedule = Schedule(75000, stage1_share=0.0, backbone_factor=1.0, milestones=[1 / 2, 2 / 3, 5 / 6], gamma=0.2)
     for step, rate in (
         (0, 1.0),
         (37499, 1.0),

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, hide_padding, initialise
 from flashar_pl.backbones.condition import Condition, Given
 from flashar_pl.grid import DecodePlan, check_grid
+from flashar_pl.layers.transformer import decode_mode
 from flashar_pl.models.baselines.block_sampler import BlockSampler, Draws, check_steps
 from flashar_pl.models.baselines.plans import block_plan, doubled_mask
 from flashar_pl.models.dual_head import affine
@@ -329,19 +329,15 @@ class BlockDiffusion(RasterAR):
             unconditional = self.backbone.check_condition(unconditional, len(condition)).to(self.device)
         plan = self.make_plan(None, *check_grid(grid or self.usual_grid))
         steps = check_steps(self.steps if steps is None else steps)
-        if any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+        if self.sharded:
             raise ValueError("the model is sharded, and a BlockDiffusion model draws on one device only; use ddp.")
         vocabulary = self.backbone.vocabulary
         draws = Draws.of(len(condition), plan, steps, seeds, reveal_u, gumbel_u, vocabulary, self.device)
-        training = self.training
-        self.eval()
-        try:
+        with decode_mode(self):
             if settings.guided:
                 condition = self.backbone.with_unconditional(condition, unconditional)
             sampler = BlockSampler(self, condition, plan, settings, draws, cached)
             return sampler.run(on_step or (lambda tokens: None)).unflatten(1, (plan.height, plan.width))
-        finally:
-            self.train(training)
 
     def draw(
         self,
@@ -361,15 +357,9 @@ class BlockDiffusion(RasterAR):
             if (call := next(calls)) % self.steps == 0:
                 on_step(call // self.steps, tokens[:, plan.on("order", tokens.device)])
 
+        names = ("temperature", "top_k", "top_p", "greedy")
+        options = {"cfg_scale": settings.scale, **{name: getattr(settings, name) for name in names}}
+        grid = plan.height, plan.width
         return self.generate(
-            condition,
-            grid=(plan.height, plan.width),
-            cfg_scale=settings.scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            greedy=settings.greedy,
-            seeds=seeds,
-            on_step=after_call,
-            unconditional=unconditional,
+            condition, grid=grid, seeds=seeds, on_step=after_call, unconditional=unconditional, **options
         )

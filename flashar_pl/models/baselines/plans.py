@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from flashar_pl.grid import NONE, ROW_END, DecodePlan, check_grid, plain_tensors
+from flashar_pl.grid import NONE, ROW_END, DecodePlan, check_grid, plan_builder
 
 
+@plan_builder
 def region_plan(height: int, width: int, tokens: int) -> DecodePlan:
     """PAR's order (Wang et al., 2024): `tokens` = M * M regions, after their first cells one cell of each per step.
 
@@ -23,12 +22,6 @@ def region_plan(height: int, width: int, tokens: int) -> DecodePlan:
     Raises:
         ValueError: `tokens` is no square of 2 or more, or M does not divide H and W.
     """
-    return _region_plan(height, width, tokens)
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _region_plan(height: int, width: int, tokens: int) -> DecodePlan:
     check_grid((height, width))
     side = check_regions(tokens)
     if height % side or width % side:
@@ -71,6 +64,7 @@ BLOCKS = ("mdlm", "row", *SQUARES)
 """Names that `block_plan` knows."""
 
 
+@plan_builder
 def block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     """Block diffusion: one block of cells per step, each cell predicted at its own slot, which holds a mask token.
 
@@ -80,12 +74,6 @@ def block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     Raises:
         ValueError: another strategy, or a grid that squares do not tile.
     """
-    return _block_plan(height, width, strategy)
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     check_grid((height, width))
     n, side = height * width, SQUARES.get(strategy, 1)
     if strategy not in BLOCKS:
@@ -114,17 +102,12 @@ def _block_plan(height: int, width: int, strategy: str) -> DecodePlan:
     )
 
 
-def scale_plan(patch_nums: Iterable[int]) -> DecodePlan:
+@plan_builder
+def scale_plan(patch_nums: tuple[int, ...]) -> DecodePlan:
     """VAR's order (Tian et al., 2024): scale after scale, of p * p codes each, in one row of all of them.
 
     Each code is predicted at its own slot, which holds the image so far. A slot sees its own scale and smaller ones.
     """
-    return _scale_plan(tuple(patch_nums))
-
-
-@lru_cache(maxsize=64)
-@plain_tensors()
-def _scale_plan(patch_nums: tuple[int, ...]) -> DecodePlan:
     scale = torch.cat([torch.full((side * side,), k) for k, side in enumerate(patch_nums)])
     n = len(scale)
     cells = torch.arange(n)
