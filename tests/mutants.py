@@ -33,6 +33,16 @@ CORE = {
     "flashar_pl/sampling.py": ["tests/sampling", "tests/decoding/test_generate.py"],
     "flashar_pl/models/losses.py": ["tests/models/test_losses.py", "tests/models/test_flashar.py"],
     "flashar_pl/training/stages.py": ["tests/training/test_stages.py", "tests/training/test_module.py"],
+    "flashar_pl/training/optim.py": [
+        "tests/training/test_stages.py", "tests/training/test_resume.py::test_settings_of_the_optimiser_may_change",
+    ],
+    "flashar_pl/training/save_point.py": ["tests/training/test_save_point.py"],
+    "flashar_pl/training/whole_steps.py": ["tests/training/test_intervals.py"],
+    "flashar_pl/training/averaging.py": [
+        "tests/training/test_module.py::test_averages_move_once_per_optimiser_step",
+        "tests/training/test_resume.py::test_averaging_may_begin_and_end_on_resume", "tests/training/test_lora.py",
+    ],
+    "flashar_pl/training/finite.py": ["tests/training/test_finite.py"],
     "flashar_pl/data/order.py": ["tests/data/test_data_order.py", "tests/data/test_data_loader.py"],
     "flashar_pl/data/batches.py": ["tests/data/test_grids.py", "tests/data/test_mixture.py"],
     "flashar_pl/data/mixture.py": ["tests/data/test_mixture.py"],
