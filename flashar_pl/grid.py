@@ -82,18 +82,14 @@ class DecodePlan:
     @plain_tensors()
     def row(self) -> Tensor:
         """(S,) int64: grid row of a slot; a row end belongs to the row that it ends."""
-        return torch.where(self.cell >= 0, self.cell // self.width, self._row_end_index)
+        ended = (self.cell == ROW_END).long().cumsum(0) - 1  # only raster plans have row ends
+        return torch.where(self.cell >= 0, self.cell // self.width, ended)
 
     @cached_property
     @plain_tensors()
     def column(self) -> Tensor:
         """(S,) int64: grid column of a slot; W for a row end."""
         return torch.where(self.cell >= 0, self.cell % self.width, self.width)
-
-    @cached_property
-    @plain_tensors()
-    def _row_end_index(self) -> Tensor:
-        return (self.cell == ROW_END).long().cumsum(0) - 1  # only raster plans have row ends
 
     @cached_property
     @plain_tensors()

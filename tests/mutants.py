@@ -15,6 +15,7 @@ import copy
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -150,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Plant faults in the core and ask its tests.")
     parser.add_argument("--sample", type=int, default=60, help="number of faults in all, spread over the files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="files whose path contains this")
+    parser.add_argument("--only", default="", help="files whose path has this, a regular expression")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one fault")
     parser.add_argument("--out", type=Path, default=None, help="JSON of every fault and what became of it")
     asked = parser.parse_args()
@@ -158,7 +159,7 @@ def main() -> None:
         str(path.relative_to(ROOT)): tests
         for place, tests in CORE.items()
         for path in ([ROOT / place] if place.endswith(".py") else sorted((ROOT / place).glob("*.py")))
-        if asked.only in str(path.relative_to(ROOT)) and path.name != "__init__.py"
+        if re.search(asked.only, str(path.relative_to(ROOT))) and path.name != "__init__.py"
     }
     chosen = []
     for number, name in enumerate(files):

@@ -6,7 +6,7 @@ Letters: D width, E head width, V codes, C width of code vectors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from math import sqrt
 from typing import Literal
 
@@ -205,10 +205,16 @@ class DecoderConfig:
         parts = ((0, half), (turning, still), (half, half), (turning + still, still))
         return tuple(begin + i for begin, n in parts for i in range(n))
 
-    @property
+    @cached_property
     def head_order(self) -> tuple[int, ...] | None:
         """Token id of every row of a full head: what is no code, then the codes. None = rows are token ids."""
-        return _head_order(self)
+        if self.code_width is not None or not self.has_codes:
+            return None
+        first, rows = self.visual_token_offset or 0, range(self.full_rows)
+        codes = self.code_ids or tuple(range(first, first + self.n_codes))
+        known = {*codes}
+        order = (*(token for token in rows if token not in known), *codes)
+        return None if order == tuple(rows) else order
 
     @property
     def conditioning(self) -> Conditioning:
@@ -223,15 +229,3 @@ class DecoderConfig:
         """Sizes of one block."""
         dropout = dict.fromkeys(("attn_dropout", "resid_dropout", "ffn_dropout"), self.dropout)
         return BlockConfig.of(self, rope_interleaved=False, text_ffn=self.first_image_token is not None, **dropout)
-
-
-@lru_cache(maxsize=64)
-def _head_order(config: DecoderConfig) -> tuple[int, ...] | None:
-    if config.code_width is not None or not config.has_codes:
-        return None
-    first, n = config.visual_token_offset or 0, config.n_codes
-    codes = config.code_ids or tuple(range(first, first + n))
-    known = {*codes}
-    rows = range(config.full_rows)
-    order = (*(token for token in rows if token not in known), *codes)
-    return None if order == tuple(rows) else order

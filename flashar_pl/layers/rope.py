@@ -29,8 +29,7 @@ def angles_1d(position: Tensor, head_dim: int, base: float) -> Tensor:
 
 def angles_2d(row: Tensor, column: Tensor, head_dim: int, base: float) -> Tensor:
     """Angles (..., E / 2): the first half of the pairs turns with the row, the second with the column (LlamaGen)."""
-    if head_dim % 4:
-        raise ValueError(f"head width is {head_dim}; 2-D RoPE expects a multiple of 4.")
+    assert head_dim % 4 == 0, "both halves turn in pairs"
     frequency = frequencies(head_dim // 2, base, row.device)  # (E / 4,)
     return torch.cat([row[..., None].float() * frequency, column[..., None].float() * frequency], dim=-1)
 
@@ -38,14 +37,8 @@ def angles_2d(row: Tensor, column: Tensor, head_dim: int, base: float) -> Tensor
 def angles_sections(position: Tensor, width: int, base: float, sections: tuple[int, ...]) -> Tensor:
     """Angles (..., width / 2) for positions (..., 3), of time, row and column: pairs of dimensions in sections, which
     turn with the three in turn (M-RoPE).
-
-    Raises:
-        ValueError: sections that are not all pairs.
     """
-    if sum(sections) != width // 2:
-        raise ValueError(
-            f"mrope_section is {list(sections)}; expected {width // 2} in all, half of the width that turns."
-        )
+    assert sum(sections) == width // 2, "every pair has a section"
     axis = [i % 3 for i, n in enumerate(sections) for _ in range(n)]
     return position[..., axis].float() * frequencies(width, base, position.device)
 

@@ -171,6 +171,10 @@ class GridModel(nn.Module, ABC):
 
     def check_plan(self, plan: DecodePlan) -> None:
         """ValueError if the model cannot run `plan`."""
+        if self.own_decoding:
+            raise ValueError(
+                f"a {self.method} model has no step that a plan describes; expected its own logits, loss or generate."
+            )
         if plan.has_vertical and self.dual_head.vertical is None:
             raise ValueError(
                 f"the {plan.name} plan needs a vertical head, and this is a raster model. For training-free decoding "

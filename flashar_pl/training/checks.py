@@ -198,10 +198,3 @@ def check_guidance(backbone: Backbone, validation: ValidationConfig) -> None:
             f"validation.cfg_scale is {cfg_scale}, but the model has no unconditional prompt; expected token ids in "
             "model.backbone.options.unconditional_prompt, or a model.backbone.directory with its prompts' tokenizer."
         )
-
-
-def check_data(datamodule: Any, backbone: Backbone) -> None:
-    """ValueError if the shards do not fit the model. A data module without `check_model` is not checked."""
-    check = getattr(datamodule, "check_model", None)
-    if check is not None:
-        check(backbone.vocabulary, backbone.conditioning)

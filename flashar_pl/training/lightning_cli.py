@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +41,7 @@ from flashar_pl.training.logger import RunLogger, show_settings
 from flashar_pl.training.measured import report
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.predictions import join_predictions
-from flashar_pl.training.progress import RunProgress
+from flashar_pl.training.progress import RunProgress, quiet_lightning
 from flashar_pl.training.run_directory import check_own, continued, is_finished, only_one, where_to_continue
 from flashar_pl.training.stored_config import (
     CONFIG_KEY,
@@ -66,9 +64,6 @@ DEFAULT_ROOT = "runs/run"
 """Run directory where none is given."""
 TERMINATED = 143
 """Exit code of a run that SIGTERM has ended, as of any other process."""
-NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")
-"""Advertisements and hardware lines of Lightning that are not shown."""
-KNOWN_WARNINGS = ("does not have many workers", "LeafSpec", "exists and is not empty")
 VERBS = {
     "fit": "Train a raster model, or post-train FlashAR from one (give model.flashar and model.init_from).\n\n"
     "example:\n  flashar fit --config experiments/demo_raster.yaml\n"
@@ -169,7 +164,7 @@ class ExperimentCLI(LightningCLI):
         if verb == "fit" and not (parse_only or words.wants_help):
             words = with_data_sizes(words)
         self.words = words.with_places(str(words.given("trainer.default_root_dir") or DEFAULT_ROOT))
-        _quiet()
+        quiet_lightning()
         set_parsing_settings(docstring_parse_attribute_docstrings=words.wants_help)  # text under a field; slow
         super().__init__(
             FlashARModule,
@@ -390,15 +385,3 @@ def parsed_config(argv: list[str]) -> dict[str, Any]:
 
 class _RunHelp(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """The description keeps its lines."""
-
-
-def _wanted(record: logging.LogRecord) -> bool:
-    return not any(part in record.getMessage() for part in NOISE)
-
-
-def _quiet() -> None:
-    """Hide Lightning's advertisements and hardware lines; real warnings stay."""
-    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
-        logging.getLogger(f"lightning.{name}").addFilter(_wanted)
-    for text in KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=f".*{text}.*")

@@ -33,7 +33,6 @@ from flashar_pl.training.averaging import EmaUpdate, average_of, follow_frozen, 
 from flashar_pl.training.callbacks import LOGGED, RandomState, StageSwitch, TrainingLog
 from flashar_pl.training.checkpoints import LastCheckpoint
 from flashar_pl.training.checks import (
-    check_data,
     check_guidance,
     check_model,
     check_trainer,
@@ -203,7 +202,8 @@ class FlashARModule(LightningModule):
             self.total_steps = None  # a module may be fitted again, from the start
         backbone = describe_backbone(self.model_config["backbone"])
         check_guidance(backbone, self.validation)
-        check_data(self.trainer.datamodule, backbone)  # type: ignore[attr-defined]
+        if (check := getattr(self.trainer.datamodule, "check_model", None)) is not None:  # type: ignore[attr-defined]
+            check(backbone.vocabulary, backbone.conditioning)
 
     # --- first weights: where a checkpoint is restored, that was before, or with shards after on_fit_start ------------
 

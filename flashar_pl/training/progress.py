@@ -1,8 +1,10 @@
-"""The progress of a run: optimiser steps with a time left for the whole run, and one line per validation."""
+"""What a run shows: optimiser steps with a time left for the whole run, one line per validation, no advertisements."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +16,9 @@ from flashar_pl.training.protocol import trained
 
 SHOWN = ("val/nll", "val/fid", "val/accuracy", "val/gate_mean")
 """Results of a validation that are worth a line."""
+NOISE = ("litlogger", "litmodels", "available: ", "Seed set to", "`weights_only` was not set")
+"""Advertisements and hardware lines of Lightning that are not shown."""
+KNOWN_WARNINGS = ("does not have many workers", "LeafSpec", "exists and is not empty")
 
 
 class RunProgress(ProgressBar):
@@ -74,3 +79,15 @@ class RunProgress(ProgressBar):
             self._steps = None
 
     on_exception = on_train_end  # type: ignore[assignment]
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in NOISE)
+
+
+def quiet_lightning() -> None:
+    """Hide Lightning's advertisements and hardware lines; real warnings stay."""
+    for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{name}").addFilter(_wanted)
+    for text in KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{text}.*")

@@ -62,7 +62,7 @@ def test_a_table_row_of_zeros_zeroes_the_position() -> None:
 def test_2d_angles_turn_the_first_half_by_row_and_the_second_by_column() -> None:
     angles = angles_2d(torch.tensor([3]), torch.tensor([5]), 8, 100.0)[0]
     assert angles.tolist() == pytest.approx([3.0, 0.3, 5.0, 0.5])
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(AssertionError, match="turn in pairs"):
         angles_2d(torch.tensor([0]), torch.tensor([0]), 6, 100.0)
 
 

@@ -149,11 +149,6 @@ class BlockDiffusion(RasterAR):
             )
         return block_plan(height, width, self.strategy)
 
-    def check_plan(self, plan: DecodePlan) -> None:
-        raise ValueError(
-            "a BlockDiffusion model has no step that a plan describes; expected its own logits, loss or generate."
-        )
-
     # --- training ---------------------------------------------------------------------------------------------------
 
     def noise(self, codes: Tensor, t_blocks: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

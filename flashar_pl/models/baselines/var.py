@@ -87,9 +87,6 @@ class VAR(RasterAR):
             )
         return scale_plan(self.sizes.patch_nums)
 
-    def check_plan(self, plan: DecodePlan) -> None:
-        raise ValueError("a VAR model has no step that a plan describes; expected its own logits, loss or generate.")
-
     def logits(self, ids: Tensor, x: Tensor, classes: Tensor) -> Tensor:
         """Teacher-forced logits (B, L, V) float32: position i predicts ids[:, i].
 
