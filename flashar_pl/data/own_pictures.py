@@ -69,8 +69,7 @@ def tokenise_pictures(
         if codec.tokenizer is not None:
             raise ValueError(f"--tokenizer {codec.tokenizer} has no weights; add --weights FILE, or leave both out.")
         folder = Path(pack.out) / TOKENIZER
-        if not (folder / WEIGHTS).is_file():
-            rank.first(partial(train_tokenizer, sources, size, trained, folder, rank.device))
+        rank.first(partial(_train_once, sources, size, trained, folder, rank.device))
         codec = CodecOptions(**asdict(codec) | {"weights": str(folder / WEIGHTS)})
     reports = {}
     for split, source in sources.items():
@@ -111,6 +110,21 @@ def _job(
         grid=(cells, cells),
         preparation={"side": f"{size} pixels", **PREPARATION},
     )
+
+
+def _train_once(
+    sources: dict[str, Source], size: int, options: SmallVQOptions, out: Path, device: torch.device
+) -> None:
+    """`train_tokenizer`, unless an earlier run has. Raises ValueError where that had other settings."""
+    if not (out / WEIGHTS).is_file():
+        train_tokenizer(sources, size, options, out, device)
+    facts = read_json(out / FACTS)
+    for name, value in {"image_size": size, **asdict(options)}.items():
+        if facts.get(name) != value:
+            raise ValueError(
+                f"the tokenizer in {out} was trained with {name} = {facts.get(name)!r}; this command has {value!r}. "
+                "Use the old settings, or choose another --out."
+            )
 
 
 def train_tokenizer(

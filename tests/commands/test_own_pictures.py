@@ -58,6 +58,8 @@ def test_a_tokenizer_is_trained_once_and_kept(run, refused, photos, work, monkey
     code, out, err = run("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY)
     assert code == 0, err
     assert "PSNR" not in out, "trained again"
+    asked = ("tokenize", "images", photos, "--out", "mine", "--one-class", "--no-mirror", *TINY, "--codes", 32)
+    assert "was trained with codes = 16; this command has 32" in refused(*asked), "the old tokenizer, without a word"
     words = ("--weights", "mine/tokenizer/tokenizer.safetensors", "--workers", 0)
     code, _, err = run("tokenize", "images", photos / "bee", "--out", "other", *words)
     assert code == 0, err
