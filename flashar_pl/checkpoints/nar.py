@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
 
+Arguments = argparse.Namespace | Mapping[str, Any] | None
+"""Of a training script, by name; None = the file has none."""
 GATE = "hv_gate_mlp."
 """How the names of a gate on logits begin."""
 GATE_RENAMES = (
@@ -47,7 +50,7 @@ def _nar_renames(n_layer: int, extra: int, condition: str, gate: bool = False) -
     ]
 
 
-def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int, int]:
+def branch_of(arguments: Arguments, n_blocks: int) -> tuple[int, int]:
     """(m, k) of a checkpoint with `n_blocks` blocks, vertical ones included.
 
     The weights do not tell m. LlamaGen-FlashAR stores it among the training script's arguments: vertical_start_layer
@@ -57,15 +60,16 @@ def branch_of(arguments: argparse.Namespace | None, n_blocks: int) -> tuple[int,
     Raises:
         ValueError: the arguments do not fit the number of blocks.
     """
-    k = int(getattr(arguments, "medusa_attention_num", 1))
+    said = arguments if isinstance(arguments, Mapping) else getattr(arguments, "__dict__", {})
+    k = int(said.get("medusa_attention_num", 1))
     n_layer = n_blocks - k
     if not 1 <= k <= n_layer:
         raise ValueError(
             f"the checkpoint's arguments say medusa_attention_num {k}, and it has {n_blocks} blocks in all; expected "
             "1 or more vertical layers and no fewer others."
         )
-    start = int(getattr(arguments, "vertical_start_layer", -1))
-    if getattr(arguments, "vertical_start_last_minus_depth", False):
+    start = int(said.get("vertical_start_layer", -1))
+    if said.get("vertical_start_last_minus_depth", False):
         start = n_layer - k
     return (n_layer if start < 0 else min(start, n_layer)), k
 
@@ -86,7 +90,7 @@ def read_nar(
     *,
     rope_base: float = 10000.0,
     norm_eps: float = 1e-5,
-    arguments: argparse.Namespace | None = None,
+    arguments: Arguments = None,
     branch_layer: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

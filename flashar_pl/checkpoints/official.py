@@ -6,7 +6,6 @@ authors' FlashAR, or a model in transformers' format, and are read tensor by ten
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -26,7 +25,7 @@ from flashar_pl.checkpoints.emu35 import MODEL_TYPE, OfficialDirectory, read_bac
 from flashar_pl.checkpoints.hub import HubDirectory
 from flashar_pl.checkpoints.llamagen import clean_official, read_official
 from flashar_pl.checkpoints.methods import method_of
-from flashar_pl.checkpoints.nar import arguments_of, is_nar, read_nar
+from flashar_pl.checkpoints.nar import Arguments, arguments_of, is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
 from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
 from flashar_pl.checkpoints.var import read_var_file
@@ -56,7 +55,7 @@ NO_MODEL = {
 def read_official_model(
     state_dict: Mapping[str, Tensor],
     n_head: int | None,
-    arguments: argparse.Namespace | None = None,
+    arguments: Arguments = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> GridModel:

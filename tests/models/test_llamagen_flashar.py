@@ -136,6 +136,7 @@ def test_the_branch_layer_comes_from_the_arguments(tmp_path: Path) -> None:
 def test_rules_of_the_arguments(arguments: dict[str, object] | None, expected: tuple[int, int]) -> None:
     """Six blocks in all."""
     assert branch_of(None if arguments is None else argparse.Namespace(**arguments), 6) == expected
+    assert branch_of(arguments, 6) == expected, "saved as vars(args)"
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
