@@ -133,15 +133,17 @@ class ImageBatches(Dataset):
         epoch = item[0] if self.reshuffle else 0
         index = self.order.batch(epoch, item[1], self.rank, self.ranks)
         crops = self.order.crops(epoch, index, self.prepare.crops)
-        batch = self.prepare.collate([self._row(i, k) for i, k in zip(index.tolist(), crops.tolist(), strict=True)])
-        batch.index = torch.from_numpy(index)
+        found = [self._row(number, crop) for number, crop in zip(index.tolist(), crops.tolist(), strict=True)]
+        batch = self.prepare.collate([row for row, _ in found])
+        batch.index = torch.tensor([number for _, number in found])
         return batch
 
-    def _row(self, number: int, crop: int) -> Row:
+    def _row(self, number: int, crop: int) -> tuple[Row, int]:
+        """The row of a sample, or of the next one that can be read, and its number."""
         for _ in range(len(self.source)):
             self._tolerance.seen += 1
             try:
-                return self.prepare(*self.source.read(number), crop)
+                return self.prepare(*self.source.read(number), crop), number
             except Unreadable as error:
                 self._tolerance.skip(self.source.where(number), error)
                 number = (number + 1) % len(self.source)

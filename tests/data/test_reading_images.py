@@ -280,6 +280,15 @@ def test_unreadable_images_are_skipped_with_a_warning(tmp_path, shards, reading,
         assert any("t0.tar: 001: its beginning is that of no" in str(w.message) for w in caught)
 
 
+def test_an_exact_batch_names_the_samples_it_holds(tmp_path, shards):
+    """Also where the next one has taken the place of one that cannot be read."""
+    data = ImageNetDataModule(write_tars(tmp_path / "tars", bad=1), shards, batch_size=20, num_workers=0)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="skipped"):
+        (batch,) = data.train_dataloader()
+    assert batch.index.tolist() == batch.condition.tolist()
+
+
 def test_tars_without_samples_end_in_an_error_not_in_an_endless_loop(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "empty.tar")):
         pass
