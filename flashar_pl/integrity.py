@@ -73,7 +73,7 @@ def check_torch_file(path: Path, again: bool = False, tensors: bool = True) -> N
                 raise Damaged(f"{path} is damaged or cut off: its list of tensors is not at its end. {ADVICE}")
         return
     entries = zip_entries(path, path)
-    if not _have_crcs(entries):
+    if not have_crcs(entries):
         return
     with view(path) as content:
         pieces = list(records(path, content, [each for each in entries if tensors or not _is_tensor(each)]))
@@ -85,14 +85,15 @@ def tensor_crcs(path: Path) -> set[tuple[int, int]] | None:
     if _settled(path, False) or not is_archive(path):
         return None
     entries = zip_entries(path, path)
-    return {(each.file_size, each.CRC) for each in entries if _is_tensor(each)} if _have_crcs(entries) else None
+    return {(each.file_size, each.CRC) for each in entries if _is_tensor(each)} if have_crcs(entries) else None
 
 
 def _is_tensor(entry: zipfile.ZipInfo) -> bool:
     return entry.filename.rpartition("/")[0].endswith("/data")
 
 
-def _have_crcs(entries: list[zipfile.ZipInfo]) -> bool:
+def have_crcs(entries: list[zipfile.ZipInfo]) -> bool:
+    """Whether an archive was written with CRC-32s."""
     return any(each.CRC for each in entries)
 
 

@@ -12,7 +12,8 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,6 +48,17 @@ def need_file(path: str | Path) -> Path:
 def _no_pointer(path: str | Path, begin: bytes) -> None:
     if begin.startswith(POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A ValueError about what `path` says begins with it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_text(path: str | Path, content: bytes | None = None) -> str:

@@ -112,7 +112,6 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.intra import check_groups
     from flashar_pl.numerics import dtype_from_name
-    from flashar_pl.tokenizers.files import naming
 
     if options.backbone_class is not None:
         import_backbone(options.backbone_class)
@@ -122,8 +121,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
     given_grid, given_tokenizer = parse_grid(options.grid), parse_tokenizer(options.tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
-    with naming(Path(path)):
-        loaded = load_model(path, options.weights, options.n_head, place, dtype)
+    loaded = load_model(path, options.weights, options.n_head, place, dtype)
     if loaded.source.startswith(f"{OFFICIAL_FILE} ("):
         print(f"{path}: {loaded.source}.", file=sys.stderr)
     model = loaded.model

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
 from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
-from flashar_pl.integrity import Damaged, check_directory, check_safetensors, check_torch_file, is_archive, listed
+from flashar_pl.integrity import (
+    Damaged,
+    check_directory,
+    check_safetensors,
+    check_torch_file,
+    have_crcs,
+    is_archive,
+    listed,
+    zip_entries,
+)
 from flashar_pl.tensor_files import read_tensors
 from flashar_pl.text_files import need_file, read_json
 
@@ -23,7 +31,7 @@ def verify(path: Path) -> str:
             return _safetensors([path])
         check_torch_file(path, again=True)
         read_tensors(path, mmap=True)
-        with_crc = is_archive(path) and any(each.CRC for each in zipfile.ZipFile(path).infolist())
+        with_crc = is_archive(path) and have_crcs(zip_entries(path, path))
         return "every tensor has its CRC-32" if with_crc else "it can be read; it was saved without checksums"
     if check_directory(path, again=True):
         return f"{len(listed(path) or ())} files have their CRC-32s"
@@ -56,17 +64,6 @@ def offering(path: Path) -> Iterator[None]:
         if not others:
             raise
         raise Damaged(f"{error} {newest_whole(others) or 'None'} is whole {BESIDE}") from error
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A ValueError about what `path` says begins with it."""
-    try:
-        yield
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: {error}") from error
 
 
 def by_age(folders: Iterable[str | Path]) -> list[Path]:

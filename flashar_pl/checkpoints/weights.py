@@ -26,7 +26,7 @@ from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, 
 from flashar_pl.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsDirectory, weight_files, write_shards
 from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.checkpoints.sharing import card, gathered
-from flashar_pl.checkpoints.verify import naming, offering
+from flashar_pl.checkpoints.verify import offering
 from flashar_pl.files import new_directory, write_json, write_text
 from flashar_pl.integrity import check_safetensors, check_torch_file
 from flashar_pl.models.base import GridModel
@@ -34,7 +34,7 @@ from flashar_pl.models.lora import merge
 from flashar_pl.options import Weights
 from flashar_pl.renames import AVERAGED, official_state_dict
 from flashar_pl.tensor_files import read_tensors
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import naming, read_json
 
 OFFICIAL_FILE = "official file"
 """What a file without a configuration is called, with the choice of weights where it has a choice."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,6 @@ def require_file(path: str | Path | None, what: str, advice: str) -> Path:
         kind = "is a directory, not" if file.is_dir() else "does not exist; expected"
         raise ValueError(f"{file} {kind} a {what}. {advice}")
     return file
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """A ValueError of what is inside names the file that it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error) if str(file) in str(error) else f"{file}: {error}") from error
 
 
 def read_weights(file: Path) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from flashar_pl.renames import official_state_dict
+from flashar_pl.text_files import naming
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, taming_name
-from flashar_pl.tokenizers.files import naming, read_settings, read_weights, require_file
+from flashar_pl.tokenizers.files import read_settings, read_weights, require_file
 
 ADVICE = (
     "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashar_pl.numerics import strict_float32
 from flashar_pl.renames import Rename, official_state_dict
+from flashar_pl.text_files import naming
 from flashar_pl.tokenizers.base import GREY
 from flashar_pl.tokenizers.conv_tokenizer import (
     ConvTokenizer,
@@ -28,7 +29,7 @@ from flashar_pl.tokenizers.conv_tokenizer import (
     load_strict,
 )
 from flashar_pl.tokenizers.convnet import NetSpec, taming_name
-from flashar_pl.tokenizers.files import naming, read_weights, require_file
+from flashar_pl.tokenizers.files import read_weights, require_file
 from flashar_pl.tokenizers.multi_scale_codebook import PATCH_NUMS, MultiScaleCodebook, check_patch_nums, shrink
 
 WHAT = "the state dict of VAR's multi-scale VQ"

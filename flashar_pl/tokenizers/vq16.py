@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from flashar_pl.renames import official_state_dict
+from flashar_pl.text_files import naming
 from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
 from flashar_pl.tokenizers.convnet import NetSpec, read_spec
-from flashar_pl.tokenizers.files import naming, read_weights, require_file
+from flashar_pl.tokenizers.files import read_weights, require_file
 
 USED = "quantize.codebook_used"
 WHAT = "a LlamaGen VQ state dict"
