@@ -52,13 +52,16 @@ def _no_pointer(path: str | Path, begin: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A ValueError about what `path` says begins with it."""
+    """A ValueError about what `path` says begins with it; so do the errors of who meets other values than expected."""
     try:
         yield
     except ValueError as error:
         if str(path) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        found = f"it holds other names, types or shapes than expected ({type(error).__name__}: {error})"
+        raise ValueError(f"{path} cannot be read: {found}.") from error
 
 
 def read_text(path: str | Path, content: bytes | None = None) -> str:

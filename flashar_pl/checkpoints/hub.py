@@ -15,7 +15,7 @@ from flashar_pl.checkpoints.transformers import LanguageModel, known_family
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.renames import build_filled
 from flashar_pl.templates import Template
-from flashar_pl.text_files import read_json
+from flashar_pl.text_files import naming, read_json
 from flashar_pl.tokenizers.hub_text import HubText, has_tokenizer
 from flashar_pl.tokenizers.hub_vq import PART, holds_vq
 from flashar_pl.tokenizers.prompts import PromptTokenizer
@@ -88,9 +88,10 @@ def _token_ids(directory: Path) -> dict[str, int]:
     if not file.is_file():
         return {}
     stored = read_json(file)
-    words = (stored.get("model") or {}).get("vocab") or {}
-    ids = dict(words) if isinstance(words, dict) else {word[0]: i for i, word in enumerate(words)}
-    return ids | {str(token["content"]): int(token["id"]) for token in stored.get("added_tokens") or []}
+    with naming(file):
+        words = (stored.get("model") or {}).get("vocab") or {}
+        ids = dict(words) if isinstance(words, dict) else {word[0]: i for i, word in enumerate(words)}
+        return ids | {str(token["content"]): int(token["id"]) for token in stored.get("added_tokens") or []}
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -59,18 +59,23 @@ def read_var_file(state: Mapping[str, Tensor], n_head: int | None) -> VAR:
 
 
 def sizes_of(state: Mapping[str, Tensor], n_head: int | None) -> dict[str, Any]:
-    """The published settings that the tensors tell. ValueError where those that tell them are missing."""
+    """The published settings that the tensors tell. ValueError where those that tell them are missing, or would take
+    more memory than the file has bytes."""
     needed = ("lvl_1L", "pos_start", "head.weight", "class_emb.weight", "blocks.0.ffn.fc1.weight")
     if missing := [name for name in needed if name not in state]:
         raise ValueError(f"{NAME} is not the expected checkpoint: {len(missing)} missing keys ({', '.join(missing)}).")
     width, temperatures = state["pos_start"].shape[-1], state.get("blocks.0.attn.scale_mul_1H11")
+    levels, cells = state["lvl_1L"].flatten().long().unique(return_counts=True)
+    if levels.tolist() != list(range(len(levels))):
+        raise ValueError(f"lvl_1L of {NAME} numbers the scales {levels.tolist()[:9]}; expected 0, 1, 2, ...")
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     return {
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "depth": len(blocks),
         "embed_dim": width,
         "num_heads": n_head or width // HEAD_WIDTH if temperatures is None else temperatures.shape[1],
         "vocab_size": len(state["head.weight"]),
         "num_classes": len(state["class_emb.weight"]) - 1,
-        "patch_nums": [isqrt(n) for n in torch.bincount(state["lvl_1L"].flatten().long()).tolist()],
+        "patch_nums": [isqrt(n) for n in cells.tolist()],
         "shared_aln": any(name.startswith("shared_ada_lin.") for name in state),
         "attn_l2_norm": temperatures is not None,
         "mlp_ratio": len(state["blocks.0.ffn.fc1.weight"]) / width,
@@ -85,15 +90,16 @@ def network_renames(names: Iterable[str]) -> list[Rename]:
 def _filled(source: StateDict, spec: VARConfig) -> VAR:
     with torch.device("meta"):
         renames = network_renames(VAR(VARTransformer(spec)).state_dict())
-    derived = ("lvl_1L", "attn_bias_for_masking")
+    n = spec.length
+    derived = {"lvl_1L": (1, n), "attn_bias_for_masking": (1, 1, n, n)}
     model = build_filled(lambda: VAR(VARTransformer(spec)), source, renames, ignored=derived)
-    for name, table in tables(model).items():
-        if name not in source.tensors:
-            raise ValueError(f"{NAME} is not the expected checkpoint: 1 missing keys ({name}).")
-        if not torch.equal(source.tensors[name].to(table), table):
-            raise ValueError(
-                f"{name} of {NAME} is not that of patch_nums {list(spec.patch_nums)}; give the file's own."
-            )
+    if missing := [name for name in derived if name not in source.tensors]:
+        raise ValueError(f"{NAME} is not the expected checkpoint: {len(missing)} missing keys ({', '.join(missing)}).")
+    stored = {name: source.tensors[name] for name in derived}
+    odd = [name for name, shape in derived.items() if stored[name].shape != shape]  # before (n, n) is made of n
+    odd = odd or [name for name, own in tables(model).items() if not torch.equal(stored[name].to(own), own)]
+    if odd:
+        raise ValueError(f"{odd[0]} of {NAME} is not that of patch_nums {list(spec.patch_nums)}; give the file's own.")
     return model
 
 

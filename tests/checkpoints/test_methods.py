@@ -6,7 +6,8 @@ import var_golden
 
 from flashar_pl.backbones.llamagen import LlamaGen, LlamaGenConfig
 from flashar_pl.checkpoints.description import Description
-from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.checkpoints.var import read_var_file
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
 from flashar_pl.models.baselines.var_transformer import VARConfig, VARTransformer
@@ -52,6 +53,26 @@ def test_official_readers_name_what_they_are_given(held, reader):
         name = {"raster": "LlamaGen"}.get(held, held)
         with pytest.raises(ValueError, match=f"the checkpoint holds {name}.* weights; expected"):
             READERS[reader](WRITTEN[held](model))
+
+
+def test_a_small_file_of_var_takes_no_more_memory_than_it_has(monkeypatch):
+    """By its largest level, by the largest number of a block, or by the square of its positions."""
+    state = MODELS["VAR"]().to_official()
+    monkeypatch.setattr("flashar_pl.checkpoints.var.tables", None)  # which makes (L, L)
+    with pytest.raises(ValueError, match=r"numbers the scales \[8589934592\]; expected 0, 1, 2"):
+        read_var_file({**state, "lvl_1L": torch.full((1, 5), 2**33)}, 2)
+    with pytest.raises(ValueError, match=r"missing keys \(blocks\.1\."):
+        read_var_file({**state, "blocks.9999999999.ffn.fc1.bias": torch.zeros(64)}, 2)
+    side = 99
+    many = {"lvl_1L": torch.tensor([[0] + [1] * side**2]), "pos_1LC": torch.zeros(1, 1, 16).expand(1, 1 + side**2, 16)}
+    with pytest.raises(ValueError, match=r"attn_bias_for_masking of .* is not that of patch_nums \[1, 99\]"):
+        read_var_file({**state, **many}, 2)
+
+
+def test_a_file_of_odd_shapes_is_named(tmp_path):
+    torch.save({"tok_embeddings.weight": torch.zeros(3)}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match=r"odd\.pt cannot be read: it holds other names, types or shapes .*IndexError"):
+        load_model(tmp_path / "odd.pt")
 
 
 @pytest.fixture(scope="module")
