@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from flashar_pl.data.account import Account
 from flashar_pl.data.manifest import ConditionSpec
-from flashar_pl.data.pictures import ELSEWHERE, Part
+from flashar_pl.data.pictures import parts
 from flashar_pl.data.sources import IMAGE_MEMBERS, Names, Source, TarSource, read_file
 from flashar_pl.image_files import Unreadable
 from flashar_pl.text_files import parse_json, read_lines, read_text
@@ -127,13 +126,7 @@ def cut_validation(source: Source, n: int) -> dict[str, Source]:
             "fewer for validation than there are, and at least as many as one caption has."
         )
     there = np.isin(np.arange(len(captions)), chosen)  # (N,)
-    account = deepcopy(source.account)
-    account.used = int((~there).sum())
-    account.leave_out(ELSEWHERE, source.where(chosen[0]), len(chosen))
-    return {
-        "train": Part(source, np.flatnonzero(~there), account),
-        "validation": Part(source, np.flatnonzero(there), Account(used=len(chosen))),
-    }
+    return parts(source, np.where(there, "validation", "train"))
 
 
 def read_items(path: Path) -> list[dict[str, Any]]:

@@ -205,7 +205,8 @@ class Manifest:
         if is_remote(str(location)):
             root = str(location).removesuffix(f"/{FILE_NAME}")
             return cls.parse(read_bytes(root, FILE_NAME), root=root, source=f"{FILE_NAME} of {root}")
-        folder = Path(location).parent if Path(location).name == FILE_NAME else Path(location)
+        given = Path(location).expanduser()
+        folder = given.parent if given.name == FILE_NAME else given
         path = folder / FILE_NAME
         if path.is_file():
             return cls.parse(path.read_bytes(), root=str(folder), source=str(path))
@@ -315,6 +316,13 @@ def check_names(names: tuple[str, ...], classes: int | None) -> None:
         raise ValueError(f"{len(names)} class names for {classes} classes; expected another one for each.")
 
 
+def check_alike(place: str, facts: dict[str, Any], other: str, others: dict[str, Any], advice: str) -> None:
+    """Raises ValueError naming the first fact in which a data set at a place differs from another one."""
+    for name, value in facts.items():
+        if others[name] != value:
+            raise ValueError(f"{place} has {name} {value}, {other} {others[name]}; {advice}")
+
+
 def without_path(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer's config without the place of its weights, which may move; their hash is compared instead."""
     return {name: value for name, value in tokenizer.items() if name != "weights"}
@@ -332,7 +340,7 @@ def load_grids(location: str) -> list[Manifest]:
         ValueError: as `Manifest.load`; a training split that is still being written; sub-folders that differ in
             tokenizer, vocabulary, condition or crops, or have one grid twice.
     """
-    folder = Path(location)
+    folder = Path(location).expanduser()
     if is_remote(location) or folder.name == FILE_NAME or (folder / FILE_NAME).is_file():
         return [Manifest.load(location)]
     found = [Manifest.load(path) for path in sub_manifests(folder)]
@@ -341,12 +349,8 @@ def load_grids(location: str) -> list[Manifest]:
     if (folder / ".train").is_dir():
         raise ValueError(f"The training split in {location} is not finished; run the same flashar tokenize again.")
     for other in found[1:]:
-        for name, value in found[0].shared.items():
-            if other.shared[name] != value:
-                raise ValueError(
-                    f"{other.root} has {name} {other.shared[name]}, {found[0].root} has {value}; the data sets in "
-                    f"{location} must agree. Give one of them, or tokenize them alike."
-                )
+        advice = f"the data sets in {location} must agree. Give one of them, or tokenize them alike."
+        check_alike(other.root, other.shared, f"{found[0].root} has", found[0].shared, advice)
     if len({manifest.grid for manifest in found}) < len(found):
         raise ValueError(
             f"Several data sets in {location} have the same grid; expected one for each. Give one of them."

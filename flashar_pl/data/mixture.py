@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from flashar_pl.data.batches import Cut, MixedGrid, TrainingBatches, TrainingGrid
-from flashar_pl.data.manifest import Manifest, load_grids
+from flashar_pl.data.manifest import Manifest, check_alike, load_grids
 from flashar_pl.data.order import GridOrder, MixtureOrder, TrainingOrder, stream
 
 
@@ -56,13 +56,10 @@ def load_mixture(weights: dict[str, float]) -> list[MixedSource]:
 def _check_pair(first: tuple[Manifest, ...], second: tuple[Manifest, ...]) -> None:
     """Raises ValueError unless two sources can be mixed."""
     one, other = first[0], second[0]
-    facts = [m.shared | {"classes": m.class_names} for m in (one, other)]
-    for name, value in facts[0].items():
-        if facts[1][name] != value and not (name == "classes" and not all(each[name] for each in facts)):
-            raise ValueError(
-                f"{one.root} has {name} {value}, {other.root} has {facts[1][name]}; the sources of a mixture must "
-                "agree. Tokenize them alike, or leave one out."
-            )
+    named = one.class_names and other.class_names  # where one knows none, they may be the same
+    facts, others = (m.shared | ({"classes": m.class_names} if named else {}) for m in (one, other))
+    advice = "the sources of a mixture must agree. Tokenize them alike, or leave one out."
+    check_alike(one.root, facts, f"{other.root} has", others, advice)
     grids = [sorted(f"{m.grid[0]}x{m.grid[1]}" for m in each) for each in (first, second)]
     if not set(grids[0]) & set(grids[1]):
         raise ValueError(

@@ -15,7 +15,7 @@ import numpy as np
 from flashar_pl.data.account import Account, is_hidden
 from flashar_pl.data.folders import list_images
 from flashar_pl.data.manifest import SPLITS, ConditionSpec
-from flashar_pl.data.sources import ImageFolder, Names, Source, read_file
+from flashar_pl.data.sources import Files, ImageFolder, Names, Source
 from flashar_pl.image_files import Unreadable
 
 GIVEN = {"train": ("train", "training"), "validation": ("validation", "val", "valid"), "test": ("test",)}
@@ -25,24 +25,16 @@ SHARE = 0.05
 ELSEWHERE = "in other splits"
 
 
-class OneClass(Source):
+class OneClass(Files):
     """All images below a folder as one class, whatever their sub-folders."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser()
         self.account = Account()
         self._paths = Names(list_images(self.root, self.account))
+        self._labels = np.zeros(len(self._paths), np.int32)
         self.class_names = (self.root.resolve().name or "pictures",)
         self.condition = ConditionSpec("class", num_classes=1)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def where(self, index: int) -> str:
-        return str(self.root / self._paths[index])
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        return read_file(self.where(index)), 0
 
     def fingerprint(self) -> str:
         return self._paths.digest()
@@ -92,11 +84,12 @@ def split_pictures(folder: str | Path, one_class: bool = False) -> tuple[dict[st
         raise ValueError(f"{folder} is no folder; expected one with pictures, or with a sub-folder of them a class.")
     given = {split: place for split in SPLITS if (place := _given(root, split)) is not None}
     if "train" not in given:
-        cut = _cut(_whole(root, one_class, None), SPLITS[1:])
+        whole = _whole(root, one_class, None)
+        cut = parts(whole, assign(*_contents(whole), SPLITS[1:]))
         return cut, _words(cut, "by content")
     train = _whole(given["train"], one_class, None)
     missing = tuple(split for split in SPLITS[1:] if split not in given)
-    found = _cut(train, missing) if missing else {"train": train}
+    found = parts(train, assign(*_contents(train), missing)) if missing else {"train": train}
     for split in SPLITS[1:]:
         if split in given:
             found[split] = _whole(given[split], one_class or isinstance(train, OneClass), train)
@@ -124,19 +117,17 @@ def _whole(root: Path, one_class: bool, like: Source | None) -> Source:
     return found
 
 
-def _cut(whole: Source, splits: tuple[str, ...]) -> dict[str, Source]:
-    """Cut validation, test or both from a source; the rest is train."""
-    names = assign(*_contents(whole), splits)
-    parts: dict[str, Source] = {}
-    for split in ("train", *splits):
-        chosen = np.flatnonzero(names == split)  # (n,)
+def parts(whole: Source, names: np.ndarray) -> dict[str, Source]:
+    """Split -> the samples of a source whose split (N,) it is. That of training answers for all that it holds."""
+    found: dict[str, Source] = {}
+    for split in filter(set(names).__contains__, SPLITS):
+        chosen, others = np.flatnonzero(names == split), np.flatnonzero(names != split)
         account = Account(used=len(chosen))
-        if split == "train":  # it answers for all that the folder holds
+        if split == "train":
             account.left_out, account.examples = dict(whole.account.left_out), dict(whole.account.examples)
-            others = np.flatnonzero(names != split)
             account.leave_out(ELSEWHERE, whole.where(int(others[0])), len(others))
-        parts[split] = Part(whole, chosen, account)
-    return parts
+        found[split] = Part(whole, chosen, account)
+    return found
 
 
 def _contents(whole: Source) -> tuple[list[str], list[int]]:

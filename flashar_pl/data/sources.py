@@ -79,7 +79,27 @@ class Names:
         return found.hexdigest()[:16]
 
 
-class ImageFolder(Source):
+class Files(Source):
+    """Files below a folder, with their class ids."""
+
+    root: Path
+    _paths: Names
+    _labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def where(self, index: int) -> str:
+        return str(self.root / self._paths[index])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        return read_file(self.where(index)), int(self._labels[index])
+
+    def fingerprint(self) -> str:
+        return self._paths.digest(self._labels)
+
+
+class ImageFolder(Files):
     """Images in one sub-folder for each class; `classes` names them in the order of their ids.
 
     Otherwise order and ids are those of torchvision's ImageFolder: classes sorted by name, within a class the folders
@@ -120,18 +140,6 @@ class ImageFolder(Source):
         self._paths = Names(path for _, paths in held for path in paths)
         self.class_names = tuple(classes)
         self.condition = ConditionSpec("class", num_classes=len(classes))
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def where(self, index: int) -> str:
-        return str(self.root / self._paths[index])
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        return read_file(self.where(index)), int(self._labels[index])
-
-    def fingerprint(self) -> str:
-        return self._paths.digest(self._labels)
 
 
 class TarSource(Source):

@@ -35,7 +35,16 @@ from flashar_pl import locks
 from flashar_pl.data.account import Account
 from flashar_pl.data.encode import check_weights
 from flashar_pl.data.items import Item, Items
-from flashar_pl.data.manifest import FILE_NAME, SPLITS, Manifest, Shard, check_names, sub_manifests, without_path
+from flashar_pl.data.manifest import (
+    FILE_NAME,
+    SPLITS,
+    Manifest,
+    Shard,
+    check_alike,
+    check_names,
+    sub_manifests,
+    without_path,
+)
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
 from flashar_pl.data.writer import ShardWriter
@@ -229,13 +238,9 @@ def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
             "or --split."
         )
     own = replace(present, **job.facts, grid=job.grid or present.grid, splits={}, class_names=())
-    there = present.shared | {"grid": present.grid}
-    for name, value in (own.shared | {"grid": own.grid}).items():
-        if there[name] != value:
-            raise ValueError(
-                f"{present.root} has {name} {there[name]}, this job makes {value}; both splits must agree. "
-                "Choose another --out, or the same settings."
-            )
+    there, made = (each.shared | {"grid": each.grid} for each in (present, own))
+    advice = "both splits must agree. Choose another --out, or the same settings."
+    check_alike(present.root, there, "this job makes", made, advice)
 
 
 def _finished(job: Job) -> dict[int, int]:

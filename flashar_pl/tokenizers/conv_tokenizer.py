@@ -6,11 +6,10 @@ M = B * H * W vectors to look up.
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +92,13 @@ class ConvTokenizer(Tokenizer):
         """The code vectors, random."""
         return Codebook(self.spec.codes, self.spec.dim)
 
-    @abstractmethod
     def from_uint8(self, images: Tensor) -> Tensor:
         """uint8 to float32 in [-1, 1], as in the published training code."""
+        return images.float() / 127.5 - 1
 
-    @abstractmethod
     def to_uint8(self, images: Tensor) -> Tensor:
         """Values around [-1, 1] to uint8, as in the published sampling code (truncated, not rounded)."""
+        return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
     def official_name(self, name: str) -> str:
         """The published name of one of our parameters."""
@@ -187,3 +186,26 @@ def codebook_shape(state: Mapping[str, Tensor], what: str) -> tuple[int, int]:
     if not isinstance(table, Tensor) or table.ndim != 2:
         raise ValueError(f"this is not {what}: it has no matrix 'quantize.embedding.weight'.")
     return table.shape[0], table.shape[1]
+
+
+def check_settings(what: str, config: Mapping[str, Any], needed: Iterable[str], fixed: Mapping[str, Any]) -> None:
+    """ValueError where published settings lack one that is needed, or have another value than the one there is."""
+    if missing := [key for key in needed if key not in config]:
+        raise ValueError(f"the {what}'s settings lack {', '.join(missing)}; they have {', '.join(map(str, config))}.")
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"the {what}'s settings have {key} = {config[key]!r}; this reader knows only {value}.")
+
+
+def check_codebook(config: Mapping[str, Any], **sizes: int) -> None:
+    """ValueError where published settings say another size than the codebook's tensor has."""
+    for key, found in sizes.items():
+        if config.get(key, found) != found:
+            raise ValueError(f"the settings say {key} = {config[key]}, but the codebook's tensor says {found}.")
+
+
+def net_specs(config: Mapping[str, Any], attention: tuple[bool, ...], latent: int) -> tuple[NetSpec, NetSpec]:
+    """Encoder and decoder, which has a block more a level, of published settings."""
+    widths = tuple(int(config["ch"]) * int(multiplier) for multiplier in config["ch_mult"])
+    encoder = NetSpec(int(config["ch"]), widths, int(config["num_res_blocks"]), attention, latent)
+    return encoder, replace(encoder, stem=widths[-1], blocks=encoder.blocks + 1)

@@ -7,17 +7,21 @@ Source: Shi et al. 2024 (index backpropagation quantisation); the files of BAAI/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from flashar_pl.renames import official_state_dict
 from flashar_pl.text_files import naming
-from flashar_pl.tokenizers.conv_tokenizer import ConvTokenizer, TokenizerSpec, codebook_shape, load_strict
-from flashar_pl.tokenizers.convnet import NetSpec, taming_name
+from flashar_pl.tokenizers.conv_tokenizer import (
+    ConvTokenizer,
+    TokenizerSpec,
+    check_codebook,
+    check_settings,
+    codebook_shape,
+    load_strict,
+    net_specs,
+)
+from flashar_pl.tokenizers.convnet import taming_name
 from flashar_pl.tokenizers.files import read_settings, read_weights, require_file
 
 ADVICE = (
@@ -74,12 +78,6 @@ class IBQ(ConvTokenizer):
         stored = {"weights": self.weights, "settings": self.settings, "decode_dtype": self.decode_dtype}
         return {"kind": "ibq", **stored}
 
-    def from_uint8(self, images: Tensor) -> Tensor:
-        return images.float() / 127.5 - 1
-
-    def to_uint8(self, images: Tensor) -> Tensor:
-        return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-
 
 def read_ibq_settings(config: Mapping[str, Any], codes: int, dim: int) -> TokenizerSpec:
     """Sizes from published settings; `codes` and `dim` are those of the codebook's tensor, and must agree with them.
@@ -89,22 +87,14 @@ def read_ibq_settings(config: Mapping[str, Any], codes: int, dim: int) -> Tokeni
     """
     outer, net = _find_ddconfig(config) or (config, config)
     needed = ("ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "z_channels")
-    if missing := [key for key in needed if key not in net]:
-        raise ValueError(f"the tokenizer's settings lack {', '.join(missing)}; they have {', '.join(map(str, net))}.")
-    for key, fixed in (("in_channels", 3), ("out_ch", 3), ("double_z", False)):
-        if net.get(key, fixed) != fixed:
-            raise ValueError(f"the tokenizer's settings have {key} = {net[key]!r}; this reader knows only {fixed}.")
-    for key, found in (("codebook_size", codes), ("n_embed", codes), ("embed_dim", dim)):
-        if outer.get(key, found) != found:
-            raise ValueError(f"the settings say {key} = {outer[key]}, but the codebook's tensor says {found}.")
+    check_settings("tokenizer", net, needed, fixed={"in_channels": 3, "out_ch": 3, "double_z": False})
+    check_codebook(outer, codebook_size=codes, n_embed=codes, embed_dim=dim)
     try:
-        widths = tuple(int(net["ch"]) * int(multiplier) for multiplier in net["ch_mult"])
-        attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in range(len(widths)))
-        blocks, latent = int(net["num_res_blocks"]), int(net["z_channels"])
+        levels = range(len(net["ch_mult"]))
+        attention = tuple(int(net["resolution"]) // 2**level in net["attn_resolutions"] for level in levels)
+        return TokenizerSpec(*net_specs(net, attention, int(net["z_channels"])), codes, dim)
     except (TypeError, OverflowError) as error:
         raise ValueError(f"the tokenizer's settings cannot be used: {error}.") from error
-    encoder = NetSpec(int(net["ch"]), widths, blocks, attention, latent)
-    return TokenizerSpec(encoder, replace(encoder, stem=widths[-1], blocks=blocks + 1), codes, dim)
 
 
 def _find_ddconfig(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ from flashar_pl.tokenizers.conv_tokenizer import (
     ConvTokenizer,
     TokenizerSpec,
     best_codes,
+    check_codebook,
+    check_settings,
     codebook_shape,
     load_strict,
+    net_specs,
 )
-from flashar_pl.tokenizers.convnet import NetSpec, taming_name
+from flashar_pl.tokenizers.convnet import taming_name
 from flashar_pl.tokenizers.files import read_weights, require_file
 from flashar_pl.tokenizers.multi_scale_codebook import PATCH_NUMS, MultiScaleCodebook, check_patch_nums, shrink
 
@@ -155,27 +158,6 @@ class MultiScaleVQ(ConvTokenizer):
             "decode_dtype": self.decode_dtype,
         }
 
-    def settings(self) -> dict[str, Any]:
-        """The published settings, as `from_official` takes them."""
-        encoder, spec = self.spec.encoder, self.spec
-        return {
-            "ch": encoder.stem,
-            "ch_mult": [width // encoder.stem for width in encoder.widths],
-            "num_res_blocks": encoder.blocks,
-            "z_channels": spec.dim,
-            "vocab_size": spec.codes,
-            "patch_nums": list(self.patch_nums),
-            "share_quant_resi": spec.phis,
-            "quant_resi": spec.residual,
-            "quant_conv_ks": spec.kernel,
-        }
-
-    def from_uint8(self, images: Tensor) -> Tensor:
-        return images.float() / 127.5 - 1
-
-    def to_uint8(self, images: Tensor) -> Tensor:
-        return ((images + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-
     def check_images(self, images: Tensor, floating: bool) -> None:
         super().check_images(images, floating)
         height, width = images.shape[2:]
@@ -256,17 +238,6 @@ def check_ids(ids: Tensor, length: int, vocabulary: int, what: str) -> None:
             raise ValueError(f"ids lie in {low} .. {high}; {what} has codes 0 .. {vocabulary - 1}.")
 
 
-def published_settings(side: int = 256) -> dict[str, Any]:
-    """Settings of the published file for images of `side` x `side` pixels, as `MultiScaleVQ.from_official` takes them.
-
-    One file serves both sides; only the scales differ. ValueError for a side without published scales.
-    """
-    if side not in PATCH_NUMS:
-        raise ValueError(f"side is {side}; expected one of {', '.join(map(str, PATCH_NUMS))}.")
-    sizes = {"ch": 160, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 32, "vocab_size": 4096}
-    return {**sizes, "patch_nums": list(PATCH_NUMS[side])}
-
-
 def tensor_sizes(state: Mapping[str, Any]) -> dict[str, Any]:
     """All published settings that the tensors of a state dict tell, that is, all but patch_nums and quant_resi.
 
@@ -294,21 +265,10 @@ def tensor_sizes(state: Mapping[str, Any]) -> dict[str, Any]:
 def read_spec(config: Mapping[str, Any], codes: int, dim: int) -> MultiScaleSpec:
     """Sizes from published settings; `codes` and `dim` are those of the codebook's tensor, and must agree with them."""
     needed = ("ch", "ch_mult", "num_res_blocks", "z_channels", "patch_nums")
-    if missing := [key for key in needed if key not in config]:
-        raise ValueError(
-            f"the settings of the multi-scale VQ lack {', '.join(missing)}; they have {', '.join(config)}."
-        )
-    for key, found in (("vocab_size", codes), ("z_channels", dim)):
-        if config.get(key, found) != found:
-            raise ValueError(f"the settings say {key} = {config[key]}, but the codebook's tensor says {found}.")
-    if config.get("using_znorm", False):
-        raise ValueError("the settings have using_znorm = True; this reader knows only False, as published.")
-    widths = tuple(int(config["ch"]) * int(multiplier) for multiplier in config["ch_mult"])
-    attention = (False,) * (len(widths) - 1) + (True,)
-    encoder = NetSpec(int(config["ch"]), widths, int(config["num_res_blocks"]), attention, dim)
+    check_settings("multi-scale VQ", config, needed, fixed={"using_znorm": False})
+    check_codebook(config, vocab_size=codes, z_channels=dim)
     return MultiScaleSpec(
-        encoder,
-        replace(encoder, stem=widths[-1], blocks=encoder.blocks + 1),
+        *net_specs(config, (False,) * (len(config["ch_mult"]) - 1) + (True,), dim),
         codes,
         dim,
         kernel=int(config.get("quant_conv_ks", 3)),

@@ -12,7 +12,7 @@ from toy_shards import GRID, VOCABULARY, sample_codes, write_classes
 
 from flashar_pl.backbones import Conditioning
 from flashar_pl.data.datamodules import CodesDataModule
-from flashar_pl.data.manifest import Record, Shard, check_matches, code_dtype
+from flashar_pl.data.manifest import Record, Shard, check_matches, code_dtype, load_grids
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, verify
 from flashar_pl.files import digest
 
@@ -216,6 +216,14 @@ def test_an_interrupted_or_empty_writer_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No sample was written"), writer_for(tmp_path / "t", CLASS):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_the_home_directory(toy: Manifest, monkeypatch) -> None:
+    """No shell writes out the ~ of a YAML file."""
+    folder = Path(toy.root)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for place in (f"~/{folder.name}", f"~/{folder.name}/manifest.json"):
+        assert Manifest.load(place).root == load_grids(place)[0].root == toy.root
 
 
 def test_missing_manifest_names_the_command(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from flashar_pl.tokenizers import MultiScaleVQ
 from flashar_pl.tokenizers.convnet import NetSpec
 from flashar_pl.tokenizers.multi_scale_codebook import phi_index
-from flashar_pl.tokenizers.multi_scale_vq import MultiScaleSpec, published_settings, read_spec
+from flashar_pl.tokenizers.multi_scale_vq import PATCH_NUMS, MultiScaleSpec, read_spec, tensor_sizes
 
 PIXELS = {"atol": 2e-4, "rtol": 0.0}
 
@@ -71,15 +71,14 @@ def test_export_is_bit_exact():
 
 
 def test_published_size():
+    published = {"ch": 160, "ch_mult": [1, 1, 2, 2, 4], "num_res_blocks": 2, "z_channels": 32, "vocab_size": 4096}
     with torch.device("meta"):
-        model = MultiScaleVQ(read_spec(published_settings(256), 4096, 32))
+        model = MultiScaleVQ(read_spec({**published, "patch_nums": PATCH_NUMS[256]}, 4096, 32))
     assert sum(p.numel() for p in model.parameters()) == 108_948_355
     assert len(model.to_official()) == 324
     assert (model.downsample, model.length) == (16, 680)
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    assert sum(p * p for p in published_settings(512)["patch_nums"]) == 2240
-    with pytest.raises(ValueError, match="side is 384; expected one of 256, 512"):
-        published_settings(384)
+    assert sum(p * p for p in PATCH_NUMS[512]) == 2240
     assert (counts["encoder"], counts["decoder"], counts["quantize"]) == (44_107_872, 64_653_923, 168_064)
 
 
@@ -127,8 +126,8 @@ def test_wrong_images_and_ids():
         MultiScaleVQ(vq.spec).double().decode_float(torch.zeros(1, 30, dtype=torch.int64))
 
 
-def test_the_settings_lead_to_the_same_tokenizer():
+def test_the_tensors_tell_the_settings():
     vq = var_golden.tokenizer()
-    again = MultiScaleVQ.from_official(vq.to_official(), vq.settings())
+    again = MultiScaleVQ.from_official(vq.to_official(), tensor_sizes(vq.to_official()) | {"patch_nums": vq.patch_nums})
     assert again.spec == vq.spec
     assert isinstance(again.quantize.phi, nn.ModuleList)
