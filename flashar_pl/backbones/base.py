@@ -151,8 +151,8 @@ class Backbone(nn.Module, ABC):
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
         """The rotation of every position, (1 or R, P + S, E / 2, 2) float32."""
 
-    def make_block(self) -> nn.Module:
-        """A new block of this backbone's sizes, for itself and for branches."""
+    def make_block(self, layer: int = 0) -> nn.Module:
+        """A new block of this backbone's sizes, for its `layer` and for branches that clone that."""
         block = Block(self.block)
         block.apply(initialise)
         return block

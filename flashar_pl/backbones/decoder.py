@@ -96,7 +96,7 @@ class Decoder(Backbone):
         self.published_cfg_scale = config.cfg_scale or self.published_cfg_scale
         self.code_pixels = config.code_pixels
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.blocks = nn.ModuleList(self.make_block() for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(map(self.make_block, range(config.n_layer)))
         if config.code_width is None:
             self.norm: nn.Module = RMSNorm(config.dim, config.norm_eps)
             self.head = nn.Linear(config.dim, config.head_rows, bias=False)
@@ -115,6 +115,25 @@ class Decoder(Backbone):
         is known."""
         known = any(options.get(name) is not None for name in ("unconditional_prompt", "null_token_id"))
         return {"heads": "visual", "condition_dropout": 0.1 if known else 0.0}
+
+    def make_block(self, layer: int = 0) -> nn.Module:
+        block = super().make_block(layer)
+        if self.config.text_layers is not None and layer in range(*self.config.text_layers):
+            block.text_passes = False
+        return block
+
+    def check_condition(self, given: Given, batch: int | None = None) -> Condition:
+        found, first = super().check_condition(given, batch), self.config.first_image_token
+        if self.config.text_layers is None:
+            return found
+        assert isinstance(found, Prompts)
+        for ids in found:
+            if ids.device.type == "cpu" and int(ids[-1]) < first:
+                raise ValueError(
+                    f"a prefix ends with token {int(ids[-1])}, which is text; expected one of images, from {first} on, "
+                    "as text has a final norm of its own."
+                )
+        return found
 
     def to_transformers(self) -> dict[str, Tensor]:
         """The state dict that `from_transformers` read, under the same keys, bit-exact."""
@@ -251,6 +270,8 @@ class Decoder(Backbone):
         """Causal text logits: for each 1-D id tensor (T,), (T, vocabulary) float32; row t predicts token t + 1."""
         if self.config.heads != "full":
             raise ValueError('token_logits scores the whole vocabulary; load the model with heads="full".')
+        if self.config.text_layers is not None:
+            raise ValueError("text of this model has a final norm of its own, which is not kept; only codes are scored.")
         self.check_condition(ids)
         prefix = self.prefix(ids)
         plan = raster_plan(1, 1)

@@ -74,10 +74,13 @@ class DecoderConfig:
     """Pairs of them that turn with time, row and column, in turn (M-RoPE); codes then stand at their row and column.
     None = every position is one number."""
     first_image_token: int | None = None
-    """First of the token ids of images, which have a feed-forward of their own in every block (MammothModa2); None =
-    all tokens have the same."""
+    """First of the token ids of images, which have a feed-forward of their own in every block (MammothModa2), or blocks
+    of their own (`text_layers`); None = all tokens have the same."""
     image_layers: tuple[int, int] | None = None
     """Blocks [begin, end) that have it in the published weights; in others it repeats that of text. None = all."""
+    text_layers: tuple[int, int] | None = None
+    """Blocks [begin, end) that text goes through; other blocks see it and leave it as it is, and its final norm, another
+    one, is not kept (X-Omni). None = all."""
     text_rows: int | None = None
     """Rows of their embedding and head of text, where those of images are tensors of their own; None = they are not."""
     preview_side: int | None = None
@@ -110,7 +113,8 @@ class DecoderConfig:
     """Pixels of a code along each side."""
 
     def __post_init__(self) -> None:
-        for name in ("unconditional_prompt", "code_ids", "usual_grid", "rope_sections", "image_layers"):
+        names = ("unconditional_prompt", "code_ids", "usual_grid", "rope_sections", "image_layers", "text_layers")
+        for name in names:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.knows_null and self.boi_token_id is None:
@@ -228,4 +232,7 @@ class DecoderConfig:
     def block(self) -> BlockConfig:
         """Sizes of one block."""
         dropout = dict.fromkeys(("attn_dropout", "resid_dropout", "ffn_dropout"), self.dropout)
-        return BlockConfig.of(self, rope_interleaved=False, text_ffn=self.first_image_token is not None, **dropout)
+        text = {"text_ffn": self.first_image_token is not None, "text_passes": False}
+        if self.text_layers is not None:
+            text = {"text_ffn": False, "text_passes": True}
+        return BlockConfig.of(self, rope_interleaved=False, **text, **dropout)

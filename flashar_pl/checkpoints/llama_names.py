@@ -38,7 +38,7 @@ def block_renames(config: DecoderConfig, ours: str, theirs: str, own: Names = OW
 
 def kinds(config: DecoderConfig, layer: int) -> Names:
     """Names of both feed-forwards of a block, where text has one of its own."""
-    if config.first_image_token is None:
+    if not config.block.text_ffn:
         return {}
     begin, end = config.image_layers or (0, config.n_layer)
     image = "gen_mlp" if begin <= layer < end else "mlp"
@@ -49,12 +49,14 @@ def kinds(config: DecoderConfig, layer: int) -> Names:
     }
 
 
-def body_renames(config: DecoderConfig, ours: str, official: str, own: Names = OWN) -> Iterator[Rename]:
-    """Names of embedding, blocks and final norm under the given prefixes."""
-    yield Rename(f"{ours}embedding.weight", (f"{official}embed_tokens.weight",))
+def body_renames(
+    config: DecoderConfig, ours: str, official: str, own: Names = OWN, outer: tuple[str, str] = ("embed_tokens", "norm")
+) -> Iterator[Rename]:
+    """Names of embedding, blocks and final norm under the given prefixes. outer: theirs of the first and the last."""
+    yield Rename(f"{ours}embedding.weight", (f"{official}{outer[0]}.weight",))
     for i in range(config.n_layer):
         yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.", {**own, **kinds(config, i)})
-    yield Rename(f"{ours}norm.weight", (f"{official}norm.weight",))
+    yield Rename(f"{ours}norm.weight", (f"{official}{outer[1]}.weight",))
 
 
 def head_rename(config: DecoderConfig, ours: str, official: str) -> Rename:

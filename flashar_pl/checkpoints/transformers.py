@@ -16,11 +16,11 @@ from flashar_pl.checkpoints.description import check_layers
 from flashar_pl.checkpoints.llama_names import HEAD, body_renames, head_rename, is_table
 from flashar_pl.renames import Rename, StateDict, TensorSource, build_filled, split_rows
 
-EMBEDDING, IMAGE_HEAD = "embed_tokens.weight", "gen_head.weight"
 OTHER_PARTS = {
     "vqmodel", "vision_model", "aligner", "visual", "gen_vae", "gen_transformer", "gen_image_condition_refiner",
+    "image_tokenizer", "lm_norm",
 }  # fmt: skip
-"""Image encoders and decoders beside the language model, by a part of their tensors' names."""
+"""Image encoders and decoders beside the language model, and what it has for text alone, by a part of their names."""
 
 
 class Joined(TensorSource):
@@ -61,7 +61,7 @@ class LanguageModel(TensorSource):
         self.family = known_family(values, source)
         text = (values.get("llm_config") or values).get("text_config") or values
         check_layers(text, "num_hidden_layers", len(keys))
-        prefix, config = text_prefix(keys, values), self.family.config(values)
+        prefix, config = text_prefix(keys, values, self.family), self.family.config(values)
         head = min((key for key in keys if _is_head(key)), key=len, default=HEAD)
         tied = head not in keys and config.code_width is None
         if tied and not (values.get("tie_word_embeddings") or text.get("tie_word_embeddings")):
@@ -73,7 +73,7 @@ class LanguageModel(TensorSource):
             tied_head=tied,
             heads=heads if config.code_width is None and config.has_codes else config.heads,
         )
-        pairs = joined(self.config)
+        pairs = joined(self.config, self.family)
         if absent := [key for key in pairs.values() if key not in keys]:
             raise ValueError(f"{self.name} has no {', '.join(absent)}, and config.json says that it has.")
         self.inner = Joined(source, pairs)
@@ -100,7 +100,7 @@ class LanguageModel(TensorSource):
 
     def _stored(self, key: str) -> str:
         tied = self.config.tied_head and key == self.config.head_key
-        return self.config.text_prefix + EMBEDDING if tied else key
+        return embedding_key(self.config, self.family) if tied else key
 
     def renames(self, ours: str = "", head: str = "head") -> list[Rename]:
         """Names of everything that a decoder reads. ours: prefix of our names; head: our name of the head."""
@@ -110,7 +110,7 @@ class LanguageModel(TensorSource):
 def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "head") -> list[Rename]:
     """Our names and theirs. Rows of a full head: see `DecoderConfig.head_order`."""
     text = config.text_prefix
-    found = [*body_renames(config, ours, text, family.block_names)]
+    found = [*body_renames(config, ours, text, family.block_names, family.body_names)]
     if config.code_width is None:
         return [*found, head_rename(config, f"{head}.weight", config.head_key)]
     outer = text.removesuffix("language_model.")
@@ -121,14 +121,19 @@ def renames(config: DecoderConfig, family: Family, ours: str = "", head: str = "
     return found
 
 
-def joined(config: DecoderConfig) -> dict[str, str]:
+def embedding_key(config: DecoderConfig, family: Family) -> str:
+    """Their name of the embedding."""
+    return f"{config.text_prefix}{family.body_names[0]}.weight"
+
+
+def joined(config: DecoderConfig, family: Family) -> dict[str, str]:
     """Their tensors of text that go on in another one of images."""
     if config.text_rows is None:
         return {}
-    embedding = config.text_prefix + EMBEDDING
+    embedding, head = (f"{name}.weight" for name in family.image_names)
     return {
-        embedding: config.text_prefix + "gen_" + EMBEDDING,
-        config.head_key: config.head_key.removesuffix(HEAD) + IMAGE_HEAD,
+        embedding_key(config, family): config.text_prefix + embedding,
+        config.head_key: config.head_key.removesuffix(HEAD) + head,
     }
 
 
@@ -161,14 +166,15 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
     ours = {**backbone.state_dict(), "head.weight": backbone.head.weight}
     if backbone.head.bias is not None:
         ours["head.bias"] = backbone.head.bias
-    found = split_rows(ours, renames(config, KNOWN[config.model_type]))
+    family = KNOWN[config.model_type]
+    found = split_rows(ours, renames(config, family))
     _check_repeated(config, ours)
     for key, tensor in found.items():
         if (order := row_order(config, key)) is not None:
             found[key] = tensor[torch.tensor(order, device=tensor.device).argsort()]
-    for key, second in joined(config).items():
+    for key, second in joined(config, family).items():
         found[key], found[second] = (part.clone() for part in found[key].tensor_split([config.text_rows or 0]))
-    if config.tied_head and not torch.equal(found.pop(config.head_key), found[config.text_prefix + EMBEDDING]):
+    if config.tied_head and not torch.equal(found.pop(config.head_key), found[embedding_key(config, family)]):
         raise ValueError(
             "config.json ties the head to the embedding, and training has parted them; save it as a FlashAR checkpoint."
         )
@@ -228,10 +234,11 @@ def _closest_family(source: TensorSource) -> str | None:
     return "qwen2" if f"{first}self_attn.q_proj.bias" in keys else "llama"
 
 
-def text_prefix(keys: Iterable[str], values: Mapping[str, Any]) -> str:
+def text_prefix(keys: Iterable[str], values: Mapping[str, Any], family: Family) -> str:
     """What stands before the names of the language model. Raises ValueError where there is none."""
-    found = sorted((key for key in keys if key == EMBEDDING or key.endswith("." + EMBEDDING)), key=len)
+    name = f"{family.body_names[0]}.weight"
+    found = sorted((key for key in keys if key == name or key.endswith("." + name)), key=len)
     if not found:
         kind = values.get("model_type")
-        raise ValueError(f"the state dict has no {EMBEDDING}; expected the weights of a model of type {kind!r}.")
-    return found[0].removesuffix(EMBEDDING)
+        raise ValueError(f"the state dict has no {name}; expected the weights of a model of type {kind!r}.")
+    return found[0].removesuffix(name)

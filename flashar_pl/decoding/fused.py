@@ -54,8 +54,8 @@ def refusal(model: GridModel) -> str | None:
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"
-    if config.text_ffn:
-        return "text has a feed-forward of its own"
+    if config.text_ffn or config.text_passes:
+        return "text is treated otherwise than codes"
     if config.head_dim % 2:
         return f"the head width {config.head_dim} is odd"
     blocks = [module for module in model.modules() if isinstance(module, Block)]

@@ -64,6 +64,9 @@ class BlockConfig:
     text_ffn: bool = False
     """Whether text has a feed-forward of its own, of the same sizes; the last pair of `rope` then says what is a code
     (see `Block.forward`)."""
+    text_passes: bool = False
+    """Whether text passes by: other positions see it, and it stays as it is. The last pair of `rope` as above; a
+    backbone may clear `Block.text_passes` of some blocks."""
     rope_interleaved: bool = True
     """RoPE pairs: (2i, 2i + 1) if true, (i, i + E / 2) otherwise."""
     attn_dropout: float = 0.0
@@ -208,6 +211,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
         self.feed_forward = FeedForward(config)
         self.text_feed_forward = FeedForward(config) if config.text_ffn else None
+        self.knows_text, self.text_passes = config.text_ffn or config.text_passes, config.text_passes
         self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.recompute = False
         """Keep only the inputs for the backward pass, which runs the block again (activation checkpointing)."""
@@ -224,8 +228,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Rope, mask: Mask = None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """x (R, L, D) -> (R, L, D).
 
-        With a cache, keys and values are appended to its `layer` and everything filled so far is visible. With a
-        feed-forward of text, `rope` has a pair more: 1 at positions that are codes, 0 at text, which is in the prefix
+        With a cache, keys and values are appended to its `layer` and everything filled so far is visible. Where text
+        is treated otherwise, `rope` has a pair more: 1 at positions that are codes, 0 at text, which is in the prefix
         alone: what comes after a prefix is codes.
         """
         if self.recompute and torch.is_grad_enabled():
@@ -233,12 +237,15 @@ class Block(nn.Module):
         return self._compute(x, rope, mask, cache, layer)
 
     def _compute(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, layer: int) -> Tensor:
-        if self.text_feed_forward is not None:
+        code = None
+        if self.knows_text:
             rope, code = rope[..., :-1, :], rope[..., -1, :1] > 0  # (X, L, 1)
         q, k, v = self.before(x, rope)
         y = self.attention.attend(q, k, v, mask, cache, layer)
-        if self.text_feed_forward is None or (cache is not None and cache.filled):
+        if code is None or (cache is not None and cache.filled):
             return self.after(x, y)
+        if self.text_feed_forward is None:
+            return torch.where(code, self.after(x, y), x) if self.text_passes else self.after(x, y)
         x = x + self.attention_post_norm(self.attention.output(y))
         h = self.ffn_norm(x)
         return x + self.ffn_post_norm(torch.where(code, self.feed_forward(h), self.text_feed_forward(h)))

@@ -83,7 +83,7 @@ class FlashAR(GridModel):
         head = backbone.release_head()
         like = head.weight
         with torch.device("meta"):
-            blocks = [backbone.make_block() for _ in range(self.vertical_layers)]
+            blocks = [backbone.make_block(self.first_cloned + i) for i in range(self.vertical_layers)]
             self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.device(like.device):
@@ -96,6 +96,11 @@ class FlashAR(GridModel):
             vertical_head.to_empty(device=like.device).to(like.dtype)
             self.init_vertical_from_backbone()
         self.train(backbone.training)
+
+    @property
+    def first_cloned(self) -> int:
+        """The layer of which the first block of the vertical branch is a clone (Sec. 4.1)."""
+        return min(self.branch_layer, self.backbone.n_layer - self.vertical_layers)
 
     @property
     def method(self) -> str:  # type: ignore[override]
@@ -112,8 +117,7 @@ class FlashAR(GridModel):
     @torch.no_grad()
     def init_vertical_from_backbone(self) -> None:
         """Copy the top layers, the final norm and the head into the vertical branch (Sec. 4.1)."""
-        first = min(self.branch_layer, self.backbone.n_layer - self.vertical_layers)
-        cloned = self.backbone.blocks[first : first + self.vertical_layers]
+        cloned = self.backbone.blocks[self.first_cloned : self.first_cloned + self.vertical_layers]
         for block, source in zip(self.vertical.blocks, cloned, strict=True):
             block.load_state_dict(source.state_dict())
         self.vertical.norm.load_state_dict(self.backbone.norm.state_dict())

@@ -119,6 +119,49 @@ def mammothmoda2(span: str = "") -> tuple[Any, dict[str, Any]]:
     return model, {"model_type": "mammothmoda2", "llm_config": {"text_config": values}, **places}
 
 
+class TwoNorms(torch.nn.Module):
+    """A final norm of text, and one of images."""
+
+    def __init__(self, lm_norm: torch.nn.Module, mm_norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.lm_norm, self.mm_norm = lm_norm, mm_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(TwoKinds.image, self.mm_norm(x), self.lm_norm(x))
+
+
+def x_omni() -> tuple[Any, dict[str, Any]]:
+    """A Qwen2 whose first and last layers change tokens of images only, as X-Omni's published code has it.
+
+    60 tokens of text, then 30 codes and 10 others of images.
+    """
+    config = transformers.Qwen2Config(**{**TEXT, "vocab_size": 100, "num_hidden_layers": 3})
+    model = transformers.Qwen2ForCausalLM(config)
+
+    def passing(run: Callable) -> Callable:
+        return lambda x, *args, **options: torch.where(TwoKinds.image, run(x, *args, **options), x)
+
+    for layer in (model.model.layers[0], model.model.layers[2]):
+        layer.forward = passing(layer.forward)
+    model.model.norm = TwoNorms(model.model.norm, type(model.model.norm)(32))
+    sizes = {"num_mm_adap_layers": 1, "num_mm_head_layers": 1, "mm_vocab_size": 40, "image_vocab_size": 30}
+    return model, {**config.to_dict(), **sizes, "model_type": "x-omni", "vocab_size": 60}
+
+
+def x_omni_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of X-Omni."""
+    found = {key.replace(".norm.", "."): value for key, value in state.items() if key not in SPLIT}
+    for key, (text, image) in SPLIT.items():
+        found[text], found[image] = state[key][:60].clone(), state[key][60:].clone()
+    return found
+
+
+SPLIT = {
+    "model.embed_tokens.weight": ("model.lm_embed_tokens.weight", "model.mm_embed_tokens.weight"),
+    "lm_head.weight": ("lm_head.weight", "mm_head.weight"),
+}
+
+
 def mammoth_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Under the names of MammothModa2, with a tensor of its diffusion decoder."""
     found = {"gen_vae.encoder.weight": torch.ones(2)}
@@ -155,6 +198,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "janus": janus,
     "mammothmoda2": mammothmoda2,
     "mammothmoda2_some": lambda: mammothmoda2("-1:99"),
+    "x_omni": x_omni,
     "glm_image": glm_image,
     "glm_image_plain": lambda: glm_image(
         attention_bias=False,
@@ -183,6 +227,9 @@ class Judge:
         if name.startswith("mammothmoda2"):  # with tokens of images in the prefix
             self.state = mammoth_state(self.state)
             self.prompts = [torch.cat([ids, torch.tensor([62, 7, 63])]) for ids in PROMPTS]
+        if name == "x_omni":
+            self.state = x_omni_state(self.state)
+            self.prompts = [torch.cat([ids, torch.tensor([92, 7, 93])]) for ids in PROMPTS]
         self.ours = from_transformers(self.state, self.config)
         self.janus, self.glm = name == "janus", name.startswith("glm_image")
         self.eol = self.ours.config.eol_token_id
@@ -279,6 +326,10 @@ def test_weights_come_back_under_their_names(judge: Judge) -> None:
 def test_text_logits_are_in_the_order_of_token_ids(judge: Judge) -> None:
     if judge.janus:
         pytest.skip("its heads score codes only")
+    if judge.ours.config.text_layers is not None:
+        with pytest.raises(ValueError, match="text of this model has a final norm of its own"):
+            judge.ours.token_logits(judge.prompts)
+        return
     TwoKinds.image = (judge.prompts[1] >= 60)[None, :, None]
     with torch.no_grad():
         states = judge.model.model(input_ids=judge.prompts[1][None]).last_hidden_state[0]
@@ -288,7 +339,7 @@ def test_text_logits_are_in_the_order_of_token_ids(judge: Judge) -> None:
 
 def test_cached_drawing_follows_teacher_forcing(judge: Judge) -> None:
     """Greedy and guided, in both orders: each code is the best one under the logits of the whole image."""
-    null = [torch.tensor([1, 4, 9])] * 2
+    null = [torch.cat([torch.tensor([1]), judge.prompts[0][-2:]])] * 2
     model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1)
     codes = generate(judge.ours, judge.prompts, (3, 4), plan="raster", cfg_scale=3.0, greedy=True, unconditional=null)
     logits = [judge.ours.raster_logits(codes, prompts) for prompts in (judge.prompts, null)]
@@ -359,6 +410,21 @@ def test_what_mammothmoda2_does_not_have_is_named() -> None:
     visual = from_transformers(judge.state, judge.config, heads="visual")
     expected = judge.ours.raster_logits(codes, judge.prompts)
     torch.testing.assert_close(visual.raster_logits(codes, judge.prompts), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_x_omni_does_not_have_is_named() -> None:
+    judge = Judge("x_omni")
+    codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(7))
+    with pytest.raises(ValueError, match="prefix ends with token 9, which is text; expected one of images, from 60 on"):
+        judge.ours.raster_logits(codes, PROMPTS)
+    with pytest.raises(ValueError, match="num_mm_head_layers to 1 and 3; expected 3 in all at most"):
+        from_transformers(judge.state, {**judge.config, "num_mm_head_layers": 3})
+    with pytest.raises(ValueError, match="state dict has no lm_embed_tokens.weight; expected the weights of a model"):
+        from_transformers(Judge("qwen2").state, judge.config)
+    visual = from_transformers(judge.state, {**judge.config, "boi_token_id": 92}, heads="visual")
+    whole = judge.ours.raster_logits(codes, judge.prompts)
+    torch.testing.assert_close(visual.raster_logits(codes, judge.prompts), whole, atol=1e-5, rtol=1e-5)
+    assert [ids.tolist() for ids in visual.null_condition(Prompts(judge.prompts))] == [[92, 7, 93]] * 2
 
 
 def test_wrong_input_is_named() -> None:

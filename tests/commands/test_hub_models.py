@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_named_before_long_work(hub, tmp_path: Path) -> Non
 
     assert "known: emu3, janus, chameleon, lumina_mgpt, glm_image, mammothmoda2" in refused(model_type="mystery")
     assert "like those of qwen2" in refused(model_type="mystery")
-    assert "act on image tokens only" in refused(model_type="x-omni")
+    assert "it is Janus as its authors saved it" in refused(model_type="multi_modality")
     assert "does not say which tokens are codes; add visual_token_offset" in refused(visual_token_offset=None)
     state = load_file(directory / "model.safetensors")
     bias = "model.layers.0.self_attn.q_proj.bias"

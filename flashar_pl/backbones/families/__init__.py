@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashar_pl.backbones.decoder_config import DecoderConfig
-from flashar_pl.backbones.families import chameleon, emu3, glm_image, janus, llama, mammothmoda2
+from flashar_pl.backbones.families import chameleon, emu3, glm_image, janus, llama, mammothmoda2, x_omni
 from flashar_pl.backbones.families.base import Family, Values
 
 KNOWN: dict[str, Family] = {}
@@ -13,7 +13,6 @@ ARCHITECTURES: dict[str, Family] = {}
 PRESETS: dict[str, DecoderConfig] = {}
 """Published sizes, for measurements with random weights. A checkpoint is read with its own config.json."""
 NOT_THESE = {
-    "x-omni": "its first and last layers act on image tokens only, and text passes them by",
     "multi_modality": "it is Janus as its authors saved it; use the transformers version, such as Janus-Pro-1B-hf",
     "mammothmoda2_qwen3_vl": "its published code has not been followed; MammothModa2-Preview is read",
 }
@@ -30,7 +29,7 @@ def register_family(family: Family) -> Family:
     return family
 
 
-for _module in (emu3, janus, chameleon, glm_image, mammothmoda2, llama):
+for _module in (emu3, janus, chameleon, glm_image, mammothmoda2, x_omni, llama):
     for _family in _module.FAMILIES:
         register_family(_family)
 

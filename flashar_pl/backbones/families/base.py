@@ -25,6 +25,10 @@ class Family:
     """Modules that embed and score codes beside the vocabulary: ours, theirs."""
     block_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Modules of a block that are named otherwise than Llama's: ours, theirs whose rows follow one another in it."""
+    body_names: tuple[str, str] = ("embed_tokens", "norm")
+    """Their embedding and final norm."""
+    image_names: tuple[str, str] = ("gen_embed_tokens", "gen_head")
+    """Their embedding and head of tokens of images, where those are tensors of their own (`text_rows`)."""
     architectures: tuple[str, ...] = ()
     """First of `architectures` in config.json, where that tells the family and `model_type` does not."""
     template: Template | None = None
