@@ -76,6 +76,9 @@ class Decoder(Backbone):
         r"Janus-Pro-7B": "https://huggingface.co/deepseek-community/Janus-Pro-7B",
         r"Lumina-mGPT-7B-768": "https://huggingface.co/Alpha-VLLM/Lumina-mGPT-7B-768",
         r"SimpleAR-0\.5B": "https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL",
+        r"X-Omni-En": "https://huggingface.co/X-Omni/X-Omni-En",
+        r"MammothModa2-Preview": "https://huggingface.co/bytedance-research/MammothModa2-Preview",
+        r"GLM-Image": "https://huggingface.co/zai-org/GLM-Image",
     }
     example: ClassVar[Mapping[str, Any]] = {
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,
@@ -117,9 +120,11 @@ class Decoder(Backbone):
         return {"heads": "visual", "condition_dropout": 0.1 if known else 0.0}
 
     def make_block(self, layer: int = 0) -> nn.Module:
-        block = super().make_block(layer)
-        if self.config.text_layers is not None and layer in range(*self.config.text_layers):
+        block, config = super().make_block(layer), self.config
+        if config.text_layers is not None and layer in range(*config.text_layers):
             block.text_passes = False
+        if config.image_layers is not None and layer not in range(*config.image_layers):
+            block.text_feed_forward = None
         return block
 
     def check_condition(self, given: Given, batch: int | None = None) -> Condition:
@@ -271,7 +276,9 @@ class Decoder(Backbone):
         if self.config.heads != "full":
             raise ValueError('token_logits scores the whole vocabulary; load the model with heads="full".')
         if self.config.text_layers is not None:
-            raise ValueError("text of this model has a final norm of its own, which is not kept; only codes are scored.")
+            raise ValueError(
+                "text of this model has a final norm of its own, which is not kept; codes alone are scored."
+            )
         self.check_condition(ids)
         prefix = self.prefix(ids)
         plan = raster_plan(1, 1)

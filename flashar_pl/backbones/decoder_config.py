@@ -77,10 +77,10 @@ class DecoderConfig:
     """First of the token ids of images, which have a feed-forward of their own in every block (MammothModa2), or blocks
     of their own (`text_layers`); None = all tokens have the same."""
     image_layers: tuple[int, int] | None = None
-    """Blocks [begin, end) that have it in the published weights; in others it repeats that of text. None = all."""
+    """Blocks [begin, end) that have it; in others all tokens have the same. None = all."""
     text_layers: tuple[int, int] | None = None
-    """Blocks [begin, end) that text goes through; other blocks see it and leave it as it is, and its final norm, another
-    one, is not kept (X-Omni). None = all."""
+    """Blocks [begin, end) that text goes through; others see it and leave it as it is, and its final norm, another one,
+    is not kept (X-Omni). None = all."""
     text_rows: int | None = None
     """Rows of their embedding and head of text, where those of images are tensors of their own; None = they are not."""
     preview_side: int | None = None

@@ -19,6 +19,7 @@ from flashar_pl.text_files import naming, read_json
 from flashar_pl.tokenizers.hub_text import HubText, has_tokenizer
 from flashar_pl.tokenizers.hub_vq import PART, holds_vq
 from flashar_pl.tokenizers.prompts import PromptTokenizer
+from flashar_pl.tokenizers.rank_text import RANKS, RankText
 from flashar_pl.tokenizers.text import ADVICE, RANK_FILE, Emu35Text
 
 
@@ -75,6 +76,13 @@ def hub_values(directory: Path) -> dict[str, Any]:
         found = {field: ids[token] for field, token in family.tokens.items() if token in ids}
         if family.codes_after_text and ids:
             found |= {"visual_token_offset": max(ids.values()) + 1, "num_visual_codes": family.codes_after_text}
+    places = directory / "t2i_generation_config.json"
+    if places.is_file():  # MammothModa2's
+        given = read_json(places)
+        begin, end = (given.get(f"visual_token_{side}_id") for side in ("start", "end"))
+        if isinstance(begin, int) and isinstance(end, int):
+            found |= {"visual_token_offset": begin, "num_visual_codes": end - begin}
+        found |= {key: given[key] for key in ("eol_token_id",) if key in given}
     drawing = directory / "generation_config.json"
     if drawing.is_file():
         given = read_json(drawing).get("generation_kwargs")
@@ -83,7 +91,9 @@ def hub_values(directory: Path) -> dict[str, Any]:
 
 
 def _token_ids(directory: Path) -> dict[str, int]:
-    """Token -> id, of tokenizer.json; empty where there is none."""
+    """Token -> id, of tokenizer.json or of MammothModa2's files; empty where there are none."""
+    if (directory / RANKS).is_file():
+        return RankText(directory).special
     file = directory / "tokenizer.json"
     if not file.is_file():
         return {}
@@ -116,7 +126,7 @@ def prompt_tokenizer(directory: str | Path) -> PromptTokenizer:
         folder = Path(directory).expanduser()
         if (folder / "config.json").is_file() and has_tokenizer(folder):
             known_family(read_json(folder / "config.json"))
-        raise ValueError(f"{folder} has neither {RANK_FILE} nor a model's config.json and tokenizer.json. {ADVICE}")
+        raise ValueError(f"{folder} has neither {RANK_FILE} nor a model's config.json and its tokenizer. {ADVICE}")
     return found
 
 

@@ -38,13 +38,11 @@ def block_renames(config: DecoderConfig, ours: str, theirs: str, own: Names = OW
 
 def kinds(config: DecoderConfig, layer: int) -> Names:
     """Names of both feed-forwards of a block, where text has one of its own."""
-    if not config.block.text_ffn:
+    if not config.block.text_ffn or layer not in range(*(config.image_layers or (0, config.n_layer))):
         return {}
-    begin, end = config.image_layers or (0, config.n_layer)
-    image = "gen_mlp" if begin <= layer < end else "mlp"
     return {
         f"{part}.{linear}": tuple(f"{theirs}.{name}_proj" for name in names)
-        for part, theirs in (("feed_forward", image), ("text_feed_forward", "mlp"))
+        for part, theirs in (("feed_forward", "gen_mlp"), ("text_feed_forward", "mlp"))
         for linear, names in (("w13", ("gate", "up")), ("w2", ("down",)))
     }
 

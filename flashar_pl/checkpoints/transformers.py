@@ -168,7 +168,6 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
         ours["head.bias"] = backbone.head.bias
     family = KNOWN[config.model_type]
     found = split_rows(ours, renames(config, family))
-    _check_repeated(config, ours)
     for key, tensor in found.items():
         if (order := row_order(config, key)) is not None:
             found[key] = tensor[torch.tensor(order, device=tensor.device).argsort()]
@@ -179,19 +178,6 @@ def write_transformers(backbone: Decoder) -> dict[str, Tensor]:
             "config.json ties the head to the embedding, and training has parted them; save it as a FlashAR checkpoint."
         )
     return {**found, **backbone.rest}
-
-
-def _check_repeated(config: DecoderConfig, ours: Mapping[str, Tensor]) -> None:
-    """ValueError where a block has two feed-forwards that are one in their files, and training has parted them."""
-    begin, end = config.image_layers or (0, config.n_layer)
-    for i in {*range(config.n_layer)} - {*range(begin, end)}:
-        for linear in ("w13", "w2"):
-            image, text = (ours[f"blocks.{i}.{kind}feed_forward.{linear}.weight"] for kind in ("", "text_"))
-            if not torch.equal(image, text):
-                raise ValueError(
-                    f"layer {i} has one MLP in the published model, and training has parted those of text and images; "
-                    "save it as a FlashAR checkpoint."
-                )
 
 
 def _is_beside(key: str, config: DecoderConfig) -> bool:

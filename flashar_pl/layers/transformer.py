@@ -65,8 +65,8 @@ class BlockConfig:
     """Whether text has a feed-forward of its own, of the same sizes; the last pair of `rope` then says what is a code
     (see `Block.forward`)."""
     text_passes: bool = False
-    """Whether text passes by: other positions see it, and it stays as it is. The last pair of `rope` as above; a
-    backbone may clear `Block.text_passes` of some blocks."""
+    """Whether text passes by: other positions see it, and it stays as it is. The last pair of `rope` as above. A
+    backbone may clear either for some of its blocks: `Block.text_feed_forward`, `Block.text_passes`."""
     rope_interleaved: bool = True
     """RoPE pairs: (2i, 2i + 1) if true, (i, i + E / 2) otherwise."""
     attn_dropout: float = 0.0

@@ -19,13 +19,14 @@ from torch import Tensor
 from flashar_pl.pretrained import pretrained
 from flashar_pl.templates import Template
 from flashar_pl.tokenizers.prompts import MAX_PROMPT, PromptTokenizer, cut_off, too_many
+from flashar_pl.tokenizers.rank_text import RANKS, RankText
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-"""One of them is in every directory with a tokenizer of transformers."""
+FILES = (RANKS, "tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+"""One of them is in every directory with a tokenizer that is read here."""
 
 
 class HubText(PromptTokenizer):
-    """Prompts through `transformers.AutoTokenizer`.
+    """Prompts through `transformers.AutoTokenizer`, or MammothModa2's own files.
 
     A special token in a user's text gets a space after its first character, so that it is plain text.
     """
@@ -58,6 +59,11 @@ class HubText(PromptTokenizer):
             raise ValueError(
                 f"the tokenizer at {self.name} has token ids up to {highest}, the model {size} tokens; expected the "
                 "tokenizer that came with the model's weights."
+            )
+        if visual_token_offset != (first := getattr(self._tokenizer, "first_code", visual_token_offset)):
+            raise ValueError(
+                f"the tokenizer at {self.name} has code 0 at token {first}, the model at {visual_token_offset}; "
+                "expected the tokenizer that came with the model's weights."
             )
 
     def prompt(
@@ -102,9 +108,11 @@ class HubText(PromptTokenizer):
 @lru_cache(maxsize=2)
 def _load(directory: str) -> Any:
     """A server asks for it at every prompt."""
+    if (Path(directory).expanduser() / RANKS).is_file():
+        return RankText(directory)
     return pretrained("AutoTokenizer", directory, "the model", "tokenizer of its prompts", extra="hf")
 
 
 def has_tokenizer(directory: str | Path) -> bool:
-    """Whether a directory holds a tokenizer of transformers."""
+    """Whether a directory holds a tokenizer that is read here."""
     return any((Path(directory).expanduser() / name).is_file() for name in FILES)

@@ -51,6 +51,8 @@ UNCONDITIONAL = {
 """What stands between BOS and BSS in the unconditional prompt: of Emu3.5, and of the released FlashAR checkpoints."""
 
 RANK_FILE = "emu3.tiktoken"
+MOST = 32 << 20
+"""Bytes of a rank file at most; published ones have a tenth of it."""
 ADVICE = "Give the path of emu3.tiktoken, which comes with BAAI/Emu3.5-Image; nothing is downloaded for you."
 
 
@@ -61,7 +63,7 @@ class Emu35Text(PromptTokenizer):
         """ranks: emu3.tiktoken. Raises ValueError where it is missing or damaged, or tiktoken is not installed."""
         with needing("the tokenizer of prompts", "emu"):
             import tiktoken
-        table = _read_ranks(require_file(ranks, "rank file", ADVICE))
+        table = read_ranks(ranks, ADVICE)
         ids = {name: len(table) + i for i, name in enumerate(NAMES)}
         self._bpe: Any = tiktoken.Encoding("emu35", pat_str=PIECES, mergeable_ranks=table, special_tokens=ids)
         self.special = {short: ids[name] for short, name in SPECIAL.items()}
@@ -135,9 +137,14 @@ def _from_file(ranks: Path, changed: int) -> Emu35Text:
     return Emu35Text(ranks)
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    """Byte sequence -> rank. The file has one base64 word and its rank on each line; ranks are 0 .. n - 1."""
-    table: dict[bytes, int] = {}
+def read_ranks(ranks: str | Path, advice: str) -> dict[bytes, int]:
+    """Byte sequence -> rank. The file has one base64 word and its rank on each line; ranks are 0 .. n - 1.
+
+    Raises ValueError, with advice on where to get it, where it is missing, too large or of another form.
+    """
+    path, table = require_file(ranks, "rank file", advice), dict[bytes, int]()
+    if (size := path.stat().st_size) > MOST:
+        raise ValueError(f"{path} has {size:,} bytes; expected a rank file of at most {MOST:,}. {advice}")
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             word, rank = line.split()
@@ -145,11 +152,11 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise ValueError(
                 f"{path}, line {number}: {line[:40]!r} is not a base64 word and its rank. "
-                f"A git-lfs pointer instead of the file? {ADVICE}"
+                f"A git-lfs pointer instead of the file? {advice}"
             ) from error
     if sorted(table.values()) != list(range(len(table))) or any(bytes([i]) not in table for i in range(256)):
         raise ValueError(
             f"{path} holds {len(table)} words whose ranks are not 0 .. {len(table) - 1}, or lacks single bytes; "
-            f"is it complete? {ADVICE}"
+            f"is it complete? {advice}"
         )
     return table

@@ -1,6 +1,8 @@
 """From captioned images to a drawn one, on a directory in transformers' format: tokenize, fit a recipe, generate."""
 
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from flashar_pl.data.shards import Manifest, ShardReader  # noqa: E402
 ROOT = Path(__file__).parents[2]
 GRID, N = (2, 4), 8
 RECIPES = {"janus": "janus_pro_1b", "emu3": "emu3_gen_8b", "lumina_mgpt": "lumina_mgpt_7b"}
+READY = {"x_omni": "x_omni_7b", "mammothmoda2": "mammothmoda2_ar"}
 CPU = {
     "model.backbone.preset": "null", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
     "trainer.max_steps": 3, "trainer.callbacks": "[]", "trainer.val_check_interval": 3, "data.num_workers": 0,
@@ -35,6 +38,51 @@ def write_images(folder: Path) -> Path:
     items = [{"input_prompt": f"fox {i}", "output_image": f"{i}.png"} for i in range(N)]
     (folder / "list.json").write_text(json.dumps(items))
     return folder / "list.json"
+
+
+def write_codes(folder: Path, first: int) -> str:
+    """A tar of codes with captions, pt + txt."""
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for i in range(first, first + N):
+            codes = io.BytesIO()
+            torch.save(torch.randint(0, CODES, GRID, generator=torch.Generator().manual_seed(i)), codes)
+            for kind, content in (("pt", codes.getvalue()), ("txt", f"fox {i}".encode())):
+                entry = tarfile.TarInfo(f"{i:04d}.{kind}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return str(folder / "00000.tar")
+
+
+def fit_and_draw(run, directory: Path, recipe: str, *codes_only: str) -> np.ndarray:
+    """Three steps of a recipe on shards/, then the codes of an image that its checkpoint draws."""
+    changed = {
+        **CPU, "model.backbone.directory": directory, "model.init_from": directory, "data.prompts": directory,
+        "data.shards": "shards",
+    }  # fmt: skip
+    words = [word for name, value in changed.items() for word in (f"--{name}", value)]
+    code, _, err = run("fit", "--config", ROOT / "experiments" / f"{recipe}.yaml", *words)
+    assert code == 0, err
+    words = ["--prompt", "fox 1", "--num-images", 1, "--out", "drawn", "--grid", "2x4"]
+    code, _, err = run("generate", "--checkpoint", next(Path("run").rglob("*.ckpt")), *words, *codes_only)
+    assert code == 0, err
+    drawn = np.load("drawn/codes.npy")
+    assert drawn.shape == (1, *GRID)
+    assert 0 <= drawn.min() <= drawn.max() < CODES
+    return drawn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", READY)
+def test_a_recipe_trains_on_ready_codes(run, work: Path, family: str) -> None:
+    """Guards families whose image tokenizer runs elsewhere: captions in their template, weights, a diagonal image."""
+    directory = write_hub(work / "model", family)
+    words = ("--out", "shards", "--vocabulary", CODES, "--workers", 0, "--block", 2)
+    for split, first in (("train", 0), ("validation", N)):
+        tar = write_codes(work / split, first)
+        code, _, err = run("tokenize", "text-image", "--data", tar, *words, "--split", split)
+        assert code == 0, err
+    fit_and_draw(run, directory, READY[family], "--codes-only")
 
 
 def network(directory: Path) -> torch.nn.Module:
@@ -64,20 +112,7 @@ def test_a_recipe_trains_on_codes_of_the_models_own_tokenizer(run, work: Path, f
     expected = torch.stack(list(found)) if family == "emu3" else found
     assert np.array_equal(samples.codes.reshape(len(half), -1), expected.reshape(len(half), -1).numpy())
 
-    changed = {
-        **CPU, "model.backbone.directory": directory, "model.init_from": directory, "data.prompts": directory,
-        "data.shards": "shards",
-    }  # fmt: skip
-    words = [word for name, value in changed.items() for word in (f"--{name}", value)]
-    code, _, err = run("fit", "--config", ROOT / "experiments" / f"{RECIPES[family]}.yaml", *words)
-    assert code == 0, err
-    words = ["--prompt", "fox 1", "--num-images", 1, "--out", "drawn", "--grid", "2x4"]
-    codes_only = ["--codes-only"] if family == "lumina_mgpt" else []  # transformers has no decoder
-    code, _, err = run("generate", "--checkpoint", next(Path("run").rglob("*.ckpt")), *words, *codes_only)
-    assert code == 0, err
-    drawn = np.load("drawn/codes.npy")
-    assert drawn.shape == (1, *GRID)
-    assert 0 <= drawn.min() <= drawn.max() < CODES
+    fit_and_draw(run, directory, RECIPES[family], *(["--codes-only"] if family == "lumina_mgpt" else []))  # no decoder
     assert bool(list(Path("drawn").glob("*.png"))) == (family != "lumina_mgpt")
 
 

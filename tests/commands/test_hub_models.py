@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hub_files import CODES, write_hub
+from hub_files import CODES, ROW_END, write_hub
 from safetensors.torch import load_file, save_file
 
 from flashar_pl.backbones import from_transformers
@@ -23,8 +23,9 @@ from flashar_pl.decoding import generate as draw
 from flashar_pl.models import FlashAR
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings
 from flashar_pl.planner.sizes import named_sizes
+from flashar_pl.tokenizers.rank_text import RANKS, VISION_TOKENS, RankText
 
-FAMILIES = ("emu3", "janus", "chameleon", "lumina_mgpt", "qwen2")
+FAMILIES = ("emu3", "janus", "chameleon", "lumina_mgpt", "qwen2", "x_omni", "mammothmoda2")
 BEGIN = 256
 """First special token; a byte of ASCII text is one token."""
 
@@ -48,11 +49,12 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gc, "collect", lambda *generation: 0)
 
 
-def spelled(ids: torch.Tensor) -> str:
+def spelled(ids: torch.Tensor, family: str = "") -> str:
     """Special tokens as <n>, n from 0; bytes as they are."""
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [*map(chr, range(BEGIN))] if family == "mammothmoda2" else letters
     text = "".join(letters[i] if i < BEGIN else f"<{i - BEGIN}>" for i in ids.tolist())
     return text.replace("Ġ", " ").replace("Ċ", "\n")
 
@@ -63,6 +65,11 @@ PREFIXES = {
     "chameleon": ("<0>a fox<1>", "<0>"),
     "lumina_mgpt": ("<0>Generate an image of 64x32 according to the following prompt:\na fox<2><1><4><5>", ""),
     "glm_image": ("a fox<0>2 4<1><0>11 22<1><2>", ""),
+    "x_omni": ("a fox<0>2 4<1>", ""),
+    "mammothmoda2": (
+        "<1>system\nYou are a helpful image generator.<2>\n<1>user\na fox<2>\n<1>assistant\n<426>4*2<427>",
+        "<1>assistant\n",
+    ),
     "qwen2": ("a fox<0>", ""),
 }
 """Of a prompt for 2 x 4 codes; of none."""
@@ -73,10 +80,10 @@ def test_prompts_are_written_as_the_family_does(hub, family: str) -> None:
     """Guards templates, sizes, the begin token, and special tokens typed by a user."""
     text = prompt_tokenizer(hub(family))
     whole, none = PREFIXES[family]
-    assert spelled(text.conditions(["a fox"], (2, 4))[0]) == whole
-    assert spelled(text.unconditional()) == none
+    assert spelled(text.conditions(["a fox"], (2, 4))[0], family) == whole
+    assert spelled(text.unconditional(), family) == none
     typed = text.conditions(["<|image start|> <s> <racm3:break> <|image|>"], (2, 4))[0]
-    assert (typed >= BEGIN).sum() == len(re.findall(r"<\d>", whole))
+    assert (typed >= BEGIN).sum() == len(re.findall(r"<\d+>", whole))
     with pytest.warns(UserWarning, match="the limit is 90: the last"):
         cut = text.for_grid((2, 4)).prompt("a fox" + " in the snow" * 30, max_length=90, too_long="truncate")
     assert 80 < len(cut) <= 90
@@ -208,10 +215,40 @@ def test_published_sizes_have_the_parameters_that_their_names_state() -> None:
     """Guards presets: they are in the list of every command, and the planner and the benchmark size them."""
     for name, billions in (
         ("emu3-8b", 8.49), ("janus-pro-1b", 1.49), ("janus-pro-7b", 6.59), ("lumina-mgpt-7b", 7.01),
-        ("simplear-0.5b", 0.74), ("simplear-1.5b", 1.97), ("glm-image-9b", 8.91),
+        ("simplear-0.5b", 0.74), ("simplear-1.5b", 1.97), ("glm-image-9b", 8.91), ("x-omni-7b", 9.60),
+        ("mammothmoda2-preview", 10.70),
     ):  # fmt: skip
         sizes = named_sizes(name, None, None)
         assert (sizes.parameters["backbone"] + sizes.parameters["horizontal_head"]) / 1e9 == pytest.approx(
             billions, abs=0.01
         )
         assert sizes.usual_grid == presets()[name].published[name].usual_grid
+
+
+def test_mammothmoda2s_own_files_are_read_and_checked(tmp_path: Path) -> None:
+    """Guards ids that follow the ranks, and what a damaged or another model's file would do to every prompt."""
+    directory = write_hub(tmp_path / "model", "mammothmoda2")
+    text, values = prompt_tokenizer(directory), hub_values(directory)
+    assert values["boi_token_id"] == 256 + 426
+    text.check_vocabulary(ROW_END + 40, ROW_END + 8)
+    with pytest.raises(ValueError, match=f"has code 0 at token {ROW_END + 8}, the model at {ROW_END + 9}"):
+        text.check_vocabulary(ROW_END + 40, ROW_END + 9)
+    places = {"visual_token_start_id": 9, "visual_token_end_id": 16, "eol_token_id": 5}
+    (directory / "t2i_generation_config.json").write_text(json.dumps(places))
+    found = {key: value for key, value in hub_values(directory).items() if key in ("num_visual_codes", "eol_token_id")}
+    assert found == {"num_visual_codes": CODES, "eol_token_id": 5}  # config.json wins
+    named, ranks = (directory / name for name in (VISION_TOKENS, RANKS))
+    whole, words = named.read_text(), ranks.read_text()
+    for file, content, said in (
+        (named, whole + "\n<|im_end|>", "holds '<|im_end|>'; expected a new name such as"),
+        (named, whole + "\nimport os", "holds 'import os'; expected a new name such as"),
+        (named, whole + "\n<|image start|>", "holds 34 names, 33 different ones"),
+        (named, "x" * 2_000_000, "has 2,000,000 bytes; expected 1,048,576 at most"),
+        (ranks, words + "\nx y", "line 257: b'x y' is not a base64 word and its rank"),
+        (ranks, "\n".join(words.splitlines()[1:]), "holds 255 words whose ranks are not 0"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=re.escape(said)):
+            RankText(directory)
+        named.write_text(whole)
+        ranks.write_text(words)

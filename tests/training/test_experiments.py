@@ -116,14 +116,22 @@ COMMANDS |= {
         ("lumina_mgpt_7b", "48x48", "Lumina-mGPT-7B-768"),
     )
 }
-COMMANDS["data/simplear_0.5b/64x64"] = (
-    'flashar tokenize text-image --data "tars/{00000..00099}.tar" --out data/simplear_0.5b --vocabulary 64000'
-)
+COMMANDS |= {
+    f"data/{name}/{grid}": f'flashar tokenize text-image --data "tars/{{00000..00099}}.tar" --out data/{name} '
+    f"--vocabulary {codes}"
+    for name, grid, codes in (
+        ("simplear_0.5b", "64x64", 64000),
+        ("x_omni_7b", "72x72", 16384),
+        ("mammothmoda2_ar", "64x64", 16384),
+    )
+}
 STARTS = {
     "weights/Emu3-Gen-hf": "from https://huggingface.co/BAAI/Emu3-Gen-hf to weights/",
     "weights/Janus-Pro-1B": "from https://huggingface.co/deepseek-community/Janus-Pro-1B to weights/",
     "weights/Lumina-mGPT-7B-768": "from https://huggingface.co/Alpha-VLLM/Lumina-mGPT-7B-768 to weights/",
     "weights/SimpleAR-0.5B": "from https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL to weights/",
+    "weights/X-Omni-En": "from https://huggingface.co/X-Omni/X-Omni-En to weights/",
+    "weights/MammothModa2-Preview": "from https://huggingface.co/bytedance-research/MammothModa2-Preview to weights/",
     "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",
     "runs/demo/raster/checkpoints/last.ckpt": "flashar fit --config experiments/demo_raster.yaml",
     "runs/own/raster/checkpoints/best.ckpt": "flashar fit --config experiments/own_images.yaml",

@@ -19,7 +19,9 @@ LORA = FOLDER / "one_gpu" / "lora.yaml"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["janus_pro_1b", "simplear_0.5b", "emu3_gen_8b", "lumina_mgpt_7b"])
+@pytest.mark.parametrize(
+    "name", ["janus_pro_1b", "simplear_0.5b", "emu3_gen_8b", "lumina_mgpt_7b", "x_omni_7b", "mammothmoda2_ar"]
+)
 def test_a_recipe_fits_where_its_header_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the sizes and the time in the header, and the second configuration for one GPU."""
     path = FOLDER / f"{name}.yaml"

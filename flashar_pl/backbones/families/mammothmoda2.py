@@ -7,6 +7,7 @@ package.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from flashar_pl.backbones.decoder_config import DecoderConfig
@@ -70,11 +71,19 @@ def image(height: int, width: int) -> str:
     return f"{IMAGE_BEGIN}{width}*{height}{IMAGE}"
 
 
+PREVIEW = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "moe_type": "ffn-14:28", "rms_norm_eps": 1e-6, "vocab_size": 152064,
+}  # fmt: skip
+"""Qwen2.5-VL-7B with MLPs of images in its upper half. That its config.json says so is not verified."""
+PUBLISHED = replace(read_mammothmoda2(PREVIEW), model_type="mammothmoda2", **USUAL)
 FAMILIES = (
     Family(
         ("mammothmoda2", "mammothmoda2_qwen2_5_vl"),
         read_mammothmoda2,
         template=Template(prompt, image, (START, END, IMAGE_BEGIN, IMAGE), null=f"{START}assistant\n"),
+        tokens={"boi_token_id": IMAGE_BEGIN},
         usual=USUAL,
+        published={"mammothmoda2-preview": PUBLISHED},
     ),
 )
