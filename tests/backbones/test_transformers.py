@@ -416,7 +416,7 @@ def test_what_x_omni_does_not_have_is_named() -> None:
         judge.ours.raster_logits(codes, PROMPTS)
     with pytest.raises(ValueError, match="num_mm_head_layers to 1 and 3; expected 3 in all at most"):
         from_transformers(judge.state, {**judge.config, "num_mm_head_layers": 3})
-    with pytest.raises(ValueError, match="state dict has no lm_embed_tokens.weight; expected the weights of a model"):
+    with pytest.raises(ValueError, match=r"state dict has no lm_embed_tokens.weight; expected the weights of a model"):
         from_transformers(Judge("qwen2").state, judge.config)
     visual = from_transformers(judge.state, {**judge.config, "boi_token_id": 92}, heads="visual")
     whole = judge.ours.raster_logits(codes, judge.prompts)
