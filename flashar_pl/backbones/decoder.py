@@ -23,7 +23,7 @@ from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
 from flashar_pl.backbones.families import PRESETS
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
 from flashar_pl.layers.rope import Rope, angles_1d, angles_sections, rotations
-from flashar_pl.layers.transformer import RMSNorm
+from flashar_pl.layers.transformer import Block, RMSNorm
 from flashar_pl.numerics import wide
 
 
@@ -121,6 +121,7 @@ class Decoder(Backbone):
 
     def make_block(self, layer: int = 0) -> nn.Module:
         block, config = super().make_block(layer), self.config
+        assert isinstance(block, Block)
         if config.text_layers is not None and layer in range(*config.text_layers):
             block.text_passes = False
         if config.image_layers is not None and layer not in range(*config.image_layers):
@@ -129,7 +130,7 @@ class Decoder(Backbone):
 
     def check_condition(self, given: Given, batch: int | None = None) -> Condition:
         found, first = super().check_condition(given, batch), self.config.first_image_token
-        if self.config.text_layers is None:
+        if self.config.text_layers is None or first is None:
             return found
         assert isinstance(found, Prompts)
         for ids in found:

@@ -78,11 +78,11 @@ def hub_values(directory: Path) -> dict[str, Any]:
             found |= {"visual_token_offset": max(ids.values()) + 1, "num_visual_codes": family.codes_after_text}
     places = directory / "t2i_generation_config.json"
     if places.is_file():  # MammothModa2's
-        given = read_json(places)
-        begin, end = (given.get(f"visual_token_{side}_id") for side in ("start", "end"))
+        drawn = read_json(places)
+        begin, end = (drawn.get(f"visual_token_{side}_id") for side in ("start", "end"))
         if isinstance(begin, int) and isinstance(end, int):
             found |= {"visual_token_offset": begin, "num_visual_codes": end - begin}
-        found |= {key: given[key] for key in ("eol_token_id",) if key in given}
+        found |= {key: drawn[key] for key in ("eol_token_id",) if key in drawn}
     drawing = directory / "generation_config.json"
     if drawing.is_file():
         given = read_json(drawing).get("generation_kwargs")

@@ -210,7 +210,7 @@ class Block(nn.Module):
         self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
         self.feed_forward = FeedForward(config)
-        self.text_feed_forward = FeedForward(config) if config.text_ffn else None
+        self.text_feed_forward: FeedForward | None = FeedForward(config) if config.text_ffn else None
         self.knows_text, self.text_passes = config.text_ffn or config.text_passes, config.text_passes
         self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
         self.recompute = False

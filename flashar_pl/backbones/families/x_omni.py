@@ -12,7 +12,7 @@ from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families.base import Family, Values, code_settings, text_settings
 from flashar_pl.templates import Template
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 151936, "num_mm_adap_layers": 4, "num_mm_head_layers": 4,
     "mm_vocab_size": 16448, "image_vocab_size": 16384,
 }  # fmt: skip
@@ -55,7 +55,7 @@ def image(height: int, width: int) -> str:
     return f"{IMAGE_BEGIN}{height} {width}{IMAGE}"
 
 
-QWEN = {
+QWEN: dict[str, Any] = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 36, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 1e6,
 }  # fmt: skip
