@@ -37,6 +37,9 @@ COMMANDS: dict[str, Command] = {
     "tokenize imagenet": Command("tokenize:tokenize_imagenet", "image folders or tars as shards of codes"),
     "tokenize text-image": Command("tokenize:tokenize_text_image", "captioned images as shards of codes"),
     "tokenize check": Command("tokenize:tokenize_check", "verify shards and draw decoded samples"),
+    "tokenize samples": Command(
+        "tokenize:tokenize_samples", "a model's own samples as shards of codes, without images"
+    ),
     "tokenize npy": Command("tokenize:tokenize_npy", ".npy code files and labels as shards of codes"),
     "tokenizer train": Command("tokenizer:tokenizer_train", "train a small VQ tokenizer on your own pictures"),
     "classifier": Command("classifier:classifier", "train the small classifier behind FID and accuracy of tiny images"),

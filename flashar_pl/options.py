@@ -245,11 +245,33 @@ class CodecOptions(PlaceOptions):
 
 
 @dataclass(frozen=True)
-class PackOptions:
+class ShardPlaceOptions:
     """Shards"""
 
     out: str
     """Directory of the shards, made if needed."""
+    block: int = 100
+    """Images of a record, the unit training shuffles."""
+    shard_images: int = 2000
+    """Images of a shard (one for each grid); a killed run loses at most the shard each device was at."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", str(Path(self.out).expanduser()))
+        check_least(self, block=1, shard_images=1)
+
+
+@dataclass(frozen=True)
+class SplitOptions(ShardPlaceOptions):
+    """Shards"""
+
+    split: Literal["train", "validation", "test"] = "train"
+    """Which split to write; a run with the same --out adds another one."""
+
+
+@dataclass(frozen=True)
+class PackOptions(ShardPlaceOptions):
+    """Shards"""
+
     workers: int = 4
     """Processes that read and decode, for each device."""
     on_bad_sample: Literal["skip", "stop"] = "skip"
@@ -257,26 +279,19 @@ class PackOptions:
     (skip), or the first one ends the run (stop)."""
     max_bad_share: float = 0.01
     """With skip, abort if it is a larger share of the samples."""
-    block: int = 100
-    """Images of a record, the unit training shuffles."""
-    shard_images: int = 2000
-    """Images of a shard (one for each grid); a killed run loses at most the shard each device was at."""
     keep_order: bool = False
     """Keep the order of the images, if they are shuffled already."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", str(Path(self.out).expanduser()))
-        check_least(self, block=1, shard_images=1, workers=0)
+        super().__post_init__()
+        check_least(self, workers=0)
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}; expected a share from 0 to 1.")
 
 
 @dataclass(frozen=True)
-class ShardOptions(PackOptions):
+class ShardOptions(PackOptions, SplitOptions):
     """Shards"""
-
-    split: Literal["train", "validation", "test"] = "train"
-    """Which split to write; a run with the same --out adds another one."""
 
 
 @dataclass(frozen=True)

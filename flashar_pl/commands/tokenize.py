@@ -19,7 +19,19 @@ from flashar_pl.data.jobs import (
     npy_job,
 )
 from flashar_pl.files import require_new
-from flashar_pl.options import CodecOptions, PlaceOptions, RankOptions, ShardOptions
+from flashar_pl.options import (
+    CodecOptions,
+    EngineOptions,
+    ModelOptions,
+    PlaceOptions,
+    RankOptions,
+    SampleOptions,
+    SamplingSettings,
+    ShapeOptions,
+    ShardOptions,
+    SplitOptions,
+    TextOptions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +98,7 @@ def tokenize_imagenet(
         flashar tokenize imagenet --images "tars/train-*.tar" --image-size 384 --devices 8 --out data/imagenet_384
           --weights vq_ds16_c2i.pt --ten-crop --crop-range 1.1
     """
-    return _tokenise(partial(imagenet_job, images, codec, shards), shards, codec, ranks)
+    return _tokenise(partial(imagenet_job, images, codec, shards), shards, codec.device, ranks)
 
 
 def tokenize_images(
@@ -144,7 +156,40 @@ def tokenize_npy(
         flashar tokenize npy --codes imagenet256_codes --labels imagenet256_labels --out data/imagenet_256
           --weights vq_ds16_c2i.pt
     """
-    return _tokenise(partial(npy_job, codes, codec, shards), shards, codec, ranks)
+    return _tokenise(partial(npy_job, codes, codec, shards), shards, codec.device, ranks)
+
+
+def tokenize_samples(
+    draw: SampleOptions,
+    model: ModelOptions,
+    shards: SplitOptions,
+    sampling: SamplingSettings = SamplingSettings(),
+    shape: ShapeOptions = ShapeOptions(),
+    text: TextOptions = TextOptions(),
+    engine: EngineOptions = EngineOptions(),
+    ranks: RankOptions = RankOptions(),
+) -> dict[str, Any] | None:
+    """Draw samples of a model and write their codes as shards: post-training it where no images are at hand.
+
+    --num-images samples of each class or prompt, mixed; sample i has seed + i. The shards hold what they were drawn
+    for, so a model of text features needs --prompts and --text-encoder. Restarts and works on several devices as
+    `flashar tokenize imagenet` does. What it costs in quality: docs/results/beyond.md.
+
+    Example:
+        flashar tokenize samples --checkpoint c2i_B_256.pt --grid 16x16 --tokenizer vq16:vq_ds16_c2i.pt --classes 0-999
+          --num-images 50 --cfg-scale 1.5 --out data/drawn
+        flashar tokenize samples --checkpoint deepseek-community/Janus-Pro-1B --prompts prompts.txt --out data/drawn
+    """
+    from flashar_pl.checkpoints.repositories import located
+    from flashar_pl.data.drawn import drawn_job
+    from flashar_pl.evaluate.identity import path_digest
+    from flashar_pl.evaluate.options import BATCH_SIZE, batch_size
+
+    model = located(model)  # once, before there are ranks
+    engine = replace(engine, batch_size=batch_size(engine, BATCH_SIZE, shards.shard_images))
+    digest = path_digest(model.checkpoint) if Path(model.checkpoint).exists() else ""  # opening it says what is wrong
+    build = partial(drawn_job, draw, model, sampling, shape, text, engine, shards, digest)
+    return _tokenise(build, shards, engine.device, ranks)
 
 
 def tokenize_text_image(
@@ -174,7 +219,9 @@ def tokenize_text_image(
     for out, data in images.places(shards.out).items():
         for split in ("train", "validation") if images.validation else (shards.split,):
             part = replace(shards, out=out, split=split)
-            report = _tokenise(partial(captioned_job, replace(images, data=data), codec, part), part, codec, ranks)
+            report = _tokenise(
+                partial(captioned_job, replace(images, data=data), codec, part), part, codec.device, ranks
+            )
             if report is not None:
                 _show_captions(report, part)
                 reports.setdefault(out, {})[split] = report
@@ -208,13 +255,13 @@ def _tell(report: dict[str, Any], split: str, out: str) -> None:
 
 
 def _tokenise(
-    build: Callable[..., Any], shards: ShardOptions, codec: CodecOptions, ranks: RankOptions
+    build: Callable[..., Any], shards: SplitOptions, device: str, ranks: RankOptions
 ) -> dict[str, Any] | None:
     """Run a job on every rank; the first one prints what came out."""
     from flashar_pl.data.tokenise import tokenise
     from flashar_pl.ranks import run_on_ranks
 
-    report = run_on_ranks(partial(tokenise, build), ranks, codec.device)
+    report = run_on_ranks(partial(tokenise, build), ranks, device)
     if report is None:
         return None
     _tell(report, shards.split, shards.out)

@@ -20,6 +20,7 @@ from flashar_pl import decoding
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.checkpoints.weights import load_model, save_model
+from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding.prompts import ASPECT_RATIOS, read_prompts, scaled_grid
 from flashar_pl.models import FlashAR
 from flashar_pl.options import DeviceOptions, ModelOptions
@@ -50,6 +51,29 @@ def expected(files: Path, kind: str, grid: tuple[int, int], null: torch.Tensor, 
     nulls = [torch.cat([null, text.image_prefix(*grid)])] * 4
     plan = "raster" if kind == "base" else "diagonal"
     return decoding.generate(model, prefixes, grid, plan, 3.0, seeds=seeds, unconditional=nulls).numpy()
+
+
+def test_samples_of_prompts_become_captioned_shards(run, work, files) -> None:
+    """A caption beside the image of another one would be learnt, silently."""
+    words = [
+        "--checkpoint",
+        files / "base",
+        "--tokenizer",
+        files / "ibq",
+        "--prompt",
+        PROMPTS[0],
+        "--prompt",
+        PROMPTS[1],
+    ]
+    words += ["--num-images", 2, "--cfg-scale", 3, "--aspect-ratio", "4x6", "--batch-size", 1, "--seed", 7]
+    code, _, err = run("tokenize", "samples", *words, "--out", "drawn")
+    assert code == 0, err
+    read = ShardReader(Manifest.load("drawn"), "train").read(np.arange(4))
+    assert sorted(read.texts) == sorted(PROMPTS * 2)
+    for text, number, codes in zip(read.texts, read.ids, read.codes, strict=True):
+        alone = [*words[:4], "--prompt", text, *words[10:-1], 7 + number, "--num-images", 1, "--codes-only"]
+        assert run("generate", *alone, "--out", f"one{number}")[0] == 0
+        assert (drawn(f"one{number}")[0] == codes).all()
 
 
 @pytest.mark.parametrize("kind", ["base", "flashar"])
