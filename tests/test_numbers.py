@@ -161,3 +161,15 @@ def test_codes_of_a_diagonal_that_see_one_another() -> None:
     said = re.search(r"takes (\S+) times the multiplications; CPU time\s+(\S+) \(2 groups\) and (\S+) times", text)
     assert said is not None
     assert all(map(shows, said.groups(), (cost[2]["gmac_ratio"], cost[1]["cpu_ratio"], cost[2]["cpu_ratio"])))
+
+
+def test_training_on_drawn_samples() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "drawn.json").read_text())["rows"]
+    shown = rows(page("results/beyond.md"), "| trained on |")
+    assert [row[0].split()[0].replace(",", "") for row in shown[1:]] == [*found][1:4]
+    for row, each in zip(shown, found.values(), strict=False):
+        assert shows(row[1], each["nll"]["value"])
+        if each["difference"] is not None:
+            assert shows(row[2], each["difference"]["value"])
+            for cell, value in zip(row[3].split(" to "), each["difference"]["interval_95"], strict=True):
+                assert shows(cell, value), row
