@@ -20,6 +20,7 @@ Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs", "fused"]
 WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
+Split = Literal["train", "validation", "test"]
 MOST_CODES = 2**16
 """Largest grid that is taken for meant: 256 x 256 codes are 4,096 x 4,096 pixels."""
 
@@ -264,7 +265,7 @@ class ShardPlaceOptions:
 class SplitOptions(ShardPlaceOptions):
     """Shards"""
 
-    split: Literal["train", "validation", "test"] = "train"
+    split: Split = "train"
     """Which split to write; a run with the same --out adds another one."""
 
 

@@ -55,7 +55,7 @@ class Job:
         if engine is not None and engine.runner != "eager":
             clock(decode, self.device, warm_up)  # the first one compiled or recorded
         if plan == "lossless" and engine is not None:  # whose forwards are known now, and are the same every time
-            slots = min(2 * (grid[1] + sizes.row_ends), planned.order.n_slots)
+            slots = min(2 * (grid[1] + sizes.backbone.row_ends), planned.order.n_slots)
             planned = replace(planned, window=(slots, max(engine.forwards) - 1))
         count = repeats_for(getattr(warm_up, name)[-1], self.repeats)
         walk = None if engine is None else GemmWalk(engine.model, planned)

@@ -43,7 +43,7 @@ class Subject:
             source = open_checkpoint(asked, DeviceOptions(str(device), dtype))
             return cls(model_sizes(source.model.config()), source.need_grid(), source.model)
         sizes = named_sizes(options.preset, own, branch, **({} if layers is None else {"n_layer": layers}))
-        return cls(sizes, parse_grid(options.grid) or sizes.usual_grid)
+        return cls(sizes, parse_grid(options.grid) or sizes.backbone.usual_grid)
 
     def model(self, device: torch.device, dtype: torch.dtype) -> GridModel:
         """The checkpoint's, or one with random weights, made on the device and in the dtype it is used in."""
@@ -59,7 +59,7 @@ class Subject:
 
     def condition(self, batch: int, guided: bool) -> tuple[Condition, Condition | None]:
         """Conditions of `batch` images, and what guidance needs besides."""
-        condition = self.sizes.conditioning.example(batch)
+        condition = self.sizes.backbone.conditioning.example(batch)
         if guided and isinstance(condition, Prompts):
             return condition, Prompts(row[:16] for row in condition)  # published empty prompts are this short
         return condition, None

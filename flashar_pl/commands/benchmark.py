@@ -78,7 +78,7 @@ def benchmark(
         require_new(measured.out, "benchmark")
     device, kind = find_device(compute.device), compute.dtype or "fp32"
     dtype, subject = dtype_from_name(kind), Subject.of(model, device, kind)
-    described, own = describe_backbone(subject.sizes.config["backbone"]), subject.sizes.plans
+    described, own = describe_backbone(subject.sizes.config["backbone"]), subject.sizes.model.plans
     names = split_names("plans", measured.plans or ",".join(own), PLANS if "raster" in own else own)
     sampling = sampling.of(described.published_cfg_scale)
     skip_plain = measured.skip_plain or "raster" not in own

@@ -97,7 +97,7 @@ def make_steps(
     torch.manual_seed(0)
     model = subject.model(device, torch.float32).requires_grad_(True)
     model = adapt(model, None if step.lora is None else LoraConfig(rank=step.lora, base=dtype)).train()
-    codes = torch.randint(0, subject.sizes.vocabulary, (batch, *subject.grid)).to(device)
+    codes = torch.randint(0, subject.sizes.backbone.vocabulary, (batch, *subject.grid)).to(device)
     condition = subject.condition(batch, False)[0].to(device)
     return Steps(model, adamw(model, OptimiserConfig(lr=1e-5)), codes, condition, dtype != "fp32")
 

@@ -118,9 +118,9 @@ def compare(
     torch.set_num_threads(asked.threads)
     found = find_rows(list(rows))
     names = [row.name for row in found]
-    reference = asked.reference or names[0]
-    if reference not in names:
-        raise ValueError(f"--reference is {reference!r}; {closest(reference, names)}")
+    if asked.reference is not None and asked.reference not in names:
+        raise ValueError(f"--reference is {asked.reference!r}; {closest(asked.reference, names)}")
+    reference = found[names.index(asked.reference or names[0])]
     speeds = read_speeds(asked.speed or [], names)
     manifest = Manifest.load(images.data)
     manifest.shards(images.split)
@@ -136,8 +136,8 @@ def compare(
                 ]
         row.speed = _speed_of(row, speeds.get(row.name))
     result = {
-        "reference": reference,
-        "rows": {row.name: describe(row, found[names.index(reference)]) for row in found},
+        "reference": reference.name,
+        "rows": {row.name: describe(row, reference) for row in found},
         "split": images.split,
         "images": len(found[0].runs[0].nll),
         "data": {"path": images.data, "name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},

@@ -176,17 +176,6 @@ def tiny_names() -> list[str]:
     return list(examples())
 
 
-def subject_of(name: str, model: PresetOptions | None, place: torch.device, dtype: Dtype) -> Subject:
-    """The checkpoint or preset, or the tiny model of a family, on a grid that is no square."""
-    from flashar_pl.backbones.registry import examples
-    from flashar_pl.benchmarking.subjects import Subject
-    from flashar_pl.planner.sizes import model_sizes
-
-    if model is not None:
-        return Subject.of(model, place, dtype)
-    return Subject(model_sizes({"backbone": examples()[name]}), (6, 5))
-
-
 def lively(model: GridModel) -> GridModel:
     """The model with weights so large that every position matters: a wrong cache must change what is drawn."""
     import torch
@@ -206,10 +195,13 @@ def check(
     variants: list[tuple[Runner, WeightFormat]],
     advance: Callable[[int], Any],
 ) -> Iterator[Check]:
-    """All checks of one model in one dtype."""
+    """All checks of one model in one dtype. asked: a checkpoint or preset; None = the tiny model of a family."""
+    from flashar_pl.backbones.registry import examples
+    from flashar_pl.benchmarking.subjects import Subject
     from flashar_pl.decoding import Engine
     from flashar_pl.decoding.prepare import prepare
     from flashar_pl.numerics import dtype_from_name
+    from flashar_pl.planner.sizes import model_sizes
 
     def tried(what: str, limit: float, measure: Callable[[], tuple[float, str]]) -> Check:
         try:
@@ -220,7 +212,10 @@ def check(
             return Check(name, dtype, what, limit, None, f"the difference is {difference} {remark}".strip())
         return Check(name, dtype, what, limit, difference, remark)
 
-    subject = subject_of(name, asked, place, dtype)
+    if asked is None:
+        subject = Subject(model_sizes({"backbone": examples()[name]}), (6, 5))  # no square
+    else:
+        subject = Subject.of(asked, place, dtype)
     try:
         plain = subject.loaded or lively(subject.model(place, dtype_from_name(dtype)))
     except FAILURES as error:

@@ -70,11 +70,12 @@ def evaluate_scenes(
     plan, total = check_plan(source.model, engine.plan, manifest.grid), images.number(manifest)
     size = batch_size(engine, BATCH_SIZE, total)
     batches = list(held_out(manifest, images.split, size, images.limit, None, source.model.device))
-    condition, prompts = read_prompts(batches, total, images.limit)
+    asked, prompts = read_prompts(batches, total, images.limit)
     with progress_bar(2 * total, "images") as advance:
         nll = image_nll(source.model, batches, plan, advance)  # (N,)
-        samples = SampleSet(condition, manifest.grid, plan, sampling.of(None), size, seed)
-        codes, cost = draw(source, engine, samples, advance)  # (N, 8, 8)
+        codes, cost = draw(
+            source, engine, SampleSet(asked, manifest.grid, plan, sampling.of(None), size, seed), advance
+        )
     result = {
         **count(codes, prompts),
         "likelihood": summary(nll, codes[0].numel()),
@@ -88,8 +89,7 @@ def evaluate_scenes(
         np.save(folder / "codes.npy", codes.numpy())
         save_png(tile(decode_all(decoder_of(manifest), codes[:SHOWN]), 6), folder / "samples.png")
         write_json(folder / "scenes.json", result)
-    print(report(result))
-    print(f"wrote {Path(out) / 'scenes.json'}")
+    print(f"{report(result)}\nwrote {Path(out) / 'scenes.json'}")
     return result
 
 

@@ -9,11 +9,11 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from flashar_pl.console import progress_bar, versions
 from flashar_pl.files import json_text, require_new, write_json
-from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_least
+from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, Split, check_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class DataOptions:
 
     data: str
     """Directory of shards with their manifest.json."""
-    split: Literal["train", "validation", "test"] = "test"
+    split: Split = "test"
     """Which images."""
     limit: int | None = None
     """At most this many images, spread evenly over the split. Default: all."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, TextOptions, check_least
+from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, Split, TextOptions, check_least
 
 Labels = Literal["balanced", "random"]
 Crop = Literal["none", "centre"]
-Split = Literal["train", "validation", "test"]
 MEASURED = "evaluation/checkpoints.json"
 """In a run directory: the metrics of its kept checkpoints."""
 BATCH_SIZE, GENEVAL_BATCH_SIZE = 32, 4

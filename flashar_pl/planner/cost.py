@@ -114,7 +114,7 @@ def _on_meta(job: DecodeJob) -> tuple[GridModel, SamplingSettings, Inputs, Buffe
     settings, order = SamplingSettings(cfg_scale=2.0 if job.guided else 1.0), job.order
     length, rows = job.calls[0][0], job.rows
     with torch.device("meta"):
-        prompts = job.sizes.conditioning.kind == "prompt" and job.guided
+        prompts = job.sizes.backbone.conditioning.kind == "prompt" and job.guided
         mask = torch.empty(rows, length, dtype=torch.bool) if prompts else None
         x = torch.empty(rows, length, job.sizes.dim, dtype=job.dtype)
         prefix = Prefix(x, torch.empty(rows, dtype=torch.int64), mask)
@@ -192,11 +192,11 @@ class Prediction:
             at = {name: each[i] for name, each in (OWN if kernels.own else OPERATORS).items()}
             busy = self._products(forward, at) + self._attention(forward, seen, kernels, at)
             rest = kernels.total - kernels.attention - kernels.scans - sum(gemm.count for gemm in forward.gemms)
-            busy += at["small"] * max(0, rest) + at["scan"] * kernels.scans * self.job.sizes.vocabulary / 1024
+            busy += at["small"] * max(0, rest) + at["scan"] * kernels.scans * self.job.sizes.backbone.vocabulary / 1024
             gaps = at["gap"] * kernels.total
             total += max(busy + gaps, at["launch"] * kernels.total * (self.runner == "eager"))
         if len(counted) > len(self.job.forwards):  # the last draw of the own kernels
-            total += OWN["scan"][i] * self.job.sizes.vocabulary / 1024 + OWN["gap"][i] * counted[-1].total
+            total += OWN["scan"][i] * self.job.sizes.backbone.vocabulary / 1024 + OWN["gap"][i] * counted[-1].total
         return total
 
     def _products(self, forward: Forward, at: dict[str, float]) -> float:

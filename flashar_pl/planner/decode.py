@@ -93,7 +93,7 @@ class DecodeJob:
     @cached_property
     def order(self) -> DecodePlan:
         """The plan. Raises ValueError for an unknown one, or a diagonal one of a raster model."""
-        order = plan_of(self.sizes.config, self.plan, *self.grid, row_end=self.sizes.row_ends)
+        order = plan_of(self.sizes.config, self.plan, *self.grid, row_end=self.sizes.backbone.row_ends)
         if order.has_vertical and not self.sizes.flashar:
             raise ValueError(f"the {self.plan} plan needs a vertical head, and this is a raster model.")
         return order
@@ -106,11 +106,11 @@ class DecodeJob:
     @property
     def layers(self) -> int:
         """Layers that run."""
-        return self.sizes.n_layer + (self.sizes.vertical_layers if self.order.has_vertical else 0)
+        return self.sizes.backbone.n_layer + (self.sizes.vertical_layers if self.order.has_vertical else 0)
 
     def cache_bytes(self, positions: int) -> int:
         """Keys and values of so many positions, in all layers and rows."""
-        block = self.sizes.block
+        block = self.sizes.backbone.block
         return 2 * self.layers * self.rows * block.n_kv_head * block.head_dim * positions * self.dtype.itemsize
 
     @cached_property
@@ -121,8 +121,8 @@ class DecodeJob:
         feeds those of the step itself, S times in block diffusion: all positions, or with a cache also what has become
         final before.
         """
-        first, heads = self.prefix, step_sources(self.order, self.sizes.corner)
-        first = self.sizes.conditioning.positions if first is None else first
+        first, heads = self.prefix, step_sources(self.order, self.sizes.model.dual_head.corner)
+        first = self.sizes.backbone.conditioning.positions if first is None else first
         slots = [part.stop - part.start for part in self.order.slots_of_step]
         ends = list(accumulate(slots, initial=first))
         if self.window is not None:
@@ -150,11 +150,14 @@ class DecodeJob:
 
     def _forward(self, n: int, seen: int, at: StepSources) -> Forward:
         """`n` new positions in each row, `seen` cached ones after it, then the heads' logits."""
-        sizes, block, rows, layers = self.sizes, self.sizes.block, self.rows, self.layers
+        sizes, block, rows, layers = self.sizes, self.sizes.backbone.block, self.rows, self.layers
         gemms = [Gemm(linear, rows * n, layers) for linear in sizes.linears]
         if seen == n:  # the prefix
             gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
-        head, of_h, of_v = Linear("head", sizes.dim, sizes.vocabulary), _length(at.h), _length(at.v)
+        head, of_h, of_v = (
+            Linear("head", sizes.dim, sizes.backbone.vocabulary),
+            *(p.stop - p.start for p in (at.h, at.v)),
+        )
         gemms += [Gemm(head, rows * cells) for cells in (of_h, of_v) if cells]
         if sizes.gate is not None and of_v and of_h > at.only_h:
             gemms.append(Gemm(sizes.gate, rows * (of_h - at.only_h)))
@@ -201,14 +204,10 @@ class DecodeJob:
         return DecodeMemory(
             weights=self.model_bytes,
             cache=self.cache_bytes(seen + window),
-            logits=cells * sizes.vocabulary * per_code,
+            logits=cells * sizes.backbone.vocabulary * per_code,
             activations=rows * max(window, fed) * (3 * widest + 8 * sizes.dim) * max(self.dtype.itemsize, 4),
         )
 
     def largest_batch(self, available: int, cap: int = 1024) -> int:
         """Largest batch up to `cap` whose memory fits into `available` bytes; 0 if not even one image fits."""
         return bisect_right(range(1, cap + 1), available, key=lambda batch: replace(self, batch=batch).memory.total)
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start

@@ -12,11 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from flashar_pl.backbones import Conditioning, describe_backbone, import_backbone
+from flashar_pl.backbones import Backbone, describe_backbone, import_backbone
 from flashar_pl.checkpoints.description import build_on_meta
-from flashar_pl.layers.transformer import BlockConfig
-from flashar_pl.models.base import ROLES
-from flashar_pl.models.sources import Corner
+from flashar_pl.models.base import ROLES, GridModel
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,20 @@ class ModelSizes:
 
     config: dict[str, Any]
     """`GridModel.config()`."""
-    block: BlockConfig
+    model: GridModel
+    """Without memory for weights."""
     linears: tuple[Linear, ...]
     """The projections of one block, in the order they run."""
     condition_linears: tuple[Linear, ...]
     """Projections that embed the condition."""
     gate: Linear | None
     """Its hidden layer (Eq. 7)."""
-    n_layer: int
-    """L."""
     vertical_layers: int
     """k; 0 for a raster model."""
     flashar: bool
     """Whether there is a vertical branch."""
-    corner: Corner
-    vocabulary: int
-    """V, the codes that can be drawn: decoding reads these rows of a head only."""
     head_rows: int
-    """Rows of each head, text tokens included: the loss is normalised over them."""
-    row_ends: bool
-    """Whether the raster plan has forced row-end tokens."""
-    conditioning: Conditioning
-    usual_grid: tuple[int, int]
-    plans: tuple[str, ...]
-    """Names of the plans that the model can run."""
+    """Rows of each head, text tokens included: the loss is normalised over them. Decoding reads those of codes only."""
     parameters: dict[str, int]
     """By role, in the order of `ROLES`; a role the model lacks has 0."""
     block_parameters: int
@@ -78,9 +66,14 @@ class ModelSizes:
     """Constants stored beside the parameters."""
 
     @property
+    def backbone(self) -> Backbone:
+        """What knows its blocks, layers (L), codes (V), condition and usual grid."""
+        return self.model.backbone
+
+    @property
     def dim(self) -> int:
         """D."""
-        return self.block.dim
+        return self.backbone.block.dim
 
     @property
     def block_weights(self) -> int:
@@ -134,20 +127,13 @@ def _model_sizes(text: str) -> ModelSizes:
              if isinstance(module, nn.Linear) and module not in of_condition.values()]  # fmt: skip
     return ModelSizes(
         config=config,
-        block=backbone.block,
+        model=model,
         linears=tuple(Linear.of(name, module) for name, module in inner),
         condition_linears=tuple(Linear.of(name, module) for name, module in of_condition.items()),
         gate=None if head.gate is None else Linear.of("gate", head.gate.hidden),
-        n_layer=backbone.n_layer,
         vertical_layers=config.get("vertical_layers", 0),
         flashar=head.vertical is not None,
-        corner=head.corner,
-        vocabulary=backbone.vocabulary,
         head_rows=head.horizontal.out_features,
-        row_ends=backbone.row_ends,
-        conditioning=backbone.conditioning,
-        usual_grid=backbone.usual_grid,
-        plans=model.plans,
         parameters=parameters,
         block_parameters=count(block),
         embedding_parameters=parameters["backbone"] - count(backbone.blocks) - count(backbone.norm),

@@ -76,8 +76,8 @@ class TrainingSetup:
 
     def length(self, sizes: ModelSizes) -> int:
         """Positions of one sequence: the prefix, and every slot but those of the last step."""
-        prefix = sizes.conditioning.positions if self.prefix is None else self.prefix
-        return prefix + make_plan(self.plan, *self.grid, row_end=sizes.row_ends).n_inputs
+        prefix = sizes.backbone.conditioning.positions if self.prefix is None else self.prefix
+        return prefix + make_plan(self.plan, *self.grid, row_end=sizes.backbone.row_ends).n_inputs
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TrainingMemory:
 
 def added(sizes: ModelSizes, lora: LoraConfig | None) -> int:
     """Parameters of LoRA's matrices."""
-    return 0 if lora is None else sizes.n_layer * _added_to_block(sizes, lora)
+    return 0 if lora is None else sizes.backbone.n_layer * _added_to_block(sizes, lora)
 
 
 def _added_to_block(sizes: ModelSizes, lora: LoraConfig) -> int:
@@ -170,7 +170,7 @@ def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
 
 def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
     """Bytes per token that one block keeps for its backward pass."""
-    block = sizes.block
+    block = sizes.backbone.block
     dim, query, keys = block.dim, block.n_head * block.head_dim, block.n_kv_head * block.head_dim
     norms = 2 * ((residual + compute) * dim + 4)  # input, result for the GEMM, 1 / rms: the fused kernel of GPUs
     attention = compute * ((query + 2 * keys) + query + keys + query)  # qkv, rotated q and k, output
@@ -188,7 +188,7 @@ def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:
 
 def adapted_block_activations(sizes: ModelSizes, lora: LoraConfig, residual: int, compute: int) -> int:
     """The same of a frozen block with LoRA: no gradients of weights need the inputs of projections without LoRA."""
-    block, rest = sizes.block, [name for name in TARGETS if name not in lora.targets]
+    block, rest = sizes.backbone.block, [name for name in TARGETS if name not in lora.targets]
     inputs = {"wqkv": block.dim, "wo": 0, "w13": block.dim, "w2": block.ffn_dim}  # attention keeps its output itself
     unneeded = compute * sum(inputs[name] for name in rest)
     low_rank = compute * lora.rank * len(lora.targets)  # what goes between the two matrices
@@ -200,7 +200,7 @@ def activation_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) ->
     compute = 2 if setup.mixed else 4
     residual = 2 if setup.mixed and setup.sharded else 4  # autocast adds bfloat16 to a float32 embedding
     tokens = setup.samples * setup.length(sizes)
-    layers = sizes.n_layer + sizes.vertical_layers if stage == 2 else sizes.vertical_layers
+    layers = sizes.backbone.n_layer + sizes.vertical_layers if stage == 2 else sizes.vertical_layers
     own = full = block_activations(sizes, residual, compute)  # own: of a block of the backbone
     if setup.lora is not None:
         own = adapted_block_activations(sizes, setup.lora, residual, compute)
@@ -225,7 +225,7 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
     low = 2 if setup.mixed else 4
     heads = sizes.head_rows * sizes.dim * (1 + sizes.flashar)
     if not setup.sharded:
-        cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.n_layer
+        cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.backbone.n_layer
         copies = (cast + sizes.vertical_layers) * sizes.block_weights + heads + added(sizes, setup.lora)
         return 2 * copies if setup.mixed else 0
     # a gradient, that in float32 for the reduction, and its new shard where there is one of earlier forwards to add to
@@ -252,14 +252,14 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     length = setup.length(sizes)
     tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
     projections = 2 * tokens * sizes.block_weights
-    layer = projections + 4 * tokens * length * sizes.block.n_head * sizes.block.head_dim
-    backbone = sizes.n_layer * layer + 2 * tokens * added(sizes, setup.lora)
+    layer = projections + 4 * tokens * length * sizes.backbone.block.n_head * sizes.backbone.block.head_dim
+    backbone = sizes.backbone.n_layer * layer + 2 * tokens * added(sizes, setup.lora)
     vertical = sizes.vertical_layers * layer
     head = 2 * targets * sizes.head_rows * sizes.dim
     passes = 4 if setup.checkpointing else 3
     if stage == 1:
         return setup.accumulate * (backbone + passes * vertical + head + 3 * sizes.flashar * head)
-    needless = 0 if setup.lora is None else sizes.n_layer * projections
+    needless = 0 if setup.lora is None else sizes.backbone.n_layer * projections
     return setup.accumulate * (passes * (backbone + vertical) - needless + 3 * head * (1 + sizes.flashar))
 
 

@@ -33,8 +33,8 @@ class PlannedRun:
     @classmethod
     def of_model(cls, sizes: ModelSizes, gpus: int, grid: tuple[int, int] | None = None) -> PlannedRun:
         """A model on its usual grid, unless told; one sample per GPU, sharded, checkpointed."""
-        notes = [] if grid else [_assumed(sizes.usual_grid)]
-        return cls(sizes, TrainingSetup(grid or sizes.usual_grid, gpus=gpus), notes)
+        notes = [] if grid else [_assumed(sizes.backbone.usual_grid)]
+        return cls(sizes, TrainingSetup(grid or sizes.backbone.usual_grid, gpus=gpus), notes)
 
     @classmethod
     def of_files(cls, paths: Sequence[str], gpus: int, batch: int | None = None) -> PlannedRun:
@@ -123,8 +123,8 @@ def _grid(sizes: ModelSizes, shards: str | dict[str, float], notes: list[str]) -
         side = int(found[1]) // 16
         notes.append(f"grid {side}x{side} guessed from the name {places[0]} ({found[1]} pixels, 16 per code)")
         return side, side
-    notes.append(_assumed(sizes.usual_grid))
-    return sizes.usual_grid
+    notes.append(_assumed(sizes.backbone.usual_grid))
+    return sizes.backbone.usual_grid
 
 
 def _assumed(grid: tuple[int, int]) -> str:

@@ -222,7 +222,7 @@ def test_published_sizes_have_the_parameters_that_their_names_state() -> None:
         assert (sizes.parameters["backbone"] + sizes.parameters["horizontal_head"]) / 1e9 == pytest.approx(
             billions, abs=0.01
         )
-        assert sizes.usual_grid == presets()[name].published[name].usual_grid
+        assert sizes.backbone.usual_grid == presets()[name].published[name].usual_grid
 
 
 def test_mammothmoda2s_own_files_are_read_and_checked(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ def test_benchmark_needs_no_tokenizer(run, files):
 def test_the_floor_counts_every_scale_and_the_modulation_once(shared):
     """A scale feeds the positions that it predicts; what follows from the class alone is computed once."""
     sizes = model_sizes({"backbone": {**TINY, "shared_aln": shared}})
-    job = DecodeJob(sizes, "scales", sizes.usual_grid, guided=False)
-    assert (sizes.plans, sizes.usual_grid) == (("scales",), (1, 680))
+    job = DecodeJob(sizes, "scales", sizes.backbone.usual_grid, guided=False)
+    assert (sizes.model.plans, sizes.backbone.usual_grid) == (("scales",), (1, 680))
     assert tuple(n for n, _, _ in job.calls) == (1, 4, 9, 16, 25, 36, 64, 100, 169, 256)
     modulations = sum(linear.parameters for linear in sizes.condition_linears)
     assert modulations == 32 * 32 * (2 + 6 * (1 if shared else 2))
@@ -130,7 +130,7 @@ def test_wrong_input_is_named(run, refused, work, files, shards, raster_model, v
     assert "multi-scale VQ (VAR's tokenizer) weights, which decode codes" in refused(
         "generate", "--checkpoint", path, "--classes", 3, "--out", "out"
     )
-    assert "plan is 'raster'; expected one of scales" in refused(
+    assert "plans has 'raster'; expected some of scales" in refused(
         "benchmark", "--checkpoint", checkpoint, "--plans", "raster"
     )
     refused("score", "--checkpoint", checkpoint, "--data", shards)

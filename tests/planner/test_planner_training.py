@@ -34,7 +34,7 @@ def make(backbone, branch_layer=2):
 
 
 def condition_for(sizes, batch):
-    return [torch.tensor([5])] * batch if sizes.row_ends else torch.arange(batch) % 5
+    return [torch.tensor([5])] * batch if sizes.backbone.row_ends else torch.arange(batch) % 5
 
 
 def freeze(model, stage):
@@ -127,7 +127,7 @@ def test_flops_follow_the_tokens():
     """6 N D for a plain step without attention and heads; recomputation adds a third."""
     sizes = model_sizes({"kind": "raster", "backbone": {"preset": "llamagen-l"}})
     plain = TrainingSetup(grid=(16, 16), plan="raster", samples=4, checkpointing=False)
-    blocks = sizes.n_layer * sizes.block_parameters
+    blocks = sizes.backbone.n_layer * sizes.block_parameters
     tokens = 4 * 256
     head = 3 * 2 * 4 * 256 * 16384 * 1024
     attention = 12 * tokens * 256 * 1024 * 24
