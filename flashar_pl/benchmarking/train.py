@@ -50,11 +50,9 @@ class Steps:
 
     def step(self, kind: str) -> None:
         """One optimizer step, its loss one of `LOSSES`."""
+        asked = self.codes, self.condition, self.plan
         with self.autocast():
-            if kind == "plain":
-                loss = plain_loss(self.model, self.codes, self.condition, self.plan)
-            else:
-                loss = self.model.loss(self.codes, self.condition, plan=self.plan)["loss"]
+            loss = plain_loss(self.model, *asked) if kind == "plain" else self.model.loss(*asked)["loss"]
         loss.backward()
         self.optimiser.step()
         self.optimiser.zero_grad()

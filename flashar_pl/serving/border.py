@@ -28,6 +28,6 @@ class Border:
             if "*" not in self.hosts and name in {"host", *headers} and host not in self.hosts:
                 raise HTTPException(status, f"{name} is {headers.get(name, '')[:80]!r}; name it in --allowed-hosts.")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json":
+        if scope.get("method") == "POST" and kind != "application/json":
             raise HTTPException(415, f"content-type is {kind[:80]!r}; expected application/json.")
         await self.app(scope, receive, send)
