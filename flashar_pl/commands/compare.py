@@ -116,30 +116,29 @@ def compare(
     target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds)
     require_pyplot()
     torch.set_num_threads(asked.threads)
-    found = find_rows(list(rows))
-    names = [row.name for row in found]
-    if asked.reference is not None and asked.reference not in names:
-        raise ValueError(f"--reference is {asked.reference!r}; {closest(asked.reference, names)}")
-    reference = found[names.index(asked.reference or names[0])]
-    speeds = read_speeds(asked.speed or [], names)
+    found = {row.name: row for row in find_rows(list(rows))}
+    reference = found.get(asked.reference or next(iter(found)))
+    if reference is None:
+        raise ValueError(f"--reference is {asked.reference!r}; {closest(str(asked.reference), found)}")
+    speeds = read_speeds(asked.speed or [], list(found))
     manifest = Manifest.load(images.data)
     manifest.shards(images.split)
     judge = None if asked.classifier is None else Judge.build(ClassifierFeatures.load(asked.classifier), manifest)
-    for row in found:
+    for row in found.values():
         for run in row.runs:
             source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
-            run.nll, row.steps = nll.numpy(), source.model.make_plan(row.plan, *manifest.grid).n_steps
+            model, grid = source.model, manifest.grid
+            run.nll, row.steps = nll.numpy(), model.make_plan(row.plan, *grid).n_steps
             if judge is not None:
                 drawn = conditions_of(manifest, caption_encoder(source, manifest, text.assets))
-                run.quality = sample_quality(source.model, row.plan, manifest.grid, judge, drawn, asked.samples, seeds)[
-                    0
-                ]
-        row.speed = _speed_of(row, speeds.get(row.name))
+                run.quality, _ = sample_quality(model, row.plan, grid, judge, drawn, asked.samples, seeds)
+        if row.name in speeds:
+            row.speed = _fastest(row, speeds[row.name])
     result = {
         "reference": reference.name,
-        "rows": {row.name: describe(row, reference) for row in found},
+        "rows": {name: describe(row, reference) for name, row in found.items()},
         "split": images.split,
-        "images": len(found[0].runs[0].nll),
+        "images": len(reference.runs[0].nll),
         "data": {"path": images.data, "name": manifest.name, "fingerprint": manifest.fingerprint(images.split)},
         "samples": None if judge is None else {"number": asked.samples, "seeds": seeds, "network": asked.classifier},
         "versions": versions(),
@@ -243,10 +242,8 @@ def read_speeds(words: list[str], names: list[str]) -> dict[str, list[dict[str, 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _speed_of(row: Row, measured: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+def _fastest(row: Row, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """The fastest row of a benchmark with the plan, one image at a time. ValueError where it has none."""
-    if measured is None:
-        return None
     own = [each for each in measured if each["plan"] == row.plan and each["batch"] == 1]
     if not own:
         raise ValueError(f"the benchmark of row {row.name} has no {row.plan} row of batch size 1; measure it.")

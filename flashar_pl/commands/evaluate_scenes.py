@@ -73,9 +73,8 @@ def evaluate_scenes(
     asked, prompts = read_prompts(batches, total, images.limit)
     with progress_bar(2 * total, "images") as advance:
         nll = image_nll(source.model, batches, plan, advance)  # (N,)
-        codes, cost = draw(
-            source, engine, SampleSet(asked, manifest.grid, plan, sampling.of(None), size, seed), advance
-        )
+        samples = SampleSet(asked, manifest.grid, plan, sampling.of(None), size, seed)
+        codes, cost = draw(source, engine, samples, advance)  # (N, 8, 8)
     result = {
         **count(codes, prompts),
         "likelihood": summary(nll, codes[0].numel()),
