@@ -95,7 +95,10 @@ def _network(family: str, ids: dict[str, int]) -> tuple[Any, dict[str, Any]]:
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1]}
         config = transformers.GlmImageConfig(
             text_config={**TEXT, "vision_vocab_size": 40, "rope_parameters": rope},
-            vision_config={"depth": 1, "hidden_size": 32, "num_heads": 2, "image_size": 32, "intermediate_size": 32},
+            vision_config={
+                "depth": 1, "hidden_size": 32, "num_heads": 2, "image_size": 32, "intermediate_size": 32,
+                "patch_size": 2,
+            },
             vq_config={"num_embeddings": CODES, "embed_dim": 8, "latent_channels": 32}, image_token_id=290,
             image_start_token_id=ids["<|dit_token_16384|>"], image_end_token_id=291,
         )  # fmt: skip

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from flashar_pl.backbones.condition import (
     KINDS,
+    Batch,
     ClassIds,
     Condition,
     Conditioning,
@@ -221,6 +222,10 @@ class Backbone(nn.Module, ABC):
     def with_preview(self, condition: Condition, codes: Tensor) -> Condition:
         """The condition with the codes (B, h, w) of that image."""
         raise NotImplementedError(self.kind)
+
+    def condition_of(self, batch: Batch) -> Condition:
+        """What the images of a batch are conditioned on, its previews included."""
+        return batch.condition if batch.previews is None else self.with_preview(batch.condition, batch.previews)
 
     # --- sequences --------------------------------------------------------------------------------------------------
 

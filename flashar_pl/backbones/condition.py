@@ -30,6 +30,8 @@ class Conditioning:
     """Prefix positions: 1 for a class, the most that captions have, or those of a usual prompt."""
     first_visual: int | None = None
     """Prompt: token id of code 0, in which the prompt's tokenizer must agree."""
+    previews: bool = False
+    """Prompt: whether codes of a smaller image follow it."""
 
     def example(self, n: int) -> Condition:
         """A condition of n samples, for measurements: one class after the other, random features or tokens."""
@@ -251,6 +253,8 @@ class Batch:
     """(B,) bool, False for rows that only fill up a last batch; None = all valid."""
     index: Tensor | None = None
     """(B,) int64 sample ids within the split; None = unknown."""
+    previews: Tensor | None = None
+    """(B, h, w) int64 codes of a smaller version of each image, which follow its prompt; None = there are none."""
 
     def __post_init__(self) -> None:
         self.condition = as_condition(self.condition)
@@ -260,8 +264,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        valid, index = (None if part is None else moved(part, device) for part in (self.valid, self.index))
-        return Batch(moved(self.codes, device), self.condition.to(device), valid, index)
+        others = (None if part is None else moved(part, device) for part in (self.valid, self.index, self.previews))
+        return Batch(moved(self.codes, device), self.condition.to(device), *others)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Decoder(Backbone):
         r"SimpleAR-0\.5B": "https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL",
         r"X-Omni-En": "https://huggingface.co/X-Omni/X-Omni-En",
         r"MammothModa2-Preview": "https://huggingface.co/bytedance-research/MammothModa2-Preview",
-        r"GLM-Image": "https://huggingface.co/zai-org/GLM-Image",
+        r"GLM-Image-AR": "https://huggingface.co/zai-org/GLM-Image",
     }
     example: ClassVar[Mapping[str, Any]] = {
         "dim": 64, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "ffn_dim": 96, "vocab_size": 1300,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,12 @@ def hub_values(directory: Path) -> dict[str, Any]:
         given = read_json(drawing).get("generation_kwargs")
         found |= {} if not isinstance(given, dict) else {k: v for k, v in given.items() if k in family.tokens}
     return {**found, **values}
+
+
+def preview_of(directory: str | Path) -> Callable[[int, int], tuple[int, int] | None]:
+    """What gives the grid of the preview of an image of H x W codes, by a model's directory; None = it has none."""
+    values = hub_values(Path(directory).expanduser())
+    return known_family(values).config(values).preview
 
 
 def _token_ids(directory: Path) -> dict[str, int]:

@@ -142,7 +142,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     with progress_bar(steps, "steps") as advance:
         for batch in batches:
-            states = layer_states(source.model.backbone, batch.codes, batch.condition, plan)
+            states = layer_states(source.model.backbone, batch.codes, source.model.backbone.condition_of(batch), plan)
             optimiser.zero_grad()
             for each in probes.values():
                 each.nll(states, batch.codes.long(), plan)[0].backward()
@@ -162,7 +162,7 @@ def _measure(
     found: dict[str, list[Any]] = {name: [] for name in probes}
     with torch.no_grad():
         for batch in batches:
-            states = layer_states(source.model.backbone, batch.codes, batch.condition, plan)
+            states = layer_states(source.model.backbone, batch.codes, source.model.backbone.condition_of(batch), plan)
             for name, each in probes.items():
                 found[name].append(each.nll(states, batch.codes.long(), plan)[1][batch.valid])
     return {name: float(torch.cat(parts).double().mean()) for name, parts in found.items()}

@@ -207,7 +207,7 @@ def image_nll(
         for batch in batches:
             order = model.make_plan(plan, *batch.codes.shape[1:])
             valid = torch.ones(len(batch), dtype=torch.bool) if batch.valid is None else batch.valid
-            nll = model.loss(batch.codes, batch.condition, plan=order, valid=batch.valid)["nll"]
+            nll = model.loss(batch.codes, model.backbone.condition_of(batch), plan=order, valid=batch.valid)["nll"]
             parts.append(nll[valid].cpu().double())  # (B,)
             _check_finite(parts[-1], batch, valid, plan)
             advance(len(parts[-1]))

@@ -53,6 +53,7 @@ def to_batch(
         condition=condition,
         valid=None if valid is None else torch.from_numpy(valid),
         index=None if index is None else torch.from_numpy(index),
+        previews=None if samples.previews is None else torch.from_numpy(samples.previews),
     )
 
 

@@ -9,11 +9,13 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from flashar_pl.data.account import Account
+from flashar_pl.data.items import Prepared
 from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.sources import Names, Source, read_file
 from flashar_pl.image_files import Unreadable
@@ -92,16 +94,21 @@ class NpyCodes:
 class PtCodes:
     """Bytes of a torch file with one int64 tensor (H, W) of codes without offset -> (1, H, W) int64.
 
-    Loaded with weights_only=True: no code in the file runs.
+    Where the file holds {"codes": (H, W), "preview": (h, w)}, both. Loaded with weights_only=True: no code in it runs.
     """
 
     vocabulary: int
 
-    def __call__(self, data: bytes) -> np.ndarray:
+    def __call__(self, data: bytes) -> Prepared:
         try:
-            tensor = read_torch("the file", data)
+            found = read_torch("the file", data)
         except ValueError as error:
             raise Unreadable(str(error)) from error
+        if isinstance(found, dict) and found.keys() == {"codes", "preview"}:
+            return self._grid(found["codes"]), self._grid(found["preview"])
+        return self._grid(found)
+
+    def _grid(self, tensor: Any) -> np.ndarray:
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2 or tensor.is_floating_point():
             found = (
                 f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__

@@ -6,11 +6,13 @@ Shapes: n images, K crops of each, S side before cropping, s side of a crop, H x
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, refusal
 from flashar_pl.data.images import views
@@ -29,6 +31,8 @@ class ImageEncoder:
     """K, as in `views`."""
     size: int = 0
     """Of ten crops, their side s."""
+    preview: Callable[[int, int], tuple[int, int] | None] = lambda height, width: None
+    """Grid of the preview of an image of H x W codes; None = it has none."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         crops = views(torch.from_numpy(images).to(self.device), self.crops, self.size)  # (n, K, 3, h, w)
@@ -41,6 +45,14 @@ class ImageEncoder:
                 "continues."
             ) from error
         return codes.unflatten(0, crops.shape[:2]).cpu().numpy()
+
+    def previews(self, images: np.ndarray, grid: tuple[int, int]) -> np.ndarray | None:
+        """Codes (n, K, h, w) int64 of the same images (n, 3, h, w) uint8, made as small as their previews."""
+        if (smaller := self.preview(*grid)) is None:
+            return None
+        size = [side * self.tokenizer.downsample for side in smaller]
+        pixels = F.interpolate(torch.from_numpy(images).float(), size, mode="bicubic", antialias=True)
+        return self(pixels.round().clamp(0, 255).to(torch.uint8).numpy())
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:

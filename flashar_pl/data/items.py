@@ -17,6 +17,10 @@ READ = 8
 """Samples a worker process sends at once."""
 
 
+Prepared = np.ndarray | tuple[np.ndarray, np.ndarray]
+"""An array of a sample, or its codes and those of its preview."""
+
+
 @dataclass
 class Item:
     """One sample as a worker sends it."""
@@ -26,6 +30,8 @@ class Item:
     """What `prepare` made of it; None if it is unreadable."""
     condition: int | str
     problem: str = ""
+    preview: np.ndarray | None = None
+    """Codes of a smaller version, where `prepare` found them."""
 
 
 @dataclass
@@ -33,7 +39,7 @@ class Items(Dataset):
     """[numbers of samples] -> [Item]."""
 
     source: Source
-    prepare: Callable[[bytes], np.ndarray]
+    prepare: Callable[[bytes], Prepared]
 
     def __getitem__(self, numbers: list[int]) -> list[Item]:
         return [self.read(number) for number in numbers]
@@ -42,7 +48,9 @@ class Items(Dataset):
         """One sample, or the reason why it cannot be read."""
         try:
             data, condition = self.source.read(number)
-            return Item(number, self.prepare(data), condition)
+            found = self.prepare(data)
+            array, preview = found if isinstance(found, tuple) else (found, None)
+            return Item(number, array, condition, preview=preview)
         except Unreadable as error:
             return Item(number, None, -1, str(error))
 

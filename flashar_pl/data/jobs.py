@@ -224,6 +224,7 @@ def npy_job(files: NpyOptions, codec: CodecOptions, shards: ShardOptions, device
 
 def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOptions, device: torch.device) -> Job:
     """Images with captions through a tokenizer, or tars of ready codes with captions."""
+    from flashar_pl.checkpoints.hub import preview_of
     from flashar_pl.data.captions import captioned_images, cut_validation
     from flashar_pl.data.encode import ImageEncoder, weights_hash
     from flashar_pl.data.images import BucketCrop, default_grids
@@ -241,11 +242,15 @@ def captioned_job(images: CaptionedOptions, codec: CodecOptions, shards: ShardOp
     grids = tuple(grid for grid in chosen if grid) or default_grids(images.image_size or 512, model.downsample)
     if images.crop == "square":
         grids = (((images.image_size or 512) // model.downsample,) * 2,)
+    encoder = ImageEncoder(model, device)
+    if model.config()["kind"] == "hub":
+        encoder.preview = preview_of(model.config()["weights"])
     return Job(
         shards,
         source,
         BucketCrop(grids, model.downsample),
-        encode=ImageEncoder(model, device),
+        encode=encoder,
+        previews=encoder.previews,
         name=Path(shards.out).name,
         tokenizer=model.config(),
         vocabulary=model.vocabulary,

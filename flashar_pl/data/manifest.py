@@ -145,6 +145,8 @@ class Manifest:
     """Names of the classes in the order of their ids, where they are known; the same for every split."""
     accounts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Split -> what the input held: {"found": entries, "used": n, "left_out": {reason: n}}."""
+    preview: tuple[int, int] | None = None
+    """(h, w) of a smaller version of every image whose codes are there too, for models that draw it first."""
     preparation: dict[str, str] = field(default_factory=dict)
     """What was done to the images before they were tokenised, such as {"crop": "centre square"}, where it is known."""
     root: str = ""
@@ -156,10 +158,11 @@ class Manifest:
         forms.name("name", self.name)
         if not isinstance(self.tokenizer, dict):
             raise ValueError(f"tokenizer is {forms.shown(self.tokenizer)}; expected its settings by name.")
-        if len(self.grid) != 2:
-            raise ValueError(f"grid {forms.shown(self.grid)}; expected (height, width).")
-        for side, value in zip(("height", "width"), self.grid, strict=True):
-            forms.integer(f"grid {side}", value, 1, forms.SIDE)
+        for what, sides in (("grid", self.grid), ("preview", self.preview or self.grid)):
+            if len(sides) != 2:
+                raise ValueError(f"{what} {forms.shown(sides)}; expected (height, width).")
+            for side, value in zip(("height", "width"), sides, strict=True):
+                forms.integer(f"{what} {side}", value, 1, forms.SIDE)
         forms.integer("vocabulary", self.vocabulary, 1, forms.IDS)
         forms.integer("crops", self.crops, 1, forms.SIDE)
         forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
@@ -242,6 +245,7 @@ class Manifest:
             crop = data.get("evaluation_crop", 0)
             later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
             later["preparation"] = data.get("preparation", {})
+            later["preview"] = tuple(data["preview"]) if "preview" in data else None
             return cls(
                 grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
                 **later, strange=others - here.keys(),
@@ -266,8 +270,9 @@ class Manifest:
         if own_marks := marks(own.keys() - here.keys()):
             data["marks"] = own_marks
         data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
-        if not self.preparation:
-            del data["preparation"]
+        for optional in ("preparation", "preview"):
+            if not data[optional]:
+                del data[optional]
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
         return data
 
@@ -382,6 +387,11 @@ def check_matches(
         )
     if takes.kind == "text" and spec.width != takes.size:
         raise ValueError(f"{where} have text features of width {spec.width}, the model takes {takes.size}.")
+    if takes.previews != (manifest.preview is not None):
+        raise ValueError(
+            f"{where} hold {'no ' if takes.previews else ''}previews, and the model draws "
+            f"{'one before every' if takes.previews else 'none before an'} image. Tokenize with the model's tokenizer."
+        )
     if grid is not None and tuple(grid) != manifest.grid:
         raise ValueError(
             f"{where} have a grid of {manifest.grid[0]} x {manifest.grid[1]} codes, the run is set up for "

@@ -12,7 +12,7 @@ import itertools
 import math
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -43,6 +43,8 @@ class Samples:
     """(n, T, C) float32, left-padded with zeros to the manifest's length T."""
     mask: np.ndarray | None = None
     """(n, T) bool, True = valid."""
+    previews: np.ndarray | None = None
+    """(n, h, w) int64, as in the manifest."""
 
     @classmethod
     def joined(cls, parts: list[Samples], order: np.ndarray) -> Samples:
@@ -167,13 +169,18 @@ def read_record(
     """
     spec = manifest.condition
     found: dict[str, Any] = {}
-    for name in ("codes.npy", "ids.npy", *spec.members):
+    previews = () if manifest.preview is None else ("previews.npy",)
+    for name in ("codes.npy", "ids.npy", *previews, *spec.members):
         if name not in members:
             raise ValueError(f"A record of {path} has no {name}, which {manifest.name!r} must have.")
         read = _texts if name == "texts.json" else _array
         found[name] = read(members[name], f"{name} of {path}")
     m = found["ids.npy"].size if samples is None else samples
     _expect(found, path, "codes.npy", (m, manifest.crops, *manifest.grid), code_dtype(manifest.vocabulary).name)
+    if manifest.preview is not None:
+        shape = (m, manifest.crops, *manifest.preview)
+        _expect(found, path, "previews.npy", shape, code_dtype(manifest.vocabulary).name)
+        check_codes(found["previews.npy"], manifest, path)
     for name in found.keys() & {"ids.npy", "labels.npy", "lengths.npy"}:
         _expect(found, path, name, (m,), "int64")
     texts = found.get("texts.json", [""] * m)
@@ -210,6 +217,9 @@ def gather(manifest: Manifest, rows: list[Row]) -> Samples:
     """Rows of any records, in that order."""
     codes = np.stack([record["codes.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)  # (n, H, W)
     ids = np.array([record["ids.npy"][row] for record, row, _ in rows])
+    if manifest.preview is not None:
+        previews = np.stack([record["previews.npy"][row, crop] for record, row, crop in rows]).astype(np.int64)
+        return replace(gather(replace(manifest, preview=None), rows), previews=previews)
     spec = manifest.condition
     if spec.kind == "class":
         return Samples(codes, ids, labels=np.array([record["labels.npy"][row] for record, row, _ in rows]))

@@ -34,7 +34,7 @@ import torch
 from flashar_pl import locks
 from flashar_pl.data.account import Account
 from flashar_pl.data.encode import check_weights
-from flashar_pl.data.items import Item, Items
+from flashar_pl.data.items import Item, Items, Prepared
 from flashar_pl.data.manifest import (
     FILE_NAME,
     SPLITS,
@@ -70,7 +70,7 @@ class Job:
 
     shards: ShardOptions
     source: Source
-    prepare: Callable[[bytes], np.ndarray]
+    prepare: Callable[[bytes], Prepared]
     """Bytes of a sample -> array whose last two axes tell its grid; runs in worker processes."""
     name: str
     """Of the data set."""
@@ -82,6 +82,8 @@ class Job:
     """What else decides the result; a restart must have the same."""
     encode: Callable[[np.ndarray], np.ndarray] | None = None
     """Equal-sized arrays (n, ...) -> codes (n, K, H, W); None = they are codes already."""
+    previews: Callable[[np.ndarray, tuple[int, int]], np.ndarray | None] = lambda arrays, grid: None
+    """The same arrays and (H, W) -> codes (n, K, h, w) of smaller versions, for models that draw those first."""
     crops: int = 1
     """K."""
     grid: tuple[int, int] | None = None
@@ -284,17 +286,20 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
 
     def flush(shape: tuple[int, ...], place: Path) -> None:
         group = waiting.pop(shape)
-        codes = np.stack([item.array for item in group if item.array is not None])
-        codes = codes if job.encode is None else job.encode(codes)  # (n, K, H, W)
+        arrays = np.stack([item.array for item in group if item.array is not None])
+        codes = arrays if job.encode is None else job.encode(arrays)  # (n, K, H, W)
         grid = (int(codes.shape[-2]), int(codes.shape[-1]))
+        given = [item.preview for item in group if item.preview is not None]
+        previews = np.stack(given) if given else job.previews(arrays, grid)  # (n, K, h, w)
+        preview = None if previews is None else (int(previews.shape[-2]), int(previews.shape[-1]))
         if grid not in writers:
             writers[grid] = ShardWriter(
-                place / f"{grid[0]}x{grid[1]}", grid=grid, block=job.shards.block, first_shard=part,
+                place / f"{grid[0]}x{grid[1]}", grid=grid, preview=preview, block=job.shards.block, first_shard=part,
                 shard_blocks=-(-job.shards.shard_images // job.shards.block), **job.facts,
             )  # fmt: skip
         key = "labels" if job.source.condition.kind == "class" else "texts"
         condition: Any = {key: [item.condition for item in group]}
-        writers[grid].write(job.split, codes, ids=[item.index for item in group], **condition)
+        writers[grid].write(job.split, codes, ids=[item.index for item in group], previews=previews, **condition)
         advance(len(group))
 
     with new_directory(job.work / f"{part:06d}", "part") as place:
@@ -306,7 +311,7 @@ def _write_part(job: Job, part: int, items: Iterator[Item], advance: Callable[[i
                 _check_share(job, bad_before + len(bad), bad)
                 advance(1)
                 continue
-            shape = item.array.shape[-2:]
+            shape = item.array.shape[-2:] + (() if item.preview is None else item.preview.shape[-2:])
             waiting.setdefault(shape, []).append(item)
             if len(waiting[shape]) == job.batch:
                 flush(shape, place)
@@ -385,6 +390,9 @@ def _merge(job: Job) -> dict[str, Any]:
 def _merge_grid(job: Job, target: Path, group: list[Manifest], account: Account) -> None:
     """Move the tars of one grid to `target` and write its manifest, keeping other splits that are there."""
     target.mkdir(parents=True, exist_ok=True)
+    others = [Manifest.load(target)] if (target / FILE_NAME).exists() else []
+    if len(found := {each.preview for each in (*group, *others)}) > 1:
+        raise ValueError(f"images of one grid at {target} have previews {sorted(map(str, found))}; expected the same.")
     shards = tuple(shard for manifest in group for shard in manifest.shards(job.split))
     for manifest in group:
         for shard in manifest.shards(job.split):
@@ -394,8 +402,7 @@ def _merge_grid(job: Job, target: Path, group: list[Manifest], account: Account)
     splits: dict[str, tuple[Shard, ...]] = {job.split: shards}
     accounts: dict[str, Any] = {job.split: account.facts}
     names = job.source.class_names
-    if (target / FILE_NAME).exists():
-        present = Manifest.load(target)
+    for present in others:
         _check_addition(job, present, overwrite=True)
         splits, accounts = present.splits | splits, present.accounts | accounts
         names = present.class_names  # the job's, if it knows any

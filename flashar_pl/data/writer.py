@@ -77,6 +77,7 @@ class ShardWriter:
         labels: np.ndarray | Sequence[int] | None = None,
         texts: Sequence[str] | None = None,
         features: Sequence[np.ndarray] | None = None,
+        previews: np.ndarray | None = None,
     ) -> None:
         """Append samples to a split.
 
@@ -87,14 +88,18 @@ class ShardWriter:
             labels: (n,) class ids, for condition kind "class".
             texts: n captions, for "text".
             features: n arrays (T_i, C) of floats, 1 <= T_i <= length, for "text-features".
+            previews: (n, K, h, w) integers, where the manifest has previews.
 
         Raises ValueError for a wrong shape, type, code, label or kind of condition; then nothing of it is written.
         """
-        codes = self._checked_codes(np.asarray(codes))  # (n, K, H, W)
-        n = len(codes)
+        codes = self._checked_codes("codes", np.asarray(codes), self.manifest.grid)  # (n, K, H, W)
+        n, smaller = len(codes), self.manifest.preview
+        if (previews is None) != (smaller is None):
+            raise ValueError(f"{'no ' if previews is None else ''}previews are given; the manifest has {smaller}.")
+        own = [None] * n if smaller is None else self._checked_codes("previews", np.asarray(previews), smaller)
         condition = self._checked_condition(n, labels=labels, texts=texts, features=features)
         pending = self._pending[split]
-        pending.extend(zip(codes, _integers("ids", ids, n, None), condition, strict=True))
+        pending.extend(zip(codes, _integers("ids", ids, n, None), condition, own, strict=True))
         while len(pending) >= self._block:
             self._write_record(split, pending[: self._block])
             del pending[: self._block]
@@ -132,18 +137,18 @@ class ShardWriter:
         else:
             self.abort()
 
-    def _checked_codes(self, codes: np.ndarray) -> np.ndarray:
+    def _checked_codes(self, what: str, codes: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         manifest = self.manifest
-        shape = (manifest.crops, *manifest.grid)
+        shape = (manifest.crops, *grid)
         if manifest.crops == 1 and codes.ndim == 3:
             codes = codes[:, None]  # (n, 1, H, W)
         if codes.shape[1:] != shape or codes.dtype.kind not in "iu":
             raise ValueError(
-                f"codes have shape {codes.shape} and type {codes.dtype}; expected integers of shape (n, {shape})."
+                f"{what} have shape {codes.shape} and type {codes.dtype}; expected integers of shape (n, {shape})."
             )
         if codes.size and (codes.min() < 0 or codes.max() >= manifest.vocabulary):
             raise ValueError(
-                f"codes range over {codes.min()} .. {codes.max()}; "
+                f"{what} range over {codes.min()} .. {codes.max()}; "
                 f"the vocabulary of {manifest.vocabulary} allows 0 .. {manifest.vocabulary - 1}."
             )
         return codes.astype(code_dtype(manifest.vocabulary))
@@ -172,8 +177,10 @@ class ShardWriter:
         return rows
 
     def _write_record(self, split: str, samples: list[tuple[Any, ...]]) -> None:
-        codes, ids, conditions = zip(*samples, strict=True)
+        codes, ids, conditions, previews = zip(*samples, strict=True)
         members = {"codes.npy": _npy(np.stack(codes)), "ids.npy": _npy(np.array(ids))}  # (n, K, H, W), (n,)
+        if self.manifest.preview is not None:
+            members["previews.npy"] = _npy(np.stack(previews))  # (n, K, h, w)
         kind = self.manifest.condition.kind
         if kind == "class":
             members["labels.npy"] = _npy(np.array(conditions))  # (n,)

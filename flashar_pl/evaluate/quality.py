@@ -126,7 +126,7 @@ def mean_gate(model: GridModel, batches: Iterable[Batch], grid: tuple[int, int])
     with torch.no_grad():
         for batch in batches:
             moved = batch.to(model.device)
-            gate = model.loss(moved.codes, moved.condition, plan)["gate"].cpu().double()  # (B, H, W)
+            gate = model.loss(moved.codes, model.backbone.condition_of(moved), plan)["gate"].cpu().double()  # (B, H, W)
             gate = gate if batch.valid is None else gate[batch.valid.cpu()]
             total, n = total + gate.sum(0), n + len(gate)
     return total / n

@@ -17,13 +17,17 @@ from flashar_pl.tensor_files import read_part
 from flashar_pl.text_files import BROKEN, read_json, reason
 from flashar_pl.tokenizers.base import Tokenizer
 
-CLASSES = {"emu3": "Emu3VQVAE", "janus": "JanusVQVAE", "chameleon": "ChameleonVQVAE"}
+CLASSES = {
+    "emu3": "Emu3VQVAE", "janus": "JanusVQVAE", "chameleon": "ChameleonVQVAE", "glm_image": "GlmImageVQVAE",
+}  # fmt: skip
 """By `model_type` of the model around them."""
-PART = "vqmodel."
-"""In the names of their tensors, after what stands before them."""
+PART, EYE = "vqmodel.", "visual."
+"""In the names of their tensors, after what stands before them; in those of GLM-Image's image encoder."""
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PIXELS = {"rescale_factor": 1 / 255, "image_mean": 0.5, "image_std": 0.5}
 """Where preprocessor_config.json does not say them: uint8 to [-1, 1]."""
+CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+"""The same for GLM-Image."""
 
 
 def holds_vq(directory: str | Path) -> bool:
@@ -43,7 +47,7 @@ class HubVQ(Tokenizer):
         super().__init__()
         self.network, self.directory = network.float().requires_grad_(False).eval(), str(directory)
         self.vocabulary = network.quantize.embedding.num_embeddings
-        self.downsample = 2 ** (len(network.config.channel_multiplier) - 1)
+        self.downsample = 2 ** (len(getattr(network.config, "channel_multiplier", "x")) - 1)
         self.decodes = hasattr(network, "decoder")
         self.factor = float(pixels["rescale_factor"])
         mean, std = (torch.tensor(pixels[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
@@ -61,21 +65,15 @@ class HubVQ(Tokenizer):
         if not holds_vq(folder):
             raise ValueError(f"{folder} holds no image tokenizer; expected a model of type {', '.join(CLASSES)}.")
         values = read_json(folder / "config.json")
-        with needing("the image tokenizer", "hf"):
-            import transformers
-        name = CLASSES[values["model_type"]]
-        stored = folder / "preprocessor_config.json"
+        kind, stored = values["model_type"], folder / "preprocessor_config.json"
         given = read_json(stored) if stored.is_file() else {}
-        try:
-            config = getattr(transformers, f"{name}Config")(**(values.get("vq_config") or {}))
-            with torch.device("meta"):
-                network = getattr(transformers, name)(config)
-            missing, left = network.load_state_dict(_tensors(folder), strict=False, assign=True)
-            if missing or left:
-                raise ValueError(f"{len(missing)} tensors are missing, {len(left)} unknown: {[*missing, *left][:4]}")
-            return cls(network, folder, PIXELS | {key: given[key] for key in PIXELS if given.get(key) is not None})
-        except BROKEN as error:
-            raise ValueError(f"{folder} holds no {name} that can be read: {reason(error)}.") from error
+        pixels = PIXELS | (CLIP if kind == "glm_image" else {})
+        pixels |= {key: given[key] for key in PIXELS if given.get(key) is not None}
+        network = _network(folder, CLASSES[kind], values.get("vq_config") or {}, PART)
+        if kind == "glm_image":
+            eye = _network(folder, "GlmImageVisionModel", values.get("vision_config") or {}, EYE)
+            return GlmVQ(network, eye, folder, pixels)
+        return cls(network, folder, pixels)
 
     def config(self) -> dict[str, Any]:
         return {"kind": "hub", "weights": self.directory}
@@ -113,10 +111,48 @@ class HubVQ(Tokenizer):
         return type(self.network).__name__ == "Emu3VQVAE"
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Tensors of the image tokenizer by the names of its module."""
+class GlmVQ(HubVQ):
+    """GLM-Image's: codes of what its image encoder sees in patches. There is no decoder of them but diffusion."""
+
+    def __init__(self, network: Any, eye: Any, directory: str | Path, pixels: dict[str, Any]) -> None:
+        super().__init__(network, directory, pixels)
+        if eye.spatial_merge_size != 1:
+            raise ValueError(f"spatial_merge_size of vision_config is {eye.spatial_merge_size}; expected 1.")
+        self.eye, self.downsample = eye.float().requires_grad_(False).eval(), eye.patch_size
+
+    @torch.no_grad()
+    def encode_float(self, images: Tensor) -> Tensor:
+        self.check_images(images, floating=True)
+        f, (height, width) = self.downsample, (side // self.downsample for side in images.shape[-2:])
+        patches = images.float().unflatten(2, (height, f)).unflatten(4, (width, f))  # (B, 3, H, f, W, f)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, 3 * f * f)  # (B H W, 3 f f)
+        sizes = torch.tensor([[1, height, width]] * len(images), device=images.device)
+        with strict_float32(images.device.type):
+            seen = self.eye(patches, grid_thw=sizes).last_hidden_state.view(len(images), height, width, -1)
+            codes = self.network.encode(seen.permute(0, 3, 1, 2).contiguous()).image_tokens
+        return codes.view(len(images), height, width)
+
+
+def _network(folder: Path, name: str, settings: dict[str, Any], part: str) -> Any:
+    """A module of transformers with its tensors of a directory. Raises ValueError."""
+    with needing("the image tokenizer", "hf"):
+        import transformers
+    try:
+        config = getattr(transformers, f"{name.removesuffix('Model')}Config")(**settings)
+        with torch.device("meta"):
+            network = getattr(transformers, name)(config)
+        missing, left = network.load_state_dict(_tensors(folder, part), strict=False, assign=True)
+        if missing or left:
+            raise ValueError(f"{len(missing)} tensors are missing, {len(left)} unknown: {[*missing, *left][:4]}")
+        return network
+    except BROKEN as error:
+        raise ValueError(f"{folder} holds no {name} that can be read: {reason(error)}.") from error
+
+
+def _tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    """Tensors of a module by its own names; part: what stands before those."""
     files = {SINGLE}
     if (folder / INDEX).is_file():
         named = read_json(folder / INDEX).get("weight_map") or {}
-        files = {Path(str(file)).name for key, file in named.items() if PART in key}
-    return {name: tensor for file in sorted(files) for name, tensor in read_part(folder / file, PART).items()}
+        files = {Path(str(file)).name for key, file in named.items() if part in key}
+    return {name: tensor for file in sorted(files) for name, tensor in read_part(folder / file, part).items()}

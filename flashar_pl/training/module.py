@@ -229,7 +229,8 @@ class FlashARModule(LightningModule):
         options = self._loss_options
         if self.losses.distillation and self.built_schedule.stage(self.global_step) == 2:
             options = options | {"distillation": 0.0}
-        losses = self.net.loss(batch.codes, batch.condition, valid=batch.valid, **options)
+        condition = self.net.backbone.condition_of(batch)
+        losses = self.net.loss(batch.codes, condition, valid=batch.valid, **options)
         return {"loss": losses["loss"], LOGGED: torch.stack([losses[name] for name in LOSSES]).detach()}
 
     def evaluation_plan(self, codes: Tensor) -> DecodePlan:
@@ -238,9 +239,8 @@ class FlashARModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         plan = self.evaluation_plan(batch.codes)
-        return self.evaluated.loss(
-            batch.codes, batch.condition, plan=plan, valid=batch.valid, aux_weight=self.aux_weight
-        )
+        condition = self.net.backbone.condition_of(batch)
+        return self.evaluated.loss(batch.codes, condition, plan=plan, valid=batch.valid, aux_weight=self.aux_weight)
 
     test_step = validation_step
 

@@ -18,8 +18,10 @@ from flashar_pl.data.shards import Manifest, ShardReader  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 GRID, N = (2, 4), 8
-RECIPES = {"janus": "janus_pro_1b", "emu3": "emu3_gen_8b", "lumina_mgpt": "lumina_mgpt_7b"}
-READY = {"x_omni": "x_omni_7b", "mammothmoda2": "mammothmoda2_ar"}
+RECIPES = {"janus": "janus_pro_1b", "emu3": "emu3_gen_8b", "lumina_mgpt": "lumina_mgpt_7b", "glm_image": "glm_image_ar"}
+NO_DECODER = ("lumina_mgpt", "glm_image")
+"""Of transformers."""
+READY = {"x_omni": "x_omni_7b", "mammothmoda2": "mammothmoda2_ar", "glm_image": "glm_image_ar"}
 CPU = {
     "model.backbone.preset": "null", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
     "trainer.max_steps": 3, "trainer.callbacks": "[]", "trainer.val_check_interval": 3, "data.num_workers": 0,
@@ -40,13 +42,13 @@ def write_images(folder: Path) -> Path:
     return folder / "list.json"
 
 
-def write_codes(folder: Path, first: int) -> str:
-    """A tar of codes with captions, pt + txt."""
+def write_codes(folder: Path, first: int, preview: bool) -> str:
+    """A tar of codes with captions, pt + txt, and with previews of 2 x 4 codes."""
     folder.mkdir()
     with tarfile.open(folder / "00000.tar", "w") as tar:
         for i in range(first, first + N):
-            codes = io.BytesIO()
-            torch.save(torch.randint(0, CODES, GRID, generator=torch.Generator().manual_seed(i)), codes)
+            codes, drawn = io.BytesIO(), torch.randint(0, CODES, GRID, generator=torch.Generator().manual_seed(i))
+            torch.save({"codes": drawn, "preview": drawn.flip(0)} if preview else drawn, codes)
             for kind, content in (("pt", codes.getvalue()), ("txt", f"fox {i}".encode())):
                 entry = tarfile.TarInfo(f"{i:04d}.{kind}")
                 entry.size = len(content)
@@ -79,7 +81,7 @@ def test_a_recipe_trains_on_ready_codes(run, work: Path, family: str) -> None:
     directory = write_hub(work / "model", family)
     words = ("--out", "shards", "--vocabulary", CODES, "--workers", 0, "--block", 2)
     for split, first in (("train", 0), ("validation", N)):
-        tar = write_codes(work / split, first)
+        tar = write_codes(work / split, first, family == "glm_image")
         code, _, err = run("tokenize", "text-image", "--data", tar, *words, "--split", split)
         assert code == 0, err
     fit_and_draw(run, directory, READY[family], "--codes-only")
@@ -107,13 +109,31 @@ def test_a_recipe_trains_on_codes_of_the_models_own_tokenizer(run, work: Path, f
     samples = reader.read(np.arange(len(reader)))
     half = torch.stack([pixels(work / "images" / f"{text.split()[1]}.png") for text in samples.texts])
     sizes = {"image_sizes": torch.tensor([half.shape[-2:]] * len(half))} if family == "emu3" else {}
-    with torch.no_grad():
-        found = network(directory).encode(half / 127.5 - 1, **sizes).image_tokens
-    expected = torch.stack(list(found)) if family == "emu3" else found
+    if family == "glm_image":
+        shrunk = torch.nn.functional.interpolate(half, (22, 44), mode="bicubic", antialias=True).round().clamp(0, 255)
+        assert samples.previews is not None
+        assert samples.previews.shape == (len(half), 11, 22)
+        assert (samples.previews == glm_codes(directory, shrunk)).mean() > 0.99  # a rounded pixel may differ
+        expected = torch.from_numpy(glm_codes(directory, half))
+    else:
+        with torch.no_grad():
+            found = network(directory).encode(half / 127.5 - 1, **sizes).image_tokens
+        expected = torch.stack(list(found)) if family == "emu3" else found
+    assert len(np.unique(samples.codes)) > 4
     assert np.array_equal(samples.codes.reshape(len(half), -1), expected.reshape(len(half), -1).numpy())
 
-    fit_and_draw(run, directory, RECIPES[family], *(["--codes-only"] if family == "lumina_mgpt" else []))  # no decoder
-    assert bool(list(Path("drawn").glob("*.png"))) == (family != "lumina_mgpt")
+    fit_and_draw(run, directory, RECIPES[family], *(["--codes-only"] if family in NO_DECODER else []))
+    assert bool(list(Path("drawn").glob("*.png"))) == (family not in NO_DECODER)
+
+
+def glm_codes(directory: Path, images: torch.Tensor) -> np.ndarray:
+    """(n, H, W) of images (n, 3, h, w), 0 to 255, by the image processor and the modules of transformers."""
+    model = transformers.GlmImageForConditionalGeneration.from_pretrained(directory).model
+    processor = transformers.GlmImageImageProcessor(patch_size=2, merge_size=1, temporal_patch_size=1, do_resize=False)
+    given = processor([each.to(torch.uint8) for each in images], return_tensors="pt")
+    with torch.no_grad():
+        seen = model.get_image_features(given["pixel_values"], given["image_grid_thw"]).pooler_output
+        return model.get_image_tokens(seen).view(len(images), *(side // 2 for side in images.shape[2:])).numpy()
 
 
 def pixels(path: Path) -> torch.Tensor:

@@ -114,6 +114,7 @@ COMMANDS |= {
         ("emu3_gen_8b", "90x90", "Emu3-Gen-hf"),
         ("janus_pro_1b", "24x24", "Janus-Pro-1B"),
         ("lumina_mgpt_7b", "48x48", "Lumina-mGPT-7B-768"),
+        ("glm_image_ar", "32x32", "GLM-Image-AR"),
     )
 }
 COMMANDS |= {
@@ -130,6 +131,7 @@ STARTS = {
     "weights/Janus-Pro-1B": "from https://huggingface.co/deepseek-community/Janus-Pro-1B to weights/",
     "weights/Lumina-mGPT-7B-768": "from https://huggingface.co/Alpha-VLLM/Lumina-mGPT-7B-768 to weights/",
     "weights/SimpleAR-0.5B": "from https://huggingface.co/Daniel0724/SimpleAR-0.5B-RL to weights/",
+    "weights/GLM-Image-AR": "from https://huggingface.co/zai-org/GLM-Image to weights/",
     "weights/X-Omni-En": "from https://huggingface.co/X-Omni/X-Omni-En to weights/",
     "weights/MammothModa2-Preview": "from https://huggingface.co/bytedance-research/MammothModa2-Preview to weights/",
     "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",

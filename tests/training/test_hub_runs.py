@@ -20,7 +20,8 @@ LORA = FOLDER / "one_gpu" / "lora.yaml"
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["janus_pro_1b", "simplear_0.5b", "emu3_gen_8b", "lumina_mgpt_7b", "x_omni_7b", "mammothmoda2_ar"]
+    "name",
+    ["janus_pro_1b", "simplear_0.5b", "emu3_gen_8b", "lumina_mgpt_7b", "x_omni_7b", "mammothmoda2_ar", "glm_image_ar"],
 )
 def test_a_recipe_fits_where_its_header_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the sizes and the time in the header, and the second configuration for one GPU."""
