@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashar_pl.commands.plot import figure, require_pyplot
 from flashar_pl.commands.score import caption_encoder, check_data, conditions_of, held_out, image_nll, summary
 from flashar_pl.console import Missed, plus_minus, progress_bar, table, versions
 from flashar_pl.files import new_directory, require_new, write_json, write_text
@@ -38,6 +39,8 @@ TOGETHER = 256
 """Test images of one forward."""
 CLASSIFIER = "classifier"
 """Directory of the report with a metric network that was trained for it."""
+DIAL, GROUPS, DIALLED = "dial.png", "groups_", ("raster", "lossless", "scratch")
+"""Picture of the dial; begin of its rows' keys, and the rows beside them."""
 BOUND = "digits"
 """Name of the data set that the bounds are about."""
 
@@ -59,6 +62,9 @@ class ReportOptions(HubOptions):
     --out, as `flashar classifier` does."""
     scratch: str | None = None
     """Checkpoint of a FlashAR model trained from random weights with the same budget."""
+    dial: str | None = None
+    """Numbers of groups, such as 1,2,4,64, for a --flashar trained with model.flashar.intra: a row for each, a row for
+    lossless decoding of --raster, and dial.png, which draws time against likelihood and samples."""
     samples: int = 1000
     """Images sampled for FID and accuracy, for each row and seed."""
     seeds: str = "0"
@@ -112,6 +118,8 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
 
     target = require_new(asked.out, "report")
     seeds = parse_classes(asked.seeds)
+    if asked.dial is not None:
+        require_pyplot()
     torch.set_num_threads(asked.threads)
     manifest = Manifest.load(asked.data)
     if asked.check and manifest.name != BOUND:
@@ -142,6 +150,8 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
         values["gate_map"] = gate.tolist()
         save_png(gate_picture(gate), folder / "gate.png")
         page = markdown(rows, values)
+        if asked.dial is not None:
+            draw_dial(rows, folder / DIAL)
         write_text(folder / "report.md", page)
         write_json(folder / "report.json", values)
     print(page)
@@ -160,11 +170,9 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
 
     encoders: list[PromptEncoder | None] = []
 
-    def row(key: str, name: str, checkpoint: str, branch_layer: int | None = None, plan: str | None = None) -> Row:
-        source = open_checkpoint(
-            ModelOptions(checkpoint, branch_layer=branch_layer, download=asked.download), DeviceOptions("cpu")
-        )
-        expected, named = (RasterAR, "raster") if key == "raster" else (FlashAR, "FlashAR")
+    def row(key: str, name: str, checkpoint: str, plan: str | None = None, **given: Any) -> Row:
+        source = open_checkpoint(ModelOptions(checkpoint, download=asked.download, **given), DeviceOptions("cpu"))
+        expected, named = (RasterAR, "raster") if key in ("raster", "lossless") else (FlashAR, "FlashAR")
         if not isinstance(source.model, expected):
             kind = source.model.config()["kind"]
             raise ValueError(f"--{key} {source.path} is a {kind} model; expected a {named} model.")
@@ -174,11 +182,20 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
         return Row(key, name, source.model, plan or source.model.plan_name, source.path)
 
     rows = [row("raster", "raster", asked.raster), row("flashar", "FlashAR", asked.flashar)]
+    if asked.dial is not None and rows[1].model.dual_head.intra is None:
+        raise ValueError(
+            f"--dial draws codes in groups, and {asked.flashar} has no head for it; expected a model that was trained "
+            "with --model.flashar.intra.alone true (docs/results/beyond.md)."
+        )
     branch = rows[1].model.config()["branch_layer"]
-    rows.append(row("training_free", "training-free, limited", asked.raster, branch, "limited"))
-    rows.append(row("training_free_average", "training-free, average", asked.raster, branch))
+    rows.append(row("training_free", "training-free, limited", asked.raster, "limited", branch_layer=branch))
+    rows.append(row("training_free_average", "training-free, average", asked.raster, branch_layer=branch))
     if asked.scratch is not None:
         rows.append(row("scratch", "FlashAR from scratch, same budget", asked.scratch))
+    if asked.dial is not None:
+        rows.append(row("lossless", "raster, lossless", asked.raster, "lossless"))
+        for groups in parse_classes(asked.dial):
+            rows.append(row(f"{GROUPS}{groups}", f"FlashAR, groups: {groups}", asked.flashar, groups=groups))
     return rows, encoders[0]
 
 
@@ -251,7 +268,7 @@ def markdown(rows: list[Row], values: dict[str, Any]) -> str:
     for row in rows:
         found, ms = row.results, row.results["ms_per_image"]
         lines.append([
-            row.name, str(found["steps"]),
+            row.name, f"{found['forwards']:.1f}" if "forwards" in found else str(found["steps"]),
             plus_minus(found["nll_nats_per_image"], found["standard_error"], ".2f"),
             _with_spread(found["per_seed"]["fid"], ".1f"), _with_spread(found["per_seed"]["accuracy"], ".3f"),
             f"{ms['median']:.1f} ({ms['lower_quartile']:.1f} to {ms['upper_quartile']:.1f})",
@@ -279,6 +296,27 @@ def _with_spread(values: list[float], digits: str) -> str:
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_dial(rows: list[Row], path: Path) -> None:
+    """Milliseconds of an image, with quartiles, against likelihood, FID and accuracy; the numbers of groups joined."""
+    dial, others = [row for row in rows if row.key.startswith(GROUPS)], [row for row in rows if row.key in DIALLED]
+    labels = {"nll_nats_per_image": "test NLL, nats/image", "fid": "FID", "accuracy": "class accuracy"}
+    shown = [name for name in labels if all(row.results[name] is not None for row in dial + others)]
+    with figure(path, 1, len(shown), (5 * len(shown), 4)) as axes:
+        for axis, name in zip(axes, shown, strict=True):
+            for points in (*([row] for row in others), dial):
+                times, values = [row.results["ms_per_image"] for row in points], [row.results[name] for row in points]
+                middle = [each["median"] for each in times]
+                below = [each["median"] - each["lower_quartile"] for each in times]
+                above = [each["upper_quartile"] - each["median"] for each in times]
+                label = "FlashAR, groups of a diagonal" if points is dial else points[0].name
+                axis.errorbar(middle, values, xerr=[below, above], fmt="o-", capsize=3, label=label)
+            for row in dial:
+                place = row.results["ms_per_image"]["median"], row.results[name]
+                axis.annotate(row.key.removeprefix(GROUPS), place, xytext=(4, 5), textcoords="offset points")
+            axis.set(xlabel="ms/image (batch 1)", ylabel=labels[name])
+        axes[0].legend()
 
 
 def draw_samples(

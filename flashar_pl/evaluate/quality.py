@@ -71,7 +71,8 @@ def sample_quality(
     seeds: list[int],
     advance: Callable[[int], Any] = lambda n: None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """ "fid" and "accuracy" of n samples for each sample seed, and why a seed has none (the last one's reason).
+    """ "fid" and "accuracy" of n samples for each sample seed, and why a seed has none (the last one's reason); where
+    the plan has no fixed number of forwards, their mean "forwards".
 
     condition: of m entries; sample i has entry i modulo m. Accuracy is measured where these are all classes in turn and
     the classifier knows them.
@@ -92,6 +93,8 @@ def sample_quality(
         else:
             labels = torch.arange(samples) % features.logits.shape[1]
             results["accuracy"].append(float((features.logits.argmax(1) == labels).double().mean()))
+    if engine.forwards:
+        results["forwards"] = [statistics.fmean(engine.forwards)]
     return results, left_out
 
 

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from command_toys import tiny_backbone
 from PIL import Image
 
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.commands import demo as demo_module
 from flashar_pl.commands.plot import by_seed, find_runs, on_axis, read_scalars
 from flashar_pl.commands.report import check_bounds
 from flashar_pl.console import Missed
+from flashar_pl.models import FlashAR
 
 # --- classifier ----------------------------------------------------------------------------------------------------
 
@@ -187,6 +192,29 @@ def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model
         "report", "--data", shards, "--classifier", "none", "--out", "r", "--raster", "x", "--flashar", "y"
     )
     assert not list(work.iterdir())
+
+
+def test_the_dial_has_a_row_for_each_number_of_groups(
+    run, refused, raster_model, flashar_model, classifier, shards, work
+):
+    """A row that forgets its number of groups shows the checkpoint's own, and the dial is flat."""
+    model = FlashAR(tiny_backbone(), 1, intra={"groups": 2})
+    torch.nn.init.normal_(model.dual_head.intra.out.weight)  # new, it adds nothing
+    save_model("own", model, Description(model.config(), grid=(8, 8), tokenizer={"kind": "pixels", "levels": 17}))
+    words = ("report", "--raster", raster_model, "--data", shards, "--classifier", classifier, "--samples", 5)
+    words += ("--timed-images", 1, "--dial", "1,2,64", "--out", "report")
+    assert "model.flashar.intra" in refused(*words, "--flashar", flashar_model)
+    code, _, err = run(*words, "--flashar", "own")
+    assert code == 0, err
+    rows = json.loads(Path("report/report.json").read_text())["rows"]
+    assert list(rows)[4:] == ["lossless", "groups_1", "groups_2", "groups_64"]
+    nll = {key: row["nll_nats_per_image"] for key, row in rows.items()}
+    assert nll["groups_2"] == nll["flashar"]
+    assert len({nll["groups_1"], nll["groups_2"], nll["groups_64"]}) == 3
+    assert nll["lossless"] == nll["raster"]
+    assert rows["lossless"]["per_seed"]["fid"] == rows["raster"]["per_seed"]["fid"]  # the same images
+    assert 1 < rows["lossless"]["forwards"] <= 64
+    assert Path("report/dial.png").read_bytes().startswith(b"\x89PNG")
 
 
 GOOD = {
