@@ -37,7 +37,7 @@ CORE = {
     "flashar_pl/training/optim.py": [
         "tests/training/test_stages.py", "tests/training/test_resume.py::test_settings_of_the_optimiser_may_change",
     ],
-    "flashar_pl/training/save_point.py": ["tests/training/test_save_point.py"],
+    "flashar_pl/training/save_point.py": ["tests/training/test_save_point.py", "tests/training/test_stopping.py"],
     "flashar_pl/training/whole_steps.py": ["tests/training/test_intervals.py"],
     "flashar_pl/training/averaging.py": [
         "tests/training/test_module.py::test_averages_move_once_per_optimiser_step",

@@ -49,8 +49,6 @@ class SavePoint(StepCallback):
             self.noted = Progress(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if "loops" not in checkpoint or not (trainer.training or trainer.validating):
-            return
         between = not self.in_step and not self.in_validation
         if (state := Progress(trainer) if between else self.noted) is not None:
             checkpoint["loops"]["fit_loop"] = state.loop

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
 
 from flashar_pl.metrics.fid import RowFID
-from flashar_pl.training.finite import NotFinite
+from flashar_pl.training.finite import NotFinite, not_finite
 
 
 class Breaks(Callback):
@@ -129,3 +129,10 @@ def test_a_missing_metric_stops_no_run_and_replaces_no_best(toy_shards: str, tmp
     assert best.best_model_path.endswith("step=2.ckpt")
     assert "EarlyStopping" in stop.state_key
     assert "PatientStopping" not in stop.state_key
+
+
+def test_a_message_names_four_parameters_and_counts_the_rest() -> None:
+    bad = {f"w{i}": torch.full((2,), torch.nan) for i in range(6)}
+    assert not_finite({**bad, "good": torch.ones(1)}) == "w0, w1, w2, w3 and 2 more"
+    assert not_finite(dict(list(bad.items())[:4])) == "w0, w1, w2, w3"
+    assert not_finite({"good": torch.ones(1)}) == not_finite({}) == ""

@@ -20,8 +20,9 @@ class Validations(Callback):
 VALIDATING = {"limit_val_batches": 1.0, "check_val_every_n_epoch": None, "enable_checkpointing": True}
 
 
-def test_validations_count_steps_of_accumulated_batches(toy_shards: str, tmp_path: Path) -> None:
+def test_validations_count_steps_of_accumulated_batches(toy_shards: str, tmp_path: Path, caplog) -> None:
     """Six batches an epoch, steps of four: two batches are left, and were a step of their own."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     watch = Validations()
     options = {**VALIDATING, "enable_checkpointing": False}
     module = fit(
@@ -29,6 +30,7 @@ def test_validations_count_steps_of_accumulated_batches(toy_shards: str, tmp_pat
         max_steps=5, **options,
     )  # fmt: skip
     assert list(watch.seen) == [2, 4]
+    assert "steps of 4 batches, and 2 batches at the end of an epoch are left out" in caplog.text
     assert (module.trainer.current_epoch, module.trainer.global_step) == (5, 5)
     assert (module.trainer.val_check_interval, module.trainer.limit_train_batches) == (2, 1.0)  # put back
 
@@ -39,8 +41,9 @@ def test_a_step_longer_than_an_epoch_is_refused(toy_shards: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path: Path, accumulate: int) -> None:
+def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path: Path, accumulate: int, caplog) -> None:
     """Saved every second step, validated every third: at steps 3 and 6, with their values; the last one at its own."""
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     watch = Validations()
     save = ModelCheckpoint(
         tmp_path, filename="{step}-{val/nll:.6f}", auto_insert_metric_name=False, monitor="val/nll", save_top_k=-1,
@@ -54,3 +57,4 @@ def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path:
     ranked = {int(found[1]): float(found[2]) for found in files if found}
     assert ranked == {step: pytest.approx(watch.seen[step], abs=1e-6) for step in (3, 6)}
     assert len(files) == 3
+    assert "left out" not in caplog.text, "six batches are whole steps"

@@ -112,6 +112,14 @@ def test_continued_equals_uninterrupted(whole, raster: str, toy_shards: str, tmp
         assert torch.equal(a, b), name
 
 
+def test_a_run_without_averages_continues(raster: str, toy_shards: str, tmp_path: Path) -> None:
+    """There is no average then to which frozen weights could be copied."""
+    path = tmp_path / "one.ckpt"
+    fit(tmp_path, toy_shards, make(raster, ema_decay=None), max_steps=1).trainer.save_checkpoint(path)
+    again = fit(tmp_path, toy_shards, make(raster, ema_decay=None), ckpt_path=path, max_steps=2)
+    assert (again.ema, again.trainer.global_step) == (None, 2)
+
+
 def test_the_frozen_part_is_not_averaged(whole, raster: str, toy_shards: str, tmp_path: Path) -> None:
     """One memory for both models, sharded ones too, and one copy in a checkpoint: 65 GB of a 34 B model. A validation
     of a continued run needs it in the averages."""

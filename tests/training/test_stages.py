@@ -8,8 +8,10 @@ import torch
 
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import ROLES
+from flashar_pl.training.averaging import EmaUpdate
 from flashar_pl.training.config import OptimiserConfig
 from flashar_pl.training.optim import adamw, parameter_groups
+from flashar_pl.training.sharded.compact_adamw import CompactAdamW
 from flashar_pl.training.stages import Schedule, ScheduleConfig
 
 
@@ -110,6 +112,12 @@ def test_order_of_groups_is_fixed() -> None:
     ]
 
 
+def test_the_moments_asked_for_are_the_ones_kept() -> None:
+    """A run of 34B parameters that asks for bfloat16 moments has no memory for others."""
+    kinds = [type(adamw(tiny.flashar(), OptimiserConfig(state=state))) for state in ("fp32", "bf16")]
+    assert kinds == [torch.optim.AdamW, CompactAdamW]
+
+
 def test_half_precision_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         adamw(tiny.flashar().to(torch.bfloat16), OptimiserConfig())
@@ -165,3 +173,11 @@ def test_milestones_take_the_place_of_the_cosine() -> None:
 def test_vectors_decay_where_asked() -> None:
     groups = parameter_groups(tiny.flashar(), 0.01, decay_vectors=True)
     assert {group["weight_decay"] for group in groups} == {0.01}
+
+
+def test_a_decay_of_averages_is_a_share() -> None:
+    """0, the newest weights alone, is one."""
+    assert EmaUpdate(0.0).decay == 0
+    for decay in (-0.1, 1.0):
+        with pytest.raises(ValueError, match="ema_decay is"):
+            EmaUpdate(decay)
