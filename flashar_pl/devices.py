@@ -100,19 +100,21 @@ def resident_memory() -> int:
     return _bytes("self/status", "VmRSS")
 
 
+def most_memory(device: torch.device) -> int:
+    """Most bytes that tensors on this GPU, or this process on a CPU, have had at once; 0 where it does not tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _bytes("self/status", "VmHWM")
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Peak memory of the block: the GPU allocator's, or the resident size of this process (Linux)."""
-    peak = Peak()
+    peak, reset = Peak(), Path("/proc/self/clear_refs")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         peak.before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.bytes = torch.cuda.max_memory_allocated(device)
-        return
-    peak.before = resident_memory()
-    reset = Path("/proc/self/clear_refs")
-    if reset.exists() and os.access(reset, os.W_OK):
-        reset.write_text("5")  # VmHWM starts again from the present size
+    else:
+        peak.before = resident_memory()
+        if reset.exists() and os.access(reset, os.W_OK):
+            reset.write_text("5")  # VmHWM starts again from the present size
     yield peak
-    peak.bytes = _bytes("self/status", "VmHWM")
+    peak.bytes = most_memory(device)

@@ -71,8 +71,7 @@ class SampleSet:
 
         Some may lie behind the last; they are drawn and dropped.
         """
-        rounds = -(-self.batches // ranks)
-        return [turn * ranks + rank for turn in range(rounds)]
+        return [turn * ranks + rank for turn in range(-(-self.batches // ranks))]
 
     def numbers(self, batch: int) -> list[int]:
         """Sample numbers of a batch, always B of them."""

@@ -154,11 +154,10 @@ class GridModel(nn.Module, ABC):
 
     def roles(self) -> dict[str, str]:
         """Parameter name -> role, for every parameter."""
-
-        def role(name: str) -> str:
-            return next((role for start, role in ROLE_OF.items() if name.startswith(start)), "backbone")
-
-        return {name: role(name) for name, _ in self.named_parameters()}
+        return {
+            name: next((role for start, role in ROLE_OF.items() if name.startswith(start)), "backbone")
+            for name, _ in self.named_parameters()
+        }
 
     def make_plan(self, name: str | None, height: int, width: int) -> DecodePlan:
         """The plan called `name` (None = the model's own), with row ends where the backbone has them.

@@ -19,17 +19,16 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from flashar_pl.backbones.condition import Batch
+from flashar_pl.devices import most_memory
 from flashar_pl.ranks import gather
 from flashar_pl.training.logger import log_points, show_layout, take_back, tensorboards
-from flashar_pl.training.meters import RunClock, epochs_done, peak_memory
+from flashar_pl.training.meters import RunClock, epochs_done
 from flashar_pl.training.optim import renew_settings
 from flashar_pl.training.protocol import Trained, trained
 from flashar_pl.training.steps import StepCallback, logs, validation_follows
 from flashar_pl.training.strategies import allow_frozen_parameters, check_strategy
 from flashar_pl.training.validation import LOSSES
 
-NOT_REPEATED = ("train/tokens_per_second", "train/memory_gib", "train/hours", "train/device_hours")
-"""Curves of the machine. All others of a run are the same points whenever it is stopped and continued."""
 LOGGED = "logged"
 """Key of the losses (4,), in the order of `LOSSES`, in what a training step returns."""
 
@@ -226,7 +225,8 @@ class TrainingLog(StepCallback):
             speed = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             self._points |= {"train/tokens_per_second": speed, "epoch": float(trainer.current_epoch)}
             self._points |= {f"train/{name}": value for name, value in self._clock.read().items()}
-            self._points |= {f"train/{name}": value for name, value in peak_memory(pl_module.device).items()}
+            if memory := most_memory(pl_module.device):
+                self._points["train/memory_gib"] = memory / 2**30
             self._points["train/epochs"] = epochs_done(trainer)
             if (drawn := getattr(trainer.datamodule, "drawn", None)) is not None:  # type: ignore[attr-defined]
                 self._points |= {f"data/{name}": float(n) for name, n in drawn().items()}

@@ -38,9 +38,8 @@ from flashar_pl.training.carried import carried, check_place, forget_strange_pat
 from flashar_pl.training.checks import check_features, how_to_make, initial_weights
 from flashar_pl.training.data_sizes import with_data_sizes
 from flashar_pl.training.logger import RunLogger, show_settings
-from flashar_pl.training.measured import report
+from flashar_pl.training.measured import join_predictions, report
 from flashar_pl.training.module import FlashARModule
-from flashar_pl.training.predictions import join_predictions
 from flashar_pl.training.progress import RunProgress, quiet_lightning
 from flashar_pl.training.run_directory import check_own, continued, is_finished, only_one, where_to_continue
 from flashar_pl.training.stored_config import (

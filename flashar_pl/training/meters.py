@@ -1,13 +1,10 @@
-"""What a run costs: hours, device-hours, epochs and memory."""
+"""What a run costs: hours, device-hours and epochs."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
-from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 
 
@@ -50,15 +47,3 @@ def epochs_done(trainer: Trainer) -> float:
     if not math.isfinite(batches) or batches < 1:
         return float(trainer.current_epoch)
     return trainer.current_epoch + (loop.batch_idx + 1) / batches
-
-
-def peak_memory(device: torch.device) -> dict[str, float]:
-    """ "memory_gib": most memory that tensors on this GPU, or this process on a CPU, have had at once, GiB."""
-    if device.type == "cuda":
-        return {"memory_gib": torch.cuda.max_memory_allocated(device) / 2**30}
-    try:
-        import resource
-    except ModuleNotFoundError:  # not on Windows
-        return {}
-    usage: Any = resource.getrusage(resource.RUSAGE_SELF)
-    return {"memory_gib": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30}

@@ -31,9 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")
 
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from processes import free_port  # noqa: E402
-from training_toys import ValidationConfig, fit, make_module, write_digit_like  # noqa: E402
+from training_toys import NOT_REPEATED, ValidationConfig, fit, make_module, write_digit_like  # noqa: E402
 
-from flashar_pl.training.callbacks import NOT_REPEATED  # noqa: E402
 from flashar_pl.training.logger import RunLogger  # noqa: E402
 from flashar_pl.training.sharded.strategy import ShardedStrategy  # noqa: E402
 

@@ -12,12 +12,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from pretend_gpu import CUDA, PretendGPU
 from torch import Tensor
-from training_toys import OptimiserConfig, ValidationConfig, fit, make_module, save_classifier, write_digit_like
+from training_toys import (
+    NOT_REPEATED,
+    OptimiserConfig,
+    ValidationConfig,
+    fit,
+    make_module,
+    save_classifier,
+    write_digit_like,
+)
 
 from flashar_pl.backbones.condition import Batch, Condition, Prompts
 from flashar_pl.models import RasterAR
 from flashar_pl.models.base import STAGE1_ROLES, GridModel
-from flashar_pl.training.callbacks import NOT_REPEATED
 from flashar_pl.training.finite import NotFinite
 
 

@@ -8,9 +8,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.summary.writer import event_file_writer
-from training_toys import fit, make_module
+from training_toys import NOT_REPEATED, fit, make_module
 
-from flashar_pl.training.callbacks import NOT_REPEATED
 from flashar_pl.training.config import ValidationConfig
 from flashar_pl.training.logger import RunLogger
 

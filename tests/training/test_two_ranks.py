@@ -8,7 +8,7 @@ import torch
 from pair import Pair
 from training_toys import ValidationConfig, fit, make_data, make_module
 
-from flashar_pl.training.predictions import join_predictions
+from flashar_pl.training.measured import join_predictions
 
 VALIDATING = {"limit_val_batches": 1.0, "val_check_interval": 5, "check_val_every_n_epoch": None}
 
