@@ -98,7 +98,7 @@ NOT_REPEATED = ("train/tokens_per_second", "train/memory_gib", "train/hours", "t
 """Curves of the machine. All others of a run are the same points whenever it is stopped and continued."""
 
 __all__ = [
-    "CLASSES", "GRID", "LEVELS", "NOT_REPEATED", "NO_DROPOUT", "OPTIONS", "STEPS", "BackboneConfig", "FlashARConfig", "Losses",
-    "OptimiserConfig", "ScheduleConfig", "ValidationConfig", "fit", "make_data", "make_module", "make_trainer",
-    "save_classifier", "write_digit_like",
+    "CLASSES", "GRID", "LEVELS", "NOT_REPEATED", "NO_DROPOUT", "OPTIONS", "STEPS", "BackboneConfig", "FlashARConfig",
+    "Losses", "OptimiserConfig", "ScheduleConfig", "ValidationConfig", "fit", "make_data", "make_module",
+    "make_trainer", "save_classifier", "write_digit_like",
 ]  # fmt: skip
