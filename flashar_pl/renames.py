@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from flashar_pl.options import Weights
 from flashar_pl.tensor_files import drop_pages
+from flashar_pl.text_files import BROKEN, reason
 
 WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 """What DDP, torch.compile, activation checkpointing and FSDP leave behind in names, wherever they wrapped a part."""
@@ -125,6 +126,17 @@ class Rename:
         return Rename(ours + self.ours, tuple(official + piece for piece in self.pieces), self.sizes, self.skip)
 
 
+def on_meta(build: Callable[[], T]) -> T:
+    """A module without memory for weights. ValueError for a description that none can be built from."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except BROKEN as error:
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"no model can be built from its description: {reason(error)}.") from error
+
+
 def build_filled(
     build: Callable[[], T],
     source: TensorSource,
@@ -137,8 +149,7 @@ def build_filled(
 
     dtype: of all its weights; None = that of the first tensor of the table in the source.
     """
-    with torch.device("meta"):
-        module = build()
+    module = on_meta(build)
     _check(source, renames, _tensors(module), set(ignored := list(ignored)))
     module.to(dtype or source.dtype(renames[0].pieces[0]))
     fill(module, source, renames, device, ignored)

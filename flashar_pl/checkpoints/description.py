@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashar_pl.backbones import build_backbone
 from flashar_pl.checkpoints.named_paths import all_inside, located, marks, named_paths, strange
 from flashar_pl.grid import DecodePlan, make_plan
@@ -19,7 +17,7 @@ from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
-from flashar_pl.text_files import BROKEN, reason
+from flashar_pl.renames import on_meta
 
 FORMAT = 1
 FIELDS = {
@@ -156,10 +154,4 @@ def plan_of(config: dict[str, Any], name: str, height: int, width: int, row_end:
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:
     """`build_model` without memory for weights. ValueError for any configuration that no model can be built from."""
-    try:
-        with torch.device("meta"):
-            return build_model(config)
-    except BROKEN as error:
-        if isinstance(error, ValueError):
-            raise
-        raise ValueError(f"no model can be built from its description: {reason(error)}.") from error
+    return on_meta(lambda: build_model(config))

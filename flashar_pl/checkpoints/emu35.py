@@ -77,6 +77,7 @@ class OfficialDirectory(SafetensorsDirectory):
         self.released = self.values.get("model_type") == MODEL_TYPE
         super().__init__(directory)
         _check_layers(self.values, self)
+        check_layers(self.values, "vertical_layers", len(self.stored))
 
     def config(self, heads: Heads) -> Emu35Config:
         """Of the backbone."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from flashar_pl.checkpoints.methods import check_method
 from flashar_pl.models.baselines.var import VAR
 from flashar_pl.models.baselines.var_transformer import VARConfig, VARTransformer
-from flashar_pl.renames import Rename, StateDict, build_filled, official_state_dict, split_rows
+from flashar_pl.renames import Rename, StateDict, build_filled, official_state_dict, on_meta, split_rows
 
 NAME = "the VAR state dict"
 NEEDED = ("depth", "embed_dim", "num_heads", "patch_nums")
@@ -88,8 +88,7 @@ def network_renames(names: Iterable[str]) -> list[Rename]:
 
 
 def _filled(source: StateDict, spec: VARConfig) -> VAR:
-    with torch.device("meta"):
-        renames = network_renames(VAR(VARTransformer(spec)).state_dict())
+    renames = network_renames(on_meta(lambda: VAR(VARTransformer(spec))).state_dict())
     n = spec.length
     derived = {"lvl_1L": (1, n), "attn_bias_for_masking": (1, 1, n, n)}
     model = build_filled(lambda: VAR(VARTransformer(spec)), source, renames, ignored=derived)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashar_pl.numerics import strict_float32
-from flashar_pl.renames import Rename, StateDict, build_filled, split_rows
+from flashar_pl.renames import Rename, StateDict, build_filled, on_meta, split_rows
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.convnet import ConvNet, NetSpec
 
@@ -174,9 +174,7 @@ def load_strict(build: Callable[[], T], state: Mapping[str, Tensor], what: str) 
 
     Raises ValueError naming the tensors that are missing, left over or of another shape.
     """
-    with torch.device("meta"):
-        empty = build()
-    model = build_filled(build, StateDict(state, what), empty.renames(), dtype=torch.float32)
+    model = build_filled(build, StateDict(state, what), on_meta(build).renames(), dtype=torch.float32)
     return model.requires_grad_(False)
 
 

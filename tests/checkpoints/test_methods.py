@@ -1,5 +1,8 @@
 """A reader that is given another method's weights names the method it holds, for every pair."""
 
+import json
+
+import emu_files
 import pytest
 import torch
 import var_golden
@@ -67,6 +70,20 @@ def test_a_small_file_of_var_takes_no_more_memory_than_it_has(monkeypatch):
     many = {"lvl_1L": torch.tensor([[0] + [1] * side**2]), "pos_1LC": torch.zeros(1, 1, 16).expand(1, 1 + side**2, 16)}
     with pytest.raises(ValueError, match=r"attn_bias_for_masking of .* is not that of patch_nums \[1, 99\]"):
         read_var_file({**state, **many}, 2)
+
+
+def test_a_directory_of_impossible_sizes_is_named(tmp_path):
+    """A hang, and a RuntimeError of torch without the directory."""
+    emu_files.write_released(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    for changed, message in (
+        ({"vertical_layers": 10**12}, "vertical_layers is 1,000,000,000,000, more than the"),
+        ({"backbone_config": values["backbone_config"] | {"hidden_size": -1}}, "no model can be built from its desc"),
+    ):
+        file.write_text(json.dumps(values | changed))
+        with pytest.raises(ValueError, match=f"{tmp_path.name}.*{message}"):
+            load_model(tmp_path)
 
 
 def test_a_file_of_odd_shapes_is_named(tmp_path):
