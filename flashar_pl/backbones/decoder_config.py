@@ -159,8 +159,9 @@ class DecoderConfig:
         if first is not None and not 0 < self.n_codes <= last + 1 - first:
             left = last + 1 - first
             raise ValueError(f"num_visual_codes is {self.n_codes}; expected 1 to {left}, the tokens from {first} on.")
-        if self.code_ids and (len({*self.code_ids}) < len(self.code_ids) or not {*self.code_ids} <= {*range(last + 1)}):
-            raise ValueError(f"code_ids are not {len(self.code_ids)} different token ids from 0 to {last}.")
+        ids = self.code_ids or ()
+        if len({*ids}) < len(ids) or not all(0 <= token <= last for token in ids):
+            raise ValueError(f"code_ids are not {len(ids)} different token ids from 0 to {last}.")
 
     @property
     def knows_null(self) -> bool:

@@ -62,6 +62,7 @@ class LanguageModel(TensorSource):
         text = (values.get("llm_config") or values).get("text_config") or values
         check_layers(text, "num_hidden_layers", len(keys))
         prefix, config = text_prefix(keys, values, self.family), self.family.config(values)
+        check_layers(vars(config), "code_layers", len(keys))
         head = min((key for key in keys if _is_head(key)), key=len, default=HEAD)
         tied = head not in keys and config.code_width is None
         if tied and not (values.get("tie_word_embeddings") or text.get("tie_word_embeddings")):

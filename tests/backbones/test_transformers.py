@@ -446,3 +446,14 @@ def test_wrong_input_is_named() -> None:
     apart.head.weight.data.add_(1.0)
     with pytest.raises(ValueError, match="training has parted them"):
         apart.to_transformers()
+
+
+def test_numbers_of_a_configuration_take_no_memory() -> None:
+    """8 GB for a vocabulary of 2^31, and an endless table of layers."""
+    judge = Judge("chameleon")
+    with pytest.raises(ValueError, match=r"shape|no model can be built"):
+        from_transformers(judge.state, {**judge.config, "vocab_size": 10**12})
+    judge = Judge("janus")
+    vq = {**judge.config["vq_config"], "num_hidden_layers": 10**12}
+    with pytest.raises(ValueError, match=r"code_layers is 1,000,000,000,000, more than the"):
+        from_transformers(judge.state, {**judge.config, "vq_config": vq})
