@@ -290,8 +290,9 @@ def _array(stream: Any, size: int) -> np.ndarray:
     return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
 
 
-def array_header(stream: Any, size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """(shape, dtype) of the .npy file that begins in `stream` and has `size` bytes; nothing is allocated for it.
+def array_header(stream: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether in Fortran's order, dtype) of the .npy file that begins in `stream` and has `size` bytes; nothing
+    is allocated for it.
 
     Raises an error of `BROKEN` for what is no such file, holds Python objects, or announces more than its size.
     """
@@ -300,9 +301,9 @@ def array_header(stream: Any, size: int) -> tuple[tuple[int, ...], np.dtype[Any]
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"it has version {version[0]}.{version[1]} of the .npy format; expected 1.0 or 2.0")
-    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(stream)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never read")
     if any(type(n) is not int or n < 0 for n in shape) or stream.tell() + math.prod(shape) * dtype.itemsize > size:
         raise ValueError(f"it has {size:,} bytes and announces an array of shape {shape} and type {dtype}")
-    return shape, dtype
+    return shape, fortran, dtype

@@ -157,7 +157,8 @@ def _fill(description: Description, state: dict[str, Tensor]) -> GridModel:
     """The model of a description with these weights, not copied, low-rank updates merged. ValueError if they differ."""
     if description.lora is not None:
         state, description.lora = dict(merge(state, lora_config(description.lora))), None
-    check_layers(description.model.get("backbone"), "n_layer", len(state))
+    for name in ("n_layer", "depth", "code_layers"):
+        check_layers(description.model.get("backbone"), name, len(state))
     model = build_on_meta(description.model)
     expected = model.state_dict()
     for key, value in state.items():

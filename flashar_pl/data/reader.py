@@ -20,6 +20,7 @@ import numpy as np
 
 from flashar_pl.data.first_use import FirstUse, check_size
 from flashar_pl.data.manifest import Manifest, Record, code_dtype
+from flashar_pl.tensor_files import array_header
 from flashar_pl.text_files import BROKEN, parse_json, reason
 
 OPEN_SHARDS = 128
@@ -241,15 +242,10 @@ def _array(data: bytes | memoryview, what: str) -> np.ndarray:
     """A .npy file as a read-only view of `data`."""
     head = io.BytesIO(data[:4096])
     try:
-        if np.lib.format.read_magic(head) != (1, 0):
-            raise ValueError("not .npy version 1.0")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(head)
-        if fortran or dtype.hasobject:
-            raise ValueError("not a plain C-ordered array")
-        count = math.prod(shape)
-        if head.tell() + count * dtype.itemsize != len(data):
-            raise ValueError(f"{len(data)} bytes do not hold an array of shape {shape} and type {dtype}")
-        return np.frombuffer(data, dtype, count, head.tell()).reshape(shape)
+        shape, fortran, dtype = array_header(head, len(data))
+        if fortran or head.tell() + math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{len(data)} bytes do not hold a C-ordered array of shape {shape} and type {dtype}")
+        return np.frombuffer(data, dtype, offset=head.tell()).reshape(shape)
     except BROKEN as error:
         raise ValueError(
             f"Damaged {what}: {reason(error)}. Copy the shard again, or tokenize the data set again."

@@ -138,10 +138,14 @@ def _network(folder: Path, name: str, settings: dict[str, Any], part: str) -> An
     with needing("the image tokenizer", "hf"):
         import transformers
     try:
+        tensors, levels = _tensors(folder, part), settings.get("channel_multiplier", ())
+        layers = max(settings.get("num_res_blocks", 0), settings.get("depth", 0), len(levels))
+        if layers > max(9, len(tensors)):
+            raise ValueError(f"config.json describes more layers than the {len(tensors)} tensors")
         config = getattr(transformers, f"{name.removesuffix('Model')}Config")(**settings)
         with torch.device("meta"):
             network = getattr(transformers, name)(config)
-        missing, left = network.load_state_dict(_tensors(folder, part), strict=False, assign=True)
+        missing, left = network.load_state_dict(tensors, strict=False, assign=True)
         if missing or left:
             raise ValueError(f"{len(missing)} tensors are missing, {len(left)} unknown: {[*missing, *left][:4]}")
         return network

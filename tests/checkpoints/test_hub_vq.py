@@ -60,6 +60,10 @@ def test_what_is_missing_is_named(janus: Path, tmp_path: Path) -> None:
     other = write_hub(tmp_path / "qwen2", "qwen2")
     with pytest.raises(ValueError, match="holds no image tokenizer; expected a model of type emu3, janus, chameleon"):
         build_tokenizer({"kind": "hub", "weights": str(other)})
+    endless = {"model_type": "janus", "vq_config": {"num_res_blocks": 10**12}}
+    (other / "config.json").write_text(json.dumps(endless))
+    with pytest.raises(ValueError, match=r"config\.json describes more layers than the 0 tensors"):
+        build_tokenizer({"kind": "hub", "weights": str(other)})
     (other / "config.json").write_text(json.dumps({**json.loads((janus / "config.json").read_text())}))
     with pytest.raises(ValueError, match=re.escape("holds no JanusVQVAE that can be read") + ".* tensors are missing"):
         build_tokenizer({"kind": "hub", "weights": str(other)})

@@ -1,6 +1,7 @@
 """A reader that is given another method's weights names the method it holds, for every pair."""
 
 import json
+import shutil
 
 import emu_files
 import pytest
@@ -84,6 +85,16 @@ def test_a_directory_of_impossible_sizes_is_named(tmp_path):
         file.write_text(json.dumps(values | changed))
         with pytest.raises(ValueError, match=f"{tmp_path.name}.*{message}"):
             load_model(tmp_path)
+
+
+def test_a_converted_var_has_no_more_blocks_than_tensors(directories, tmp_path):
+    shutil.copytree(directories / "VAR", tmp_path / "v")
+    file = tmp_path / "v" / "config.json"
+    values = json.loads(file.read_text())
+    values["model"]["backbone"]["depth"] = 10**12
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="depth is 1,000,000,000,000, more than the"):
+        load_model(tmp_path / "v")
 
 
 def test_a_file_of_odd_shapes_is_named(tmp_path):
