@@ -20,7 +20,7 @@ from flashar_pl.text_files import naming, read_json
 from flashar_pl.tokenizers.hub_text import HubText, has_tokenizer
 from flashar_pl.tokenizers.hub_vq import PART, holds_vq
 from flashar_pl.tokenizers.prompts import PromptTokenizer
-from flashar_pl.tokenizers.rank_text import RANKS, RankText
+from flashar_pl.tokenizers.rank_text import RANKS, read_files
 from flashar_pl.tokenizers.text import ADVICE, RANK_FILE, Emu35Text
 
 
@@ -100,7 +100,7 @@ def preview_of(directory: str | Path) -> Callable[[int, int], tuple[int, int] | 
 def _token_ids(directory: Path) -> dict[str, int]:
     """Token -> id, of tokenizer.json or of MammothModa2's files; empty where there are none."""
     if (directory / RANKS).is_file():
-        return RankText(directory).special
+        return read_files(directory)[1]
     file = directory / "tokenizer.json"
     if not file.is_file():
         return {}
