@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from flashar_pl.text_files import BROKEN
+from flashar_pl.text_files import BROKEN, POINTER
 
 FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jfif", ".jpe"),
@@ -76,6 +76,8 @@ def open_rgb(source: bytes | str | Path) -> Image.Image:
             image.load()
             return _upright(_rgb(image), image)
     except UnidentifiedImageError as error:
+        if data.startswith(POINTER):
+            raise Unreadable("a Git LFS pointer, not the file itself; fetch it with `git lfs pull`") from error
         raise Unreadable(f"its beginning is that of no {', '.join(READABLE)} file") from error
     except DAMAGED as error:
         raise Unreadable(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error

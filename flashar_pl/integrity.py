@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashar_pl.text_files import need_file
+
 CRC_KEY, BESIDE_KEY = "crc32", "crc32.beside"
 """Of the metadata of a safetensors file."""
 LIST = "digests.json"
@@ -152,7 +154,7 @@ def check_safetensors(path: Path, again: bool = False) -> bool:
     """
     if _settled(path, again):
         return False
-    with view(path) as content:
+    with view(need_file(path)) as content:
         begin = 8 + int.from_bytes(content[:8], "little")
         try:
             header = json.loads(bytes(content[8:begin]))

@@ -358,7 +358,7 @@ def check_least(group: Any, **least: float) -> None:
     """ValueError where an option of a group is a number below the least that is told for it."""
     for name, low in least.items():
         value = getattr(group, name)
-        if isinstance(value, int | float) and not value >= low:
+        if isinstance(value, int | float) and not low <= value < inf:
             raise ValueError(f"{name} is {value}; expected {low} or more.")
 
 

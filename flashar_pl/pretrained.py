@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.console import needing
-from flashar_pl.text_files import BROKEN, reason
+from flashar_pl.text_files import BROKEN, need_file, reason
+
+LARGEST_POINTER = 1024
+"""Bytes of a file that stands for another, at most, as Git LFS has it."""
 
 
 def pretrained(kind: str, directory: str | Path, example: str, what: str, extra: str = "emu", **options: Any) -> Any:
@@ -24,6 +27,9 @@ def pretrained(kind: str, directory: str | Path, example: str, what: str, extra:
             f"{place} holds no {what}: config.json is missing. Give a local copy of huggingface.co/{example}; nothing "
             "is downloaded for you."
         )
+    for file in place.iterdir():
+        if file.is_file() and file.stat().st_size < LARGEST_POINTER:
+            need_file(file)
     with needing(f"the {what}", extra):
         import transformers
         from safetensors import SafetensorError

@@ -31,7 +31,7 @@ from flashar_pl.integrity import (
     view,
     zip_entries,
 )
-from flashar_pl.text_files import BROKEN, need_file, reason
+from flashar_pl.text_files import BROKEN, need_file, no_pointer, reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,6 +53,8 @@ def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = Fals
     source: Any = io.BytesIO(content) if content is not None else need_file(path)
     if content is None:
         check_torch_file(source, tensors=whole)
+    else:
+        no_pointer(path, content)
     try:
         _no_announced_bytes(source)
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files store their arguments so
@@ -158,6 +160,7 @@ def read_arrays(
     """
     source: Any = need_file(path) if content is None else io.BytesIO(content)
     size = len(content) if content is not None else Path(path).stat().st_size
+    no_pointer(path, content or b"")
     try:
         with _opened(source) as stream:
             if stream.read(2) != b"PK":

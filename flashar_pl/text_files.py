@@ -41,11 +41,12 @@ def need_file(path: str | Path) -> Path:
     if not file.is_file():
         raise ValueError(f"{file} is a directory; expected a file." if file.is_dir() else f"no file {file}.")
     with file.open("rb") as stream:
-        _no_pointer(file, stream.read(len(POINTER)))
+        no_pointer(file, stream.read(len(POINTER)))
     return file
 
 
-def _no_pointer(path: str | Path, begin: bytes) -> None:
+def no_pointer(path: str | Path, begin: bytes) -> None:
+    """ValueError for a file that begins as a Git LFS pointer does."""
     if begin.startswith(POINTER):
         raise ValueError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`.")
 
@@ -70,7 +71,7 @@ def read_text(path: str | Path, content: bytes | None = None) -> str:
     content: the file's bytes where they are in memory already; `path` is then a name for messages.
     """
     data = need_file(path).read_bytes() if content is None else content
-    _no_pointer(path, data[: len(POINTER)])
+    no_pointer(path, data[: len(POINTER)])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

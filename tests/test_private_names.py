@@ -16,7 +16,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "flashar_pl"
 ALLOWED = {
     "training/lightning_private.py": {
-        "_ddp_kwargs", "_defer_save_until_validation", "_save_on_train_epoch_end",
+        "_ddp_kwargs", "_defer_save_until_validation", "_save_on_train_epoch_end", "_every_n_train_steps",
     },
     "layers/torch_private.py": {
         "_python_dispatch", "_dynamo", "_reorder_linear_weight", "_linear_pointwise",

@@ -17,7 +17,7 @@ from torch import Tensor
 from flashar_pl.files import write_json
 from flashar_pl.integrity import crc_metadata
 from flashar_pl.renames import TensorSource, unwrapped
-from flashar_pl.text_files import parse_json, read_json
+from flashar_pl.text_files import need_file, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -120,7 +120,7 @@ def read_header(path: Path) -> dict[str, _Stored]:
     """Name -> place of every tensor of a safetensors file."""
     if not path.exists():
         raise ValueError(f"no file {path}; the download is incomplete.")
-    size = path.stat().st_size
+    size = need_file(path).stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:

@@ -38,6 +38,8 @@ from flashar_pl.tokenizers import Tokenizer
 from flashar_pl.tokenizers.prompts import MAX_PROMPT
 
 Reading = Literal["exact", "streamed"]
+MOST_RANGE = 10
+"""Sides of a crop that the shorter side of an image is enlarged to, at most."""
 BLOCK = 100
 """Images that are read near to one another, where they are no shards of ours."""
 
@@ -366,8 +368,8 @@ class ImageNetDataModule(_ImagesDataModule):
         self, images: str, shards: str, crop_range: float = 1.1, classes: str | None = None, **options: Any
     ) -> None:
         super().__init__(images, shards, prompts=None, max_prompt=MAX_PROMPT, text_encoder=None, **options)
-        if crop_range < 1:
-            raise ValueError(f"crop_range={crop_range}; expected 1 or more.")
+        if not 1 <= crop_range <= MOST_RANGE:
+            raise ValueError(f"crop_range={crop_range}; expected 1 to {MOST_RANGE}.")
         self.crop_range, self.classes = crop_range, classes
 
     def _read_source(self) -> Source:

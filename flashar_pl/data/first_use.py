@@ -17,6 +17,7 @@ from threading import Thread
 from flashar_pl.data.locations import is_remote, locked
 from flashar_pl.data.manifest import Manifest, Shard
 from flashar_pl.files import digest
+from flashar_pl.text_files import need_file
 
 
 class _Marks:
@@ -48,6 +49,7 @@ def check_size(path: str, size: int) -> None:
         raise ValueError(f"The shard {path} is missing: the manifest lists it. Copy it again, or tokenize again.")
     found = os.path.getsize(path)
     if found != size:
+        need_file(path)
         raise ValueError(
             f"The shard {path} has {found} bytes, the manifest says {size}: it is truncated or was replaced. "
             "Copy it again, or tokenize the data set again."

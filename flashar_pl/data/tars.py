@@ -17,7 +17,7 @@ from typing import BinaryIO, TypeVar
 from braceexpand import braceexpand
 
 from flashar_pl.data.account import Account, is_hidden
-from flashar_pl.text_files import BROKEN
+from flashar_pl.text_files import BROKEN, need_file
 
 T = TypeVar("T")
 
@@ -108,7 +108,7 @@ def grouped(files: Iterable[tuple[str, T]], hidden: Callable[[str], object]) -> 
 
 def _files(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     """(name, (offset, bytes)) of the regular files of a tar, or of several in one file."""
-    with open(path, "rb") as file:
+    with open(need_file(path), "rb") as file:
         begin: int | None = 0
         while begin is not None:
             file.seek(begin)

@@ -47,11 +47,12 @@ def carried(
     if "validation" in module and not typed_by(words, "model.validation", ("features",)):
         module["validation"] |= {"samples": 0}  # a distance between features that nobody has typed
     settings = _group(stored, "data")
-    settings = settings.get("init_args", settings)
+    settings = plain_settings(data, settings.get("init_args", settings))
+    settings.pop("num_workers", None)  # processes are this machine's business
     taken["model"] = module
     taken["data"] = {
         "class_path": f"{data.__module__}.{data.__qualname__}",
-        "init_args": plain_settings(data, settings),
+        "init_args": settings,
     }
     return taken
 
@@ -92,7 +93,7 @@ def fits(value: Any, hint: Any) -> bool:
         return any(fits(value, kind) for kind in kinds)
     if origin is Literal:
         return isinstance(value, str | int | bool) and value in kinds
-    if origin is tuple:
+    if origin in (tuple, list):
         return isinstance(value, list) and all(fits(item, kinds[0]) for item in value)
     return type(value) in NUMBERS.get(hint, ())
 

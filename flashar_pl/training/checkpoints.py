@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.files import patiently, replacing
 from flashar_pl.tensor_files import SUMS, page_sums
-from flashar_pl.training.lightning_private import save_after_validation, waits_for_validation
+from flashar_pl.training.lightning_private import save_after_validation, steps_between, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
-from flashar_pl.training.steps import StepCallback, is_last_step, validation_follows
+from flashar_pl.training.steps import StepCallback, become, is_last_step, validation_follows
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -47,16 +47,17 @@ class StepCheckpoint(ModelCheckpoint):
 
     @classmethod
     def adopt(cls, callback: Any) -> None:
-        """Make one of a ModelCheckpoint in place: whoever configured it keeps the object."""
-        if type(callback) is ModelCheckpoint:
-            callback.__class__ = cls
+        """Make one of a ModelCheckpoint in place."""
+        become(callback, cls, ModelCheckpoint)
         if isinstance(callback, cls) and callback.ranks_by_validation:
             save_after_validation(callback)
 
+    given = ModelCheckpoint.__qualname__
+    """Name of the class that the user configured."""
+
     @property
     def state_key(self) -> str:
-        """That of a ModelCheckpoint, under which earlier checkpoints have it."""
-        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+        return super().state_key.replace(type(self).__qualname__, self.given, 1)
 
     @property
     def ranks_by_validation(self) -> bool:
@@ -108,6 +109,7 @@ class LastCheckpoint(StepCallback):
         if stage == "fit":
             for callback in trainer.checkpoint_callbacks:
                 StepCheckpoint.adopt(callback)
+                _check_logged(callback, trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -122,6 +124,20 @@ class LastCheckpoint(StepCallback):
                 held = any(RunCheckpoint(at).content["global_step"] == trainer.global_step for at in there)
                 if not trainer.strategy.broadcast(held):
                     trainer.save_checkpoint(path, weights_only=False)
+
+
+def _check_logged(callback: Any, every: int) -> None:
+    """ValueError for a ModelCheckpoint that would rank a step by the loss of an earlier one, the last that was logged.
+
+    every: steps between points of the curves.
+    """
+    saved = steps_between(callback) if isinstance(callback, ModelCheckpoint) else 0
+    monitor = getattr(callback, "monitor", None) or ""
+    if saved and monitor.startswith("train/") and (every < 1 or saved % every):
+        raise ValueError(
+            f"a ModelCheckpoint ranks every {saved} steps by {monitor}, which is known of every {every}; expected "
+            "every_n_train_steps to be a multiple of trainer.log_every_n_steps, or another monitor, such as val/nll."
+        )
 
 
 def _last_paths(trainer: Trainer, callback: Any) -> list[tuple[str, str]]:

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 
 from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
@@ -131,6 +135,15 @@ def check_model(
         )
 
 
+NOT_OURS: dict[type[Callback], str] = {
+    LearningRateFinder: "every role has a rate of its own, scaled from model.optimiser.lr by the schedule. Compare "
+    "short runs with other values of it.",
+    GradientAccumulationScheduler: "intervals and the schedule count steps of one size. Set "
+    "trainer.accumulate_grad_batches.",
+    StochasticWeightAveraging: "it replaces the learning rates of the schedule. For averaged weights set "
+    "model.ema_decay.",
+}
+"""Callbacks of Lightning that would make a run another than its configuration says, and what to do instead."""
 PURE_HALF = ("bf16-true", "16-true", "transformer-engine-float16")
 
 
@@ -146,11 +159,9 @@ def check_trainer(trainer: Any, clip: float) -> None:
         )
     if trainer.accumulate_grad_batches < 1:
         raise ValueError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected 1 or more.")
-    if any(isinstance(each, LearningRateFinder) for each in trainer.callbacks):
-        raise ValueError(
-            "trainer.callbacks has a LearningRateFinder; expected none: every role has a rate of its own, scaled from "
-            "model.optimiser.lr by the schedule. Compare short runs with other values of it."
-        )
+    for kind, why in NOT_OURS.items():
+        if any(isinstance(each, kind) for each in trainer.callbacks):
+            raise ValueError(f"trainer.callbacks has a {kind.__name__}; expected none: {why}")
     value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
     if value is not None or algorithm is not None:
         raise ValueError(

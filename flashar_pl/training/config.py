@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from flashar_pl.training.stages import ScheduleConfig
 
 State = Literal["fp32", "bf16", "8bit"]
 
+MOST_PICTURES, MOST_TOGETHER = 4096, 2**16
+"""Pictures of one validation, and samples drawn together."""
 
 @dataclass(frozen=True)
 class BackboneConfig:
@@ -264,6 +267,11 @@ class ValidationConfig(SamplingSettings):
                 f"validation.samples is {self.samples}, grid_images {self.grid_images}, sample_batch "
                 f"{self.sample_batch}, fid_every {self.fid_every}; expected at least 0, 0, 1, 1."
             )
+        if self.grid_images > MOST_PICTURES or self.sample_batch > MOST_TOGETHER:
+            raise ValueError(
+                f"validation.grid_images is {self.grid_images}, sample_batch {self.sample_batch}; expected at most "
+                f"{MOST_PICTURES:,} and {MOST_TOGETHER:,}, which are held in memory."
+            )
         if self.samples == 1 or (self.samples and self.features is None):
             raise ValueError(
                 f"validation.samples is {self.samples} and features {self.features!r}; a Fréchet distance needs two or "
@@ -323,6 +331,15 @@ def plain_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments as dictionaries, lists, numbers and text: what a checkpoint or a YAML can hold."""
     plain = {name: asdict(value) if is_dataclass(value) else value for name, value in arguments.items()}  # type: ignore[arg-type]
     return dict(json.loads(json.dumps(plain)))
+
+
+def check_finite(settings: Any, name: str = "model") -> None:
+    """ValueError for a number in plain settings that is infinite or none: comparisons let NaN pass."""
+    if isinstance(settings, float) and not math.isfinite(settings):
+        raise ValueError(f"{name} is {settings}; expected a finite number.")
+    if isinstance(settings, dict | list):
+        for key, value in settings.items() if isinstance(settings, dict) else enumerate(settings):
+            check_finite(value, f"{name}.{key}")
 
 
 def typed_settings(plain: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flashar_pl.training.sharded.units import local
-from flashar_pl.training.steps import StepCallback, logs
+from flashar_pl.training.steps import StepCallback, become, logs
 
 NAMED = 4
 """How many parameters a message names."""
@@ -27,10 +27,12 @@ class PatientStopping(EarlyStopping):
     Lightning's ends the run there, or counts it as a validation without improvement.
     """
 
+    given = EarlyStopping.__qualname__
+    """Name of the class that the user configured."""
+
     @property
     def state_key(self) -> str:
-        """That of an EarlyStopping, under which earlier checkpoints have it."""
-        return super().state_key.replace(type(self).__qualname__, EarlyStopping.__qualname__, 1)
+        return super().state_key.replace(type(self).__qualname__, self.given, 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._lacks(trainer):
@@ -67,8 +69,7 @@ class FiniteSteps(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.early_stopping_callbacks:
-            if type(callback) is EarlyStopping:  # whoever configured it keeps the object
-                callback.__class__ = PatientStopping
+            become(callback, PatientStopping, EarlyStopping)
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped}

@@ -25,7 +25,12 @@ def waits_for_validation(callback: ModelCheckpoint, value: bool | None = None) -
 
 
 def save_after_validation(callback: ModelCheckpoint) -> None:
-    """Let it save when a validation ends, not when an epoch does, where it was told neither: Lightning decides by the
-    interval of validations, and one that waits for a validation would wait for ever."""
-    if callback._save_on_train_epoch_end is None:
-        callback._save_on_train_epoch_end = False
+    """Let it save when a validation ends, not when an epoch does: where it was told neither, Lightning decides by the
+    interval of validations, and one that waits for a validation would wait for ever; at the end of an epoch it would
+    rank a step by an earlier validation."""
+    callback._save_on_train_epoch_end = False
+
+
+def steps_between(callback: ModelCheckpoint) -> int:
+    """Steps between checkpoints; 0 = it counts epochs or time."""
+    return callback._every_n_train_steps

@@ -52,6 +52,7 @@ from flashar_pl.training.config import (
     PARConfig,
     ScheduleConfig,
     ValidationConfig,
+    check_finite,
     model_config,
     plain_settings,
     typed_settings,
@@ -123,6 +124,7 @@ class FlashARModule(LightningModule):
         self.optimiser = optimiser
         self.validation = validation = validation.of(own.published_cfg_scale if own.knows_null else None)
         self.aux_weight, self.losses, self.ema_decay = aux_weight, losses, ema_decay
+        check_finite(self.settings())
         self._loss_options = losses.options(aux_weight, flashar)
         self.net: GridModel
         self.ema: GridModel | None = None

@@ -159,6 +159,18 @@ def test_nothing_but_numbers_and_known_words_comes_from_a_checkpoint(door: str) 
     assert taken["seed_everything"] == 3
 
 
+def test_sizes_of_a_checkpoint_take_no_memory_and_lists_of_numbers_are_taken() -> None:
+    """A list of numbers was lost, so that milestones became a cosine; a million processes were taken."""
+    config = changed(changed(RUN, "model.schedule", {"milestones": [0.5], "gamma": 0.1}), "data.num_workers", 10**6)
+    described = {"kind": "llamagen", **SIZES}
+    taken = carried("foreign.ckpt", config, described, FlashARModule, CodesDataModule, Words((), ()))
+    assert taken["model"]["schedule"] == {"milestones": [0.5], "gamma": 0.1}
+    assert "num_workers" not in taken["data"]["init_args"]
+    for sizes in ({"grid_images": 10**12}, {"grid_images": 1, "sample_batch": 10**12}):
+        with pytest.raises(ValueError, match="held in memory"):
+            FlashARModule({"options": SIZES}, validation=sizes)
+
+
 CLASSES = ("pipe", "a path of prompts", "a path of a cache", "a logger", "a callback", "a profiler", "a run directory",
            "a backbone", "weights to start from", "features")  # fmt: skip
 STRINGS = ("a url", "a function by string", "a logger by string", "a callback by string", "a strategy by string",

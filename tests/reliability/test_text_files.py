@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from flashar_pl.checkpoints.safetensors_files import read_header
 from flashar_pl.commands.plot import MEASURED, read_curves
+from flashar_pl.data.first_use import check_size
+from flashar_pl.data.tars import tar_records
 from flashar_pl.files import write_json
+from flashar_pl.image_files import Unreadable, open_rgb
+from flashar_pl.integrity import check_safetensors
+from flashar_pl.pretrained import pretrained
 from flashar_pl.tensor_files import read_arrays, read_torch
 from flashar_pl.text_files import read_json, read_lines, read_text, read_yaml
 from tests.reliability.mutate import Target, short
@@ -150,9 +156,30 @@ def _zip_of(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def test_pointers_are_no_files(tmp_path):
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n"
+
+
+def directory_of(path):
+    """A directory in transformers' format with such weights."""
+    (path.parent / "config.json").write_text('{"model_type": "t5"}')
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("read", "error"),
+    [
+        *((read, ValueError) for read in (read_torch, read_arrays, read_text, read_header, check_safetensors)),
+        (lambda path: read_torch("it", path.read_bytes()), ValueError),
+        (lambda path: read_arrays("it", path.read_bytes()), ValueError),
+        (lambda path: list(tar_records(path)), ValueError),
+        (lambda path: check_size(str(path), 51200), ValueError),
+        (lambda path: pretrained("T5EncoderModel", directory_of(path), "google/flan-t5-xl", "encoder"), ValueError),
+        (open_rgb, Unreadable),
+    ],
+)
+def test_pointers_are_no_files(tmp_path, read, error):
+    """Some readers called them damaged, and gave the advice to copy them again."""
     path = tmp_path / "weights.pt"
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12\n")
-    for read in (read_torch, read_arrays, read_text):
-        with pytest.raises(ValueError, match="git lfs pull"):
-            read(path)
+    path.write_bytes(POINTER)
+    with pytest.raises(error, match=r"Git LFS pointer.*git lfs pull"):
+        read(path)

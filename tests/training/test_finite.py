@@ -7,9 +7,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from training_toys import OptimiserConfig, ValidationConfig, fit, make_module
+from training_toys import OptimiserConfig, ScheduleConfig, ValidationConfig, fit, make_module
 
 from flashar_pl.metrics.fid import RowFID
+from flashar_pl.training.config import LossConfig
 from flashar_pl.training.finite import NotFinite, not_finite
 
 
@@ -26,6 +27,24 @@ class Breaks(Callback):
         if trainer.fit_loop.total_batch_idx in self.batches:
             self.before = {name: value.clone() for name, value in pl_module.state_dict().items()}
             pl_module.net.dual_head.vertical.weight.grad[0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"optimiser": OptimiserConfig(lr=math.nan)}, "model.optimiser.lr"),
+        ({"optimiser": OptimiserConfig(betas=(0.9, math.inf))}, "model.optimiser.betas.1"),
+        ({"aux_weight": math.nan}, "model.aux_weight"),
+        ({"losses": LossConfig(distillation=math.nan)}, "model.losses.distillation"),
+        ({"schedule": ScheduleConfig(backbone_factor=math.inf)}, "model.schedule.backbone_factor"),
+        ({"validation": {"temperature": math.inf}}, "temperature"),
+    ],
+    ids=str,
+)
+def test_settings_are_finite_numbers(settings: dict, name: str) -> None:
+    """NaN passed every comparison with a bound, and the run ended at its first checkpoint, without the cause."""
+    with pytest.raises(ValueError, match=f"{name} is (nan|inf); expected"):
+        make_module(**settings)
 
 
 def every_step(root: Path) -> dict:
@@ -117,7 +136,10 @@ def test_a_missing_metric_stops_no_run_and_replaces_no_best(toy_shards: str, tmp
         def on_validation_epoch_end(self, trainer, pl_module) -> None:
             pl_module.log("val/score", values[trainer.global_step - 1], batch_size=1)
 
-    stop = EarlyStopping("val/score", patience=2)
+    class OwnStopping(EarlyStopping):
+        """A class of the user's, for which no number was a validation without improvement."""
+
+    stop = OwnStopping("val/score", patience=2)
     best = ModelCheckpoint(tmp_path, "{step}", monitor="val/score", save_top_k=1)
     module = make_module()
     validating = {"limit_val_batches": 1, "val_check_interval": 1, "check_val_every_n_epoch": None}
@@ -127,8 +149,7 @@ def test_a_missing_metric_stops_no_run_and_replaces_no_best(toy_shards: str, tmp
     assert (float(stop.best_score), stop.wait_count) == (5.0, 2)
     assert float(best.best_model_score) == 5.0
     assert best.best_model_path.endswith("step=2.ckpt")
-    assert "EarlyStopping" in stop.state_key
-    assert "PatientStopping" not in stop.state_key
+    assert "OwnStopping" in stop.state_key
 
 
 def test_a_message_names_four_parameters_and_counts_the_rest() -> None:

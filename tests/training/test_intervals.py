@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, StochasticWeightAveraging
 from training_toys import OptimiserConfig, fit, make_module
 
 
@@ -40,12 +40,18 @@ def test_a_step_longer_than_an_epoch_is_refused(toy_shards: str, tmp_path: Path)
         fit(tmp_path, toy_shards, make_module(), accumulate_grad_batches=7)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path: Path, accumulate: int, caplog) -> None:
+class OwnCheckpoint(ModelCheckpoint):
+    """A class of the user's, which was not taken for one, and ranked steps by earlier validations."""
+
+
+@pytest.mark.parametrize(("accumulate", "kind"), [(1, ModelCheckpoint), (2, OwnCheckpoint)])
+def test_a_checkpoint_is_ranked_by_its_own_validation(
+    toy_shards: str, tmp_path: Path, accumulate: int, kind: type[ModelCheckpoint], caplog
+) -> None:
     """Saved every second step, validated every third: at steps 3 and 6, with their values; the last one at its own."""
     caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     watch = Validations()
-    save = ModelCheckpoint(
+    save = kind(
         tmp_path, filename="{step}-{val/nll:.6f}", auto_insert_metric_name=False, monitor="val/nll", save_top_k=-1,
         every_n_train_steps=2, save_last=True,
     )  # fmt: skip
@@ -58,3 +64,33 @@ def test_a_checkpoint_is_ranked_by_its_own_validation(toy_shards: str, tmp_path:
     assert ranked == {step: pytest.approx(watch.seen[step], abs=1e-6) for step in (3, 6)}
     assert len(files) == 3
     assert "left out" not in caplog.text, "six batches are whole steps"
+    assert save.state_key.startswith(kind.__qualname__)
+
+
+def test_the_end_of_an_epoch_is_not_ranked_by_an_earlier_validation(toy_shards: str, tmp_path: Path) -> None:
+    """Step 6, an epoch's last, had the value of step 4: `save_on_train_epoch_end` saves before it is validated."""
+    watch = Validations()
+    save = ModelCheckpoint(
+        tmp_path, filename="{step}-{val/nll:.6f}", auto_insert_metric_name=False, monitor="val/nll", save_top_k=-1,
+        every_n_epochs=1, save_on_train_epoch_end=True,
+    )  # fmt: skip
+    fit(
+        tmp_path, toy_shards, make_module(optimiser=OptimiserConfig(lr=0.1)), callbacks=[watch, save],
+        val_check_interval=4, max_steps=8, **VALIDATING,
+    )  # fmt: skip
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")}
+    assert names == {f"{step}-{watch.seen[step]:.6f}.ckpt" for step in (4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("callback", "expected"),
+    [
+        (ModelCheckpoint(monitor="train/loss", every_n_train_steps=2), "ranks every 2 steps by train/loss, which is "),
+        (GradientAccumulationScheduler({0: 2}), "a GradientAccumulationScheduler; .*Set trainer.accumulate_grad"),
+        (StochasticWeightAveraging(1e-2), "a StochasticWeightAveraging; .* set model.ema_decay"),
+    ],
+    ids=["ranked by the loss of an earlier step", "steps of two sizes", "other learning rates"],
+)
+def test_what_would_make_another_schedule_is_refused(toy_shards: str, tmp_path: Path, callback, expected) -> None:
+    with pytest.raises(ValueError, match=expected):
+        fit(tmp_path, toy_shards, make_module(), callbacks=[callback], enable_checkpointing=True, log_every_n_steps=3)
