@@ -26,6 +26,7 @@ from flashar_pl.integrity import (
     Damaged,
     check_safetensors,
     check_torch_file,
+    crc_metadata,
     is_archive,
     records,
     view,
@@ -145,6 +146,16 @@ def read_part(path: str | Path, part: str) -> dict[str, Tensor]:
             return {name.split(part, 1)[1]: content.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a safetensors file, or is cut off: {reason(error)}") from error
+
+
+def save_checked(tensors: Mapping[str, Tensor], path: Path, beside: Iterable[Path] = ()) -> None:
+    """Write a safetensors file with the CRC-32 of every tensor, and of texts `beside` it, in its header."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    crcs = crc_metadata({key: tensor.flatten().view(torch.uint8).numpy() for key, tensor in tensors.items()}, beside)
+    save_file(tensors, path, metadata={"format": "pt", **crcs})
 
 
 def read_arrays(

@@ -27,7 +27,7 @@ from flashar_pl.checkpoints.llamagen import clean_official, read_official
 from flashar_pl.checkpoints.methods import method_of
 from flashar_pl.checkpoints.nar import Arguments, arguments_of, is_nar, read_nar
 from flashar_pl.checkpoints.released import read_model
-from flashar_pl.checkpoints.safetensors_files import save_checked, write_shards
+from flashar_pl.checkpoints.safetensors_files import write_shards
 from flashar_pl.checkpoints.var import read_var_file
 from flashar_pl.files import new_directory, replacing
 from flashar_pl.models.base import GridModel
@@ -35,6 +35,7 @@ from flashar_pl.models.baselines import PAR, VAR, BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.tensor_files import save_checked
 from flashar_pl.text_files import read_json
 
 FILE_SUFFIXES = (".pt", ".pth", ".safetensors")

@@ -6,17 +6,16 @@ Files are read with plain reads, not memory maps: mapped pages would count as us
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flashar_pl.files import write_json
-from flashar_pl.integrity import crc_metadata
 from flashar_pl.renames import TensorSource, unwrapped
+from flashar_pl.tensor_files import save_checked
 from flashar_pl.text_files import need_file, parse_json, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -160,13 +159,6 @@ def write_shards(
     for name, shard in zip(names, shards, strict=True):
         save_checked({key: tensors[key] for key in shard}, directory / name, beside)
         beside = ()  # once is enough
-
-
-def save_checked(tensors: Mapping[str, Tensor], path: Path, beside: Iterable[Path] = ()) -> None:
-    """Write a safetensors file with the CRC-32 of every tensor, and of texts `beside` it, in its header."""
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    crcs = crc_metadata({key: tensor.flatten().view(torch.uint8).numpy() for key, tensor in tensors.items()}, beside)
-    save_file(tensors, path, metadata={"format": "pt", **crcs})
 
 
 def _cut(tensors: dict[str, Tensor], limit: int) -> list[list[str]]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from flashar_pl.checkpoints.description import Description
-from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.models.base import GridModel
+from flashar_pl.tensor_files import save_checked
 from flashar_pl.tokenizers import VQ16, build_tokenizer
 
 PAPER = "[FlashAR](https://arxiv.org/abs/2605.09430)"

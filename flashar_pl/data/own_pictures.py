@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashar_pl.checkpoints.safetensors_files import save_checked
 from flashar_pl.console import progress_bar
 from flashar_pl.data.encode import ImageEncoder, weights_hash
 from flashar_pl.data.images import SquareCrop
@@ -29,6 +28,7 @@ from flashar_pl.image_files import Unreadable
 from flashar_pl.options import CodecOptions, PackOptions, ShardOptions
 from flashar_pl.pictures import save_png, tile
 from flashar_pl.ranks import Rank
+from flashar_pl.tensor_files import save_checked
 from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers.small_vq import psnr, small_spec, train_small_vq
 

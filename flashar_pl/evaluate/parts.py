@@ -13,14 +13,15 @@ from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashar_pl import locks
 from flashar_pl.decoding.samples import Drawn
 from flashar_pl.evaluate.identity import SETTINGS, check_folder, check_settings
 from flashar_pl.files import replacing, write_json
+from flashar_pl.integrity import check_safetensors
 from flashar_pl.metrics.extractor import Features
+from flashar_pl.tensor_files import read_tensors, save_checked
 
 PARTS, RESULT, LOCK = "parts", "evaluation.json", ".lock"
 
@@ -61,11 +62,12 @@ class PartFolder:
         return self.parts / f"{batch:06d}.safetensors"
 
     def has(self, batch: int) -> bool:
-        """Whether the part of a batch is there, and readable."""
+        """Whether the part of a batch is there, as it was written: one that a disk has damaged is drawn again."""
         try:
+            check_safetensors(self.file(batch))
             with safe_open(self.file(batch), framework="pt") as part:
                 return "index" in part.keys()  # noqa: SIM118 (it is no dictionary)
-        except (OSError, SafetensorError):  # not there, or cut off by a crash of the machine
+        except (OSError, SafetensorError, ValueError):
             return False
 
     def write(self, drawn: Drawn, images: bool) -> None:
@@ -76,11 +78,11 @@ class PartFolder:
         if images:
             tensors["images"] = drawn.images
         with replacing(self.file(drawn.batch)) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+            save_checked(tensors, part)
 
     def read(self, batch: int) -> dict[str, Tensor]:
         """index (b,), codes (b, H, W) int32, pool (b, D), and where stored spatial (b, S), logits (b, C), images."""
-        return load_file(self.file(batch))
+        return read_tensors(self.file(batch))
 
     def features(self, batches: int, device: torch.device) -> Features:
         """Features of all samples in order, whoever drew them."""

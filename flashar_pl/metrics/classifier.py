@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flashar_pl.files import replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
-from flashar_pl.tensor_files import read_tensors
+from flashar_pl.tensor_files import read_tensors, save_checked
 from flashar_pl.text_files import read_json, reason
 
 CONFIG_FILE, WEIGHTS_FILE = "classifier.json", "classifier.safetensors"
@@ -101,7 +100,7 @@ class ClassifierFeatures(FeatureExtractor):
             if (folder / name).exists():
                 raise ValueError(f"{folder / name} exists; choose another directory or remove the file.")
         with replacing(folder / WEIGHTS_FILE) as part:
-            save_file({name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}, part)
+            save_checked(self.state_dict(), part)
         names = ("image_size", "num_classes", "num_features", "poolings")
         sizes = {name: getattr(self, name) for name in names}
         write_json(folder / CONFIG_FILE, {"kind": "classifier", **sizes})

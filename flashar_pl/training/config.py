@@ -24,6 +24,7 @@ State = Literal["fp32", "bf16", "8bit"]
 MOST_PICTURES, MOST_TOGETHER = 4096, 2**16
 """Pictures of one validation, and samples drawn together."""
 
+
 @dataclass(frozen=True)
 class BackboneConfig:
     """The raster model."""

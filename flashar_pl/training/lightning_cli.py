@@ -30,7 +30,7 @@ from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.data.datamodules import CodesDataModule, ImageNetDataModule, TextImageDataModule
 from flashar_pl.data.manifest import NoShards
-from flashar_pl.files import write_text
+from flashar_pl.files import replacing, write_text
 from flashar_pl.mark import marked
 from flashar_pl.options import HubOptions
 from flashar_pl.ranks import leave_group_at_exit
@@ -365,10 +365,9 @@ class ExperimentCLI(LightningCLI):
         """Write predictions.npz: of every test image its "index" (N,), ascending, and "nll" (N,) in nats."""
         found = join_predictions(self.trainer.predict(**arguments) or [])  # type: ignore[arg-type]
         if self.trainer.is_global_zero:
-            root = Path(self.trainer.default_root_dir)
-            root.mkdir(parents=True, exist_ok=True)
-            path = free_name(root / "predictions.npz")
-            np.savez(path, index=found["index"], nll=found["nll"])
+            path = free_name(Path(self.trainer.default_root_dir) / "predictions.npz")
+            with replacing(path) as part, part.open("wb") as file:
+                np.savez(file, **found)  # type: ignore[arg-type]
             self._report({"images": len(found["nll"]), "nll": found["nll"].mean()})
             print(f"nll of each image, in nats: {path}")
 

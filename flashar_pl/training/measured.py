@@ -37,9 +37,16 @@ def join_predictions(batches: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]
     """ "index" (N,) int64, ascending, and "nll" (N,) float of the images that all ranks have seen; equal on every rank.
 
     batches: this rank's results of `predict_step`. Padding is left out, and what several ranks have seen counts once.
+    Raises ValueError for a likelihood that is none, on every rank.
     """
     own = [tuple(batch[name][batch["valid"]].cpu().numpy() for name in ("index", "nll")) for batch in batches]
     pairs = [pair for share in gather(own) for pair in share]
     index, nll = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     index, first = np.unique(index, return_index=True)
-    return {"index": index, "nll": nll[first]}
+    nll = nll[first]
+    bad = np.flatnonzero(~np.isfinite(nll))
+    if len(bad):
+        raise ValueError(
+            f"the likelihood of test image {index[bad[0]]} is {nll[bad[0]]}; the model's weights are broken."
+        )
+    return {"index": index, "nll": nll}

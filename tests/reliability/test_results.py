@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import save
 
 from flashar_pl.decoding.prompts import read_text_features
+from flashar_pl.decoding.samples import Drawn
+from flashar_pl.evaluate.parts import PartFolder
 from flashar_pl.metrics.classifier import CONFIG_FILE, ClassifierFeatures
+from flashar_pl.metrics.extractor import Features
 from flashar_pl.metrics.geneval import score_image
 from flashar_pl.metrics.geneval_entries import read_entries
 from flashar_pl.metrics.reference import load_reference
@@ -105,3 +108,30 @@ def test_sizes_of_a_classifier_are_compared_before_memory_is_asked_for(sizes):
     """A billion poolings were built one by one until the memory was gone."""
     with pytest.raises(ValueError, match="classifier"):
         read_classifier(json.dumps(json.loads(CLASSIFIER) | sizes).encode())
+
+
+def flip(path: Path, place: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_part_of_an_evaluation_is_drawn_again(tmp_path):
+    """Only its header was read: flipped features went into the distance without a word."""
+    folder = PartFolder(tmp_path / "e")
+    folder.open({"seed": 0}, 1)
+    features = Features(torch.ones(2, 3))
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    folder.write(Drawn(0, torch.arange(2), torch.zeros(2, 4, 4, dtype=torch.int64), images, features), images=True)
+    assert folder.has(0)
+    flip(folder.file(0), -1)
+    assert not folder.has(0)
+    with pytest.raises(ValueError, match="is damaged"):
+        folder.read(0)
+
+
+def test_a_damaged_classifier_is_refused(tmp_path):
+    folder = ClassifierFeatures((4, 4), 2, 3).save(tmp_path / "c")
+    flip(folder / "classifier.safetensors", -2)
+    with pytest.raises(ValueError, match=r"classifier\.safetensors is damaged"):
+        ClassifierFeatures.load(folder)

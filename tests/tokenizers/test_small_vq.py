@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flashar_pl.checkpoints.safetensors_files import save_checked
+from flashar_pl.tensor_files import save_checked
 from flashar_pl.tokenizers import build_tokenizer
 from flashar_pl.tokenizers.small_vq import _renew, losses, psnr, small_spec, train_small_vq
 from flashar_pl.tokenizers.vq16 import VQ16

@@ -28,6 +28,7 @@ from flashar_pl.training.callbacks import TrainingLog
 from flashar_pl.training.config import LossConfig, ScheduleConfig, plain_settings, typed_settings
 from flashar_pl.training.lightning_private import ddp_options
 from flashar_pl.training.logger import RunLogger
+from flashar_pl.training.measured import join_predictions
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.optim import adamw
 from flashar_pl.training.sharded.strategy import ShardedStrategy
@@ -299,6 +300,9 @@ def test_prediction_is_the_likelihood_of_each_image(tmp_path: Path, toy_shards: 
     nll = torch.cat([part["nll"][part["valid"]] for part in parts])
     assert nll.shape == (7,)
     torch.testing.assert_close(nll, torch.full((7,), 16 * torch.tensor(8.0).log().item()))  # uniform before training
+    parts[0]["nll"][1] = torch.nan
+    with pytest.raises(ValueError, match="the likelihood of test image 1 is nan"):  # it was written to the file
+        join_predictions(parts)
 
 
 def test_an_interrupted_run_ends(tmp_path: Path, monkeypatch) -> None:
