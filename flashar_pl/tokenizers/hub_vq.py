@@ -5,6 +5,7 @@ Shapes: B images of h x w pixels, H = h / f, W = w / f for f pixels per code.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from flashar_pl.console import needing
 from flashar_pl.numerics import strict_float32
+from flashar_pl.pretrained import refused
 from flashar_pl.tensor_files import read_part
 from flashar_pl.text_files import BROKEN, read_json, reason
 from flashar_pl.tokenizers.base import Tokenizer
@@ -49,10 +51,17 @@ class HubVQ(Tokenizer):
         self.vocabulary = network.quantize.embedding.num_embeddings
         self.downsample = 2 ** (len(getattr(network.config, "channel_multiplier", "x")) - 1)
         self.decodes = hasattr(network, "decoder")
-        self.factor = float(pixels["rescale_factor"])
-        mean, std = (torch.tensor(pixels[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
-        self.register_buffer("mean", mean.expand(3).reshape(3, 1, 1), persistent=False)
-        self.register_buffer("std", std.expand(3).reshape(3, 1, 1), persistent=False)
+        try:
+            self.factor = float(pixels["rescale_factor"])
+            mean, std = (torch.tensor(pixels[name], dtype=torch.float32) for name in ("image_mean", "image_std"))
+            mean, std = (values.expand(3).reshape(3, 1, 1) for values in (mean, std))
+            usable = 0 < self.factor < math.inf and mean.isfinite().all() and std.isfinite().all() and (std > 0).all()
+        except BROKEN:
+            usable = False
+        if not usable:
+            raise ValueError(f"{directory}: preprocessor_config.json has {pixels}; expected finite numbers above 0.")
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     @classmethod
     def from_directory(cls, weights: str | Path) -> HubVQ:
@@ -149,7 +158,7 @@ def _network(folder: Path, name: str, settings: dict[str, Any], part: str) -> An
         if missing or left:
             raise ValueError(f"{len(missing)} tensors are missing, {len(left)} unknown: {[*missing, *left][:4]}")
         return network
-    except BROKEN as error:
+    except refused() as error:
         raise ValueError(f"{folder} holds no {name} that can be read: {reason(error)}.") from error
 
 

@@ -94,7 +94,12 @@ def test_nothing_in_the_config_is_assumed(state, name):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"tie_word_embeddings": True}, {"hidden_act": "gelu"}],
+    [
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"tie_word_embeddings": True},
+        {"hidden_act": "gelu"},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ],
 )
 def test_features_that_emu_lacks_are_refused(state, change):
     """Loading such a model would give wrong logits without an error."""
@@ -118,6 +123,8 @@ def test_config_variants(state):
         {"type": "linear", "factor": 1.0},
     ):
         assert Emu35.from_official(state, {**CONFIG, "rope_scaling": harmless}).config == plain.config
+    same = {"hidden_act": "swish", "layer_types": ["full_attention"] * CONFIG["num_hidden_layers"]}
+    assert Emu35.from_official(state, {**CONFIG, **same}).config == plain.config
     assert Emu35.from_official(state, {**CONFIG, "visual_token_offset": 130}).vocabulary == 382
     assert Emu35.from_official(state, {**CONFIG, "rms_norm_eps": 1e-5}).norm.eps == 1e-5  # type: ignore[union-attr]
 

@@ -5,6 +5,7 @@ import json
 import struct
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -21,9 +22,11 @@ from flashar_pl.checkpoints.sharded import INDEX, SafeReader, write_sharded
 from flashar_pl.checkpoints.verify import verify
 from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.integrity import LIST, listed
+from flashar_pl.pretrained import pretrained
 from flashar_pl.tensor_files import read_tensors
 from flashar_pl.text_files import read_json
 from flashar_pl.tokenizers import IBQ
+from flashar_pl.tokenizers.hub_vq import PIXELS, HubVQ
 from flashar_pl.tokenizers.text import Emu35Text
 from tests.reliability.containers import inside_safetensors, inside_zip
 from tests.reliability.mutate import Target, short
@@ -181,3 +184,29 @@ def test_settings_of_a_tokenizer_are_checked_before_it_is_built(wrong) -> None:
     (PLACE / "ibq" / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"expected 1 to 16 levels|settings cannot be used"):
         IBQ.from_files(PLACE / "ibq")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_layers": 10**8}, {"num_layers": "x"}, {"depths": [2, 10**8]}, {"parts": [{"num_blocks": 10**8}]}],
+    ids=str,
+)
+def test_a_network_of_transformers_is_not_built_for_ever(tmp_path: Path, wrong) -> None:
+    """Layers were built one by one without end; a word as a number was an error of a kind of its own."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 8} | wrong))
+    with pytest.raises(ValueError, match=r"expected (at most 1,000 parts|int)"):
+        pretrained("T5EncoderModel", tmp_path, "google/flan-t5-xl", "text encoder")
+
+
+@pytest.mark.parametrize(
+    "pixels", [{"rescale_factor": 0}, {"image_std": [1, 0, 1]}, {"image_mean": "x"}, {"image_mean": [1, 2]}], ids=str
+)
+def test_pixels_of_no_numbers_are_refused(pixels) -> None:
+    """They became NaN, and all images black."""
+    network = torch.nn.Identity()
+    network.quantize, network.config = (
+        SimpleNamespace(embedding=torch.nn.Embedding(3, 2)),
+        SimpleNamespace(channel_multiplier=[1, 1]),
+    )
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json has .*; expected finite numbers above 0"):
+        HubVQ(network, "it", PIXELS | pixels)

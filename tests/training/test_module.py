@@ -300,8 +300,8 @@ def test_prediction_is_the_likelihood_of_each_image(tmp_path: Path, toy_shards: 
     nll = torch.cat([part["nll"][part["valid"]] for part in parts])
     assert nll.shape == (7,)
     torch.testing.assert_close(nll, torch.full((7,), 16 * torch.tensor(8.0).log().item()))  # uniform before training
-    parts[0]["nll"][1] = torch.nan
-    with pytest.raises(ValueError, match="the likelihood of test image 1 is nan"):  # it was written to the file
+    parts[0]["nll"] = torch.full((4,), torch.nan)
+    with pytest.raises(ValueError, match="the likelihood of test image 0 is nan"):  # it was written to the file
         join_predictions(parts)
 
 

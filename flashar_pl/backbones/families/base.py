@@ -79,9 +79,10 @@ def text_settings(values: Values, family: str, defaults: Values, needed: tuple[s
     if absent := [name for name in (*sizes.values(), *needed) if found.get(name) is None]:
         raise ValueError(f"config.json lacks {', '.join(absent)}; expected that of a model of type {family}.")
     unsupported = {
-        "hidden_act": found.get("hidden_act", "silu") != "silu" and found["hidden_act"],
+        "hidden_act": found.get("hidden_act", "silu") not in ("silu", "swish") and found["hidden_act"],
         field: not plain and rope,
         "use_sliding_window": found.get("use_sliding_window"),
+        "layer_types": {*(found.get("layer_types") or ())} - {"full_attention"} and found["layer_types"],
     }
     for name, value in unsupported.items():
         if value:
