@@ -303,11 +303,10 @@ def _resolve(runner: str, model: GridModel) -> str:
     if runner == "auto":
         return "graphs" if device.type == "cuda" and not sharded and not model.own_decoding else "eager"
     if "graphs" in runner and model.own_decoding:
-        kind = model.config()["kind"]
-        raise ValueError(f"runner is {runner}, and a {kind} model is not recorded in graphs; use eager or compiled.")
+        others = "eager or compiled" if has_blocks(model) else "eager"
+        raise ValueError(f"runner is {runner}, and a {model.method} model is not recorded in graphs; use {others}.")
     if "compiled" in runner and not has_blocks(model):
-        kind = model.config()["kind"]
-        raise ValueError(f"runner is {runner}, and nothing of a {kind} model is compiled; use eager.")
+        raise ValueError(f"runner is {runner}, and nothing of a {model.method} model is compiled; use eager.")
     if "graphs" in runner and device.type != "cuda":
         raise ValueError(
             f"runner is {runner}, and the model is on {device}; CUDA graphs need a CUDA device: use eager."

@@ -123,7 +123,7 @@ def test_wrong_input_is_named(run, refused, work, files, shards, raster_model, v
     assert "a var model does not have; expected plain" in refused(
         *draw, "--tokenizer", tokenizer, "--weight-format", "packed"
     )
-    assert "nothing of a var model is compiled" in refused(*draw, "--tokenizer", tokenizer, "--runner", "compiled")
+    assert "nothing of a VAR model is compiled" in refused(*draw, "--tokenizer", tokenizer, "--runner", "compiled")
     path = tokenizer.partition(":")[2]
     given = json.dumps({"kind": "multi_scale_vq", "weights": path, "patch_nums": [1, 2, 4]})
     assert "patch_nums [1, 2, 4] and [1, 2, 3, 4]" in refused(*draw, "--tokenizer", given)

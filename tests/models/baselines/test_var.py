@@ -7,6 +7,7 @@ import torch
 import var_golden
 from tiny import CLOSE
 
+from flashar_pl.decoding import Engine
 from flashar_pl.models.baselines import VAR
 from flashar_pl.models.baselines.var_transformer import PRESETS, VARConfig, VARTransformer
 from flashar_pl.sampling import filter_logits, guide
@@ -222,6 +223,7 @@ def test_wrong_input_is_named():
             r"cfg_scale is -1.0; expected 0 or more \(0 = no guidance\)",
         ),
         (lambda: model.generate(TWO.float(), tokenizer=vq), r"classes is \(2,\) torch.float32"),
+        (lambda: Engine(model, "graphs"), r"a VAR model is not recorded in graphs; use eager\."),  # nor compiled
     ):
         with pytest.raises(ValueError, match=message):
             call()
