@@ -5,6 +5,7 @@ Neither torch nor Lightning is imported here, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -130,8 +131,17 @@ def main(argv: list[str] | None = None) -> int:
         if debug or (getattr(error, "name", None) or "").startswith("flashar_pl"):  # a missing module of ours: a bug
             raise
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"flashar: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+            print(f"flashar: error: {' '.join(told(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def told(error: Exception) -> str:
+    """The message of an error; the operating system's begins with the file."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return str(error)
+    refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    advice = " To write elsewhere: --out, in fit --trainer.default_root_dir." if refused else ""
+    return f"{error.filename}: {error.strerror}.{advice}"
 
 
 def at_home(word: str) -> str:

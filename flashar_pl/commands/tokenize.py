@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -135,8 +136,9 @@ def tokenize_images(
     manifest = Manifest.load(shards.out)
     names, classes = manifest.class_names, manifest.condition.num_classes
     print(f"{classes} classes: {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
-    print(f"shards at {shards.out}; look at them: flashar tokenize check {shards.out} --out check.png")
-    print(f"train on them: flashar fit --config experiments/own_images.yaml --data.shards {shards.out}")
+    place = shlex.quote(str(shards.out))
+    print(f"shards at {shards.out}; look at them: flashar tokenize check {place} --out check.png")
+    print(f"train on them: flashar fit --config experiments/own_images.yaml --data.shards {place}")
     return reports
 
 
@@ -266,7 +268,8 @@ def _tokenise(
         return None
     _tell(report, shards.split, shards.out)
     print(report["account"])
-    print(f"shards at {shards.out}; check them with: flashar tokenize check {shards.out} --out check.png")
+    place = shlex.quote(str(shards.out))
+    print(f"shards at {shards.out}; check them with: flashar tokenize check {place} --out check.png")
     return report
 
 

@@ -50,8 +50,10 @@ def permutation(key: int, n: int) -> np.ndarray:
 
 def check_cut(batch_size: int, ranks: int, name: str = "batch_size") -> int:
     """Samples of a global batch for each rank. Raises ValueError if it cannot be cut evenly."""
-    if batch_size < 1 or batch_size % ranks:
-        up = max(1, -(-batch_size // ranks)) * ranks
+    if batch_size < 1:
+        raise ValueError(f"{name} is {batch_size}; expected 1 or more.")
+    if batch_size % ranks:
+        up = -(-batch_size // ranks) * ranks
         raise ValueError(
             f"{name}={batch_size} is the global batch and cannot be cut evenly over {ranks} devices; "
             f"use a multiple of {ranks}, such as {up}."
@@ -81,7 +83,7 @@ class TrainingOrder:
         if self.samples < batch_size:
             raise ValueError(
                 f"The training split has {self.samples} samples, fewer than one batch of {batch_size}; "
-                f"set batch_size to at most {self.samples}."
+                f"set batch_size to at most {self.samples} (--data.batch_size {self.samples})."
             )
         self.batch_size, self.seed, self.window = batch_size, seed, window
         self._epoch = -1

@@ -84,12 +84,11 @@ def split_pictures(folder: str | Path, one_class: bool = False) -> tuple[dict[st
         raise ValueError(f"{folder} is no folder; expected one with pictures, or with a sub-folder of them a class.")
     given = {split: place for split in SPLITS if (place := _given(root, split)) is not None}
     if "train" not in given:
-        whole = _whole(root, one_class, None)
-        cut = parts(whole, assign(*_contents(whole), SPLITS[1:]))
+        cut = _cut(_whole(root, one_class, None), root, SPLITS[1:])
         return cut, _words(cut, "by content")
     train = _whole(given["train"], one_class, None)
     missing = tuple(split for split in SPLITS[1:] if split not in given)
-    found = parts(train, assign(*_contents(train), missing)) if missing else {"train": train}
+    found = _cut(train, given["train"], missing) if missing else {"train": train}
     for split in SPLITS[1:]:
         if split in given:
             found[split] = _whole(given[split], one_class or isinstance(train, OneClass), train)
@@ -115,6 +114,15 @@ def _whole(root: Path, one_class: bool, like: Source | None) -> Source:
             raise ValueError(f"{root} has no class folders; expected {', '.join(like.class_names[:10])}.")
         found.class_names = like.class_names
     return found
+
+
+def _cut(whole: Source, folder: Path, splits: tuple[str, ...]) -> dict[str, Source]:
+    """Cut validation, test or both from the source of a folder; the rest is train."""
+    hashes, labels = _contents(whole)
+    try:
+        return parts(whole, assign(hashes, labels, splits))
+    except ValueError as error:
+        raise ValueError(f"{folder} holds {len(hashes)} pictures: {error} Add pictures.") from error
 
 
 def parts(whole: Source, names: np.ndarray) -> dict[str, Source]:
@@ -151,7 +159,7 @@ def assign(hashes: list[str], labels: list[int], splits: tuple[str, ...]) -> np.
     first = dict(zip(reversed(hashes), reversed(labels)))  # contents -> class of its first picture
     if len(first) <= len(splits):
         raise ValueError(
-            f"{len(first)} different pictures; expected more than {len(splits)}, for train, {' and '.join(splits)}."
+            f"{len(first)} different ones; expected {len(splits) + 1} or more, for train, {' and '.join(splits)}."
         )
     order: list[tuple[float, str]] = []
     for label in sorted(set(first.values())):

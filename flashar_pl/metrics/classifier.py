@@ -8,6 +8,7 @@ Shapes: n images or B of a batch, h x w pixels, D features, C classes.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,10 @@ class ClassifierFeatures(FeatureExtractor):
     def outputs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, D) after the ReLU and logits (B, C), of classes or turns, of uint8 images (B, 3, h, w)."""
         if tuple(check_images(images).shape[2:]) != self.image_size:
-            raise ValueError(f"images are {tuple(images.shape[2:])}; expected {self.image_size}, as the classifier's.")
+            raise ValueError(
+                f"images are {tuple(images.shape[2:])}; expected {self.image_size}, as the classifier's "
+                "(a reference of pictures of other sizes: --reference-crop centre)."
+            )
         x = images.to(self.hidden.weight.dtype) / 127.5 - 1  # (B, 3, h, w)
         x = F.avg_pool2d(x, self.shrink) if self.shrink > 1 else x
         features = F.relu(self.hidden(self.convolutions(x).flatten(1)))  # (B, D)
@@ -113,7 +117,10 @@ class ClassifierFeatures(FeatureExtractor):
         folder = Path(directory)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise ValueError(f"no classifier in {folder}: {name} is missing; flashar classifier makes it.")
+                raise ValueError(
+                    f"no classifier in {folder}: {name} is missing; make one: flashar classifier --data SHARDS --out "
+                    f"{shlex.quote(str(folder))}"
+                )
         config, tensors = read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)
         try:
             height, width = config["image_size"]

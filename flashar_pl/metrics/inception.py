@@ -94,7 +94,7 @@ class InceptionFeatures(FeatureExtractor):
         try:
             state = read_tensors(file)
         except ValueError as error:
-            raise ValueError(f"{error} Expected {WEIGHTS_FILE}.") from error
+            raise ValueError(f"{str(error).rstrip('.')}. Expected {WEIGHTS_FILE}, from {WEIGHTS_URL}.") from error
         self.network = build_network(state)
         self._fingerprint = "inception-2015-" + state_digest(state)
         self._tap: Tensor | None = None

@@ -67,10 +67,10 @@ def train_small_vq(
         ValueError: a side that is no multiple of the pixels per code, or fewer than 2 steps.
     """
     side, f = images.shape[-1], spec.encoder.downsample
-    if side % f or steps < 2:
-        raise ValueError(
-            f"{steps} steps on pictures of {side} pixels; expected 2 or more, and a multiple of {f} pixels."
-        )
+    if side % f:
+        raise ValueError(f"pictures are {side} pixels wide; expected a multiple of {f}, such as {-(-side // f) * f}.")
+    if steps < 2:
+        raise ValueError(f"steps is {steps}; expected 2 or more.")
     part = max(f, PATCH // f * f) if side > PATCH else side
     numbers = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

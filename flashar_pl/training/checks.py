@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning.pytorch.callbacks import (
 from flashar_pl.backbones import Backbone
 from flashar_pl.backbones.registry import home_of
 from flashar_pl.checkpoints.repositories import locate
+from flashar_pl.image_files import EXTENSIONS
 from flashar_pl.metrics.inception import WEIGHTS_FILE
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.models.losses import AUX_WEIGHT
@@ -83,27 +86,31 @@ def _in_header(shards: str) -> str | None:
 
 def how_to_make(shards: str, backbone: Backbone) -> str:
     """The command that makes the shards a model trains on, at the place where they are looked for."""
-    place = Path(shards)
+    place, out = Path(shards), shlex.quote(shards)
+    found = islice((*place.glob("*"), *place.glob("*/*")), 1000)
+    if sum(path.suffix.lower() in EXTENSIONS for path in found) > 2:  # pictures were given for shards
+        return f"flashar tokenize images {out} --out data/mine, and train with --data.shards data/mine"
     if place.name in ("digits", "scenes"):
-        return f"flashar tokenize {place.name} --out {shards}"
+        return f"flashar tokenize {place.name} --out {out}"
     if place.parent.name.endswith("_tiny"):
         return f"python tests/training/emu_tiny_data.py {place.parent}"
     if (command := _in_header(shards)) is not None:
         return command
     weights, kind = RECIPE_WEIGHTS.get(backbone.vocabulary), backbone.conditioning.kind
     if weights is not None and kind == "prompt":
-        out = place.parent if re.fullmatch(r"\d+x\d+", place.name) else place
-        square = " --crop square" if out != place else ""
+        above = place.parent if re.fullmatch(r"\d+x\d+", place.name) else place
+        square = " --crop square" if above != place else ""
+        out = shlex.quote(str(above))
         return f"flashar tokenize text-image --data text_to_image.json{square} --out {out} --weights {weights}"
     if weights is not None and kind == "class":
         size = found[1] if (found := re.search(r"_(\d{3})$", place.name)) else "256"
         return (
-            f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {shards} "
+            f"flashar tokenize imagenet --images imagenet/train --image-size {size} --ten-crop --out {out} "
             f"--weights {weights}"
         )
     if kind == "prompt":
-        return f"flashar tokenize text-image --data text_to_image.json --out {shards} --weights TOKENIZER"
-    return f"flashar tokenize images photos --out {shards}"
+        return f"flashar tokenize text-image --data text_to_image.json --out {out} --weights TOKENIZER"
+    return f"flashar tokenize images photos --out {out}"
 
 
 def check_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -136,4 +137,5 @@ def where_to_continue(step: int, folders: Iterable[str]) -> str:
     if not kept:
         return f"Interrupted at step {step}, before the first checkpoint."
     newest = kept[0].relative_to(here) if kept[0].is_relative_to(here) else kept[0]
-    return f"Interrupted at step {step}. Continue with the same command, or with: flashar fit --checkpoint {newest}"
+    checkpoint = shlex.quote(str(newest))
+    return f"Interrupted at step {step}. Continue with the same command, or with: flashar fit --checkpoint {checkpoint}"

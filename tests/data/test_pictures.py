@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from own_pictures import make_pictures
+from PIL import Image
 
 from flashar_pl.data.pictures import assign, split_pictures
 
@@ -74,8 +75,11 @@ def test_what_cannot_be_split_is_said(tmp_path):
         split_pictures(tmp_path / "none")
     with pytest.raises(ValueError, match="holds no pictures"):
         split_pictures(tmp_path)
-    with pytest.raises(ValueError, match="2 different pictures; expected more than 2"):
-        assign(["a", "b", "a"], [0, 0, 0], ("validation", "test"))
+    (tmp_path / "two").mkdir()
+    for name, colour in (("0", 1), ("1", 2), ("copy", 1)):
+        Image.new("RGB", (4, 4), (colour, 0, 0)).save(tmp_path / "two" / f"{name}.png")
+    with pytest.raises(ValueError, match="two holds 3 pictures: 2 different ones; expected 3 or more, for train"):
+        split_pictures(tmp_path / "two")
     assert np.unique(assign(["a", "b", "c"], [0, 0, 0], ("validation", "test"))).tolist() == [
         "test", "train", "validation",
     ]  # fmt: skip
