@@ -16,11 +16,12 @@ GRAPHS=graphs
 FAST=graphs,compiled-graphs,fused
 OWN=fused
 FORMATS=plain,int8,fp8
-EXTRA=()
+EXTRA=() MODELS=()
 if [[ -n ${DRY:-} ]]; then
   OUT=${DRY_OUT:-$(mktemp -d)}
   DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager OWN=eager FORMATS=plain,int8
   EXTRA=(--grid 2x2 --repeats 1 --threads 1)
+  MODELS=(--preset llamagen-b --grid 2x2) # instead of the tiny models of all families, minutes on a CPU
 fi
 failed=()
 
@@ -40,10 +41,10 @@ bench() { # name preset options
 tests() { # every way of decoding against the plain model; what only a GPU can check: graphs, waits, memory
   [[ -e $OUT/doctor_gpu.json ]] && echo "$OUT/doctor_gpu.json is there and kept" ||
     "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $RUNNERS --weight-formats $FORMATS \
-      --out "$OUT/doctor_gpu.json" || failed+=(doctor)
+      --out "$OUT/doctor_gpu.json" ${MODELS[@]+"${MODELS[@]}"} || failed+=(doctor)
   [[ -e $OUT/doctor_fused_gpu.json ]] && echo "$OUT/doctor_fused_gpu.json is there and kept" ||
-    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $OWN --out "$OUT/doctor_fused_gpu.json" ||
-    failed+=(doctor fused)
+    "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $OWN --out "$OUT/doctor_fused_gpu.json" \
+      ${MODELS[@]+"${MODELS[@]}"} || failed+=("doctor fused")
   [[ -n ${DRY:-} ]] && return
   "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
 }

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Integral
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of compute dtypes on the command line."""
@@ -39,6 +41,26 @@ def wide(x: Tensor) -> Tensor:
 def wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """The floating dtype of more bits."""
     return a if a.itemsize >= b.itemsize else b
+
+
+def is_cut(tensor: object) -> bool:
+    """Whether a tensor is a DTensor, cut over devices. Asks without importing its module, which takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func.__name__ in ("normal_", "uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules are made without memory. Their weights are not drawn: for that torch imports its compiler, seconds."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 def moved(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
+from flashar_pl.numerics import is_cut, without_memory
 from flashar_pl.options import Weights
 from flashar_pl.tensor_files import drop_pages
 from flashar_pl.text_files import BROKEN, reason
@@ -129,7 +129,7 @@ class Rename:
 def on_meta(build: Callable[[], T]) -> T:
     """A module without memory for weights. ValueError for a description that none can be built from."""
     try:
-        with torch.device("meta"):
+        with without_memory():
             return build()
     except BROKEN as error:
         if isinstance(error, ValueError):
@@ -225,11 +225,11 @@ def _check(source: TensorSource, renames: Sequence[Rename], tensors: dict[str, T
         raise ValueError(f"{source.name} is not the expected checkpoint: {'; '.join(problems)}.")
 
 
-def _own_rows(parameter: Tensor) -> tuple[Tensor, int]:
+def _own_rows(parameter: Any) -> tuple[Tensor, int]:
     """The rows that this rank holds, and the index of the first one."""
-    if not isinstance(parameter, DTensor):
+    if not is_cut(parameter):
         return parameter, 0
-    cut = [(axis, placement) for axis, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    cut = [(axis, placement) for axis, placement in enumerate(parameter.placements) if placement.is_shard()]
     assert len(cut) <= 1 and all(placement.dim == 0 for _, placement in cut), "a parameter is not cut by its rows"
     n, mesh = parameter.shape[0], parameter.device_mesh
     begin = sum(min(n, -(-n // mesh.size(axis)) * mesh.get_local_rank(axis)) for axis, _ in cut)

@@ -38,6 +38,14 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, UntypedStorage
 
+META, INDEX = "meta.pt", ".metadata"
+"""Of a sharded checkpoint, a directory: everything but tensors, plain types; torch's list of its tensors."""
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Whether `path` is a sharded checkpoint."""
+    return (Path(path) / META).is_file() and (Path(path) / INDEX).is_file()
+
 
 def read_torch(path: str | Path, content: bytes | None = None, mmap: bool = False, whole: bool = True) -> Any:
     """What a torch file holds, on the CPU, without running code from it: tensors and plain values.

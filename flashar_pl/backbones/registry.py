@@ -9,13 +9,12 @@ import importlib
 import re
 from typing import Any
 
-import torch
-
 from flashar_pl.backbones.base import Backbone
 from flashar_pl.backbones.decoder import Decoder
 from flashar_pl.backbones.emu35 import Emu35
 from flashar_pl.backbones.llamagen import LlamaGen
 from flashar_pl.console import closest
+from flashar_pl.numerics import without_memory
 
 FAMILIES: dict[str, type[Backbone]] = {each.kind: each for each in (LlamaGen, Emu35, Decoder)}
 DEFAULT = LlamaGen.kind
@@ -104,5 +103,5 @@ def build_backbone(config: dict[str, Any]) -> Backbone:
 
 def describe_backbone(config: dict[str, Any]) -> Backbone:
     """The same without memory for weights: it answers for itself."""
-    with torch.device("meta"):
+    with without_memory():
         return build_backbone(config)

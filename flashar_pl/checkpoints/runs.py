@@ -7,10 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from flashar_pl.checkpoints.description import Description
-from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded, read_sharded
 from flashar_pl.checkpoints.verify import offering
 from flashar_pl.integrity import check_torch_file, tensor_crcs
-from flashar_pl.tensor_files import copied, known_sums, read_tensors
+from flashar_pl.tensor_files import META, copied, is_sharded, known_sums, read_tensors
 
 CHECKPOINT_KEY = "flashar"
 """Key of the description inside a Lightning checkpoint."""
@@ -67,6 +66,9 @@ class RunCheckpoint:
 
     def names(self) -> list[str]:
         """Names of the weights, raw and averaged."""
+        if self.sharded:
+            from flashar_pl.checkpoints.sharded import SafeReader  # torch.distributed.checkpoint takes seconds
+
         names = SafeReader(self.path).names() if self.sharded else self.content.get("state_dict", {})
         return [name for name in names if name.startswith((NET_PREFIX, EMA_PREFIX))]
 
@@ -74,6 +76,8 @@ class RunCheckpoint:
         """Weights by new names, on the CPU in memory of their own. names: what to call one -> its name here."""
         with offering(self.path):
             if self.sharded:
+                from flashar_pl.checkpoints.sharded import read_sharded
+
                 return read_sharded(self.path, names)
             stored = self.content.get("state_dict", {})
             wanted = {name: stored[other] for name, other in names.items()}

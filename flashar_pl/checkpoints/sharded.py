@@ -23,12 +23,9 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from flashar_pl.files import exchange, full_disk, naming_full_disk
 from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
-from flashar_pl.tensor_files import read_tensors
+from flashar_pl.tensor_files import INDEX, META, read_tensors
 from flashar_pl.text_files import BROKEN, need_file, reason
 
-META = "meta.pt"
-"""Everything but tensors, plain types."""
-INDEX = ".metadata"
 ALLOWED = {
     (metadata.__name__, name)
     for name in (
@@ -51,11 +48,6 @@ ALLOWED = {
     ("torch.serialization", "_get_layout"),
 }
 """What an index may refer to, besides dtypes."""
-
-
-def is_sharded(path: str | Path) -> bool:
-    """Whether `path` is a sharded checkpoint."""
-    return (Path(path) / META).is_file() and (Path(path) / INDEX).is_file()
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flashar_pl.checkpoints.safetensors_files import SafetensorsDirectory, read_header
-from flashar_pl.checkpoints.sharded import META, SafeReader, is_sharded
 from flashar_pl.integrity import (
     Damaged,
     check_directory,
@@ -18,7 +17,7 @@ from flashar_pl.integrity import (
     listed,
     zip_entries,
 )
-from flashar_pl.tensor_files import read_tensors
+from flashar_pl.tensor_files import META, is_sharded, read_tensors
 from flashar_pl.text_files import need_file, read_json
 
 BESIDE = "among the checkpoints beside it."
@@ -36,6 +35,8 @@ def verify(path: Path) -> str:
     if check_directory(path, again=True):
         return f"{len(listed(path) or ())} files have their CRC-32s"
     if is_sharded(path):
+        from flashar_pl.checkpoints.sharded import SafeReader  # torch.distributed.checkpoint takes seconds
+
         check_torch_file(path / META, again=True)
         return f"{len(SafeReader(path).names())} tensors have their places; it was saved without checksums"
     if (path / "config.json").is_file():

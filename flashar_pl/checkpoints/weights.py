@@ -24,7 +24,6 @@ from flashar_pl.checkpoints.official import (
 )
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, NET_PREFIX, RunCheckpoint, nearest
 from flashar_pl.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsDirectory, weight_files, write_shards
-from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.checkpoints.sharing import card, gathered
 from flashar_pl.checkpoints.verify import offering
 from flashar_pl.files import new_directory, write_json, write_text
@@ -33,7 +32,7 @@ from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import merge
 from flashar_pl.options import Weights
 from flashar_pl.renames import AVERAGED, official_state_dict
-from flashar_pl.tensor_files import read_tensors
+from flashar_pl.tensor_files import is_sharded, read_tensors
 from flashar_pl.text_files import naming, read_json
 
 OFFICIAL_FILE = "official file"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flashar_pl.files import replacing, write_json
 from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_images, device_of, state_digest
+from flashar_pl.numerics import without_memory
 from flashar_pl.tensor_files import read_tensors, save_checked
 from flashar_pl.text_files import read_json, reason
 
@@ -126,7 +127,7 @@ class ClassifierFeatures(FeatureExtractor):
             height, width = config["image_size"]
             if (poolings := config.get("poolings", 1)) > len(tensors):
                 raise ValueError(f"{folder / CONFIG_FILE} has {poolings} poolings for {len(tensors)} tensors.")
-            with torch.device("meta"):
+            with without_memory():
                 model = cls((height, width), config["num_classes"], config["num_features"], poolings)
             model.load_state_dict(tensors, assign=True)
             model.float()

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flashar_pl.backbones.base import Backbone, check_codes, slot_codes
 from flashar_pl.backbones.condition import Condition, Given, Prefix
@@ -25,7 +24,7 @@ from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import DualHead, Split, States, Teacher
 from flashar_pl.models.losses import AUX_WEIGHT
 from flashar_pl.models.sources import fed_by_slots, step_sources
-from flashar_pl.numerics import wide
+from flashar_pl.numerics import is_cut, wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
 
@@ -281,15 +280,15 @@ class GridModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where inputs must be. Sharded parameters may rest elsewhere."""
-        parameter = next(self.parameters())
-        if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
+        parameter: Any = next(self.parameters())
+        if is_cut(parameter) and parameter.device_mesh.device_type != parameter.device.type:
             return torch.device(parameter.device_mesh.device_type, torch.accelerator.current_device_index())
         return parameter.device
 
     @property
     def sharded(self) -> bool:
         """Whether its parameters are cut over devices."""
-        return any(isinstance(parameter, DTensor) for parameter in self.parameters())
+        return any(is_cut(parameter) for parameter in self.parameters())
 
     def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""

@@ -22,6 +22,7 @@ from flashar_pl.models.dual_head import DualHead, Fusion, States
 from flashar_pl.models.gates import FusionGate, LogitGate
 from flashar_pl.models.intra import IntraHead
 from flashar_pl.models.sources import Corner
+from flashar_pl.numerics import without_memory
 
 
 class VerticalBranch(nn.Module):
@@ -82,7 +83,7 @@ class FlashAR(GridModel):
         self.backbone = backbone
         head = backbone.release_head()
         like = head.weight
-        with torch.device("meta"):
+        with without_memory():
             blocks = [backbone.make_block(self.first_cloned + i) for i in range(self.vertical_layers)]
             self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)

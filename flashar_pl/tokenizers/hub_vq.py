@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flashar_pl.console import needing
-from flashar_pl.numerics import strict_float32
+from flashar_pl.numerics import strict_float32, without_memory
 from flashar_pl.pretrained import refused
 from flashar_pl.tensor_files import read_part
 from flashar_pl.text_files import BROKEN, read_json, reason
@@ -152,7 +152,7 @@ def _network(folder: Path, name: str, settings: dict[str, Any], part: str) -> An
         if layers > max(9, len(tensors)):
             raise ValueError(f"config.json describes more layers than the {len(tensors)} tensors")
         config = getattr(transformers, f"{name.removesuffix('Model')}Config")(**settings)
-        with torch.device("meta"):
+        with without_memory():
             network = getattr(transformers, name)(config)
         missing, left = network.load_state_dict(tensors, strict=False, assign=True)
         if missing or left:

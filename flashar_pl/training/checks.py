@@ -87,8 +87,8 @@ def _in_header(shards: str) -> str | None:
 def how_to_make(shards: str, backbone: Backbone) -> str:
     """The command that makes the shards a model trains on, at the place where they are looked for."""
     place, out = Path(shards), shlex.quote(shards)
-    found = islice((*place.glob("*"), *place.glob("*/*")), 1000)
-    if sum(path.suffix.lower() in EXTENSIONS for path in found) > 2:  # pictures were given for shards
+    files = islice((*place.glob("*"), *place.glob("*/*")), 1000)
+    if sum(path.suffix.lower() in EXTENSIONS for path in files) > 2:  # pictures were given for shards
         return f"flashar tokenize images {out} --out data/mine, and train with --data.shards data/mine"
     if place.name in ("digits", "scenes"):
         return f"flashar tokenize {place.name} --out {out}"

@@ -10,9 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from flashar_pl.checkpoints.description import build_model
 from flashar_pl.checkpoints.initialise import InitReport, initialise
 from flashar_pl.checkpoints.official import is_official_directory
-from flashar_pl.checkpoints.sharded import is_sharded
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig, adapt
+from flashar_pl.tensor_files import is_sharded
 from flashar_pl.training.lightning_private import ddp_options
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.sharded.strategy import ShardedStrategy

@@ -12,8 +12,9 @@ from pair import Pair
 from sharded_ranks import FP32, SAMPLING, close, go, record, run, run_all
 from training_toys import FlashARConfig, make_data, make_module, make_trainer
 
-from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta
+from flashar_pl.checkpoints.sharded import SafeReader, read_meta
 from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.tensor_files import is_sharded
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.strategies import check_checkpoint_kind

@@ -27,11 +27,12 @@ from flashar_pl.checkpoints.description import build_model, build_on_meta
 from flashar_pl.checkpoints.initialise import InitReport, initialise
 from flashar_pl.checkpoints.official import is_official_directory
 from flashar_pl.checkpoints.runs import EMA_PREFIX, NET_PREFIX
-from flashar_pl.checkpoints.sharded import SafeReader, is_sharded, read_meta, write_sharded
+from flashar_pl.checkpoints.sharded import SafeReader, read_meta, write_sharded
 from flashar_pl.checkpoints.verify import offering
 from flashar_pl.files import patiently
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapted_layers
+from flashar_pl.tensor_files import is_sharded
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.optim import set_rate
 from flashar_pl.training.sharded.units import Compute, allocate, check_filled, local, recompute_blocks, shard
