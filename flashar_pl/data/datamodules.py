@@ -167,13 +167,14 @@ class CodesDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check the settings against the data and the devices before any long work. Raises ValueError."""
         cut = self._cut()
+        if stage == "fit":
+            check_cut(self.batch_size, cut.ranks)
         check_cut(self.validation_batch_size, cut.ranks, "validation_batch_size")
         self._encoder(self.manifest)
         if cut.ranks > 1 and self.verify:
             share_marks()
         if stage == "fit":
             self._training, self._restored = None, {}
-            check_cut(self.batch_size, cut.ranks)
             for manifest in self.manifests:
                 if {"train", "validation"} <= manifest.splits.keys() and not is_remote(manifest.root):
                     check_held_out(manifest)

@@ -12,6 +12,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,8 @@ class ExperimentCLI(LightningCLI):
         if self.parse_only:
             return
         self._directory = Path(self.config.trainer.default_root_dir or DEFAULT_ROOT).expanduser()
-        self._new_directory = not self._directory.exists()
+        places = (self._directory, *self._directory.parents)
+        self._absent = [place for place in places if not place.exists()]  # what this run makes, innermost first
         if self.verb == "fit" and not self.config.trainer.fast_dev_run:
             self._find_run()
         self._say_what_is_taken()
@@ -327,7 +329,7 @@ class ExperimentCLI(LightningCLI):
         first = getattr(rank_zero_only, "rank", 0) == 0  # the trainer may learn its rank when it starts
         if self.verb != "fit" or self.config.trainer.fast_dev_run or not first:
             return self._run()
-        with only_one(self._directory, new=self._new_directory):
+        with only_one(self._directory, new=bool(self._absent)):
             self._run()
 
     def _run(self) -> None:
@@ -344,8 +346,11 @@ class ExperimentCLI(LightningCLI):
                 raise KeyboardInterrupt from None
             raise
         except (ValueError, MisconfigurationException):
-            if self._new_directory and self.verb == "fit" and self.trainer.global_step == 0:
-                shutil.rmtree(self._directory, ignore_errors=True)  # made by this call, nothing was trained
+            if self._absent and self.verb == "fit" and self.trainer.global_step == 0:  # nothing was trained
+                shutil.rmtree(self._directory, ignore_errors=True)
+                with suppress(OSError):  # another run is in it
+                    for place in self._absent[1:]:
+                        place.rmdir()
             raise
 
     def validate(self, **arguments: Any) -> None:

@@ -364,8 +364,10 @@ def test_data_that_does_not_fit(refused, run, runs, shards):
             writer.write(split, codes, ids=ids, labels=ids % 10)
     message = refused("validate", "--ckpt_path", LAST, "--data.shards", "small")
     assert "trained on a grid of 8 x 8 codes, the shards of 'small' have 4 x 4" in message
-    message = refused("fit", "--config", "raster.yaml", *new, "--model.backbone.options.vocab_size", 9)
+    far = ("--trainer.default_root_dir", "made/for/it")
+    message = refused("fit", "--config", "raster.yaml", *far, "--model.backbone.options.vocab_size", 9)
     assert "vocabulary of 17, the model has 9" in message
+    assert not Path("made").exists(), "a refused run leaves the folders above its own"
     shutil.copytree(shards, "damaged")
     damage("damaged", "train")
     message = refused("fit", "--config", "raster.yaml", *new, "--data.shards", "damaged")
