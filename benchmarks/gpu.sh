@@ -5,7 +5,7 @@
 #     benchmarks/gpu.sh latency     one part, each meant to stay below 10 minutes: tests latency throughput large emu profile targets
 #
 # Run from the repository's root; results go to benchmarks/results. What is there is kept, so a run can be continued.
-# DRY=1 tries every command with a small model on the CPU, in a temporary directory.
+# DRY=1 tries every command with a tiny model on the CPU, in a temporary directory; presets are only looked up.
 set -uo pipefail
 PYTHON=${PYTHON:-.venv/bin/python}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for a PYTHON in which flashar-pl is not installed
@@ -16,14 +16,26 @@ GRAPHS=graphs
 FAST=graphs,compiled-graphs,fused
 OWN=fused
 FORMATS=plain,int8,fp8
-EXTRA=() MODELS=()
+EXTRA=() MODEL=() COLLECT=()
 if [[ -n ${DRY:-} ]]; then
   OUT=${DRY_OUT:-$(mktemp -d)}
   DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager OWN=eager FORMATS=plain,int8
-  EXTRA=(--grid 2x2 --repeats 1 --threads 1)
-  MODELS=(--preset llamagen-b --grid 2x2) # instead of the tiny models of all families, minutes on a CPU
+  EXTRA=(--repeats 1 --threads 1) MODEL=(--checkpoint "$OUT/tiny") COLLECT=(--collect-only)
 fi
 failed=()
+
+tiny() { # DRY: the model in place of all others
+  [[ -e $OUT/tiny ]] || "$PYTHON" - "$OUT/tiny" << 'TINY' || exit 1
+import sys
+from flashar_pl.backbones import LlamaGen, LlamaGenConfig
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.models import FlashAR
+
+model = FlashAR(LlamaGen(LlamaGenConfig(64, 2, 4, vocab_size=64, num_classes=10, multiple_of=32)), branch_layer=1)
+save_model(sys.argv[1], model, Description(model.config(), grid=(2, 2)))
+TINY
+}
 
 bench() { # name preset options
   local name=$1 preset=$2
@@ -32,21 +44,26 @@ bench() { # name preset options
     echo "$OUT/$name is there and kept"
     return
   fi
-  [[ -n ${DRY:-} ]] && preset=llamagen-b
+  local model=(--preset "$preset")
+  if [[ -n ${DRY:-} ]]; then
+    tiny
+    "$PYTHON" -m flashar_pl.cli plan "${model[@]}" --gpu h200 > /dev/null || failed+=("$preset")
+    model=("${MODEL[@]}")
+  fi
   echo "== $name"
-  "$PYTHON" -m flashar_pl.cli benchmark --preset "$preset" --device $DEVICE --dtype bf16 --out "$OUT/$name" "$@" \
+  "$PYTHON" -m flashar_pl.cli benchmark "${model[@]}" --device $DEVICE --dtype bf16 --out "$OUT/$name" "$@" \
     ${EXTRA[@]+"${EXTRA[@]}"} || failed+=("$name")
 }
 
 tests() { # every way of decoding against the plain model; what only a GPU can check: graphs, waits, memory
+  [[ -n ${DRY:-} ]] && tiny
   [[ -e $OUT/doctor_gpu.json ]] && echo "$OUT/doctor_gpu.json is there and kept" ||
     "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $RUNNERS --weight-formats $FORMATS \
-      --out "$OUT/doctor_gpu.json" ${MODELS[@]+"${MODELS[@]}"} || failed+=(doctor)
+      --out "$OUT/doctor_gpu.json" ${MODEL[@]+"${MODEL[@]}"} || failed+=(doctor)
   [[ -e $OUT/doctor_fused_gpu.json ]] && echo "$OUT/doctor_fused_gpu.json is there and kept" ||
     "$PYTHON" -m flashar_pl.cli doctor --device $DEVICE --runners $OWN --out "$OUT/doctor_fused_gpu.json" \
-      ${MODELS[@]+"${MODELS[@]}"} || failed+=("doctor fused")
-  [[ -n ${DRY:-} ]] && return
-  "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests || failed+=(tests)
+      ${MODEL[@]+"${MODEL[@]}"} || failed+=("doctor fused")
+  "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu ${COLLECT[@]+"${COLLECT[@]}"} tests || failed+=(tests)
 }
 latency() { # L, one image: all runners, then the formats of weights
   bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS,$OWN
@@ -55,7 +72,7 @@ latency() { # L, one image: all runners, then the formats of weights
 }
 throughput() { # L, many images
   local sizes=8,64,256,512,auto
-  [[ -n ${DRY:-} ]] && sizes=2,3
+  [[ -n ${DRY:-} ]] && sizes=2,auto
   bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
 }
 large() { # XXL

@@ -58,7 +58,7 @@ def test_sizes_that_cannot_be():
     for sizes in ((3, 16, 32), (4, 1, 32), (4, 16, 48)):
         with pytest.raises(ValueError, match="expected downsample one of 2, 4, 8, 16"):
             small_spec(*sizes)
-    with pytest.raises(ValueError, match="a multiple of 8 pixels"):
+    with pytest.raises(ValueError, match="12 pixels wide; expected a multiple of 8, such as 16"):
         train_small_vq(torch.zeros(1, 3, 12, 12, dtype=torch.uint8), small_spec(8, 16, 32), 2)
 
 
