@@ -52,7 +52,9 @@ def is_cut(tensor: object) -> bool:
 class _Undrawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else (kwargs or {})["tensor"]
+            drawn = args[0] if args else (kwargs or {})["tensor"]
+            if drawn.is_meta:
+                return drawn
         return func(*args, **(kwargs or {}))
 
 
