@@ -136,7 +136,8 @@ class DecoderConfig:
 
     def _check_rope(self) -> None:
         turning, sections = self.rope_width or self.head_dim, self.rope_sections
-        if turning % 2 or turning > self.head_dim or (self.rope_order is not None and self.qk_norm != "none"):
+        partly = self.rope_width not in (None, self.head_dim)
+        if turning % 2 or turning > self.head_dim or (partly and self.qk_norm != "none"):
             raise ValueError(
                 f"{turning} dimensions of each head turn (partial_rotary_factor); expected an even number up to "
                 f"{self.head_dim}, and no norms of queries and keys unless all of them do."

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from flashar_pl.files import exchange, full_disk, naming_full_disk
 from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
+from flashar_pl.ranks import gather
 from flashar_pl.tensor_files import INDEX, META, read_tensors
 from flashar_pl.text_files import BROKEN, need_file, reason
 
@@ -136,7 +137,7 @@ def check_shards(directory: Path, again: bool = False) -> bool:
         found = check_directory(directory, names[rank::world], again)
     except ValueError as error:
         problem = str(error)
-    if problem := next(filter(None, _of_all(problem)), None):
+    if problem := next(filter(None, gather(problem)), None):
         raise Damaged(problem)
     return found
 
@@ -146,14 +147,6 @@ def _process() -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _of_all(value: Any) -> list[Any]:
-    """What each process has."""
-    values = [value] * _process()[1]
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def read_meta(path: str | Path) -> dict[str, Any]:
@@ -208,7 +201,7 @@ def write_sharded(
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of one process; all have this error, which is no Exception
         problem = full_disk(cause, path) or OSError(f"{path} cannot be written: {reason(cause)}")
-    gathered = _of_all((problem, digests))
+    gathered = gather((problem, digests))
     if problem := next((each for each, _ in gathered if each is not None), None):
         if first:
             _remove(part)

@@ -35,7 +35,7 @@ CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862
 def holds_vq(directory: str | Path) -> bool:
     """Whether config.json of a directory is that of a model with such a tokenizer."""
     config = Path(directory).expanduser() / "config.json"
-    return config.is_file() and read_json(config).get("model_type") in CLASSES
+    return config.is_file() and str(read_json(config).get("model_type")) in CLASSES
 
 
 class HubVQ(Tokenizer):

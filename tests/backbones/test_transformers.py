@@ -449,10 +449,14 @@ def test_wrong_input_is_named() -> None:
 
 
 def test_numbers_of_a_configuration_take_no_memory() -> None:
-    """8 GB for a vocabulary of 2^31, and an endless table of layers."""
+    """8 GB for a vocabulary of 2^31, and endless tables of layers and of a head's dimensions."""
     judge = Judge("chameleon")
     with pytest.raises(ValueError, match=r"shape|no model can be built"):
         from_transformers(judge.state, {**judge.config, "vocab_size": 10**12})
+    judge = Judge("glm_image")
+    text = {**judge.config["text_config"], "hidden_size": 2**40}
+    with pytest.raises(ValueError, match=r"mrope_section is .*; expected 68719476736 in all"):
+        from_transformers(judge.state, {**judge.config, "text_config": text})
     judge = Judge("janus")
     vq = {**judge.config["vq_config"], "num_hidden_layers": 10**12}
     with pytest.raises(ValueError, match=r"code_layers is 1,000,000,000,000, more than the"):

@@ -314,7 +314,7 @@ def test_a_full_disk_of_one_process_is_waited_for_by_all(sharded: Path, capsys, 
         monkeypatch.setattr(sharded_files.dcp, "save", full)
     else:
         full_there = [OSError(errno.ENOSPC, "No space left on device", str(sharded)), None]
-        monkeypatch.setattr(sharded_files, "_of_all", lambda own: [own, (full_there.pop(0), {})])
+        monkeypatch.setattr(sharded_files, "gather", lambda own: [own, (full_there.pop(0), {})])
     changed = {key: value + 1 for key, value in TENSORS.items()}
     files.patiently(lambda: write_sharded(sharded, dict(changed), {"global_step": 8}, True, lambda: None))
     assert f"No space left on device: '{sharded}'; trying again in 0 s." in capsys.readouterr().err

@@ -61,6 +61,9 @@ def test_what_is_missing_is_named(janus: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no image tokenizer; expected a model of type emu3, janus, chameleon"):
         build_tokenizer({"kind": "hub", "weights": str(other)})
     endless = {"model_type": "janus", "vq_config": {"num_res_blocks": 10**12}}
+    (other / "config.json").write_text(json.dumps({"model_type": []}))
+    with pytest.raises(ValueError, match="holds no image tokenizer"):
+        build_tokenizer({"kind": "hub", "weights": str(other)})
     (other / "config.json").write_text(json.dumps(endless))
     with pytest.raises(ValueError, match=r"config\.json describes more layers than the 0 tensors"):
         build_tokenizer({"kind": "hub", "weights": str(other)})
