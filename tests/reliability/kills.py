@@ -33,11 +33,32 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from processes import free_port  # noqa: E402
 from training_toys import NOT_REPEATED, ValidationConfig, fit, make_module, write_digit_like  # noqa: E402
 
+from flashar_pl.training.config import (  # noqa: E402
+    BlockDiffusionConfig,
+    FlashARConfig,
+    IntraConfig,
+    LossConfig,
+    PARConfig,
+)
 from flashar_pl.training.logger import RunLogger  # noqa: E402
 from flashar_pl.training.sharded.strategy import ShardedStrategy  # noqa: E402
 
 PATIENCE = 60
 """Seconds after a kill in which the other ranks must have ended."""
+
+
+SHOWN = {"validation": ValidationConfig(grid_images=2)}
+METHODS: dict[str, dict[str, Any]] = {
+    "FlashAR": SHOWN,
+    "distillation": SHOWN | {"losses": LossConfig(distillation=0.2)},
+    "groups of a diagonal": SHOWN | {"flashar": FlashARConfig(branch_layer=1, intra=IntraConfig())},
+    "systematic": {"validation": ValidationConfig(grid_images=2, coupling="systematic")},
+    "PAR": SHOWN | {"flashar": None, "par": PARConfig()},
+    "BlockDiffusion": SHOWN | {"flashar": None, "block_diffusion": BlockDiffusionConfig("sub4x4", steps=2)},
+    "BlockDiffusion, clean context": SHOWN
+    | {"flashar": None, "block_diffusion": BlockDiffusionConfig("row", clean_context=True, steps=2)},
+}
+"""Arguments of the module by what is trained."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +74,14 @@ class Variant:
     """Steps between checkpoints."""
     validate: int
     """Steps between validations."""
+    method: str
+    """What is trained: see `METHODS`."""
 
     @classmethod
     def draw(cls, kind: str, chance: random.Random) -> Variant:
         pick = chance.choice
-        return cls(kind, pick((False, True)), pick((1, 2, 3)), pick((0, 0, 2)), pick((1, 2, 3, 5)), pick((2, 3, 4)))
+        how = pick((False, True)), pick((1, 2, 3)), pick((0, 0, 2)), pick((1, 2, 3, 5)), pick((2, 3, 4))
+        return cls(kind, *how, pick(list(METHODS)))
 
     @property
     def ranks(self) -> int:
@@ -72,7 +96,7 @@ def train(variant: Variant, shards: str, root: Path) -> None:
     )
     strategy: Any = {"single": "auto", "ddp": "ddp", "fsdp": ShardedStrategy("fp32")}[variant.kind]
     fit(
-        root, shards, make_module(ema_decay=0.5 if variant.ema else None, validation=ValidationConfig(grid_images=2)),
+        root, shards, make_module(ema_decay=0.5 if variant.ema else None, **METHODS[variant.method]),
         kept[-1] if kept else None, data={"num_workers": variant.workers, "validation_batch_size": 8},
         devices=variant.ranks, strategy=strategy, max_steps=14, accumulate_grad_batches=variant.accumulate,
         val_check_interval=variant.validate, check_val_every_n_epoch=None, limit_val_batches=1.0, log_every_n_steps=1,
