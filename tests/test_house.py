@@ -49,7 +49,7 @@ def test_no_modules_import_one_another() -> None:
 
 
 def test_weights_are_read_and_written_in_one_room() -> None:
-    """Others may write what they alone read: Lightning's file of a run, the classifier of FID, parts of features."""
+    """Others may write what they alone read: Lightning's file of a run, parts of features."""
     calls = {"load_file", "save_file", "safe_open", "torch.load", "torch.save", "dcp.load", "dcp.save"}
     found = set()
     for name, path in MODULES.items():
@@ -57,7 +57,7 @@ def test_weights_are_read_and_written_in_one_room() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) in calls:
                 found.add(name)
     rooms = {name for name in found if not name.startswith("flashar_pl.checkpoints.")}
-    own = {"training.checkpoints", "metrics.classifier", "evaluate.parts"}
+    own = {"training.checkpoints", "evaluate.parts"}
     assert rooms == {"flashar_pl.tensor_files", *(f"flashar_pl.{name}" for name in own)}
 
 
