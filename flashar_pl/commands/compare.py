@@ -234,9 +234,15 @@ def read_speeds(words: list[str], names: list[str]) -> dict[str, list[dict[str, 
         if not equals or name not in names:
             raise ValueError(f"--speed is {word!r}; expected NAME=results.json of a row: {', '.join(names)}.")
         found[name] = read_field(place, "rows", list)
-        if not all(isinstance(row, dict) and row.keys() >= {"plan", "batch", "seconds", *SPEED} for row in found[name]):
+        if not all(isinstance(row, dict) and _is_speed(row) for row in found[name]):
             raise ValueError(f"--speed {place} has other rows than results.json of `flashar benchmark --out`.")
     return found
+
+
+def _is_speed(row: dict[str, Any]) -> bool:
+    """Whether it has what is shown of a row, numbers where numbers are compared."""
+    numbers = all(isinstance(row.get(name), int | float) for name in ("batch", "seconds", *SPEED[:2]))
+    return numbers and row.keys() >= {"plan", *SPEED}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ def stream(*parts: int) -> int:
     return key
 
 
+MOST_TOGETHER = 2**20
+"""Samples of a batch: a number in a checkpoint may be any."""
+
+
 def hashes(key: int, index: np.ndarray) -> np.ndarray:
     """One uint64 for each index (any shape) of the stream `key`; different indices give different values."""
     return mix64(np.array([key], dtype=np.uint64) + (index.astype(np.uint64) + np.uint64(1)) * np.uint64(_GAMMA))
@@ -50,6 +54,10 @@ def permutation(key: int, n: int) -> np.ndarray:
 
 def check_cut(batch_size: int, ranks: int, name: str = "batch_size") -> int:
     """Samples of a global batch for each rank. Raises ValueError if it cannot be cut evenly."""
+    if batch_size > MOST_TOGETHER:
+        raise ValueError(
+            f"{name}={batch_size:,}; expected at most {MOST_TOGETHER:,} samples, which are held in memory."
+        )
     if batch_size < 1:
         raise ValueError(f"{name} is {batch_size}; expected 1 or more.")
     if batch_size % ranks:

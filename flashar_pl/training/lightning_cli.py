@@ -218,10 +218,11 @@ class ExperimentCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ValueError(explain(str(error))) from error
-        if self.config.seed_everything is True:
+        seed = self.config.seed_everything
+        if seed is True or not 0 <= int(seed or 0) < 2**32:
             raise ValueError(
-                "seed_everything is true, which is another seed on each device and at each start; expected a number "
-                "such as 0, or false for none."
+                f"seed_everything is {str(seed).lower()}; expected a number from 0 to 4294967295, or false for none: "
+                "true is another seed on each device and at each start."
             )
         self.values = plain(parser, self.config)
         if self.parse_only:

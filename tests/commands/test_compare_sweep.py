@@ -10,7 +10,7 @@ import pytest
 
 from flashar_pl import locks
 from flashar_pl.commands import sweep as module
-from flashar_pl.commands.compare import Run, find_rows, read_run
+from flashar_pl.commands.compare import Run, find_rows, read_run, read_speeds
 from flashar_pl.commands.demo import move_aside
 from flashar_pl.commands.sweep import finished, read_sweep, sweep
 from flashar_pl.training.run_directory import LOCK
@@ -207,3 +207,18 @@ def test_a_run_with_other_options_is_not_taken_for_finished(work):
     stage.path.mkdir(parents=True)
     (stage.path / "sweep.json").write_text(json.dumps({"words": stage.words}))
     assert finished(stage)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"seconds": "a"}, {"ms_per_image": "x"}, {"images_per_s": [1]}, {"batch": "1"}], ids=str
+)
+def test_speeds_are_numbers(tmp_path: Path, wrong: dict) -> None:
+    """A list in place of a number ended in a TypeError when everything was measured."""
+    row = {"plan": "diagonal", "batch": 1, "seconds": 1.0, "ms_per_image": 4.0, "images_per_s": 250.0}
+    row |= {"runner": "eager", "weight_format": "plain", "time": "now"}
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps({"rows": [row]}))
+    assert read_speeds([f"a={path}"], ["a"]) == {"a": [row]}
+    path.write_text(json.dumps({"rows": [row | wrong]}))
+    with pytest.raises(ValueError, match=r"speed\.json has other rows"):
+        read_speeds([f"a={path}"], ["a"])

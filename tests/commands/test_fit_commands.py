@@ -393,6 +393,7 @@ def test_tools_of_lightning_are_refused_in_words(refused, runs, monkeypatch):
     base = ("fit", "--config", "raster.yaml", "--trainer.default_root_dir", "runs/new")
     assert "LearningRateFinder; expected none" in refused(*base, "--trainer.callbacks+=LearningRateFinder")
     assert "seed_everything is true" in refused(*base, "--seed_everything", "true")
+    assert "expected a number from 0 to 4294967295" in refused(*base, "--seed_everything", "-1")
     for name, value in {"JOB_ID": 1, "NTASKS": 2, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_NAME": "job"}.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert "start the command with srun, or" in refused(*base)

@@ -156,3 +156,5 @@ def test_the_order_of_a_seed_stays_what_it_was() -> None:
 def test_a_batch_that_cannot_be_cut_comes_with_one_that_can() -> None:
     with pytest.raises(ValueError, match="a multiple of 4, such as 12"):
         check_cut(10, 4)
+    with pytest.raises(ValueError, match=r"batch_size=1,000,000,000,000; expected at most 1,048,576"):
+        check_cut(10**12, 4)  # of a stranger's checkpoint
