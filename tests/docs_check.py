@@ -52,7 +52,13 @@ classifier --data data/digits --out runs/demo/classifier
 fit --config experiments/demo_raster.yaml
 fit --config experiments/demo_flashar.yaml
 """
-ENDLESS = {"serve": "runs until it is stopped", "demo": "is `make demo`", "doctor": "takes minutes"}
+ENDLESS = {
+    "serve": "runs until it is stopped",
+    "demo": "is `make demo`",
+    "doctor": "takes minutes",
+    "benchmark": "takes minutes, or a GPU",
+    "sweep": "trains for an hour",
+}
 
 
 def run(words: list[str], folder: Path) -> tuple[int, str]:
@@ -100,7 +106,7 @@ def why_not(words: list[str], folder: Path) -> str:
     """Why a command cannot run in a folder; "" = it can."""
     if words[0] == "python":
         return ""
-    if words[0] in ENDLESS:
+    if words[0] in ENDLESS and "--dry-run" not in words:
         return ENDLESS[words[0]]
     if any("..." in word or re.fullmatch(r"[A-Z]{4,}", word) for word in words):
         return "has a placeholder"
