@@ -49,7 +49,8 @@ class SavePoint(StepCallback):
             self.noted = Progress(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        between = not self.in_step and not self.in_validation
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total  # one is counted before its start is told
+        between = not self.in_step and not self.in_validation and batches.ready == batches.processed
         if (state := Progress(trainer) if between else self.noted) is not None:
             checkpoint["loops"]["fit_loop"] = state.loop
             checkpoint.update(state.place)

@@ -14,13 +14,19 @@ from training_toys import fit, make_module
 class Stop(Callback):
     """Sends a signal, or fails, in a batch counted from 0, or in the validation after a step."""
 
-    def __init__(self, what: signal.Signals | Exception, batch: int = -1, validation: int = -1) -> None:
-        self.what, self.batch, self.validation = what, batch, validation
+    def __init__(
+        self, what: signal.Signals | Exception, batch: int = -1, validation: int = -1, before: int = -1
+    ) -> None:
+        self.what, self.batch, self.validation, self.before = what, batch, validation, before
 
     def stop(self) -> None:
         if isinstance(self.what, Exception):
             raise self.what
         os.kill(os.getpid(), self.what)
+
+    def on_train_batch_start(self, trainer, *_) -> None:
+        if trainer.fit_loop.total_batch_idx == self.before:
+            self.stop()
 
     def on_before_backward(self, trainer, pl_module, loss) -> None:
         if trainer.fit_loop.total_batch_idx == self.batch:
@@ -57,6 +63,7 @@ def whole(tmp_path_factory, toy_shards: str):
         (Stop(RuntimeError("out of memory"), batch=7), RuntimeError, 3),
         (Stop(signal.SIGTERM, validation=2), SystemExit, 2),
         (Stop(ValueError("a bad sample"), validation=4), ValueError, 4),
+        (Stop(RuntimeError("out of memory"), before=6), RuntimeError, 3),  # its batch was counted: validations shifted
     ],
 )
 def test_a_stopped_run_continues_exactly(whole, toy_shards: str, tmp_path: Path, stop, end, step: int) -> None:
@@ -75,3 +82,5 @@ def test_a_stopped_run_continues_exactly(whole, toy_shards: str, tmp_path: Path,
     continued = run(tmp_path, toy_shards, start=stopped)
     for (name, a), b in zip(whole.state_dict().items(), continued.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+    counts = [each.trainer.fit_loop.epoch_loop.batch_progress.total.ready for each in (whole, continued)]
+    assert counts[0] == counts[1]
