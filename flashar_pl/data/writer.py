@@ -29,7 +29,7 @@ import webdataset
 
 from flashar_pl.data.manifest import SPLITS, Manifest, Record, Shard, code_dtype
 from flashar_pl.data.tars import tar_records
-from flashar_pl.files import digest, new_directory
+from flashar_pl.files import digest, naming_full_disk, new_directory
 
 
 class ShardWriter:
@@ -132,10 +132,14 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            with naming_full_disk(self.out):
+                if error is not None:
+                    raise error
+                self.close()
+        except BaseException:
             self.abort()
+            raise
 
     def _checked_codes(self, what: str, codes: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         manifest = self.manifest

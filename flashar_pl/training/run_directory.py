@@ -13,6 +13,7 @@ from typing import Any
 from flashar_pl import locks
 from flashar_pl.checkpoints.runs import RunCheckpoint
 from flashar_pl.checkpoints.verify import by_age, newest_whole
+from flashar_pl.files import naming_full_disk
 from flashar_pl.integrity import Damaged
 from flashar_pl.training.stored_config import CONFIG_FILE, differences, flatten, read_settings
 
@@ -44,9 +45,10 @@ def only_one(directory: Path, new: bool = False) -> Iterator[None]:
             ) from error
         if new and is_used(directory):
             raise ValueError(f"another process made the run directory {directory} meanwhile; start again.")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with naming_full_disk(directory / LOCK):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield
 
 

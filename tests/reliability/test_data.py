@@ -1,5 +1,6 @@
 """Manifests and the records of shards answer every damaged copy with samples or one line."""
 
+import errno
 import json
 import random
 import tempfile
@@ -118,3 +119,21 @@ def test_every_flipped_bit_is_found_before_a_sample_is_given() -> None:
         Path(manifest.root, shard.path).write_bytes(damaged)
         with pytest.raises(ValueError, match="flipped"):
             ShardReader(manifest, "train").read(np.arange(3))
+
+
+@pytest.mark.parametrize("where", ["_write_record", "close"])
+def test_shards_on_a_full_disk_name_their_place_and_leave_nothing(tmp_path: Path, monkeypatch, where: str) -> None:
+    """The line had no path, and what failed at the end left a hidden directory."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, where, fail)
+    condition, tokenizer = ConditionSpec("class", num_classes=3), {"kind": "pixels", "levels": 8}
+    made = {"tokenizer": tokenizer, "grid": (4, 4), "vocabulary": 8, "condition": condition, "block": 4}
+    with (
+        pytest.raises(OSError, match=f"No space left on device: '{tmp_path / 'out'}'"),
+        ShardWriter(tmp_path / "out", name="x", **made) as writer,
+    ):
+        writer.write("train", np.zeros((8, 4, 4), np.int64), ids=range(8), labels=np.zeros(8, np.int64))
+    assert not list(tmp_path.iterdir())
