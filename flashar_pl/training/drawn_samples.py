@@ -84,6 +84,15 @@ class DrawnSamples(SplitCallback):
                 for metric in self.fid.values():
                     metric.set_reference(reference, trainer.global_rank)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what the first validation would end on, hours later."""
+        net = trained(pl_module).net
+        if net.own_decoding and net.sharded:
+            raise ValueError(
+                f"a {net.config()['kind']} model in a sharded run cannot draw; set model.validation.samples 0 and "
+                "model.validation.grid_images 0, and measure its checkpoints with `flashar evaluate`."
+            )
+
     def begin(self, trainer: Trainer, module: Trained) -> None:
         self.plan = None
         shown = self.config.grid_images

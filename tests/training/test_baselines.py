@@ -92,6 +92,15 @@ def test_block_diffusion_trains_in_the_two_stages_of_flashar(tmp_path: Path, toy
     assert [module.built_schedule.factor(role, 2) for role in ("backbone", "added")] == [0.2, 1.0]
 
 
+def test_a_sharded_run_that_cannot_draw_says_so_before_it_trains(tmp_path: Path, toy_shards: str, monkeypatch) -> None:
+    """Its first validation ended the training."""
+    monkeypatch.setattr(BlockDiffusion, "sharded", True)
+    seen = Losses()
+    with pytest.raises(ValueError, match="grid_images 0"):
+        fit(tmp_path, toy_shards, module_of("clean", validation=ValidationConfig(grid_images=3)), callbacks=[seen])
+    assert not seen.seen
+
+
 def test_block_diffusion_on_prompts(folder: Path, capsys, caplog, monkeypatch) -> None:
     """experiments/blockdiff_emu35.yaml in miniature: from an official directory, whose weights have no mask or time,
     to samples of prompts of several lengths and a row of the benchmark."""
