@@ -140,7 +140,7 @@ def told(error: Exception) -> str:
     if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
         return str(error)
     refused = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-    advice = " To write elsewhere: --out, in fit --trainer.default_root_dir." if refused else ""
+    advice = " If it is an output, choose another: --out, in fit --trainer.default_root_dir." if refused else ""
     return f"{error.filename}: {error.strerror}.{advice}"
 
 

@@ -102,7 +102,18 @@ def resident_memory() -> int:
 
 def most_memory(device: torch.device) -> int:
     """Most bytes that tensors on this GPU, or this process on a CPU, have had at once; 0 where it does not tell."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _bytes("self/status", "VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _bytes("self/status", "VmHWM") or _largest_resident()
+
+
+def _largest_resident() -> int:
+    """Of this process, where there is no /proc (macOS). Linux counts in it what the process was before `exec`."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextmanager
@@ -117,4 +128,5 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         if reset.exists() and os.access(reset, os.W_OK):
             reset.write_text("5")  # VmHWM starts again from the present size
     yield peak
-    peak.bytes = most_memory(device)
+    if device.type == "cuda" or peak.before:  # else the system tells what the process has had, not this block
+        peak.bytes = most_memory(device)

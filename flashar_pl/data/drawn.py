@@ -21,7 +21,7 @@ from flashar_pl.data.manifest import ConditionSpec
 from flashar_pl.data.order import permutation, stream
 from flashar_pl.data.sources import Source
 from flashar_pl.data.tokenise import Job
-from flashar_pl.decoding.build import build_engine
+from flashar_pl.decoding.build import EXACT, build_engine
 from flashar_pl.decoding.prompts import Wanted
 from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.decoding.samples import SampleSet, draw_batch
@@ -127,7 +127,11 @@ def drawn_job(
         batch=size,
         settings={
             "checkpoint_sha256": digest,
+            "weights": opened.kind,
+            "n_head": model.n_head,
+            "grid": asked.grid,
             "dtype": opened.dtype,
+            "weight_format": "plain" if engine.weight_format in EXACT else engine.weight_format,
             "plan": asked.plan,
             **asdict(asked.sampling),
             "seed": asked.seed,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -322,10 +323,22 @@ def check_names(names: tuple[str, ...], classes: int | None) -> None:
 
 
 def check_alike(place: str, facts: dict[str, Any], other: str, others: dict[str, Any], advice: str) -> None:
-    """Raises ValueError naming the first fact in which a data set at a place differs from another one."""
+    """Raises ValueError naming the first fact in which a data set at a place differs from another one.
+
+    "classes" are names, and not compared where one of both knows none.
+    """
     for name, value in facts.items():
-        if others[name] != value:
-            raise ValueError(f"{place} has {name} {value}, {other} {others[name]}; {advice}")
+        found = others[name]
+        if name == "classes":
+            value, found = first_difference(value, found) if value and found else ("", "")
+        if found != value:
+            raise ValueError(f"{place} has {name} {value}, {other} {found}; {advice}")
+
+
+def first_difference(names: Sequence[str], others: Sequence[str]) -> tuple[str, str]:
+    """The first two names at one place that differ, or how many there are of each; equal only for equal names."""
+    both = [*zip(names, others), (f"{len(names)} names", f"{len(others)} names")]
+    return next((pair for pair in both if pair[0] != pair[1]), both[-1])
 
 
 def without_path(tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def load_mixture(weights: dict[str, float]) -> list[MixedSource]:
 def _check_pair(first: tuple[Manifest, ...], second: tuple[Manifest, ...]) -> None:
     """Raises ValueError unless two sources can be mixed."""
     one, other = first[0], second[0]
-    named = one.class_names and other.class_names  # where one knows none, they may be the same
-    facts, others = (m.shared | ({"classes": m.class_names} if named else {}) for m in (one, other))
+    facts, others = (m.shared | {"classes": m.class_names} for m in (one, other))
     advice = "the sources of a mixture must agree. Tokenize them alike, or leave one out."
     check_alike(one.root, facts, f"{other.root} has", others, advice)
     grids = [sorted(f"{m.grid[0]}x{m.grid[1]}" for m in each) for each in (first, second)]

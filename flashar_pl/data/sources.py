@@ -17,7 +17,7 @@ import numpy as np
 
 from flashar_pl.data.account import Account, is_hidden
 from flashar_pl.data.folders import NO_IMAGE, list_images
-from flashar_pl.data.manifest import ConditionSpec
+from flashar_pl.data.manifest import ConditionSpec, first_difference
 from flashar_pl.data.tars import find_tars, read_range, tar_records
 from flashar_pl.image_files import EXTENSIONS, Unreadable
 from flashar_pl.text_files import read_lines
@@ -314,9 +314,8 @@ def read_classes(path: str | None, known: tuple[str, ...] = ()) -> list[str] | N
     names = [line for _, line in read_lines(file)]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path} holds {len(names)} class names, {len(set(names))} different ones; each must differ.")
-    if known and tuple(names) != known:
-        both = [*zip(names, known), (f"{len(names)} names", f"{len(known)} names")]
-        given, there = next(pair for pair in both if pair[0] != pair[1])
+    given, there = first_difference(names, known or names)
+    if given != there:
         raise ValueError(f"{path} has {given} where the shards that are there have {there}; splits share the classes.")
     return names
 

@@ -239,8 +239,8 @@ def _check_addition(job: Job, present: Manifest, overwrite: bool) -> None:
             f"{present.root} has a {job.split} split already; nothing was written. Remove it, or choose another --out "
             "or --split."
         )
-    own = replace(present, **job.facts, grid=job.grid or present.grid, splits={}, class_names=())
-    there, made = (each.shared | {"grid": each.grid} for each in (present, own))
+    own = replace(present, **job.facts, grid=job.grid or present.grid, splits={}, class_names=job.source.class_names)
+    there, made = (each.shared | {"grid": each.grid, "classes": each.class_names} for each in (present, own))
     advice = "both splits must agree. Choose another --out, or the same settings."
     check_alike(present.root, there, "this job makes", made, advice)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 from command_toys import DIGITS, TINY
 
 import flashar_pl
@@ -69,6 +70,18 @@ def test_generate_score_and_fit_run_without_posix(poorer, run, flashar_model, sh
     )
     assert code == 0, err
     assert Path("runs/one/config.yaml").is_file()
+
+
+def test_memory_of_a_training_is_known_without_proc(monkeypatch):
+    """macOS: its curve would be missing, and what the process has had must not pass for what a block has."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices, "_from_proc", lambda file, key: "")
+    assert devices.most_memory(cpu) > 2**24
+    with devices.peak_memory(cpu) as peak:
+        pass
+    assert (peak.bytes, peak.extra) == (0, 0)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert devices.most_memory(cpu) == 0
 
 
 def test_locks_keep_nobody_out_where_there_are_none(poorer, tmp_path):

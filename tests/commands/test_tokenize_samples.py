@@ -1,14 +1,18 @@
 """`flashar tokenize samples`: a model's own samples as shards, the data of post-training without images."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
 import var_golden
+from command_toys import tiny_backbone
 
 from flashar_pl import decoding
-from flashar_pl.checkpoints.weights import load_model
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import load_model, save_model
 from flashar_pl.data.shards import Manifest, ShardReader
+from flashar_pl.models import RasterAR
 
 
 def samples(folder: str) -> dict[int, tuple[int, np.ndarray]]:
@@ -35,7 +39,23 @@ def test_sample_i_is_what_the_model_draws_from_seed_i(run, work, raster_model, r
     assert "cfg_scale" in refused(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn", "--cfg-scale", 2)
     assert run(*words, "--batch-size", 4, "--split", "validation", "--out", "drawn")[0] == 0
     assert Manifest.load("drawn").samples("validation") == 6
-    assert json.loads((work / "drawn/tokenize-train.json").read_text())["settings"]["checkpoint_sha256"]
+    settings = json.loads((work / "drawn/tokenize-train.json").read_text())["settings"]
+    assert (settings["weights"], settings["weight_format"]) == ("converted model", "plain")
+    more = ("--batch-size", 1, "--shard-images", 4, "--out", "drawn")
+    assert settings["checkpoint_sha256"]
+    assert "grid = [8, 8]" in refused(*words, *more, "--grid", "6x5")
+
+
+def test_splits_of_other_class_names_are_refused(run, work, refused):
+    """Class 0 of the new split would be class 1 of the one that is there, under its name."""
+    names, model = [f"n{i}" for i in range(10)], RasterAR(tiny_backbone())
+    note = Description(model.config(), grid=(8, 8), tokenizer={"kind": "pixels", "levels": 17})
+    for folder, own in (("first", names), ("second", ["n1", "n0", *names[2:]])):
+        save_model(work / folder, model, replace(note, training={"class_names": own}))
+    words = ("tokenize", "samples", "--classes", "1", "--num-images", 1, "--out", "drawn", "--checkpoint")
+    assert run(*words, "first")[0] == 0
+    assert "has classes n0, this job makes n1; both splits" in refused(*words, "second", "--split", "test")
+    assert Manifest.load("drawn").splits.keys() == {"train"}
 
 
 def test_what_shards_cannot_hold_is_refused_before_anything_is_drawn(run, work, raster_model, refused):
