@@ -57,10 +57,10 @@ class Tokenizer(nn.Module, ABC):
         missing = (codes < 0).repeat_interleave(self.downsample, 1).repeat_interleave(self.downsample, 2)
         return self.decode(codes.clamp(min=0)).masked_fill(missing[:, None], GREY)
 
-    def check_decodes(self) -> None:
-        """Raises ValueError unless codes can be turned into images."""
+    def check_decodes(self, advice: str = "add --codes-only for codes alone") -> None:
+        """Raises ValueError unless codes can be turned into images; advice: what to do then."""
         if not self.decodes:
-            raise ValueError("this image tokenizer has no decoder in transformers; add --codes-only for codes alone.")
+            raise ValueError(f"this image tokenizer has no decoder in transformers; {advice}.")
 
     def check_images(self, images: Tensor, floating: bool) -> None:
         """Raises ValueError unless `images` is a batch this tokenizer can encode."""

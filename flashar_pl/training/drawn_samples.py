@@ -34,6 +34,8 @@ from flashar_pl.training.validation import Chosen, SampleConditions, for_samplin
 
 SCORES = ("val/fid", "val/is", "val/accuracy")
 """What only those validations give that `fid_every` chooses."""
+NO_SAMPLES = "model.validation.samples 0 and model.validation.grid_images 0"
+"""How a run is told to draw none."""
 
 
 SPLIT = {"val": "validation", "test": "test"}
@@ -76,6 +78,7 @@ class DrawnSamples(SplitCallback):
                 "validation.samples and grid_images need a data module with a manifest, whose tokenizer decodes them."
             )
         self.tokenizer = tokenizer_of(manifest, None, "--data.tokenizer_weights")
+        self.tokenizer.check_decodes(f"set {NO_SAMPLES}")
         if config.features is not None:
             self.extractor = load_extractor(config.features)
             self.fid = {split: RowFID(self.extractor.num_features) for split in ("val", "test")}
@@ -89,8 +92,8 @@ class DrawnSamples(SplitCallback):
         net = trained(pl_module).net
         if net.own_decoding and net.sharded:
             raise ValueError(
-                f"a {net.config()['kind']} model in a sharded run cannot draw; set model.validation.samples 0 and "
-                "model.validation.grid_images 0, and measure its checkpoints with `flashar evaluate`."
+                f"a {net.config()['kind']} model in a sharded run cannot draw; set {NO_SAMPLES}, and measure its "
+                "checkpoints with `flashar evaluate`."
             )
 
     def begin(self, trainer: Trainer, module: Trained) -> None:
