@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashar_pl.backbones.condition import ClassIds
 from flashar_pl.checkpoints.opening import Source as Opened
@@ -24,7 +25,7 @@ from flashar_pl.data.tokenise import Job
 from flashar_pl.decoding.build import EXACT, build_engine
 from flashar_pl.decoding.prompts import Wanted
 from flashar_pl.decoding.request import DrawRequest
-from flashar_pl.decoding.samples import SampleSet, draw_batch
+from flashar_pl.decoding.samples import SampleSet, draw_both
 from flashar_pl.options import (
     EngineOptions,
     ModelOptions,
@@ -73,6 +74,7 @@ class Drawer:
     def __init__(self, opened: Opened, asked: DrawRequest, order: np.ndarray, engine: EngineOptions, size: int) -> None:
         self.asked, self.order, self.size = asked, order, size
         self.engine = build_engine(opened, engine, asked.plan)
+        self.smaller: Tensor | None = None
 
     def __call__(self, numbers: np.ndarray) -> np.ndarray:
         asked, wanted = self.asked, self.asked.wanted
@@ -84,7 +86,12 @@ class Drawer:
             wanted.condition.rows(entries), asked.grid, asked.plan, asked.sampling, self.size,
             asked.seed + int(own[0]), nulls,
         )  # fmt: skip
-        return draw_batch(self.engine, samples, 0)[: len(own), None].cpu().numpy()
+        codes, self.smaller = draw_both(self.engine, samples, 0)
+        return codes[: len(own), None].cpu().numpy()
+
+    def previews(self, numbers: np.ndarray, grid: tuple[int, int]) -> np.ndarray | None:
+        """Codes (n, 1, h, w) of the previews that the call with the same numbers drew; None where it drew none."""
+        return None if self.smaller is None else self.smaller[: len(numbers), None].cpu().numpy()
 
 
 def drawn_job(
@@ -111,18 +118,19 @@ def drawn_job(
     asked = DrawRequest.of(opened, draw, sampling, shape, text, engine.plan)
     backbone, size = opened.model.backbone, engine.batch_size
     assert isinstance(size, int)
-    if opened.model.reads_tokenizer or backbone.preview_grid(asked.wanted.condition, asked.grid) is not None:
-        raise ValueError(
-            f"{model.checkpoint} draws codes that are no grid alone; FlashAR has nothing to train on there."
-        )
+    if opened.model.reads_tokenizer:
+        raise ValueError(f"{model.checkpoint} draws codes that are no grid; FlashAR has nothing to train on there.")
     source = Asked(asked.wanted, backbone.conditioning.size, tuple(opened.description.class_names))
+    drawer = Drawer(opened, asked, source.order, engine, size)
+    elsewhere = opened.tokenizer is None and backbone.conditioning.kind == "prompt"  # X-Omni's, MammothModa2's
     return Job(
         ShardOptions(**asdict(shards), workers=0, on_bad_sample="stop", keep_order=True),
         source,
         lambda data: np.full(asked.grid, int(data)),
-        encode=Drawer(opened, asked, source.order, engine, size),
+        encode=drawer,
+        previews=drawer.previews,
         name=Path(shards.out).name,
-        tokenizer=opened.need_tokenizer(),
+        tokenizer={"kind": "ibq"} if elsewhere else opened.need_tokenizer(),  # as ready codes have it
         vocabulary=backbone.vocabulary,
         batch=size,
         settings={

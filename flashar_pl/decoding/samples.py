@@ -101,18 +101,26 @@ def draw_batch(
     engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[Progress], object] | None = None
 ) -> Tensor:
     """Codes (B, H, W) int64 of one batch, those that only fill it up included. on_step: see `Engine.generate`."""
+    return draw_both(engine, samples, batch, on_step)[0]
+
+
+def draw_both(
+    engine: Engine, samples: SampleSet, batch: int, on_step: Callable[[Progress], object] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same, and the codes (B, h, w) of the previews that were drawn before; None where there are none to draw."""
     backbone, options = engine.model.backbone, {"plan": samples.plan, **asdict(samples.sampling)}
-    condition = samples.entries(samples.condition, batch)
+    condition, previews = samples.entries(samples.condition, batch), None
     nulls = None if samples.unconditional is None else samples.entries(samples.unconditional, batch)
     seeds = [samples.seed + i for i in samples.numbers(batch)]
     # of all samples' conditions: ranks that share one model have other batches, and forward in step
     if (smaller := backbone.preview_grid(samples.condition, samples.grid)) is not None:
         own, counted = [seed + PREVIEW_SEED for seed in seeds], len(engine.forwards)
-        codes = engine.generate(condition, smaller, seeds=own, unconditional=nulls, **options)
+        previews = engine.generate(condition, smaller, seeds=own, unconditional=nulls, **options)
         del engine.forwards[counted:]  # those of the preview, which is no sample
-        condition = backbone.with_preview(condition, codes)
-        nulls = None if nulls is None else backbone.with_preview(nulls, codes)
-    return engine.generate(condition, samples.grid, seeds=seeds, unconditional=nulls, on_step=on_step, **options)
+        condition = backbone.with_preview(condition, previews)
+        nulls = None if nulls is None else backbone.with_preview(nulls, previews)
+    codes = engine.generate(condition, samples.grid, seeds=seeds, unconditional=nulls, on_step=on_step, **options)
+    return codes, previews
 
 
 def draw_codes(

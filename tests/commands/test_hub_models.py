@@ -19,9 +19,11 @@ from flashar_pl.backbones.registry import presets
 from flashar_pl.checkpoints.hub import hub_values, prompt_tokenizer
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.commands.generate import GenerateOptions, generate
+from flashar_pl.commands.tokenize import tokenize_samples
+from flashar_pl.data.shards import Manifest, ShardReader
 from flashar_pl.decoding import generate as draw
 from flashar_pl.models import FlashAR
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings
+from flashar_pl.options import EngineOptions, ModelOptions, SampleOptions, SamplingSettings, SplitOptions
 from flashar_pl.planner.sizes import named_sizes
 from flashar_pl.tokenizers.rank_text import RANKS, VISION_TOKENS, RankText
 
@@ -141,6 +143,27 @@ def test_glm_image_draws_its_preview_first(hub, tmp_path: Path) -> None:
     assert np.array_equal(np.load(out / "codes.npy"), codes.numpy())
     with pytest.raises(ValueError, match="codes-only"):
         generate(GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")), ModelOptions(str(directory), grid="2x4"))
+
+
+@pytest.mark.parametrize("family", ["glm_image", "x_omni"])
+def test_samples_as_shards(hub, tmp_path: Path, family: str) -> None:
+    """Guards the place of previews in shards, in a last partial batch too, and models whose image tokenizer runs
+    elsewhere: those that have no other data."""
+    model, out = ModelOptions(str(hub(family)), grid="2x4", branch_layer=1), tmp_path / "drawn"
+    tokenize_samples(
+        SampleOptions(prompt=["a fox", "snow", "ice"], num_images=1, seed=40), model, SplitOptions(out=str(out)),
+        SamplingSettings(cfg_scale=1.0), engine=EngineOptions(dtype="fp32", device="cpu", batch_size=2),
+    )  # fmt: skip
+    found = ShardReader(Manifest.load(out), "train").read(np.arange(3))
+    flashar, text = open_checkpoint(model).model, prompt_tokenizer(hub(family))
+    for i, caption, codes in zip(found.ids.tolist(), found.texts, found.codes, strict=True):
+        prompts = text.conditions([caption], (2, 4))
+        if family == "glm_image":
+            smaller = draw(flashar, prompts, (11, 22), seeds=2**40 + 40 + i)
+            assert found.previews is not None
+            assert np.array_equal(found.previews[found.ids == i], smaller.numpy())
+            prompts = [torch.cat([*prompts, smaller.flatten()])]
+        assert np.array_equal(draw(flashar, prompts, (2, 4), seeds=40 + i)[0].numpy(), codes)
 
 
 def test_forwards_of_a_preview_are_not_those_of_the_image(hub, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_sample_i_is_what_the_model_draws_from_seed_i(run, work, raster_model, r
         assert (codes == expected[0].numpy()).all(), i
     assert run(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn")[0] == 0  # complete already
     assert "cfg_scale" in refused(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn", "--cfg-scale", 2)
+    assert "grid" in refused(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn", "--grid", "4x4")
     assert run(*words, "--batch-size", 4, "--split", "validation", "--out", "drawn")[0] == 0
     assert Manifest.load("drawn").samples("validation") == 6
     settings = json.loads((work / "drawn/tokenize-train.json").read_text())["settings"]
