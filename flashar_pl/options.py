@@ -418,14 +418,15 @@ MOST_CLASSES = 100_000
 """Of one range."""
 
 
-def parse_classes(classes: str | Sequence[int] | int) -> list[int]:
-    """ "3,7", "0-9" or a list of ints as class ids. Raises ValueError for anything else."""
+def parse_classes(classes: str | Sequence[int] | int, option: str = "classes") -> list[int]:
+    """ "3,7", "0-9" or a list of ints as class ids, or as the numbers of another option. Raises ValueError for anything
+    else."""
     if not isinstance(classes, str):
         return [classes] if isinstance(classes, int) else [int(c) for c in classes]
     ids: list[int] = []
     for part in classes.strip("[] ").split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not (last.isdigit() and 0 <= int(last) - int(first) < MOST_CLASSES)):
-            raise ValueError(f"classes is {classes[:80]!r}; expected ids such as 3,7 or a range such as 0-9.")
+            raise ValueError(f"{option} is {classes[:80]!r}; expected numbers such as 3,7 or a range such as 0-9.")
         ids += range(int(first), int(last or first) + 1)
     return ids

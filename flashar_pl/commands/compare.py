@@ -113,7 +113,7 @@ def compare(
     from flashar_pl.evaluate.quality import Judge, sample_quality
     from flashar_pl.metrics.classifier import ClassifierFeatures
 
-    target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds)
+    target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds, "sample_seeds")
     require_pyplot()
     torch.set_num_threads(asked.threads)
     found = {row.name: row for row in find_rows(list(rows))}

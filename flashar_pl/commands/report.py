@@ -117,7 +117,7 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     from flashar_pl.pictures import gate_picture, save_png
 
     target = require_new(asked.out, "report")
-    seeds = parse_classes(asked.seeds)
+    seeds = parse_classes(asked.seeds, "seeds")
     if asked.dial is not None:
         require_pyplot()
     torch.set_num_threads(asked.threads)
@@ -129,19 +129,8 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
     network = network or learn(manifest)
     conditions, judge = conditions_of(manifest, encoder), Judge.build(network, manifest)
     measure(rows, manifest, encoder, conditions, judge, asked, seeds)
-    bounds = check_bounds({row.key: row.results for row in rows}) if manifest.name == BOUND else []
-    # captions have no guidance: not every model knows what leads away from one
-    guidance = PICTURE_CFG if manifest.condition.num_classes is not None else 1.0
-    settings = {"samples": asked.samples, "seeds": seeds, "cfg_scale": 1.0, "picture_cfg_scale": guidance,
-                "metric_network": asked.classifier or CLASSIFIER}  # fmt: skip
-    values = {
-        "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
-        "bounds": bounds,
-        "settings": settings,
-        "data": {"path": asked.data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
-        "threads": asked.threads,
-        "versions": versions(),
-    }
+    values = describe(rows, manifest, asked, seeds)
+    guidance = values["settings"]["picture_cfg_scale"]
     with new_directory(target, "report") as folder:
         if asked.classifier is None:
             network.save(folder / CLASSIFIER)
@@ -155,11 +144,27 @@ def report(asked: ReportOptions, text: AssetOptions = AssetOptions()) -> dict[st
         write_text(folder / "report.md", page)
         write_json(folder / "report.json", values)
     print(page)
-    print(f"wrote {target}/: report.md, report.json, samples.png, gate.png")
-    missed = [bound["text"] for bound in bounds if not bound["met"]]
+    print(f"wrote {target}/: {', '.join(sorted(path.name for path in target.iterdir()))}")
+    missed = [bound["text"] for bound in values["bounds"] if not bound["met"]]
     if asked.check and missed:
         raise Missed(f"bounds missed: {'; '.join(missed)}. All numbers: {target}/report.json")
     return values
+
+
+def describe(rows: list[Row], manifest: Manifest, asked: ReportOptions, seeds: list[int]) -> dict[str, Any]:
+    """Everything measured, and what of, as plain values."""
+    # captions have no guidance: not every model knows what leads away from one
+    guidance = PICTURE_CFG if manifest.condition.num_classes is not None else 1.0
+    settings = {"samples": asked.samples, "seeds": seeds, "cfg_scale": 1.0, "picture_cfg_scale": guidance,
+                "metric_network": asked.classifier or CLASSIFIER}  # fmt: skip
+    return {
+        "rows": {row.key: {"name": row.name, "checkpoint": row.checkpoint, **row.results} for row in rows},
+        "bounds": check_bounds({row.key: row.results for row in rows}) if manifest.name == BOUND else [],
+        "settings": settings,
+        "data": {"path": asked.data, "name": manifest.name, "fingerprint": manifest.fingerprint("test")},
+        "threads": asked.threads,
+        "versions": versions(),
+    }
 
 
 def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple[list[Row], PromptEncoder | None]:
@@ -194,7 +199,7 @@ def _rows(asked: ReportOptions, manifest: Manifest, text: AssetOptions) -> tuple
         rows.append(row("scratch", "FlashAR from scratch, same budget", asked.scratch))
     if asked.dial is not None:
         rows.append(row("lossless", "raster, lossless", asked.raster, "lossless"))
-        for groups in parse_classes(asked.dial):
+        for groups in dict.fromkeys(parse_classes(asked.dial, "dial")):
             rows.append(row(f"{GROUPS}{groups}", f"FlashAR, groups: {groups}", asked.flashar, groups=groups))
     return rows, encoders[0]
 

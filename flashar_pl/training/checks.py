@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def _in_header(shards: str) -> str | None:
 def how_to_make(shards: str, backbone: Backbone) -> str:
     """The command that makes the shards a model trains on, at the place where they are looked for."""
     place, out = Path(shards), shlex.quote(shards)
-    files = islice((*place.glob("*"), *place.glob("*/*")), 1000)
+    files = islice(chain(place.glob("*"), place.glob("*/*")), 1000)
     if sum(path.suffix.lower() in EXTENSIONS for path in files) > 2:  # pictures were given for shards
         return f"flashar tokenize images {out} --out data/mine, and train with --data.shards data/mine"
     if place.name in ("digits", "scenes"):

@@ -186,7 +186,7 @@ def test_lossless_samples_are_the_raster_plan_s_and_name_their_forwards(run, ref
 def test_generate_refuses_bad_input_and_writes_nothing(refused, raster_model, flashar_model, work):
     base = ("generate", "--checkpoint", flashar_model, "--out", "samples")
     assert "class ids range from 11 to 11; expected 0 to 9" in refused(*base, "--classes", "11")
-    assert "expected ids such as 3,7" in refused(*base, "--classes", "three")
+    assert "classes is 'three'; expected numbers such as 3,7" in refused(*base, "--classes", "three")
     assert "--classes" in refused(*base)
     assert "cfg_scale is -0.5; expected 0 or more" in refused(*base, "--classes", "3", "--cfg-scale", -0.5)
     assert "expected one of raster, diagonal" in refused(*base, "--classes", "3", "--plan", "zigzag")

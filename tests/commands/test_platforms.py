@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint
+import torch.distributed.checkpoint  # asks once which system this is: before `poorer` changes it
 from command_toys import DIGITS, TINY
 
 import flashar_pl

@@ -202,10 +202,13 @@ def test_the_dial_has_a_row_for_each_number_of_groups(
     torch.nn.init.normal_(model.dual_head.intra.out.weight)  # new, it adds nothing
     save_model("own", model, Description(model.config(), grid=(8, 8), tokenizer={"kind": "pixels", "levels": 17}))
     words = ("report", "--raster", raster_model, "--data", shards, "--classifier", classifier, "--samples", 5)
-    words += ("--timed-images", 1, "--dial", "1,2,64", "--out", "report")
-    assert "model.flashar.intra" in refused(*words, "--flashar", flashar_model)
-    code, _, err = run(*words, "--flashar", "own")
+    words += ("--timed-images", 1, "--out", "report")
+    assert "model.flashar.intra" in refused(*words, "--flashar", flashar_model, "--dial", "1,2,64")
+    assert "dial is 'two'; expected numbers" in refused(*words, "--flashar", "own", "--dial", "two")
+    assert "seeds is 'x'; expected numbers" in refused(*words, "--flashar", "own", "--seeds", "x")
+    code, out, err = run(*words, "--flashar", "own", "--dial", "1,2,64,2")
     assert code == 0, err
+    assert "wrote report/: dial.png, gate.png, report.json, report.md, samples.png" in out
     rows = json.loads(Path("report/report.json").read_text())["rows"]
     assert list(rows)[4:] == ["lossless", "groups_1", "groups_2", "groups_64"]
     nll = {key: row["nll_nats_per_image"] for key, row in rows.items()}

@@ -171,6 +171,21 @@ def test_what_is_missing_is_made_by_the_command_of_this_recipe(path: Path, monke
         assert wanted in first_error(check_features, features, shards)
 
 
+def test_a_folder_of_pictures_is_known_by_a_look_at_some(tmp_path, monkeypatch) -> None:
+    """A fit that was given the million files of ImageNet for its shards would list them all before it refuses."""
+    seen = []
+
+    def glob(place: Path, pattern: str):
+        for number in range(5000):
+            seen.append(number)
+            yield place / f"{number}.jpg"
+
+    monkeypatch.setattr(Path, "glob", glob)
+    shown = how_to_make(str(tmp_path / "my photos"), describe_backbone({"kind": "llamagen", **DIGITS}))
+    assert shown.startswith(f"flashar tokenize images '{tmp_path}/my photos' --out data/mine")
+    assert len(seen) <= 1001
+
+
 def test_a_fit_without_shards_says_the_command_of_its_recipe(capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto"]
