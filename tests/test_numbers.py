@@ -125,7 +125,7 @@ def test_the_study_of_the_digits() -> None:
             assert shows(row[4], each["difference"]["standard_error"])
             for cell, value in zip(row[5].split(" to "), each["difference"]["interval_95"], strict=True):
                 assert shows(cell, value), row
-    assert {run["commit"] for each in found.values() for run in each["runs"]} == {"850fb6603b4c"}
+    assert {run["commit"] for each in found.values() for run in each["runs"]} == {"5c3bf7c4c19a"}
 
 
 def test_the_study_of_the_scenes() -> None:

@@ -194,6 +194,7 @@ def test_report_refuses_swapped_checkpoints(refused, raster_model, flashar_model
     assert not list(work.iterdir())
 
 
+@pytest.mark.slow
 def test_the_dial_has_a_row_for_each_number_of_groups(
     run, refused, raster_model, flashar_model, classifier, shards, work
 ):
