@@ -65,6 +65,10 @@ reliability-files: setup  ## 100,000 damaged copies for each reader of files (ha
 reliability-bits: setup  ## 1,000 damaged copies of every file of a run: found or silent (2 minutes); COUNT=100 for fewer
 	$(BIN)/python -m tests.reliability.bits $(or $(COUNT),1000)
 
+.PHONY: reliability-disk
+reliability-disk: setup  ## commands on disks of every size that is too small for them (20 minutes); ARGS="--most 20" for fewer
+	$(BIN)/python -m tests.reliability.full_disk $(ARGS)
+
 .PHONY: reliability-long
 reliability-long: setup  ## 2,000 small training steps without growth of memory, open files or processes (2 minutes)
 	$(BIN)/python -m tests.reliability.long_run $(ARGS)

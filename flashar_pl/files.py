@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,19 @@ def require_new(path: str | Path, what: str) -> Path:
     return target
 
 
-def _part(target: Path) -> Path:
-    """The temporary name beside `target`; no reader takes a hidden name for a result."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+@contextmanager
+def _part(target: Path) -> Iterator[Path]:
+    """The temporary name beside `target`; no reader takes a hidden name for a result. Folders that are made for it go
+    again where nothing comes into them."""
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield target.with_name(f".{target.name}.{os.getpid()}.part")
+    except BaseException:
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 def interrupted(error: BaseException | None) -> bool:
@@ -88,15 +97,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     What stood at `path` stays until then. The content is on the disk before the name is.
     """
     target = Path(path)
-    part = _part(target)
-    try:
-        with naming_full_disk(target):
-            yield part
-            with part.open("rb+") as file:
-                os.fsync(file.fileno())
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with _part(target) as part:
+        try:
+            with naming_full_disk(target):
+                yield part
+                with part.open("rb+") as file:
+                    os.fsync(file.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -107,15 +116,15 @@ def new_directory(path: str | Path, what: str) -> Iterator[Path]:
         ValueError: `path` exists.
     """
     target = require_new(path, what)
-    part = _part(target)
-    part.mkdir()
-    try:
-        with naming_full_disk(target):
-            yield part
-        require_new(target, what)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with _part(target) as part:
+        try:
+            with naming_full_disk(target):
+                part.mkdir()
+                yield part
+            require_new(target, what)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def patiently(write: Callable[[], object]) -> None:

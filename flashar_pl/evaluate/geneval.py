@@ -111,6 +111,8 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
         "prompts": len(entries),
     }
     check_settings(out, identity)
+    if not (out / SETTINGS).exists():
+        write_json(out / SETTINGS, {**identity, "versions": versions()})
     for i, entry in enumerate(entries):
         folder = out / f"{i:05d}"
         (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -119,8 +121,6 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
             write_text(file, json.dumps(entry) + "\n")
         elif _entry_of(folder) != entry:
             raise ValueError(f"{file} is of another prompt; choose another --out.")
-    if not (out / SETTINGS).exists():
-        write_json(out / SETTINGS, {**identity, "versions": versions()})
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------

@@ -47,14 +47,15 @@ class PartFolder:
         """
         self.check()
         check_settings(self.path, identity)
-        self.parts.mkdir(parents=True, exist_ok=True)
+        if not (self.path / SETTINGS).exists():  # before all else: without it, what a full disk leaves is nobody's
+            write_json(self.path / SETTINGS, identity)
+        self.parts.mkdir(exist_ok=True)
         self._lock = locks.lock_file(self.path / LOCK)  # held, not only opened: closing it lets go of the lock
         try:
             locks.take(self._lock)
         except BlockingIOError as error:
             raise ValueError(f"another process is drawing samples into {self.path}.") from error
-        if not (self.path / SETTINGS).exists():
-            write_json(self.path / SETTINGS, identity)
+        check_settings(self.path, identity)  # one that began at the same time may have written others
         return sum(self.has(batch) for batch in range(batches))
 
     def file(self, batch: int) -> Path:

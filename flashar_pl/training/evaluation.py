@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from flashar_pl.backbones.condition import Batch
+from flashar_pl.files import patiently
 from flashar_pl.pictures import gate_picture, save_png
 from flashar_pl.training.logger import log_points, take_back, tensorboards
 from flashar_pl.training.protocol import Trained, trained
@@ -120,7 +121,8 @@ class SplitCallback(Callback, ABC):
             name, step, fn = tag.split("/")[0], trainer.global_step, trainer.state.fn
             if fn is not None and fn != TrainerFn.FITTING:  # counts no steps; the pictures of the fit stay
                 name, step = fn.value, self.loaded_step
-            save_png(image, Path(directory) / folder / f"{name}_step_{step:07d}.png")
+            path = Path(directory) / folder / f"{name}_step_{step:07d}.png"
+            patiently(lambda: save_png(image, path))
 
 
 class HeldOutLosses(SplitCallback):

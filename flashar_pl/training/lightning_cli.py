@@ -346,7 +346,7 @@ class ExperimentCLI(LightningCLI):
                     rank_zero_info(where_to_continue(self.trainer.global_step, filter(None, folders)))
                 raise KeyboardInterrupt from None
             raise
-        except (ValueError, MisconfigurationException):
+        except (ValueError, OSError, MisconfigurationException):
             if self._absent and self.verb == "fit" and self.trainer.global_step == 0:  # nothing was trained
                 shutil.rmtree(self._directory, ignore_errors=True)
                 with suppress(OSError):  # another run is in it

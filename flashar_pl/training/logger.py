@@ -5,11 +5,17 @@ The step of a curve, picture or text is the number of completed optimiser steps:
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from flashar_pl.files import naming_full_disk, patiently
 
 PATIENCE = 10.0
 """Seconds that a run which did not end by itself waits for its last events to be written."""
@@ -33,12 +39,65 @@ RESULTS = ("val/nll", "val/fid", "val/is", "val/accuracy", "val/gate_mean", "tra
 """What TensorBoard's tab "hparams" shows beside the settings of a run: the last value of each."""
 
 
+class PatientFiles:
+    """TensorBoard's local files, written as patiently as checkpoints while the disk is full.
+
+    Its writing thread ends with the first error, with a traceback, and leaves half a record, behind which no reader
+    looks. Here half a record is cut off, and an error that stays is kept in `problem`; nothing is written after it.
+    """
+
+    problem: OSError | None = None
+
+    def __init__(self, local: Any) -> None:
+        self.local = local
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.local, name)
+
+    def write(self, filename: Any, content: Any, binary_mode: bool = False) -> None:
+        self._write(self.local.write, Path(os.fsdecode(filename)), content, binary_mode, kept=0)
+
+    def append(self, filename: Any, content: Any, binary_mode: bool = False) -> None:
+        path = Path(os.fsdecode(filename))
+        self._write(self.local.append, path, content, binary_mode, kept=path.stat().st_size)
+
+    def _write(self, how: Callable[..., object], path: Path, content: Any, binary_mode: bool, kept: int) -> None:
+        def write() -> None:
+            try:
+                with naming_full_disk(path):
+                    how(str(path), content, binary_mode)
+            except OSError:
+                with suppress(OSError):
+                    os.truncate(path, kept)
+                raise
+
+        if self.problem is None:
+            try:
+                patiently(write)
+            except OSError as error:
+                self.problem = error
+
+
 class RunLogger(TensorBoardLogger):
-    """A TensorBoardLogger that lets an interrupted run end.
+    """A TensorBoardLogger that waits while the disk is full, and lets an interrupted run end.
 
     Ctrl-C may fall between the lines of `threading.Condition.notify` while an event is handed to TensorBoard's writing
     thread. That thread then never wakes again, and closing the file waits for it for ever.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        from tensorboard.compat.tensorflow_stub.io.gfile import get_filesystem, register_filesystem
+
+        super().__init__(*args, **options)
+        local = get_filesystem("")
+        self.files = PatientFiles(local.local if isinstance(local, PatientFiles) else local)
+        register_filesystem("", self.files)
+
+    def save(self) -> None:
+        """Raises OSError where the curves could not be written."""
+        super().save()
+        if self.files.problem is not None:
+            raise self.files.problem
 
     def finalize(self, status: str) -> None:
         if status == "success":

@@ -47,8 +47,7 @@ def only_one(directory: Path, new: bool = False) -> Iterator[None]:
             raise ValueError(f"another process made the run directory {directory} meanwhile; start again.")
         with naming_full_disk(directory / LOCK):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

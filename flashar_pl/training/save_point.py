@@ -42,6 +42,7 @@ class SavePoint(StepCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.in_validation = True
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset_on_restart()  # one was counted, not done
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.in_validation = False

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,3 +89,15 @@ def test_a_killed_run_equals_one_that_was_not(whole, toy_shards: str, tmp_path: 
     assert continued.trainer.fit_loop.state_dict() == module.trainer.fit_loop.state_dict()
     assert curves(root) == points
     assert {name: [step for step, _ in seen] for name, seen in points.items()}["val/nll"] == [2, 4, 6]
+
+
+def test_a_validation_that_was_due_is_counted_once(toy_shards: str, tmp_path: Path) -> None:
+    """Within an epoch, a run that continued with it counted its first batch twice."""
+
+    def three_steps(start: Path | None = None) -> Any:
+        save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        options = {"val_check_interval": 2, "limit_val_batches": 1, "enable_checkpointing": True, "max_steps": 3}
+        return fit(tmp_path, toy_shards, None, start, callbacks=[save], **options).trainer.fit_loop.state_dict()
+
+    whole = three_steps()
+    assert three_steps(tmp_path / "step=2.ckpt") == whole
