@@ -201,9 +201,9 @@ def decode_floors(
     from flashar_pl.planner.cost import prediction
     from flashar_pl.planner.decode import DecodeJob
 
-    plans = (
-        () if "blocks" in sizes.model.plans else sizes.model.plans
-    )  # their grid has the clean copy as a second image
+    plans = sizes.model.plans
+    if "blocks" in plans:  # their grid has the clean copy as a second image
+        plans = ()
     jobs = [DecodeJob(sizes, plan, grid, prefix=prefix) for plan in plans]
     predicted = [prediction(job, decoding.predicted, rates) if decoding.decode else None for job in jobs]
     if decoding.decode and not any(predicted):

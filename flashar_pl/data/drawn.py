@@ -36,6 +36,7 @@ from flashar_pl.options import (
     SplitOptions,
     TextOptions,
 )
+from flashar_pl.text_files import naming, read_field
 
 
 class Asked(Source):
@@ -94,6 +95,21 @@ class Drawer:
         return None if self.smaller is None else self.smaller[: len(numbers), None].cpu().numpy()
 
 
+def check_seeds(out: Path, split: str, seeds: range) -> None:
+    """ValueError where another split at `out` was drawn from some of these seeds: a sample may be in both."""
+    for report in sorted(out.glob("tokenize-*.json")):
+        made = read_field(report, "settings", dict)
+        if report.name == f"tokenize-{split}.json" or "checkpoint_sha256" not in made:
+            continue
+        with naming(report):
+            there = range(made["seed"], made["seed"] + made["samples"])
+        if there.start < seeds.stop and seeds.start < there.stop:
+            raise ValueError(
+                f"the samples of {report} have seeds {there.start} to {there.stop - 1}, these {seeds.start} to "
+                f"{seeds.stop - 1}; expected others for each split: --seed {there.stop}"
+            )
+
+
 def drawn_job(
     draw: SampleOptions,
     model: ModelOptions,
@@ -120,6 +136,7 @@ def drawn_job(
     assert isinstance(size, int)
     if opened.model.reads_tokenizer:
         raise ValueError(f"{model.checkpoint} draws codes that are no grid; FlashAR has nothing to train on there.")
+    check_seeds(Path(shards.out), shards.split, range(asked.seed, asked.seed + len(asked.wanted)))
     source = Asked(asked.wanted, backbone.conditioning.size, tuple(opened.description.class_names))
     drawer = Drawer(opened, asked, source.order, engine, size)
     elsewhere = opened.tokenizer is None and backbone.conditioning.kind == "prompt"  # X-Omni's, MammothModa2's

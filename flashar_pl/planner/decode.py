@@ -154,10 +154,8 @@ class DecodeJob:
         gemms = [Gemm(linear, rows * n, layers) for linear in sizes.linears]
         if seen == n:  # the prefix
             gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
-        head, of_h, of_v = (
-            Linear("head", sizes.dim, sizes.backbone.vocabulary),
-            *(p.stop - p.start for p in (at.h, at.v)),
-        )
+        head = Linear("head", sizes.dim, sizes.backbone.vocabulary)
+        of_h, of_v = at.h.stop - at.h.start, at.v.stop - at.v.start
         gemms += [Gemm(head, rows * cells) for cells in (of_h, of_v) if cells]
         if sizes.gate is not None and of_v and of_h > at.only_h:
             gemms.append(Gemm(sizes.gate, rows * (of_h - at.only_h)))

@@ -38,7 +38,9 @@ def test_sample_i_is_what_the_model_draws_from_seed_i(run, work, raster_model, r
     assert run(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn")[0] == 0  # complete already
     assert "cfg_scale" in refused(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn", "--cfg-scale", 2)
     assert "grid" in refused(*words, "--batch-size", 1, "--shard-images", 4, "--out", "drawn", "--grid", "4x4")
-    assert run(*words, "--batch-size", 4, "--split", "validation", "--out", "drawn")[0] == 0
+    held_out = (*words[:-1], 45, "--batch-size", 4, "--split", "validation", "--out", "drawn")
+    assert "have seeds 40 to 45, these 45 to 50; expected others for each split: --seed 46" in refused(*held_out)
+    assert run(*held_out, "--seed", 46)[0] == 0
     assert Manifest.load("drawn").samples("validation") == 6
     settings = json.loads((work / "drawn/tokenize-train.json").read_text())["settings"]
     assert (settings["weights"], settings["weight_format"]) == ("converted model", "plain")
@@ -55,7 +57,7 @@ def test_splits_of_other_class_names_are_refused(run, work, refused):
         save_model(work / folder, model, replace(note, training={"class_names": own}))
     words = ("tokenize", "samples", "--classes", "1", "--num-images", 1, "--out", "drawn", "--checkpoint")
     assert run(*words, "first")[0] == 0
-    assert "has classes n0, this job makes n1; both splits" in refused(*words, "second", "--split", "test")
+    assert "has classes n0, this job makes n1; both splits" in refused(*words, "second", "--split", "test", "--seed", 1)
     assert Manifest.load("drawn").splits.keys() == {"train"}
 
 
