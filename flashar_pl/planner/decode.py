@@ -154,6 +154,8 @@ class DecodeJob:
         gemms = [Gemm(linear, rows * n, layers) for linear in sizes.linears]
         if seen == n:  # the prefix
             gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
+            if of_text := sum(sizes.text_layers[: 1 + self.order.has_vertical]):
+                gemms += [Gemm(linear, rows * n, of_text) for linear in sizes.mlp]
         head = Linear("head", sizes.dim, sizes.backbone.vocabulary)
         of_h, of_v = at.h.stop - at.h.start, at.v.stop - at.v.start
         gemms += [Gemm(head, rows * cells) for cells in (of_h, of_v) if cells]

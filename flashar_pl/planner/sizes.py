@@ -15,6 +15,10 @@ from torch import nn
 from flashar_pl.backbones import Backbone, describe_backbone, import_backbone
 from flashar_pl.checkpoints.description import build_on_meta
 from flashar_pl.models.base import ROLES, GridModel
+from flashar_pl.models.flashar import FlashAR
+
+TEXT = "text_feed_forward"
+"""Of a block, the MLP of text alone, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class ModelSizes:
     model: GridModel
     """Without memory for weights."""
     linears: tuple[Linear, ...]
-    """The projections of one block, in the order they run."""
+    """The projections of one block, in the order they run; not those of an MLP of text alone."""
     condition_linears: tuple[Linear, ...]
     """Projections that embed the condition."""
     gate: Linear | None
@@ -58,8 +62,10 @@ class ModelSizes:
     """Rows of each head, text tokens included: the loss is normalised over them. Decoding reads those of codes only."""
     parameters: dict[str, int]
     """By role, in the order of `ROLES`; a role the model lacks has 0."""
+    text_layers: tuple[int, int]
+    """Layers of the backbone, and of the vertical branch, where text has an MLP of its own."""
     block_parameters: int
-    """Of one block."""
+    """Of the largest block."""
     embedding_parameters: int
     """Embeddings of codes, tokens and conditions."""
     buffer_elements: int
@@ -79,6 +85,16 @@ class ModelSizes:
     def block_weights(self) -> int:
         """Weights of the projections of one block."""
         return sum(linear.parameters for linear in self.linears)
+
+    @property
+    def mlp(self) -> tuple[Linear, ...]:
+        """Those of an MLP."""
+        return tuple(linear for linear in self.linears if linear.name in ("w13", "w2"))
+
+    @property
+    def mlp_weights(self) -> int:
+        """Weights of an MLP."""
+        return sum(linear.parameters for linear in self.mlp)
 
     @property
     def n_parameters(self) -> int:
@@ -124,7 +140,9 @@ def _model_sizes(text: str) -> ModelSizes:
         parameters[roles[name]] += parameter.numel()
     of_condition = backbone.condition_linears()
     inner = [(name.split(".")[-1], module) for name, module in block.named_modules()
-             if isinstance(module, nn.Linear) and module not in of_condition.values()]  # fmt: skip
+             if isinstance(module, nn.Linear) and module not in of_condition.values() and TEXT not in name]  # fmt: skip
+    branches = (backbone.blocks, model.vertical.blocks if isinstance(model, FlashAR) else ())
+    of_text = [sum(getattr(each, TEXT, None) is not None for each in blocks) for blocks in branches]
     return ModelSizes(
         config=config,
         model=model,
@@ -135,7 +153,8 @@ def _model_sizes(text: str) -> ModelSizes:
         flashar=head.vertical is not None,
         head_rows=head.horizontal.out_features,
         parameters=parameters,
-        block_parameters=count(block),
+        text_layers=(of_text[0], of_text[1]),
+        block_parameters=max(map(count, backbone.blocks)),
         embedding_parameters=parameters["backbone"] - count(backbone.blocks) - count(backbone.norm),
         buffer_elements=sum(buffer.numel() for buffer in model.buffers()),
     )

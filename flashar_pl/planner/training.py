@@ -13,6 +13,7 @@ F feed-forward width, T tokens (samples times sequence length), r and c bytes of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from flashar_pl.models.base import STAGE1_ROLES
 from flashar_pl.models.lora import TARGETS, LoraConfig
 from flashar_pl.models.losses import chunk_size
 from flashar_pl.options import check_least
-from flashar_pl.planner.sizes import ModelSizes
+from flashar_pl.planner.sizes import Linear, ModelSizes
 
 Moments = Literal["fp32", "bf16", "8bit"]
 """What the two moments of AdamW are kept in; 8-bit blocks of 256 values have a float32 scale each."""
@@ -103,11 +104,13 @@ class TrainingMemory:
 
 def added(sizes: ModelSizes, lora: LoraConfig | None) -> int:
     """Parameters of LoRA's matrices."""
-    return 0 if lora is None else sizes.backbone.n_layer * _added_to_block(sizes, lora)
+    if lora is None:
+        return 0
+    return sizes.backbone.n_layer * _added(sizes.linears, lora) + sizes.text_layers[0] * _added(sizes.mlp, lora)
 
 
-def _added_to_block(sizes: ModelSizes, lora: LoraConfig) -> int:
-    return sum(lora.rank * (linear.n_in + linear.n_out) for linear in sizes.linears if linear.name in lora.targets)
+def _added(linears: Iterable[Linear], lora: LoraConfig) -> int:
+    return sum(lora.rank * (linear.n_in + linear.n_out) for linear in linears if linear.name in lora.targets)
 
 
 def frozen(sizes: ModelSizes, lora: LoraConfig | None) -> int:
@@ -206,10 +209,11 @@ def activation_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) ->
         own = adapted_block_activations(sizes, setup.lora, residual, compute)
     branches = 1 + sizes.flashar if stage == 2 else 1
     final_norm = (4 + residual) * sizes.dim * branches
+    of_text, text_layers = compute * 4 * sizes.backbone.block.ffn_dim, sum(sizes.text_layers[2 - stage :])
     if not setup.checkpointing:
         backbone = layers - sizes.vertical_layers
-        return tokens * (backbone * own + sizes.vertical_layers * full + final_norm)
-    largest = max(own, full) if sizes.vertical_layers else own
+        return tokens * (backbone * own + sizes.vertical_layers * full + text_layers * of_text + final_norm)
+    largest = (max(own, full) if sizes.vertical_layers else own) + bool(text_layers) * of_text
     return tokens * (layers * residual * sizes.dim + largest + final_norm)
 
 
@@ -227,12 +231,14 @@ def transient_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> 
     if not setup.sharded:
         cast = 0 if setup.lora is not None and setup.lora.base == "bf16" else sizes.backbone.n_layer
         copies = (cast + sizes.vertical_layers) * sizes.block_weights + heads + added(sizes, setup.lora)
+        copies += (bool(cast) * sizes.text_layers[0] + sizes.text_layers[1]) * sizes.mlp_weights
         return 2 * copies if setup.mixed else 0
     # a gradient, that in float32 for the reduction, and its new shard where there is one of earlier forwards to add to
     gradient = low + 4 + (4 / setup.shards if setup.accumulate > 1 else 0)
     block = sizes.block_parameters * (3 * low + gradient)  # itself, the next one and its gather buffer
     if setup.lora is not None and not sizes.vertical_layers:
-        block = sizes.block_parameters * 3 * low + _added_to_block(sizes, setup.lora) * (3 * low + gradient)
+        low_rank = _added((*sizes.linears, *sizes.mlp * bool(sizes.text_layers[0])), setup.lora)
+        block = sizes.block_parameters * 3 * low + low_rank * (3 * low + gradient)
     trained = heads if stage == 2 else sizes.head_rows * sizes.dim * sizes.flashar
     both_heads = heads * low + trained * gradient  # float32 sums over chunks; the reduction reuses their place
     embedding = sizes.embedding_parameters * (low + (gradient if stage == 2 and setup.lora is None else 0))
@@ -253,13 +259,14 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
     projections = 2 * tokens * sizes.block_weights
     layer = projections + 4 * tokens * length * sizes.backbone.block.n_head * sizes.backbone.block.head_dim
-    backbone = sizes.backbone.n_layer * layer + 2 * tokens * added(sizes, setup.lora)
-    vertical = sizes.vertical_layers * layer
+    of_text = [2 * tokens * sizes.mlp_weights * layers for layers in sizes.text_layers]  # both MLPs run everywhere
+    backbone = sizes.backbone.n_layer * layer + of_text[0] + 2 * tokens * added(sizes, setup.lora)
+    vertical = sizes.vertical_layers * layer + of_text[1]
     head = 2 * targets * sizes.head_rows * sizes.dim
     passes = 4 if setup.checkpointing else 3
     if stage == 1:
         return setup.accumulate * (backbone + passes * vertical + head + 3 * sizes.flashar * head)
-    needless = 0 if setup.lora is None else sizes.backbone.n_layer * projections
+    needless = 0 if setup.lora is None else sizes.backbone.n_layer * projections + of_text[0]
     return setup.accumulate * (passes * (backbone + vertical) - needless + 3 * head * (1 + sizes.flashar))
 
 
