@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from flashar_pl.backbones.condition import Batch, Conditioning
 from flashar_pl.data.batches import Cut, TrainingBatches, evaluation_batches, training_batches
 from flashar_pl.data.captions import captioned_images
-from flashar_pl.data.encode import tokenizer_of, with_weights
+from flashar_pl.data.encode import shrunk, tokenizer_of, with_weights
 from flashar_pl.data.first_use import share_marks
 from flashar_pl.data.loader import EvaluationLoader, TrainingLoader
 from flashar_pl.data.locations import is_remote
@@ -348,8 +348,10 @@ class _ImagesDataModule(CodesDataModule):
         if not isinstance(batch, ImageBatch):
             return batch
         assert self._tokenizer is not None
-        codes = self._tokenizer.to(batch.pixels.device).encode(batch.pixels)  # (b, H, W)
-        return Batch(codes, batch.condition, index=batch.index)
+        tokenizer, smaller = self._tokenizer.to(batch.pixels.device), self.manifest.preview
+        codes = tokenizer.encode(batch.pixels)  # (b, H, W)
+        previews = None if smaller is None else tokenizer.encode(shrunk(batch.pixels, smaller, tokenizer))  # (b, h, w)
+        return Batch(codes, batch.condition, index=batch.index, previews=previews)
 
 
 class ImageNetDataModule(_ImagesDataModule):

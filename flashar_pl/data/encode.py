@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, refusal
 from flashar_pl.data.images import views
@@ -50,9 +51,14 @@ class ImageEncoder:
         """Codes (n, K, h, w) int64 of the same images (n, 3, h, w) uint8, made as small as their previews."""
         if (smaller := self.preview(*grid)) is None:
             return None
-        size = [side * self.tokenizer.downsample for side in smaller]
-        pixels = F.interpolate(torch.from_numpy(images).float(), size, mode="bicubic", antialias=True)
-        return self(pixels.round().clamp(0, 255).to(torch.uint8).numpy())
+        return self(shrunk(torch.from_numpy(images), smaller, self.tokenizer).numpy())
+
+
+def shrunk(images: Tensor, grid: tuple[int, int], tokenizer: Tokenizer) -> Tensor:
+    """Images (n, 3, h, w) uint8, as small as a grid of codes is."""
+    size = [side * tokenizer.downsample for side in grid]
+    pixels = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def weights_hash(tokenizer: Tokenizer) -> str:

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from flashar_pl.backbones import Decoder
-from flashar_pl.backbones.condition import Conditioning
+from flashar_pl.backbones.condition import Conditioning, Prompts
 from flashar_pl.backbones.decoder_config import DecoderConfig
+from flashar_pl.data import TextImageDataModule
 from flashar_pl.data.batches import to_batch
 from flashar_pl.data.code_files import PtCodes
+from flashar_pl.data.encode import ImageEncoder, tokenizer_of
 from flashar_pl.data.manifest import check_matches
+from flashar_pl.data.pixels import ImageBatch
 from flashar_pl.data.reader import Samples
 from flashar_pl.data.shards import ConditionSpec, Manifest, ShardReader, ShardWriter, verify
 from flashar_pl.image_files import Unreadable
@@ -75,6 +78,18 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
         ShardReader(replace(damaged, vocabulary=8), "train", verify=False).read(np.array([0]))
     with pytest.raises(ValueError, match=r"previews.npy of .* has shape \(2, 1, 2, 3\) .* implies \(2, 1, 3, 2\)"):
         ShardReader(replace(damaged, preview=(3, 2)), "train", verify=False).read(np.array([0]))
+
+
+def test_images_tokenised_while_training_have_their_previews(tmp_path: Path) -> None:
+    """They had none, and a run on them saw previews at validations only."""
+    write(tmp_path / "s", codes(*PREVIEW))
+    data = TextImageDataModule("images.json", str(tmp_path / "s"))
+    data._tokenizer = tokenizer_of(data.manifest, None, "")
+    pixels = torch.randint(0, 256, (2, 3, *GRID), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = data.on_after_batch_transfer(ImageBatch(pixels, Prompts([torch.tensor([1])] * 2)), 0)
+    shards = ImageEncoder(data._tokenizer, torch.device("cpu"), preview=lambda *grid: PREVIEW)
+    assert torch.equal(batch.codes, torch.from_numpy(shards(pixels.numpy()))[:, 0])
+    assert torch.equal(batch.previews, torch.from_numpy(shards.previews(pixels.numpy(), GRID))[:, 0])
 
 
 def test_a_file_of_codes_may_hold_a_preview() -> None:
