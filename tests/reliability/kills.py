@@ -53,6 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "distillation": SHOWN | {"losses": LossConfig(distillation=0.2)},
     "groups of a diagonal": SHOWN | {"flashar": FlashARConfig(branch_layer=1, intra=IntraConfig())},
     "systematic": {"validation": ValidationConfig(grid_images=2, coupling="systematic")},
+    "a mixture of two data sets": SHOWN,
     "PAR": SHOWN | {"flashar": None, "par": PARConfig()},
     "BlockDiffusion": SHOWN | {"flashar": None, "block_diffusion": BlockDiffusionConfig("sub4x4", steps=2)},
     "BlockDiffusion, clean context": SHOWN
@@ -95,8 +96,9 @@ def train(variant: Variant, shards: str, root: Path) -> None:
         root / "checkpoints", filename="last", every_n_train_steps=variant.save, enable_version_counter=False
     )
     strategy: Any = {"single": "auto", "ddp": "ddp", "fsdp": ShardedStrategy("fp32")}[variant.kind]
+    mixed = {shards: 2.0, f"{shards}_2": 1.0} if "mixture" in variant.method else shards
     fit(
-        root, shards, make_module(ema_decay=0.5 if variant.ema else None, **METHODS[variant.method]),
+        root, mixed, make_module(ema_decay=0.5 if variant.ema else None, **METHODS[variant.method]),
         kept[-1] if kept else None, data={"num_workers": variant.workers, "validation_batch_size": 8},
         devices=variant.ranks, strategy=strategy, max_steps=14, accumulate_grad_batches=variant.accumulate,
         val_check_interval=variant.validate, check_val_every_n_epoch=None, limit_val_batches=1.0, log_every_n_steps=1,
@@ -213,6 +215,7 @@ def count(kind: str, trials: int, seed: int, until: float = float("inf")) -> dic
     failures = []
     with tempfile.TemporaryDirectory() as folder:
         shards = write_digit_like(Path(folder) / "shards")
+        write_digit_like(Path(folder) / "shards_2", seed=1)
         for number in range(trials):
             if time.monotonic() > until:
                 break
@@ -247,9 +250,13 @@ def main() -> int:
     for kind, trials in (("single", 60), ("ddp", 12), ("fsdp", 12)):
         parser.add_argument(f"--{kind}", type=int, default=trials, help=f"trials of kind {kind}")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=METHODS, help="runs of one method")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after that, for each kind")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kills.json")
     options = parser.parse_args()
+    if options.only is not None:
+        for name in METHODS.keys() - {options.only}:
+            del METHODS[name]
     counts = {}
     for kind in ("single", "ddp", "fsdp"):
         counts[kind] = count(kind, getattr(options, kind), options.seed, time.monotonic() + 60 * options.minutes)

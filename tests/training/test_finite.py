@@ -2,15 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from training_toys import OptimiserConfig, ScheduleConfig, ValidationConfig, fit, make_module
+from training_toys import FlashARConfig, OptimiserConfig, ScheduleConfig, ValidationConfig, fit, make_module
 
+from flashar_pl.checkpoints.description import Description
+from flashar_pl.checkpoints.weights import save_model
 from flashar_pl.metrics.fid import RowFID
-from flashar_pl.training.config import LossConfig
+from flashar_pl.models import dual_head
+from flashar_pl.models.lora import LoraConfig
+from flashar_pl.training.config import BlockDiffusionConfig, IntraConfig, LossConfig, PARConfig
 from flashar_pl.training.finite import NotFinite, not_finite
 
 
@@ -157,3 +162,70 @@ def test_a_message_names_four_parameters_and_counts_the_rest() -> None:
     assert not_finite({**bad, "good": torch.ones(1)}) == "w0, w1, w2, w3 and 2 more"
     assert not_finite(dict(list(bad.items())[:4])) == "w0, w1, w2, w3"
     assert not_finite({"good": torch.ones(1)}) == not_finite({}) == ""
+
+
+TERMS: dict[str, tuple[dict[str, Any], str]] = {
+    "distillation": ({"losses": LossConfig(distillation=0.2)}, "DualHead.distillation"),
+    "gate_collapse": ({"losses": LossConfig(gate_collapse=0.1)}, "DualHead.gate_collapse"),
+    "split": ({"losses": LossConfig(split=0.5)}, "dual_nll"),
+    "column0": ({"losses": LossConfig(split=1.0, column0=0.1)}, "target_weights"),
+    "intra": ({"flashar": FlashARConfig(branch_layer=1, intra=IntraConfig())}, ".intra.out"),
+    "PAR": ({"flashar": None, "par": PARConfig()}, "backbone.norm"),
+    "BlockDiffusion": ({"flashar": None, "block_diffusion": BlockDiffusionConfig("row")}, "backbone.norm"),
+    "LoRA": ({"lora": LoraConfig(rank=2, alpha=4)}, "lora_B.default"),
+    "average": ({"flashar": FlashARConfig(branch_layer=1, fusion="average"), "ema_decay": 0.5}, "backbone.norm"),
+}
+"""Arguments of the module, and the function or the end of a layer's name that gives no number once."""
+
+
+class NoNumber(Callback):
+    """Lets a term of the loss be no number in one batch, counted from 0."""
+
+    def __init__(self, batch: int, source: str, patch: pytest.MonkeyPatch) -> None:
+        self.batch, self.source, self.patch, self.now, self.ids = batch, source, patch, False, []
+
+    def spoil(self, value: Any) -> Any:
+        if not self.now:
+            return value
+        if isinstance(value, tuple):
+            return type(value)(self.spoil(each) for each in value) if len(value) else value
+        return value * math.nan if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        layers = [layer for name, layer in pl_module.net.named_modules() if name.endswith(self.source)]
+        for layer in layers:
+            layer.register_forward_hook(lambda module, given, value: self.spoil(value))
+        if not layers:
+            owner, _, name = self.source.rpartition(".")
+            place = getattr(dual_head, owner) if owner else dual_head
+            plain = getattr(place, name)
+            self.patch.setattr(place, name, lambda *args, **options: self.spoil(plain(*args, **options)))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.now = trainer.fit_loop.total_batch_idx == self.batch
+        if self.now:
+            self.ids = batch.index.tolist()
+
+
+@pytest.mark.parametrize(("term", "skip"), [*((term, 0) for term in TERMS), ("distillation", 1), ("PAR", 1)])
+def test_every_term_of_a_loss_is_looked_at(toy_shards: str, tmp_path: Path, monkeypatch, term: str, skip: int) -> None:
+    """Whatever is trained: step and samples are named, no weight changes, the last checkpoint is good."""
+    settings, source = TERMS[term]
+    if "lora" in settings:
+        raster = make_module(flashar=False)
+        raster.configure_model()
+        save_model(tmp_path / "raster", raster.net, Description(raster.net.config()))
+        settings = settings | {"init_from": str(tmp_path / "raster")}
+    breaks, run = NoNumber(1, source, monkeypatch), every_step(tmp_path)
+    run["callbacks"].append(breaks)
+    module = make_module(**settings, optimiser=OptimiserConfig(lr=1e-2, skip_not_finite=skip))
+    if skip:
+        with pytest.warns(UserWarning, match="step 2: the loss is nan.*The step is left out, 1 of at most 1"):
+            fit(tmp_path, toy_shards, module, max_steps=6, **run)
+    else:
+        with pytest.raises(NotFinite, match="step 2: the loss is nan") as error:
+            fit(tmp_path, toy_shards, module, max_steps=6, **run)
+        assert f"samples {', '.join(map(str, breaks.ids))}." in str(error.value)
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == (6 if skip else 1)
+    assert not not_finite({name: value for name, value in kept["state_dict"].items() if value.is_floating_point()})

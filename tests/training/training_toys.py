@@ -35,13 +35,13 @@ class Losses(Callback):
         self.seen[trainer.global_step] = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
 
 
-def write_digit_like(out: Path) -> str:
+def write_digit_like(out: Path, seed: int = 0) -> str:
     """48 training, 13 validation and 7 test samples; the class shifts the codes, so there is something to learn."""
     with ShardWriter(
         out, name="toy", tokenizer={"kind": "pixels", "levels": LEVELS}, grid=GRID, vocabulary=LEVELS,
         condition=ConditionSpec("class", num_classes=CLASSES), block=4,
     ) as writer:  # fmt: skip
-        random = np.random.default_rng(0)
+        random = np.random.default_rng(seed)
         for split, n in (("train", 48), ("validation", 13), ("test", 7)):
             labels = np.arange(n) % CLASSES
             ramp = np.arange(4)[None, :, None] + np.arange(4)[None, None]
@@ -78,12 +78,12 @@ def make_trainer(root: Path, max_steps: int = STEPS, **overrides: Any) -> Traine
     return Trainer(**{**settings, **overrides})
 
 
-def make_data(shards: str, **overrides: Any) -> CodesDataModule:
+def make_data(shards: Any, **overrides: Any) -> CodesDataModule:
     """Batches of 8: six an epoch."""
     return CodesDataModule(shards, **{"batch_size": 8, **overrides})
 
 
-def fit(root: Path, shards: str, module: FlashARModule | None = None, ckpt_path: Path | None = None,
+def fit(root: Path, shards: Any, module: FlashARModule | None = None, ckpt_path: Path | None = None,
         data: dict[str, Any] | None = None, **trainer: Any) -> FlashARModule:  # fmt: skip
     """Seed, fit, return the trained module."""
     seed_everything(7, verbose=False)
