@@ -6,7 +6,7 @@ torch is imported inside the functions: `--help` must not wait for it.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import (
@@ -18,6 +18,9 @@ from flashar_pl.options import (
     check_least,
     split_names,
 )
+
+if TYPE_CHECKING:
+    from flashar_pl.benchmarking.subjects import Subject
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,7 @@ def benchmark(
     from flashar_pl.benchmarking.rows import Job, measure_all
     from flashar_pl.benchmarking.subjects import Subject
     from flashar_pl.benchmarking.table import speedups, table
-    from flashar_pl.checkpoints.opening import check_plan
     from flashar_pl.devices import find_device
-    from flashar_pl.grid import PLANS
     from flashar_pl.numerics import dtype_from_name
     from flashar_pl.planner.decode import DecodeJob
     from flashar_pl.planner.room import Room
@@ -78,13 +79,9 @@ def benchmark(
         require_new(measured.out, "benchmark")
     device, kind = find_device(compute.device), compute.dtype or "fp32"
     dtype, subject = dtype_from_name(kind), Subject.of(model, device, kind)
-    described, own = describe_backbone(subject.sizes.config["backbone"]), subject.sizes.model.plans
-    names = split_names("plans", measured.plans or ",".join(own), PLANS if "raster" in own else own)
+    described, names = describe_backbone(subject.sizes.config["backbone"]), plans_of(subject, measured.plans)
     sampling = sampling.of(described.published_cfg_scale)
-    skip_plain = measured.skip_plain or "raster" not in own
-    if subject.loaded is not None:
-        for name in names:
-            check_plan(subject.loaded, name, subject.grid)
+    skip_plain = measured.skip_plain or "raster" not in subject.sizes.model.plans
     alone = {"plain"} if device.type == "cpu" else {"plain", "auto"}  # see `choose_format`
     copies = (subject.loaded is None) + any(weights not in alone for _, weights in variants)
     sizes, grid = subject.sizes, subject.grid
@@ -110,3 +107,16 @@ def benchmark(
             write_text(folder / "table.md", text)
         print(f"wrote {measured.out}")
     return result
+
+
+def plans_of(subject: Subject, given: str | None) -> list[str]:
+    """The plans to measure; None = the model's own. ValueError for one that it cannot run."""
+    from flashar_pl.checkpoints.opening import check_plan
+    from flashar_pl.grid import PLANS
+
+    own = subject.sizes.model.plans
+    names = split_names("plans", given or ",".join(own), PLANS if "raster" in own else own)
+    if subject.loaded is not None:
+        for name in names:
+            check_plan(subject.loaded, name, subject.grid)
+    return names

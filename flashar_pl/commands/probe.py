@@ -21,6 +21,7 @@ from flashar_pl.options import AssetOptions, ModelOptions, PlanOptions, check_le
 if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Batch
     from flashar_pl.checkpoints.opening import Source
+    from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import DecodePlan
     from flashar_pl.models.probe import LayerProbe
 
@@ -76,7 +77,6 @@ def probe(
         flashar probe --checkpoint runs/demo/raster/checkpoints/last.ckpt --data data/digits --out probe/
     """
     from flashar_pl.checkpoints.opening import open_checkpoint
-    from flashar_pl.data.batches import Cut, training_batches
     from flashar_pl.data.shards import Manifest
     from flashar_pl.grid import make_plan
     from flashar_pl.models.probe import LayerProbe
@@ -95,14 +95,7 @@ def probe(
         raise ValueError(f"the grid is {order.height}x{order.width}; expected several rows, one below the other.")
     probes = {"all layers": LayerProbe(backbone, range(backbone.n_layer + 1)),
               "last layer": LayerProbe(backbone, [backbone.n_layer])}  # fmt: skip
-    place, encoder = source.model.device, caption_encoder(source, manifest, text.assets)
-    cut = Cut(encoder=lambda manifest: encoder)
-    batches = training_batches([manifest], batch_size, options.seed, WINDOW, cut)  # epoch after epoch, shuffled
-    training = (batches[divmod(step, len(batches))].to(place) for step in range(options.steps))
-    validation = (manifest, "validation", batch_size, options.limit, encoder, place)
-    before = _measure(probes, held_out(*validation), source, order)
-    _train(probes, training, source, order, options)
-    after = _measure(probes, held_out(*validation), source, order)
+    nll = learn(probes, source, manifest, order, batch_size, options, text)
     shares = probes["all layers"].weights.tolist()
     result = {
         "plan": order.name,
@@ -111,7 +104,7 @@ def probe(
         "learning_rate": options.learning_rate,
         "weights": shares,
         "branch_layer": depth_of(shares),
-        "nll": {name: {"before": before[name], "after": after[name]} for name in probes},
+        "nll": nll,
         "data": {"path": options.data, "name": manifest.name, "fingerprint": manifest.fingerprint("train")},
         "checkpoint": source.facts(),
         "versions": versions(),
@@ -120,10 +113,28 @@ def probe(
         write_json(folder / "probe.json", result)
         _plot(result, folder / "probe.png")
     print(table(("layer", "weight"), [[str(i or "embeddings"), f"{share:.3f}"] for i, share in enumerate(shares)]))
-    for name in probes:
-        print(f"{name}: {before[name]:.4f} -> {after[name]:.4f} nats per code below (validation split)")
+    for name, found in nll.items():
+        print(f"{name}: {found['before']:.4f} -> {found['after']:.4f} nats per code below (validation split)")
     print(f"{MOST:.0%} of the weight is at layers up to {depth_of(shares)}: a first choice of branch_layer. {target}")
     return result
+
+
+def learn(
+    probes: dict[str, LayerProbe], source: Source, manifest: Manifest, plan: DecodePlan, batch_size: int,
+    options: ProbeOptions, text: AssetOptions,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Train the heads on the training split; nats per code below on the validation split, "before" and "after"."""
+    from flashar_pl.data.batches import Cut, training_batches
+
+    place, encoder = source.model.device, caption_encoder(source, manifest, text.assets)
+    cut = Cut(encoder=lambda manifest: encoder)
+    batches = training_batches([manifest], batch_size, options.seed, WINDOW, cut)  # epoch after epoch, shuffled
+    training = (batches[divmod(step, len(batches))].to(place) for step in range(options.steps))
+    validation = (manifest, "validation", batch_size, options.limit, encoder, place)
+    before = _measure(probes, held_out(*validation), source, plan)
+    _train(probes, training, source, plan, options)
+    after = _measure(probes, held_out(*validation), source, plan)
+    return {name: {"before": before[name], "after": after[name]} for name in probes}
 
 
 def _train(
