@@ -106,7 +106,10 @@ def report(result: dict[str, Any]) -> str:
     """The numbers as Markdown."""
     lines = [
         [f"{row['stage']}, {row['loss']}", f"{1e3 * row['seconds']:.0f}", f"{row['tokens_per_s']:.0f}"]
-        + [f"{row[name] / 2**20:.0f}" for name in ("peak_bytes", "step_bytes", "loss_bytes")]
+        + [
+            f"{row[name] / 2**20:.0f}" if row["peak_bytes"] else "unknown"
+            for name in ("peak_bytes", "step_bytes", "loss_bytes")
+        ]
         + [str(row["time"]["repeats"])]
         for row in result["rows"]
     ]
