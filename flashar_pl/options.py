@@ -422,11 +422,15 @@ def parse_classes(classes: str | Sequence[int] | int, option: str = "classes") -
     """ "3,7", "0-9" or a list of ints as class ids, or as the numbers of another option. Raises ValueError for anything
     else."""
     if not isinstance(classes, str):
-        return [classes] if isinstance(classes, int) else [int(c) for c in classes]
+        given = [classes] if isinstance(classes, int) else [int(c) for c in classes]
+        if wrong := [number for number in given if abs(number) >= 2**63]:
+            raise ValueError(f"{option} has a number of {wrong[0].bit_length()} bits; expected at most 63.")
+        return given
     ids: list[int] = []
     for part in classes.strip("[] ").split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and 0 <= int(last) - int(first) < MOST_CLASSES)):
+        known = first.isdecimal() and len(first) <= 18 >= len(last)  # 18 digits fit into 63 bits
+        if not known or (dash and not (last.isdecimal() and 0 <= int(last) - int(first) < MOST_CLASSES)):
             raise ValueError(f"{option} is {classes[:80]!r}; expected numbers such as 3,7 or a range such as 0-9.")
         ids += range(int(first), int(last or first) + 1)
     return ids

@@ -17,7 +17,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from torch import Tensor
@@ -202,7 +202,7 @@ def build_app(service: Service, hosts: list[str]) -> Starlette:
         async for news in told:
             facts = {"created": int(time.time()), "plan": job.asked.plan, **asdict(job.asked.sampling)}
             return JSONResponse(news, 500) if "error" in news else JSONResponse({**facts, **news})
-        return Response(status_code=499)  # to nobody
+        raise ClientDisconnect
 
     def metrics(request: Request) -> Response:
         values = {"jobs gauge": service.jobs, **{f"{name}_total counter": n for name, n in service.counts.items()}}
@@ -213,6 +213,9 @@ def build_app(service: Service, hosts: list[str]) -> Starlette:
         message = {"message": getattr(error, "detail", str(error)), "type": "invalid_request_error"}
         return JSONResponse({"error": message}, getattr(error, "status_code", 400), getattr(error, "headers", None))
 
+    def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # to nobody
+
     routes = [
         Route("/", lambda _: FileResponse(Path(__file__).with_name("page.html"))),
         Route("/metrics", metrics),
@@ -221,6 +224,5 @@ def build_app(service: Service, hosts: list[str]) -> Starlette:
         Route("/v1/images/generations", generations, methods=["POST"]),
     ]
     guarded = Mount("/", routes=routes, middleware=[Middleware(Border, hosts=hosts)])
-    return Starlette(
-        routes=[guarded], exception_handlers=dict.fromkeys((HTTPException, ValueError, RecursionError), refuse)
-    )
+    handlers = {**dict.fromkeys((HTTPException, ValueError, RecursionError), refuse), ClientDisconnect: left}
+    return Starlette(routes=[guarded], exception_handlers=handlers)

@@ -1,5 +1,6 @@
 """`flashar serve`: what it draws is what `generate` draws, in the order it is asked, and for those who still wait."""
 
+import asyncio
 import base64
 import io
 import json
@@ -128,6 +129,12 @@ def test_streamed_images_grow(service: Service, client: TestClient, plan: str, s
         ({"prompt": "0-3"}, "expected one class"),
         ({"prompt": "0-99999999999"}, "expected numbers such as"),
         ({"prompt": "a dog"}, "expected numbers such as"),
+        ({"prompt": "9" * 4000}, "expected numbers such as"),
+        ({"prompt": "\u00b2"}, "expected numbers such as"),
+        ({"class": 10**30}, "expected at most 63"),
+        ({"class": 1, "n": 10**9}, "n is 1000000000"),
+        ({"class": 1, "seed": 2**63}, "63 bits"),
+        ({"class": 1, "size": "100000x100000"}, 'expected "8x8"'),
         (b'{"class": 1, "class": 2}', "a name stands twice"),
         ({"class": 1, "negative_prompt": "rain"}, "are for --prompt"),
         ({"class": 1, "cfg_scale": math.nan}, "expected 0 or more"),
@@ -279,6 +286,22 @@ def test_nothing_is_drawn_for_those_who_left(service: Service, monkeypatch: pyte
         server.should_exit = True
         thread.join(30)
     assert slow.steps == 1, "the step that was being drawn, and none after it"
+
+
+def test_who_leaves_while_it_sends_is_nobodys_error(client: TestClient) -> None:
+    """Forty lines in the log of the server for each of them."""
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json"), (b"content-length", b"99")]
+    scope = {"type": "http", "method": "POST", "path": IMAGES, "headers": headers, "query_string": b""}
+    asyncio.run(client.app(scope, receive, send))
+    assert sent[0]["status"] == 499
 
 
 @pytest.mark.slow
