@@ -23,7 +23,7 @@ NO_DECODER = ("lumina_mgpt", "glm_image")
 """Of transformers."""
 READY = {"x_omni": "x_omni_7b", "mammothmoda2": "mammothmoda2_ar", "glm_image": "glm_image_ar"}
 CPU = {
-    "model.backbone.preset": "null", "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
+    "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
     "trainer.max_steps": 3, "trainer.callbacks": "[]", "trainer.val_check_interval": 3, "data.num_workers": 0,
     "data.batch_size": 2, "model.flashar.branch_layer": 1, "model.optimiser.state": "fp32",
     "model.optimiser.lr": 1e-3, "trainer.default_root_dir": "run",
