@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from flashar_pl.backbones import from_transformers
 from flashar_pl.backbones.registry import presets
 from flashar_pl.checkpoints.hub import hub_values, prompt_tokenizer
+from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.checkpoints.opening import open_checkpoint
 from flashar_pl.commands.generate import GenerateOptions, generate
 from flashar_pl.commands.tokenize import tokenize_samples
@@ -189,6 +190,18 @@ def test_images_come_from_the_models_own_tokenizer(hub, tmp_path: Path) -> None:
             GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")),
             ModelOptions(str(hub("janus")), grid="3x3", tokenizer="pixels:17"),
         )
+
+
+def test_codes_of_x_omni_stand_where_its_tokenizer_has_them(tmp_path: Path) -> None:
+    """Guards the numbers of codes, were tokens of images to begin with others."""
+    directory = write_hub(tmp_path / "x_omni", "x_omni")
+    config, tokens = (json.loads((directory / name).read_text()) for name in ("config.json", "tokenizer.json"))
+    del config["visual_token_offset"]
+    (directory / "config.json").write_text(json.dumps(config))
+    for first, added in ((256, []), (258, [{**tokens["added_tokens"][-1], "content": "<MM-Token-0>", "id": 258}])):
+        tokens["added_tokens"] += added
+        (directory / "tokenizer.json").write_text(json.dumps(tokens))
+        assert backbone_config(directory, "visual")["visual_token_offset"] == first
 
 
 def test_simplear_codes_follow_the_tokenizer(tmp_path: Path) -> None:

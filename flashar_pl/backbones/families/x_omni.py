@@ -17,7 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "mm_vocab_size": 16448, "image_vocab_size": 16384,
 }  # fmt: skip
 """What config.json leaves out where it is the published code's default."""
-IMAGE_BEGIN, IMAGE = "<SOM>", "<IMAGE>"
+IMAGE_BEGIN, IMAGE, CODE_0 = "<SOM>", "<IMAGE>", "<MM-Token-0>"
 USUAL: Values = {"usual_grid": (72, 72)}
 
 
@@ -35,7 +35,8 @@ def image_settings(text: dict[str, Any], image: Values) -> dict[str, Any]:
 
 
 def read_x_omni(values: Values) -> DecoderConfig:
-    """Codes begin where text ends. Where it is known what begins an image, guidance leads away from it alone."""
+    """Codes begin where the tokenizer says, else where text ends. Where it is known what begins an image, guidance
+    leads away from it alone."""
     found = {**DEFAULTS, **{name: value for name, value in values.items() if value is not None}}
     text = text_settings(found, "x-omni", DEFAULTS)
     codes = {"visual_token_offset": text["vocab_size"], "num_visual_codes": found["image_vocab_size"]}
@@ -71,7 +72,7 @@ FAMILIES = (
         body_names=("lm_embed_tokens", "mm_norm"),
         image_names=("mm_embed_tokens", "mm_head"),
         template=Template(prompt, image, (IMAGE_BEGIN, IMAGE)),
-        tokens={"boi_token_id": IMAGE_BEGIN},
+        tokens={"boi_token_id": IMAGE_BEGIN, "visual_token_offset": CODE_0},
         usual=USUAL,
         published={"x-omni-7b": PUBLISHED},
     ),
