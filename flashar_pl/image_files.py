@@ -40,6 +40,9 @@ MOST_PIXELS = 2**26
 FLAT_PIXELS, PIXELS_PER_BYTE = 2**24, 256
 """Images of more than `FLAT_PIXELS` must not have more pixels for a byte of the file: so small a file holds no picture
 of that size, but costs the memory of one."""
+THINNEST = 8
+"""A longer side is cut to this many shorter ones before an image is resized: else a strip of 4,000 x 1 pixels would
+become 1,024,000 x 256 on the way to its centre."""
 LONG_CHUNK = 1000
 """Bytes of a PNG's text or colour profile from which it may unpack to more than Pillow allows; it is not read then."""
 ORIENTATION = 0x0112
@@ -60,6 +63,16 @@ DAMAGED = (*BROKEN, Image.DecompressionBombError)
 
 class Unreadable(Exception):
     """A sample that cannot be used; its message says why."""
+
+
+def cut_strip(image: Image.Image, thinnest: int = THINNEST) -> Image.Image:
+    """The centre of an image whose longer side has more than `thinnest` shorter ones; others as they are."""
+    most = thinnest * min(image.size)
+    width, height = (min(side, most) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def open_rgb(source: bytes | str | Path) -> Image.Image:

@@ -16,13 +16,10 @@ from torch import Tensor
 
 from flashar_pl.grid import grid_of_ratio
 from flashar_pl.image_files import Unreadable as Unreadable
-from flashar_pl.image_files import open_rgb
+from flashar_pl.image_files import cut_strip, open_rgb
 
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1.0, 4 / 3, 3 / 2, 16 / 9, 2.0)
 """Width / height of the default buckets."""
-THINNEST = 8
-"""A longer side is cut to this many shorter ones before an image is resized: else a strip of 4,000 x 1 pixels would
-become 1,024,000 x 256 on the way to its centre."""
 
 
 def centre_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -31,7 +28,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     The image is halved with a box filter while its shorter side is at least twice `size`, then resized bicubically
     so that the shorter side is `size`, then the centre is cut out (Dhariwal and Nichol 2021, data preparation).
     """
-    image = _cut_strip(image)
+    image = cut_strip(image)
     width, height = image.size
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
@@ -41,16 +38,6 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return to_array(image.crop((left, top, left + size, top + size)))
-
-
-def _cut_strip(image: Image.Image) -> Image.Image:
-    """The centre of an image that is thinner than `THINNEST`; others as they are."""
-    most = THINNEST * min(image.size)
-    width, height = (min(side, most) for side in image.size)
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

@@ -99,6 +99,17 @@ def test_a_detector_of_other_classes_is_refused() -> None:
         detections_of(torch.zeros(1, 133), torch.zeros(1, 4, 4), (8, 8), (8, 8), (8, 8))
 
 
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000)])
+def test_strips_are_scored(size: tuple[int, int], monkeypatch) -> None:
+    """The detector had no rows to look at, and CLIP's input was 896,000 x 224 on the way."""
+    pixels, shape = detector_input(random_image(*size))
+    assert (min(shape), pixels.shape[-2] % 32, pixels.shape[-1] % 32) == (1, 0, 0)
+    sides, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *a: sides.append(max(to)) or resize(image, to, *a))
+    assert clip_input([random_image(*size)]).shape == (1, 3, 224, 224)
+    assert sides == [64 * 224]
+
+
 def test_clip_input_is_cropped_in_the_middle() -> None:
     wide = np.zeros((224, 448, 3), np.uint8)
     wide[:, 112:336] = 255
