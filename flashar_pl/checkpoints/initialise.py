@@ -18,7 +18,7 @@ from flashar_pl.checkpoints.released import ignored, renames
 from flashar_pl.checkpoints.weights import load_model
 from flashar_pl.models.base import ROLES, GridModel
 from flashar_pl.models.flashar import FlashAR
-from flashar_pl.models.lora import added_parameters, without_adapters
+from flashar_pl.models.lora import added_parameters, frozen_names, without_adapters
 from flashar_pl.models.raster import RasterAR
 from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.options import Weights
@@ -61,10 +61,17 @@ def initialise(model: GridModel, path: str | Path, weights: Weights = "auto") ->
     everything. Values are copied into the model's own dtypes. The matrices that LoRA adds keep theirs.
 
     Raises:
-        ValueError: the file's architecture is not the model's; the message names the fields that differ.
+        ValueError: the file's architecture is not the model's; the message names the fields that differ. Or its
+            classes are other ones, and their table, which is new, is never trained.
     """
     with without_adapters(model):
         source, whole, kept = _take_over(model, path, weights)
+        if TABLE in kept and TABLE in frozen_names(model):
+            raise ValueError(
+                f"{path} has another number of classes, and this run trains no table of them (model.lora, or "
+                "model.flashar.intra.alone): it would stay random. Train all weights first, or start from "
+                "weights of as many classes."
+            )
         sizes = dict.fromkeys(ROLES, 0)
         for role, parameter in zip(model.roles().values(), model.parameters(), strict=True):
             sizes[role] += parameter.numel()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training_toys import GRID, LEVELS, STEPS, Losses, fit, make_module
+from training_toys import CLASSES, GRID, LEVELS, OPTIONS, STEPS, BackboneConfig, Losses, fit, make_module
 
 from flashar_pl.checkpoints.description import Description, build_model
 from flashar_pl.checkpoints.llamagen import clean_official
@@ -268,3 +268,10 @@ def test_wrong_settings_are_named(raster: str, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[lora\]'"):
         started(raster, LORA)
+
+
+def test_classes_of_ones_own_are_not_left_random(raster: str) -> None:
+    """Their table is new, and the run trained adapters only: samples of every class were of none."""
+    with pytest.raises(ValueError, match=r"another number of classes.*would stay random"):
+        started(raster, LORA, backbone=BackboneConfig(options={**OPTIONS, "num_classes": CLASSES + 2}))
+    assert started(raster, None, backbone=BackboneConfig(options={**OPTIONS, "num_classes": CLASSES + 2})).net
