@@ -177,3 +177,14 @@ def test_training_on_drawn_samples() -> None:
             assert shows(row[2], each["difference"]["value"])
             for cell, value in zip(row[3].split(" to "), each["difference"]["interval_95"], strict=True):
                 assert shows(cell, value), row
+
+
+def test_time_against_quality() -> None:
+    found = {row["name"]: row for row in json.loads((ROOT / "docs/results/dial.json").read_text())["rows"].values()}
+    shown = rows(page("results/beyond.md"), "| | forwards |")
+    assert {row[0] for row in shown} == {name for name in found if name != "FlashAR" and "training-free" not in name}
+    for row in shown:
+        each = found[row[0]]
+        values = [each.get("forwards", each["steps"]), each["nll_nats_per_image"], each["fid"], each["accuracy"]]
+        for cell, value in zip(row[1:], [*values, each["ms_per_image"]["median"], each["speed_up"]], strict=True):
+            assert shows(cell, value), (row, cell)
