@@ -139,7 +139,7 @@ def drawn_job(
     check_seeds(Path(shards.out), shards.split, range(asked.seed, asked.seed + len(asked.wanted)))
     source = Asked(asked.wanted, backbone.conditioning.size, tuple(opened.description.class_names))
     drawer = Drawer(opened, asked, source.order, engine, size)
-    elsewhere = opened.tokenizer is None and backbone.conditioning.kind == "prompt"  # X-Omni's, MammothModa2's
+    elsewhere = opened.tokenizer is None and backbone.conditioning.kind == "prompt"  # another program decodes them
     return Job(
         ShardOptions(**asdict(shards), workers=0, on_bad_sample="stop", keep_order=True),
         source,
@@ -161,7 +161,7 @@ def drawn_job(
             **asdict(asked.sampling),
             "seed": asked.seed,
             "batch_size": size,
-            "negative_prompt": text.negative_prompt,
+            **asdict(text),
             "groups": model.groups,
             "branch_layer": model.branch_layer,
         },

@@ -55,19 +55,14 @@ def expected(files: Path, kind: str, grid: tuple[int, int], null: torch.Tensor, 
 
 def test_samples_of_prompts_become_captioned_shards(run, work, files) -> None:
     """A caption beside the image of another one would be learnt, silently."""
-    words = [
-        "--checkpoint",
-        files / "base",
-        "--tokenizer",
-        files / "ibq",
-        "--prompt",
-        PROMPTS[0],
-        "--prompt",
-        PROMPTS[1],
-    ]
+    words = ["--checkpoint", files / "base", "--tokenizer", files / "ibq"]
+    words += ["--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     words += ["--num-images", 2, "--cfg-scale", 3, "--aspect-ratio", "4x6", "--batch-size", 1, "--seed", 7]
     code, _, err = run("tokenize", "samples", *words, "--out", "drawn")
     assert code == 0, err
+    code, _, err = run("tokenize", "samples", *words, "--assets", files / "base", "--out", "drawn")
+    assert code == 2  # tokens of another place may be other ones; it was called complete
+    assert "assets" in err
     read = ShardReader(Manifest.load("drawn"), "train").read(np.arange(4))
     assert sorted(read.texts) == sorted(PROMPTS * 2)
     for text, number, codes in zip(read.texts, read.ids, read.codes, strict=True):
