@@ -92,5 +92,9 @@ demo-full: setup  ## the demo with the from-scratch contrast and a second sample
 study-scenes: setup  ## Table 3 at our scale: raster, FlashAR, BlockDiffusion, training-free on the drawn scenes (25 CPU-minutes); given again it continues
 	$(BIN)/python benchmarks/scenes.py
 
+.PHONY: study-emoji
+study-emoji: setup  ## drawings of an emoji font through a VQ trained here, raster and FlashAR, to pixels (needs the Debian packages fonts-noto-color-emoji, unicode-data); given again it continues
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/emoji.py
+
 clean:  ## remove the environment and caches, never runs/ or data/
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
