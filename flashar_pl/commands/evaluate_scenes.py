@@ -42,8 +42,8 @@ def evaluate_scenes(
 
     An image is correct by GenEval's rules, exact if it also shows nothing else, torn if any part of it is no whole
     object. Writes scenes.json with these counts, the likelihood of the split's own images, forwards of an image and
-    processor seconds of drawing it, codes.npy, and samples.png. Shares come with a 95 % interval (Wilson); the overall
-    score is the mean over the six tasks.
+    processor seconds of drawing it, codes.npy and nll.npy (nats of each of the split's images), and samples.png.
+    Shares come with a 95 % interval (Wilson); the overall score is the mean over the six tasks.
 
     Example:
         flashar evaluate scenes --checkpoint runs/scenes/flashar/checkpoints/last.ckpt --data data/scenes
@@ -86,6 +86,7 @@ def evaluate_scenes(
     }
     with new_directory(target, "results") as folder:
         np.save(folder / "codes.npy", codes.numpy())
+        np.save(folder / "nll.npy", nll.numpy())
         save_png(tile(decode_all(decoder_of(manifest), codes[:SHOWN]), 6), folder / "samples.png")
         write_json(folder / "scenes.json", result)
     print(f"{report(result)}\nwrote {Path(out) / 'scenes.json'}")

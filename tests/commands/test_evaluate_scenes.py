@@ -54,6 +54,8 @@ def test_from_shards_to_counts(run, refused, shards: str, work: Path, monkeypatc
     assert (one["forwards"], one["correct"]["images"], one["likelihood"]["images"]) == (15, 18, 18)
     assert one["cpu_s_per_image"] > 0
     assert np.load(work / "one" / "codes.npy").shape == (18, 8, 8)
+    nll = np.load(work / "one" / "nll.npy")
+    assert (nll.shape, nll.mean()) == ((18,), one["likelihood"]["nll_nats_per_image"])
     assert "--limit 9 leaves no prompt of two_object, colors, color_attr" in refused(
         *words, "--out", "three", "--limit", 9
     )
