@@ -22,8 +22,8 @@ from flashar_pl.backbones.condition import Condition, Given, Prefix, Prompts
 from flashar_pl.backbones.decoder_config import DecoderConfig, Heads
 from flashar_pl.backbones.families import PRESETS
 from flashar_pl.grid import ROW_END, DecodePlan, raster_plan
-from flashar_pl.layers.rope import Rope, angles_1d, angles_sections, rotations
-from flashar_pl.layers.transformer import Block, RMSNorm
+from flashar_pl.layers.rope import Rope, angles_1d, angles_sections, rope_gain, rotations
+from flashar_pl.layers.transformer import NORMS, Block, RMSNorm
 from flashar_pl.numerics import wide
 
 
@@ -53,6 +53,13 @@ class ProjectedNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(self.projection(super().forward(x)))
+
+
+def final_norm(config: DecoderConfig) -> nn.Module:
+    """The norm before the head. With `logit_scale` its output is multiplied, and so are the logits of any head."""
+    norm = NORMS[config.norm](config.dim, config.norm_eps)
+    norm.scale = config.logit_scale
+    return norm
 
 
 class Decoder(Backbone):
@@ -101,7 +108,7 @@ class Decoder(Backbone):
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         self.blocks = nn.ModuleList(map(self.make_block, range(config.n_layer)))
         if config.code_width is None:
-            self.norm: nn.Module = RMSNorm(config.dim, config.norm_eps)
+            self.norm: nn.Module = final_norm(config)
             self.head = nn.Linear(config.dim, config.head_rows, bias=False)
         else:
             self.code_mlp = CodeMLP(config)
@@ -240,11 +247,12 @@ class Decoder(Backbone):
         return Prompts(torch.cat([ids, self._tokens(own.flatten().to(ids))]) for ids, own in zip(condition, codes))
 
     def rope(self, plan: DecodePlan, prefix: Prefix) -> Rope:
-        if self.config.rope_sections is None:
+        config, sections = self.config, self.config.rope_sections
+        if sections is None:
             return self.rope_at(plan, prefix, prefix.lengths, plan.width + self.row_ends)
-        position = picture_positions(self.config, plan, prefix)  # (R, P + S, 3)
+        position = picture_positions(config, plan, prefix)  # (R, P + S, 3)
         return self._rotations(
-            angles_sections(position, self._turning, self.config.rope_base, self.config.rope_sections)
+            angles_sections(position, self._turning, config.rope_base, sections, config.rope_scaling)
         )
 
     def rope_at(self, plan: DecodePlan, prefix: Prefix, start: Tensor, row_stride: int) -> Rope:
@@ -254,7 +262,7 @@ class Decoder(Backbone):
         device = prefix.x.device
         slots = plan.on("row", device) * row_stride + plan.on("column", device)  # (S,)
         position = torch.cat([text_positions(prefix), start[:, None] + slots], dim=1)  # (R, P + S)
-        rope = self._rotations(angles_1d(position, self._turning, self.config.rope_base))
+        rope = self._rotations(angles_1d(position, self._turning, self.config.rope_base, self.config.rope_scaling))
         if self.config.first_image_token is None:
             return rope
         code = torch.ones_like(position, dtype=rope.dtype)  # (R, P + S)
@@ -269,7 +277,9 @@ class Decoder(Backbone):
 
     def _rotations(self, angles: Tensor) -> Rope:
         """The rest of each head does not turn."""
-        return rotations(F.pad(angles, (0, self.config.head_dim // 2 - angles.shape[-1])))
+        turned = rotations(angles) * rope_gain(self.config.rope_scaling)
+        still = turned.new_tensor([1.0, 0.0]).expand(*turned.shape[:2], self.config.head_dim // 2 - turned.shape[2], 2)
+        return torch.cat([turned, still], dim=2)
 
     @torch.no_grad()
     def token_logits(self, ids: list[Tensor]) -> list[Tensor]:

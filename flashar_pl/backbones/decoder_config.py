@@ -5,16 +5,24 @@ Letters: D width, E head width, V codes, C width of code vectors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 from flashar_pl.backbones.base import check_dropout
 from flashar_pl.backbones.condition import Conditioning
-from flashar_pl.layers.transformer import BlockConfig, NormPlace, QKNorm
+from flashar_pl.layers.rope import SCALINGS
+from flashar_pl.layers.transformer import BlockConfig, NormKind, NormPlace, QKNorm
 
 Heads = Literal["full", "visual"]
+MORE = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+"""Numbers of a scaled RoPE that may be given."""
+
+
+def _is_usable(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1e-6 <= value <= 1e9
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class DecoderConfig:
     rope_base: float
     """Base of the RoPE frequencies."""
     norm_eps: float
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or to the variance, in norms."""
     visual_token_offset: int | None = None
     """Token id of code 0; the others follow. None = unknown, text only."""
     eol_token_id: int | None = None
@@ -60,14 +68,24 @@ class DecoderConfig:
     """Token id of every code, where they do not follow one another."""
     qk_norm: QKNorm = "none"
     """Norm of each head's query and key."""
+    norm: NormKind = "rms"
+    """Norms of the blocks, and the final one: RMSNorm, or LayerNorm with weight and bias."""
     norm_place: NormPlace = "before"
     """Norms before attention and feed-forward, after them, or both."""
+    activation: str = "silu"
+    """Of the feed-forward's gate: silu, gelu, gelu_tanh or relu."""
+    logit_scale: float = 1.0
+    """What the logits are multiplied by: the final norm's output is, before the head."""
     qkv_bias: bool = False
     """Biases of queries, keys and values."""
     output_bias: bool = False
     """A bias of the attention's output projection."""
     ffn_bias: bool = False
     """Biases of the feed-forward projections."""
+    rope_interleaved: bool = False
+    """Pairs that turn together: (2i, 2i + 1) if true, (i, i + half of what turns) otherwise."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """`rope_parameters` of config.json where RoPE is scaled: `rope_type` linear, llama3 or yarn, and its numbers."""
     rope_width: int | None = None
     """Dimensions of each head that turn, the first ones of the published weights; None = all."""
     rope_sections: tuple[int, ...] | None = None
@@ -136,7 +154,18 @@ class DecoderConfig:
 
     def _check_rope(self) -> None:
         turning, sections = self.rope_width or self.head_dim, self.rope_sections
-        partly = self.rope_width not in (None, self.head_dim)
+        partly = self.rope_width not in (None, self.head_dim) and not self.rope_interleaved
+        if (scaling := self.rope_scaling) is not None:
+            needed = SCALINGS.get(str(scaling.get("rope_type")))
+            if needed is None:
+                raise ValueError(f"rope_type is {scaling.get('rope_type')!r}; expected one of {', '.join(SCALINGS)}.")
+            given = [scaling.get(name) for name in needed] + [scaling[name] for name in MORE if scaling.get(name)]
+            flat = scaling.get("low_freq_factor", 0) == scaling.get("high_freq_factor", 1)
+            if flat or self.rope_base <= 1 or not all(map(_is_usable, given)):
+                raise ValueError(
+                    f"{dict(scaling)} scales RoPE of base {self.rope_base:g}; expected a base above 1 and numbers from "
+                    f"1e-6 to 1e9 as {', '.join(needed)}."
+                )
         if turning % 2 or turning > self.head_dim or (partly and self.qk_norm != "none"):
             raise ValueError(
                 f"{turning} dimensions of each head turn (partial_rotary_factor); expected an even number up to "
@@ -147,6 +176,8 @@ class DecoderConfig:
 
     def _check_codes(self) -> None:
         if self.code_width is not None:
+            if self.norm != "rms" or self.logit_scale != 1:
+                raise ValueError("codes with their own vectors need RMSNorm and logits that are not scaled.")
             if self.heads == "full" or self.num_visual_codes is None:
                 raise ValueError('codes with their own vectors need heads="visual" and num_visual_codes.')
             return
@@ -205,7 +236,7 @@ class DecoderConfig:
         """Their dimension of every dimension of a head. Ours turn in pairs (i, i + E / 2), theirs in pairs
         (i, i + rope_width / 2): those that do not turn stand between. None = the same."""
         turning, width = self.rope_width, self.head_dim
-        if turning is None or turning == width:
+        if turning is None or turning == width or self.rope_interleaved:
             return None
         half, still = turning // 2, (width - turning) // 2
         parts = ((0, half), (turning, still), (half, half), (turning + still, still))
@@ -238,4 +269,4 @@ class DecoderConfig:
         text = {"text_ffn": self.first_image_token is not None, "text_passes": False}
         if self.text_layers is not None:
             text = {"text_ffn": False, "text_passes": True}
-        return BlockConfig.of(self, rope_interleaved=False, **text, **dropout)
+        return BlockConfig.of(self, **text, **dropout)

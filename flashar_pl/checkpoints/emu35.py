@@ -37,8 +37,13 @@ def parse_config(values: dict[str, Any], heads: Heads, head_dim: int | None = No
     if values.get("tie_word_embeddings"):
         raise ValueError("config.json sets tie_word_embeddings, which Emu3.5 does not use.")
     values = {**values, "head_dim": values.get("head_dim") or head_dim}
+    settings = text_settings(values, "Emu3.5", {}, needed=("num_key_value_heads", "head_dim"))
+    for name, usual in (("rope_scaling", None), ("activation", "silu")):
+        if settings[name] != usual:
+            field = {"activation": "hidden_act"}.get(name, name)
+            raise ValueError(f"config.json sets {field} to {settings[name]!r}, which Emu3.5 does not use.")
     return Emu35Config(
-        **text_settings(values, "Emu3.5", {}, needed=("num_key_value_heads", "head_dim")),
+        **settings,
         visual_token_offset=_visual_offset(outer, values),
         eol_token_id=values.get("eol_token_id"),
         boi_token_id=values.get("boi_token_id"),

@@ -17,19 +17,20 @@ def block_renames(config: DecoderConfig, ours: str, theirs: str, own: Names = OW
     are others than Llama's, by ours."""
     q, kv = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
     qkv, kinds = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}, ("weight", "bias")
-    post = config.norm_place == "after"
+    post, of_norm = config.norm_place == "after", 1 + (config.norm == "layer")
     table: dict[str, tuple[Mapping[str, int] | tuple[str, ...], int]] = {
         "attention.wqkv": (qkv, 1 + config.qkv_bias),
         "attention.wo": (("self_attn.o_proj",), 1 + config.output_bias),
         "feed_forward.w13": (("mlp.gate_proj", "mlp.up_proj"), 1 + config.ffn_bias),
         "feed_forward.w2": (("mlp.down_proj",), 1 + config.ffn_bias),
-        "attention_post_norm" if post else "attention_norm": (("input_layernorm",), 1),
-        "ffn_post_norm" if post else "ffn_norm": (("post_attention_layernorm",), 1),
+        "attention_post_norm" if post else "attention_norm": (("input_layernorm",), of_norm),
+        "ffn_post_norm" if post else "ffn_norm": (("post_attention_layernorm",), of_norm),
     }
     if config.qk_norm != "none":
         n = 2 if config.qk_norm == "layer" else 1
         table |= {f"attention.{name}": ((f"self_attn.{name}",), n) for name in ("q_norm", "k_norm")}
-    table |= {key: (pieces, table[key][1] if key in table else 1) for key, pieces in own.items()}
+    for key, theirs_own in own.items():
+        table[key] = theirs_own, table[key][1] if key in table else of_norm if key.endswith("norm") else 1
     for key, (pieces, n) in table.items():
         sizes = tuple(pieces.values()) if isinstance(pieces, Mapping) else None
         for kind in kinds[:n]:
@@ -54,7 +55,8 @@ def body_renames(
     yield Rename(f"{ours}embedding.weight", (f"{official}{outer[0]}.weight",))
     for i in range(config.n_layer):
         yield from block_renames(config, f"{ours}blocks.{i}.", f"{official}layers.{i}.", {**own, **kinds(config, i)})
-    yield Rename(f"{ours}norm.weight", (f"{official}{outer[1]}.weight",))
+    for kind in ("weight", "bias")[: 1 + (config.norm == "layer")]:
+        yield Rename(f"{ours}norm.{kind}", (f"{official}{outer[1]}.{kind}",))
 
 
 def head_rename(config: DecoderConfig, ours: str, official: str) -> Rename:

@@ -54,6 +54,8 @@ def refusal(model: GridModel) -> str | None:
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"
+    if config.norm != "rms" or config.activation != "silu":
+        return f"its blocks have {config.norm} norms and {config.activation}, and the kernels rms norms and silu"
     if config.text_ffn or config.text_passes:
         return "text is treated otherwise than codes"
     if config.head_dim % 2:
@@ -201,7 +203,7 @@ class Fused:
     def _normed(self, x: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor, float]:
         """States, the final norm's weight and its epsilon; the states themselves as weight where they are normed."""
         assert x is not None
-        if type(norm) is RMSNorm:
+        if type(norm) is RMSNorm and norm.scale == 1:
             return x, norm.weight, norm.eps
         made = norm(x)
         return made, made, 0.0

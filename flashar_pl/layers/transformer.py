@@ -6,9 +6,10 @@ E head width, F feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,6 +33,10 @@ another one."""
 
 QKNorm = Literal["none", "rms", "layer"]
 NormPlace = Literal["before", "after", "both"]
+NormKind = Literal["rms", "layer"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,11 @@ class BlockConfig:
     ffn_dim: int
     """Feed-forward width F."""
     norm_eps: float = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Added to the mean square, or to the variance, in norms."""
+    norm: NormKind = "rms"
+    """Norms of the blocks: RMSNorm, or LayerNorm with weight and bias."""
+    activation: str = "silu"
+    """Of the feed-forward's gate, see `ACTIVATIONS`."""
     qk_norm: QKNorm | bool = "none"
     """Norm over each head's query and key, before RoPE: "rms" with one weight for all heads, "layer" with mean, and
     weight and bias of every head. True = "rms"."""
@@ -81,7 +90,8 @@ class BlockConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}.")
         if isinstance(self.qk_norm, bool):
             object.__setattr__(self, "qk_norm", "rms" if self.qk_norm else "none")
-        for name, words in (("qk_norm", get_args(QKNorm)), ("norm_place", get_args(NormPlace))):
+        choices = {"qk_norm": get_args(QKNorm), "norm_place": get_args(NormPlace), "norm": get_args(NormKind)}
+        for name, words in {**choices, "activation": tuple(ACTIVATIONS)}.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(words)}.")
 
@@ -94,6 +104,9 @@ class BlockConfig:
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, computed in float32, returned in the wider dtype of the two. One kernel on a GPU."""
 
+    scale = 1.0
+    """What the result is multiplied by."""
+
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
@@ -101,7 +114,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = wider(x.dtype, self.weight.dtype)
-        return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        return self.scaled(F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x times `scale`."""
+        return x if self.scale == 1 else x * self.scale
+
+
+class LayerNorm(RMSNorm):
+    """(x - mean(x)) / std(x) * weight + bias, in the same precision."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__(dim, eps)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wider(x.dtype, self.weight.dtype)
+        dims, weight, bias = self.weight.shape, self.weight.to(dtype), self.bias.to(dtype)
+        return self.scaled(F.layer_norm(x.to(dtype), dims, weight, bias, self.eps))
+
+
+NORMS: dict[str, type[RMSNorm]] = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class HeadNorm(nn.Module):
@@ -183,17 +216,17 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x). One projection holds the row blocks [w1; w3]."""
+    """w2(act(w1 x) * w3 x), SwiGLU with silu. One projection holds the row blocks [w1; w3]."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.dropout = config.ffn_dropout
+        self.dropout, self.activation = config.ffn_dropout, ACTIVATIONS[config.activation]
         self.w13 = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)
-        return F.dropout(self.w2(F.silu(gate) * up), self.dropout, self.training)
+        return F.dropout(self.w2(self.activation(gate) * up), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -205,14 +238,15 @@ class Block(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         before, after = config.norm_place != "after", config.norm_place != "before"
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
+        norm = partial(NORMS[config.norm], config.dim, config.norm_eps)
+        self.attention_norm = norm() if before else nn.Identity()
         self.attention = Attention(config)
-        self.attention_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps) if before else nn.Identity()
+        self.attention_post_norm = norm() if after else nn.Identity()
+        self.ffn_norm = norm() if before else nn.Identity()
         self.feed_forward = FeedForward(config)
         self.text_feed_forward: FeedForward | None = FeedForward(config) if config.text_ffn else None
         self.knows_text, self.text_passes = config.text_ffn or config.text_passes, config.text_passes
-        self.ffn_post_norm = RMSNorm(config.dim, config.norm_eps) if after else nn.Identity()
+        self.ffn_post_norm = norm() if after else nn.Identity()
         self.recompute = False
         """Keep only the inputs for the backward pass, which runs the block again (activation checkpointing)."""
 

@@ -6,9 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from flashar_pl.backbones.decoder_config import DecoderConfig
+from flashar_pl.backbones.decoder_config import MORE, DecoderConfig
+from flashar_pl.layers.rope import SCALINGS, TRAINED
 from flashar_pl.templates import Template
 
+ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}  # fmt: skip
+"""`hidden_act` of config.json, and ours."""
+NUMBERS = (TRAINED, "factor", "low_freq_factor", "high_freq_factor", "truncate", *MORE)
+"""What a scaled RoPE is told in config.json."""
 Values = Mapping[str, Any]
 """Content of a config.json."""
 
@@ -64,9 +72,12 @@ def text_settings(values: Values, family: str, defaults: Values, needed: tuple[s
     field = "rope_parameters" if found.get("rope_parameters") else "rope_scaling"
     rope = found.get(field) or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "unknown"
-    if isinstance(rope, Mapping) and rope.get("rope_theta"):
-        found["rope_theta"] = rope["rope_theta"]
-    plain = kind == "default" or (kind == "linear" and rope.get("factor") == 1)
+    scaling = None
+    if isinstance(rope, Mapping):
+        found["rope_theta"] = rope.get("rope_theta") or found.get("rope_theta")
+        if str(kind) in SCALINGS and (kind, rope.get("factor")) != ("linear", 1):
+            trained = found.get(TRAINED) or found.get("max_position_embeddings")
+            scaling = {TRAINED: trained, **{key: rope[key] for key in rope if key in NUMBERS}, "rope_type": kind}
     sizes = {
         "dim": "hidden_size",
         "n_layer": "num_hidden_layers",
@@ -78,9 +89,10 @@ def text_settings(values: Values, family: str, defaults: Values, needed: tuple[s
     }
     if absent := [name for name in (*sizes.values(), *needed) if found.get(name) is None]:
         raise ValueError(f"config.json lacks {', '.join(absent)}; expected that of a model of type {family}.")
+    activation = ACTIVATIONS.get(str(found.get("hidden_act", "silu")))
     unsupported = {
-        "hidden_act": found.get("hidden_act", "silu") not in ("silu", "swish") and found["hidden_act"],
-        field: not plain and rope,
+        "hidden_act": activation is None and found["hidden_act"],
+        field: str(kind) not in ("default", *SCALINGS) and rope,
         "use_sliding_window": found.get("use_sliding_window"),
         "layer_types": {*(found.get("layer_types") or ())} - {"full_attention"} and found["layer_types"],
     }
@@ -95,6 +107,8 @@ def text_settings(values: Values, family: str, defaults: Values, needed: tuple[s
         "qkv_bias": bool(found.get("attention_bias")),
         "output_bias": bool(found.get("attention_bias")),
         "ffn_bias": bool(found.get("mlp_bias")),
+        "activation": activation,
+        "rope_scaling": scaling,
     }
 
 
