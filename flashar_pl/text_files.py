@@ -29,6 +29,7 @@ of headers raises SyntaxError or tokenize.TokenError, as the version of Python h
 UnicodeDecodeError a ValueError."""
 DEEPEST = 100
 """Levels of nesting in a text file; no file of ours has ten."""
+TOO_DEEP = f"nested deeper than {DEEPEST} levels"
 MOST_NODES = 100_000
 """Values in a YAML file, those that an alias repeats counted again."""
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -107,7 +108,7 @@ def parse_json(text: str, path: str | Path, line: int = 1) -> Any:
         level = [each for held in level if isinstance(held, dict | list) for each in _children(held)]
         if not level:
             return values
-    raise ValueError(f"{path}, line {line}: nested deeper than {DEEPEST} levels.")
+    raise ValueError(f"{path}, line {line}: {TOO_DEEP}.")
 
 
 def _children(held: dict[str, Any] | list[Any]) -> Iterable[Any]:
@@ -166,11 +167,16 @@ def parse_yaml(text: str, path: str | Path) -> Any:
             self.nodes = self.depth = 0
             self.sizes: dict[int, int] = {}
 
+        def fetch_flow_collection_start(self, kind: Any) -> None:
+            if self.flow_level >= DEEPEST:  # the scanner looks ahead, and needs time like the square of the depth
+                raise ValueError(f"it is {TOO_DEEP}")
+            super().fetch_flow_collection_start(kind)
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             alias, before = self.check_event(yaml.AliasEvent), self.nodes
             self.depth += 1
             if self.depth > DEEPEST:
-                raise ValueError(f"it is nested deeper than {DEEPEST} levels")
+                raise ValueError(f"it is {TOO_DEEP}")
             node = super().compose_node(parent, index)
             self.depth -= 1
             if alias and id(node) not in self.sizes:

@@ -18,6 +18,10 @@ from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.steps import StepCallback, become, is_last_step, validation_follows
 
 
+CURVES = ("train/", "lr/", "data/")
+"""How the metrics begin that training steps log."""
+
+
 class WholeFiles(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: the old one goes when the new one is whole.
 
@@ -49,7 +53,9 @@ class StepCheckpoint(ModelCheckpoint):
     def adopt(cls, callback: Any) -> None:
         """Make one of a ModelCheckpoint in place."""
         become(callback, cls, ModelCheckpoint)
-        if isinstance(callback, cls) and callback.ranks_by_validation:
+        if not isinstance(callback, cls) or not callback.ranks_by_validation:
+            return
+        if str(callback.monitor).startswith("val") or not callback.every_n_epochs:  # others may be an epoch's own
             save_after_validation(callback)
 
     given = ModelCheckpoint.__qualname__
@@ -61,7 +67,8 @@ class StepCheckpoint(ModelCheckpoint):
 
     @property
     def ranks_by_validation(self) -> bool:
-        return self.monitor is not None and self.monitor.startswith("val")
+        """Whether a step may lack its metric until it is validated: it is no point of our curves."""
+        return self.monitor not in (None, "step", "epoch") and not str(self.monitor).startswith(CURVES)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -133,10 +140,11 @@ def _check_logged(callback: Any, every: int) -> None:
     """
     saved = steps_between(callback) if isinstance(callback, ModelCheckpoint) else 0
     monitor = getattr(callback, "monitor", None) or ""
-    if saved and monitor.startswith("train/") and (every < 1 or saved % every):
+    if monitor.startswith(CURVES) and every != 1 and (every < 1 or saved % every or not saved):
         raise ValueError(
-            f"a ModelCheckpoint ranks every {saved} steps by {monitor}, which is known of every {every}; expected "
-            "every_n_train_steps to be a multiple of trainer.log_every_n_steps, or another monitor, such as val/nll."
+            f"a ModelCheckpoint ranks {f'every {saved} steps' if saved else 'epochs or hours'} by {monitor}, which is known of "
+            f"every {every}; expected every_n_train_steps to be a multiple of trainer.log_every_n_steps, or another "
+            "monitor, such as val/nll."
         )
 
 
