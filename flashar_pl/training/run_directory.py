@@ -19,6 +19,10 @@ from flashar_pl.training.stored_config import CONFIG_FILE, differences, flatten,
 
 LOCK = ".lock"
 """File of a run directory that the process in it has locked, with its name."""
+NO_WORK = ("events.out.tfevents.", "hparams.yaml", f".{CONFIG_FILE}.")
+"""How the files begin that a run makes before it has its config.yaml."""
+NO_POINT = 128
+"""Bytes of the longest file of curves that has no point."""
 PLACE = (
     *("trainer.default_root_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy.init_args.replicas"),
     *("data.num_workers", "data.init_args.num_workers"),
@@ -52,8 +56,13 @@ def only_one(directory: Path, new: bool = False) -> Iterator[None]:
 
 
 def is_used(directory: Path) -> bool:
-    """Whether there is anything in a directory but the lock."""
-    return directory.is_dir() and any(path.name != LOCK for path in directory.iterdir())
+    """Whether there is anything in a directory but the lock and what a run leaves that had not its config.yaml yet."""
+    return directory.is_dir() and not all(path.name == LOCK or _holds_no_work(path) for path in directory.iterdir())
+
+
+def _holds_no_work(path: Path) -> bool:
+    begun = path.name.startswith(NO_WORK) and path.is_file()
+    return begun and (path.suffix == ".part" or path.stat().st_size <= NO_POINT)
 
 
 def check_own(directory: Path, checkpoint: str) -> None:

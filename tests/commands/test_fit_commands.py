@@ -19,6 +19,7 @@ from command_toys import tiny_backbone
 from flashar_pl.data.shards import Manifest, ShardWriter
 from flashar_pl.mark import own
 from flashar_pl.training.module import FlashARModule
+from flashar_pl.training.logger import RunLogger
 from flashar_pl.training.run_directory import continued
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
 from flashar_pl.training.words import Words
@@ -144,6 +145,14 @@ def test_the_same_command_continues_a_run_until_it_is_finished(run, runs, monkey
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(tmp_path):
+    (tmp_path / ".config.yaml.7.part").write_text("trainer: {max_steps: 1}\n" * 9)
+    curves = RunLogger(tmp_path, name="", version="")
+    curves.save()
+    assert continued(tmp_path, {}) is None, "killed after the file of its curves, it was refused for ever"
+    curves.experiment.add_text("config", "what another program has written" * 4)
+    curves.save()
+    with pytest.raises(ValueError, match=r"exists, without the config\.yaml of a run"):
+        continued(tmp_path, {})
     (tmp_path / "config.yaml").write_text("trainer: {max_steps: 1}\n")
     assert continued(tmp_path, {"trainer": {"max_steps": 1}}) is None
     (tmp_path / "checkpoints").mkdir()
