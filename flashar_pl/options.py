@@ -74,6 +74,10 @@ class PresetOptions(ArchitectureOptions):
     """A checkpoint of any kind instead of a preset."""
 
 
+MOST = 1000
+"""Largest guidance and temperature; those of published models are below 20."""
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How codes are drawn
@@ -99,9 +103,10 @@ class SamplingSettings:
     allows; independent: each by itself."""
 
     def __post_init__(self) -> None:
-        if self.cfg_scale is not None and not 0 <= self.cfg_scale < inf:  # so written, NaN is refused too
-            raise ValueError(f"cfg_scale is {self.cfg_scale}; expected 0 or more (1 = no guidance).")
-        check_least(self, cfg_interval=0, temperature=0, top_k=0)
+        check_least(self, cfg_scale=0, cfg_interval=0, temperature=0, top_k=0)
+        for name in ("cfg_scale", "temperature"):
+            if (value := getattr(self, name) or 0) > MOST:  # far beyond it float32 logits are infinite, or NaN
+                raise ValueError(f"{name} is {str(value)[:40]}; expected at most {MOST:,}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1 = off).")
         if self.coupling not in get_args(Coupling):

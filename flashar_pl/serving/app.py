@@ -78,7 +78,7 @@ class Service:
         self.thread = ThreadPoolExecutor(1, "flashar-drawing")
         self.jobs, self.most_jobs, self.counts = 0, most_jobs, Counter[str]()  # jobs wait or are drawn
         self.facts = {
-            "checkpoint": self.source.path, "grid": grid, "asked_by": self.by, "example": self.example,
+            "checkpoint": Path(model.checkpoint).name, "grid": grid, "asked_by": self.by, "example": self.example,
             "plans": self.steps, "defaults": {"plan": self.plan, **asdict(self.sampling)},
             "most_images": self.most_images,
         }  # fmt: skip
@@ -188,7 +188,7 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def build_app(service: Service, hosts: list[str]) -> Starlette:
     """The application. hosts: names in a browser's address bar."""
-    model = {"id": service.source.path, "object": "model", "created": int(time.time()), "owned_by": "flashar"}
+    model = {"id": service.facts["checkpoint"], "object": "model", "created": int(time.time()), "owned_by": "flashar"}
 
     async def generations(request: Request) -> Response:
         content = b""

@@ -138,25 +138,29 @@ def test_streamed_images_grow(service: Service, client: TestClient, plan: str, s
         (b'{"class": 1, "class": 2}', "a name stands twice"),
         ({"class": 1, "negative_prompt": "rain"}, "are for --prompt"),
         ({"class": 1, "cfg_scale": math.nan}, "expected 0 or more"),
+        ({"class": 1, "cfg_scale": 1e308}, "cfg_scale is 1e+308; expected at most 1,000"),
+        ({"class": 1, "temperature": 10**400}, "expected at most 1,000"),
         ([1], "expected an object"),
         (b"[" * 10000, "recursion"),
     ],
 )
-def test_wrong_requests_say_what_is_expected(client: TestClient, body: Any, message: str) -> None:
+def test_wrong_requests_say_what_is_expected(client: TestClient, flashar_model: str, body: Any, message: str) -> None:
     reply = client.post(IMAGES, content=body if isinstance(body, bytes) else json.dumps(body))
     assert reply.status_code == 400
     error = reply.json()["error"]
     assert message in error["message"]
+    assert flashar_model not in reply.text, "where the server keeps its files"
     assert error["type"] == "invalid_request_error"
 
 
-def test_other_requests(client: TestClient) -> None:
+def test_other_requests(client: TestClient, flashar_model: str) -> None:
     assert client.get("/").text.startswith("<!doctype html>")
     found = client.get("/health").json()
     assert (found["status"], found["plans"], found["asked_by"]) == ("ok", {"diagonal": 15, "raster": 64}, "class")
     assert client.post(IMAGES, content=b" " * 20000).status_code == 413
-    models = client.get("/v1/models").json()
+    models, name = client.get("/v1/models").json(), Path(flashar_model).name
     assert (models["object"], models["data"][0]["object"]) == ("list", "model")
+    assert (found["checkpoint"], models["data"][0]["id"]) == (name, name), "not the whole path"
     assert client.get(IMAGES).status_code == 405
     assert client.get("/other").json()["error"]["message"] == "Not Found"
 
