@@ -9,6 +9,7 @@ that are tokenised while training, and validate on shards of codes.
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -231,7 +232,8 @@ class CodesDataModule(LightningDataModule):
         if isinstance(self._source, Stream):
             samples = self.epoch_samples or self.manifest.samples("train")
             n = samples // self.batch_size
-            self._training = StreamedLoader(self._source, self.num_workers, n, self._reshuffle(), rank_zero_info)
+            say = rank_zero_info if self._source.rank == 0 else partial(print, file=sys.stderr, flush=True)
+            self._training = StreamedLoader(self._source, self.num_workers, n, self._reshuffle(), say)
         else:
             processed = None
             if self.trainer is not None:

@@ -303,7 +303,8 @@ class StreamedLoader:
         reshuffle: bool = True,
         say: Callable[[str], object] = lambda text: None,
     ) -> None:
-        """say: is told the account of what was read, after each pass in which more was left out, and the first."""
+        """say: is told what this device read, after each pass in which more was left out; by the first one also after
+        the first pass."""
         self.source, self.num_workers, self._n, self._reshuffle = source, num_workers, batches, reshuffle
         self.turn, self.position = -1, 0
         self._say, self._said = say, ""
@@ -328,8 +329,8 @@ class StreamedLoader:
 
     def _tell(self) -> None:
         account = self.source.tally.account()
-        if (left_out := str(account.left_out)) != self._said:
-            self._say(f"Streamed by this device so far, what was read ahead included: {account}")
+        if (left_out := str(account.left_out)) != self._said and (account.left_out or self.source.rank == 0):
+            self._say(f"Streamed by device {self.source.rank} so far, what was read ahead included: {account}")
             self._said = left_out
 
     def state_dict(self) -> dict[str, Any]:

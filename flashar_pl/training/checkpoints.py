@@ -17,7 +17,6 @@ from flashar_pl.training.lightning_private import save_after_validation, steps_b
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.steps import StepCallback, become, is_last_step, validation_follows
 
-
 CURVES = ("train/", "lr/", "data/")
 """How the metrics begin that training steps log."""
 
@@ -141,10 +140,10 @@ def _check_logged(callback: Any, every: int) -> None:
     saved = steps_between(callback) if isinstance(callback, ModelCheckpoint) else 0
     monitor = getattr(callback, "monitor", None) or ""
     if monitor.startswith(CURVES) and every != 1 and (every < 1 or saved % every or not saved):
+        what = f"every {saved} steps" if saved else "epochs or hours"
         raise ValueError(
-            f"a ModelCheckpoint ranks {f'every {saved} steps' if saved else 'epochs or hours'} by {monitor}, which is known of "
-            f"every {every}; expected every_n_train_steps to be a multiple of trainer.log_every_n_steps, or another "
-            "monitor, such as val/nll."
+            f"a ModelCheckpoint ranks {what} by {monitor}, which is known of every {every}; expected "
+            "every_n_train_steps to be a multiple of trainer.log_every_n_steps, or another monitor, such as val/nll."
         )
 
 

@@ -18,8 +18,8 @@ from command_toys import tiny_backbone
 
 from flashar_pl.data.shards import Manifest, ShardWriter
 from flashar_pl.mark import own
-from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.logger import RunLogger
+from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.run_directory import continued
 from flashar_pl.training.stored_config import CONFIG_KEY, read_config
 from flashar_pl.training.words import Words

@@ -4,6 +4,7 @@ import io
 import random
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,4 +98,11 @@ def test_what_was_left_out_is_told_at_the_end_of_a_pass(tmp_path: Path) -> None:
     passes = tally.account().used  # the shuffle buffer reads ahead: one or two
     reasons = f"{2 * passes} unreadable, or without an image or a condition, {passes} hidden"
     found = f"found {4 * passes} entries, used {passes}, left out {3 * passes}: {reasons}"
-    assert said == [f"Streamed by this device so far, what was read ahead included: {found}"]
+    assert said == [f"Streamed by device 0 so far, what was read ahead included: {found}"]
+    quiet = StreamedLoader(replace(stream, rank=1, tally=Tally()), 0, 1, say=said.append)
+    quiet.source.tally.count("records")
+    quiet._tell()
+    assert len(said) == 1, "another device has left nothing out"
+    quiet.source.tally.count("hidden")
+    quiet._tell()
+    assert said[1:] == [said[0].split("found")[0].replace("0", "1") + "found 2 entries, used 1, left out 1: 1 hidden"]

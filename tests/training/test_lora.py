@@ -18,7 +18,7 @@ from flashar_pl.commands.convert import ConvertOptions, convert
 from flashar_pl.decoding import generate
 from flashar_pl.models.lora import ADDED, LoraConfig, adapted_layers, frozen_names, merge, without_adapters
 from flashar_pl.options import ModelOptions
-from flashar_pl.training.config import FlashARConfig
+from flashar_pl.training.config import FlashARConfig, IntraConfig
 from flashar_pl.training.module import FlashARModule
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.sharded.units import local
@@ -270,8 +270,11 @@ def test_wrong_settings_are_named(raster: str, monkeypatch) -> None:
         started(raster, LORA)
 
 
-def test_classes_of_ones_own_are_not_left_random(raster: str) -> None:
-    """Their table is new, and the run trained adapters only: samples of every class were of none."""
+@pytest.mark.parametrize("alone", [False, True], ids=["LoRA", "the head of a diagonal alone"])
+def test_classes_of_ones_own_are_not_left_random(raster: str, alone: bool) -> None:
+    """Their table is new, and the run trained something else only: samples of every class were of none."""
+    own = BackboneConfig(options={**OPTIONS, "num_classes": CLASSES + 2})
+    intra = FlashARConfig(branch_layer=1, intra=IntraConfig(alone=True))
     with pytest.raises(ValueError, match=r"another number of classes.*would stay random"):
-        started(raster, LORA, backbone=BackboneConfig(options={**OPTIONS, "num_classes": CLASSES + 2}))
-    assert started(raster, None, backbone=BackboneConfig(options={**OPTIONS, "num_classes": CLASSES + 2})).net
+        started(raster, None if alone else LORA, backbone=own, **({"flashar": intra} if alone else {}))
+    assert started(raster, None, backbone=own).net
