@@ -85,12 +85,12 @@ class _Elsewhere(ValueError):
     """Another rank has ended with this message, and every rank knows."""
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, on all of them; of small values, in a process group if there is one."""
+def gather(value: T, group: torch.distributed.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, on all of them; of small values, in a process group if there is one. None = the usual one."""
     if not torch.distributed.is_initialized():
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group)
     return values
 
 

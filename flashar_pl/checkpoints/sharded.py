@@ -171,13 +171,19 @@ def read_sharded(path: str | Path, names: dict[str, str]) -> dict[str, Tensor]:
 
 
 def write_sharded(
-    path: Path, tensors: dict[str, Tensor], rest: dict[str, Any], first: bool, barrier: Callable[[], object]
+    path: Path,
+    tensors: dict[str, Tensor],
+    rest: dict[str, Any],
+    first: bool,
+    barrier: Callable[[], object],
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint, every process its shards, under a temporary name, which then changes places with the old one.
 
     So there is a whole checkpoint at `path` at any time, and the old one goes when the new one is there.
 
-    rest: everything but tensors. first: whether this is the first process. barrier: waits for all of them.
+    rest: everything but tensors. first: whether this is the first process. barrier: waits for all of them. group: where
+    they meet otherwise; None = the usual one.
 
     Raises:
         OSError: in all processes, where one of them found no room; the old checkpoint stays and nothing is left behind.
@@ -190,7 +196,7 @@ def write_sharded(
     problem, digests = None, {}
     try:
         with naming_full_disk(path):
-            dcp.save(tensors, checkpoint_id=part)
+            dcp.save(tensors, checkpoint_id=part, process_group=group)
             rank = _process()[0]
             digests = {each.name: file_digests(each) for each in part.glob(f"__{rank}_*.distcp")}
             if first:
@@ -201,7 +207,7 @@ def write_sharded(
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of one process; all have this error, which is no Exception
         problem = full_disk(cause, path) or OSError(f"{path} cannot be written: {reason(cause)}")
-    gathered = gather((problem, digests))
+    gathered = gather((problem, digests), group)
     if problem := next((each for each, _ in gathered if each is not None), None):
         if first:
             _remove(part)

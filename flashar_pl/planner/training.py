@@ -52,6 +52,8 @@ class TrainingSetup:
     moments: Moments = "fp32"
     offload: bool = False
     """Keep shards, gradients and moments in CPU memory (FSDP2 only)."""
+    background: bool = False
+    """Write checkpoints from a copy of shards and moments in CPU memory (FSDP2 only)."""
     checkpointing: bool = True
     """Keep only the inputs of blocks and run each again in the backward pass."""
     mixed: bool = True
@@ -164,11 +166,10 @@ def usable(gpu_bytes: int) -> int:
 
 
 def host_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
-    """CPU memory of one process for offloaded weights, gradients and moments."""
-    if not setup.offload:
-        return 0
-    each = 4 + MOMENT_BYTES[setup.moments] + 4 * setup.ema
-    return int((weight_bytes(sizes, setup.lora) + each * trainable(sizes, 2, setup.lora)) / setup.shards)
+    """CPU memory of one process for offloaded weights, gradients and moments, and for what a checkpoint copies."""
+    trains = trainable(sizes, 2, setup.lora)
+    state = weight_bytes(sizes, setup.lora) + (MOMENT_BYTES[setup.moments] + 4 * setup.ema) * trains
+    return int(((setup.offload + setup.background) * state + setup.offload * 4 * trains) / setup.shards)
 
 
 def block_activations(sizes: ModelSizes, residual: int, compute: int) -> int:

@@ -16,6 +16,7 @@ from flashar_pl.tensor_files import SUMS, page_sums
 from flashar_pl.training.lightning_private import save_after_validation, steps_between, waits_for_validation
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 from flashar_pl.training.steps import StepCallback, become, is_last_step, validation_follows
+from flashar_pl.training.strategies import finish_saving
 
 CURVES = ("train/", "lr/", "data/")
 """How the metrics begin that training steps log."""
@@ -69,6 +70,11 @@ class StepCheckpoint(ModelCheckpoint):
         """Whether a step may lack its metric until it is validated: it is no point of our curves."""
         return self.monitor not in (None, "step", "epoch") and not str(self.monitor).startswith(CURVES)
 
+    def file_exists(self, filepath: Any, trainer: Trainer) -> bool:
+        """Asked for before a new name is taken, which the checkpoint that is being written may have."""
+        finish_saving(trainer.strategy)
+        return super().file_exists(filepath, trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.step = trainer.global_step
@@ -116,6 +122,11 @@ class LastCheckpoint(StepCallback):
             for callback in trainer.checkpoint_callbacks:
                 StepCheckpoint.adopt(callback)
                 _check_logged(callback, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+                if sharded and strategy.background and getattr(callback, "save_last", None) == "link":
+                    raise ValueError(
+                        "save_last is link, and with trainer.strategy.init_args.background there is nothing to link to "
+                        "yet; expected save_last true or null."
+                    )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -124,6 +135,7 @@ class LastCheckpoint(StepCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == self._start or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a finished run was started again
+        finish_saving(trainer.strategy)
         for callback in trainer.checkpoint_callbacks:
             for kept, path in _last_paths(trainer, callback):
                 there = [at for at in (kept, path) if at and Path(at).exists()] if trainer.is_global_zero else []

@@ -86,7 +86,7 @@ class PlannedRun:
 
 
 def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Sharding, replicas, compute dtype, checkpointing and offloading from the trainer section."""
+    """Sharding, replicas, compute dtype, checkpointing, offloading and writing from the trainer section."""
     strategy = trainer["strategy"]
     if not isinstance(strategy, dict) or not strategy["class_path"].endswith("ShardedStrategy"):
         return {"sharded": False, "mixed": "bf16" in str(trainer["precision"]), "checkpointing": False}
@@ -96,6 +96,7 @@ def _strategy(trainer: dict[str, Any]) -> dict[str, Any]:
         "mixed": options["compute"] == "bf16",
         "checkpointing": options["recompute"],
         "offload": options["offload"],
+        "background": options["background"],
     }
 
 

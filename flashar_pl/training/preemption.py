@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from flashar_pl.training.finite import NotFinite
 from flashar_pl.training.save_point import SavePoint
 from flashar_pl.training.steps import StepCallback, is_last_step, logs
+from flashar_pl.training.strategies import finish_saving, saving_failed
 
 UNFINISHED = 75
 """Exit code of a run that was asked to stop and wants to be continued (EX_TEMPFAIL)."""
@@ -122,8 +123,9 @@ class SaveOnStop(StepCallback):
         on_gpus = not self._alone and trainer.strategy.root_device.type != "cpu"
         if on_gpus and not logs(trainer, trainer.global_step):
             return  # to compare notes they wait for each other
-        if trainer.strategy.reduce_boolean_decision(self.asked != 0, all=False):
+        if trainer.strategy.reduce_boolean_decision(self.asked != 0 or saving_failed(trainer.strategy), all=False):
             self._together = True
+            finish_saving(trainer.strategy)
             raise _end(self.asked or signal.SIGTERM)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -153,6 +155,7 @@ def save_stopped(trainer: Trainer, why: str) -> None:
     """Save the last whole step as checkpoints/stopped.ckpt of the run directory, and say how to continue."""
     path = Path(trainer.default_root_dir) / "checkpoints" / "stopped.ckpt"
     trainer.save_checkpoint(path, weights_only=False)
+    finish_saving(trainer.strategy)
     rank_zero_info(f"{why} at step {trainer.global_step}; continue with --checkpoint {path}")
 
 

@@ -25,6 +25,7 @@ NO_POINT = 128
 """Bytes of the longest file of curves that has no point."""
 PLACE = (
     *("trainer.default_root_dir", "trainer.devices", "trainer.num_nodes", "trainer.strategy.init_args.replicas"),
+    "trainer.strategy.init_args.background",
     *("data.num_workers", "data.init_args.num_workers"),
 )
 """Settings that say where a run is computed, not what: a run continues with others."""

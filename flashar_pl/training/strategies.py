@@ -79,6 +79,17 @@ def check_checkpoint_kind(path: str | Path, strategy: Strategy) -> None:
         )
 
 
+def finish_saving(strategy: Strategy) -> None:
+    """Wait until a checkpoint that is written in the background is whole. Raises OSError where it could not be."""
+    if isinstance(strategy, ShardedStrategy) and strategy.saving is not None:
+        strategy.saving.finish()
+
+
+def saving_failed(strategy: Strategy) -> bool:
+    """Whether `finish_saving` would raise at once, on this device: others may not know yet."""
+    return isinstance(strategy, ShardedStrategy) and strategy.saving is not None and strategy.saving.failed
+
+
 def allow_frozen_parameters(strategy: Strategy) -> None:
     """Let DDP skip parameters that are frozen in a stage, and hold gradients once; call it before the model is wrapped.
 

@@ -159,6 +159,8 @@ def test_the_34b_model_on_one_node_of_96_gb():
     assert peak_total(sizes, offload) < 40e9
     assert host_bytes(sizes, offload) == 2 * sizes.n_parameters
     assert host_bytes(sizes, eight) == 0
+    copied = TrainingSetup(grid=(32, 32), moments="bf16", background=True)
+    assert host_bytes(sizes, copied) == sizes.n_parameters  # 8 bytes a parameter, on 8 GPUs
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Kills small trainings at random moments, continues them from their newest checkpoint, and counts what differs.
 
-    make reliability-kills ARGS="--single 100 --ddp 20 --fsdp 20 --seed 0"
+    make reliability-kills ARGS="--single 100 --ddp 20 --fsdp 20 --background 20 --seed 0"
 
 A trial is one run of a random variant that is killed up to three times: with SIGKILL, on one rank at random, or with
 SIGTERM or SIGINT on all. Its end is compared with that of the same run without kills: every tensor and number of the
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "training")]
@@ -33,6 +34,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from processes import free_port  # noqa: E402
 from training_toys import NOT_REPEATED, ValidationConfig, fit, make_module, write_digit_like  # noqa: E402
 
+from flashar_pl.console import code_version  # noqa: E402
 from flashar_pl.training.config import (  # noqa: E402
     BlockDiffusionConfig,
     FlashARConfig,
@@ -45,7 +47,9 @@ from flashar_pl.training.sharded.strategy import ShardedStrategy  # noqa: E402
 
 PATIENCE = 60
 """Seconds after a kill in which the other ranks must have ended."""
-
+WRITING = 0.3
+"""Seconds that a checkpoint of kind background takes more, between its files and its name."""
+KINDS = ("single", "ddp", "fsdp", "background")
 
 SHOWN = {"validation": ValidationConfig(grid_images=2)}
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,7 +71,7 @@ class Variant:
     """A run of 14 steps, 2 of stage 1; an epoch has 6 batches."""
 
     kind: str
-    """single, ddp or fsdp; the last two have two ranks."""
+    """single, ddp, fsdp or background, which is fsdp that trains while it saves; all but single have two ranks."""
     ema: bool
     accumulate: int
     workers: int
@@ -82,7 +86,7 @@ class Variant:
     def draw(cls, kind: str, chance: random.Random) -> Variant:
         pick = chance.choice
         how = pick((False, True)), pick((1, 2, 3)), pick((0, 0, 2)), pick((1, 2, 3, 5)), pick((2, 3, 4))
-        return cls(kind, *how, pick([name for name in METHODS if kind != "fsdp" or "Block" not in name]))
+        return cls(kind, *how, pick([name for name in METHODS if kind in ("single", "ddp") or "Block" not in name]))
 
     @property
     def ranks(self) -> int:
@@ -95,7 +99,11 @@ def train(variant: Variant, shards: str, root: Path) -> None:
     save = ModelCheckpoint(
         root / "checkpoints", filename="last", every_n_train_steps=variant.save, enable_version_counter=False
     )
-    strategy: Any = {"single": "auto", "ddp": "ddp", "fsdp": ShardedStrategy("fp32")}[variant.kind]
+    sharded = ShardedStrategy("fp32", background=variant.kind == "background")
+    strategy: Any = {"single": "auto", "ddp": "ddp"}.get(variant.kind, sharded)
+    if sharded.background:
+        write = dcp.save
+        dcp.save = lambda *given, **named: (write(*given, **named), time.sleep(WRITING))
     mixed = {shards: 2.0, f"{shards}_2": 1.0} if "mixture" in variant.method else shards
     fit(
         root, mixed, make_module(ema_decay=0.5 if variant.ema else None, **METHODS[variant.method]),
@@ -162,7 +170,8 @@ def trial(variant: Variant, shards: str, root: Path, seconds: float, chance: ran
             os.kill(pid, signal.Signals[name])  # not waited for yet, so it is still ours
         codes, over = finish(pids)
         late += over
-        kills.append({"signal": name, "codes": codes, "checkpoints": len(list((root / "checkpoints").glob("*.ckpt")))})
+        kept, parts = (len(list((root / "checkpoints").glob(names))) for names in ("*.ckpt", ".*.part"))
+        kills.append({"signal": name, "codes": codes, "checkpoints": kept, "writing": parts})
         if not any(codes):
             break  # it was done
     codes, over = finish(start(variant, shards, root))
@@ -210,7 +219,7 @@ def count(kind: str, trials: int, seed: int, until: float = float("inf")) -> dic
     """Trials of one kind. Stops early at `until` on the clock `time.monotonic`."""
     chance, whole = random.Random(f"{kind}{seed}"), dict[Variant, tuple[float, Any, Any]]()
     total = dict.fromkeys(
-        ("trials", "kills", "SIGKILL", "SIGTERM", "SIGINT", "same_end", "same_curves", "left_over"), 0
+        ("trials", "kills", "SIGKILL", "SIGTERM", "SIGINT", "writing", "same_end", "same_curves", "left_over"), 0
     )
     failures = []
     with tempfile.TemporaryDirectory() as folder:
@@ -233,6 +242,7 @@ def count(kind: str, trials: int, seed: int, until: float = float("inf")) -> dic
             for kill in result["kills"]:
                 total["kills"] += 1
                 total[kill["signal"]] += 1
+                total["writing"] += kill["writing"]
             if any(result["end"]):
                 differs, shifted = [f"ended with {result['end']}: {(root / 'log_0.txt').read_text()[-1500:]}"], ["?"]
             else:
@@ -247,7 +257,7 @@ def count(kind: str, trials: int, seed: int, until: float = float("inf")) -> dic
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for kind, trials in (("single", 60), ("ddp", 12), ("fsdp", 12)):
+    for kind, trials in zip(KINDS, (60, 12, 12, 12), strict=True):
         parser.add_argument(f"--{kind}", type=int, default=trials, help=f"trials of kind {kind}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=METHODS, help="runs of one method")
@@ -258,10 +268,11 @@ def main() -> int:
         for name in METHODS.keys() - {options.only}:
             del METHODS[name]
     counts = {}
-    for kind in ("single", "ddp", "fsdp"):
+    for kind in KINDS:
         counts[kind] = count(kind, getattr(options, kind), options.seed, time.monotonic() + 60 * options.minutes)
         print(kind, json.dumps({**counts[kind], "failures": len(counts[kind]["failures"])}), flush=True)
-        options.out.write_text(json.dumps({"torch": torch.__version__, **counts}, indent=1) + "\n", encoding="utf-8")
+        about = {"torch": torch.__version__, "commit": code_version().get("commit")}
+        options.out.write_text(json.dumps({**about, **counts}, indent=1) + "\n", encoding="utf-8")
     return int(any(each["failures"] for each in counts.values()))
 
 

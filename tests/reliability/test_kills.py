@@ -12,8 +12,9 @@ import pytest
 def test_killed_runs_end_like_others(tmp_path: Path) -> None:
     """In a process of its own: it forks, and must not have trained before."""
     out, script = tmp_path / "kills.json", Path(__file__).with_name("kills.py")
-    options = ("--single", "4", "--ddp", "2", "--fsdp", "1", "--out", str(out))
+    options = ("--single", "4", "--ddp", "2", "--fsdp", "1", "--background", "1", "--out", str(out))
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, timeout=900)
     counts = json.loads(out.read_text(encoding="utf-8"))
-    assert done.returncode == 0, json.dumps([counts[kind]["failures"] for kind in ("single", "ddp", "fsdp")], indent=1)
-    assert [counts[kind]["trials"] for kind in ("single", "ddp", "fsdp")] == [4, 2, 1]
+    kinds = ("single", "ddp", "fsdp", "background")
+    assert done.returncode == 0, json.dumps([counts[kind]["failures"] for kind in kinds], indent=1)
+    assert [counts[kind]["trials"] for kind in kinds] == [4, 2, 1, 1]

@@ -4,10 +4,12 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import launch
@@ -23,6 +25,7 @@ from training_toys import (
     make_module,
 )
 
+from flashar_pl.checkpoints.sharded import read_meta
 from flashar_pl.models import dual_head
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.training.preemption import StopOnSignal
@@ -90,6 +93,32 @@ class NodeDies(Callback):
                 os.kill(process, signal.SIGKILL)
 
 
+class Hold(Callback):
+    """Lets no checkpoint be written before a step has ended, or the run; `seen` is what there was until then."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        self.step, self.folder, self.seen = step, folder, None
+        self.ended = threading.Event()
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.save, dcp.save = dcp.save, self.hold
+
+    def hold(self, *arguments: Any, **named: Any) -> None:
+        assert self.ended.wait(60)
+        self.save(*arguments, **named)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step >= self.step and not self.ended.is_set():
+            self.seen = {at.name: read_meta(at)["global_step"] for at in self.folder.glob("[!.]*.ckpt")}
+            self.ended.set()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self.ended.set()
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        dcp.save = self.save
+
+
 class Dtypes(Callback):
     """Dtypes of parameters while their unit runs, of shards, of gradients and of moments."""
 
@@ -140,6 +169,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     callbacks: list[Callback] = [losses, *([Ask(job["signal"]), StopOnSignal()] if "signal" in job else [])]
     gradients = Gradients()
     callbacks += [*([dtypes] if job.get("dtypes") else []), *([gradients] if job.get("gradients") else [])]
+    if "hold" in job:
+        callbacks.append(Hold(job["hold"], root))
     if job.get("save"):
         callbacks.append(ModelCheckpoint(root, filename="{step}", every_n_train_steps=job["save"], save_top_k=-1))
     module = make_module(

@@ -139,7 +139,7 @@ def test_half_written_checkpoint_keeps_the_old_one(both, job, toy_shards: str, t
     trainer.save_checkpoint(path)
     before = sorted((p.name, p.read_bytes()) for p in path.iterdir())
 
-    def crash(tensors: Any, checkpoint_id: Path) -> None:
+    def crash(tensors: Any, checkpoint_id: Path, **_: Any) -> None:
         (checkpoint_id / "__0_0.distcp").write_bytes(b"half")
         raise OSError("no space left on device")
 

@@ -9,8 +9,10 @@ the time: deciding by `requires_grad` loses moments, or fails, when a run contin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from flashar_pl.models.lora import ADAPTER, LoraConfig, adapt, adaptation, adapt
 from flashar_pl.tensor_files import is_sharded
 from flashar_pl.training.new_parts import new_parts
 from flashar_pl.training.optim import set_rate
+from flashar_pl.training.sharded.background import Background, host_copy
 from flashar_pl.training.sharded.units import Compute, allocate, check_filled, local, recompute_blocks, shard
 
 OPTIMISER = "optimiser."
@@ -51,6 +54,8 @@ class ShardedStrategy(ModelParallelStrategy):
             are gathered within a node, and only gradients travel between nodes; every device then holds more.
         recompute: keep only the inputs of blocks for the backward pass (activation checkpointing).
         offload: keep shards, gradients and moments in CPU memory, and run the optimiser there.
+        background: write checkpoints while training goes on, from a copy of shards and moments in CPU memory. One is
+            written at a time: the next one waits.
         timeout_minutes: how long a device waits for the others.
     """
 
@@ -60,6 +65,7 @@ class ShardedStrategy(ModelParallelStrategy):
         replicas: int = 1,
         recompute: bool = False,
         offload: bool = False,
+        background: bool = False,
         timeout_minutes: int = 30,
     ) -> None:
         if compute not in ("bf16", "fp32"):
@@ -67,8 +73,12 @@ class ShardedStrategy(ModelParallelStrategy):
         if replicas < 1:
             raise ValueError(f"strategy.replicas is {replicas}; expected 1 or more.")
         backend = "cpu:gloo,cuda:nccl" if offload and torch.cuda.is_available() else None
-        super().__init__(process_group_backend=backend, timeout=timedelta(minutes=timeout_minutes))
+        self.timeout = timedelta(minutes=timeout_minutes)
+        super().__init__(process_group_backend=backend, timeout=self.timeout)
         self.compute, self.replicas, self.recompute, self.offload = compute, replicas, recompute, offload
+        self.background = background
+        self.saving: Background | None = None
+        """What writes checkpoints during a training; None = they are written before it goes on."""
         self.mesh: DeviceMesh
         """What models are cut over: (shards,) or (replicas, shards)."""
 
@@ -179,7 +189,34 @@ class ShardedStrategy(ModelParallelStrategy):
         for states in checkpoint.pop("optimizer_states", []):
             tensors |= {OPTIMISER + name: value for name, value in states.items()}
         path = Path(self.broadcast(filepath))
-        patiently(lambda: write_sharded(path, tensors, checkpoint, self.is_global_zero, self.barrier))
+        if self.saving is None:
+            patiently(lambda: write_sharded(path, tensors, checkpoint, self.is_global_zero, self.barrier))
+            return
+        self.saving.finish()
+        group, rest = self.saving.group, copy.deepcopy(checkpoint)
+        tensors = {name: host_copy(tensor) for name, tensor in tensors.items()}
+        together = partial(torch.distributed.barrier, group)
+        write = partial(write_sharded, path, tensors, rest, self.is_global_zero, together, group)
+        self.saving.begin(lambda: patiently(write))
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; not before the one that is being written is whole."""
+        remove = partial(super().remove_checkpoint, filepath)
+        remove() if self.saving is None else self.saving.begin(remove)
+
+    def on_train_start(self) -> None:
+        if self.background:
+            self.saving = Background(self.timeout)
+
+    def on_train_end(self) -> None:
+        if self.saving is not None:
+            self.saving.finish()
+
+    def teardown(self) -> None:
+        if self.saving is not None:
+            self.saving.close()
+        self.saving = None
+        super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read weights and moments into the shards; returns everything else. Runs no code from it."""
