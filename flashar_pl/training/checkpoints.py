@@ -122,7 +122,8 @@ class LastCheckpoint(StepCallback):
             for callback in trainer.checkpoint_callbacks:
                 StepCheckpoint.adopt(callback)
                 _check_logged(callback, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-                if sharded and strategy.background and getattr(callback, "save_last", None) == "link":
+                background = isinstance(strategy, ShardedStrategy) and strategy.background
+                if background and getattr(callback, "save_last", None) == "link":
                     raise ValueError(
                         "save_last is link, and with trainer.strategy.init_args.background there is nothing to link to "
                         "yet; expected save_last true or null."
