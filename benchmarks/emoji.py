@@ -22,7 +22,9 @@ import numpy as np
 from flashar_pl.commands.demo import Stage
 from flashar_pl.commands.sweep import FINISHED, finished, run_stage
 from flashar_pl.data.shards import Manifest, ShardReader
+from flashar_pl.evaluate.quality import split_images
 from flashar_pl.files import write_json
+from flashar_pl.metrics.classifier import ClassifierFeatures
 
 PICTURES, DATA, ROOT = Path("data/emoji_png"), Path("data/emoji"), Path("runs/emoji")
 PLANS = {"raster": "raster", "flashar": "diagonal"}
@@ -47,7 +49,16 @@ def stages() -> list[Stage]:
         found.append(Stage(name, 0, words, ROOT / name, FINISHED))
     words = ["report", "--data", str(DATA), "--classifier", str(ROOT / "classifier"), "--out", str(ROOT / "report")]
     words += [word for name in PLANS for word in (f"--{name}", best[name])]
-    found.append(Stage("report", 0, [*words, "--seeds", "0,1"], ROOT / "report"))
+    found.append(Stage("report", 0, [*words, "--samples", "500", "--seeds", "0,1"], ROOT / "report"))
+    words = [
+        "compare",
+        *(f"{name}={path}" for name, path in best.items()),
+        "--data",
+        str(DATA),
+        "--out",
+        str(ROOT / "compare"),
+    ]
+    found.append(Stage("compare", 0, words, ROOT / "compare"))
     for name in PLANS:
         for many in (FEW, MANY):
             out = ROOT / f"drawn_{name}_{many}"
@@ -86,11 +97,8 @@ def result(times: dict[str, dict[str, float]]) -> dict[str, Any]:
     for name, plan in PLANS.items():
         settings = json.loads((ROOT / f"drawn_{name}_{MANY}" / "settings.json").read_text())
         assert settings["settings"]["plan"] == plan
-        more = CLASSES * (MANY - FEW)
-        pixels = {
-            kind: (times[f"drawn_{name}_{MANY}"][kind] - times[f"drawn_{name}_{FEW}"][kind]) / more
-            for kind in ("cpu_s", "wall_s")
-        }
+        more, few = times[f"drawn_{name}_{MANY}"], times[f"drawn_{name}_{FEW}"]
+        pixels = {kind: (more[kind] - few[kind]) / (CLASSES * (MANY - FEW)) for kind in ("cpu_s", "wall_s")}
         drawn = np.load(ROOT / f"drawn_{name}_{MANY}" / "codes.npy")
         rows[name] |= {"with_pixels": pixels, "against_training": copies(drawn, training)}
     return {
@@ -98,7 +106,9 @@ def result(times: dict[str, dict[str, float]]) -> dict[str, Any]:
         "tokenizer": json.loads((DATA / "tokenizer" / "tokenizer.json").read_text()),
         "grid": list(manifest.grid),
         "test_against_training": copies(codes_of(manifest, "test"), training),
+        "accuracy_on_test": ClassifierFeatures.load(ROOT / "classifier").accuracy(*split_images(manifest, "test")),
         "rows": rows,
+        "difference": json.loads((ROOT / "compare" / "compare.json").read_text())["rows"]["flashar"]["difference"],
         "settings": report["settings"],
         "trained": {name: json.loads((ROOT / name / FINISHED).read_text())["versions"] for name in PLANS},
         "versions": report["versions"],
