@@ -18,6 +18,7 @@ Coupling = Literal["independent", "systematic"]
 Drafter = Literal["above", "vertical"]
 Weights = Literal["auto", "raw", "ema"]
 Dtype = Literal["fp32", "bf16", "fp16"]
+PixelDtype = Literal["fp32", "bf16"]
 Runner = Literal["auto", "eager", "compiled", "graphs", "compiled-graphs", "fused"]
 WeightFormat = Literal["auto", "plain", "packed", "int8", "fp8"]
 Split = Literal["train", "validation", "test"]
@@ -183,7 +184,7 @@ class RunnerOptions:
 
 
 @dataclass(frozen=True)
-class EngineOptions(RunnerOptions, PlanOptions):
+class CodeOptions(RunnerOptions, PlanOptions):
     """What drives decoding"""
 
     weight_format: WeightFormat = "auto"
@@ -204,6 +205,20 @@ class EngineOptions(RunnerOptions, PlanOptions):
         if plan != "lossless" and (self.drafter, self.window_rows) != (None, None):
             raise ValueError(f"--drafter and --window-rows are for --plan lossless, and the plan is {plan}.")
         return self.drafter or "above", self.window_rows or 2
+
+
+@dataclass(frozen=True)
+class PixelOptions:
+    """What turns codes into pixels"""
+
+    pixel_dtype: PixelDtype | None = None
+    """What the image tokenizer decodes in; it encodes in float32. Default: bf16 on a GPU that has it (compute
+    capability 8.0), else what the tokenizer's config says, or fp32."""
+
+
+@dataclass(frozen=True)
+class EngineOptions(PixelOptions, CodeOptions):
+    """What drives decoding"""
 
 
 @dataclass(frozen=True)

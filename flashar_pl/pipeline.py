@@ -169,7 +169,7 @@ class FlashARPipeline:
         asked = DrawRequest.of(source, subject, sampling, shape, text, engine.plan)
         wanted, grid, name = asked.wanted, asked.grid, asked.plan
         if not codes_only and self._tokenizer is None:
-            self._tokenizer = source.matching_tokenizer(engine.device)
+            self._tokenizer = source.matching_tokenizer(engine.device, engine.pixel_dtype)
         if self._engine is None:
             self._engine = build_engine(source, engine, name)
         what = "steps" if progress else None

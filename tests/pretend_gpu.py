@@ -74,6 +74,9 @@ class GPUTensor(Tensor):
     def tolist(self) -> Any:
         return self.to("cpu").tolist()
 
+    def record_stream(self, stream: Any) -> None:
+        assert isinstance(stream, Stream)
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
 
@@ -101,7 +104,8 @@ class PretendGPU(TorchFunctionMode):
         for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):
             self._patches.enter_context(patch.object(torch, name, _on_cpu(getattr(torch, name))))
         generator = torch.Generator
-        self._patches.enter_context(patch.object(torch, "Generator", lambda device="cpu": generator()))
+        made = type("Generator", (), {"__new__": lambda cls, device="cpu": generator()})  # annotations name the class
+        self._patches.enter_context(patch.object(torch, "Generator", made))
         graph = inspect.signature(torch.cuda.graph)
         replaced = {
             "Stream": Stream,
@@ -195,9 +199,11 @@ class PretendGPU(TorchFunctionMode):
             assert not (torch.is_grad_enabled() and tensor.grad_fn is not None), "not covered: gradients across devices"
             copied = _inner(tensor).detach().clone()
             tensor = GPUTensor(copied) if to_cuda else copied
-        if dtype is None or dtype == tensor.dtype:
+        form = kwargs.get("memory_format") or torch.preserve_format
+        if form == torch.preserve_format and (dtype is None or dtype == tensor.dtype):
             return tensor
-        return Tensor.type(tensor, dtype) if not isinstance(tensor, GPUTensor) else Tensor.to(tensor, dtype)
+        with torch._C.DisableTorchFunction():
+            return Tensor.to(tensor, dtype or tensor.dtype, memory_format=form)
 
     # --- operations on GPU tensors ----------------------------------------------------------------------------------
 
@@ -268,6 +274,12 @@ class Stream:
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
+
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, Event)
+
+    def record_event(self) -> Event:
+        return Event()
 
 
 class Event:

@@ -11,6 +11,8 @@ PLAIN = "plain raster"
 """Name of the rows of `flashar_pl.benchmarking.plain`."""
 ENGINE = ("runner", "weight_format", "batch")
 """What rows that are compared like for like have in common."""
+PIXELS = ("pixels ms/image", "with pixels ms/image")
+"""Further columns, where pixels were measured."""
 COLUMNS = (
     "plan", "runner", "weights", "batch", "ms/image", "IQR", "images/s", "ms/step", "steps", "peak MiB",
     "memory floor ms", "FLOP floor ms", "floor reached", "GEMM-only ms", "x GEMM-only", "repeats",
@@ -39,9 +41,16 @@ def speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "over_plain_raster": slow and slow["seconds"] / row["seconds"],
                 "steps": reference and reference["steps"] / row["steps"],
                 "gemm_only": strong and strong["gemm_s"] / row["gemm_s"],
+                "over_raster_with_pixels": fastest and _with_pixels(fastest, row),
             }
         )
     return found
+
+
+def _with_pixels(slow: dict[str, Any], fast: dict[str, Any]) -> float | None:
+    """The speed-up of codes and pixels together; None where pixels were not measured."""
+    pixels = fast.get("pixels_s")
+    return None if pixels is None else (slow["seconds"] + pixels) / (fast["seconds"] + pixels)
 
 
 def doubts(rows: list[dict[str, Any]], ratios: list[dict[str, Any]]) -> list[str]:
@@ -72,6 +81,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "-" if row["gemm_s"] is None else f"{1e3 * row['gemm_s']:.2f}",
         "-" if row["over_gemm"] is None else f"{row['over_gemm']:.2f}",
         str(row["time"]["repeats"]),
+        *(f"{1e3 * (row['pixels_s'] + s) / row['batch']:.2f}" for s in (0, row["seconds"]) if "pixels_s" in row),
     ]
 
 
@@ -89,15 +99,17 @@ def table(result: dict[str, Any]) -> str:
     parts = [
         f"{result['device']}{threads}; {result['command']['dtype']}, grid {result['grid'][0]}x{result['grid'][1]}, "
         f"guidance {result['command']['cfg_scale']}; medians of {clock}; floors and GEMM-only per batch.",
-        console.table(COLUMNS, [_cells(row) for row in result["rows"]]),
+        console.table(COLUMNS + (PIXELS if result.get("pixels") else ()), [_cells(row) for row in result["rows"]]),
         "means, ± standard error: " + "; ".join(_mean(row, result["clock"]) for row in result["rows"]),
     ]
     if result["speedups"]:
-        header = (
+        header: tuple[str, ...] = (
             "plan", "runner", "weights", "batch",
             "over fastest raster", "like for like", "over plain raster", "steps", "GEMM-only",
         )  # fmt: skip
-        keys = ("over_raster", "like_for_like", "over_plain_raster", "steps", "gemm_only")
+        keys: tuple[str, ...] = ("over_raster", "like_for_like", "over_plain_raster", "steps", "gemm_only")
+        if result.get("pixels"):
+            header, keys = (*header, "with pixels"), (*keys, "over_raster_with_pixels")
         lines = [
             [str(each[name]) for name in ("plan", *ENGINE)]
             + ["-" if each[name] is None else f"{each[name]:.2f}x" for name in keys]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, named_paths, refusal, typed_tokenizer
 from flashar_pl.checkpoints.repositories import locate
-from flashar_pl.options import DeviceOptions, ModelOptions, parse_grid, parse_tokenizer
+from flashar_pl.options import DeviceOptions, ModelOptions, PixelDtype, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.description import Description
@@ -58,15 +58,18 @@ class Source:
                 raise refusal(self.path, "tokenizer", str(path), f"add {typed_tokenizer(self.tokenizer)}")
         return self.tokenizer
 
-    def matching_tokenizer(self, device: str) -> Tokenizer:
-        """The tokenizer that decodes the checkpoint's codes, on a device. ValueError where it is not the model's."""
+    def matching_tokenizer(self, device: str, pixel_dtype: PixelDtype | None = None) -> Tokenizer:
+        """The tokenizer that decodes the checkpoint's codes, on a device. ValueError where it is not the model's, or
+        cannot decode in that dtype. pixel_dtype: see `PixelOptions`; None = as in an earlier call, if there was one."""
         from flashar_pl.devices import find_device
         from flashar_pl.tokenizers import build_tokenizer
 
-        if self._decoder is None:
+        if made := self._decoder is None:
             self._decoder = build_tokenizer(self.need_tokenizer()).to(find_device(device))
             self._decoder.check_decodes()
             self.model.use_tokenizer(self._decoder)
+        if made or pixel_dtype is not None:
+            self._decoder.decode_in(pixel_dtype)
         return self._decoder
 
     @property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flashar_pl.files import new_directory, require_new, write_json, write_text
 from flashar_pl.options import (
     ComputeOptions,
+    PixelOptions,
     PresetOptions,
     SamplingSettings,
     WayOptions,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MeasureOptions:
+class MeasureOptions(PixelOptions):
     """Measurement"""
 
     plans: str | None = None
@@ -37,11 +38,16 @@ class MeasureOptions:
     """CPU threads."""
     skip_plain: bool = False
     """Leave out the plain raster decoder, the slowest row; models without a raster plan have none."""
+    pixels: str | None = None
+    """Measure the time to pixels, too, with an image tokenizer: vq16, vq8 or ibq, of published size with random
+    weights; or vq16:FILE and so on, as --tokenizer elsewhere."""
     out: str | None = None
     """Directory to make for results.json and table.md."""
 
     def __post_init__(self) -> None:
         check_least(self, repeats=1, threads=1)
+        if self.pixel_dtype is not None and self.pixels is None:
+            raise ValueError("pixel_dtype is of the image tokenizer, and none is measured; add --pixels vq16.")
 
 
 def benchmark(
@@ -57,13 +63,15 @@ def benchmark(
     and step, peak memory, the memory and arithmetic floors of exactly this job on this device (its own measured
     rates), and the time of the job's matrix products alone. Speed-ups are given against the raster plan of the same
     engine, against a plain raster decoder (guidance in two passes, a cache that grows by concatenation) and as the
-    ratio of steps. Guidance (--cfg-scale above 1) doubles the rows. Prints a Markdown table.
+    ratio of steps. Guidance (--cfg-scale above 1) doubles the rows. Times are those of codes; with --pixels two
+    columns have the pixels', and both together. Prints a Markdown table.
 
     Example:
         flashar benchmark --preset llamagen-b --cfg-scale 2 --batch-sizes 1,8 --threads 1 --out benchmark/
     """
     from flashar_pl.backbones import describe_backbone
     from flashar_pl.benchmarking.measure import circumstances, cpu_threads
+    from flashar_pl.benchmarking.pixels import add_pixels, pixel_tokenizer
     from flashar_pl.benchmarking.rows import Job, measure_all
     from flashar_pl.benchmarking.subjects import Subject
     from flashar_pl.benchmarking.table import speedups, table
@@ -88,14 +96,20 @@ def benchmark(
     jobs = tuple(DecodeJob(sizes, name, grid, guided=described.guided(sampling), dtype=dtype) for name in names)
     batches = Room(jobs, device, copies).choose_all(measured.batch_sizes)
     job = Job(subject, subject.model(device, dtype), sampling, device, dtype, repeats)
+    decoder, pixels = None, None
+    if measured.pixels is not None:
+        decoder = pixel_tokenizer(measured.pixels, job.model, device, measured.pixel_dtype)
     with cpu_threads(device, measured.threads):
         rows, failed = measure_all(job, variants, names, batches, skip_plain)
+        if decoder is not None:
+            pixels = add_pixels(rows, decoder, grid, device, repeats)
         result: dict[str, Any] = {
             **circumstances(device, measured.threads),
             "command": as_settings(model, measured, sampling, ways, compute) | {"dtype": kind},
             "model": {"config": job.model.config(), "parameters": sizes.parameters},
             "grid": list(grid),
             "speed": {plan: asdict(speed) | {"bandwidth": speed.bandwidth} for plan, speed in job.speeds.items()},
+            "pixels": pixels,
             "rows": rows,
             "failed": failed,
             "speedups": speedups(rows),

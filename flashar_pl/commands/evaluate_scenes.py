@@ -15,7 +15,7 @@ from flashar_pl.commands.score import DataOptions, check_data, held_out, image_n
 from flashar_pl.console import progress_bar, table, versions
 from flashar_pl.evaluate.options import BATCH_SIZE, batch_size
 from flashar_pl.files import new_directory, require_new, write_json
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, as_settings
+from flashar_pl.options import CodeOptions, ModelOptions, SamplingSettings, as_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def evaluate_scenes(
     images: DataOptions,
     model: ModelOptions,
     sampling: SamplingSettings = SamplingSettings(),
-    engine: EngineOptions = EngineOptions(),
+    engine: CodeOptions = CodeOptions(),
     *,
     out: str,
     seed: int = 0,
@@ -111,7 +111,7 @@ def read_prompts(batches: list[Batch], total: int, limit: int | None) -> tuple[C
 
 
 def draw(
-    source: Source, engine: EngineOptions, samples: SampleSet, advance: Callable[[int], Any]
+    source: Source, engine: CodeOptions, samples: SampleSet, advance: Callable[[int], Any]
 ) -> tuple[Tensor, dict[str, float]]:
     """Codes (N, 8, 8), and what one image took: forwards, or calls of a block, and processor seconds."""
     from flashar_pl.decoding.build import build_engine

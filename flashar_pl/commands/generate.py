@@ -72,7 +72,7 @@ def generate(
     asked = DrawRequest.of(source, draw, sampling, shape, text, engine.plan)
     wanted, grid, plan, sampling = asked.wanted, asked.grid, asked.plan, asked.sampling
     _notes(source, wanted, sampling, grid)
-    decoder = None if draw.codes_only else source.matching_tokenizer(engine.device)
+    decoder = None if draw.codes_only else source.matching_tokenizer(engine.device, engine.pixel_dtype)
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
     with peak_memory(drawing.device) as peak:
@@ -89,7 +89,8 @@ def generate(
         columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
         known = {name: values for name, values in columns.items() if values}
         facts = {"grid": list(grid), "plan": plan, "batch_size": samples.batch_size, **used, "weight_format": form,
-                 "dtype": source.dtype}  # fmt: skip
+                 "dtype": source.dtype,
+                 **({} if decoder is None else {"decode_dtype": decoder.decode_dtype})}  # fmt: skip
         record = {
             "command": "generate",
             "settings": {**as_settings(draw, model, sampling, shape, text, engine), **facts},

@@ -22,7 +22,7 @@ from flashar_pl.data.jobs import (
 from flashar_pl.files import require_new
 from flashar_pl.options import (
     CodecOptions,
-    EngineOptions,
+    CodeOptions,
     ModelOptions,
     PlaceOptions,
     RankOptions,
@@ -168,7 +168,7 @@ def tokenize_samples(
     sampling: SamplingSettings = SamplingSettings(),
     shape: ShapeOptions = ShapeOptions(),
     text: TextOptions = TextOptions(),
-    engine: EngineOptions = EngineOptions(),
+    engine: CodeOptions = CodeOptions(),
     ranks: RankOptions = RankOptions(),
 ) -> dict[str, Any] | None:
     """Draw samples of a model and write their codes as shards: post-training it where no images are at hand.

@@ -27,7 +27,7 @@ from flashar_pl.decoding.prompts import Wanted
 from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.decoding.samples import SampleSet, draw_both
 from flashar_pl.options import (
-    EngineOptions,
+    CodeOptions,
     ModelOptions,
     SampleOptions,
     SamplingSettings,
@@ -72,7 +72,7 @@ class Asked(Source):
 class Drawer:
     """Draws the samples of one pass: numbers (n, H, W), equal within a sample, -> codes (n, 1, H, W) int64."""
 
-    def __init__(self, opened: Opened, asked: DrawRequest, order: np.ndarray, engine: EngineOptions, size: int) -> None:
+    def __init__(self, opened: Opened, asked: DrawRequest, order: np.ndarray, engine: CodeOptions, size: int) -> None:
         self.asked, self.order, self.size = asked, order, size
         self.engine = build_engine(opened, engine, asked.plan)
         self.smaller: Tensor | None = None
@@ -116,7 +116,7 @@ def drawn_job(
     sampling: SamplingSettings,
     shape: ShapeOptions,
     text: TextOptions,
-    engine: EngineOptions,
+    engine: CodeOptions,
     shards: SplitOptions,
     digest: str,
     device: torch.device,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from flashar_pl.options import EngineOptions, Runner, WeightFormat
+from flashar_pl.options import CodeOptions, Runner, WeightFormat
 
 if TYPE_CHECKING:
     from flashar_pl.checkpoints.opening import Source
@@ -23,7 +23,7 @@ EXACT = ("auto", "plain", "packed")
 """Formats that change no value of the weights. Which of them auto becomes depends on the memory that is free."""
 
 
-def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
+def build_engine(source: Source, options: CodeOptions, plan: str) -> Engine:
     """An engine of a checkpoint for inference. Raises ValueError where the device cannot run it.
 
     plan: what it is for; see `choose_format`. It runs any other, too.
@@ -40,7 +40,7 @@ def build_engine(source: Source, options: EngineOptions, plan: str) -> Engine:
     return Engine(source.model, options.runner, *speculation)
 
 
-def choose_format(model: GridModel, options: EngineOptions, plan: str) -> WeightFormat:
+def choose_format(model: GridModel, options: CodeOptions, plan: str) -> WeightFormat:
     """What "auto" stands for: the fastest format that changes no value (docs/performance.md).
 
     On a CPU where a second copy of the weights fits: packed or plain, by a measurement of less than a second that is

@@ -154,21 +154,54 @@ def draw(
 
     Tokenizer and extractor must be on the model's device. Padding goes through every stage and is cut off at the end,
     so that every batch has the same shape everywhere. Batches without wanted samples are generated, not yielded.
+    On a GPU a batch is decoded to pixels beside the drawing of the next one, and yielded after that has begun.
 
     Args:
         engine: a bare model is decoded by the eager runner.
         side: see `decode_images`.
     """
     engine = engine if isinstance(engine, Engine) else Engine(engine, "eager")
-    for batch in range(samples.batches) if batches is None else batches:
-        codes = draw_batch(engine, samples, batch)  # (B, H, W)
-        numbers = samples.wanted(batch)
-        if not numbers:
-            continue
-        images = decode_images(tokenizer, codes, side)  # (B, 3, h, w)
-        keep = len(numbers)
+
+    def finish(batch: int, codes: Tensor) -> Drawn:
+        images, keep = decode_images(tokenizer, codes, side), len(samples.wanted(batch))  # (B, 3, h, w)
         features = None if extractor is None else extract_features(extractor, images).first(keep)
-        yield Drawn(batch, torch.tensor(numbers), codes[:keep], images[:keep], features)
+        return Drawn(batch, torch.tensor(samples.wanted(batch)), codes[:keep], images[:keep], features)
+
+    chosen = range(samples.batches) if batches is None else batches
+    drawn = ((batch, draw_batch(engine, samples, batch)) for batch in chosen)
+    wanted = ((batch, codes) for batch, codes in drawn if samples.wanted(batch))
+    if engine.device.type == "cuda":
+        return _beside(engine.device, wanted, finish)
+    return (finish(batch, codes) for batch, codes in wanted)
+
+
+def _beside(
+    device: torch.device, drawn: Iterator[tuple[int, Tensor]], finish: Callable[[int, Tensor], Drawn]
+) -> Iterator[Drawn]:
+    """What `finish` makes of each batch and its codes, on a stream of its own: the device works on it while the next
+    codes are drawn. The stream of the caller waits for a batch that it is given, not for the one after."""
+    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    last: tuple[Drawn, torch.cuda.Event] | None = None
+
+    def ready(made: Drawn, done: torch.cuda.Event) -> Drawn:
+        here.wait_event(done)
+        found = made.features or Features(made.images)
+        for tensor in (made.images, found.pool, found.spatial, found.logits):
+            if tensor is not None:
+                tensor.record_stream(here)  # else its memory could be used again while it is read here
+        return made
+
+    for batch, codes in drawn:
+        side.wait_stream(here)
+        codes.record_stream(side)
+        with torch.cuda.stream(side):
+            made = finish(batch, codes)
+            done = side.record_event()
+        if last is not None:
+            yield ready(*last)
+        last = made, done
+    if last is not None:
+        yield ready(*last)
 
 
 @torch.no_grad()

@@ -71,9 +71,9 @@ def draw_images(asked: GenEval, entries: list[dict[str, Any]], rank: Rank) -> No
     """Draw this rank's share of the images that are not there yet."""
     out, every = Path(asked.options.out), asked.options.num_images
     source = open_checkpoint(asked.model, replace(asked.engine, device=str(rank.device)))
-    decoder = source.matching_tokenizer(str(rank.device))
+    decoder = source.matching_tokenizer(str(rank.device), asked.engine.pixel_dtype)
     samples = prompt_samples(asked, source, [entry["prompt"] for entry in entries])
-    rank.first(lambda: _open(asked, source, entries, samples))
+    rank.first(lambda: _open(asked, source, entries, samples, decoder.decode_dtype))
     files = [out / f"{i // every:05d}" / "samples" / f"{i % every:04d}.png" for i in range(samples.n)]
     engine = build_engine(source, asked.engine, samples.plan)
     rank.say(f"drawing {samples.n:,} images of {len(entries):,} prompts into {out}")
@@ -93,9 +93,11 @@ def prompt_samples(asked: GenEval, source: Source, prompts: list[str]) -> Sample
     return request.samples(batch_size(asked.engine, GENEVAL_BATCH_SIZE, len(prompts) * every), every)
 
 
-def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples: SampleSet) -> None:
+def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples: SampleSet, decode_dtype: str) -> None:
     """Make the folders, or check that those there are of the same images."""
-    out = Path(asked.options.out)
+    out, config = Path(asked.options.out), source.need_tokenizer()
+    if decode_dtype != config.get("decode_dtype", "float32"):
+        config = config | {"decode_dtype": decode_dtype}
     identity = {
         **asdict(samples.sampling),
         "negative_prompt": asked.text.negative_prompt,
@@ -107,7 +109,7 @@ def _open(asked: GenEval, source: Source, entries: list[dict[str, Any]], samples
         "grid": list(samples.grid),
         "plan": samples.plan,
         "checkpoint_sha256": path_digest(source.path),
-        "tokenizer": tokenizer_identity(source.need_tokenizer()),
+        "tokenizer": tokenizer_identity(config),
         "prompts": len(entries),
     }
     check_settings(out, identity)

@@ -53,7 +53,7 @@ class Bench:
         sampling = asked.sampling.of(source.model.backbone.published_cfg_scale)
         check_top_k(source.model, sampling.top_k)
         plan = check_plan(source.model, asked.engine.plan, grid)
-        decoder = source.matching_tokenizer(str(device))
+        decoder = source.matching_tokenizer(str(device), asked.engine.pixel_dtype)
         resize, size = image_size(decoder, grid, options.resize)
         engine = build_engine(source, asked.engine, plan)
         labels = torch.tensor(sample_labels(options.labels, n, takes.size, options.seed))

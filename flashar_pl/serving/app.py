@@ -66,7 +66,7 @@ class Service:
         self.sampling = sampling.of(network.backbone.published_cfg_scale)
         self.plan = check_plan(network, engine.plan, grid)
         self.steps = {plan: network.make_plan(plan, *grid).n_steps for plan in reversed(network.plans)}
-        self.tokenizer = self.source.matching_tokenizer(engine.device)
+        self.tokenizer = self.source.matching_tokenizer(engine.device, engine.pixel_dtype)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
         self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashar_pl.options import PixelDtype
+
 GREY = 128
 """Of what is not drawn yet."""
 
@@ -27,6 +29,8 @@ class Tokenizer(nn.Module, ABC):
     """Pixels per code along each side."""
     decodes: bool = True
     """Whether it turns codes into images."""
+    decode_dtype: str = "float32"
+    """What it decodes in; "bfloat16" is the other one, where a tokenizer has it."""
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
@@ -47,6 +51,14 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, H, W) int64 to images (B, 3, h, w) uint8 RGB."""
+
+    def decode_in(self, dtype: PixelDtype | None) -> None:
+        """Sets `decode_dtype`; None: what is best on the device that the tokenizer is on, see `PixelOptions`.
+
+        Raises ValueError for bf16, with a tokenizer that has one way to decode.
+        """
+        if dtype == "bf16":
+            raise ValueError(f"pixel_dtype is bf16, which {type(self).__name__} does not have; leave it out.")
 
     def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the images of a grid (H, W) of codes."""

@@ -6,6 +6,7 @@ M = B * H * W vectors to look up.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.numerics import strict_float32
+from flashar_pl.numerics import DTYPES, strict_float32
+from flashar_pl.options import PixelDtype
 from flashar_pl.renames import Rename, StateDict, build_filled, on_meta, split_rows
 from flashar_pl.tokenizers.base import Tokenizer
 from flashar_pl.tokenizers.convnet import ConvNet, NetSpec
@@ -24,6 +26,8 @@ LOOKUP_ELEMENTS = 2**24
 """Largest number of scores held at once by `best_codes` (64 MiB of float32)."""
 
 DECODE_DTYPES = ("float32", "bfloat16")
+BFLOAT16_CAPABILITY = (8, 0)
+"""First CUDA compute capability that multiplies bfloat16."""
 
 T = TypeVar("T", bound="ConvTokenizer")
 
@@ -57,14 +61,13 @@ class ConvTokenizer(Tokenizer):
     """Encoder, convolution, codebook, convolution, decoder.
 
     Encoding always runs in float32 (no autocast, no TF32): lower precision flips codes. Decoding runs in
-    `decode_dtype`, under autocast where that is bfloat16. Weights are float32 and frozen; `.to(device)` moves them.
+    `decode_dtype`, with a copy of the decoder where that is bfloat16. Weights are float32 and frozen; `.to(device)`
+    moves them.
     """
 
     unit_norm: bool
     """Are latents and code vectors scaled to unit length before they are compared and before decoding?"""
 
-    decode_dtype: str = "float32"
-    """Or "bfloat16"."""
     weights: str | None = None
     """The file they came from."""
 
@@ -79,8 +82,16 @@ class ConvTokenizer(Tokenizer):
         self.quantize = self.make_codebook()
         self.quant_conv = nn.Conv2d(spec.encoder.latent, spec.dim, spec.kernel, padding=spec.kernel // 2)
         self.post_quant_conv = nn.Conv2d(spec.dim, spec.decoder.latent, spec.kernel, padding=spec.kernel // 2)
+        self._rounded: list[nn.Module] = []  # no part of the module: not in its state dict
         self.requires_grad_(False)
         self.eval()
+
+    def decode_in(self, dtype: PixelDtype | None) -> None:
+        device = self.quantize.embedding.weight.device
+        if dtype is not None:
+            self.decode_dtype = str(DTYPES[dtype]).removeprefix("torch.")
+        elif device.type == "cuda" and torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY:
+            self.decode_dtype = "bfloat16"
 
     def opened(self, weights: str | Path | None, decode_dtype: str) -> None:
         """Note what a config asked for. Raises ValueError for another dtype than those of `decode_dtype`."""
@@ -130,10 +141,24 @@ class ConvTokenizer(Tokenizer):
     def decode_float(self, codes: Tensor) -> Tensor:
         self.check_codes(codes)
         self.check_weights()
-        device = codes.device.type
-        exact = self.decode_dtype == "float32"
-        with strict_float32(device) if exact else torch.autocast(device, torch.bfloat16):
-            return self.decoder(self.post_quant_conv(self.latents(codes))).float()  # (B, 3, h, w)
+        with strict_float32(codes.device.type):
+            return self.decode_latents(self.latents(codes))
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, h, w) float32 of latents (B, D, H, W), in `decode_dtype`."""
+        if self.decode_dtype != "float32":
+            x = latents.to(torch.bfloat16, memory_format=torch.channels_last)
+            return self._bfloat16(latents.device)(x).to(torch.float32, memory_format=torch.contiguous_format)
+        with strict_float32(latents.device.type):
+            return self.decoder(self.post_quant_conv(latents))
+
+    def _bfloat16(self, device: torch.device) -> nn.Module:
+        """The decoder's copy in bfloat16, channels innermost; made at its first use on a device."""
+        if not self._rounded or next(self._rounded[0].parameters()).device != device:
+            exact = nn.Sequential(self.post_quant_conv, self.decoder)
+            self._rounded = [copy.deepcopy(exact).to(torch.bfloat16, memory_format=torch.channels_last)]
+        return self._rounded[0]
 
     def look_up(self, z: Tensor) -> Tensor:
         """Codes (B, H, W) of latents (B, D, H, W)."""

@@ -21,13 +21,20 @@ from flashar_pl.tokenizers.conv_tokenizer import (
     load_strict,
     net_specs,
 )
-from flashar_pl.tokenizers.convnet import taming_name
+from flashar_pl.tokenizers.convnet import NetSpec, taming_name
 from flashar_pl.tokenizers.files import read_settings, read_weights, require_file
 
 ADVICE = (
     "Give the directory of BAAI/Emu3.5-VisionTokenizer from huggingface.co (model.safetensors with config.json, or "
     "model.ckpt with config.yaml), or one of the two weight files; nothing is downloaded for you."
 )
+IBQ_SPEC = TokenizerSpec(
+    NetSpec(256, (256, 256, 512, 512, 1024), blocks=4, attention=(False,) * 4 + (True,), latent=256),
+    NetSpec(1024, (256, 256, 512, 512, 1024), blocks=5, attention=(False,) * 4 + (True,), latent=256),
+    codes=131072,
+    dim=256,
+)
+"""The published sizes."""
 PAIRS = (("model.safetensors", "config.json"), ("model.ckpt", "config.yaml"))
 """The two published formats: weights and settings."""
 

@@ -178,7 +178,7 @@ class MultiScaleVQ(ConvTokenizer):
 
     def decode_float(self, codes: Tensor) -> Tensor:
         """Ids (B, L) or (B, 1, L) int64 to images (B, 3, S, S) float32, clamped to [-1, 1]."""
-        return super().decode_float(flat(codes)).clamp(-1, 1)
+        return super().decode_float(flat(codes))
 
     def decode_partial(self, codes: Tensor) -> Tensor:
         """The sum of the scales that are drawn; grey before the first."""
@@ -189,12 +189,9 @@ class MultiScaleVQ(ConvTokenizer):
         with strict_float32(ids.device.type):
             return self.to_uint8(self.decode_latents(self.quantize.running_sums(known)[-1]))
 
-    @torch.no_grad()
-    def decode_latents(self, total: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, S, S) float32, clamped to [-1, 1], from the sum of all scales (B, D, P, P)."""
-        self.check_weights()
-        with strict_float32(total.device.type):
-            return self.decoder(self.post_quant_conv(total)).clamp(-1, 1)
+        return super().decode_latents(latents).clamp(-1, 1)
 
     def look_up(self, z: Tensor) -> Tensor:
         """Ids (B, L) of latents (B, D, P, P), Algorithm 1: every scale describes what is left of z."""

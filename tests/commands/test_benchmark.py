@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashar_pl import decoding, devices
-from flashar_pl.benchmarking import measure
+from flashar_pl.benchmarking import measure, pixels
 from flashar_pl.benchmarking.rows import Job
 from flashar_pl.benchmarking.subjects import Subject
 from flashar_pl.benchmarking.table import PLAIN, doubts, speedups
@@ -82,6 +82,32 @@ def test_every_row_decodes_the_job_it_names(quick, monkeypatch):
     monkeypatch.setattr(decoding.Engine, "generate", generate)
     quick(batch_sizes="2", sampling=SamplingSettings(3.0), skip_plain=True)
     assert calls == [("raster", 2, (4, 6), 3.0)] * 3 + [("diagonal", 2, (4, 6), 3.0)] * 3  # a warm-up and two repeats
+
+
+def test_pixels_are_measured_beside_the_codes(quick, refused, flashar_model, monkeypatch, capsys):
+    """A time to an image that leaves out its pixels; and pixels of another batch or grid than the row's."""
+    decoded = []
+    real = pixels.decode_all
+    monkeypatch.setattr(pixels, "decode_all", lambda *given: decoded.append(given[1].shape) or real(*given))
+    tokenizer = f"pixels:{open_checkpoint(ModelOptions(flashar_model), DeviceOptions('cpu')).model.backbone.vocabulary}"
+    result = quick(batch_sizes="1,3", skip_plain=True, pixels=tokenizer)
+    assert decoded == [(1, 4, 6)] * 4 + [(3, 4, 6)] * 4  # two warm-ups, two repeats
+    assert {row["batch"]: row["pixels_s"] for row in result["rows"]} == {
+        batch: timed["cpu_s"] for batch, timed in result["pixels"]["times"].items()
+    }
+    for each in result["speedups"]:
+        assert 1 < each["over_raster_with_pixels"] < each["over_raster"] or each["over_raster"] < 1
+    table = capsys.readouterr().out
+    row = result["rows"][0]
+    assert f"{1e3 * (row['pixels_s'] + row['seconds']):.2f} |" in table
+    assert "with pixels ms/image" in table
+    assert quick(plans="raster", skip_plain=True)["pixels"] is None
+    words = ("--checkpoint", flashar_model, "--grid", "4x6", "--device", "cpu")
+    assert "16384 codes" in refused("benchmark", *words, "--pixels", "vq8")
+    assert "add --pixels" in refused("benchmark", *words, "--pixel-dtype", "bf16")
+    assert "PixelTokenizer does not have" in refused(
+        "benchmark", *words, "--pixel-dtype", "bf16", "--pixels", tokenizer
+    )
 
 
 def test_the_lossless_row_counts_its_own_forwards(quick):
@@ -230,7 +256,8 @@ def test_threads_are_restored_and_missing_rows_are_no_speed_ups(quick):
     assert (result["threads"], result["clock"]) == (1, "cpu")
     assert result["speedups"] == [
         {"plan": "diagonal", "runner": "eager", "weight_format": "plain", "batch": 1, "over_raster": None,
-         "like_for_like": None, "over_plain_raster": None, "steps": None, "gemm_only": None}
+         "like_for_like": None, "over_plain_raster": None, "steps": None, "gemm_only": None,
+         "over_raster_with_pixels": None}
     ]  # fmt: skip
 
 
@@ -251,12 +278,14 @@ def test_speedups_are_over_the_fastest_raster_of_the_batch():
     ]  # fmt: skip
     plain = {"plan": PLAIN, "runner": "eager", "weight_format": "plain", "steps": 256, "share_of_floor": 1.04}
     rows += [plain | {"batch": batch, "seconds": 18 * batch} for batch in (1, 8)]
+    rows = [row | {"pixels_s": row["batch"]} for row in rows]
     assert speedups(rows) == [
         {"plan": "diagonal", "runner": runner, "weight_format": form, "batch": batch, "over_raster": over,
-         "like_for_like": 3, "over_plain_raster": 9 * fast, "steps": 256 / 31, "gemm_only": 4}
+         "like_for_like": 3, "over_plain_raster": 9 * fast, "steps": 256 / 31, "gemm_only": 4,
+         "over_raster_with_pixels": pytest.approx(with_pixels)}
         for batch in (1, 8)
-        for runner, form, fast, over in (
-            ("eager", "plain", 1, 1.5), ("graphs", "plain", 2, 3), ("graphs", "int8", 4, 3),
+        for runner, form, fast, over, with_pixels in (
+            ("eager", "plain", 1, 1.5, 4 / 3), ("graphs", "plain", 2, 3, 2), ("graphs", "int8", 4, 3, 2.5 / 1.5),
         )
     ]  # fmt: skip
     assert [line.split(":")[0] for line in doubts(rows, speedups(rows))] == ["DOUBT"] * 2, "of the plain rows' floors"

@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from pretend_gpu import GPUTensor, PretendGPU
+from pretend_gpu import Event, GPUTensor, PretendGPU, Stream
 
 from flashar_pl import numerics
-from flashar_pl.backbones import Condition
-from flashar_pl.decoding import Engine, engine, generate
+from flashar_pl.backbones import ClassIds, Condition
+from flashar_pl.decoding import Engine, engine, generate, samples
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.lossless import Lossless
+from flashar_pl.decoding.samples import SampleSet
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.options import SamplingSettings
+from flashar_pl.tokenizers import PixelTokenizer
 
 PROMPTS = [torch.tensor([5, 6, 4, 9]), torch.tensor([7, 8, 9, 10, 11, 4, 9])]
 NULLS = {"unconditional": [torch.tensor([1, 2, 9])] * 2}
@@ -145,3 +148,39 @@ def test_a_device_without_float64_draws_the_same_codes(monkeypatch: pytest.Monke
         for each, codes in zip(SETTINGS, expected, strict=True):
             found = Engine(model, "eager").generate(batches[0], (2, 3), "diagonal", seeds=3, **each)
             assert torch.equal(found.cpu(), codes)
+
+
+def test_pixels_of_a_batch_are_made_beside_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a caller is given must be finished: its stream waits for this batch's pixels, and not for those of the next
+    batch, which would stop the drawing. Guards their order, too, and the last batch."""
+    log: list[str] = []
+    model, asked = (
+        tiny.flashar(),
+        SampleSet(ClassIds(torch.arange(5) % tiny.CLASSES), (2, 3), "diagonal", SamplingSettings(cfg_scale=1.5), 2),
+    )
+    expected = list(samples.draw(model, PixelTokenizer(tiny.VOCABULARY), asked))
+
+    def logged(name: str) -> None:
+        real, count = getattr(samples, name), iter(range(9))
+
+        def call(*arguments: Any) -> Any:
+            log.append(f"{name} {next(count)}")
+            return real(*arguments)
+
+        monkeypatch.setattr(samples, name, call)
+
+    logged("draw_batch")
+    logged("decode_images")
+    events: list[Event] = []
+    with PretendGPU() as gpu:
+        monkeypatch.setattr(Stream, "record_event", lambda stream: events.append(Event()) or events[-1])
+        monkeypatch.setattr(Stream, "wait_event", lambda stream, event: log.append(f"wait {events.index(event)}"))
+        tokenizer = PixelTokenizer(tiny.VOCABULARY).to("cuda")
+        for number, (found, wanted) in enumerate(zip(samples.draw(model.to("cuda"), tokenizer, asked), expected)):
+            log.append(f"given {number}")
+            assert torch.equal(found.images.cpu(), wanted.images)
+            assert torch.equal(found.codes.cpu(), wanted.codes)
+        assert gpu.waits
+    made = [[f"draw_batch {i}", f"decode_images {i}"] for i in range(3)]
+    given = [[f"wait {i}", f"given {i}"] for i in range(3)]
+    assert log == [*made[0], *made[1], *given[0], *made[2], *given[1], *given[2]]

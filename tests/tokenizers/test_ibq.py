@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from flashar_pl.tokenizers import IBQ, build_tokenizer
-from flashar_pl.tokenizers.ibq import read_ibq_settings
+from flashar_pl.tokenizers.ibq import IBQ_SPEC, read_ibq_settings
 
 PUBLISHED = {
     "codebook_size": 131072, "embed_dim": 256, "double_z": False, "z_channels": 256, "resolution": 256,
@@ -72,6 +72,7 @@ def test_code_is_the_largest_dot_product(ibq_golden):
 def test_published_size_and_names():
     with torch.device("meta"):
         model = IBQ(read_ibq_settings(PUBLISHED, 131072, 256))
+        assert model.spec == IBQ_SPEC
     assert sum(p.numel() for p in model.parameters()) == 455_336_963
     assert sum(p.numel() for p in model.encoder.parameters()) == 184_533_760
     assert sum(p.numel() for p in model.decoder.parameters()) == 237_117_187

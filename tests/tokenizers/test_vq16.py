@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from pretend_gpu import PretendGPU
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashar_pl.tokenizers import VQ16, build_tokenizer, conv_tokenizer, vq16
+from flashar_pl.tokenizers import VQ16, PixelTokenizer, build_tokenizer, conv_tokenizer, vq16
 from flashar_pl.tokenizers.conv_tokenizer import TokenizerSpec, best_codes
 from flashar_pl.tokenizers.convnet import NetSpec
 from flashar_pl.tokenizers.vq16 import VQ_PRESETS
@@ -267,3 +268,32 @@ def test_gpu_gives_the_official_codes(vq_golden):
     codes = tokenizer.encode_float(io["in/image"].cuda())
     assert torch.equal(codes.flatten(1).cpu(), io["out/indices"])
     torch.testing.assert_close(tokenizer.decode_float(codes).cpu(), io["out/decoded"], atol=2e-4, rtol=1e-4)
+
+
+def test_the_dtype_of_pixels_is_chosen_by_name_or_by_device(vq_golden, monkeypatch):
+    """bf16 by default on a GPU that has it, nowhere else; the rounded decoder is no second set of weights of the
+    module, and encoding stays as it is."""
+    state, io = vq_golden
+    tokenizer = VQ16.from_official(state)
+    codes = io["out/indices"].view(2, 8, 8)
+    exact = tokenizer.decode_float(codes)
+    names = list(tokenizer.state_dict())
+    tokenizer.decode_in(None)
+    assert tokenizer.decode_dtype == "float32"
+    tokenizer.decode_in("bf16")
+    rounded = tokenizer.decode_float(codes)
+    assert rounded.dtype == torch.float32
+    assert rounded.is_contiguous()
+    assert 0 < (rounded - exact).abs().mean() < 0.02
+    assert list(tokenizer.state_dict()) == names
+    tokenizer.decode_in("fp32")
+    assert torch.equal(tokenizer.decode_float(codes), exact)
+    for capability, found in (((7, 5), "float32"), ((8, 0), "bfloat16")):
+        with PretendGPU(visible=True):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+            on_gpu = VQ16.from_official(state).to("cuda")
+            on_gpu.decode_in(None)
+            monkeypatch.undo()
+        assert on_gpu.decode_dtype == found
+    with pytest.raises(ValueError, match="pixel_dtype is bf16, which PixelTokenizer does not have"):
+        PixelTokenizer(17).decode_in("bf16")
