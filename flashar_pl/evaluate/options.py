@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, Split, TextOptions, check_least
+from flashar_pl.options import (
+    CodeOptions,
+    EngineOptions,
+    ModelOptions,
+    SamplingSettings,
+    Split,
+    TextOptions,
+    check_least,
+)
 
 Labels = Literal["balanced", "random"]
 Crop = Literal["none", "centre"]
@@ -117,7 +125,7 @@ class GenEval:
     engine: EngineOptions
 
 
-def batch_size(engine: EngineOptions, usual: int, n: int) -> int:
+def batch_size(engine: CodeOptions, usual: int, n: int) -> int:
     """Samples decoded together. Raises ValueError for "auto"."""
     if engine.batch_size == "auto":
         raise ValueError(

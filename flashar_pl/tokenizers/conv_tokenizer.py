@@ -156,8 +156,8 @@ class ConvTokenizer(Tokenizer):
     def _bfloat16(self, device: torch.device) -> nn.Module:
         """The decoder's copy in bfloat16, channels innermost; made at its first use on a device."""
         if not self._rounded or next(self._rounded[0].parameters()).device != device:
-            exact = nn.Sequential(self.post_quant_conv, self.decoder)
-            self._rounded = [copy.deepcopy(exact).to(torch.bfloat16, memory_format=torch.channels_last)]
+            made: Any = copy.deepcopy(nn.Sequential(self.post_quant_conv, self.decoder))
+            self._rounded = [made.to(torch.bfloat16, memory_format=torch.channels_last)]  # missing in torch's types
         return self._rounded[0]
 
     def look_up(self, z: Tensor) -> Tensor:
