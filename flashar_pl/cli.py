@@ -33,6 +33,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("demo:demo", "run the whole experiment on the embedded digits: data, training, report"),
     "tokenize digits": Command("tokenize:tokenize_digits", "write the embedded digits as shards of codes"),
+    "tokenize moving-digits": Command("tokenize:tokenize_moving_digits", "write videos of the digits as shards"),
     "tokenize scenes": Command("tokenize:tokenize_scenes", "write the embedded scenes, text to image, as shards"),
     "tokenize images": Command("tokenize:tokenize_images", "a folder of your own pictures as shards of codes"),
     "tokenize imagenet": Command("tokenize:tokenize_imagenet", "image folders or tars as shards of codes"),

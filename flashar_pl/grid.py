@@ -4,6 +4,8 @@ A `DecodePlan` is made by a pure function of (H, W) and used unchanged by traini
 It orders *slots*: the positions of the sequence after the prefix. A slot holds the code of a raster cell, or a
 forced row-end token (Emu3.5). No other module does neighbour arithmetic.
 
+A video of T frames is the grid (T * H, W) of its frames one below the other; its raster order is that of this grid.
+
 Shapes: H, W grid; N = H * W cells, raster index i = p * W + q; S slots (N, or N + H - 1 with row ends); P prefix.
 """
 
@@ -58,15 +60,21 @@ class DecodePlan:
     h_source: Tensor
     """(N,) int64, by raster cell: the slot whose horizontal logits predict it, or PREFIX, or NONE."""
     v_source: Tensor
-    """(N,) int64, by raster cell: the slot whose vertical logits predict it, or PREFIX, or NONE."""
+    """(N,) int64, by raster cell: the slot whose vertical logits predict it, or PREFIX, or NONE. In the first row of a
+    later frame `t_source`, where there is one."""
     slot_step: Tensor
     """(S,) int64, non-decreasing: slots of one step enter the model together."""
     visible: Literal["step"] | Tensor = "step"
     """"step": a slot sees the slots with slot_step <= its own. Otherwise (S, S) bool, row sees column."""
+    frames: int = 1
+    """T, of a video."""
+    t_source: Tensor | None = None
+    """(N,) int64, by raster cell of a video: the slot of the frame before whose temporal state predicts it, or NONE."""
     _on: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
-        return f"DecodePlan({self.name}, {self.height}x{self.width}, {self.n_steps} steps, {self.n_slots} slots)"
+        of = f" of {self.frames} frames" if self.frames > 1 else ""
+        return f"DecodePlan({self.name}, {self.height}x{self.width}{of}, {self.n_steps} steps, {self.n_slots} slots)"
 
     @property
     def n_cells(self) -> int:
@@ -190,34 +198,58 @@ def plan_builder(build: Callable[P, DecodePlan]) -> Callable[P, DecodePlan]:
     return plan
 
 
-@plan_builder
-def diagonal_plan(height: int, width: int) -> DecodePlan:
+def diagonal_plan(*sides: int, height: int = 0, width: int = 0, delay: int = 1) -> DecodePlan:
     """One anti-diagonal D_t = {(p, q): p + q = t} per step (Eq. 2, 3): H + W - 1 steps.
 
     The horizontal source of (p, q) is its left neighbour's slot, the vertical source the slot above; (0, 0) has the
     prefix for both.
+
+    Args:
+        sides: (H, W), which may also be named; or (T, H, W), a video: cell (p, q) of frame t is drawn at step
+            delay * t + p + q. With delay = 1 these are T + H + W - 2 steps.
+        delay: steps between the same cells of two frames. A cell sees what was in the frame before at (p + y, q + x)
+            where y + x < delay; so the delay should be above the largest y + x by which contents move to the left and
+            upwards. Its temporal source is (p, q + delay - 1) there, the cell of the step before, or NONE beside the
+            frame.
     """
-    height, width = check_grid((height, width))
-    n = height * width
-    p, q = torch.arange(n) // width, torch.arange(n) % width
-    step = p + q
-    order = torch.argsort(step * height + p)
+    given = sides or (height, width)
+    frames, _ = check_grid((given[0], given[1])) if len(given) == 3 else (1, 1)
+    height, width = check_grid(given[-2:] if len(given) == 3 else given)
+    if not 1 <= delay <= (width if frames > 1 else 1):
+        raise ValueError(f"delay is {delay}; expected 1 to the width {width}, and 1 without frames.")
+    return _wavefront(frames, height, width, delay)
+
+
+@plan_builder
+def _wavefront(frames: int, height: int, width: int, delay: int) -> DecodePlan:
+    """See `diagonal_plan`. In a step the cells without a vertical source stand first, those without a horizontal one
+    last: in an image they do so by their rows."""
+    n, area = frames * height * width, height * width
+    cells = torch.arange(n)
+    t, p, q = cells // area, cells % area // width, cells % width
+    step = delay * t + p + q
+    from_before = (t > 0) & (q + delay <= width)
+    heads = ((p > 0) | from_before).long() + (q == 0)
+    order = torch.argsort((3 * step + heads) * n + cells)
     slot = torch.empty(n, dtype=torch.int64)
-    slot[order] = torch.arange(n)
-    corner = torch.tensor([PREFIX])
+    slot[order] = cells
     left = torch.where(q > 0, slot.roll(1), NONE)
-    up = torch.where(p > 0, slot.roll(width), NONE)
+    before = torch.where(from_before, slot.roll(area - delay + 1), NONE)
+    up = torch.where(p > 0, slot.roll(width), before)
+    left[0] = up[0] = PREFIX
     return DecodePlan(
         name="diagonal",
-        height=height,
+        height=frames * height,
         width=width,
         order=order,
         step=step,
-        n_steps=height + width - 1,
+        n_steps=int(step[-1]) + 1,
         cell=order,
-        h_source=torch.cat([corner, left[1:]]),
-        v_source=torch.cat([corner, up[1:]]),
+        h_source=left,
+        v_source=up,
         slot_step=step[order],
+        frames=frames,
+        t_source=before if frames > 1 else None,
     )
 
 
@@ -280,10 +312,15 @@ PLANS = ("diagonal", "raster", "lossless", "limited")
 """Names that `make_plan` knows."""
 
 
-def make_plan(name: str, height: int, width: int, row_end: bool = False) -> DecodePlan:
-    """The plan called `name`; `row_end` concerns plans in raster order only."""
+def make_plan(name: str, height: int, width: int, row_end: bool = False, frames: int = 1, delay: int = 1) -> DecodePlan:
+    """The plan called `name`; `row_end` concerns plans in raster order only, frames and delay the diagonal one."""
     if name == "diagonal":
-        return diagonal_plan(height, width)
+        if height % frames:
+            raise ValueError(
+                f"the grid is {height}x{width}, and the model draws videos of {frames} frames, one below the other; "
+                f"expected a multiple of {frames} rows."
+            )
+        return diagonal_plan(frames, height // frames, width, delay=delay)
     if name == "raster":
         return raster_plan(height, width, row_end)
     if name == "limited":

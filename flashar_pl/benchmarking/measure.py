@@ -182,7 +182,7 @@ class GemmWalk:
         self.device = model.device
         blocks = list(model.backbone.blocks)
         if job.order.has_vertical and isinstance(model, FlashAR):
-            blocks += list(model.vertical.blocks)
+            blocks += [block for branch in model.branches for block in branch.blocks]
         of_condition = model.backbone.condition_linears()
         linears = [
             m for block in blocks for m in block.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")

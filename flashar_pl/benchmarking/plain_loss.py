@@ -20,7 +20,8 @@ from flashar_pl.models.sources import sources
 
 def head_loss(model: GridModel, states: States, codes: Tensor, plan: DecodePlan) -> Tensor:
     """The training loss (Eq. 9 plus 0.05 times Eq. 10) from states, with three logit tensors (B, N, V)."""
-    head, (h, v) = model.dual_head, states
+    head = model.dual_head
+    h, v = states if plan.t_source is None else head.together(*states, None, plan)
     assert v is not None and head.vertical is not None
     where = sources(plan, head.corner, h.device)
     z_h = head.horizontal(h[:, where.h]).float()  # (B, N, V)

@@ -22,7 +22,7 @@ from flashar_pl.renames import on_meta
 FORMAT = 1
 FIELDS = {
     "raster": set(),
-    "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility", "intra"},
+    "flashar": {"branch_layer", "vertical_layers", "fusion", "corner", "compatibility", "intra", "video"},
     "par": {"tokens_per_step"},
     "block_diffusion": {"strategy", "clean_context", "steps"},
     "var": set(),
@@ -149,7 +149,7 @@ def plan_of(config: dict[str, Any], name: str, height: int, width: int, row_end:
         return region_plan(height, width, config["tokens_per_step"])
     if config["kind"] == "block_diffusion":
         return block_plan(height, width, config["strategy"])
-    return make_plan(name, height, width, row_end)
+    return make_plan(name, height, width, row_end, **config.get("video", {}))
 
 
 def build_on_meta(config: dict[str, Any]) -> GridModel:

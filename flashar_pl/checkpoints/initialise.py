@@ -159,7 +159,7 @@ def stream_weights(model: GridModel, directory: str | Path, device: torch.device
         table = backbone_renames(config, "backbone.", f"{head}.weight")
         fill(model, source, table, device, filter(is_table, source.keys()))
     if isinstance(model, FlashAR):
-        for part in (model.dual_head.gate, model.dual_head.intra) if without_values else ():
+        for part in (model.dual_head.gate, model.dual_head.time_gate, model.dual_head.intra) if without_values else ():
             if part is not None:
                 part.reset_parameters()
         model.init_vertical_from_backbone()

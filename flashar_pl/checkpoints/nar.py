@@ -132,6 +132,10 @@ def write_nar(model: FlashAR) -> dict[str, Tensor]:
             f"a FlashAR model trained here on an {backbone.kind} backbone has no official format: NAR checkpoints "
             "are LlamaGen's, and the FlashAR authors' have conventions of their own. Leave --to out for our format."
         )
+    if model.temporal is not None:
+        raise ValueError(
+            "the model draws videos, and there is no official format for them. Leave --to out for our format."
+        )
     if model.fusion == "logit_gate" and model.dual_head.corner == "fused" and model.vertical_layers:
         return split_rows(
             model.state_dict(), _nar_renames(backbone.n_layer, model.vertical_layers, backbone.config.condition, True)

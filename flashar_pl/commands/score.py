@@ -131,9 +131,10 @@ def check_data(
     model: GridModel, manifest: Manifest, grid: tuple[int, int] | None = None, tokenizer: dict[str, Any] | None = None
 ) -> None:
     """ValueError unless `model` can be scored on these shards; grid and tokenizer None = not known, not compared."""
-    from flashar_pl.data.manifest import check_matches
+    from flashar_pl.data.manifest import check_frames, check_matches
 
     check_matches(manifest, model.backbone.vocabulary, model.backbone.conditioning, grid)
+    check_frames(manifest, model.frames)
     if tokenizer is not None and tokenizer.get("kind") != manifest.tokenizer.get("kind"):
         raise ValueError(
             f"the checkpoint was trained on codes of the tokenizer {tokenizer.get('kind')!r}, the shards of "

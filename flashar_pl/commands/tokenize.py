@@ -56,6 +56,24 @@ def tokenize_digits(*, out: str = "data/digits", seed: int = 0) -> Any:
     return _announce(digits.tokenize_digits(str(Path(out).expanduser()), seed), out)
 
 
+def tokenize_moving_digits(*, out: str = "data/moving_digits", seed: int = 0) -> Any:
+    """Write videos of the embedded digits as WebDataset shards of codes, with their manifest.
+
+    Every digit moves to the right, down, to the left and up: 4 frames of 6 x 6 pixels, one below the other, 40 classes
+    (digit and direction); 5,600 videos to train on, 400 to validate, 1,188 to test. Needs no download.
+
+    Example:
+        flashar tokenize moving-digits --out data/moving_digits
+
+    Args:
+        out: directory to make; it must not exist.
+        seed: of the division into splits, and of where the digits begin.
+    """
+    from flashar_pl.data import moving_digits
+
+    return _announce(moving_digits.tokenize_moving_digits(str(Path(out).expanduser()), seed), out)
+
+
 def tokenize_scenes(*, out: str = "data/scenes", seed: int = 0) -> Any:
     """Write the embedded scenes, text to image, as WebDataset shards of codes, with their manifest.
 

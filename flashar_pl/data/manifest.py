@@ -150,6 +150,8 @@ class Manifest:
     """(h, w) of a smaller version of every image whose codes are there too, for models that draw it first."""
     preparation: dict[str, str] = field(default_factory=dict)
     """What was done to the images before they were tokenised, such as {"crop": "centre square"}, where it is known."""
+    frames: int = 1
+    """Frames of every sample, one below the other in the grid: of videos."""
     root: str = ""
     """Location the shard paths are relative to; not stored."""
     strange: frozenset[str] = field(default=frozenset(), compare=False)
@@ -166,6 +168,8 @@ class Manifest:
                 forms.integer(f"{what} {side}", value, 1, forms.SIDE)
         forms.integer("vocabulary", self.vocabulary, 1, forms.IDS)
         forms.integer("crops", self.crops, 1, forms.SIDE)
+        if self.grid[0] % forms.integer("frames", self.frames, 1, forms.SIDE):
+            raise ValueError(f"{self.frames} frames in {self.grid[0]} rows; expected as many rows for each.")
         forms.integer("evaluation_crop", self.evaluation_crop, 0, self.crops - 1)
         self._check_splits()
         check_names(self.class_names, self.condition.num_classes)
@@ -245,7 +249,7 @@ class Manifest:
             condition = ConditionSpec(**data["condition"])
             crop = data.get("evaluation_crop", 0)
             later = {"class_names": tuple(data.get("class_names", ())), "accounts": data.get("accounts", {})}
-            later["preparation"] = data.get("preparation", {})
+            later |= {"preparation": data.get("preparation", {}), "frames": data.get("frames", 1)}
             later["preview"] = tuple(data["preview"]) if "preview" in data else None
             return cls(
                 grid=tuple(data["grid"]), condition=condition, splits=splits, evaluation_crop=crop, root=root, **plain,
@@ -271,8 +275,8 @@ class Manifest:
         if own_marks := marks(own.keys() - here.keys()):
             data["marks"] = own_marks
         data |= {name: data.pop(name) for name in ("class_names", "accounts", "splits")}  # what is long stands last
-        for optional in ("preparation", "preview"):
-            if not data[optional]:
+        for optional, absent in (("preparation", {}), ("preview", None), ("frames", 1)):
+            if data[optional] == absent:
                 del data[optional]
         data["condition"] = {k: v for k, v in data["condition"].items() if v is not None}
         return data
@@ -307,6 +311,7 @@ class Manifest:
             "tokenizer": without_path(self.tokenizer),
             "vocabulary": self.vocabulary,
             "crops": self.crops,
+            "frames": self.frames,
             "condition": self.condition,
         }
 
@@ -374,6 +379,17 @@ def load_grids(location: str) -> list[Manifest]:
             f"Several data sets in {location} have the same grid; expected one for each. Give one of them."
         )
     return sorted(found, key=lambda manifest: (-manifest.samples("train"), manifest.grid))
+
+
+def check_frames(manifest: Manifest, frames: int | None) -> None:
+    """Raises ValueError unless a model of videos of `frames` frames can train on these shards; None = any model."""
+    if frames is not None and frames != manifest.frames:
+        made = "images" if frames == 1 else f"videos of {frames} frames"
+        held = "images: leave out" if manifest.frames == 1 else f"videos of {manifest.frames} frames: expected"
+        wanted = "" if manifest.frames == 1 else f".frames {manifest.frames}"
+        raise ValueError(
+            f"The model draws {made}, and the shards of {manifest.name!r} hold {held} model.flashar.video{wanted}."
+        )
 
 
 def check_matches(

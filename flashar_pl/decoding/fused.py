@@ -51,6 +51,8 @@ def refusal(model: GridModel) -> str | None:
         return "its gate reads logits"
     if model.dual_head.intra is not None and model.dual_head.intra.groups > 1:
         return "it draws the codes of a diagonal in groups"
+    if (model.frames or 1) > 1:
+        return "it has a third branch, for videos"
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"

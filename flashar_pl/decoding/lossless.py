@@ -68,6 +68,8 @@ class Lossless:
                  drafter: Drafter, window_rows: int, graph: Record | None) -> None:  # fmt: skip
         if drafter == "vertical" and model.dual_head.vertical is None:
             raise ValueError(f"drafter is {drafter!r}, and this model has no vertical branch; expected above.")
+        if drafter == "vertical" and (model.frames or 1) > 1:
+            raise ValueError("drafter is 'vertical', and the model draws videos; expected above.")
         if model.sharded:
             raise ValueError("the plan is lossless, and the model is sharded: its ranks would need unlike numbers of "
                              "forwards; expected raster.")  # fmt: skip

@@ -23,7 +23,7 @@ from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import DualHead, Split, States, Teacher
 from flashar_pl.models.losses import AUX_WEIGHT
-from flashar_pl.models.sources import fed_by_slots, step_sources
+from flashar_pl.models.sources import by_target, fed_by_slots, step_sources
 from flashar_pl.numerics import is_cut, wide
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
@@ -38,8 +38,10 @@ ROLE_OF = {
     "dual_head.vertical.": "vertical_head",
     "dual_head.gate.": "gate",
     "dual_head.corner_gate.": "gate",
+    "dual_head.time_gate.": "gate",
     "dual_head.intra.": "added",
     "vertical.": "vertical",
+    "temporal.": "vertical",
 }
 """Role by the begin of a parameter's name; "backbone" for all others."""
 
@@ -75,6 +77,10 @@ class GridModel(nn.Module, ABC):
     """Whether it draws with the help of its tokenizer; see `use_tokenizer`."""
     vertical_layers: int = 0
     """Layers of the vertical branch, k."""
+    frames: int | None = None
+    """Frames of a video, 1 = draws images; None = it does not know of frames, as in raster order."""
+    delay: int = 1
+    """Of `diagonal_plan`."""
     null_style: Literal["official", "released"] = "official"
     """Which prompt without a text it was trained with, where its backbone does not say it."""
 
@@ -163,7 +169,7 @@ class GridModel(nn.Module, ABC):
 
         ValueError if the model cannot run it.
         """
-        plan = make_plan(name or self.plan_name, height, width, row_end=self.backbone.row_ends)
+        plan = make_plan(name or self.plan_name, height, width, self.backbone.row_ends, self.frames or 1, self.delay)
         self.check_plan(plan)
         return plan
 
@@ -178,6 +184,11 @@ class GridModel(nn.Module, ABC):
                 f"the {plan.name} plan needs a vertical head, and this is a raster model. For training-free decoding "
                 f"wrap it first: FlashAR(backbone, branch_layer=m), on the command line --branch-layer m (0 to "
                 f"{self.backbone.n_layer}), or take the raster plan."
+            )
+        if plan.has_vertical and plan.frames != (self.frames or 1):
+            raise ValueError(
+                f"the {plan.name} plan has {plan.frames} frames, and the model was made for {self.frames or 1}; "
+                "expected a model of as many (model.flashar.video), or the raster plan."
             )
 
     def _plan_of(self, codes: Tensor, plan: DecodePlan | None) -> DecodePlan:
@@ -305,7 +316,8 @@ class GridModel(nn.Module, ABC):
 
     def step_logits(self, states: States, plan: DecodePlan, t: int) -> Tensor:
         """Fused logits (R, n, V) float32 of the cells of step t, from the states that were fed last."""
-        return self.dual_head.step(*states, step_sources(plan, self.dual_head.corner)[t])
+        near = None if plan.t_source is None else by_target(plan, states[0].device)[1][t]
+        return self.dual_head.step(*states, step_sources(plan, self.dual_head.corner)[t], near)
 
     def draw_step(self, states: States, plan: DecodePlan, t: int, take: Callable[[Tensor, slice], Tensor]) -> None:
         """Draw the cells of step t: all together, or in the groups of an `IntraHead`.

@@ -20,7 +20,7 @@ from flashar_pl.grid import DecodePlan
 from flashar_pl.models.gates import FusionGate, LogitGate
 from flashar_pl.models.intra import IntraHead
 from flashar_pl.models.losses import AUX_WEIGHT, HeadInputs, chunk_size, distilled, dual_nll, head_nll
-from flashar_pl.models.sources import Corner, Sources, StepSources, fed_by_slots, sources
+from flashar_pl.models.sources import Corner, Sources, StepSources, by_target, fed_by_slots, sources
 from flashar_pl.numerics import wide
 
 Fusion = Literal["gate", "logit_gate", "average"]
@@ -121,8 +121,10 @@ class DualHead(nn.Module):
         corner: Corner = "horizontal",
         first_code: int = 0,
         intra: IntraHead | None = None,
+        time_gate: FusionGate | None = None,
     ) -> None:
-        """first_code: row of both heads that scores code 0; the rows before it score text tokens."""
+        """first_code: row of both heads that scores code 0; the rows before it score text tokens. time_gate: of a
+        video, weighs the vertical against the temporal state."""
         super().__init__()
         self.horizontal = horizontal
         self.vertical = vertical
@@ -130,6 +132,7 @@ class DualHead(nn.Module):
         self.corner: Corner = corner
         self.first_code = first_code
         self.intra = intra
+        self.time_gate = time_gate
 
     @property
     def rules(self) -> tuple[Corner, int]:
@@ -210,7 +213,11 @@ class DualHead(nn.Module):
         return self.intra is not None and self.intra.groups > 1 and plan.has_vertical
 
     def together(self, h: Tensor, v: Tensor | None, embedded: Tensor | None, plan: DecodePlan) -> States:
-        """The states (R, 1 + S', D) after what the cells of a diagonal tell one another; embedded codes (R, N, D)."""
+        """The states (R, 1 + S', D) after what the cells of a diagonal tell one another; embedded codes (R, N, D).
+        Of a video (R, N, D), see `by_target`."""
+        if v is not None and v.shape[2] > h.shape[2]:  # of a video
+            of_step = plan.t_source is not None
+            return self.by_target(h, v, by_target(plan, h.device)[0]) if of_step else (h, v.chunk(2, dim=-1)[0])
         if not self.groups(plan):
             return h, v
         assert self.intra is not None and v is not None and embedded is not None
@@ -222,6 +229,18 @@ class DualHead(nn.Module):
         h = h.index_add(1, where.h[by_h], delta[:, by_h].to(h.dtype))
         return h, v.index_add(1, where.v[by_v], delta[:, by_v].to(v.dtype))
 
+    def by_target(self, h: Tensor, v: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The states (R, n, D) that predict n cells of a video, horizontal and vertical, the latter mixed with the
+        temporal one: one head scores both, so that a mix of the states is the mix of their logits (Eq. 8).
+
+        v: (R, S', 2D), the states of the vertical and of the temporal branch. rows: (3, n), of `by_target`.
+        """
+        at = rows.clamp_min(0)
+        up, before = (part[:, cells] for part, cells in zip(v.chunk(2, dim=-1), at[1:], strict=True))
+        share = wide(h).new_full((1, 1), 0.5) if self.time_gate is None else self.time_gate(up, before)  # (R, n)
+        share = share.masked_fill(rows[2] < 0, 1.0).masked_fill((rows[1] < 0) & (rows[2] >= 0), 0.0)
+        return h[:, at[0]], torch.lerp(wide(before), wide(up), share[..., None]).to(h.dtype)
+
     def forward(
         self, h: Tensor, v: Tensor | None, plan: DecodePlan, embedded: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -229,7 +248,7 @@ class DualHead(nn.Module):
 
         `fused` and `gate` are by target; `horizontal` and `vertical` are what the heads emit at each cell. h, v must
         hold all S slots. Without a vertical branch, `vertical` equals `horizontal`. embedded (B, N, D): the codes,
-        where they are drawn in groups.
+        where they are drawn in groups. Of a video `horizontal` and `vertical` are by target too.
         """
         h, v = self.together(h, v, embedded, plan)
         z_h = wide(self._code_logits(self.horizontal, h))  # (B, 1 + S, V)
@@ -237,7 +256,7 @@ class DualHead(nn.Module):
         gate = self.gates(h, v, plan)
         where = sources(plan, self.corner, h.device)
         fused = torch.lerp(z_v[:, where.v], z_h[:, where.h], gate[..., None])  # (B, N, V)
-        emitted = plan.on("slot", h.device) + 1
+        emitted = plan.on("slot", h.device) + (plan.t_source is None)
         return fused, z_h[:, emitted], z_v[:, emitted], gate
 
     def losses(
@@ -307,12 +326,15 @@ class DualHead(nn.Module):
             gate=put(torch.cat([gate, torch.ones_like(nll_h[both:]), torch.zeros_like(nll_v[both:])]), *every).detach(),
         )
 
-    def step(self, h: Tensor, v: Tensor | None, at: StepSources) -> Tensor:
+    def step(self, h: Tensor, v: Tensor | None, at: StepSources, near: Tensor | None = None) -> Tensor:
         """Fused logits (R, n, V) float32 of one step's cells from the states (R, n', D) that were fed last (Eq. 8).
 
         Only the logits that some cell needs are computed. The slices are made contiguous: for others matmul becomes a
         batched product and copies the head for every row. The mix is written where the result stands. No gradients.
+        near: (3, n) rows for `by_target`, of a step of a video.
         """
+        if near is not None and v is not None:
+            h, v = self.by_target(h, v, near)
         z_h = self._code_logits(self.horizontal, h[:, at.h].contiguous())  # (R, n - only_v, V)
         if v is None or self.vertical is None or at.v.start == at.v.stop:
             return wide(z_h)

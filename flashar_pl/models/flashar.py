@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flashar_pl.backbones.base import Backbone
-from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
 from flashar_pl.layers.transformer import Mask, run_blocks
 from flashar_pl.models.base import GridModel
@@ -48,6 +48,8 @@ class FlashAR(GridModel):
         fusion: "gate" (Eq. 7), "logit_gate" (the authors' LlamaGen code) or "average" (g = 0.5, NAR).
         corner: (0, 0) from the "horizontal" head (the paper) or "fused" like the interior (NAR).
         intra: options of an `IntraHead`; None = the codes of a diagonal are drawn independently (the paper).
+        video: {"frames": T, "delay": d} of `diagonal_plan`; a third branch, the temporal one, is one more clone, whose
+            states predict the cell in the next frame through the vertical head. None = images.
 
     Before any training step the vertical branch equals the horizontal one: "training-free" diagonal decoding.
     A backbone on the meta device is cloned later, by `init_vertical_from_backbone` after its weights are loaded.
@@ -66,6 +68,7 @@ class FlashAR(GridModel):
         fusion: Fusion = "gate",
         corner: Corner = "horizontal",
         intra: dict[str, Any] | None = None,
+        video: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         n_layer = backbone.n_layer
@@ -77,6 +80,9 @@ class FlashAR(GridModel):
             raise ValueError(f"fusion is {fusion!r}; expected one of {', '.join(get_args(Fusion))}.")
         if corner not in ("horizontal", "fused"):
             raise ValueError(f'corner is {corner!r}; expected "horizontal" or "fused".')
+        if video is not None and intra is not None:
+            raise ValueError("intra and video are given; expected one: a step of a video is no line.")
+        self.frames, self.delay = (1, 1) if video is None else (int(video["frames"]), int(video.get("delay", 1)))
         self.branch_layer = branch_layer
         self.vertical_layers = n_layer - branch_layer if vertical_layers is None else vertical_layers
         self.fusion: Fusion = fusion
@@ -84,19 +90,32 @@ class FlashAR(GridModel):
         head = backbone.release_head()
         like = head.weight
         with without_memory():
-            blocks = [backbone.make_block(self.first_cloned + i) for i in range(self.vertical_layers)]
-            self.vertical = VerticalBranch(blocks, copy.deepcopy(backbone.norm).to("meta"))
+            self.vertical = self._branch()
+            self.temporal = None if video is None else self._branch()
             vertical_head = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
         with torch.device(like.device):
             gate = self.new_gate()
             gate = None if gate is None else gate.to(like.dtype)
+            with_time = video is not None and fusion != "average"
+            time_gate = FusionGate(backbone.dim).to(like.dtype) if with_time else None
             within = None if intra is None else IntraHead(backbone.dim, **intra).to(like.dtype)
-        self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code, within)
+        self.dual_head = DualHead(head, vertical_head, gate, corner, backbone.first_code, within, time_gate)
         if like.device.type != "meta":
-            self.vertical.to_empty(device=like.device).to(like.dtype)
+            for branch in self.branches:
+                branch.to_empty(device=like.device).to(like.dtype)
             vertical_head.to_empty(device=like.device).to(like.dtype)
             self.init_vertical_from_backbone()
         self.train(backbone.training)
+
+    def _branch(self) -> VerticalBranch:
+        """A branch of new layers like those that are cloned."""
+        blocks = [self.backbone.make_block(self.first_cloned + i) for i in range(self.vertical_layers)]
+        return VerticalBranch(blocks, copy.deepcopy(self.backbone.norm).to("meta"))
+
+    @property
+    def branches(self) -> list[VerticalBranch]:
+        """The vertical branch, and that of a video's time."""
+        return [self.vertical] if self.temporal is None else [self.vertical, self.temporal]
 
     @property
     def first_cloned(self) -> int:
@@ -119,9 +138,10 @@ class FlashAR(GridModel):
     def init_vertical_from_backbone(self) -> None:
         """Copy the top layers, the final norm and the head into the vertical branch (Sec. 4.1)."""
         cloned = self.backbone.blocks[self.first_cloned : self.first_cloned + self.vertical_layers]
-        for block, source in zip(self.vertical.blocks, cloned, strict=True):
-            block.load_state_dict(source.state_dict())
-        self.vertical.norm.load_state_dict(self.backbone.norm.state_dict())
+        for branch in self.branches:
+            for block, source in zip(branch.blocks, cloned, strict=True):
+                block.load_state_dict(source.state_dict())
+            branch.norm.load_state_dict(self.backbone.norm.state_dict())
         assert self.dual_head.vertical is not None
         self.dual_head.vertical.load_state_dict(self.dual_head.horizontal.state_dict())
 
@@ -132,8 +152,15 @@ class FlashAR(GridModel):
         return h, self.vertical_states(trunk, rope, mask, cache, n_prefix) if vertical else None
 
     def vertical_states(self, trunk: Tensor, rope: Rope, mask: Mask, cache: KVCache | None, n_prefix: int) -> Tensor:
-        """h^V (R, L, D) from the trunk state (R, L, D) (Eq. 6); n_prefix as in `states`."""
-        return self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+        """h^V (R, L, D) from the trunk state (R, L, D) (Eq. 6); n_prefix as in `states`. Of a video (R, L, 2D), the
+        states of the temporal branch beside."""
+        h = self.vertical(trunk, rope, mask, cache, self.backbone.n_layer)
+        if self.temporal is None:
+            return h
+        return torch.cat([h, self.temporal(trunk, rope, mask, cache, self.backbone.n_layer + self.vertical_layers)], -1)
+
+    def cache_spec(self) -> CacheSpec:
+        return self.backbone.cache_spec(len(self.branches) * self.vertical_layers)
 
     def config(self) -> dict[str, Any]:
         intra = self.dual_head.intra
@@ -145,6 +172,7 @@ class FlashAR(GridModel):
             "fusion": self.fusion,
             "corner": self.dual_head.corner,
             **({} if intra is None else {"intra": intra.config()}),
+            **({} if self.temporal is None else {"video": {"frames": self.frames, "delay": self.delay}}),
         }
 
     @classmethod

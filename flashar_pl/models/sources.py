@@ -1,7 +1,8 @@
 """Which hidden states predict which cells, by which head (Sec. 4.2): of a whole grid, and step by step.
 
 Shapes: N cells, S' slots that were fed, n cells of a step. Hidden states are (R, 1 + S', D): the last prefix token,
-then the slots in plan order.
+then the slots in plan order. Those of a video are brought into the order of their targets first, (R, N, D), where the
+state that predicts the k-th decoded cell is row k.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def sources(plan: DecodePlan, corner: Corner, device: torch.device) -> Sources:
         has_v &= plan.v_source != PREFIX
     cells = torch.arange(plan.n_cells)
     both = has_h & has_v
+    rows = [plan.slot] * 2 if plan.t_source is not None else [plan.h_source + 1, plan.v_source + 1]
     return Sources(
-        h=(plan.h_source + 1).clamp_min(0).to(device),
-        v=(plan.v_source + 1).clamp_min(0).to(device),
+        h=rows[0].clamp_min(0).to(device),
+        v=rows[1].clamp_min(0).to(device),
         both=cells[both].to(device),
         only_h=cells[has_h & ~has_v].to(device),
         only_v=cells[~has_h & has_v].to(device),
@@ -83,7 +85,7 @@ def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
     steps = []
     for t, step in enumerate(plan.cells_of_step):
         cells, n = step.tolist(), len(step)
-        first = 0 if t == 0 else plan.slots_of_step[t - 1].start + 1
+        first = _fed_last(plan, t) if plan.t_source is None else plan.cells_before[t]
         only_h, only_v = (sum(cell in each for cell in cells) for each in alone)
         steps.append(
             StepSources(
@@ -95,6 +97,23 @@ def step_sources(plan: DecodePlan, corner: Corner) -> tuple[StepSources, ...]:
             )
         )
     return tuple(steps)
+
+
+def _fed_last(plan: DecodePlan, t: int) -> int:
+    """The first row of the states that were fed before step t."""
+    return 0 if t == 0 else plan.slots_of_step[t - 1].start + 1
+
+
+@lru_cache(maxsize=64)
+@plain_tensors()
+def by_target(plan: DecodePlan, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(3, N) int64 of a video: for the k-th decoded cell the rows of the states of its left neighbour, of that above
+    and of that in the frame before, -1 where there is none; and of every step the same among the states fed last."""
+    assert plan.t_source is not None
+    up = torch.where(plan.v_source == plan.t_source, NONE, plan.v_source)
+    rows = (torch.stack([plan.h_source, up, plan.t_source]) + 1)[:, plan.order]
+    steps = [part - _fed_last(plan, t) for t, part in enumerate(rows.split([len(c) for c in plan.cells_of_step], 1))]
+    return rows.clamp_min(-1).to(device), tuple(part.clamp_min(-1).to(device) for part in steps)
 
 
 def _as_slice(index: list[int]) -> slice:

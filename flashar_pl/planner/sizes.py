@@ -141,7 +141,8 @@ def _model_sizes(text: str) -> ModelSizes:
     of_condition = backbone.condition_linears()
     inner = [(name.split(".")[-1], module) for name, module in block.named_modules()
              if isinstance(module, nn.Linear) and module not in of_condition.values() and TEXT not in name]  # fmt: skip
-    branches = (backbone.blocks, model.vertical.blocks if isinstance(model, FlashAR) else ())
+    cloned = [block for branch in model.branches for block in branch.blocks] if isinstance(model, FlashAR) else []
+    branches = (backbone.blocks, cloned)
     of_text = [sum(getattr(each, TEXT, None) is not None for each in blocks) for blocks in branches]
     return ModelSizes(
         config=config,
@@ -149,7 +150,7 @@ def _model_sizes(text: str) -> ModelSizes:
         linears=tuple(Linear.of(name, module) for name, module in inner),
         condition_linears=tuple(Linear.of(name, module) for name, module in of_condition.items()),
         gate=None if head.gate is None else Linear.of("gate", head.gate.hidden),
-        vertical_layers=config.get("vertical_layers", 0),
+        vertical_layers=len(cloned),
         flashar=head.vertical is not None,
         head_rows=head.horizontal.out_features,
         parameters=parameters,

@@ -90,8 +90,8 @@ def how_to_make(shards: str, backbone: Backbone) -> str:
     files = islice(chain(place.glob("*"), place.glob("*/*")), 1000)
     if sum(path.suffix.lower() in EXTENSIONS for path in files) > 2:  # pictures were given for shards
         return f"flashar tokenize images {out} --out data/mine, and train with --data.shards data/mine"
-    if place.name in ("digits", "scenes"):
-        return f"flashar tokenize {place.name} --out {out}"
+    if place.name in ("digits", "moving_digits", "scenes"):
+        return f"flashar tokenize {place.name.replace('_', '-')} --out {out}"
     if place.parent.name.endswith("_tiny"):
         return f"python tests/training/emu_tiny_data.py {place.parent}"
     if (command := _in_header(shards)) is not None:

@@ -117,6 +117,23 @@ class IntraConfig:
 
 
 @dataclass(frozen=True)
+class VideoConfig:
+    """Frames one below the other in the grid, and a third branch, which predicts the next frame (docs/video.md)."""
+
+    frames: int
+    """T; the grid has T times the rows of a frame."""
+    delay: int = 1
+    """Steps between the same cells of two frames; above 1 where contents move to the left or upwards."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 2 or self.delay < 1:
+            raise ValueError(
+                f"model.flashar.video has {self.frames} frames, delay {self.delay}; expected 2 frames or more and a "
+                "delay of 1 or more; for images leave it out."
+            )
+
+
+@dataclass(frozen=True)
 class FlashARConfig:
     """The vertical branch and the fusion of both predictions."""
 
@@ -131,6 +148,12 @@ class FlashARConfig:
     """What predicts cell (0, 0): the horizontal head (the paper), or both like any other cell (NAR)."""
     intra: IntraConfig | None = None
     """Draw the codes of a diagonal in groups that see one another; None = independently (the paper)."""
+    video: VideoConfig | None = None
+    """Decode a video along diagonals of all its frames; None = images."""
+
+    def __post_init__(self) -> None:
+        if self.intra is not None and self.video is not None:
+            raise ValueError("model.flashar.intra and video are given; expected one: a step of a video is no line.")
 
 
 @dataclass(frozen=True)
@@ -309,7 +332,7 @@ def model_config(
         raise ValueError(
             f"flashar.branch_layer is {flashar.branch_layer}; expected 0 to {n_layer} (the number of layers)."
         )
-    options = {name: value for name, value in asdict(flashar).items() if (name, value) != ("intra", None)}
+    options = {name: value for name, value in asdict(flashar).items() if name not in ("intra", "video") or value}
     return {"kind": "flashar", "backbone": described, **options}
 
 

@@ -25,6 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from flashar_pl.backbones import Backbone, Batch, describe_backbone
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.runs import CHECKPOINT_KEY, EMA_PREFIX, RunCheckpoint
+from flashar_pl.data.manifest import check_frames
 from flashar_pl.grid import DecodePlan
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.lora import LoraConfig, adaptation
@@ -206,6 +207,8 @@ class FlashARModule(LightningModule):
         check_guidance(backbone, self.validation)
         if (check := getattr(self.trainer.datamodule, "check_model", None)) is not None:  # type: ignore[attr-defined]
             check(backbone.vocabulary, backbone.conditioning)
+            if self.flashar is not None:
+                check_frames(self.manifest, 1 if self.flashar.video is None else self.flashar.video.frames)
 
     # --- first weights: where a checkpoint is restored, that was before, or with shards after on_fit_start ------------
 

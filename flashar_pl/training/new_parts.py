@@ -13,6 +13,7 @@ from torch import nn
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import BlockDiffusion
 from flashar_pl.models.flashar import FlashAR
+from flashar_pl.models.gates import FusionGate
 from flashar_pl.models.intra import IntraHead
 from flashar_pl.models.lora import ADAPTER, adapted_layers
 
@@ -26,6 +27,8 @@ def new_parts(model: GridModel) -> list[tuple[nn.Module, nn.Module]]:
         if isinstance(model, FlashAR) and (gate := model.new_gate()) is not None:
             assert model.dual_head.gate is not None
             made.append((model.dual_head.gate, gate))
+        if (time_gate := model.dual_head.time_gate) is not None:
+            made.append((time_gate, FusionGate(model.backbone.dim)))
         if (intra := model.dual_head.intra) is not None:
             made.append((intra, IntraHead(model.backbone.dim)))
         if isinstance(model, BlockDiffusion):

@@ -96,6 +96,7 @@ def test_sizes_of_a_header_are_built(path: Path, overrides: list[str]) -> None:
 
 COMMANDS = {
     "data/digits": "flashar tokenize digits --out data/digits",
+    "data/moving_digits": "flashar tokenize moving-digits --out data/moving_digits",
     "data/scenes": "flashar tokenize scenes --out data/scenes",
     "data/mine": "flashar tokenize images photos --out data/mine",
     "data/text_image/32x32": "flashar tokenize text-image --data text_to_image.json --crop square --out "
@@ -137,6 +138,7 @@ STARTS = {
     "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",
     "runs/demo/raster/checkpoints/last.ckpt": "flashar fit --config experiments/demo_raster.yaml",
     "runs/own/raster/checkpoints/best.ckpt": "flashar fit --config experiments/own_images.yaml",
+    "runs/video/raster/checkpoints/last.ckpt": "flashar fit --config experiments/video_raster.yaml",
     "runs/scenes/raster/checkpoints/last.ckpt": "flashar fit --config experiments/scenes_raster.yaml",
 }
 

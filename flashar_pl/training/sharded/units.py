@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
+from flashar_pl.models.flashar import FlashAR
 from flashar_pl.models.lora import frozen_names
 
 Compute = Literal["bf16", "fp32"]
@@ -32,7 +33,7 @@ DOORS = ("enter", "loss", "prefix", "prefill", "step", "step_logits", "draw_step
 """Methods of a model, besides forward, in which its parameters exist."""
 HEAD_DOORS = ("losses", "step", "draw_step")
 """The same of a `DualHead`."""
-FLOAT32_UNITS = ("gate", "corner_gate")
+FLOAT32_UNITS = ("gate", "corner_gate", "time_gate")
 """Parts of a `DualHead` that compute in float32."""
 
 
@@ -73,9 +74,9 @@ def shard(model: GridModel, mesh: DeviceMesh, compute: Compute = "bf16", offload
 
 
 def blocks(model: GridModel) -> list[nn.Module]:
-    """All transformer blocks: the backbone's, then those of the vertical branch."""
-    vertical = getattr(model, "vertical", None)
-    return [*model.backbone.blocks, *([] if vertical is None else vertical.blocks)]
+    """All transformer blocks: the backbone's, then those of the branches."""
+    branches = model.branches if isinstance(model, FlashAR) else []
+    return [*model.backbone.blocks, *(block for branch in branches for block in branch.blocks)]
 
 
 def recompute_blocks(model: GridModel) -> None:
