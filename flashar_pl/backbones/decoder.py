@@ -167,7 +167,9 @@ class Decoder(Backbone):
         row_end = 0 if config.eol_token_id is None else config.eol_token_id  # `rope` refuses such plans
         if config.code_width is not None:
             x = self.code_mlp(codes.clamp_min(0))
-            return torch.where((codes == ROW_END)[..., None], self.embedding.weight[row_end], x)
+            if config.eol_token_id is None:
+                return x
+            return torch.where((codes == ROW_END)[..., None], self.embedding(codes.new_tensor([row_end])), x)
         return self.embedding(self._tokens(codes).masked_fill(codes == ROW_END, row_end))
 
     def _tokens(self, codes: Tensor) -> Tensor:

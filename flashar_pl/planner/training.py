@@ -77,10 +77,13 @@ class TrainingSetup:
         """GPUs that share one copy of the parameters."""
         return self.gpus // self.replicas if self.sharded else 1
 
+    def prefix_length(self, sizes: ModelSizes) -> int:
+        """Positions before the image."""
+        return sizes.backbone.conditioning.positions if self.prefix is None else self.prefix
+
     def length(self, sizes: ModelSizes) -> int:
         """Positions of one sequence: the prefix, and every slot but those of the last step."""
-        prefix = sizes.backbone.conditioning.positions if self.prefix is None else self.prefix
-        return prefix + make_plan(self.plan, *self.grid, row_end=sizes.backbone.row_ends).n_inputs
+        return self.prefix_length(sizes) + make_plan(self.plan, *self.grid, row_end=sizes.backbone.row_ends).n_inputs
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,13 @@ def activation_bytes(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) ->
         own = adapted_block_activations(sizes, setup.lora, residual, compute)
     branches = 1 + sizes.flashar if stage == 2 else 1
     final_norm = (4 + residual) * sizes.dim * branches
-    of_text, text_layers = compute * 4 * sizes.backbone.block.ffn_dim, sum(sizes.text_layers[2 - stage :])
+    text, text_layers = setup.samples * setup.prefix_length(sizes), sum(sizes.text_layers[2 - stage :])
+    of_text = text * compute * 4 * sizes.backbone.block.ffn_dim  # of a layer
     if not setup.checkpointing:
         backbone = layers - sizes.vertical_layers
-        return tokens * (backbone * own + sizes.vertical_layers * full + text_layers * of_text + final_norm)
-    largest = (max(own, full) if sizes.vertical_layers else own) + bool(text_layers) * of_text
-    return tokens * (layers * residual * sizes.dim + largest + final_norm)
+        return tokens * (backbone * own + sizes.vertical_layers * full + final_norm) + text_layers * of_text
+    largest = max(own, full) if sizes.vertical_layers else own
+    return tokens * (layers * residual * sizes.dim + largest + final_norm) + bool(text_layers) * of_text
 
 
 def loss_bytes(sizes: ModelSizes, setup: TrainingSetup) -> int:
@@ -260,8 +264,12 @@ def step_flops(sizes: ModelSizes, setup: TrainingSetup, stage: int = 2) -> int:
     tokens, targets = setup.samples * length, setup.samples * setup.grid[0] * setup.grid[1]
     projections = 2 * tokens * sizes.block_weights
     layer = projections + 4 * tokens * length * sizes.backbone.block.n_head * sizes.backbone.block.head_dim
-    of_text = [2 * tokens * sizes.mlp_weights * layers for layers in sizes.text_layers]  # both MLPs run everywhere
-    backbone = sizes.backbone.n_layer * layer + of_text[0] + 2 * tokens * added(sizes, setup.lora)
+    text = setup.samples * setup.prefix_length(sizes)  # positions where an MLP of text runs too
+    of_text = [2 * text * sizes.mlp_weights * layers for layers in sizes.text_layers]
+    low_rank = tokens * added(sizes, setup.lora)
+    if setup.lora is not None:
+        low_rank -= (tokens - text) * sizes.text_layers[0] * _added(sizes.mlp, setup.lora)
+    backbone = sizes.backbone.n_layer * layer + of_text[0] + 2 * low_rank
     vertical = sizes.vertical_layers * layer + of_text[1]
     head = 2 * targets * sizes.head_rows * sizes.dim
     passes = 4 if setup.checkpointing else 3
