@@ -14,9 +14,11 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "training")]
 
+from processes import free_port  # noqa: E402
 from tiny_images import make_images  # noqa: E402
 from training_toys import GRID, LEVELS, OPTIONS, save_classifier, write_digit_like  # noqa: E402
 
@@ -43,6 +46,8 @@ from flashar_pl.models import FlashAR, RasterAR  # noqa: E402
 from tests.reliability.kills import last, unlike  # noqa: E402
 
 PAGE, LARGE = 4096, "64m"
+GRACE = 5.0
+"""Seconds that a rank has to end after another has ended with an error."""
 WAITED = "trying again in 0 s"
 
 
@@ -57,6 +62,8 @@ class Command:
     again: bool = False
     """Whether what it leaves is continued by the same words; otherwise it leaves nothing."""
     trains: bool = False
+    ranks: int = 1
+    """Processes that share the work and the disk."""
 
 
 def bytes_of(root: Path) -> dict[str, bytes]:
@@ -89,6 +96,9 @@ def commands(root: Path) -> list[Command]:
         "data": {"shards": shards, "batch_size": 8, "validation_batch_size": 8},
     }
     (root / "run.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
+    sharded = {"class_path": "flashar_pl.training.sharded.strategy.ShardedStrategy", "init_args": {"compute": "fp32"}}
+    run["trainer"] |= {"devices": 2, "strategy": sharded}
+    (root / "sharded.yaml").write_text(yaml.safe_dump(run), encoding="utf-8")
     model, real = ("--checkpoint", str(root / "flashar")), ("--classifier", classifier, "--samples", "3")
     drawn = (
         "--reference",
@@ -106,6 +116,10 @@ def commands(root: Path) -> list[Command]:
     both = ("--raster", str(root / "raster"), "--flashar", str(root / "flashar"), "--timed-images", "1")
     return [
         Command("fit", ("fit", "--config", str(root / "run.yaml")), lambda disk: last(disk / "run"), True, True),
+        Command(
+            *("fit, sharded over two ranks", ("fit", "--config", str(root / "sharded.yaml"))),
+            *(lambda disk: last(disk / "run"), True, True, 2),
+        ),
         Command("tokenize", ("tokenize", "images", str(photos), "--out", "out", *pictures), bytes_of, True),
         Command("convert", ("convert", *model[1:], "--out", "out"), bytes_of),
         Command("evaluate", ("evaluate", *model, *drawn, "--out", "out"), names_of, True),
@@ -140,34 +154,61 @@ def grow(disk: Path) -> None:
     mount(disk.parent, "remount", f"size={LARGE}", "nr_inodes=0")
 
 
-def call(words: tuple[str, ...], disk: Path, said: Path, wait: Callable[[float], None] = lambda seconds: None) -> int:
-    """Exit code of a command in a process of its own, which writes what it says to a file."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 99
-    try:
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1), os.dup2(out, 2)
-        os.chdir(disk)
-        files.WAITS, files.time.sleep = (0,), wait
-        code = flashar(list(words))
-    except BaseException:  # noqa: BLE001
-        import traceback
+def call(
+    command: Command, disk: Path, said: Path, wait: Callable[[float], None] = lambda seconds: None
+) -> list[int]:  # fmt: skip
+    """Exit codes of a command's ranks, in processes of their own. The first one writes what it says to `said`, another
+    one beside it. One that outlives another's error for so long is killed, as torchrun does: -9."""
+    job = {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port(), "NODE_RANK": "0", "WORLD_SIZE": str(command.ranks)}
+    started = []
+    for rank in range(command.ranks):
+        if pid := os.fork():
+            started.append(pid)
+            continue
+        code = 99
+        try:
+            out = os.open(said_by(rank, said), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1), os.dup2(out, 2)
+            os.chdir(disk)
+            os.environ.update(job | {"LOCAL_RANK": str(rank)} if command.ranks > 1 else {})
+            files.WAITS, files.time.sleep = (0,), wait
+            code = flashar(list(command.words))
+        except BaseException:  # noqa: BLE001
+            import traceback
 
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    codes, until = dict.fromkeys(started, 0), float("inf")
+    while started:
+        for pid in list(started):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                started.remove(pid)
+                codes[pid] = os.waitstatus_to_exitcode(status)
+        if any(codes.values()):
+            until = min(until, time.monotonic() + GRACE)
+        if time.monotonic() > until:
+            for pid in started:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return list(codes.values())
 
 
-def faults(command: Command, disk: Path, code: int, said: str) -> list[str]:
-    """What is wrong after a command on a disk that was too small."""
-    found = []
+def said_by(rank: int, said: Path) -> Path:
+    """Where a rank writes what it says."""
+    return said.with_suffix(f".{rank}") if rank else said
+
+
+def faults(command: Command, disk: Path, codes: list[int], said: str) -> list[str]:
+    """What is wrong after a command on a disk that was too small: of all ranks codes, of the first one what it said."""
+    found = [f"ranks ended with {codes}"] if 0 in codes else []
     lines = [line for line in said.splitlines() if line.startswith("flashar: error:")]
     named = (
         re.match(r"flashar: error: (.+): (No space left on device|Disk quota exceeded)\.?", lines[0]) if lines else None
     )
-    if code != 2 or "Traceback" in said or len(lines) != 1:
-        found.append(f"ended with {code}")
+    if codes[0] != 2 or "Traceback" in said or len(lines) != 1:
+        found.append(f"ended with {codes[0]}")
     if named is None or not (disk / named[1]).resolve().is_relative_to(disk.resolve()):
         found.append("no path of the disk in the line")
     left = [str(path.relative_to(disk)) for path in disk.rglob("*")]
@@ -183,23 +224,25 @@ def attempt(command: Command, root: Path, room: str, whole: Any, freed: bool = F
     """(`well` where the room was enough, `freed` where it was made in time, `full`; what is wrong)."""
     said = root / "said.txt"
     with disk_of(root, room) as disk:
-        code = call(command.words, disk, said, (lambda _: grow(disk)) if freed else (lambda _: None))
+        codes = call(command, disk, said, (lambda _: grow(disk)) if freed else (lambda _: None))
         text = said.read_text(encoding="utf-8", errors="replace")
-        if code == 0:
+        if not any(codes):
             found = unlike(whole, command.result(disk))
             return "freed" if WAITED in text else "well", found
-        found = faults(command, disk, code, text)
+        found = faults(command, disk, codes, text)
         grow(disk)
         if command.again or not found:
-            again = call(command.words, disk, said)
-            found += unlike(whole, command.result(disk)) if again == 0 else [f"again: {again}", said.read_text()[-800:]]
+            again = call(command, disk, said)
+            found += (
+                unlike(whole, command.result(disk)) if not any(again) else [f"again: {again}", said.read_text()[-800:]]
+            )
         return "full", [*found, text[-1500:]] if found else []
 
 
 def count(command: Command, root: Path, most: int) -> dict[str, Any]:
     """At most about so many sizes, and every number of names, for a command."""
     with disk_of(root, f"size={LARGE}") as disk:
-        assert call(command.words, disk, root / "said.txt") == 0, (root / "said.txt").read_text()
+        assert not any(call(command, disk, root / "said.txt")), (root / "said.txt").read_text()
         whole, used = command.result(disk), os.statvfs(disk)
         pages, names = used.f_blocks - used.f_bfree, used.f_files - used.f_ffree
     total, wrong = Counter[str](), []
