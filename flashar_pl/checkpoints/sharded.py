@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,6 +27,7 @@ from flashar_pl.ranks import gather
 from flashar_pl.tensor_files import INDEX, META, read_tensors
 from flashar_pl.text_files import BROKEN, need_file, reason
 
+T = TypeVar("T")
 ALLOWED = {
     (metadata.__name__, name)
     for name in (
@@ -175,49 +176,66 @@ def write_sharded(
     tensors: dict[str, Tensor],
     rest: dict[str, Any],
     first: bool,
-    barrier: Callable[[], object],
     group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Write a checkpoint, every process its shards, under a temporary name, which then changes places with the old one.
 
     So there is a whole checkpoint at `path` at any time, and the old one goes when the new one is there.
 
-    rest: everything but tensors. first: whether this is the first process. barrier: waits for all of them. group: where
-    they meet otherwise; None = the usual one.
+    rest: everything but tensors. first: whether this is the first process. group: where all of them meet; None = the
+    usual one.
 
     Raises:
         OSError: in all processes, where one of them found no room; the old checkpoint stays and nothing is left behind.
     """
-    part = path.with_name(f".{path.name}.part")
-    if first:
-        _remove(part)
-        part.mkdir(parents=True)
-    barrier()
-    problem, digests = None, {}
+    part, digests = path.with_name(f".{path.name}.part"), dict[str, Any]()
+
+    def begin() -> None:
+        if first:
+            _remove(part)
+            part.mkdir(parents=True)
+
+    def write() -> dict[str, Any]:
+        dcp.save(tensors, checkpoint_id=part, process_group=group)
+        own = {each.name: file_digests(each) for each in part.glob(f"__{_process()[0]}_*.distcp")}
+        if first:
+            torch.save(rest, part / META)
+            own |= {name: file_digests(part / name) for name in (META, INDEX)}
+        return own
+
+    def end() -> None:
+        if first:
+            write_list(part, digests)
+            exchange(part, path)
+            _remove(part)
+
+    try:
+        _together(begin, path, group)
+        for own in _together(write, path, group):
+            digests |= own
+        _together(end, path, group)
+    except OSError:
+        if first:
+            _remove(part)
+        raise
+
+
+def _together(work: Callable[[], T], path: Path, group: torch.distributed.ProcessGroup | None) -> list[T]:
+    """What `work` gives in each process, in all of them. OSError in all of them where it fails in one: a process that
+    went on, or waited, would take the others' next meeting for this one."""
+    problem, value = None, None
     try:
         with naming_full_disk(path):
-            dcp.save(tensors, checkpoint_id=part, process_group=group)
-            rank = _process()[0]
-            digests = {each.name: file_digests(each) for each in part.glob(f"__{rank}_*.distcp")}
-            if first:
-                torch.save(rest, part / META)
-                digests |= {name: file_digests(part / name) for name in (META, INDEX)}
+            value = work()
     except OSError as error:
         problem = error
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of one process; all have this error, which is no Exception
         problem = full_disk(cause, path) or OSError(f"{path} cannot be written: {reason(cause)}")
-    gathered = gather((problem, digests), group)
+    gathered = gather((problem, value), group)
     if problem := next((each for each, _ in gathered if each is not None), None):
-        if first:
-            _remove(part)
-        barrier()
         raise problem
-    if first:
-        write_list(part, {name: crcs for _, each in gathered for name, crcs in each.items()})
-        exchange(part, path)
-        _remove(part)
-    barrier()
+    return [cast(T, each) for _, each in gathered]
 
 
 def _remove(path: Path) -> None:

@@ -43,7 +43,7 @@ def directory(tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     path = tmp_path / "sharded.ckpt"
-    write_sharded(path, dict(TENSORS), {"global_step": 7}, True, lambda: None)
+    write_sharded(path, dict(TENSORS), {"global_step": 7}, True)
     return path
 
 
@@ -271,7 +271,7 @@ def test_a_sharded_checkpoint_is_never_absent(sharded: Path, monkeypatch, swap: 
     rename = Path.rename
     monkeypatch.setattr(Path, "rename", lambda self, to: (rename(self, to), seen.append(sharded.exists()))[0])
     changed = {key: value + 1 for key, value in TENSORS.items()}
-    write_sharded(sharded, dict(changed), {"global_step": 8}, True, lambda: None)
+    write_sharded(sharded, dict(changed), {"global_step": 8}, True)
     assert same(read_sharded(sharded, {key: key for key in TENSORS}), changed)
     assert all(seen) or not swap
     assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
@@ -297,26 +297,41 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_is_tried_again(torch_file: Pat
     assert torch_file.read_bytes() == b"half"
 
 
-@pytest.mark.parametrize("who", ["its writer", "another process"])
+FULL = OSError(errno.ENOSPC, "No space left on device")
+UNEXPECTED = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+
+@pytest.mark.parametrize("who", ["its writer", "its list", "another process"])
 def test_a_full_disk_of_one_process_is_waited_for_by_all(sharded: Path, capsys, monkeypatch, who: str) -> None:
-    """torch wraps the error of a process in one without a code, which ended the run."""
+    """torch wraps the error of a process in one without a code, which ended the run; where the list of digests had no
+    room, the first process began anew alone, and met the others in another place."""
     monkeypatch.setattr(files, "WAITS", [0, 0])
-    failures: list[Exception] = [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")]
-    failures.append(OSError(errno.ENOSPC, "No space left on device"))
+    failures: list[Exception] = [UNEXPECTED, FULL]
+    if who == "another process":
+        failures = [OSError(errno.ENOSPC, "No space left on device", str(sharded))] * 2  # as it names it
     if who == "its writer":
-        save = sharded_files.dcp.save
+        failures = [CheckpointException("", {1: (failure, None)}) for failure in failures]
+    there: dict[str, Any] = {"its writer": sharded_files.dcp, "its list": sharded_files}
+    name = {"its writer": "save", "its list": "write_list"}.get(who)
+    meetings: list[Any] = []
 
-        def full(*args, **options) -> None:
+    def meet(own: Any, group: object) -> list[Any]:
+        meetings.append(own[0])
+        return [own, (failures.pop() if len(meetings) in (2, 4) and name is None else None, {})]
+
+    monkeypatch.setattr(sharded_files, "gather", meet)
+    if name is not None:
+        real = getattr(there[who], name)
+
+        def full(*args: Any, **options: Any) -> None:
             if failures:
-                raise CheckpointException("", {1: (failures.pop(), None)})
-            save(*args, **options)
+                raise failures.pop()
+            real(*args, **options)
 
-        monkeypatch.setattr(sharded_files.dcp, "save", full)
-    else:
-        full_there = [OSError(errno.ENOSPC, "No space left on device", str(sharded)), None]
-        monkeypatch.setattr(sharded_files, "gather", lambda own: [own, (full_there.pop(0), {})])
+        monkeypatch.setattr(there[who], name, full)
     changed = {key: value + 1 for key, value in TENSORS.items()}
-    files.patiently(lambda: write_sharded(sharded, dict(changed), {"global_step": 8}, True, lambda: None))
+    files.patiently(lambda: write_sharded(sharded, dict(changed), {"global_step": 8}, True))
     assert f"No space left on device: '{sharded}'; trying again in 0 s." in capsys.readouterr().err
     assert same(read_sharded(sharded, {key: key for key in TENSORS}), changed)
     assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
+    assert len(meetings) == {"its writer": 2 + 2 + 3, "its list": 3 + 3 + 3, "another process": 2 + 2 + 3}[who]

@@ -71,7 +71,7 @@ def kinds(root: Path) -> list[Kind]:
     rest = {"flashar": note.to_dict(), "global_step": 7, "loops": {"done": list(range(9))}}
     last, sharded, converted = root / "last.ckpt", root / "sharded.ckpt", root / "model"
     torch.save({"state_dict": weights, **rest}, last)
-    write_sharded(sharded, weights, rest, True, lambda: None)
+    write_sharded(sharded, weights, rest, True)
     save_model(converted, model, note)
     shards = Path(write_digit_like(root / "shards"))
 

@@ -51,7 +51,7 @@ def description(data: bytes) -> object:
 
 
 def index_and_shards() -> bytes:
-    write_sharded(PLACE / "s", {"net.a": torch.ones(3, 4), "net.b": torch.ones(2)}, {}, True, lambda: None)
+    write_sharded(PLACE / "s", {"net.a": torch.ones(3, 4), "net.b": torch.ones(2)}, {}, True)
     (PLACE / "s" / LIST).unlink()
     return (PLACE / "s" / INDEX).read_bytes()
 

@@ -190,13 +190,12 @@ class ShardedStrategy(ModelParallelStrategy):
             tensors |= {OPTIMISER + name: value for name, value in states.items()}
         path = Path(self.broadcast(filepath))
         if self.saving is None:
-            patiently(lambda: write_sharded(path, tensors, checkpoint, self.is_global_zero, self.barrier))
+            patiently(lambda: write_sharded(path, tensors, checkpoint, self.is_global_zero))
             return
         self.saving.finish()
         group, rest = self.saving.group, copy.deepcopy(checkpoint)
         tensors = {name: host_copy(tensor) for name, tensor in tensors.items()}
-        together = partial(torch.distributed.barrier, group)
-        write = partial(write_sharded, path, tensors, rest, self.is_global_zero, together, group)
+        write = partial(write_sharded, path, tensors, rest, self.is_global_zero, group)
         self.saving.begin(lambda: patiently(write))
 
     def remove_checkpoint(self, filepath: Any) -> None:
