@@ -21,6 +21,9 @@ from flashar_pl.text_files import flatten, read_field
 if TYPE_CHECKING:
     import numpy as np
 
+    from flashar_pl.data.shards import Manifest
+    from flashar_pl.evaluate.quality import Judge
+
 KEPT = ("best.ckpt", "last.ckpt")
 """Of a run's checkpoints the first that is there is compared."""
 SPEED = ("ms_per_image", "images_per_s", "runner", "weight_format", "time")
@@ -110,7 +113,7 @@ def compare(
     import torch
 
     from flashar_pl.data.shards import Manifest
-    from flashar_pl.evaluate.quality import Judge, sample_quality
+    from flashar_pl.evaluate.quality import Judge
     from flashar_pl.metrics.classifier import ClassifierFeatures
 
     target, seeds = require_new(asked.out, "comparison"), parse_classes(asked.sample_seeds, "sample_seeds")
@@ -125,13 +128,7 @@ def compare(
     manifest.shards(images.split)
     judge = None if asked.classifier is None else Judge.build(ClassifierFeatures.load(asked.classifier), manifest)
     for row in found.values():
-        for run in row.runs:
-            source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
-            model, grid = source.model, manifest.grid
-            run.nll, row.steps = nll.numpy(), model.make_plan(row.plan, *grid).n_steps
-            if judge is not None:
-                drawn = conditions_of(manifest, caption_encoder(source, manifest, text.assets))
-                run.quality, _ = sample_quality(model, row.plan, grid, judge, drawn, asked.samples, seeds)
+        measure(row, manifest, images, judge, asked, compute, text)
         if row.name in speeds:
             row.speed = _fastest(row, speeds[row.name])
     result = {
@@ -148,9 +145,24 @@ def compare(
         write_text(folder / "compare.md", page)
         write_json(folder / "compare.json", result)
         draw(result, folder / "compare.png")
-    print(page)
-    print(f"wrote {target}/: compare.md, compare.json, compare.png")
+    print(f"{page}\nwrote {target}/: compare.md, compare.json, compare.png")
     return result
+
+
+def measure(
+    row: Row, manifest: Manifest, images: DataOptions, judge: Judge | None, asked: CompareOptions,
+    compute: PlanOptions, text: AssetOptions,
+) -> None:  # fmt: skip
+    """Fill in what a row's runs make of the images, and what a judge makes of their samples."""
+    from flashar_pl.evaluate.quality import sample_quality
+
+    seeds, grid = parse_classes(asked.sample_seeds, "sample_seeds"), manifest.grid
+    for run in row.runs:
+        source, row.plan, nll = likelihoods(manifest, images, ModelOptions(run.checkpoint), compute, text)
+        run.nll, row.steps = nll.numpy(), source.model.make_plan(row.plan, *grid).n_steps
+        if judge is not None:
+            drawn = conditions_of(manifest, caption_encoder(source, manifest, text.assets))
+            run.quality, _ = sample_quality(source.model, row.plan, grid, judge, drawn, asked.samples, seeds)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flashar_pl.backbones.condition import Batch, Condition
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.data.scenes import Prompt
+    from flashar_pl.data.shards import Manifest
     from flashar_pl.decoding.samples import SampleSet
 
 SHOWN = 24
@@ -53,13 +54,9 @@ def evaluate_scenes(
         out: directory to make; it must not exist.
         seed: of the first image; image i uses seed + i.
     """
-    import numpy as np
-
     from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
-    from flashar_pl.data.encode import decoder_of
     from flashar_pl.data.shards import Manifest
-    from flashar_pl.decoding.samples import SampleSet, decode_all
-    from flashar_pl.pictures import save_png, tile
+    from flashar_pl.decoding.samples import SampleSet
 
     target = require_new(out, "results")
     manifest = Manifest.load(images.data)
@@ -84,11 +81,7 @@ def evaluate_scenes(
         "checkpoint": source.facts(),
         "versions": versions(),
     }
-    with new_directory(target, "results") as folder:
-        np.save(folder / "codes.npy", codes.numpy())
-        np.save(folder / "nll.npy", nll.numpy())
-        save_png(tile(decode_all(decoder_of(manifest), codes[:SHOWN]), 6), folder / "samples.png")
-        write_json(folder / "scenes.json", result)
+    write(target, result, codes, nll, manifest)
     print(f"{report(result)}\nwrote {Path(out) / 'scenes.json'}")
     return result
 
@@ -142,6 +135,21 @@ def count(codes: Tensor, prompts: list[Prompt]) -> dict[str, Any]:
         "exact": share(sum(verdict.exact for verdict in verdicts), n),
         "torn": share(sum(verdict.torn for verdict in verdicts), n),
     }
+
+
+def write(target: Path, result: dict[str, Any], codes: Tensor, nll: Tensor, manifest: Manifest) -> None:
+    """The directory of results: codes (N, 8, 8), nll (N,)."""
+    import numpy as np
+
+    from flashar_pl.data.encode import decoder_of
+    from flashar_pl.decoding.samples import decode_all
+    from flashar_pl.pictures import save_png, tile
+
+    with new_directory(target, "results") as folder:
+        np.save(folder / "codes.npy", codes.numpy())
+        np.save(folder / "nll.npy", nll.numpy())
+        save_png(tile(decode_all(decoder_of(manifest), codes[:SHOWN]), 6), folder / "samples.png")
+        write_json(folder / "scenes.json", result)
 
 
 def share(k: int, n: int) -> dict[str, float]:

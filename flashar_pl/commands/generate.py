@@ -59,8 +59,6 @@ def generate(
         flashar generate --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image --tokenizer Emu3.5-VisionTokenizer
           --prompt "a fox in the snow" --cfg-scale 5 --aspect-ratio 16:9 --batch-size 4 --out foxes/
     """
-    import numpy as np
-
     from flashar_pl.checkpoints.opening import open_checkpoint
     from flashar_pl.decoding.build import build_engine, choose_format
     from flashar_pl.decoding.request import DrawRequest
@@ -82,12 +80,8 @@ def generate(
         used["forwards"] = {"mean": sum(forwards) / len(forwards), "most": max(forwards)}
         used["codes_per_forward"] = grid[0] * grid[1] / used["forwards"]["mean"]
     del drawing  # its buffers and graphs may fill the device; decoding to pixels needs room
-    seeds = [draw.seed + i for i in range(len(wanted))]
     with new_directory(target, "samples") as folder:
-        np.save(folder / "codes.npy", codes.numpy())
-        files = [] if decoder is None else _write_images(folder, codes, decoder, wanted, seeds, draw.num_images)
-        columns = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts, "file": files}
-        known = {name: values for name, values in columns.items() if values}
+        images = _write_samples(folder, codes, decoder, wanted, draw)
         facts = {"grid": list(grid), "plan": plan, "batch_size": samples.batch_size, **used, "weight_format": form,
                  "dtype": source.dtype,
                  **({} if decoder is None else {"decode_dtype": decoder.decode_dtype})}  # fmt: skip
@@ -95,7 +89,7 @@ def generate(
             "command": "generate",
             "settings": {**as_settings(draw, model, sampling, shape, text, engine), **facts},
             "checkpoint": source.facts(),
-            "images": [dict(zip(known, row)) for row in zip(*known.values(), strict=True)],
+            "images": images,
             "seconds": seconds,
             "peak_memory_bytes": peak.bytes or None,
             "versions": versions(),
@@ -124,16 +118,24 @@ def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tup
         print(f"note: {note}", file=sys.stderr)
 
 
-def _write_images(
-    folder: Path, codes: Tensor, decoder: Tokenizer, wanted: Wanted, seeds: list[int], columns: int
-) -> list[str]:
-    """Decode and write every image and the contact sheet; names of the files."""
+def _write_samples(
+    folder: Path, codes: Tensor, decoder: Tokenizer | None, wanted: Wanted, draw: GenerateOptions
+) -> list[dict[str, Any]]:
+    """Write the codes and, with a decoder, every image and the contact sheet. What is known of each sample."""
+    import numpy as np
+
     from flashar_pl.decoding.samples import decode_all
     from flashar_pl.pictures import save_png, tile
 
-    images = decode_all(decoder, codes)  # (N, 3, h, w)
-    names = [f"{i:05d}_{label}_seed{seed}.png" for i, (label, seed) in enumerate(zip(wanted.labels, seeds))]
-    for image, name in zip(images, names, strict=True):
-        save_png(image, folder / name)
-    save_png(tile(images, columns), folder / "grid.png")
-    return names
+    np.save(folder / "codes.npy", codes.numpy())
+    seeds = [draw.seed + i for i in range(len(wanted))]
+    columns: dict[str, Any] = {"label": wanted.labels, "seed": seeds, "prompt": wanted.prompts}
+    if decoder is not None:
+        images = decode_all(decoder, codes)  # (N, 3, h, w)
+        names = [f"{i:05d}_{label}_seed{seed}.png" for i, (label, seed) in enumerate(zip(wanted.labels, seeds))]
+        for image, name in zip(images, names, strict=True):
+            save_png(image, folder / name)
+        save_png(tile(images, draw.num_images), folder / "grid.png")
+        columns["file"] = names
+    known = {name: values for name, values in columns.items() if values}
+    return [dict(zip(known, row)) for row in zip(*known.values(), strict=True)]
