@@ -250,6 +250,18 @@ class RankOptions:
 
 
 @dataclass(frozen=True)
+class SharingOptions:
+    """Devices that share one model"""
+
+    tensor_parallel: int = 1
+    """Devices, each a process that holds a part of every layer's heads and width and of the vocabulary, for models that
+    one device does not hold, or for speed. All draw the same images together, those of one device up to rounding."""
+
+    def __post_init__(self) -> None:
+        check_least(self, tensor_parallel=1)
+
+
+@dataclass(frozen=True)
 class CodecOptions(PlaceOptions):
     """Tokenizer"""
 

@@ -43,6 +43,7 @@ from flashar_pl.options import (
 )
 from flashar_pl.pictures import picture, tile
 from flashar_pl.planner.room import fitting_batch
+from flashar_pl.ranks import Rank
 from flashar_pl.tokenizers import Tokenizer
 
 
@@ -186,15 +187,22 @@ class FlashARPipeline:
 
 
 def draw_asked(
-    source: Source, engine: Engine, asked: DrawRequest, batch_size: int | Literal["auto"] | None, what: str | None
+    source: Source,
+    engine: Engine,
+    asked: DrawRequest,
+    batch_size: int | Literal["auto"] | None,
+    what: str | None,
+    rank: Rank = Rank(),
 ) -> tuple[SampleSet, Tensor, float]:
     """The samples of a request, their codes (N, H, W) int64 on the CPU, and the seconds that they took.
 
-    what: of the progress bar, such as "steps"; None = there is none. ValueError for a batch size that does not fit.
+    what: of the progress bar, such as "steps"; None = there is none. rank: of those that share the model, which
+    all draw all samples. ValueError for a batch size that does not fit.
     """
-    samples = asked.samples(fitting_batch(source, asked, batch_size, engine.prefix_bucket))
+    fitting = fitting_batch(source, asked, batch_size, engine.prefix_bucket, rank.world)
+    samples = asked.samples(min(rank.gather(fitting)))  # devices may have unlike room
     steps = samples.batches * source.model.make_plan(asked.plan, *asked.grid).n_steps
-    with nullcontext(lambda _: None) if what is None else progress_bar(steps, what) as advance:
+    with nullcontext(lambda _: None) if what is None or rank.rank else progress_bar(steps, what) as advance:
         began = time.perf_counter()
         codes = draw_codes(engine, samples, on_step=lambda _: advance(1))
         return samples, codes, time.perf_counter() - began

@@ -104,7 +104,7 @@ def _leave_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto") -> T:
+def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = "auto", option: str = "devices") -> T:
     """Call `work(rank)` on every rank; returns what the call of this machine's first rank returned.
 
     Under torchrun or SLURM the ranks are the processes they started, and each of them returns from here. Otherwise
@@ -117,6 +117,7 @@ def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = 
             or at their end.
         options: how many.
         device: auto, cpu, cuda or cuda:N; with auto and cuda each rank gets its own GPU.
+        option: that told how many, for messages.
 
     Raises:
         ValueError: devices that do not exist, or wrong input found by any rank.
@@ -126,9 +127,10 @@ def run_on_ranks(work: Callable[[Rank], T], options: RankOptions, device: str = 
     started = _started_here()
     if started and options.devices not in (None, started[0]):
         raise ValueError(
-            f"devices is {options.devices}, but {started[0]} processes were started on each machine; leave it out."
+            f"{option} is {options.devices}, but {started[0]} processes were started on each machine; "
+            f"{'leave it out' if option == 'devices' else 'give their number'}."
         )
-    devices, nodes = started or (_count(options.devices, device, place), options.num_nodes)
+    devices, nodes = started or (_count(options.devices, device, place, option), options.num_nodes)
     if devices * nodes == 1:
         return work(Rank(device=place))
     return _launch(work, place.type, devices, nodes)
@@ -191,7 +193,7 @@ def _of_rank(work: Callable[[Rank], T], fabric: Fabric) -> tuple[T | None, str |
     return value, None
 
 
-def _count(devices: int | None, device: str, place: torch.device) -> int:
+def _count(devices: int | None, device: str, place: torch.device, option: str) -> int:
     """Processes of this machine. Raises ValueError where there are not so many devices."""
     named = place.type == "cuda" and device not in ("auto", "cuda")
     available = 1 if named else torch.cuda.device_count() if place.type == "cuda" else None
@@ -199,5 +201,5 @@ def _count(devices: int | None, device: str, place: torch.device) -> int:
         return available or 1
     if devices < 1 or (available is not None and devices > available):
         expected = "1 or more" if available is None else f"1 to {available}" if available > 1 else "1"
-        raise ValueError(f"devices is {devices}; expected {expected} with device {device}.")
+        raise ValueError(f"{option} is {devices}; expected {expected} with device {device}.")
     return devices

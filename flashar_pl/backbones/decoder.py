@@ -169,7 +169,7 @@ class Decoder(Backbone):
             x = self.code_mlp(codes.clamp_min(0))
             if config.eol_token_id is None:
                 return x
-            return torch.where((codes == ROW_END)[..., None], self.embedding(codes.new_tensor([row_end])), x)
+            return torch.where((codes == ROW_END)[..., None], self.embedding(codes.new_full((1,), row_end)), x)
         return self.embedding(self._tokens(codes).masked_fill(codes == ROW_END, row_end))
 
     def _tokens(self, codes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from flashar_pl.options import (
     SampleOptions,
     SamplingSettings,
     ShapeOptions,
+    SharingOptions,
     TextOptions,
     as_settings,
 )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding.prompts import Wanted
+    from flashar_pl.ranks import Rank
     from flashar_pl.tokenizers import Tokenizer
 
 
@@ -47,6 +50,7 @@ def generate(
     shape: ShapeOptions = ShapeOptions(),
     text: TextOptions = TextOptions(),
     engine: EngineOptions = EngineOptions(),
+    sharing: SharingOptions = SharingOptions(),
 ) -> Path:
     """Sample images from a checkpoint.
 
@@ -59,22 +63,47 @@ def generate(
         flashar generate --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image --tokenizer Emu3.5-VisionTokenizer
           --prompt "a fox in the snow" --cfg-scale 5 --aspect-ratio 16:9 --batch-size 4 --out foxes/
     """
-    from flashar_pl.checkpoints.opening import open_checkpoint
+    from flashar_pl.options import RankOptions
+    from flashar_pl.ranks import Rank, run_on_ranks
+
+    require_new(draw.out, "samples")
+    work = partial(_generate, draw, model, sampling, shape, text, engine, sharing)
+    if (n := sharing.tensor_parallel) == 1:
+        return work(Rank())
+    return run_on_ranks(work, RankOptions(devices=n), engine.device, "tensor_parallel")
+
+
+def _generate(
+    draw: GenerateOptions,
+    model: ModelOptions,
+    sampling: SamplingSettings,
+    shape: ShapeOptions,
+    text: TextOptions,
+    engine: EngineOptions,
+    sharing: SharingOptions,
+    rank: Rank,
+) -> Path:
+    """As one of the ranks that share the model; the first one writes."""
     from flashar_pl.decoding.build import build_engine, choose_format
     from flashar_pl.decoding.request import DrawRequest
+    from flashar_pl.decoding.tensor_parallel import open_share
     from flashar_pl.devices import peak_memory
     from flashar_pl.pipeline import draw_asked
 
-    target = require_new(draw.out, "samples")
-    source = open_checkpoint(model, engine)
+    target, first = Path(draw.out), rank.rank == 0
+    source = open_share(model, engine, rank, sharing.tensor_parallel)
     asked = DrawRequest.of(source, draw, sampling, shape, text, engine.plan)
     wanted, grid, plan, sampling = asked.wanted, asked.grid, asked.plan, asked.sampling
-    _notes(source, wanted, sampling, grid)
-    decoder = None if draw.codes_only else source.matching_tokenizer(engine.device, engine.pixel_dtype)
+    if first:
+        _notes(source, wanted, sampling, grid)
+    without = draw.codes_only or not first
+    decoder = None if without else source.matching_tokenizer(engine.device, engine.pixel_dtype)
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
     with peak_memory(drawing.device) as peak:
-        samples, codes, seconds = draw_asked(source, drawing, asked, engine.batch_size, "steps")  # (N, H, W)
+        samples, codes, seconds = draw_asked(source, drawing, asked, engine.batch_size, "steps", rank)  # (N, H, W)
+    if not first:
+        return target
     used: dict[str, Any] = {"device": str(drawing.device), "runner": drawing.runner}
     if forwards := drawing.forwards[: len(wanted)]:
         used["forwards"] = {"mean": sum(forwards) / len(forwards), "most": max(forwards)}
@@ -87,7 +116,7 @@ def generate(
                  **({} if decoder is None else {"decode_dtype": decoder.decode_dtype})}  # fmt: skip
         record = {
             "command": "generate",
-            "settings": {**as_settings(draw, model, sampling, shape, text, engine), **facts},
+            "settings": {**as_settings(draw, model, sampling, shape, text, engine, sharing), **facts},
             "checkpoint": source.facts(),
             "images": images,
             "seconds": seconds,

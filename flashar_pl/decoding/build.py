@@ -55,7 +55,7 @@ def choose_format(model: GridModel, options: CodeOptions, plan: str) -> WeightFo
 
     parameters = list(model.parameters())
     dtype = parameters[0].dtype
-    possible = has_blocks(model) and packed.unsupported(dtype) is None
+    possible = has_blocks(model) and not model.shared and packed.unsupported(dtype) is None
     if model.device.type != "cpu" or not possible or not packs(options.runner):
         return "plain"
     size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)

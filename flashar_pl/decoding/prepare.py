@@ -39,8 +39,8 @@ def prepare(model: GridModel, weights: str = "plain") -> GridModel:
     if not has_blocks(model):
         kind = model.config()["kind"]
         raise ValueError(f"weight format is {weights!r}, which a {kind} model does not have; expected plain.")
-    if model.sharded:
-        raise ValueError(f"weight format is {weights!r}, and the model is sharded; expected plain.")
+    if model.sharded or model.shared:
+        raise ValueError(f"weight format is {weights!r}, and devices share the model; expected plain.")
     change = _packer(model) if weights == "packed" else _quantiser(weights, model.device)
     head = model.dual_head
     known: dict[int, Any] = {}  # what stands in the copy for a module of the model, by id

@@ -20,6 +20,7 @@ from flashar_pl.backbones.condition import Condition, Given, Prefix
 from flashar_pl.grid import DecodePlan, make_plan
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import Rope
+from flashar_pl.layers.tensor_parallel import GatheredLinear
 from flashar_pl.layers.transformer import Mask
 from flashar_pl.models.dual_head import DualHead, Split, States, Teacher
 from flashar_pl.models.losses import AUX_WEIGHT
@@ -300,6 +301,11 @@ class GridModel(nn.Module, ABC):
     def sharded(self) -> bool:
         """Whether its parameters are cut over devices."""
         return any(is_cut(parameter) for parameter in self.parameters())
+
+    @property
+    def shared(self) -> bool:
+        """Whether several devices hold it together and decode in step (`decoding.tensor_parallel`)."""
+        return isinstance(self.dual_head.horizontal, GatheredLinear)
 
     def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""

@@ -4,8 +4,10 @@ Forward 0 feeds the prefix, forward t the slots of step t - 1; each ends with th
 the weights of the layers (once per forward), the head rows that score codes, the embedded rows and the KV cache.
 Activations are not: they fit in a cache, or could.
 
+Devices that share the model split heads, feed-forward width and codes: all numbers are those of one of them.
+
 Letters: B images, R rows (B, or 2B with guidance), P prefix, n slots of a step, D width, V codes, A query heads,
-G key/value heads, E head width.
+G key/value heads, E head width, N devices.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from itertools import accumulate
 import torch
 
 from flashar_pl.checkpoints.description import plan_of
+from flashar_pl.decoding.tensor_parallel import check_shares
 from flashar_pl.grid import DecodePlan
+from flashar_pl.layers.tensor_parallel import share_of
+from flashar_pl.layers.transformer import BlockConfig
 from flashar_pl.models.sources import StepSources, step_sources
-from flashar_pl.planner.sizes import Linear, ModelSizes
+from flashar_pl.planner.sizes import MLP, Linear, ModelSizes
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,27 @@ class DecodeJob:
     window: tuple[int, int] | None = None
     """Of the lossless plan: slots of a window, and how many windows a batch took. None = as the raster plan."""
 
+    devices: int = 1
+    """N, that share the model."""
+
+    @cached_property
+    def block(self) -> BlockConfig:
+        """What one device holds of a block. Raises ValueError where so many cannot share the model."""
+        whole = self.sizes.backbone.block
+        if self.devices == 1:
+            return whole
+        check_shares(self.sizes.model, self.devices)
+        return share_of(whole, self.devices)
+
+    @cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """The projections of one block on one device."""
+        block = self.block
+        heads, queries = block.n_head + 2 * block.n_kv_head, block.n_head * block.head_dim
+        own = {"wqkv": (block.dim, heads * block.head_dim), "wo": (queries, block.dim),
+               "w13": (block.dim, 2 * block.ffn_dim), "w2": (block.ffn_dim, block.dim)}  # fmt: skip
+        return self.sizes.linears if self.devices == 1 else tuple(Linear(name, *size) for name, size in own.items())
+
     @cached_property
     def order(self) -> DecodePlan:
         """The plan. Raises ValueError for an unknown one, or a diagonal one of a raster model."""
@@ -110,7 +136,7 @@ class DecodeJob:
 
     def cache_bytes(self, positions: int) -> int:
         """Keys and values of so many positions, in all layers and rows."""
-        block = self.sizes.backbone.block
+        block = self.block
         return 2 * self.layers * self.rows * block.n_kv_head * block.head_dim * positions * self.dtype.itemsize
 
     @cached_property
@@ -150,13 +176,13 @@ class DecodeJob:
 
     def _forward(self, n: int, seen: int, at: StepSources) -> Forward:
         """`n` new positions in each row, `seen` cached ones after it, then the heads' logits."""
-        sizes, block, rows, layers = self.sizes, self.sizes.backbone.block, self.rows, self.layers
-        gemms = [Gemm(linear, rows * n, layers) for linear in sizes.linears]
+        sizes, block, rows, layers = self.sizes, self.block, self.rows, self.layers
+        gemms = [Gemm(linear, rows * n, layers) for linear in self.linears]
         if seen == n:  # the prefix
             gemms += [Gemm(linear, rows * n) for linear in sizes.condition_linears]
             if of_text := sum(sizes.text_layers[: 1 + self.order.has_vertical]):
-                gemms += [Gemm(linear, rows * n, of_text) for linear in sizes.mlp]
-        head = Linear("head", sizes.dim, sizes.backbone.vocabulary)
+                gemms += [Gemm(linear, rows * n, of_text) for linear in self.linears if linear.name in MLP]
+        head = Linear("head", sizes.dim, -(-sizes.backbone.vocabulary // self.devices))
         of_h, of_v = at.h.stop - at.h.start, at.v.stop - at.v.start
         gemms += [Gemm(head, rows * cells) for cells in (of_h, of_v) if cells]
         if sizes.gate is not None and of_v and of_h > at.only_h:
@@ -187,8 +213,13 @@ class DecodeJob:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of one copy of the model."""
-        return (self.sizes.n_parameters + self.sizes.buffer_elements) * self.dtype.itemsize
+        """Bytes of the model on each device."""
+        sizes, blocks = self.sizes, self.sizes.backbone.n_layer + self.sizes.vertical_layers
+        heads = (1 + sizes.flashar) * sizes.head_rows * sizes.dim
+        of_blocks = blocks * sizes.block_weights + sum(sizes.text_layers) * sizes.mlp_weights
+        cut = of_blocks + heads + sizes.embedding_parameters
+        here = -(-cut // self.devices)
+        return (sizes.n_parameters - cut + here + sizes.buffer_elements) * self.dtype.itemsize
 
     @property
     def memory(self) -> DecodeMemory:
@@ -197,7 +228,7 @@ class DecodeJob:
         window = 2 * (order.width + 1) if order.name == "lossless" else 0  # two rows, unless told
         cells = max(window, *(len(step) for step in order.cells_of_step))
         fed, seen = max(call[0] for call in self.calls), max(call[1] for call in self.calls)
-        widest = max(linear.n_in + linear.n_out for linear in sizes.linears)
+        widest = max(linear.n_in + linear.n_out for linear in self.linears)
         # float32 logits: H, V, their mix and its concatenation for all rows; guided, filtered, softmax (4 bytes each)
         # and two float64 tensors for the conditional ones
         per_code = rows * 4 * (4 if order.has_vertical else 2) + self.batch * (3 * 4 + 2 * 8)

@@ -76,8 +76,11 @@ class Room:
         return (self.weight_copies - 1) * self.jobs[0].model_bytes
 
 
-def fitting_batch(source: Source, request: DrawRequest, batch_size: int | Literal["auto"] | None, bucket: int) -> int:
+def fitting_batch(
+    source: Source, request: DrawRequest, batch_size: int | Literal["auto"] | None, bucket: int, devices: int = 1
+) -> int:
     """The number of samples to decode together; prompts are padded to a multiple of `bucket`.
+    devices: that share the model.
 
     Raises ValueError for a number that does not fit.
     """
@@ -87,6 +90,6 @@ def fitting_batch(source: Source, request: DrawRequest, batch_size: int | Litera
         most = min(most, len(wanted))
         longest = -(-max(len(ids) for part in prompts for ids in part) // bucket) * bucket
     dtype, guided = next(model.parameters()).dtype, model.backbone.guided(request.sampling)
-    job = DecodeJob(model_sizes(model.config()), request.plan, request.grid, 1, guided, dtype, longest)
+    job = DecodeJob(model_sizes(model.config()), request.plan, request.grid, 1, guided, dtype, longest, devices=devices)
     room = Room((job,), model.device, weight_copies=0)
     return room.choose(max(1, room.largest(most)) if batch_size is None else batch_size, most=len(wanted))

@@ -19,6 +19,8 @@ from flashar_pl.models.flashar import FlashAR
 
 TEXT = "text_feed_forward"
 """Of a block, the MLP of text alone, where it has one."""
+MLP = ("w13", "w2")
+"""Its projections."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class ModelSizes:
     @property
     def mlp(self) -> tuple[Linear, ...]:
         """Those of an MLP."""
-        return tuple(linear for linear in self.linears if linear.name in ("w13", "w2"))
+        return tuple(linear for linear in self.linears if linear.name in MLP)
 
     @property
     def mlp_weights(self) -> int:
