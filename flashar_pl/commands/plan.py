@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from flashar_pl.files import require_new, write_json
-from flashar_pl.options import ArchitectureOptions, RunnerOptions, check_least, parse_grid
+from flashar_pl.options import ArchitectureOptions, RunnerOptions, SharingOptions, check_least, parse_grid
 
 if TYPE_CHECKING:
     from flashar_pl.planner.advice import Gpu
@@ -95,7 +95,7 @@ class HardwareOptions:
 
 
 @dataclass(frozen=True)
-class DecodingOptions(RunnerOptions):
+class DecodingOptions(SharingOptions, RunnerOptions):
     """Decoding"""
 
     decode: bool = False
@@ -103,6 +103,7 @@ class DecodingOptions(RunnerOptions):
     GPU has confirmed it. A model of 34 billion parameters takes half a minute to count."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.runner != "auto" and not self.decode:
             raise ValueError(f"runner is {self.runner}, which only a predicted decoding has; add --decode.")
         if self.runner.startswith("compiled"):
@@ -196,15 +197,18 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
 def decode_floors(
     sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, rates: Gpu, decoding: DecodingOptions
 ) -> list[dict[str, Any]]:
-    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run; and
-    predictions. ValueError where predictions are wanted, and no plan has one."""
+    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run, of each
+    device where several share the model; and predictions.
+
+    ValueError where predictions are wanted, and no plan has one; for devices that cannot share the model.
+    """
     from flashar_pl.planner.cost import prediction
     from flashar_pl.planner.decode import DecodeJob
 
     plans = sizes.model.plans
     if "blocks" in plans:  # their grid has the clean copy as a second image
         plans = ()
-    jobs = [DecodeJob(sizes, plan, grid, prefix=prefix) for plan in plans]
+    jobs = [DecodeJob(sizes, plan, grid, prefix=prefix, devices=decoding.tensor_parallel) for plan in plans]
     predicted = [prediction(job, decoding.predicted, rates) if decoding.decode else None for job in jobs]
     if decoding.decode and not any(predicted):
         kind = sizes.config["kind"]
@@ -212,6 +216,7 @@ def decode_floors(
     return [
         {
             "plan": job.plan,
+            "devices": job.devices,
             "steps": len(job.forwards),
             "bytes": job.bytes,
             "flops": job.flops,

@@ -20,13 +20,15 @@ class Gpu:
     """Memory bytes per second."""
     memory: int
     """GB (10^9 bytes)."""
+    link: float
+    """Bytes per second to other GPUs of the machine, each way."""
 
 
 GPUS: dict[str, Gpu] = {
-    "h20": Gpu(148e12, 4.0e12, 96),
-    "h100": Gpu(989e12, 3.35e12, 80),
-    "h200": Gpu(989e12, 4.8e12, 141),
-    "a100": Gpu(312e12, 2.04e12, 80),
+    "h20": Gpu(148e12, 4.0e12, 96, 450e9),
+    "h100": Gpu(989e12, 3.35e12, 80, 450e9),
+    "h200": Gpu(989e12, 4.8e12, 141, 450e9),
+    "a100": Gpu(312e12, 2.04e12, 80, 300e9),
 }
 """SXM models; the paper used H20."""
 

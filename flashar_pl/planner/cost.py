@@ -40,6 +40,8 @@ OPERATORS: dict[str, tuple[float, float, float]] = {
     "attention_bandwidth": (0.60, 0.54, 0.48),
     "product_rate": (0.72, 0.64, 0.52),  # reached share of the data sheet's FLOP/s
     "attention_rate": (0.25, 0.20, 0.15),
+    "collective": (8e-6, 12e-6, 20e-6),  # s, least execution of an all-reduce or all-gather of a few GPUs, by NVLink
+    "link_bandwidth": (0.80, 0.70, 0.55),  # reached share of the data sheet's bytes/s between GPUs
     "node": (5e3, 10e3, 20e3),  # bytes of a kernel in a graph; 10 KB is reported by others
 }
 """(low, central, high) of the operators of torch; the shares hold for an H200 (4.3 of 4.8 TB/s, 790 of 989 TFLOP/s)."""
@@ -192,12 +194,25 @@ class Prediction:
             at = {name: each[i] for name, each in (OWN if kernels.own else OPERATORS).items()}
             busy = self._products(forward, at) + self._attention(forward, seen, kernels, at)
             rest = kernels.total - kernels.attention - kernels.scans - sum(gemm.count for gemm in forward.gemms)
+            together, waiting = self._together(forward, at)
             busy += at["small"] * max(0, rest) + at["scan"] * kernels.scans * self.job.sizes.backbone.vocabulary / 1024
-            gaps = at["gap"] * kernels.total
-            total += max(busy + gaps, at["launch"] * kernels.total * (self.runner == "eager"))
+            started = kernels.total + together
+            total += max(busy + waiting + at["gap"] * started, at["launch"] * started * (self.runner == "eager"))
         if len(counted) > len(self.job.forwards):  # the last draw of the own kernels
             total += OWN["scan"][i] * self.job.sizes.backbone.vocabulary / 1024 + OWN["gap"][i] * counted[-1].total
         return total
+
+    def _together(self, forward: Forward, at: dict[str, float]) -> tuple[int, float]:
+        """Collectives among the devices that share the model, and their seconds: two sums of the states in each layer;
+        the embeddings and the logits of either head, gathered."""
+        job, n = self.job, self.job.devices
+        if n == 1:
+            return 0, 0.0
+        states = forward.gemms[0].rows * job.sizes.dim
+        logits = [gemm.rows * job.sizes.backbone.vocabulary for gemm in forward.gemms if gemm.linear.name == "head"]
+        moved = [2 * states] * (2 * job.layers) + [states, *logits]  # a sum is moved twice
+        pace = self.gpu.link * at["link_bandwidth"] / (job.dtype.itemsize * (n - 1) / n)
+        return len(moved), sum(max(at["collective"], elements / pace) for elements in moved)
 
     def _products(self, forward: Forward, at: dict[str, float]) -> float:
         """Seconds of the matrix products, each at the slower of memory and arithmetic."""
@@ -222,6 +237,8 @@ def prediction(job: DecodeJob, runner: PlannedRunner, gpu: Gpu) -> dict[str, Any
     """What `flashar plan --decode` adds to a plan; None = its loop is not counted. ValueError as `kernels_of_kinds`."""
     if job.order.name not in ("raster", "diagonal"):
         return None
+    if job.devices > 1 and runner == "fused":
+        raise ValueError("--runner fused does not know --tensor-parallel. Choose --runner graphs or eager.")
     made = Prediction(job, runner, gpu)
     counts = {"kernels": made.kernels, "graph_nodes": made.nodes, "graph_bytes": made.graph_bytes}
     return {"runner": runner, **counts, "predicted_s": made.seconds}

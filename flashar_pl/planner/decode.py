@@ -213,13 +213,16 @@ class DecodeJob:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of the model on each device."""
-        sizes, blocks = self.sizes, self.sizes.backbone.n_layer + self.sizes.vertical_layers
-        heads = (1 + sizes.flashar) * sizes.head_rows * sizes.dim
-        of_blocks = blocks * sizes.block_weights + sum(sizes.text_layers) * sizes.mlp_weights
-        cut = of_blocks + heads + sizes.embedding_parameters
-        here = -(-cut // self.devices)
-        return (sizes.n_parameters - cut + here + sizes.buffer_elements) * self.dtype.itemsize
+        """Bytes of the model on each device; of several, each holds only head rows that score codes."""
+        sizes, n = self.sizes, self.devices
+        elements = sizes.n_parameters + sizes.buffer_elements
+        if n > 1:
+            blocks = sizes.backbone.n_layer + sizes.vertical_layers
+            cut = blocks * sizes.block_weights + sum(sizes.text_layers) * sizes.mlp_weights + sizes.embedding_parameters
+            heads = sizes.parameters["horizontal_head"] + sizes.parameters["vertical_head"]
+            here = cut + heads * sizes.backbone.vocabulary // sizes.head_rows
+            elements += -(-here // n) - cut - heads
+        return elements * self.dtype.itemsize
 
     @property
     def memory(self) -> DecodeMemory:

@@ -51,7 +51,10 @@ def _decoding(plans: list[dict[str, Any]], gpu: str) -> str:
         ]
         for each in plans
     ]
-    title, runners = "decoding one guided image in bfloat16", [each["runner"] for each in plans if "runner" in each]
+    n = max((each["devices"] for each in plans), default=1)
+    shared = f" by {n} devices that share the model, numbers of each" if n > 1 else ""
+    title = f"decoding one guided image in bfloat16{shared}"
+    runners = [each["runner"] for each in plans if "runner" in each]
     if runners:
         title += f"; runner {runners[0]}, milliseconds predicted, low / central / high (no GPU has confirmed them)"
         head += ["kernels", "graphs MB", "predicted ms"]

@@ -19,6 +19,8 @@ from flashar_pl.models import FlashAR, RasterAR
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.baselines import PAR
 from flashar_pl.models.released import ReleasedFlashAR
+from flashar_pl.planner.decode import DecodeJob
+from flashar_pl.planner.sizes import model_sizes
 
 JOB = {"TORCHELASTIC_RUN_ID": "one", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
 
@@ -74,10 +76,12 @@ def drawn(kind: str, plans: list[str]) -> dict[str, Any]:
     cache = made.cache_spec()
     cut_model(made, Share(dist.group.WORLD, torch.device("cpu")))
     engine = Engine(made)
+    job = DecodeJob(model_sizes(made.config()), plans[0], (4, 4), dtype=torch.float64, devices=2)
     return {
         "whole": whole,
         "shared": [codes(made, plan, engine) for plan in plans],
         "held": sum(parameter.numel() for parameter in made.parameters()) / elements,
+        "planned": job.model_bytes / sum(parameter.nbytes for parameter in made.parameters()),
         "kv_heads": (cache.n_kv_head, made.cache_spec().n_kv_head),
     }
 

@@ -1,12 +1,23 @@
 """Predicted decoding: kernels counted on the meta device, and milliseconds between the floor and the constants."""
 
+from dataclasses import replace
+
 import pytest
 from test_planner_decode import CONFIGS
 
 from flashar_pl.commands.plan import DecodingOptions, HardwareOptions, RunOptions, plan
 from flashar_pl.decoding.loop import decode
 from flashar_pl.planner.advice import GPUS
-from flashar_pl.planner.cost import OPERATORS, OWN, Prediction, _on_meta, count, kernels_of_kinds, kernels_of_steps
+from flashar_pl.planner.cost import (
+    OPERATORS,
+    OWN,
+    Prediction,
+    _on_meta,
+    count,
+    kernels_of_kinds,
+    kernels_of_steps,
+    prediction,
+)
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.sizes import model_sizes, named_sizes
 
@@ -125,3 +136,21 @@ def test_a_checkpoint_is_planned(tmp_path, capsys):
     assert sum(result["parameters"].values()) == sum(each.numel() for each in model.parameters())
     with pytest.raises(ValueError, match="give either"):
         RunOptions(checkpoint="x", preset="llamagen-b")
+
+
+def test_devices_that_share_a_model_hold_parts_and_meet():
+    """Guards a device that is counted with the whole cache or whole products, and collectives that cost nothing."""
+    one = large("diagonal")
+    four = replace(one, devices=4)
+    assert four.cache_bytes(256) == one.cache_bytes(256) / 4
+    for whole, part in zip(one.forwards, four.forwards):
+        for a, b in zip(whole.gemms, part.gemms, strict=True):
+            assert a.flops == b.flops * (1 if a.linear.name in ("gate", "condition_embedding.table") else 4)
+    at = {name: each[1] for name, each in OPERATORS.items()}
+    n, seconds = Prediction(four, "graphs", GPUS["h200"])._together(four.forwards[1], at)
+    assert n == 2 * one.layers + 3
+    assert seconds == pytest.approx(n * at["collective"])  # two states are soon moved
+    with pytest.raises(ValueError, match="tensor_parallel is 3"):
+        _ = replace(one, devices=3).forwards
+    with pytest.raises(ValueError, match="fused does not know --tensor-parallel"):
+        prediction(four, "fused", GPUS["h200"])
