@@ -105,9 +105,9 @@ def test_training_steps() -> None:
 
 
 def test_killed_runs() -> None:
-    seeds = [json.loads(path.read_text()) for path in RESULTS.glob("kills_seed*.json")]
+    seeds = [json.loads(path.read_text()) for path in RESULTS.glob("kills_*.json")]
     shown = rows(page("reliability.md"), "| | runs | kills")
-    for row, kinds in zip(shown, ("single", "ddp", "fsdp"), strict=True):
+    for row, kinds in zip(shown, ("single", "ddp", "fsdp", "background"), strict=True):
         parts = [each[kinds] for each in seeds if each.get(kinds)]
         sums = [sum(part[name] for part in parts) for name in ("trials", "kills", "SIGKILL", "SIGTERM", "SIGINT",
                                                                 "same_end", "same_curves", "left_over")]  # fmt: skip
