@@ -7,7 +7,8 @@ Forms:
   head, odd head widths are padded.
 - bias: `scaled_dot_product_attention` with the same as an additive mask in the compute dtype, its rows padded to a
   multiple of 8 beforehand.
-- flex: compiled `flex_attention` with a block mask of the same plan, built once. It has no backward pass on a CPU.
+- flex: compiled `flex_attention` with a block mask of the same plan, built once, which `CompileBlocks` trains with on
+  a GPU. It has no backward pass on a CPU.
 - causal: `scaled_dot_product_attention` with is_causal, what the raster plan runs: a bound for the others.
 
 The last line printed is JSON: for every shape and form the time of a forward, and of forward and backward, the memory
@@ -37,6 +38,7 @@ from flashar_pl.console import versions
 from flashar_pl.devices import peak_memory
 from flashar_pl.files import write_json
 from flashar_pl.grid import DecodePlan, diagonal_plan
+from flashar_pl.layers.flex import BlockedMask, blocks_of
 from flashar_pl.layers.transformer import attention
 from flashar_pl.numerics import dtype_from_name
 
@@ -76,28 +78,17 @@ SHAPES = (
 TINY = (Shape("tiny", 2, 4, 2, 16, 4, 3),)
 
 
-def turns(shape: Shape, device: torch.device) -> Tensor:
-    """(K,) int64: when a position enters the model; it sees those that enter no later."""
-    prefix = torch.arange(shape.prefix, device=device)
-    return torch.cat([prefix, shape.prefix + shape.plan.on("slot_step", device)])
-
-
 def function(form: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """(q (R, A, K, E), k, v (R, G, K, E)) -> (R, A, K, E), with its mask made beforehand."""
     gqa, length = shape.heads != shape.kv_heads, shape.length
     if form == "causal":
         return partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=gqa)
-    if form == "flex":
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        turn = turns(shape, device)
-        blocks = create_block_mask(
-            lambda b, h, query, key: turn[query] >= turn[key], None, None, length, length, device=str(device)
-        )
-        return partial(torch.compile(flex_attention, dynamic=False), block_mask=blocks, enable_gqa=gqa)
     mask = plan_mask(shape.plan, shape.prefix, shape.plan.n_slots, device)  # (K, K)
-    if form == "mask":
-        return lambda q, k, v: attention(q, k, v, mask[None, None]).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+    if form in ("mask", "flex"):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        given = mask[None, None] if form == "mask" else BlockedMask(torch.compile(flex_attention), blocks_of(mask))
+        return lambda q, k, v: attention(q, k, v, given).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
     bias = torch.full((length, -(-length // 8) * 8), -torch.inf, dtype=dtype, device=device)[:, :length]
     return partial(F.scaled_dot_product_attention, attn_mask=bias.masked_fill_(mask, 0.0), enable_gqa=gqa)
 

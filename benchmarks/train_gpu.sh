@@ -23,7 +23,7 @@ steps() { # both stages with this package's loss and with a plain one
       --dtype bf16 --repeats $REPEATS --out "$OUT/train_${preset//-/_}_gpu.json" ${SMALL[@]+"${SMALL[@]}"}
   done
 }
-attention() { # the forms of masked attention, forward and backward
+attention() { # a line for each form of masked attention, bool masks and FlexAttention among them, forward and backward
   "$PYTHON" benchmarks/attention.py --device $DEVICE --repeats $REPEATS --out "$OUT/attention_gpu.json" \
     ${ATTENTION[@]+"${ATTENTION[@]}"}
 }

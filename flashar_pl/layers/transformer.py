@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from flashar_pl.layers.flex import BlockedMask
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.rope import Rope, apply_rope
 from flashar_pl.numerics import wider
 
-Mask = Tensor | Literal["causal"] | None
+Mask = Tensor | Literal["causal"] | BlockedMask | None
 """Who sees whom: bool, broadcastable to (R, 1, L, K), True = may attend; None = everyone sees everything. "causal" =
-position i sees 0..i, which needs L = K; a tensor could say the same, but no fused kernel runs with one on a GPU."""
+position i sees 0..i, which needs L = K; a tensor could say the same, but no fused kernel runs with one on a GPU. A
+BlockedMask, for a GPU in training, says what a tensor would, and knows no dropout."""
 
 
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -168,6 +170,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0)
     """
     heads, n, width = q.shape[1:]
     groups, shared = k.shape[1], heads // k.shape[1]
+    if isinstance(mask, BlockedMask):
+        assert dropout == 0
+        return mask.attend(q, k, v)
     if isinstance(mask, str):
         assert n == k.shape[2], "positions that see only themselves would be missing"
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=shared > 1)

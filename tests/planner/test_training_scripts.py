@@ -32,13 +32,6 @@ def test_forms_of_attention(capsys):
     assert all(row["both"]["seconds"] > 0 and row["forward"]["repeats"] == 1 for row in rows.values())
 
 
-def test_the_mask_of_flex_is_the_mask_of_the_plan():
-    script = load("attention")
-    [shape] = script.TINY
-    turn = script.turns(shape, torch.device("cpu"))
-    torch.testing.assert_close(turn[:, None] >= turn, shape.plan.mask(shape.prefix))
-
-
 @pytest.mark.gpu
 def test_flex_equals_the_mask_on_a_gpu():
     script = load("attention")
