@@ -25,6 +25,13 @@ from flashar_pl.models.sources import Corner
 from flashar_pl.numerics import without_memory
 
 
+def check_video(frames: int, delay: int = 1) -> tuple[int, int]:
+    """Both as they are. ValueError for less than two frames, or no delay."""
+    if frames < 2 or delay < 1:
+        raise ValueError(f"{frames} frames, delay {delay}; expected 2 frames or more, delay 1 or more, or no video.")
+    return frames, delay
+
+
 class VerticalBranch(nn.Module):
     """The cloned top layers and final norm (Eq. 6, without the head)."""
 
@@ -82,7 +89,7 @@ class FlashAR(GridModel):
             raise ValueError(f'corner is {corner!r}; expected "horizontal" or "fused".')
         if video is not None and intra is not None:
             raise ValueError("intra and video are given; expected one: a step of a video is no line.")
-        self.frames, self.delay = (1, 1) if video is None else (int(video["frames"]), int(video.get("delay", 1)))
+        self.frames, self.delay = (1, 1) if video is None else check_video(**video)
         self.branch_layer = branch_layer
         self.vertical_layers = n_layer - branch_layer if vertical_layers is None else vertical_layers
         self.fusion: Fusion = fusion

@@ -14,6 +14,7 @@ from flashar_pl.checkpoints.hub import find_prompt_tokenizer
 from flashar_pl.checkpoints.official import backbone_config
 from flashar_pl.checkpoints.repositories import locate
 from flashar_pl.models.dual_head import Fusion, Split
+from flashar_pl.models.flashar import check_video
 from flashar_pl.models.intra import check_groups
 from flashar_pl.models.lora import LoraConfig
 from flashar_pl.options import SamplingSettings
@@ -126,11 +127,10 @@ class VideoConfig:
     """Steps between the same cells of two frames; above 1 where contents move to the left or upwards."""
 
     def __post_init__(self) -> None:
-        if self.frames < 2 or self.delay < 1:
-            raise ValueError(
-                f"model.flashar.video has {self.frames} frames, delay {self.delay}; expected 2 frames or more and a "
-                "delay of 1 or more; for images leave it out."
-            )
+        try:
+            check_video(self.frames, self.delay)
+        except ValueError as error:
+            raise ValueError(f"model.flashar.video: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from flashar_pl.decoding import Engine, generate
 from flashar_pl.decoding.parity import misplacement
 from flashar_pl.grid import NONE, PREFIX, diagonal_plan, raster_plan
 from flashar_pl.models import FlashAR
+from flashar_pl.training.config import VideoConfig
 
 FRAMES, HEIGHT, WIDTH = 3, 2, 4
 GRID = FRAMES * HEIGHT, WIDTH
@@ -134,5 +135,9 @@ def test_wrong_plans_and_grids_are_refused() -> None:
         diagonal_plan(FRAMES, HEIGHT, WIDTH, delay=5)
     with pytest.raises(ValueError, match="there is no official format"):
         FlashAR(tiny.backbone(), 2, 1, "average", "fused", video={"frames": 2}).to_nar()
+    with pytest.raises(ValueError, match="1 frames, delay 1; expected 2 frames or more"):
+        FlashAR(tiny.backbone(), 1, video={"frames": 1})
+    with pytest.raises(ValueError, match=r"model.flashar.video: 2 frames, delay 0"):
+        VideoConfig(2, 0)
     with pytest.raises(ValueError, match="intra and video"):
         video(intra={"groups": 2})
