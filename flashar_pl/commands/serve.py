@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from flashar_pl.console import needing
 from flashar_pl.options import EngineOptions, ModelOptions, SamplingSettings, ShapeOptions, TextOptions
 
-OTHERS = 64
-"""Connections, beside those of requests that may wait: pages, /health. More are told 503."""
-
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -57,11 +54,11 @@ def serve(
         raise ValueError(f"cannot listen on {server.host}:{server.port}: {error}; give another --port.") from error
     with listener:
         service = Service(model, sampling, shape, text, engine, server.most_requests)
-        service.draw(service.job({service.by: service.example}))  # compiles, records graphs, fills caches
+        service.draw(service.job({service.by: service.facts["example"]}))  # compiles, records graphs, fills caches
         print(f"ready ({service.engine.runner}): http://{server.host}:{listener.getsockname()[1]}", flush=True)
         app = build_app(service, [server.host, *server.allowed_hosts.split(",")])
         with suppress(KeyboardInterrupt):
-            most = server.most_requests + OTHERS
+            most = server.most_requests + 64  # connections: pages and /health beside those that wait; more are told 503
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=most)
             uvicorn.Server(config).run([listener])
         service.thread.shutdown(cancel_futures=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from flashar_pl.checkpoints.opening import check_plan, open_checkpoint
@@ -31,10 +34,11 @@ from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.options import EngineOptions, ModelOptions, SampleOptions, SamplingSettings, ShapeOptions, TextOptions
 from flashar_pl.pictures import png_bytes
 from flashar_pl.planner.room import fitting_batch
-from flashar_pl.serving.border import Border
 
 MOST_BYTES = 16384
 """Longest request."""
+ONCE = ("host", "origin", "content-type", "content-length", "transfer-encoding")
+"""Headers that give a request two meanings where they stand twice; so do the last two together."""
 FIELDS: dict[str, type] = {
     **dict.fromkeys(("prompt", "negative_prompt", "plan", "response_format", "output_format", "size"), str),
     **dict.fromkeys(("model", "user"), str),  # unused
@@ -69,16 +73,16 @@ class Service:
         self.tokenizer = self.source.matching_tokenizer(engine.device, engine.pixel_dtype)
         self.engine = build_engine(self.source, engine, self.plan)
         self.by = "class" if network.backbone.conditioning.kind == "class" else "prompt"
-        self.example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
+        example: Any = 0 if self.by == "class" else "a lighthouse at sunset"
         height, width = self.tokenizer.image_size(grid)
         self.only = {"response_format": "b64_json", "output_format": "png", "size": f"{width}x{height}"}
         self.most_images = engine.batch_size if isinstance(engine.batch_size, int) else 64
-        fullest = self.job({self.by: self.example, "n": self.most_images, "cfg_scale": 2}).asked
+        fullest = self.job({self.by: example, "n": self.most_images, "cfg_scale": 2}).asked
         self.most_images = fitting_batch(self.source, fullest, engine.batch_size, self.engine.prefix_bucket)
         self.thread = ThreadPoolExecutor(1, "flashar-drawing")
         self.jobs, self.most_jobs, self.counts = 0, most_jobs, Counter[str]()  # jobs wait or are drawn
         self.facts = {
-            "checkpoint": Path(model.checkpoint).name, "grid": grid, "asked_by": self.by, "example": self.example,
+            "checkpoint": Path(model.checkpoint).name, "grid": grid, "asked_by": self.by, "example": example,
             "plans": self.steps, "defaults": {"plan": self.plan, **asdict(self.sampling)},
             "most_images": self.most_images,
         }  # fmt: skip
@@ -186,6 +190,27 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
+def border(app: ASGIApp, hosts: Iterable[str]) -> ASGIApp:
+    """Pass requests on that have one meaning and know the server by a name of `hosts`, "*" for any: no page of another
+    name, nor one whose name was pointed at this machine. A page can send JSON only with the server's leave."""
+    names = {host.strip(" []").lower() for host in hosts}
+
+    async def pass_on(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if any(len(headers.getlist(name)) > 1 for name in ONCE) or {*ONCE[-2:]} <= {*headers}:
+            raise HTTPException(400, f"expected each of {', '.join(ONCE)} at most once, and one of the last two.")
+        for name, status in (("host", 400), ("origin", 403)):
+            host = re.sub(r"^\w+://|:\d*$", "", headers.get(name, "")).strip("[]").lower()
+            if "*" not in names and name in {"host", *headers} and host not in names:
+                raise HTTPException(status, f"{name} is {headers.get(name, '')[:80]!r}; name it in --allowed-hosts.")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if scope.get("method") == "POST" and kind != "application/json":
+            raise HTTPException(415, f"content-type is {kind[:80]!r}; expected application/json.")
+        await app(scope, receive, send)
+
+    return pass_on
+
+
 def build_app(service: Service, hosts: list[str]) -> Starlette:
     """The application. hosts: names in a browser's address bar."""
     model = {"id": service.facts["checkpoint"], "object": "model", "created": int(time.time()), "owned_by": "flashar"}
@@ -223,6 +248,6 @@ def build_app(service: Service, hosts: list[str]) -> Starlette:
         Route("/v1/models", lambda _: JSONResponse({"object": "list", "data": [model]})),
         Route("/v1/images/generations", generations, methods=["POST"]),
     ]
-    guarded = Mount("/", routes=routes, middleware=[Middleware(Border, hosts=hosts)])
+    guarded = Mount("/", routes=routes, middleware=[Middleware(border, hosts=hosts)])
     handlers = {**dict.fromkeys((HTTPException, ValueError, RecursionError), refuse), ClientDisconnect: left}
     return Starlette(routes=[guarded], exception_handlers=handlers)
