@@ -27,8 +27,8 @@ TARGETS: tuple[Target, ...] = ("wqkv", "wo", "w13", "w2")
 """Projections of a block: queries, keys and values; attention output; feed-forward input and output."""
 ADAPTER = "default"
 """peft's name of the one adapter."""
-ADDED, BASE = ".lora_", ".base_layer.weight"
-"""What the names of added matrices contain, and how the names of adapted ones end."""
+ADDED, BASE = ".lora_", ".base_layer."
+"""What the names of added matrices contain, and those of adapted layers."""
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ def merge(state: dict[str, Tensor], config: LoraConfig) -> Iterator[tuple[str, T
         value = state.pop(name)
         if value.is_floating_point():
             value = value.to(torch.promote_types(value.dtype, torch.float32))
-        if name.endswith(BASE):
-            layer = name.removesuffix(BASE)
+        layer, _, kind = name.rpartition(BASE)
+        if kind == "weight":
             a, b = (state.pop(f"{layer}.lora_{which}.{ADAPTER}.weight").to(value.dtype) for which in "AB")
             yield f"{layer}.weight", torch.addmm(value, b, a, alpha=config.scale)
         else:
-            yield name, value
+            yield name.replace(BASE, "."), value
     assert not state, f"added matrices without a layer: {', '.join(list(state)[:4])}"

@@ -15,7 +15,7 @@ from flashar_pl.checkpoints.transformers import LanguageModel
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.models import FlashAR
-from flashar_pl.models.lora import LoraConfig, adapt
+from flashar_pl.models.lora import LoraConfig, adapt, merge
 from flashar_pl.renames import StateDict
 
 transformers = pytest.importorskip("transformers")
@@ -417,7 +417,7 @@ def test_training_moves_both_heads_and_biases(judge: Judge) -> None:
 
 
 def test_packed_weights_and_adapters_know_biases(judge: Judge) -> None:
-    """Packed weights compute the same logits; LoRA changes nothing before it is trained."""
+    """Packed weights compute the same logits; LoRA changes nothing before it is trained, and is merged with biases."""
     model = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).eval()
     codes = torch.randint(0, 30, (2, 3, 4), generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
@@ -426,6 +426,14 @@ def test_packed_weights_and_adapters_know_biases(judge: Judge) -> None:
         torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
         adapt(model, LoraConfig(rank=2))
         torch.testing.assert_close(model(codes, judge.prompts).fused, expected.float(), atol=1e-4, rtol=1e-4)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+        plain = FlashAR(from_transformers(judge.state, judge.config), branch_layer=1).float()
+        plain.load_state_dict(dict(merge(dict(model.state_dict()), LoraConfig(rank=2))))
+        trained = model(codes, judge.prompts).fused
+        torch.testing.assert_close(plain(codes, judge.prompts).fused, trained, atol=1e-4, rtol=1e-4)
+        assert (trained - expected).abs().max() > 0.01
 
 
 def test_a_configuration_survives_as_plain_values(judge: Judge) -> None:
