@@ -29,12 +29,14 @@ from flashar_pl.decoding.fused import decode_fused
 from flashar_pl.decoding.loop import Buffers, Inputs
 from flashar_pl.files import write_json
 from flashar_pl.layers.kernels.launch import Launch, watched
+from flashar_pl.layers.rounded import BYTES, rounded_product
 from flashar_pl.models import FlashAR
 from flashar_pl.options import SamplingSettings
 
 TARGETS = (80, 90)
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.float16: "fp16",
-         torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
+         torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8", torch.int8: "i8",
+         torch.float8_e4m3fn: "fp8e4nv"}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NARROW = {"choose"}
 """Kernels that read logits and draw, no weights."""
@@ -53,6 +55,16 @@ def launches(preset: str, plan_name: str, grid: tuple[int, int], batch: int, **s
         with watched() as found:
             for _ in decode_fused(model, plan, settings, inputs, Buffers.allocate(model, plan, inputs)):
                 pass
+    return found
+
+
+def rounded_launches(rows: int, rounding: str) -> list[Launch]:
+    """The largest product of the 34B with weights of one byte."""
+    n, k = 2 * 25600, 5120
+    x = torch.empty(rows, k, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(n, k, dtype=BYTES[rounding][0], device="meta")
+    with watched() as found:
+        rounded_product(x, q, torch.empty(n, device="meta"), None)
     return found
 
 
@@ -131,9 +143,14 @@ def main() -> int:
         filters = {"top_k": 2000, "top_p": 0.9} if number == 0 else {}
         for each in launches(preset, plan, grid, batch, **filters):
             found.setdefault(source(each)[2], (each, set()))[1].add(f"{preset} {plan} batch {batch}")
+    for rows_of_x, rounding in ((2, "int8"), (64, "int8"), (256, "int8"), (2, "fp8"), (64, "fp8"), (256, "fp8")):
+        for each in rounded_launches(rows_of_x, rounding) if given.jobs == len(JOBS) else ():
+            found[source(each)[2]] = (each, {f"{rounding} weights, {rows_of_x} rows"})
     rows = []
     for each, models in found.values():
         for target in given.sm:
+            if target < 89 and any("fp8" in name for name in models):
+                continue  # has no float8
             rows.append(compiled(each, target) | {"models": sorted(models)})
             print({name: rows[-1][name] for name in ("kernel", "sm", "registers", "spills", "loads_128")}, flush=True)
     bad = [row for row in rows if row["spills"] or (not row["loads_128"] and row["kernel"] not in NARROW)]

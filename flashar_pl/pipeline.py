@@ -120,6 +120,7 @@ class FlashARPipeline:
         self._options = replace(self._options, device=str(place))
         if self._engine is None:
             self._source.model.to(place)
+            self._source.device = place
         else:  # its weights may be laid out for the device it was on
             self._engine = None
             self._source = open_checkpoint(self._model, self._options)

@@ -170,7 +170,7 @@ class Projection:
 
 
 def _product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x -> x W^T. The weight goes by position: torchao looks for it there."""
+    """x -> x W^T."""
     return lambda x: F.linear(x, weight)
 
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from flashar_pl.checkpoints.named_paths import IN_TOKENIZER, named_paths, refusal, typed_tokenizer
 from flashar_pl.checkpoints.repositories import locate
-from flashar_pl.options import DeviceOptions, ModelOptions, PixelDtype, parse_grid, parse_tokenizer
+from flashar_pl.options import CodeOptions, DeviceOptions, ModelOptions, PixelDtype, parse_grid, parse_tokenizer
 
 if TYPE_CHECKING:
+    import torch
+
     from flashar_pl.checkpoints.description import Description
     from flashar_pl.models import GridModel
     from flashar_pl.tokenizers import Tokenizer
@@ -33,6 +35,8 @@ class Source:
     """(H, W); None = neither the checkpoint nor the user said it."""
     tokenizer: dict[str, Any] | None
     """Argument of `build_tokenizer`; None = unknown."""
+    device: torch.device | None = None
+    """Where the model is to be drawn with; None = where it is. A model that is to be rounded waits on the CPU."""
     _decoder: Tokenizer | None = field(default=None, init=False, repr=False)
 
     def need_grid(self) -> tuple[int, int]:
@@ -101,6 +105,8 @@ def count_parameters(model: GridModel) -> int:
 def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOptions(), stored: bool = False) -> Source:
     """Read a checkpoint of any kind. Options given here win over what the file says.
 
+    Weights that `compute` wants rounded are left on the CPU, see `Source.device`.
+
     stored: keep the dtype of the file. compute.dtype None = fp32, but for directories of released weights, which hold
     tens of GB, stored.
 
@@ -108,10 +114,13 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         ValueError: no such file, another format, an unknown device or dtype, a branch layer for a FlashAR model, groups
             for one without an `IntraHead`, n_head for a checkpoint that says it. Every message names the file.
     """
+    import torch
+
     from flashar_pl.backbones import import_backbone
     from flashar_pl.checkpoints.official import is_official_directory
     from flashar_pl.checkpoints.weights import OFFICIAL_FILE, load_model
     from flashar_pl.devices import find_device
+    from flashar_pl.layers.rounded import ROUNDED
     from flashar_pl.models.flashar import FlashAR
     from flashar_pl.models.intra import check_groups
     from flashar_pl.numerics import dtype_from_name
@@ -120,7 +129,9 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         import_backbone(options.backbone_class)
     path = locate(options.checkpoint, options.download)
     stored = stored or (compute.dtype is None and is_official_directory(path))
-    place, dtype = find_device(compute.device), None if stored else dtype_from_name(compute.dtype or "fp32")
+    device, dtype = find_device(compute.device), None if stored else dtype_from_name(compute.dtype or "fp32")
+    rounded = isinstance(compute, CodeOptions) and compute.weight_format in ROUNDED
+    place = torch.device("cpu") if rounded else device
     given_grid, given_tokenizer = parse_grid(options.grid), parse_tokenizer(options.tokenizer)
     if not Path(path).exists():
         raise ValueError(f"no checkpoint {path}; expected a .ckpt, .pt or .safetensors file or a converted directory.")
@@ -154,6 +165,7 @@ def open_checkpoint(options: ModelOptions, compute: DeviceOptions = DeviceOption
         kind=loaded.source,
         grid=given_grid or description.grid,
         tokenizer=given_tokenizer or description.tokenizer,
+        device=device,
     )
 
 

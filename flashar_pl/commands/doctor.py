@@ -30,7 +30,7 @@ PACKAGES = {
     "lightning": "training", "webdataset": "shards", "torchmetrics": "FID of a validation", "tensorboard": "curves",
     "matplotlib": "plots and the demo: pip install 'flashar-pl[demo]'",
     "scikit-learn": "the demo: pip install 'flashar-pl[demo]'",
-    "torchao": "int8, fp8, 8-bit moments: pip install 'flashar-pl[large]'",
+    "torchao": "8-bit moments: pip install 'flashar-pl[large]'",
     "peft": "LoRA: pip install 'flashar-pl[lora]'",
     "tiktoken": "prompts of tokens: pip install 'flashar-pl[emu]'",
     "transformers": "captions, GenEval: pip install 'flashar-pl[emu]'",

@@ -36,7 +36,7 @@ def build_engine(source: Source, options: CodeOptions, plan: str) -> Engine:
     speculation = options.speculation(plan)
     if source.model.reads_tokenizer:
         source.matching_tokenizer(options.device)
-    source.model = prepare(source.model, choose_format(source.model, options, plan))
+    source.model = prepare(source.model, choose_format(source.model, options, plan), source.device)
     return Engine(source.model, options.runner, *speculation)
 
 

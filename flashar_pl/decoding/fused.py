@@ -289,8 +289,8 @@ class Fused:
         cut = tile(m)
         launch(
             kernels.project, (-(-config.dim // cut.n), -(-m // cut.m)), self.y, wo.weight, _bias(wo), x, out,
-            m, config.dim, K=wo.in_features, BIAS=wo.bias is not None, BM=cut.m, BN=cut.n, BK=cut.k, ACC=acc,
-            **cut.options,
+            m, config.dim, K=wo.in_features, BIAS=wo.bias is not None, SCALED=False, BM=cut.m, BN=cut.n, BK=cut.k,
+            ACC=acc, **cut.options,
         )  # fmt: skip
         two = tile(m, pairs=True)
         launch(
@@ -300,8 +300,8 @@ class Fused:
         )  # fmt: skip
         launch(
             kernels.project, (-(-config.dim // cut.n), -(-m // cut.m)), self.middle, w2.weight, _bias(w2), out, out,
-            m, config.dim, K=config.ffn_dim, BIAS=w2.bias is not None, BM=cut.m, BN=cut.n, BK=cut.k, ACC=acc,
-            **cut.options,
+            m, config.dim, K=config.ffn_dim, BIAS=w2.bias is not None, SCALED=False, BM=cut.m, BN=cut.n, BK=cut.k,
+            ACC=acc, **cut.options,
         )  # fmt: skip
 
     def _acc(self) -> Any:

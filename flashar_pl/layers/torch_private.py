@@ -1,4 +1,4 @@
-"""Private names of torch and torchao, each with what it is for. `tests/test_private_names.py` says when one is gone."""
+"""Private names of torch, each with what it is for. `tests/test_private_names.py` says when one is gone."""
 
 from __future__ import annotations
 

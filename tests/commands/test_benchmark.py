@@ -148,7 +148,6 @@ def test_a_plain_row_without_memory_leaves_the_others(quick, monkeypatch, error)
 @pytest.mark.slow
 def test_formats_of_weights_are_rows_with_matrix_products_of_their_own(quick):
     """Guards the ratio to GEMM-only: packed weights have other kernels, and other matrices, than plain ones."""
-    pytest.importorskip("torchao")
     result = quick(weight_formats="plain,packed,int8")
     assert result["failed"] == []
     rows = [(row["plan"], row["weight_format"]) for row in result["rows"]]

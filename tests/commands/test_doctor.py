@@ -45,7 +45,6 @@ def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_rounded_weights_change_is_said(flashar_model: str) -> None:
     """Guards a comparison of the plain weights with themselves, and one of codes under another condition."""
-    pytest.importorskip("torchao")
     ways = WayOptions(weight_formats="plain,int8")
     checks = doctor(PresetOptions(checkpoint=flashar_model), ways, FP32)["checks"]
     told = {check["what"]: check["remark"] for check in checks}

@@ -9,6 +9,8 @@ from evaluate_toys import evaluation, save_classifier
 from pretend_gpu import PretendGPU
 
 from flashar_pl.backbones.registry import examples
+from flashar_pl.decoding import prepare
+from flashar_pl.layers import rounded
 
 
 def both(run, *words: object) -> list[str]:
@@ -39,6 +41,22 @@ def test_generate(run, flashar_model, work):
         "{}",
     )
     assert (np.load("cpu/codes.npy") == np.load("gpu/codes.npy")).all()
+
+
+def test_weights_of_one_byte_are_rounded_on_their_way_to_the_gpu(run, flashar_model, work, monkeypatch):
+    """The whole model on the GPU first would not fit where rounding is needed."""
+    monkeypatch.setattr(rounded, "why_not", lambda device: "pretended")
+    places = []
+    real = prepare.prepare
+    monkeypatch.setattr(
+        prepare, "prepare", lambda model, *given: places.append(model.device.type) or real(model, *given)
+    )
+    words = ("generate", "--checkpoint", flashar_model, "--classes", "3", "--num-images", 2, "--weight-format", "int8")
+    both(run, *words, "--codes-only", "--out", "{}")
+    assert places == ["cpu", "cpu"]
+    assert (np.load("cpu/codes.npy") == np.load("gpu/codes.npy")).all()
+    settings = json.loads(Path("gpu/settings.json").read_text())["settings"]
+    assert (settings["device"], settings["weight_format"]) == ("cuda:0", "int8")
 
 
 @pytest.mark.slow

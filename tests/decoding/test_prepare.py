@@ -1,21 +1,24 @@
 """Copies of a model with weights in another form: equal codes, untouched originals, errors that say what to do."""
 
-import importlib.util
+import weakref
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from pretend_gpu import PretendGPU
 
 from flashar_pl.decoding import Engine, generate
+from flashar_pl.decoding import prepare as preparing
 from flashar_pl.decoding.prepare import prepare
+from flashar_pl.layers import rounded
 from flashar_pl.layers.packed import unsupported
+from flashar_pl.layers.rounded import RoundedLinear
 from flashar_pl.models import FlashAR
 from flashar_pl.models.base import GridModel
 
 needs_packing = pytest.mark.skipif(unsupported(torch.float32) is not None, reason="torch without oneDNN")
-needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
-QUANTISED = [pytest.param(name, marks=needs_torchao) for name in ("int8", "fp8")]
+QUANTISED = ["int8", "fp8"]
 EVERY = [pytest.param("packed", marks=needs_packing), *QUANTISED]
 
 
@@ -106,12 +109,12 @@ def test_quantised_logits_are_near(weights: str, kind: str) -> None:
     drawn = generate(made, condition, (4, 5), "diagonal", cfg_scale=2.0, seeds=0, unconditional=unconditional)
     assert drawn.shape == (2, 4, 5)
     block = made.backbone.blocks[0]
-    assert block.attention.wo.weight.qdata.element_size() == 1  # type: ignore[union-attr,operator]
+    assert block.attention.wo.q.element_size() == 1  # type: ignore[union-attr,operator]
 
 
 @pytest.mark.parametrize("weights", QUANTISED)
 def test_an_output_without_weights_stays_zero(weights: str) -> None:
-    """LlamaGen's head starts at zero, and codes that no image has may stay there; torchao's float8 makes them NaN."""
+    """LlamaGen's head starts at zero, and codes that no image has may stay there; 0 / 0 would make them NaN."""
     model, condition, _ = inputs("llamagen", 2)
     with torch.no_grad():
         model.dual_head.horizontal.weight[3:5] = 0
@@ -122,7 +125,6 @@ def test_an_output_without_weights_stays_zero(weights: str) -> None:
     assert (logits[..., 5] != 0).any()
 
 
-@needs_torchao
 def test_the_gate_stays_in_float32() -> None:
     """Guards Eq. 7: only projections of the blocks and the heads are quantised."""
     model = tiny.flashar()
@@ -166,8 +168,58 @@ def test_packed_weights_are_not_compiled() -> None:
         Engine(prepare(tiny.flashar(), "packed"), "compiled")
 
 
-def test_without_torchao_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards a bare ImportError."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'flashar-pl\[large\]'"):
-        prepare(tiny.flashar(), "int8")
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_rounded_weights_are_the_nearest(weights: Any) -> None:
+    """Guards the scale, one for each output: a weight is off by half a step of its own at most."""
+    weight = torch.randn(6, 40) * torch.logspace(-3, 2, 6)[:, None]
+    made = RoundedLinear(weight, None, weights)
+    error = (made.q.double() * made.scale.double()[:, None] - weight.double()).abs()
+    step = made.scale.double()[:, None]
+    if weights == "fp8":  # 3 bits after the first; below 2^-6 the steps stay equal
+        step = step * 2 ** (made.q.double().abs().clamp_min(2**-6).log2().floor() - 3)
+    assert (error <= 0.5001 * step).all()
+    assert made.q.double().abs().amax(1).tolist() == [{"int8": 127, "fp8": 448}[weights]] * 6
+
+
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_a_device_never_holds_the_weights_in_both_forms(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 34B model fits a card of 80 GB as it is or rounded, and not as both."""
+    model = tiny.flashar()
+    moves: list[weakref.ref[torch.Tensor]] = []
+    held: list[int] = []
+    real_move, real_init = preparing.moved, RoundedLinear.__init__
+
+    def move(*given: Any) -> torch.Tensor:
+        tensor = real_move(*given)
+        moves.append(weakref.ref(tensor))
+        return tensor
+
+    def init(self: RoundedLinear, *given: Any) -> None:
+        assert model.device.type == "cpu"
+        held.append(sum(move() is not None for move in moves))
+        real_init(self, *given)
+
+    monkeypatch.setattr(preparing, "moved", move)
+    monkeypatch.setattr(RoundedLinear, "__init__", init)
+    with PretendGPU(visible=True):
+        made = prepare(model, weights, torch.device("cuda"))
+        assert all(tensor.is_cuda for tensor in (*made.parameters(), *made.buffers()))
+    assert held == [1] * (4 * (len(list(model.backbone.blocks)) + 1) + 2)
+
+
+def test_the_kernel_has_few_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows would read the weights again and again; nothing but a GPU runs the kernel."""
+    made, rows = RoundedLinear(torch.randn(3, 8), None, "int8"), []
+    monkeypatch.setattr(rounded, "why_not", lambda device: None)
+
+    def product(x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows.append(x.numel() // 8)
+        return x.new_zeros(*x.shape[:-1], 3)
+
+    monkeypatch.setattr(rounded, "rounded_product", product)
+    made(torch.randn(2, 8))
+    with PretendGPU():
+        made.to("cuda")
+        for shape in ((2, 3, 8), (256, 8), (257, 8)):
+            assert made(torch.randn(shape).to("cuda")).shape == (*shape[:-1], 3)
+    assert rows == [6, 256]

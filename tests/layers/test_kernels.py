@@ -1,5 +1,7 @@
 """The kernels of runner fused, on the CPU by Triton's interpreter, against float64 and against the sampler."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from flashar_pl.layers.kernels import heads
 from flashar_pl.layers.kernels.launch import launch, watched
 from flashar_pl.layers.kv_cache import CacheSpec, KVCache
 from flashar_pl.layers.rope import rotations
+from flashar_pl.layers.rounded import RoundedLinear, rounded_product
 from flashar_pl.layers.transformer import Block, BlockConfig
 from flashar_pl.options import SamplingSettings
 from flashar_pl.sampling import choose
@@ -64,6 +67,18 @@ def run_block(
     launch(kernels.project, (-(-width // 16), 1), middle, ffn.w2.weight, bias(ffn.w2), out, out, len(x), width,
            K=config.ffn_dim, BIAS=config.ffn_bias, BM=16, BN=16, BK=16, **wide)  # fmt: skip
     return out.view(rows, n, width)
+
+
+@pytest.mark.parametrize(("rounding", "dtype"), [("int8", torch.float16), ("fp8", torch.float32)])
+def test_a_product_with_one_byte_a_weight(rounding: Any, dtype: torch.dtype) -> None:
+    """Against float64: rows and outputs that fill no tile, a factor for each output, the bias after it."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(33, 150) * torch.logspace(-2, 1, 33)[:, None], torch.randn(33)
+    made, x = RoundedLinear(weight.to(dtype), bias.to(dtype), rounding), torch.randn(2, 9, 150).to(dtype)
+    want = x.double() @ (made.q.double() * made.scale.double()[:, None]).T + bias.to(dtype)
+    for got in (rounded_product(x, made.q, made.scale, made.bias), made(x)):
+        assert got.dtype == dtype
+        assert ((got - want).abs().amax((0, 1)) <= TOLERANCE[dtype] * want.abs().amax((0, 1))).all()
 
 
 @pytest.mark.parametrize(

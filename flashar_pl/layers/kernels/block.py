@@ -205,9 +205,12 @@ def attend(q, keys, values, first, places, now, y, part, peaks, totals, arrived,
 
 
 @triton.jit(do_not_specialize=["M"])
-def project(x, w, bias, residual, out, M, N, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """out (M, N) = residual (M, N) + x (M, K) w (N, K)^T + bias. `out` may be `residual`."""
+def project(x, w, bias, added, out, M, N, K: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+            BK: tl.constexpr, ACC: tl.constexpr, SCALED: tl.constexpr = False):  # fmt: skip
+    """out (M, N) = added (M, N) + x (M, K) w (N, K)^T + bias. `out` may be `added`.
+
+    SCALED: w has one byte a weight, and `added` is a factor of every output, (N,): x w^T * factor + bias.
+    """
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     o = tl.program_id(0) * BN + tl.arange(0, BN)
     rows, live = m < M, o < N
@@ -217,11 +220,16 @@ def project(x, w, bias, residual, out, M, N, K: tl.constexpr, BIAS: tl.constexpr
         inside = k < K
         xs = tl.load(x + m[:, None] * K + k[None, :], mask=rows[:, None] & inside[None, :], other=0.0)
         ws = tl.load(w + o[None, :] * K + k[:, None], mask=inside[:, None] & live[None, :], other=0.0)
+        if SCALED:
+            ws = ws.to(xs.dtype)
         acc += tl.dot(xs, ws, input_precision="ieee", out_dtype=ACC)
+    if SCALED:
+        acc *= tl.load(added + o, mask=live, other=0.0).to(ACC)[None, :]
     if BIAS:
         acc += tl.load(bias + o, mask=live, other=0.0).to(ACC)[None, :]
     place, mask = m[:, None] * N + o[None, :], rows[:, None] & live[None, :]
-    acc += tl.load(residual + place, mask=mask, other=0.0).to(ACC)
+    if not SCALED:
+        acc += tl.load(added + place, mask=mask, other=0.0).to(ACC)
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=mask)
 
 
