@@ -30,7 +30,8 @@ from flashar_pl.metrics.classifier import train_classifier
 from flashar_pl.metrics.distribution import frechet_distance, frechet_standard_error
 from flashar_pl.tokenizers.small_vq import psnr, small_spec, train_small_vq
 
-SIDE = 64
+SIDE, PARTS = 64, 256
+"""Of the squares, and how many of each side of a photograph."""
 DTYPES = ("fp32", "bf16")
 
 
@@ -43,7 +44,7 @@ def photographs() -> tuple[Tensor, Tensor]:
         cut = pixels.shape[-1] * 2 // 3
         for part, into in zip((pixels[..., :cut], pixels[..., cut:]), sides, strict=True):
             found = []
-            for _ in range(512):
+            for _ in range(PARTS):
                 top = int(torch.randint(part.shape[-2] - SIDE + 1, (1,), generator=numbers))
                 left = int(torch.randint(part.shape[-1] - SIDE + 1, (1,), generator=numbers))
                 found.append(part[0, :, top : top + SIDE, left : left + SIDE])
@@ -55,7 +56,7 @@ def trained(device: torch.device, steps: int) -> dict[str, Any]:
     """PSNR and FID of both dtypes."""
     known, real = photographs()
     tokenizer = train_small_vq(known, small_spec(8, 1024, 32), steps).to(device)
-    classifier = train_classifier(known, None, epochs=10)
+    classifier = train_classifier(known, None, epochs=6)
     codes = torch.cat([tokenizer.encode(part.to(device)) for part in real.split(64)])
     images = {}
     for name in DTYPES:
@@ -119,7 +120,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=600, help="of the training of the small VQ")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sizes", default="vq16:256,ibq:128", help="KIND:SIDE of published tokenizers")
+    parser.add_argument("--sizes", default="vq16:256", help="KIND:SIDE of published tokenizers")
     parser.add_argument("--out", required=True, help="JSON file to write")
     asked = parser.parse_args()
     device = find_device(asked.device)

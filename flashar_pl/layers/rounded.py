@@ -51,7 +51,7 @@ class RoundedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if x.is_cuda and rows <= MOST_ROWS and not torch.compiler.is_compiling() and why_not(x.device) is None:
             return rounded_product(x, self.q, self.scale, self.bias)
-        return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None], self.bias)
+        return F.linear(x, (self.q.float() * self.scale[:, None]).to(x.dtype), self.bias)
 
 
 def rounded_product(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
