@@ -43,6 +43,9 @@ PREFIX_BUCKET = 64
 """With CUDA graphs, prompts are left-padded to a multiple of this, so that prompts of many lengths share graphs."""
 KEPT = 4
 """Shapes of batches whose graphs are kept, the latest used. Without graphs one: its buffers are soon made again."""
+SPARE = 5
+"""A cache in float32 adds half its size to what was planned: with so much memory for it, that is in the tenth that
+`planner.room` leaves free."""
 
 
 Recorded = Recording | FusedRecording
@@ -184,7 +187,7 @@ class Engine:
         length = x.shape[1] + plan.n_inputs
         size = 8 * spec.n_layer * len(x) * spec.n_kv_head * length * spec.head_dim  # of keys and values in float32
         n, heads = max(1, round(plan.n_slots / plan.n_steps)), attention.config.n_head
-        wide = self.runner != "fused" and 2 * size < available_memory(x.device)
+        wide = self.runner != "fused" and SPARE * size < available_memory(x.device)
         asked = heads, spec.n_kv_head, spec.head_dim, n, max(1, length // 2), x.dtype, len(x)
         return torch.float32 if wide and wide_cache_pays(*asked) else x.dtype
 

@@ -45,14 +45,17 @@ def test_a_wider_cache_where_it_measures_faster(monkeypatch: pytest.MonkeyPatch)
     """Guards one query over a bfloat16 cache, 9 times slower on some processors, and the room for a wider one."""
     monkeypatch.setattr(engine, "PACKED_WIDTH", 1)
     monkeypatch.setattr(engine, "wide_cache_pays", lambda *shape: asked.append(shape) or True)
-    for memory, runs, dtype in ((2**40, 1, torch.float32), (1, 0, torch.bfloat16)):
+    size = 1  # of keys and values in float32, by the first turn
+    for times, runs, dtype in ((2**40, 1, torch.float32), (4, 0, torch.bfloat16)):
         asked: list[Any] = []
+        memory = times * size
         monkeypatch.setattr(engine, "available_memory", lambda device, memory=memory: memory)
         model = make("class")[0].bfloat16()
         drawing = Engine(model, "eager")
         assert drawing.generate(tiny.classes(3), (2, 3), "raster", seeds=0).shape == (3, 2, 3)
         [buffers] = drawing._kept.values()
         assert (buffers.cache.keys.dtype, len(asked)) == (dtype, runs)
+        size = 2 * buffers.cache.keys.nbytes
     model, condition, _ = make("class")
     order, settings = model.make_plan("raster", 2, 3), SamplingSettings()
     inputs = inputs_of(model.float(), model.backbone.check_condition(condition), order, settings, 0)

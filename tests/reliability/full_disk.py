@@ -263,12 +263,12 @@ def count(command: Command, root: Path, most: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--most", type=int, default=1000, help="sizes of a disk for each command, evenly spread")
-    parser.add_argument("--only", help="one command")
+    parser.add_argument("--only", nargs="+", help="names of commands")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "full_disk.json")
     asked, counts = parser.parse_args(), {}
     with tempfile.TemporaryDirectory() as folder:
         for command in commands(Path(folder)):
-            if asked.only in (None, command.name):
+            if asked.only is None or command.name in asked.only:
                 counts[command.name] = count(command, Path(folder), asked.most)
                 print(command.name, json.dumps(counts[command.name], indent=1), flush=True)
     asked.out.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
