@@ -25,10 +25,11 @@ def test_commands_on_full_disks(tmp_path: Path) -> None:
         pytest.skip(f"no file system can be mounted here: {error}")
     subprocess.run(["umount", str(tmp_path)], check=True)
     only = ("fit", "tokenize", "convert", "evaluate", "report", "score")
-    words = ["-m", "tests.reliability.full_disk", "--most", "1", "--out", str(tmp_path / "counts.json"), "--only", *only]
+    out = str(tmp_path / "counts.json")
+    words = ["-m", "tests.reliability.full_disk", "--most", "1", "--out", out, "--only", *only]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert len(json.loads((tmp_path / "counts.json").read_text(encoding="utf-8"))) == len(only)
+    assert len(json.loads(Path(out).read_text(encoding="utf-8"))) == len(only)
 
 
 class Full:
