@@ -32,6 +32,7 @@ SPECIAL = {
 """Their ids begin at 256."""
 
 
+CODE_OF_ITS_OWN = ("x_omni", "mammothmoda2", "simplear")
 ROW_END = 256 + NAMES.index("<|endofline|>")
 """Of the tiny MammothModa2: where tokens of images begin. Its codes begin 8 later."""
 
@@ -143,5 +144,8 @@ def write_hub(directory: Path, family: str, sharded: bool = False) -> Path:
             family, load_file(directory / "model.safetensors"), {"x_omni": 256, "mammothmoda2": ROW_END}[family]
         )
         save_file(state, directory / "model.safetensors")
+    if family in CODE_OF_ITS_OWN:  # as its authors save it; nothing of it is run
+        (directory / "modeling_own.py").write_text("raise SystemExit('code of a checkpoint was run')")
+        other = {**other, "auto_map": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.LM"}}
     (directory / "config.json").write_text(json.dumps({**config, **other}))
     return directory

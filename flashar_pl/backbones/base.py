@@ -220,8 +220,8 @@ class Backbone(nn.Module, ABC):
         return None
 
     def with_preview(self, condition: Condition, codes: Tensor) -> Condition:
-        """The condition with the codes (B, h, w) of that image."""
-        raise NotImplementedError(self.kind)
+        """The condition with the codes (B, h, w) of that image. Raises ValueError for a model that draws none."""
+        raise ValueError(f"this {self.kind} model draws no preview before an image; expected a batch without previews.")
 
     def condition_of(self, batch: Batch) -> Condition:
         """What the images of a batch are conditioned on, its previews included."""

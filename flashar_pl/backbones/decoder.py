@@ -241,10 +241,18 @@ class Decoder(Backbone):
 
     def preview_grid(self, condition: Condition, grid: tuple[int, int]) -> tuple[int, int] | None:
         assert isinstance(condition, Prompts)
-        begins = self.config.preview_side is not None and all(ids[-1] == self.config.boi_token_id for ids in condition)
-        return self.config.preview(*grid) if begins else None
+        if self.config.preview_side is None:
+            return None
+        begin = sum(int(ids[-1]) == self.config.boi_token_id for ids in condition)
+        if 0 < begin < len(condition):
+            raise ValueError(
+                f"{begin} of {len(condition)} prompts have no preview yet, the others have one; expected all or none."
+            )
+        return self.config.preview(*grid) if begin else None
 
     def with_preview(self, condition: Condition, codes: Tensor) -> Condition:
+        if self.config.preview_side is None:
+            return super().with_preview(condition, codes)
         assert isinstance(condition, Prompts)
         return Prompts(torch.cat([ids, self._tokens(own.flatten().to(ids))]) for ids, own in zip(condition, codes))
 

@@ -23,6 +23,15 @@ OTHER_PARTS = {
 """Image encoders and decoders beside the language model, and what it has for text alone, by a part of their names."""
 
 
+OF_ONE = {
+    ("generation_embeddings",): "janus",
+    ("mm_embed_tokens",): "x-omni",
+    ("gen_embed_tokens",): "mammothmoda2",
+    ("text_model", "vqmodel"): "emu3",
+}
+"""Parts of names that one family has."""
+
+
 class Joined(TensorSource):
     """A source, in which pairs of tensors are one: the rows of the first, then those of the second, by the first."""
 
@@ -212,8 +221,10 @@ def _closest_family(source: TensorSource) -> str | None:
     first = next((key.split("self_attn.")[0] for key in sorted(keys) if ".0.self_attn.q_proj." in key), None)
     if first is None:
         return None
-    if any("generation_embeddings" in key for key in keys):
-        return "janus"
+    parts = {part for key in keys for part in key.split(".")}
+    for own, family in OF_ONE.items():
+        if parts.issuperset(own):
+            return family
     if f"{first}post_mlp_layernorm.weight" in keys:
         return "glm_image"
     if (norm := f"{first}self_attn.q_norm.weight") in keys:

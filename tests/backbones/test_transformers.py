@@ -313,6 +313,8 @@ def test_previews_of_glm_image_stand_where_theirs_do() -> None:
     assert torch.equal(model(diagonal, mixed).fused.argmax(-1), diagonal)
     with pytest.raises(ValueError, match="7 tokens after the begin of its image; expected none, or the codes of a pre"):
         judge.ours.raster_logits(then, [torch.cat([ids, torch.arange(7)]) for ids in prompts])
+    with pytest.raises(ValueError, match="1 of 2 prompts have no preview yet, the others have one; expected all or"):
+        judge.ours.preview_grid(Prompts([prompts[0], whole[1]]), (3, 4))
     with pytest.raises(ValueError, match="a prefix begins 2 images; expected one"):
         judge.ours.raster_logits(then, [torch.cat([ids, ids]) for ids in prompts])
 
@@ -480,6 +482,19 @@ def test_what_x_omni_does_not_have_is_named() -> None:
     whole = judge.ours.raster_logits(codes, judge.prompts)
     torch.testing.assert_close(visual.raster_logits(codes, judge.prompts), whole, atol=1e-5, rtol=1e-5)
     assert [ids.tolist() for ids in visual.null_condition(Prompts(judge.prompts))] == [[92, 7, 93]] * 2
+
+
+@pytest.mark.parametrize("name", ["emu3", "janus", "mammothmoda2", "x_omni", "glm_image", "chameleon", "qwen3"])
+def test_an_unknown_model_type_names_the_family_with_such_tensors(name: str) -> None:
+    """X-Omni's and MammothModa2's were called a Qwen2's, Emu3's a Llama's: those cannot read them."""
+    judge = Judge(name)
+    with pytest.raises(
+        ValueError, match=f"Its tensors are like those of {name.replace('_o', '-o')}: that as model_type"
+    ):
+        from_transformers(judge.state, {**judge.config, "model_type": "mystery"})
+    if judge.ours.config.preview_side is None:
+        with pytest.raises(ValueError, match="draws no preview before an image; expected a batch without previews"):
+            judge.ours.with_preview(Prompts(PROMPTS), torch.zeros(2, 2, 2, dtype=torch.int64))
 
 
 def test_wrong_input_is_named() -> None:
