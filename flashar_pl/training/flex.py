@@ -36,7 +36,7 @@ def refusal(model: nn.Module) -> str | None:
 
 
 class FlexMasks:
-    """A backbone's `sequence_mask` as blocks. Those of a plan and a length of prefix are made once.
+    """A backbone's `attention_mask`, as blocks where it is a tensor. Those of a plan and a prefix are made once.
 
     The first mask is tried: where its attention or gradients do not run, or are not those of the bool mask, it says why
     and gives bool masks from then on.
@@ -49,17 +49,18 @@ class FlexMasks:
         self._of_plan = lru_cache(maxsize=32)(_of_plan)
 
     def __call__(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Mask:
-        """As `Backbone.sequence_mask`."""
+        """As `Backbone.attention_mask`."""
+        plain = type(self.backbone).attention_mask(self.backbone, plan, prefix, n_slots)
+        if not isinstance(plain, Tensor) or self.fits is False:
+            return plain
+        mask = self.blocked(plan, prefix, n_slots)
         if self.fits is None:
-            plain = type(self.backbone).sequence_mask(self.backbone, plan, prefix, n_slots)
             config = next(each.config for each in self.backbone.modules() if isinstance(each, Attention))
-            cause = differs(self.blocked(plan, prefix, n_slots), plain, config, prefix.x)
+            cause = differs(mask, plain, config, prefix.x)
             self.fits = cause is None
             if cause is not None:
                 warnings.warn(f"training goes on without FlexAttention: {cause}", stacklevel=2)
-        if not self.fits:
-            return type(self.backbone).sequence_mask(self.backbone, plan, prefix, n_slots)
-        return self.blocked(plan, prefix, n_slots)
+        return mask if self.fits else plain
 
     def blocked(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> BlockedMask:
         """The mask of a sequence."""
@@ -105,12 +106,12 @@ def differs(mask: BlockedMask, plain: Tensor, config: BlockConfig, like: Tensor)
 
 @contextmanager
 def flex_masks(masks: Iterable[FlexMasks]) -> Iterator[None]:
-    """Inside, the backbones of `masks` make these masks."""
+    """Inside, the backbones of `masks` make these masks for whole sequences; decoding has its own."""
     masks = list(masks)
     for each in masks:
-        each.backbone.sequence_mask = each  # type: ignore[assignment, method-assign]
+        each.backbone.attention_mask = each  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
         for each in masks:
-            del each.backbone.sequence_mask
+            del each.backbone.attention_mask

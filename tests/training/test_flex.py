@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_bool_masks(name: str, on_a_cpu: None)
     with flex_masks([masks]):
         found, others = losses(model, *given)
     assert masks.fits
-    assert "sequence_mask" not in vars(model.backbone)
+    assert "attention_mask" not in vars(model.backbone)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
     assert others.keys() == gradients.keys()
     for key, gradient in gradients.items():
