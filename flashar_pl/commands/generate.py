@@ -5,7 +5,6 @@ Shapes: N samples in all, B samples of a batch, H x W grid.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ from flashar_pl.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashar_pl.checkpoints.opening import Source
     from flashar_pl.decoding.prompts import Wanted
     from flashar_pl.ranks import Rank
     from flashar_pl.tokenizers import Tokenizer
@@ -63,26 +61,15 @@ def generate(
         flashar generate --checkpoint Emu3.5-Image-FlashAR --assets Emu3.5-Image --tokenizer Emu3.5-VisionTokenizer
           --prompt "a fox in the snow" --cfg-scale 5 --aspect-ratio 16:9 --batch-size 4 --out foxes/
     """
-    from flashar_pl.options import RankOptions
-    from flashar_pl.ranks import Rank, run_on_ranks
+    from flashar_pl.decoding.tensor_parallel import on_devices
 
     require_new(draw.out, "samples")
     work = partial(_generate, draw, model, sampling, shape, text, engine, sharing)
-    if (n := sharing.tensor_parallel) == 1:
-        return work(Rank())
-    return run_on_ranks(work, RankOptions(devices=n), engine.device, "tensor_parallel")
+    return on_devices(sharing.tensor_parallel, work, engine.device)
 
 
-def _generate(
-    draw: GenerateOptions,
-    model: ModelOptions,
-    sampling: SamplingSettings,
-    shape: ShapeOptions,
-    text: TextOptions,
-    engine: EngineOptions,
-    sharing: SharingOptions,
-    rank: Rank,
-) -> Path:
+def _generate(draw: GenerateOptions, model: ModelOptions, sampling: SamplingSettings, shape: ShapeOptions,
+              text: TextOptions, engine: EngineOptions, sharing: SharingOptions, rank: Rank) -> Path:  # fmt: skip
     """As one of the ranks that share the model; the first one writes."""
     from flashar_pl.decoding.build import build_engine, choose_format
     from flashar_pl.decoding.request import DrawRequest
@@ -94,10 +81,10 @@ def _generate(
     source = open_share(model, engine, rank, sharing.tensor_parallel)
     asked = DrawRequest.of(source, draw, sampling, shape, text, engine.plan)
     wanted, grid, plan, sampling = asked.wanted, asked.grid, asked.plan, asked.sampling
-    if first:
-        _notes(source, wanted, sampling, grid)
-    without = draw.codes_only or not first
-    decoder = None if without else source.matching_tokenizer(engine.device, engine.pixel_dtype)
+    for note in asked.notes(source):
+        rank.say(f"note: {note}")
+    pictures = first and not draw.codes_only
+    decoder = source.matching_tokenizer(engine.device, engine.pixel_dtype) if pictures else None
     form = choose_format(source.model, engine, plan)
     drawing = build_engine(source, replace(engine, weight_format=form), plan)
     with peak_memory(drawing.device) as peak:
@@ -129,22 +116,6 @@ def _generate(
         print(f"{mean:.1f} forwards an image, at most {most}; {used['codes_per_forward']:.2f} codes a forward")
     print(f"samples: {len(wanted):,} ({plan} plan, {used['runner']}) in {seconds:.1f} s: {target}")
     return target
-
-
-def _notes(source: Source, wanted: Wanted, settings: SamplingSettings, grid: tuple[int, int]) -> None:
-    """What the user may not have meant, on standard error."""
-    backbone, trained = source.model.backbone, source.description.grid
-    notes = []
-    if trained is not None and tuple(trained) != grid and not backbone.many_grids:
-        sizes = f"{grid[0]}x{grid[1]} codes; the model was trained on {trained[0]}x{trained[1]}"
-        notes.append(f"drawn on {sizes} and knows no other.")
-    guided = backbone.guided(settings)
-    if settings.cfg_interval is not None and not guided:
-        notes.append("--cfg-interval does nothing without guidance; give --cfg-scale.")
-    if wanted.prompts is not None and not all(text.strip() for text in wanted.prompts):
-        notes.append("a prompt is empty; its images are drawn without a description.")
-    for note in notes + backbone.notes(wanted.condition, guided):
-        print(f"note: {note}", file=sys.stderr)
 
 
 def _write_samples(

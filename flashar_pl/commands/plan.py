@@ -197,17 +197,13 @@ def planned_run(options: RunOptions, gpus: int) -> PlannedRun:
 def decode_floors(
     sizes: ModelSizes, grid: tuple[int, int], prefix: int | None, rates: Gpu, decoding: DecodingOptions
 ) -> list[dict[str, Any]]:
-    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, for every plan the model can run, of each
-    device where several share the model; and predictions.
-
-    ValueError where predictions are wanted, and no plan has one; for devices that cannot share the model.
+    """Bytes, FLOPs and lower bounds of decoding one guided image in bfloat16, of each device, for every plan the model
+    can run; and predictions. ValueError where these are wanted and no plan has one, or devices cannot share the model.
     """
     from flashar_pl.planner.cost import prediction
     from flashar_pl.planner.decode import DecodeJob
 
-    plans = sizes.model.plans
-    if "blocks" in plans:  # their grid has the clean copy as a second image
-        plans = ()
+    plans = () if "blocks" in sizes.model.plans else sizes.model.plans  # whose grid has a clean copy as a second image
     jobs = [DecodeJob(sizes, plan, grid, prefix=prefix, devices=decoding.tensor_parallel) for plan in plans]
     predicted = [prediction(job, decoding.predicted, rates) if decoding.decode else None for job in jobs]
     if decoding.decode and not any(predicted):

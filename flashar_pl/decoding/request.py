@@ -48,6 +48,19 @@ class DrawRequest:
         check_seed(draw.seed, len(wanted))
         return cls(wanted, grid, chosen, sampling, draw.seed)
 
+    def notes(self, source: Source) -> list[str]:
+        """What the user may not have meant."""
+        backbone, trained, notes = source.model.backbone, source.description.grid, []
+        if trained is not None and tuple(trained) != self.grid and not backbone.many_grids:
+            sizes = f"{self.grid[0]}x{self.grid[1]} codes; the model was trained on {trained[0]}x{trained[1]}"
+            notes.append(f"drawn on {sizes} and knows no other.")
+        guided = backbone.guided(self.sampling)
+        if self.sampling.cfg_interval is not None and not guided:
+            notes.append("--cfg-interval does nothing without guidance; give --cfg-scale.")
+        if self.wanted.prompts is not None and not all(text.strip() for text in self.wanted.prompts):
+            notes.append("a prompt is empty; its images are drawn without a description.")
+        return notes + backbone.notes(self.wanted.condition, guided)
+
     def samples(self, batch_size: int, every: int = 1) -> SampleSet:
         """The samples, `batch_size` computed together; `every` of each."""
         from flashar_pl.decoding.samples import SampleSet

@@ -6,8 +6,9 @@ draws the same codes. What is small stays whole on each: norms, gate, projection
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,17 @@ from flashar_pl.checkpoints.opening import Source, open_checkpoint
 from flashar_pl.layers.tensor_parallel import GatheredEmbedding, GatheredLinear, Share, cut_block, divides, share_of
 from flashar_pl.layers.transformer import Block
 from flashar_pl.models.base import GridModel
-from flashar_pl.options import EngineOptions, ModelOptions
-from flashar_pl.ranks import Rank
+from flashar_pl.options import EngineOptions, ModelOptions, RankOptions
+from flashar_pl.ranks import Rank, run_on_ranks
 
+T = TypeVar("T")
 RUNNERS = ("auto", "eager", "graphs")
 FORMATS = ("auto", "plain")
+
+
+def on_devices(n: int, work: Callable[[Rank], T], device: str) -> T:
+    """What `work` returns on the first of n ranks that share a model; see `run_on_ranks`. Alone, it is called here."""
+    return work(Rank()) if n == 1 else run_on_ranks(work, RankOptions(devices=n), device, "tensor_parallel")
 
 
 def open_share(options: ModelOptions, engine: EngineOptions, rank: Rank, n: int) -> Source:

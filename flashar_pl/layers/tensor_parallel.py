@@ -57,7 +57,8 @@ class Share:
     def gathered(self, part: Tensor) -> Tensor:
         """(..., n) of every device side by side: (..., N n)."""
         parts = part.new_empty(self.world * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(parts, part.contiguous(), group=self.group)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+        gather(parts, part.contiguous(), group=self.group)
         return parts.unflatten(0, (self.world, -1)).movedim(0, -2).flatten(-2)
 
 
