@@ -2,7 +2,7 @@
 
     python benchmarks/emoji.py  # make study-emoji; given again it continues
 
-Every step is a command a user would type. Writes emoji.json and emoji.png, in docs/results.
+Every step is a command a user would type. Writes emoji.json and emoji.png, which docs/results/emoji.md shows.
 
 Shapes: n samples, m training images, H x W grid.
 """
@@ -10,7 +10,6 @@ Shapes: n samples, m training images, H x W grid.
 import argparse
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from flashar_pl.commands.demo import Stage
 from flashar_pl.commands.sweep import FINISHED, finished, run_stage
@@ -130,7 +130,7 @@ def main() -> None:
             write_json(TIMES, times)
     found = result(times)
     write_json(asked.out / "emoji.json", found)
-    shutil.copy(ROOT / "report" / "samples.png", asked.out / "emoji.png")
+    Image.open(ROOT / "report" / "samples.png").quantize(256).save(asked.out / "emoji.png", optimize=True)
     print(f"wrote {asked.out}/emoji.json and emoji.png")
 
 

@@ -188,3 +188,15 @@ def test_time_against_quality() -> None:
         values = [each.get("forwards", each["steps"]), each["nll_nats_per_image"], each["fid"], each["accuracy"]]
         for cell, value in zip(row[1:], [*values, each["ms_per_image"]["median"], each["speed_up"]], strict=True):
             assert shows(cell, value), (row, cell)
+
+
+def test_the_study_of_the_emoji() -> None:
+    found = json.loads((ROOT / "docs/results/emoji.json").read_text(encoding="utf-8"))
+    shown = rows(page("results/emoji.md"), "| | forwards | NLL, nats |")
+    assert [row[0] for row in shown] == [each["name"] for each in found["rows"].values()]
+    for row, each in zip(shown, found["rows"].values(), strict=True):
+        values = [each[name] for name in ("steps", "nll_nats_per_image", "fid", "accuracy")]
+        values += [1e3 * each["with_pixels"]["cpu_s"]] if "with_pixels" in each else []
+        assert all(map(shows, row[1:], values)), row
+    commits = {each["commit"] for each in (*found["trained"].values(), found["versions"])}
+    assert commits == set(re.findall(r"commit ([0-9a-f]{12})", page("results/emoji.md")))
