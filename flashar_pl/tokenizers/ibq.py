@@ -72,8 +72,9 @@ class IBQ(ConvTokenizer):
         names = dict(PAIRS)
         beside = file.with_name(names.get(file.name, "config.json" if file.suffix == ".safetensors" else "config.yaml"))
         config = require_file(settings or beside, "settings file of the tokenizer", ADVICE)
+        published = read_settings(config)  # before gigabytes of weights
         with naming(file):
-            model = cls.from_official(read_weights(file), read_settings(config))
+            model = cls.from_official(read_weights(file), published)
         model.opened(weights, decode_dtype)
         model.settings = None if settings is None else str(settings)
         return model
