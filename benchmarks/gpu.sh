@@ -16,10 +16,12 @@ GRAPHS=graphs
 FAST=graphs,compiled-graphs,fused
 OWN=fused
 FORMATS=plain,int8,fp8
+VQ=vq16 IBQ=ibq
 EXTRA=() MODEL=() COLLECT=()
 if [[ -n ${DRY:-} ]]; then
   OUT=${DRY_OUT:-$(mktemp -d)}
   DEVICE=cpu RUNNERS=eager GRAPHS=auto FAST=eager OWN=eager FORMATS=plain,int8
+  VQ=pixels:64 IBQ=pixels:64
   EXTRA=(--repeats 1 --threads 1) MODEL=(--checkpoint "$OUT/tiny") COLLECT=(--collect-only)
 fi
 failed=()
@@ -66,14 +68,15 @@ tests() { # every way of decoding against the plain model; what only a GPU can c
   "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu ${COLLECT[@]+"${COLLECT[@]}"} tests || failed+=(tests)
 }
 latency() { # L, one image: all runners, then the formats of weights
-  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS,$OWN
+  bench decode_llamagen_l_latency_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $RUNNERS,$OWN --pixels $VQ
   bench decode_llamagen_l_formats_gpu llamagen-l --batch-sizes 1 --cfg-scale 2.0 --runners $GRAPHS \
     --weight-formats $FORMATS --skip-plain
 }
 throughput() { # L, many images
   local sizes=8,64,256,512,auto
   [[ -n ${DRY:-} ]] && sizes=2,auto
-  bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
+  bench decode_llamagen_l_throughput_gpu llamagen-l --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain \
+    --pixels $VQ
 }
 large() { # XXL
   local sizes=1,64
@@ -81,7 +84,8 @@ large() { # XXL
   bench decode_llamagen_xxl_gpu llamagen-xxl --batch-sizes $sizes --cfg-scale 2.0 --runners $FAST --skip-plain
 }
 emu() { # 34B, 32 x 32 codes: guided, with the official empty prompt's length beside a caption's
-  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runners $GRAPHS,$OWN --skip-plain
+  bench decode_emu35_34b_gpu emu35-34b --batch-sizes 1 --cfg-scale 5.0 --runners $GRAPHS,$OWN --skip-plain \
+    --pixels $IBQ
   bench decode_emu35_34b_runners_gpu emu35-34b --plans diagonal --batch-sizes 1 --cfg-scale 5.0 \
     --runners ${FAST/#graphs,compiled-graphs,fused/compiled-graphs} --skip-plain
 }

@@ -135,7 +135,9 @@ JOBS: tuple[tuple[Any, ...], ...] = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--jobs", type=int, default=len(JOBS), help="only the first so many models")
+    parser.add_argument(
+        "--jobs", type=int, default=len(JOBS), help="only the first so many models; 0: weights of one byte alone"
+    )
     parser.add_argument("--sm", type=int, nargs="*", default=list(TARGETS), help="compute capabilities times ten")
     given = parser.parse_args()
     found: dict[Any, tuple[Launch, set[str]]] = {}
@@ -144,7 +146,7 @@ def main() -> int:
         for each in launches(preset, plan, grid, batch, **filters):
             found.setdefault(source(each)[2], (each, set()))[1].add(f"{preset} {plan} batch {batch}")
     for rows_of_x, rounding in ((2, "int8"), (64, "int8"), (256, "int8"), (2, "fp8"), (64, "fp8"), (256, "fp8")):
-        for each in rounded_launches(rows_of_x, rounding) if given.jobs == len(JOBS) else ():
+        for each in rounded_launches(rows_of_x, rounding) if given.jobs in (0, len(JOBS)) else ():
             found[source(each)[2]] = (each, {f"{rounding} weights, {rows_of_x} rows"})
     rows = []
     for each, models in found.values():
