@@ -40,7 +40,7 @@ def stages() -> list[Stage]:
     best = {name: f"{ROOT}/{name}/checkpoints/best.ckpt" for name in PLANS}
     tokenise = ["tokenize", "images", str(PICTURES), "--out", str(DATA), "--workers", "1", "--image-size", "32"]
     found = [
-        Stage("shards", 0, [*tokenise, "--downsample", "4", "--steps", "1200"], DATA, "manifest.json"),
+        Stage("shards", 0, [*tokenise, "--downsample", "4", "--steps", "1200"], DATA, "test-000000.tar"),
         Stage("classifier", 0, ["classifier", "--data", str(DATA), "--out", str(ROOT / "classifier")],
               ROOT / "classifier"),
     ]  # fmt: skip
@@ -122,7 +122,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="where emoji.json and emoji.png go")
     asked = parser.parse_args()
     if not PICTURES.exists():
-        subprocess.run([sys.executable, Path(__file__).with_name("emoji_pictures.py"), "--out", PICTURES], check=True)
+        draw = [sys.executable, Path(__file__).with_name("emoji_pictures.py"), "--out", PICTURES]
+        if code := subprocess.run(draw).returncode:  # it has said why
+            raise SystemExit(code)
     times = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     for stage in stages():
         if not finished(stage):

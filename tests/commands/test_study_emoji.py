@@ -98,3 +98,14 @@ def test_copies_of_training_images_are_counted() -> None:
     drawn[0, 0, :2] = 7  # 18 of 20 equal: a copy; 15 of 20: none
     drawn[1, 1] = 7
     assert script("emoji").copies(drawn, training) == {"nearest": pytest.approx(0.825), "copies": 0.5}
+
+
+def test_the_study_ends_with_the_line_of_the_drawing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing font is no traceback of the script that asked for the pictures, and nothing is trained."""
+    study = script("emoji")
+    monkeypatch.setattr(study, "PICTURES", tmp_path / "none")
+    monkeypatch.setattr(study.subprocess, "run", lambda words, **given: study.subprocess.CompletedProcess(words, 1))
+    monkeypatch.setattr(study, "run_stage", lambda stage: pytest.fail("trained"))
+    monkeypatch.setattr("sys.argv", ["emoji.py"])
+    with pytest.raises(SystemExit, match="1"):
+        study.main()
