@@ -94,7 +94,6 @@ class DecodeJob:
     """Positions; None = usual for the model."""
     window: tuple[int, int] | None = None
     """Of the lossless plan: slots of a window, and how many windows a batch took. None = as the raster plan."""
-
     devices: int = 1
     """N, that share the model."""
 

@@ -43,6 +43,8 @@ MODELS = {
     "emu one kv head": lambda: tiny.emu_flashar(n_kv_head=1),  # both ranks hold it
     "released": lambda: ReleasedFlashAR(tiny.emu(), 2, 1),
     "biases": lambda: FlashAR(decoder(), 1),
+    "mlp of text": lambda: FlashAR(decoder(first_image_token=1275), 1),
+    "video": lambda: FlashAR(tiny.backbone(), 1, video={"frames": 2}),
     "code mlp": lambda: FlashAR(decoder(heads="visual", code_width=6, num_visual_codes=25, eol_token_id=7), 1),
 }
 
@@ -51,7 +53,7 @@ def model(kind: str) -> GridModel:
     """In float64, its weights random, and no part of it without effect."""
     torch.manual_seed(5)
     made = MODELS[kind]().double().eval()
-    if kind in ("PAR", "released", "biases", "code mlp"):
+    if kind in ("PAR", "released", "biases", "code mlp", "mlp of text", "video"):
         tiny.randomise(made, 3)
     return made
 
