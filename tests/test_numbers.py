@@ -71,6 +71,19 @@ def test_rounded_weights() -> None:
             assert not cell or shows(cell, each[name] * (1 if name == "nll_change" else 100)), (row, name)
 
 
+def test_pixels() -> None:
+    found = json.loads((RESULTS / "pixels_cpu.json").read_text())
+    trained, (vq,) = found["trained"], found["published"]
+    dtypes = ("fp32", "bf16")
+    expected = [
+        [*(vq["seconds"][name]["cpu_s"] for name in dtypes), vq["psnr_bf16_to_fp32"]],
+        [*(trained["fid_to_real"][name] for name in dtypes), trained["psnr_bf16_to_fp32"]],
+    ]
+    shown = rows(page("performance.md"), "| pixels | fp32 | bf16 |")
+    for row, values in zip(shown, expected, strict=True):
+        assert all(shows(cell, value) for cell, value in zip(row[1:], values, strict=True))
+
+
 def test_the_demo() -> None:
     """README's first table is that of the committed report."""
     found = json.loads((RESULTS / "demo.json").read_text())["report"]["rows"]
