@@ -32,6 +32,8 @@ class Conditioning:
     """Prompt: token id of code 0, in which the prompt's tokenizer must agree."""
     previews: bool = False
     """Prompt: whether codes of a smaller image follow it."""
+    last_from: int | None = None
+    """Prompt: smallest token id that it may end with; None = any."""
 
     def example(self, n: int) -> Condition:
         """A condition of n samples, for measurements: one class after the other, random features or tokens."""
@@ -39,7 +41,10 @@ class Conditioning:
             return ClassIds(torch.arange(n) % self.size)
         if self.kind == "text":
             return TextFeatures(torch.randn(n, self.positions, self.size))
-        return Prompts(torch.randint(0, min(1000, self.size), (n, self.positions)))
+        ids = torch.randint(0, min(1000, self.size), (n, self.positions))
+        if self.last_from is not None:
+            ids[:, -1] = self.last_from
+        return Prompts(ids)
 
 
 class Condition(ABC):

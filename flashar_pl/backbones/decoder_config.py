@@ -259,8 +259,9 @@ class DecoderConfig:
         usual = 50  # tokens of a prompt, the image prefix included
         if self.usual_grid is not None and (smaller := self.preview(*self.usual_grid)) is not None:
             usual += smaller[0] * smaller[1]
+        last = None if self.text_layers is None else self.first_image_token
         previews = self.preview_side is not None
-        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset, previews)
+        return Conditioning("prompt", self.vocab_size, usual, self.visual_token_offset, previews, last)
 
     @property
     def block(self) -> BlockConfig:

@@ -27,6 +27,7 @@ from flashar_pl.devices import device_name
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.planner.decode import DecodeJob, Gemm
+from flashar_pl.planner.sizes import TEXT
 
 
 @dataclass
@@ -185,9 +186,14 @@ class GemmWalk:
             blocks += [block for branch in model.branches for block in branch.blocks]
         of_condition = model.backbone.condition_linears()
         linears = [
-            m for block in blocks for m in block.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")
+            (name, m)
+            for block in blocks
+            for name, m in block.named_modules()
+            if hasattr(m, "in_features") and hasattr(m, "out_features") and m not in set(of_condition.values())
         ]
-        self.blocks = [Projection.of(m) for m in linears if m not in set(of_condition.values())]  # as they run
+        self.blocks = [Projection.of(m) for name, m in linears if TEXT not in name]  # as they run
+        self.of_text = [Projection.of(m) for name, m in linears if TEXT in name]
+        """What runs on the prefix alone."""
         head = model.dual_head
         heads = [linear for linear in (head.horizontal, head.vertical) if linear is not None]
         self.others = {name: [Projection.of(linear)] for name, linear in of_condition.items()}
@@ -200,7 +206,8 @@ class GemmWalk:
     def calls(self, gemms: tuple[Gemm, ...]) -> list[tuple[Tensor, Projection]]:
         """Input and matrix product of every linear of a forward."""
         others = {name: iter(found) for name, found in self.others.items()}
-        pairs = [(gemms[0].rows, each) for each in self.blocks]
+        text = [gemm.linear.name for gemm in gemms].count("w13") > 1
+        pairs = [(gemms[0].rows, each) for each in self.blocks + self.of_text * text]
         pairs += [(gemm.rows, next(others[gemm.linear.name])) for gemm in gemms if gemm.linear.name in others]
         planned = sum(gemm.rows * gemm.linear.parameters * gemm.count for gemm in gemms)
         assert sum(rows * each.n_in * each.n_out for rows, each in pairs) == planned
