@@ -1,5 +1,6 @@
 """Sample sets: what in-training validation and `flashar evaluate` both draw from."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -64,11 +65,13 @@ def test_whether_a_preview_is_drawn_is_one_answer_for_all_batches() -> None:
             grids.append(grid)
             return super().generate(condition, grid, *arguments, **options)
 
-    for last, drawn in ((begin, [(2, 2), (4, 4)]), (torch.tensor([5, 9, 7, 7, 7, 7]), [(4, 4)])):
-        prompts = SampleSet(Prompts([begin, last]), (4, 4), "raster", SamplingSettings(), 1)
+    with_one = torch.tensor([5, 9, 7, 7, 7, 7])
+    for first, last, drawn in ((begin, begin, [(2, 2), (4, 4)]), (with_one, with_one, [(4, 4)]), (begin, with_one, [])):
+        prompts = SampleSet(Prompts([first, last]), (4, 4), "raster", SamplingSettings(), 1)
         for batch in (0, 1):
             grids.clear()
-            draw_batch(Grids(model, "eager"), prompts, batch)
+            with nullcontext() if drawn else pytest.raises(ValueError, match="1 of 2 prompts have no preview yet"):
+                draw_batch(Grids(model, "eager"), prompts, batch)
             assert grids == drawn
 
 
