@@ -89,7 +89,7 @@ demo-full: setup  ## the demo with the from-scratch contrast and a second sample
 	$(BIN)/flashar demo --full
 
 .PHONY: study-scenes
-study-scenes: setup  ## Table 3 at our scale: raster, FlashAR, BlockDiffusion, training-free on the drawn scenes (25 CPU-minutes); given again it continues
+study-scenes: setup  ## Table 3 at our scale: raster, FlashAR, BlockDiffusion, training-free on the drawn scenes (45 CPU-minutes); given again it continues
 	$(BIN)/python benchmarks/scenes.py
 
 .PHONY: study-emoji

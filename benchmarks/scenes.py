@@ -3,14 +3,16 @@
     python benchmarks/scenes.py  # make study-scenes; given again it continues
 
 Trains the runs of a sweep file, two at a time on one thread each, evaluates every run by `flashar evaluate scenes`, and
-writes scenes.json, the tables in scenes.md (made from the JSON alone, between two comments) and scenes.png.
+writes scenes.json, the tables in scenes.md (made from the JSON alone, between two comments) and scenes.png. Differences
+of rows are paired by prompt and run, with intervals over prompts and both levels of seeds (docs/evaluation.md).
 
 Shapes: N test prompts, 8 x 8 grid.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from flashar_pl.commands.demo import LAST, Stage
 from flashar_pl.commands.evaluate_scenes import share
 from flashar_pl.commands.score import held_out
 from flashar_pl.commands.sweep import FINISHED, RASTER, finished, prepared, read_sweep, run_stage
-from flashar_pl.data.scenes import TASKS, Prompt, entry_of, find_things, to_prompt
+from flashar_pl.data.scenes import TASKS, Prompt, check_scene, entry_of, find_things, to_prompt
 from flashar_pl.data.shards import Manifest
 from flashar_pl.files import write_json, write_text
+from flashar_pl.metrics.intervals import difference
 from flashar_pl.pictures import save_png, sheet
 from flashar_pl.tokenizers import build_tokenizer
 from flashar_pl.tokenizers.scenes import QUARTERS
@@ -42,6 +45,16 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 SHOWN, COLUMNS, ENLARGED, FRAME = 12, 6, 3, 200
 LOOKED = ("edge", "inside", "clash", "surplus")
 COUNTED = ("torn", *LOOKED, "exact")
+PAIRS = (
+    ("FlashAR", "raster"),
+    ("raster, trained on", "raster"),
+    ("FlashAR", "raster, trained on"),
+    ("FlashAR", "BlockDiffusion"),
+)
+"""Rows whose differences are shown, the second taken from the first."""
+COMPARED = ("nats", "correct", *COUNTED)
+Values = dict[tuple[str, str], dict[str, np.ndarray]]
+"""Seeds of pre-training and of adaptation -> what is compared, of every prompt (N,)."""
 BEGIN, END = "<!-- tables: benchmarks/scenes.py -->\n", "<!-- end -->\n"
 DATA = "data/scenes"
 
@@ -78,24 +91,51 @@ def look(codes: np.ndarray, prompt: Prompt) -> dict[str, bool]:
     }
 
 
-def measured(stage: Stage, prompts: list[Prompt]) -> dict[str, Any]:
+def by_prompt(stage: Stage, prompts: list[Prompt]) -> dict[str, np.ndarray]:
+    """What is compared, of every prompt (N,)."""
+    codes = np.load(stage.path / "codes.npy")
+    seen = [vars(check_scene(each, prompt)) | look(each, prompt) for each, prompt in zip(codes, prompts, strict=True)]
+    shown = {name: np.array([float(each[name]) for each in seen]) for name in COMPARED[1:]}
+    return {"nats": np.load(stage.path / "nll.npy"), **shown}
+
+
+def seeds_of(stage: Stage) -> tuple[str, str]:
+    """Those of pre-training and of adaptation of an evaluated run, which its folder names: p0a1, p0."""
+    found = re.search(r"(p\d+)(a\d+)?$", stage.path.name)
+    assert found is not None, stage.path
+    return found[1], found[2] or ""
+
+
+def measured(stage: Stage, values: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the page needs of one evaluation."""
     found = json.loads((stage.path / "scenes.json").read_text())
-    codes = np.load(stage.path / "codes.npy")
     run = Path(found["settings"]["checkpoint"]).parents[1]
-    seen = [look(each, prompt) for each, prompt in zip(codes, prompts, strict=True)]
     return {
         "run": str(run),
+        "seeds": seeds_of(stage),
         "commits": {
             "training": json.loads((run / FINISHED).read_text())["versions"].get("commit"),
             "evaluation": found["versions"].get("commit"),
         },
         "command": ["flashar", *stage.words],
         **{name: found[name] for name in ("tasks", "overall", "exact", "torn", "likelihood", "forwards")},
-        **{name: share(sum(each[name] for each in seen), len(seen)) for name in LOOKED},
+        **{name: share(int(values[name].sum()), len(values[name])) for name in LOOKED},
         "cpu_s_per_image": found["cpu_s_per_image"],
         "batch_size": found["settings"]["batch_size"],
     }
+
+
+def paired(ours: Values, other: Values) -> Iterator[dict[str, Any]]:
+    """Mean differences with their intervals: over the raster models that both have, then for each of these alone, where
+    the interval holds for that one model."""
+    both = sorted({p for p, _ in ours} & {p for p, _ in other})
+    for models in (both, *([p] for p in both if len(both) > 1)):
+        shown: dict[str, Any] = {"raster_models": models}
+        for name in COMPARED:
+            sides = [{seeds: own[name] for seeds, own in side.items() if seeds[0] in models} for side in (ours, other)]
+            apart, how = difference(*sides)
+            shown |= {"paired": how, name: apart.estimate.plain() | {"levels": apart.levels}}
+        yield shown
 
 
 def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -113,19 +153,51 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    interval = lambda each: f"{100 * each['share']:.1f} ({100 * each['low']:.1f} to {100 * each['high']:.1f})"  # noqa: E731
-    rows = result["rows"]
-    first = [f"| | runs | forwards | CPU ms | nats | {' | '.join(f'{each} %' for each in COUNTED)} |"]
-    second = ["| | mean of tasks % | " + " | ".join(TASKS) + " |"]
-    first.append("|---|" + "---:|" * (4 + len(COUNTED)))
-    second.append("|---|" + "---:|" * 7)
+    tables = [_shares(result["rows"]), _tasks(result["rows"]), _pairs(result["pairs"])]
+    return "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+
+
+def _interval(each: dict[str, float]) -> str:
+    return f"{100 * each['share']:.1f} ({100 * each['low']:.1f} to {100 * each['high']:.1f})"
+
+
+def _shares(rows: dict[str, Any]) -> list[str]:
+    """What is seen in the images, each raster model's own share in brackets."""
+    lines = [f"| | runs | forwards | CPU ms | nats | {' | '.join(f'{each} %' for each in COUNTED)} |"]
+    lines.append("|---|" + "---:|" * (4 + len(COUNTED)))
     for name, row in rows.items():
+        models = list(dict.fromkeys(run["seeds"][0] for run in row["runs"]))
         numbers = [f"{len(row['runs'])}", f"{row['forwards']:.0f}", f"{1e3 * row['cpu_s_per_image']:.1f}"]
-        numbers += [f"{row['nll_nats_per_image']:.2f}", *(interval(row[each]) for each in COUNTED)]
-        first.append(f"| {name} | {' | '.join(numbers)} |")
-        tasks = " | ".join(interval(row["tasks"][task]) for task in TASKS)
-        second.append(f"| {name} | {100 * row['overall']:.1f} | {tasks} |")
-    return "\n".join([*first, "", *second, ""])
+        numbers.append(f"{row['nll_nats_per_image']:.2f}")
+        for seen in COUNTED:
+            own = [np.mean([run[seen]["share"] for run in row["runs"] if run["seeds"][0] == p]) for p in models]
+            numbers.append(f"{100 * row[seen]['share']:.1f} ({', '.join(f'{100 * each:.1f}' for each in own)})")
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
+    return lines
+
+
+def _tasks(rows: dict[str, Any]) -> list[str]:
+    """GenEval's score, with intervals over images."""
+    lines = [f"| | mean of tasks % | {' | '.join(TASKS)} |", "|---|" + "---:|" * 7]
+    for name, row in rows.items():
+        tasks = " | ".join(_interval(row["tasks"][task]) for task in TASKS)
+        lines.append(f"| {name} | {100 * row['overall']:.1f} | {tasks} |")
+    return lines
+
+
+def _pairs(pairs: list[dict[str, Any]]) -> list[str]:
+    """Differences, with intervals over prompts and both levels of seeds; shares in points of a hundred."""
+    lines = [f"| | raster model | nats | {' | '.join(f'{each} %' for each in COMPARED[1:])} |"]
+    lines.append("|---|---:|" + "---:|" * len(COMPARED))
+    for pair in pairs:
+        cells = [", ".join(pair["raster_models"])]
+        for name in COMPARED:
+            low, high = pair[name]["interval_95"]
+            scale, digits = (1, 2) if name == "nats" else (100, 1)
+            value, low, high = (f"{scale * each:+.{digits}f}" for each in (pair[name]["value"], low, high))
+            cells.append(f"{value} ({low} to {high})")
+        lines.append(f"| {pair['ours']} minus {pair['other']} | {' | '.join(cells)} |")
+    return lines
 
 
 def insert(text: str, tables: str) -> str:
@@ -152,9 +224,10 @@ def main() -> None:
     parser.add_argument("--sweep", default="experiments/ablations/scenes.yaml")
     parser.add_argument("--out", default="docs/results", help="where scenes.json, scenes.md, scenes.png go")
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--finished", action="store_true", help="train nothing: the runs that are there")
     asked = parser.parse_args()
     sweep = read_sweep(Path(asked.sweep))
-    runs = list(sweep.runs())
+    runs = [stage for stage in sweep.runs() if not asked.finished or finished(stage)]
     stages = evaluations(Path(sweep.out), runs)
     run_all(prepared(sweep), 1)
     run_all([stage for stage in runs if stage.path.parent.name == RASTER], asked.workers)
@@ -163,7 +236,16 @@ def main() -> None:
     manifest = Manifest.load(DATA)
     batches = held_out(manifest, "test", 100, None, None, "cpu")
     prompts = [to_prompt(each) for batch in batches for each in batch.condition.features.numpy()]
-    rows = {name: pooled([measured(stage, prompts) for stage in own]) for name, own in stages.items()}
+    values = {name: {seeds_of(stage): by_prompt(stage, prompts) for stage in own} for name, own in stages.items()}
+    rows = {
+        name: pooled([measured(stage, values[name][seeds_of(stage)]) for stage in own]) for name, own in stages.items()
+    }
+    pairs = [
+        {"ours": ours, "other": other, **each}
+        for ours, other in PAIRS
+        if {ours, other} <= values.keys()
+        for each in paired(values[ours], values[other])
+    ]
     out = Path(asked.out)
     result = {
         "sweep": asked.sweep,
@@ -171,6 +253,7 @@ def main() -> None:
         "prompts": len(prompts),
         "shown": [entry_of(prompt)["prompt"] for prompt in prompts[:SHOWN]],
         "rows": rows,
+        "pairs": pairs,
     }
     write_json(out / "scenes.json", result)
     text = out / "scenes.md"

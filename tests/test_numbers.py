@@ -156,8 +156,25 @@ def test_the_study_of_the_scenes() -> None:
     text = page("results/scenes.md")
     assert study.insert(text, study.page(found)) == text
     runs = [run for row in found["rows"].values() for run in row["runs"]]
-    assert {run["commits"]["evaluation"] for run in runs} == {"ae133438acd8"}
-    assert "commit ae133438acd8" in text
+    assert {run["commits"]["evaluation"] for run in runs} == {"c4e3cb1d0745"}
+    assert "commit c4e3cb1d0745" in text
+    said, first, raster = " ".join(text.partition(study.END)[2].split()), found["pairs"][0], found["rows"]["raster"]
+    for pattern, name in (
+        (r"image (\S+) points more images are torn", "inside"),
+        (r"in (\S+) points more two objects", "clash"),
+        (r"reason (\S+) points more show too many", "surplus"),
+        (r"costs (\S+) points of exact", "exact"),
+        (r"scenes, (\S+) points of GenEval's", "correct"),
+        (r"altogether, (\S+) points", "torn"),
+    ):
+        assert shows(re.search(pattern, said)[1], abs(100 * first[name]["value"])), name
+    assert shows(re.search(r"mean and (\S+) nats", said)[1], first["nats"]["value"])
+    shares = re.search(
+        r"tears (\S+) % of its images instead of (\S+) %, and shows (\S+) % exactly instead of (\S+) %", said
+    )
+    p0, p1 = raster["runs"]
+    values = (p1["torn"], p0["torn"], p1["exact"], p0["exact"])
+    assert all(shows(cell, 100 * each["share"]) for cell, each in zip(shares.groups(), values, strict=True))
 
 
 def test_coupled_diagonals() -> None:
