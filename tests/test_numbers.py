@@ -197,6 +197,21 @@ def test_codes_of_a_diagonal_that_see_one_another() -> None:
     assert all(map(shows, said.groups(), (cost[2]["gmac_ratio"], cost[1]["cpu_ratio"], cost[2]["cpu_ratio"])))
 
 
+def test_videos_by_direction() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "video.json").read_text(encoding="utf-8"))["rows"]
+    shown = rows(page("video.md"), "| model | steps |")
+    assert len(shown) == len(found)
+    for (_, steps, *cells), row in zip(shown, found, strict=True):
+        assert steps == str(row["steps"])
+        by = row["by_direction"]
+        for cell, name in zip(cells, ("right", "down", "left", "up", "all"), strict=False):
+            assert shows(cell, by[name]["nll"]), (cell, row["checkpoint"])
+        if row is not found[0]:
+            gap, error = re.findall(r"[-+]?[\d.]+", cells[5])
+            assert shows(gap, by["all"]["gap_percent"])
+            assert shows(error, 100 * by["all"]["gap_standard_error"] / found[0]["by_direction"]["all"]["nll"])
+
+
 def test_training_on_drawn_samples() -> None:
     found = json.loads((ROOT / "docs" / "results" / "drawn.json").read_text())["rows"]
     shown = rows(page("results/beyond.md"), "| trained on |")
