@@ -50,7 +50,7 @@ class Source:
 
     def need_tokenizer(self) -> dict[str, Any]:
         """The tokenizer's config. Raises ValueError where it is not known, or in a strange place."""
-        if self.tokenizer is None:
+        if self.tokenizer in (None, {"kind": "ibq"}):  # the latter: of ready codes, whose tokenizer was not given
             raise ValueError(
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
                 "vq16:FILE (published LlamaGen weights), multi_scale_vq:FILE (VAR), the directory of "

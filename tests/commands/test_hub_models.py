@@ -300,3 +300,13 @@ def test_tokens_of_images_apart_can_be_measured(hub, family: str) -> None:
     walk = GemmWalk(model, job)
     assert all(walk.calls(forward.gemms) for forward in job.forwards)
     assert draw(model, model.backbone.conditioning.example(2), (2, 4), greedy=True).shape == (2, 2, 4)
+
+
+def test_a_tokenizer_that_nobody_gave_is_no_emu35s(hub) -> None:
+    """Runs on ready codes note a kind without weights: X-Omni's were sent to Emu3.5's image tokenizer."""
+    source = open_checkpoint(ModelOptions(str(hub("x_omni"))))
+    source.tokenizer = {"kind": "ibq"}
+    with pytest.raises(
+        ValueError, match=r"does not say which tokenizer decodes its codes; add --tokenizer .* --codes-on"
+    ):
+        source.need_tokenizer()
