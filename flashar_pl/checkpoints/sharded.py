@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from flashar_pl.files import exchange, full_disk, naming_full_disk
+from flashar_pl.files import exchange, full_disk, naming_full_disk, replacing
 from flashar_pl.integrity import Damaged, check_directory, file_digests, listed, write_list
 from flashar_pl.ranks import gather
 from flashar_pl.tensor_files import INDEX, META, read_tensors
@@ -199,7 +199,8 @@ def write_sharded(
         dcp.save(tensors, checkpoint_id=part, process_group=group)
         own = {each.name: file_digests(each) for each in part.glob(f"__{_process()[0]}_*.distcp")}
         if first:
-            torch.save(rest, part / META)
+            with replacing(part / META) as file:
+                torch.save(rest, file)
             own |= {name: file_digests(part / name) for name in (META, INDEX)}
         return own
 
@@ -214,9 +215,9 @@ def write_sharded(
         for own in _together(write, path, group):
             digests |= own
         _together(end, path, group)
-    except OSError:
+    except BaseException:
         if first:
-            _remove(part)
+            shutil.rmtree(part, ignore_errors=True)  # another error would part this process from the others
         raise
 
 
@@ -231,6 +232,8 @@ def _together(work: Callable[[], T], path: Path, group: torch.distributed.Proces
         problem = error
     except dcp.api.CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]  # of one process; all have this error, which is no Exception
+        if not isinstance(cause, Exception):  # Ctrl-C is no failure to write
+            raise cause from None
         problem = full_disk(cause, path) or OSError(f"{path} cannot be written: {reason(cause)}")
     gathered = gather((problem, value), group)
     if problem := next((each for each, _ in gathered if each is not None), None):

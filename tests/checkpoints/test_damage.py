@@ -1,6 +1,7 @@
 """A damaged checkpoint is never used: file, place and the newest whole one are named."""
 
 import errno
+import os
 import random
 import zlib
 from collections.abc import Callable
@@ -274,6 +275,26 @@ def test_a_sharded_checkpoint_is_never_absent(sharded: Path, monkeypatch, swap: 
     write_sharded(sharded, dict(changed), {"global_step": 8}, True)
     assert same(read_sharded(sharded, {key: key for key in TENSORS}), changed)
     assert all(seen) or not swap
+    assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
+
+
+def test_a_sharded_checkpoint_is_on_the_disk_before_its_name(tmp_path: Path, monkeypatch) -> None:
+    """meta.pt was only in the machine's memory when the checkpoint before was removed: lost power took both."""
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.add(os.fstat(file).st_ino), sync(file)))
+    write_sharded(tmp_path / "a.ckpt", dict(TENSORS), {"global_step": 7}, True)
+    assert [each.name for each in (tmp_path / "a.ckpt").iterdir() if each.stat().st_ino not in synced] == []
+
+
+def test_a_stop_within_a_write_stays_a_stop(sharded: Path, monkeypatch) -> None:
+    """torch wraps it in an error of its writer, and the command ended with code 1: "cannot be written"."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sharded_files.dcp.FileSystemWriter, "write_data", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_sharded(sharded, dict(TENSORS), {"global_step": 8}, True)
     assert [each.name for each in sharded.parent.iterdir()] == [sharded.name]
 
 

@@ -1,6 +1,9 @@
 """Sharded checkpoints that are written while training goes on."""
 
 import errno
+import threading
+import weakref
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from training_toys import make_data, make_module, make_trainer
 
 from flashar_pl.checkpoints.sharded import read_meta
 from flashar_pl.checkpoints.verify import verify
-from flashar_pl.training.sharded.background import host_copy
+from flashar_pl.training.sharded.background import Background, host_copy
 from flashar_pl.training.sharded.strategy import ShardedStrategy
 
 
@@ -104,10 +107,13 @@ def test_every_end_waits_for_it(toy_shards: str, tmp_path: Path, error: BaseExce
 
 
 def test_a_full_disk_ends_the_training_in_one_line(toy_shards: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """After the pauses; the old checkpoint stays."""
+    """After the pauses; the old checkpoint stays. The copy goes before the last step is copied: both had been held."""
     fit(tmp_path, toy_shards)
+    copies, held = list[weakref.ref[torch.Tensor]](), []
 
     def full(tensors: Any, checkpoint_id: Path, **_: Any) -> None:
+        copies.append(weakref.ref(next(iter(tensors.values()))))
+        held.append(len({id(each()) for each in copies if each() is not None}))
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("flashar_pl.files.WAITS", (0,))
@@ -115,6 +121,7 @@ def test_a_full_disk_ends_the_training_in_one_line(toy_shards: str, tmp_path: Pa
     with pytest.raises(OSError, match=r"No space left on device: '.*last.ckpt'$"):
         fit(tmp_path, toy_shards)
     assert "last.ckpt'; trying again in 0 s." in capsys.readouterr().err
+    assert held == [1, 1, 1, 1]
     assert steps(tmp_path) == {"last.ckpt": 5}
     assert not list(tmp_path.glob(".last*"))
 
@@ -137,3 +144,21 @@ def test_copies_share_nothing() -> None:
     copy = host_copy(weight)
     weight.fill_(1)
     assert not copy.any()
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a process group."""
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda _: None)
+
+
+def test_the_thread_is_on_the_device_of_its_process(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was on the first GPU, where the writer of every process of a machine asked for a stream."""
+    places: dict[str, torch.device] = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda at: places.update({threading.current_thread().name: at}))
+    background = Background(timedelta(minutes=1), torch.device("cuda", 3))
+    background.begin(lambda: None)
+    background.finish()
+    background.close()
+    assert places == {"checkpoint_0": torch.device("cuda", 3)}

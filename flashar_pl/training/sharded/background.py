@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
+from functools import partial
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,11 +20,16 @@ from flashar_pl.training.sharded.units import local
 
 
 class Background:
-    """A thread that does one work after another, with a process group for it. All processes make one."""
+    """A thread that does one work after another, with a process group for it. All processes make one.
 
-    def __init__(self, timeout: timedelta) -> None:
+    device: this process's own. A new thread is on the first GPU, whose streams torch's writer asks for: every process
+    would take memory there.
+    """
+
+    def __init__(self, timeout: timedelta, device: torch.device) -> None:
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", begin)
         self._works: list[Future[None]] = []
 
     def begin(self, work: Callable[[], object]) -> None:

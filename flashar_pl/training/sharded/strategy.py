@@ -194,9 +194,15 @@ class ShardedStrategy(ModelParallelStrategy):
             return
         self.saving.finish()
         group, rest = self.saving.group, copy.deepcopy(checkpoint)
-        tensors = {name: host_copy(tensor) for name, tensor in tensors.items()}
-        write = partial(write_sharded, path, tensors, rest, self.is_global_zero, group)
-        self.saving.begin(lambda: patiently(write))
+        copies = {name: host_copy(tensor) for name, tensor in tensors.items()}
+
+        def write() -> None:
+            try:
+                patiently(lambda: write_sharded(path, copies, rest, self.is_global_zero, group))
+            finally:
+                copies.clear()  # an error's frames hold this, and the run that it ends makes another copy
+
+        self.saving.begin(write)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint; not before the one that is being written is whole."""
@@ -205,7 +211,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def on_train_start(self) -> None:
         if self.background:
-            self.saving = Background(self.timeout)
+            self.saving = Background(self.timeout, self.root_device)
 
     def on_train_end(self) -> None:
         if self.saving is not None:
