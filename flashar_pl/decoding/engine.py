@@ -216,7 +216,8 @@ class Engine:
     def _keep(self, key: Any, make: Callable[[], Buffers | Recorded | Lossless]) -> Any:
         """The entry `key`, made if there is none. The one used least recently makes room before that.
 
-        Where the device's memory does not suffice, all others do.
+        Where the device's memory does not suffice, all others do; not among devices that share the model: what one of
+        them computes again, the others would have to.
         """
         if key not in self._kept:
             while len(self._kept) >= (KEPT if self._recorded else 1):
@@ -224,7 +225,7 @@ class Engine:
             try:
                 self._kept[key] = make()
             except torch.OutOfMemoryError:
-                if not self._kept:
+                if not self._kept or self.model.shared:
                     raise
                 self._kept.clear()
         if key not in self._kept:  # again outside of the handler, whose error holds what was allocated

@@ -127,7 +127,7 @@ def decode(
     for t in range(plan.n_steps):
         n = len(plan.cells_of_step[t])
         here = slice(done, done + n)
-        take = partial(_take, buffers.broken[t], drawn[:, here], inputs.noise[:, here], settings, guided[t])
+        take = partial(_take, model, buffers.broken[t], drawn[:, here], inputs.noise[:, here], settings, guided[t])
         model.draw_step(states, plan, t, take)
         done += n
         yield t
@@ -145,6 +145,7 @@ def decode(
 
 
 def _take(
+    model: GridModel,
     broken: Tensor,
     drawn: Tensor,
     noise: Tensor,
@@ -161,7 +162,7 @@ def _take(
     mixed = guide(logits[:batch], logits[batch:], settings.scale) if guided else logits[:batch]
     bad = unusable(mixed)
     broken.copy_(bad if cells.start == 0 else bad | broken)
-    codes = choose(mixed, noise[:, cells], settings)
+    codes = model.agreed(choose(mixed, noise[:, cells], settings))
     drawn[:, cells] = codes
     return codes.repeat(len(logits) // batch, 1)
 

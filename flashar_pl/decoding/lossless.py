@@ -186,7 +186,7 @@ class Lossless:
     def _choose(self, logits: Tensor, at: Tensor) -> Tensor:
         """Codes (B, n) of the slots at (B, n), drawn with their uniforms; the token of a row end is forced."""
         drawn = choose(logits, self.uniforms.gather(1, at.to(self.uniforms.device)), self.settings)
-        return drawn.masked_fill(self.forced[at], ROW_END)
+        return self.model.agreed(drawn).masked_fill(self.forced[at], ROW_END)
 
 
 def _horizontal(n: int) -> StepSources:

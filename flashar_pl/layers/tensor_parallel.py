@@ -2,9 +2,10 @@
 
 Of a block the first product of attention and of the MLP is cut by its outputs (heads, and the width in between), the
 second by its inputs: one sum over the devices, an all-reduce, ends either (Megatron-LM, Shoeybi et al., 2019, Sec. 3).
-Embeddings are cut by their width and heads by their codes; an all-gather puts the results together. So every device
-has the same states and logits bit for bit, and draws the same codes. Nothing waits for the host: a CUDA graph can hold
-it. For inference, without gradients.
+Embeddings are cut by their width and heads by their codes; an all-gather puts the results together. What is whole
+(norms, gate, the draw) each device computes for itself, where the last bits may differ: the codes are those that the
+first one draws, see `Share.from_first`. Nothing waits for the host: a CUDA graph can hold it. For inference, without
+gradients.
 
 Shapes: N devices, D width, A query heads, G key/value heads, E head width, F feed-forward width, V codes.
 """
@@ -60,6 +61,13 @@ class Share:
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
         gather(parts, part.contiguous(), group=self.group)
         return parts.unflatten(0, (self.world, -1)).movedim(0, -2).flatten(-2)
+
+    def from_first(self, values: Tensor) -> Tensor:
+        """The first device's values, on all: sums of probabilities need not have equal bits on two GPUs, and devices
+        that had once drawn unlike codes would add up states of unlike images from then on."""
+        values = values.contiguous()
+        dist.broadcast(values, dist.get_global_rank(self.group, 0), group=self.group)
+        return values
 
 
 class SummedLinear(nn.Module):

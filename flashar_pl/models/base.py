@@ -307,6 +307,11 @@ class GridModel(nn.Module, ABC):
         """Whether several devices hold it together and decode in step (`decoding.tensor_parallel`)."""
         return isinstance(self.dual_head.horizontal, GatheredLinear)
 
+    def agreed(self, codes: Tensor) -> Tensor:
+        """Codes that were drawn, the same on all devices that share the model: those of the first one."""
+        head = self.dual_head.horizontal
+        return head.share.from_first(codes) if isinstance(head, GatheredLinear) else codes
+
     def prefill(self, x: Tensor, rope: Rope, mask: Mask, cache: KVCache, vertical: bool = True) -> States:
         """Feed the prefix x (R, P, D); states (R, 1, D) of its last token."""
         cache.n_prefix = x.shape[1]

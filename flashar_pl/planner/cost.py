@@ -204,13 +204,13 @@ class Prediction:
 
     def _together(self, forward: Forward, at: dict[str, float]) -> tuple[int, float]:
         """Collectives among the devices that share the model, and their seconds: two sums of the states in each layer;
-        the embeddings and the logits of either head, gathered."""
+        the embeddings and the logits of either head, gathered; the codes, from the first one."""
         job, n = self.job, self.job.devices
         if n == 1:
             return 0, 0.0
         states = forward.gemms[0].rows * job.sizes.dim
         logits = [gemm.rows * job.sizes.backbone.vocabulary for gemm in forward.gemms if gemm.linear.name == "head"]
-        moved = [2 * states] * (2 * job.layers) + [states, *logits]  # a sum is moved twice
+        moved = [2 * states] * (2 * job.layers) + [states, *logits, 0]  # a sum is moved twice; codes are few
         pace = self.gpu.link * at["link_bandwidth"] / (job.dtype.itemsize * (n - 1) / n)
         return len(moved), sum(max(at["collective"], elements / pace) for elements in moved)
 

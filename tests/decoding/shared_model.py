@@ -58,7 +58,7 @@ def model(kind: str) -> GridModel:
     return made
 
 
-def codes(made: GridModel, plan: str, engine: Any = None) -> torch.Tensor:
+def codes(made: GridModel, plan: str, engine: Any = None, seed: int = 3) -> torch.Tensor:
     """Of three samples, guided."""
     grid, wanted, away = (4, 4), tiny.classes(3), None
     if made.backbone.conditioning.kind == "prompt":
@@ -67,7 +67,7 @@ def codes(made: GridModel, plan: str, engine: Any = None) -> torch.Tensor:
         found = tiny.captions([5, 3, 4])
         wanted = replace(found, features=found.features.double())
     draw = generate if engine is None else engine.generate
-    return draw(*(() if engine else (made,)), wanted, grid, plan, cfg_scale=2.0, seeds=3, unconditional=away)
+    return draw(*(() if engine else (made,)), wanted, grid, plan, cfg_scale=2.0, seeds=seed, unconditional=away)
 
 
 def drawn(kind: str, plans: list[str]) -> dict[str, Any]:
@@ -82,6 +82,7 @@ def drawn(kind: str, plans: list[str]) -> dict[str, Any]:
     return {
         "whole": whole,
         "shared": [codes(made, plan, engine) for plan in plans],
+        "astray": [codes(made, plan, engine, 3 + dist.get_rank()) for plan in plans],
         "held": sum(parameter.numel() for parameter in made.parameters()) / elements,
         "planned": job.model_bytes / sum(parameter.nbytes for parameter in made.parameters()),
         "kv_heads": (cache.n_kv_head, made.cache_spec().n_kv_head),

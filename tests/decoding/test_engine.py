@@ -197,6 +197,23 @@ def test_the_latest_graphs_are_kept_while_memory_suffices() -> None:
         kept._keep("too large", too_large)
 
 
+def test_devices_that_share_a_model_do_not_try_again_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that made a batch's graphs a second time would wait for sums to which no other device adds."""
+    kept = Engine(make("class")[0], "eager")
+    monkeypatch.setattr(GridModel, "shared", True)
+    kept._keep(0, lambda: object())  # type: ignore[arg-type,return-value]
+    tries = []
+
+    def large() -> Any:
+        tries.append(1)
+        raise torch.OutOfMemoryError("no memory beside the others")
+
+    kept.runner = "graphs"
+    with pytest.raises(torch.OutOfMemoryError):
+        kept._keep(1, large)
+    assert tries == [1]
+
+
 def test_buffers_made_in_inference_mode_serve_later_batches() -> None:
     """A notebook that warms an engine up under inference mode; tensors made there refuse to be written outside."""
     model, condition, _ = make("class")

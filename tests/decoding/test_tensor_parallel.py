@@ -37,8 +37,9 @@ RARER = {
 def compare(pair: Pair, kind: str, plans: list[str]) -> list[dict]:
     found = pair(shared_model.drawn, kind, plans)
     for rank in found:
-        for whole, shared in zip(rank["whole"], rank["shared"], strict=True):
+        for whole, shared, astray in zip(rank["whole"], rank["shared"], rank["astray"], strict=True):
             assert torch.equal(shared, whole)
+            assert torch.equal(astray, whole)  # the second device would draw others: the first one's count
     return found
 
 

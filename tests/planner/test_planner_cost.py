@@ -148,7 +148,7 @@ def test_devices_that_share_a_model_hold_parts_and_meet():
             assert a.flops == b.flops * (1 if a.linear.name in ("gate", "condition_embedding.table") else 4)
     at = {name: each[1] for name, each in OPERATORS.items()}
     n, seconds = Prediction(four, "graphs", GPUS["h200"])._together(four.forwards[1], at)
-    assert n == 2 * one.layers + 3
+    assert n == 2 * one.layers + 4
     assert seconds == pytest.approx(n * at["collective"])  # two states are soon moved
     with pytest.raises(ValueError, match="tensor_parallel is 3"):
         _ = replace(one, devices=3).forwards
