@@ -288,7 +288,8 @@ class Decoder(Backbone):
     def _rotations(self, angles: Tensor) -> Rope:
         """The rest of each head does not turn."""
         turned = rotations(angles) * rope_gain(self.config.rope_scaling)
-        still = turned.new_tensor([1.0, 0.0]).expand(*turned.shape[:2], self.config.head_dim // 2 - turned.shape[2], 2)
+        still = turned.new_zeros(*turned.shape[:2], self.config.head_dim // 2 - turned.shape[2], 2)
+        still[..., 0] = 1
         return torch.cat([turned, still], dim=2)
 
     @torch.no_grad()
