@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from flashar_pl.backbones.condition import Condition, as_condition
 from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.loop import Progress
-from flashar_pl.metrics.extractor import FeatureExtractor, Features, extract_features
+from flashar_pl.metrics.extractor import FeatureExtractor, Features, check_features, unchecked_features
 from flashar_pl.models.base import GridModel
 from flashar_pl.options import SamplingSettings
 from flashar_pl.tokenizers import Tokenizer
@@ -164,15 +165,17 @@ def draw(
 
     def finish(batch: int, codes: Tensor) -> Drawn:
         images, keep = decode_images(tokenizer, codes, side), len(samples.wanted(batch))  # (B, 3, h, w)
-        features = None if extractor is None else extract_features(extractor, images).first(keep)
+        features = None if extractor is None else unchecked_features(extractor, images).first(keep)
         return Drawn(batch, torch.tensor(samples.wanted(batch)), codes[:keep], images[:keep], features)
 
     chosen = range(samples.batches) if batches is None else batches
     drawn = ((batch, draw_batch(engine, samples, batch)) for batch in chosen)
     wanted = ((batch, codes) for batch, codes in drawn if samples.wanted(batch))
-    if engine.device.type == "cuda":
-        return _beside(engine.device, wanted, finish)
-    return (finish(batch, codes) for batch, codes in wanted)
+    made = _beside(engine.device, wanted, finish) if engine.device.type == "cuda" else starmap(finish, wanted)
+    for each in made:
+        if extractor is not None and each.features is not None:
+            check_features(extractor, each.features)  # waits for the device: after the next batch has begun
+        yield each
 
 
 def _beside(

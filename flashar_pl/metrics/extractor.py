@@ -82,17 +82,27 @@ def device_of(extractor: FeatureExtractor) -> torch.device:
     return next((tensor.device for tensor in extractor.parameters()), torch.device("cpu"))
 
 
-@torch.no_grad()
 def extract_features(extractor: FeatureExtractor, images: Tensor) -> Features:
     """Features in float32, whatever precision the caller has switched on.
 
     Raises:
-        ValueError: see `check_images`; or a feature is NaN or infinite.
+        ValueError: see `check_images` and `check_features`.
     """
+    return check_features(extractor, unchecked_features(extractor, images))
+
+
+@torch.no_grad()
+def unchecked_features(extractor: FeatureExtractor, images: Tensor) -> Features:
+    """The same, without waiting for the device; what is used of them goes through `check_features`."""
     images = check_images(images).to(device_of(extractor))
     with strict_float32(images.device.type):
         features = extractor.extract(images)
     assert tuple(features.pool.shape) == (len(images), extractor.num_features)
+    return features
+
+
+def check_features(extractor: FeatureExtractor, features: Features) -> Features:
+    """Return `features`; ValueError where one is NaN or infinite."""
     for name, rows in vars(features).items():
         if rows is not None and not bool(rows.isfinite().all()):
             raise ValueError(

@@ -14,6 +14,7 @@ from flashar_pl.decoding import Engine, engine, generate, samples
 from flashar_pl.decoding.graphs import Recording
 from flashar_pl.decoding.lossless import Lossless
 from flashar_pl.decoding.samples import SampleSet
+from flashar_pl.metrics.extractor import FeatureExtractor, Features
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.released import ReleasedFlashAR
 from flashar_pl.options import SamplingSettings
@@ -150,6 +151,22 @@ def test_a_device_without_float64_draws_the_same_codes(monkeypatch: pytest.Monke
             assert torch.equal(found.cpu(), codes)
 
 
+class Means(FeatureExtractor):
+    """The mean of each channel."""
+
+    num_features = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def extract(self, images: torch.Tensor) -> Features:
+        return Features(images.float().mean((2, 3)) * self.gain)
+
+    def fingerprint(self) -> str:
+        return "means"
+
+
 def test_pixels_of_a_batch_are_made_beside_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a caller is given must be finished: its stream waits for this batch's pixels, and not for those of the next
     batch, which would stop the drawing. Guards their order, too, and the last batch."""
@@ -158,14 +175,19 @@ def test_pixels_of_a_batch_are_made_beside_the_next_batch(monkeypatch: pytest.Mo
         tiny.flashar(),
         SampleSet(ClassIds(torch.arange(5) % tiny.CLASSES), (2, 3), "diagonal", SamplingSettings(cfg_scale=1.5), 2),
     )
-    expected = list(samples.draw(model, PixelTokenizer(tiny.VOCABULARY), asked))
+    extractor = Means()
+    expected = list(samples.draw(model, PixelTokenizer(tiny.VOCABULARY), asked, extractor=extractor))
+    waits: list[int] = []  # so far, before and after each call
 
     def logged(name: str) -> None:
         real, count = getattr(samples, name), iter(range(9))
 
         def call(*arguments: Any) -> Any:
             log.append(f"{name} {next(count)}")
-            return real(*arguments)
+            waits.append(len(gpu.waits))
+            found = real(*arguments)
+            waits.append(len(gpu.waits))
+            return found
 
         monkeypatch.setattr(samples, name, call)
 
@@ -176,11 +198,13 @@ def test_pixels_of_a_batch_are_made_beside_the_next_batch(monkeypatch: pytest.Mo
         monkeypatch.setattr(Stream, "record_event", lambda stream: events.append(Event()) or events[-1])
         monkeypatch.setattr(Stream, "wait_event", lambda stream, event: log.append(f"wait {events.index(event)}"))
         tokenizer = PixelTokenizer(tiny.VOCABULARY).to("cuda")
-        for number, (found, wanted) in enumerate(zip(samples.draw(model.to("cuda"), tokenizer, asked), expected)):
+        drawn = samples.draw(model.to("cuda"), tokenizer, asked, extractor=extractor.to("cuda"))
+        for number, (found, wanted) in enumerate(zip(drawn, expected)):
             log.append(f"given {number}")
             assert torch.equal(found.images.cpu(), wanted.images)
             assert torch.equal(found.codes.cpu(), wanted.codes)
         assert gpu.waits
+    assert waits[3] == waits[4]  # from the first pixels to the second drawing nothing has waited for the features
     made = [[f"draw_batch {i}", f"decode_images {i}"] for i in range(3)]
     given = [[f"wait {i}", f"given {i}"] for i in range(3)]
     assert log == [*made[0], *made[1], *given[0], *made[2], *given[1], *given[2]]
