@@ -31,6 +31,7 @@ from flashar_pl.decoding.engine import Engine
 from flashar_pl.decoding.request import DrawRequest
 from flashar_pl.decoding.samples import SampleSet, decode_all, draw_codes
 from flashar_pl.devices import find_device
+from flashar_pl.layers.rounded import ROUNDED
 from flashar_pl.options import (
     EngineOptions,
     ModelOptions,
@@ -112,14 +113,15 @@ class FlashARPipeline:
 
     @property
     def device(self) -> str:
-        return str(self._source.model.device)
+        return str(self._source.device)
 
     def to(self, device: str) -> Self:
         """The same pipeline on another device (auto, cpu, cuda, cuda:N or mps). ValueError where there is none."""
         place = find_device(str(device))
         self._options = replace(self._options, device=str(place))
         if self._engine is None:
-            self._source.model.to(place)
+            if self._options.weight_format not in ROUNDED:  # those go there when they are rounded, see `Source.device`
+                self._source.model.to(place)
             self._source.device = place
         else:  # its weights may be laid out for the device it was on
             self._engine = None

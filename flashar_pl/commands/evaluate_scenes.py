@@ -66,6 +66,7 @@ def evaluate_scenes(
     check_data(source.model, manifest, source.grid, source.tokenizer)
     plan, total = check_plan(source.model, engine.plan, manifest.grid), images.number(manifest)
     size = batch_size(engine, BATCH_SIZE, total)
+    source.model.to(source.device)  # where it is to be rounded, it is scored first, as it is
     batches = list(held_out(manifest, images.split, size, images.limit, None, source.model.device))
     asked, prompts = read_prompts(batches, total, images.limit)
     with progress_bar(2 * total, "images") as advance:

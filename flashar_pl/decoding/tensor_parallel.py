@@ -45,7 +45,9 @@ def open_share(options: ModelOptions, engine: EngineOptions, rank: Rank, n: int)
         if given not in known:
             raise ValueError(f"{name} is {given}, which --tensor-parallel does not know; expected {', '.join(known)}.")
     if rank.world != n:
-        raise ValueError(f"tensor_parallel is {n}, but {rank.world} processes were started; give their number.")
+        raise ValueError(
+            f"tensor_parallel is {n}, and {rank.world} processes were started; expected {n}, of one machine."
+        )
     nccl = rank.device.type == "cuda"
     share = Share(dist.new_group(backend="nccl") if nccl else dist.group.WORLD, rank.device)
     for turn in range(rank.world):

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 from command_toys import tiny_backbone
+from pretend_gpu import PretendGPU
 
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import save_model
+from flashar_pl.commands import evaluate_scenes
 from flashar_pl.commands.evaluate_scenes import count, share
 from flashar_pl.data import scenes
 from flashar_pl.models import RasterAR
+from flashar_pl.models.base import GridModel
 
 
 def test_counts_are_of_the_prompts_they_belong_to() -> None:
@@ -62,3 +65,10 @@ def test_from_shards_to_counts(run, refused, shards: str, work: Path, monkeypatc
     assert "expected what `flashar tokenize scenes` writes" in refused(
         "evaluate", "scenes", "--checkpoint", "model", "--data", shards, "--out", "three"
     )
+
+    def scored(model: GridModel, *given: object) -> None:
+        raise ValueError(f"scored on {model.device.type}")
+
+    monkeypatch.setattr(evaluate_scenes, "image_nll", scored)
+    with PretendGPU(visible=True):  # weights that are to be rounded wait on the CPU, and the likelihoods do not
+        assert "scored on cuda" in refused(*words, "--out", "three", "--device", "cuda", "--weight-format", "int8")

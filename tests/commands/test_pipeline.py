@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_toys import DIGITS, TINY
+from pretend_gpu import PretendGPU
 
 from flashar_pl import FlashARPipeline
 from flashar_pl.checkpoints.repositories import locate
@@ -18,6 +19,14 @@ from flashar_pl.training.module import FlashARModule
 
 NOTEBOOK = (Path(__file__).parents[2] / "docs/notebook.md").read_text(encoding="utf-8")
 SCRIPTS = re.findall(r"```python\n(.*?)```", NOTEBOOK, re.DOTALL)
+
+
+def test_weights_of_one_byte_do_not_go_to_the_gpu_whole(flashar_model):
+    """Guards a model that fits there rounded alone, and a pipeline that says it is on the CPU until it first draws."""
+    with PretendGPU(visible=True):
+        pipeline = FlashARPipeline.from_pretrained(flashar_model, device="cpu", weight_format="int8").to("cuda")
+        assert pipeline.source.model.device.type == "cpu"
+        assert pipeline.device == "cuda"
 
 
 def test_equal_seeds_draw_the_codes_that_generate_writes(run, flashar_model, work):

@@ -1,5 +1,7 @@
 """The kernels of runner fused, on the CPU by Triton's interpreter, against float64 and against the sampler."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -79,6 +81,21 @@ def test_a_product_with_one_byte_a_weight(rounding: Any, dtype: torch.dtype) -> 
     for got in (rounded_product(x, made.q, made.scale, made.bias), made(x)):
         assert got.dtype == dtype
         assert ((got - want).abs().amax((0, 1)) <= TOLERANCE[dtype] * want.abs().amax((0, 1))).all()
+
+
+def test_a_kernel_starts_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a model on cuda:1 without graphs: Triton would start its kernels on cuda:0, where nothing is."""
+    log: list[str] = []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        log.append("device")
+        yield
+        log.append("back")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch({(1,): lambda x: log.append("start")}, (1,), torch.zeros(2))
+    assert log == ["device", "start", "back"]
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,11 @@ class Launch:
         return self.kernel.fn.__name__
 
     def start(self) -> None:
-        """Run it, or on the meta device, whose tensors have no values, do nothing."""
-        if not any(isinstance(each, torch.Tensor) and each.is_meta for each in self.arguments):
-            self.kernel[self.grid](*self.arguments, **self.options)
+        """Run it where its tensors are, or on the meta device, whose tensors have no values, do nothing."""
+        tensors = [each for each in self.arguments if isinstance(each, torch.Tensor)]
+        if not any(each.is_meta for each in tensors):
+            with torch.cuda.device_of(tensors[0]):  # Triton takes the current device, which may be another
+                self.kernel[self.grid](*self.arguments, **self.options)
 
 
 _watching: list[list[Launch]] = []
