@@ -36,7 +36,7 @@ def refusal(model: nn.Module) -> str | None:
 
 
 class FlexMasks:
-    """A backbone's `attention_mask`, as blocks where it is a tensor. Those of a plan and a prefix are made once.
+    """A backbone's `attention_mask`, as blocks where it is a tensor. The last few plans and lengths of prefix are kept.
 
     The first mask is tried: where its attention or gradients do not run, or are not those of the bool mask, it says why
     and gives bool masks from then on.
@@ -46,7 +46,7 @@ class FlexMasks:
         self.backbone, self.kernel = backbone, kernel
         self.fits: bool | None = None
         """Whether the first mask did what the bool mask does; None = not tried yet."""
-        self._of_plan = lru_cache(maxsize=32)(_of_plan)
+        self._of_plan = lru_cache(maxsize=4)(_of_plan)  # on the GPU: 18 MB each at 4,200 positions
 
     def __call__(self, plan: DecodePlan, prefix: Prefix, n_slots: int) -> Mask:
         """As `Backbone.attention_mask`."""
