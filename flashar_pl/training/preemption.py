@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ class SaveOnStop(StepCallback):
         self._ends = False
         """Whether this was the last step: the run ends by itself."""
         self._saved = 0
-        """Step of the newest checkpoint, or the first of this process."""
+        """Step of the newest checkpoint that was begun, or the first of this process."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -133,7 +134,8 @@ class SaveOnStop(StepCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         keeps = trainer.checkpoint_callbacks and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if trainer.state.fn != TrainerFn.FITTING or not keeps or trainer.global_step == self._saved:
+        saved = trainer.global_step == self._saved and not _cut_a_save(exception)
+        if trainer.state.fn != TrainerFn.FITTING or not keeps or saved:
             return
         if not (self._alone or self._together or isinstance(exception, NotFinite)):
             return
@@ -157,6 +159,13 @@ def save_stopped(trainer: Trainer, why: str) -> None:
     trainer.save_checkpoint(path, weights_only=False)
     finish_saving(trainer.strategy)
     rank_zero_info(f"{why} at step {trainer.global_step}; continue with --checkpoint {path}")
+
+
+def _cut_a_save(exception: BaseException) -> bool:
+    """Whether a signal ended a checkpoint before it was whole."""
+    frames = traceback.walk_tb(exception.__traceback__)
+    within = any(frame.f_code is Trainer.save_checkpoint.__code__ for frame, _ in frames)
+    return within and not isinstance(exception, Exception)
 
 
 def _end(number: int) -> BaseException:

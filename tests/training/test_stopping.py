@@ -3,12 +3,15 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from training_toys import fit, make_module
+
+from flashar_pl.training.checkpoints import WholeFiles
 
 
 class Stop(Callback):
@@ -84,3 +87,23 @@ def test_a_stopped_run_continues_exactly(whole, toy_shards: str, tmp_path: Path,
         assert torch.equal(a, b), name
     counts = [each.trainer.fit_loop.epoch_loop.batch_progress.total.ready for each in (whole, continued)]
     assert counts[0] == counts[1]
+
+
+def test_a_stop_while_a_step_is_saved_saves_it(toy_shards: str, tmp_path: Path, monkeypatch) -> None:
+    """The step was taken for saved, and the run went back to the checkpoint before. What may wait long here is the
+    write of a large model, or with checkpoints in the background that of the one before."""
+    write, stops = WholeFiles._write, [signal.SIGTERM]
+
+    def stopped(self: WholeFiles, *what: Any) -> None:
+        if stops:
+            os.kill(os.getpid(), stops.pop())
+        write(self, *what)
+
+    monkeypatch.setattr(WholeFiles, "_write", stopped)
+    with pytest.raises(SystemExit):
+        fit(
+            tmp_path, toy_shards, callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=2)], max_steps=5,
+            enable_checkpointing=True,
+        )  # fmt: skip
+    kept = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")}
+    assert kept == {"stopped.ckpt": 2}
