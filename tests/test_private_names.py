@@ -19,7 +19,7 @@ ALLOWED = {
         "_ddp_kwargs", "_defer_save_until_validation", "_save_on_train_epoch_end", "_every_n_train_steps",
     },
     "layers/torch_private.py": {
-        "_python_dispatch", "_dynamo", "_reorder_linear_weight", "_linear_pointwise",
+        "_python_dispatch", "_dynamo", "_reorder_linear_weight", "_linear_pointwise", "_int_mm",
     },
     "training/sharded/quantised_adamw.py": {"_new_buffer"},
 }  # fmt: skip
@@ -172,6 +172,8 @@ def test_torch_still_has_its_names() -> None:
         packed = torch_private.pack_linear(weight, 16)
         assert packed is not None, "torch.ops.mkldnn has no _reorder_linear_weight"
         torch.testing.assert_close(torch_private.packed_linear(x, packed), x @ weight.T, atol=1e-4, rtol=1e-4)
+    ones = torch.ones(17, 32, dtype=torch.int8)
+    assert torch_private.integer_product(ones, ones.T).unique().tolist() == [32]
 
 
 def test_torchao_still_has_its_name() -> None:

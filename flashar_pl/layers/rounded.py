@@ -1,8 +1,9 @@
-"""A projection with one byte per weight and a scale per output; activations keep their dtype.
+"""A projection with one byte per weight and a scale per output.
 
 w ~ s q with q an int8 or a float8 (e4m3), s = the largest |w| of the output over the largest |q|. On a GPU few rows go
 through a kernel that reads the bytes, multiplies them in the dtype of the activations, in which they are exact, and
-applies s to the sums. Everywhere else the weights are turned back before the product, which saves memory and no time.
+applies s to the sums. Many rows, and int8 on a processor, are rounded to bytes too (byte_products.py). What a device
+cannot multiply in bytes is turned back before the product, which saves memory and no time.
 
 Shapes: M rows, K inputs, N outputs.
 """
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashar_pl.layers.byte_products import byte_product, multiplies
 from flashar_pl.layers.kernels.launch import launch, why_not
 from flashar_pl.layers.kernels.tiles import tile
 
@@ -39,6 +41,7 @@ class RoundedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         kind, most = BYTES[rounding]
+        self.most = most
         wide = weight.detach().float()
         scale = wide.abs().amax(1) / most  # (N,)
         q = wide / scale.where(scale > 0, 1.0)[:, None]  # (N, K); an output without weights stays zero
@@ -51,6 +54,8 @@ class RoundedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if x.is_cuda and rows <= MOST_ROWS and not torch.compiler.is_compiling() and why_not(x.device) is None:
             return rounded_product(x, self.q, self.scale, self.bias)
+        if multiplies(x, self.q):
+            return byte_product(x, self.q, self.scale, self.bias, self.most)
         return F.linear(x, (self.q.float() * self.scale[:, None]).to(x.dtype), self.bias)
 
 

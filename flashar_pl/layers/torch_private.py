@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
 
-__all__ = ["DispatchMode", "compile_errors", "pack_linear", "packed_linear", "recompile_limit"]
+__all__ = ["DispatchMode", "compile_errors", "integer_product", "pack_linear", "packed_linear", "recompile_limit"]
 """`DispatchMode` sees every operator: torch documents it under this import path and has no other."""
 
 
@@ -27,6 +27,11 @@ def pack_linear(weight: Tensor, rows: int) -> Tensor | None:
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., n_in) times a weight of `pack_linear`, plus bias (n_out,) -> (..., n_out)."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """int8 (M, K) times int8 (K, N) -> int32 (M, N). torch has no public product of integers."""
+    return torch._int_mm(a, b)
 
 
 def recompile_limit(n: int) -> AbstractContextManager[Any]:

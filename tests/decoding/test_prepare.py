@@ -228,10 +228,11 @@ def test_the_kernel_has_few_rows_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", QUANTISED)
 def test_rounded_products_on_a_gpu(weights: Any) -> None:
-    """The kernel of few rows and the product of many, against float64."""
+    """The kernel of few rows and the product of many, which rounds activations, too, against float64."""
     made = RoundedLinear(torch.randn(200, 384).bfloat16(), torch.randn(200).bfloat16(), weights)
     for rows in (1, 40, 300):
         x = torch.randn(rows, 384).bfloat16()
         want = x.double() @ (made.q.double() * made.scale.double()[:, None]).T + made.bias
-        assert (made.cuda()(x.cuda()).cpu() - want).abs().max() <= 1e-2 * want.abs().max()
+        tolerance = 1e-2 if rows <= rounded.MOST_ROWS else 4e-2
+        assert (made.cuda()(x.cuda()).cpu() - want).abs().max() <= tolerance * want.abs().max()
         made.cpu()

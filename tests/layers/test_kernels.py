@@ -78,9 +78,9 @@ def test_a_product_with_one_byte_a_weight(rounding: Any, dtype: torch.dtype) -> 
     weight, bias = torch.randn(33, 150) * torch.logspace(-2, 1, 33)[:, None], torch.randn(33)
     made, x = RoundedLinear(weight.to(dtype), bias.to(dtype), rounding), torch.randn(2, 9, 150).to(dtype)
     want = x.double() @ (made.q.double() * made.scale.double()[:, None]).T + bias.to(dtype)
-    for got in (rounded_product(x, made.q, made.scale, made.bias), made(x)):
-        assert got.dtype == dtype
-        assert ((got - want).abs().amax((0, 1)) <= TOLERANCE[dtype] * want.abs().amax((0, 1))).all()
+    got = rounded_product(x, made.q, made.scale, made.bias)
+    assert got.dtype == dtype
+    assert ((got - want).abs().amax((0, 1)) <= TOLERANCE[dtype] * want.abs().amax((0, 1))).all()
 
 
 def test_a_kernel_starts_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
