@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from flashar_pl.console import versions
 from flashar_pl.devices import device_name
+from flashar_pl.layers.rounded import RoundedLinear, Rounding
 from flashar_pl.models.base import GridModel
 from flashar_pl.models.flashar import FlashAR
 from flashar_pl.planner.decode import DecodeJob, Gemm
@@ -124,8 +125,12 @@ class Speed:
         return max(self.copy, self.read)
 
 
-def device_speed(job: DecodeJob, device: torch.device) -> Speed:
-    """Measured rates. The buffers are as large as the weights of one forward, so that caches help both alike."""
+@torch.no_grad()
+def device_speed(job: DecodeJob, device: torch.device, rounding: Rounding | None = None) -> Speed:
+    """Measured rates. The buffers are as large as the weights of one forward, so that caches help both alike.
+
+    rounding: of the weights in the product with many rows.
+    """
     size = max(2**20, min(job.forwards[-1].weight_bytes, 4 * 2**30)) // 4 * 4
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -135,7 +140,8 @@ def device_speed(job: DecodeJob, device: torch.device) -> Speed:
     rows = 4096 if device.type == "cuda" else 512
     x = torch.randn(rows, linear.n_in, dtype=job.dtype, device=device)  # equal numbers take less power, so less time
     weight = torch.randn(linear.n_out, linear.n_in, dtype=job.dtype, device=device)
-    matrix = 2 * rows * linear.parameters / best(lambda: F.linear(x, weight), device)
+    product = partial(F.linear, weight=weight) if rounding is None else RoundedLinear(weight, None, rounding)
+    matrix = 2 * rows * linear.parameters / best(partial(product, x), device)
     return Speed(copy, read, matrix)
 
 

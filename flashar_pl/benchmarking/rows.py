@@ -21,6 +21,7 @@ from flashar_pl.decoding import Engine
 from flashar_pl.decoding.build import choose_format
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.devices import peak_memory
+from flashar_pl.layers.rounded import rounding_of
 from flashar_pl.models import GridModel
 from flashar_pl.options import EngineOptions, Runner, SamplingSettings, WeightFormat
 from flashar_pl.planner.decode import DecodeJob
@@ -40,15 +41,17 @@ class Job:
     dtype: torch.dtype
     repeats: int | None
     speeds: dict[str, Speed] = field(default_factory=dict)
-    """By plan: measured rates."""
+    """By plan, or "plan, int8" of rounded weights: measured rates."""
 
     def row(self, plan: str, batch: int, engine: Engine | None = None, weight_format: str = "plain") -> dict[str, Any]:
         """Measure one row. engine: what decodes; None = the plain decoder of `flashar_pl.benchmarking.plain`."""
         sizes, grid = self.subject.sizes, self.subject.grid
-        planned = DecodeJob(sizes, plan, grid, batch, self.model.backbone.guided(self.sampling), self.dtype)
-        if plan not in self.speeds:
-            self.speeds[plan] = device_speed(planned, self.device)
-        speed, decode, name = self.speeds[plan], self._decoder(plan, batch, engine), clock_name(self.device)
+        guided, rounding = self.model.backbone.guided(self.sampling), rounding_of(weight_format)
+        planned = DecodeJob(sizes, plan, grid, batch, guided, self.dtype, rounded=rounding is not None)
+        key = ", ".join(filter(None, (plan, rounding)))
+        if key not in self.speeds:
+            self.speeds[key] = device_speed(planned, self.device, rounding)
+        speed, decode, name = self.speeds[key], self._decoder(plan, batch, engine), clock_name(self.device)
         warm_up, timing, gemm = Timing(), Timing(), Timing()
         with peak_memory(self.device) as peak:
             clock(decode, self.device, warm_up)

@@ -10,7 +10,7 @@ Shapes: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,11 @@ BYTES: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127), "fp8":
 """Name -> dtype of q and its largest value."""
 MOST_ROWS = 256
 """M up to which the kernel runs: it reads the weights once for every 64 rows."""
+
+
+def rounding_of(weight_format: str) -> Rounding | None:
+    """The formats of weights that are one of these; None = plain or packed."""
+    return cast(Rounding, weight_format) if weight_format in ROUNDED else None
 
 
 class RoundedLinear(nn.Module):

@@ -96,6 +96,9 @@ class DecodeJob:
     """Of the lossless plan: slots of a window, and how many windows a batch took. None = as the raster plan."""
     devices: int = 1
     """N, that share the model."""
+    rounded: bool = False
+    """Each forward reads one byte for a weight of the layers and heads, and a float32 scale for an output
+    (layers/rounded.py). `memory` keeps to dtype."""
 
     @cached_property
     def block(self) -> BlockConfig:
@@ -187,11 +190,15 @@ class DecodeJob:
         if sizes.gate is not None and of_v and of_h > at.only_h:
             gemms.append(Gemm(sizes.gate, rows * (of_h - at.only_h)))
         norms = layers * 2 * sizes.dim + sizes.dim * (2 if self.order.has_vertical else 1)
-        weights = norms + sum(gemm.linear.parameters * gemm.count for gemm in gemms)
+        weight_bytes = norms * self.dtype.itemsize
+        for gemm in gemms:
+            linear, in_bytes = gemm.linear, self.rounded and gemm.linear in (*self.linears, head)
+            each = linear.parameters + 4 * linear.n_out if in_bytes else linear.parameters * self.dtype.itemsize
+            weight_bytes += each * gemm.count
         attention = 4 * rows * block.n_head * block.head_dim * n * seen * layers  # q k^T and p v
         return Forward(
             gemms=tuple(gemms),
-            weight_bytes=weights * self.dtype.itemsize,
+            weight_bytes=weight_bytes,
             cache_bytes=self.cached * self.cache_bytes(seen + n) + rows * n * sizes.dim * self.dtype.itemsize,
             flops=sum(gemm.flops for gemm in gemms) + attention,
         )

@@ -11,7 +11,9 @@ from flashar_pl.backbones import Prompts
 from flashar_pl.benchmarking.plain import generate_plain
 from flashar_pl.checkpoints.description import build_model
 from flashar_pl.decoding import generate
+from flashar_pl.decoding.prepare import prepare
 from flashar_pl.layers.kv_cache import KVCache
+from flashar_pl.layers.rounded import RoundedLinear
 from flashar_pl.options import SamplingSettings
 from flashar_pl.planner.decode import DecodeJob
 from flashar_pl.planner.sizes import model_sizes
@@ -89,6 +91,18 @@ def test_published_floors():
     emu = DecodeJob(model_sizes({"backbone": {"preset": "emu35-34b"}}), "raster", (32, 32))
     assert emu.forwards[100].weight_bytes == pytest.approx(63.75e9, rel=1e-3)
     assert emu.flops == pytest.approx(134e12, rel=0.1)  # reference arithmetic leaves attention out
+
+
+@pytest.mark.parametrize("rounding", ["int8", "fp8"])
+def test_rounded_weights_are_read_as_they_are_held(rounding):
+    """A floor of twice the bytes would look as if it were beaten."""
+    model = build(CONFIGS[0])
+    rounded = [part for part in prepare(model, rounding).modules() if isinstance(part, RoundedLinear)]
+    held = sum(part.q.nbytes + part.scale.nbytes for part in rounded)
+    job = DecodeJob(model_sizes(CONFIGS[0]), "diagonal", (3, 3), dtype=torch.float32)
+    plain, read = (each.forwards[2] for each in (job, replace(job, rounded=True)))
+    assert plain.weight_bytes - read.weight_bytes == 4 * sum(part.q.numel() for part in rounded) - held
+    assert (plain.cache_bytes, plain.flops) == (read.cache_bytes, read.flops)
 
 
 def test_bytes_of_a_small_job_by_hand():
