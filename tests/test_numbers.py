@@ -245,3 +245,19 @@ def test_the_study_of_the_emoji() -> None:
         assert all(map(shows, row[1:], values)), row
     commits = {each["commit"] for each in (*found["trained"].values(), found["versions"])}
     assert commits == set(re.findall(r"commit ([0-9a-f]{12})", page("results/emoji.md")))
+
+
+def test_the_layer_that_the_probe_names() -> None:
+    found = json.loads((ROOT / "docs/results/probe.json").read_text(encoding="utf-8"))
+    text = page("results/beyond.md")
+    probes = {f"{name}, {model}": probe for name, each in found.items() for model, probe in each["probes"].items()}
+    for row, (name, probe) in zip(rows(text, "| raster model | embeddings |"), probes.items(), strict=True):
+        assert row[0] == name
+        assert all(map(shows, row[1:], [*probe["weights"], probe["branch_layer"]])), row
+    runs = [(name, each, run) for name, each in found.items() for run in each["runs"]]
+    for row, (name, each, run) in zip(rows(text, "| run | raster |"), runs, strict=True):
+        assert row[0] == f"{name}, {run['raster']}, seed {run['seed']}"
+        assert shows(row[1], each["raster"][run["raster"]]["nll"])
+        for cell, m in zip(row[2:], "1234", strict=True):
+            measured = run["by_branch_layer"].get(m)
+            assert cell == "-" if measured is None else shows(cell, measured["nll"]), row
