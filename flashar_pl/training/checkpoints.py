@@ -55,8 +55,11 @@ class StepCheckpoint(ModelCheckpoint):
         become(callback, cls, ModelCheckpoint)
         if not isinstance(callback, cls) or not callback.ranks_by_validation:
             return
-        if str(callback.monitor).startswith("val") or not callback.every_n_epochs:  # others may be an epoch's own
-            save_after_validation(callback)
+        if str(callback.monitor).startswith("val") or not callback.every_n_epochs:
+            save_after_validation(callback)  # others may be an epoch's own: the first validation tells
+
+    _earlier: Any = None
+    """What its metric was when a validation began: where it is another when it ends, it is one of validations."""
 
     given = ModelCheckpoint.__qualname__
     """Name of the class that the user configured."""
@@ -101,6 +104,15 @@ class StepCheckpoint(ModelCheckpoint):
             last = self.format_checkpoint_name({}, self.CHECKPOINT_NAME_LAST)
             self.last_model_path = self.last_model_path or last  # it is in the file
             trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._earlier = trainer.callback_metrics.get(str(self.monitor))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ranks_by_validation and trainer.callback_metrics.get(str(self.monitor)) is not self._earlier:
+            save_after_validation(self)
+        super().on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "waits_for_validation": waits_for_validation(self)}

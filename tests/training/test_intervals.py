@@ -84,9 +84,12 @@ def test_a_checkpoint_is_ranked_by_its_own_validation(
     assert save.state_key.startswith(kind.__qualname__)
 
 
-def test_the_end_of_an_epoch_is_not_ranked_by_an_earlier_validation(toy_shards: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("monitor", ["val/nll", "quality"])
+def test_the_end_of_an_epoch_is_not_ranked_by_an_earlier_validation(
+    toy_shards: str, tmp_path: Path, monitor: str
+) -> None:
     """Step 6, an epoch's last, had the value of step 4: `save_on_train_epoch_end` saves before it is validated."""
-    found, seen, _ = ranked(tmp_path, toy_shards, every_n_epochs=1, save_on_train_epoch_end=True)
+    found, seen, _ = ranked(tmp_path, toy_shards, monitor=monitor, every_n_epochs=1, save_on_train_epoch_end=True)
     assert found == {step: pytest.approx(seen[step], abs=1e-6) for step in (4, 8)}
 
 
@@ -103,3 +106,18 @@ def test_the_end_of_an_epoch_is_not_ranked_by_an_earlier_validation(toy_shards: 
 def test_what_would_make_another_schedule_is_refused(toy_shards: str, tmp_path: Path, callback, expected) -> None:
     with pytest.raises(ValueError, match=expected):
         fit(tmp_path, toy_shards, make_module(), callbacks=[callback], enable_checkpointing=True, log_every_n_steps=3)
+
+
+class Epochs(Callback):
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        pl_module.log("quality", float(trainer.global_step))
+
+
+def test_a_metric_of_epochs_ranks_epochs(toy_shards: str, tmp_path: Path) -> None:
+    """A validation between two of them makes it no metric of validations."""
+    save = ModelCheckpoint(
+        tmp_path, filename="{step}-{quality:.0f}", auto_insert_metric_name=False, monitor="quality", save_top_k=-1,
+        save_on_train_epoch_end=True,
+    )  # fmt: skip
+    fit(tmp_path, toy_shards, callbacks=[Epochs(), save], val_check_interval=4, max_steps=8, **VALIDATING)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"6-6.ckpt", "8-8.ckpt"}
