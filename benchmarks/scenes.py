@@ -29,6 +29,7 @@ from flashar_pl.data.shards import Manifest
 from flashar_pl.files import write_json, write_text
 from flashar_pl.metrics.intervals import difference
 from flashar_pl.pictures import save_png, sheet
+from flashar_pl.text_files import read_yaml
 from flashar_pl.tokenizers import build_tokenizer
 from flashar_pl.tokenizers.scenes import QUARTERS
 
@@ -106,6 +107,12 @@ def seeds_of(stage: Stage) -> tuple[str, str]:
     return found[1], found[2] or ""
 
 
+def budget(run: Path) -> dict[str, int]:
+    """What a training run was given."""
+    asked = read_yaml(run / "config.yaml")
+    return {"steps": asked["trainer"]["max_steps"], "batch_size": asked["data"]["batch_size"]}
+
+
 def measured(stage: Stage, values: dict[str, np.ndarray]) -> dict[str, Any]:
     """What the page needs of one evaluation."""
     found = json.loads((stage.path / "scenes.json").read_text())
@@ -117,6 +124,7 @@ def measured(stage: Stage, values: dict[str, np.ndarray]) -> dict[str, Any]:
             "training": json.loads((run / FINISHED).read_text())["versions"].get("commit"),
             "evaluation": found["versions"].get("commit"),
         },
+        "post_training": None if run.parent.name == RASTER else budget(run),
         "command": ["flashar", *stage.words],
         **{name: found[name] for name in ("tasks", "overall", "exact", "torn", "likelihood", "forwards")},
         **{name: share(int(values[name].sum()), len(values[name])) for name in LOOKED},
@@ -163,11 +171,13 @@ def _interval(each: dict[str, float]) -> str:
 
 def _shares(rows: dict[str, Any]) -> list[str]:
     """What is seen in the images, each raster model's own share in brackets."""
-    lines = [f"| | runs | forwards | CPU ms | nats | {' | '.join(f'{each} %' for each in COUNTED)} |"]
-    lines.append("|---|" + "---:|" * (4 + len(COUNTED)))
+    lines = [f"| | runs | steps x batch | forwards | CPU ms | nats | {' | '.join(f'{each} %' for each in COUNTED)} |"]
+    lines.append("|---|" + "---:|" * (5 + len(COUNTED)))
     for name, row in rows.items():
         models = list(dict.fromkeys(run["seeds"][0] for run in row["runs"]))
-        numbers = [f"{len(row['runs'])}", f"{row['forwards']:.0f}", f"{1e3 * row['cpu_s_per_image']:.1f}"]
+        given = row["runs"][0]["post_training"]
+        steps = f"{given['steps']} x {given['batch_size']}" if given else "none"
+        numbers = [f"{len(row['runs'])}", steps, f"{row['forwards']:.0f}", f"{1e3 * row['cpu_s_per_image']:.1f}"]
         numbers.append(f"{row['nll_nats_per_image']:.2f}")
         for seen in COUNTED:
             own = [np.mean([run[seen]["share"] for run in row["runs"] if run["seeds"][0] == p]) for p in models]

@@ -43,6 +43,7 @@ def test_runs_of_a_row_are_added_up(study) -> None:
             "tasks": {task: share(count, 10) for task in TASKS},
             "overall": count / 10,
             "forwards": 15,
+            "post_training": {"steps": 300, "batch_size": 64},
         }
         own |= {name: share(count, 10) for name in study.COUNTED}
         return own | {"likelihood": {"nll_nats_per_image": float(count)}, "cpu_s_per_image": 0.001}
@@ -52,7 +53,7 @@ def test_runs_of_a_row_are_added_up(study) -> None:
     assert row["tasks"]["counting"] == share(7, 20)
     assert (row["overall"], row["nll_nats_per_image"]) == (pytest.approx(0.35), 3.5)
     shown = study.page({"rows": {"it": row}, "pairs": []})
-    assert "| it | 2 | 15 | 1.0 | 3.50 | 35.0 (20.0, 50.0) | 35.0" in shown
+    assert "| it | 2 | 300 x 64 | 15 | 1.0 | 3.50 | 35.0 (20.0, 50.0) | 35.0" in shown
     assert "| it | 35.0 | 35.0 (18.1 to 56.7) | 35.0" in shown
 
 
