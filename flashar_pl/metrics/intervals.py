@@ -59,12 +59,13 @@ class Estimate:
         return students_t(self.degrees) * self.standard_error
 
     def plain(self) -> dict[str, Any]:
-        """Plain values for a report."""
+        """Plain values for a report; degrees of freedom None where no value differs, and the interval has no width."""
         interval = None if self.half is None else [self.value - self.half, self.value + self.half]
+        known = self.degrees is not None and math.isfinite(self.degrees)
         return {
             "value": self.value,
             "standard_error": self.standard_error,
-            "degrees_of_freedom": self.degrees,
+            "degrees_of_freedom": self.degrees if known else None,
             "interval_95": interval,
         }
 

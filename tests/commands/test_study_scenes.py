@@ -1,6 +1,7 @@
 """The study of the scenes: what it counts, and that its page says what its JSON holds."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from flashar_pl.commands.evaluate_scenes import share
 from flashar_pl.data.scenes import TASKS, Thing, draw_codes
+from flashar_pl.files import json_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +88,14 @@ def test_rows_are_paired_by_prompt_and_run(study) -> None:
     assert f"| it minus that | p0, p1 | {other['nats']['value']:+.2f} ({low:+.2f} to {high:+.2f}) | +" in shown
     assert study.seeds_of(study.Stage("", 0, [], Path("raster_limited_p1"))) == ("p1", "")
     assert study.seeds_of(study.Stage("", 0, [], Path("flashar_p1a0"))) == ("p1", "a0")
+
+
+def test_a_share_that_no_prompt_changes_can_be_written(study) -> None:
+    """Neither of two rows tears an image: the error of the difference is 0, with no finite degrees of freedom."""
+    rows = [{("p1", a): dict.fromkeys(study.COMPARED, np.zeros(4))} for a in ("a0", "")]
+    (only,) = study.paired(*rows)
+    assert only["torn"]["interval_95"] == [0, 0]
+    assert json.loads(json_text(only, "it")) == only
 
 
 def test_tables_are_put_in_place_of_the_old_ones(study) -> None:
