@@ -169,6 +169,11 @@ def test_the_study_of_the_scenes() -> None:
     ):
         assert shows(re.search(pattern, said)[1], abs(100 * first[name]["value"])), name
     assert shows(re.search(r"mean and (\S+) nats", said)[1], first["nats"]["value"])
+    control = next(pair for pair in found["pairs"] if pair["ours"] == "raster, trained on")
+    steps = re.search(r"control, give (\S+) points of exact scenes and (\S+) nats,", said)
+    assert all(map(shows, steps.groups(), (100 * control["exact"]["value"], -control["nats"]["value"])))
+    drawn, blocks = re.search(r"(\S+) % of its images are torn, (\S+) % exact", said), found["rows"]["BlockDiffusion"]
+    assert all(map(shows, drawn.groups(), (100 * blocks["torn"]["share"], 100 * blocks["exact"]["share"])))
     shares = re.search(
         r"tears (\S+) % of its images instead of (\S+) %, and shows (\S+) % exactly instead of (\S+) %", said
     )
