@@ -117,8 +117,12 @@ def commands(root: Path) -> list[Command]:
     return [
         Command("fit", ("fit", "--config", str(root / "run.yaml")), lambda disk: last(disk / "run"), True, True),
         Command(
-            *("fit, sharded over two ranks", ("fit", "--config", str(root / "sharded.yaml"))),
-            *(lambda disk: last(disk / "run"), True, True, 2),
+            "fit, sharded over two ranks",
+            ("fit", "--config", str(root / "sharded.yaml")),
+            lambda disk: last(disk / "run"),
+            again=True,
+            trains=True,
+            ranks=2,
         ),
         Command("tokenize", ("tokenize", "images", str(photos), "--out", "out", *pictures), bytes_of, True),
         Command("convert", ("convert", *model[1:], "--out", "out"), bytes_of),
