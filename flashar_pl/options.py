@@ -188,8 +188,9 @@ class CodeOptions(RunnerOptions, PlanOptions):
     """What drives decoding"""
 
     weight_format: WeightFormat = "auto"
-    """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (one byte a weight, rounded); auto is packed or
-    plain on a CPU, whichever measured faster for such a model, and plain on a GPU."""
+    """plain, packed (laid out for a CPU's matrix products), int8 or fp8 (one byte a weight, rounded; activations, too,
+    where the device multiplies bytes); auto is packed or plain on a CPU, whichever measured faster for such a model,
+    and plain on a GPU."""
     drafter: Drafter | None = None
     """With --plan lossless, what guesses the codes that are verified: the code above, or the vertical branch. The
     images are the same. Default: above."""

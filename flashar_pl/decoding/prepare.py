@@ -17,7 +17,7 @@ from flashar_pl.numerics import moved
 
 WEIGHT_FORMATS = ("plain", "packed", "int8", "fp8")
 """plain = as they are. packed: laid out for the CPU's matrix products, equal up to rounding. int8, fp8: one byte per
-weight and a scale per output, rounded; activations keep their dtype."""
+weight and a scale per output, rounded; activations, too, where the device multiplies bytes (`layers.rounded`)."""
 FP8_CAPABILITY = (8, 9)
 """First CUDA compute capability with float8."""
 

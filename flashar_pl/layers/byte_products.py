@@ -33,9 +33,14 @@ def multiplies(x: Tensor, q: Tensor) -> bool:
     return x.device.type == "cpu" and q.dtype == torch.int8 and exact_on_this_processor()
 
 
-@cache
+@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and would try the product at every call
 def exact_on_this_processor() -> bool:
     """Whether sums of int8 products are exact: without the VNNI instructions oneDNN adds pairs of them in 16 bits."""
+    return _exact()
+
+
+@cache
+def _exact() -> bool:
     largest = torch.full((16, 64), 127, dtype=torch.int8)
     return bool((integer_product(largest, largest.T) == 64 * 127**2).all())
 

@@ -74,3 +74,10 @@ def test_what_a_gpu_multiplies(rounding: Any, rows: int, capability: Any, want: 
     x: Any = OnGpu()
     assert multiplies(x, made(rounding).q) is want
     assert not multiplies(x, made(rounding, n=33).q), "33 outputs are no multiple"
+
+
+@pytest.mark.slow
+def test_a_compiled_block_does_not_try_the_processor_out_in_every_layer() -> None:
+    """torch.compile looks through a cache: the graph broke at the question, with a page of warnings."""
+    layer, x = made("int8"), torch.randn(5, 48)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
