@@ -172,6 +172,9 @@ def test_the_study_of_the_scenes() -> None:
     control = next(pair for pair in found["pairs"] if pair["ours"] == "raster, trained on")
     steps = re.search(r"control, give (\S+) points of exact scenes and (\S+) nats,", said)
     assert all(map(shows, steps.groups(), (100 * control["exact"]["value"], -control["nats"]["value"])))
+    control = next(pair for pair in found["pairs"] if pair["other"] == "raster, trained on")
+    steps = re.search(r"against it FlashAR costs (\S+) points and (\S+) nats", said)
+    assert all(map(shows, steps.groups(), (-100 * control["exact"]["value"], control["nats"]["value"])))
     drawn, blocks = re.search(r"(\S+) % of its images are torn, (\S+) % exact", said), found["rows"]["BlockDiffusion"]
     assert all(map(shows, drawn.groups(), (100 * blocks["torn"]["share"], 100 * blocks["exact"]["share"])))
     shares = re.search(
