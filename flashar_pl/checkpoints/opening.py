@@ -55,7 +55,7 @@ class Source:
                 f"{self.path} ({self.kind}) does not say which tokenizer decodes its codes; add --tokenizer "
                 "vq16:FILE (published LlamaGen weights), multi_scale_vq:FILE (VAR), the directory of "
                 "BAAI/Emu3.5-VisionTokenizer (Emu3.5) or of a model with one"
-                f"{'' if self.model.reads_tokenizer else ', or --codes-only for codes without images'}."
+                f"{'' if self.model.reads_tokenizer else '; generate draws codes without images with --codes-only'}."
             )
         for name in IN_TOKENIZER:
             if (path := self.tokenizer.get(name)) in self.description.strange:

@@ -69,7 +69,7 @@ class Tokenizer(nn.Module, ABC):
         missing = (codes < 0).repeat_interleave(self.downsample, 1).repeat_interleave(self.downsample, 2)
         return self.decode(codes.clamp(min=0)).masked_fill(missing[:, None], GREY)
 
-    def check_decodes(self, advice: str = "add --codes-only for codes alone") -> None:
+    def check_decodes(self, advice: str = "generate draws codes alone with --codes-only") -> None:
         """Raises ValueError unless codes can be turned into images; advice: what to do then."""
         if not self.decodes:
             raise ValueError(f"this image tokenizer has no decoder in transformers; {advice}.")

@@ -52,7 +52,7 @@ def test_emu3_and_chameleon(tmp_path: Path) -> None:
         torch.testing.assert_close(emu.decode_float(codes), theirs.decode(codes))
     chameleon = build_tokenizer({"kind": "hub", "weights": str(write_hub(tmp_path / "cham", "chameleon"))})
     assert chameleon.encode(images).shape == (2, 4, 6)
-    with pytest.raises(ValueError, match="no decoder in transformers; add --codes-only"):
+    with pytest.raises(ValueError, match=r"no decoder in transformers; generate .* --codes-only"):
         chameleon.decode(codes)
 
 

@@ -185,7 +185,7 @@ def test_images_come_from_the_models_own_tokenizer(hub, tmp_path: Path) -> None:
     out = generate(draws, ModelOptions(str(hub("janus")), grid="3x3"))
     assert {path.suffix for path in out.iterdir()} == {".png", ".npy", ".json"}
     chameleon = ModelOptions(str(hub("chameleon")), grid="3x3")
-    with pytest.raises(ValueError, match="no decoder in transformers; add --codes-only"):
+    with pytest.raises(ValueError, match=r"no decoder in transformers; generate .* --codes-only"):
         generate(GenerateOptions(prompt=["a fox"], out=str(tmp_path / "no")), chameleon)
     with pytest.raises(ValueError, match=f"tokenizer has 17 codes, the model {CODES}"):
         generate(
