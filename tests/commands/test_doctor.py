@@ -54,7 +54,7 @@ def test_what_rounded_weights_change_is_said(flashar_model: str) -> None:
     for remark in filter(None, told.values()):
         found = re.fullmatch(r"([\d.e-]+) nats an image from plain, likeliest code the same in ([\d.]+)%", remark)
         assert found is not None
-        assert 1e-3 < float(found[1]) < 5
+        assert 1e-3 < float(found[1]) < 50  # of random weights, large ones
         assert 90 < float(found[2]) <= 100
 
 

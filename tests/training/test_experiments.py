@@ -99,6 +99,7 @@ COMMANDS = {
     "data/moving_digits": "flashar tokenize moving-digits --out data/moving_digits",
     "data/scenes": "flashar tokenize scenes --out data/scenes",
     "data/mine": "flashar tokenize images photos --out data/mine",
+    "data/emoji": "flashar tokenize images data/emoji_png --out data/emoji --image-size 32 --downsample 4 --steps 1200",
     "data/text_image/32x32": "flashar tokenize text-image --data text_to_image.json --crop square --out "
     "data/text_image --weights weights/Emu3.5-VisionTokenizer",
     "data/emu35_tiny/shards": "python tests/training/emu_tiny_data.py data/emu35_tiny",
@@ -138,6 +139,7 @@ STARTS = {
     "weights/Emu3.5-Image": "Download Emu3.5-Image from https://huggingface.co/BAAI/Emu3.5-Image to weights/",
     "runs/demo/raster/checkpoints/last.ckpt": "flashar fit --config experiments/demo_raster.yaml",
     "runs/own/raster/checkpoints/best.ckpt": "flashar fit --config experiments/own_images.yaml",
+    "runs/emoji/raster/checkpoints/best.ckpt": "flashar fit --config experiments/emoji_raster.yaml",
     "runs/video/raster/checkpoints/last.ckpt": "flashar fit --config experiments/video_raster.yaml",
     "runs/scenes/raster/checkpoints/last.ckpt": "flashar fit --config experiments/scenes_raster.yaml",
 }
