@@ -111,3 +111,19 @@ def test_scaled_rope_of_no_use_is_refused() -> None:
     refused("expected a base above 1 and numbers", rope_theta=1.0)
     with pytest.raises(ValueError, match=r"sets hidden_act to \['gelu'\]"):
         from_transformers(model.state_dict(), {**values, "hidden_act": ["gelu"]})
+
+
+def test_a_model_that_only_has_the_names_of_llama_is_not_read_as_one() -> None:
+    """Guards against logits that are wrong unsaid: Granite and Mistral have Llama's tensors, and traits besides."""
+    model, values = network("gelu")
+    state, near = model.state_dict(), {"embedding_multiplier": 1.0, "sliding_window": None, "logit_scale": 1}
+    assert from_transformers(state, {**values, **near}).config.activation == "gelu"
+    for name, value in (("embedding_multiplier", 12.0), ("sliding_window", 16), ("final_logit_softcapping", 30.0)):
+        with pytest.raises(ValueError, match=f"sets {name} to {value}, which a model of type llama does not have"):
+            from_transformers(state, {**values, name: value})
+    for name, why in (("gemma", "1 is added to its norms"), ("minicpm", "logits are scaled")):
+        with pytest.raises(ValueError, match=f"This one is left out because .*{why}"):
+            from_transformers(state, {**values, "model_type": name})
+    qwen, of_qwen = network("gelu_tanh")
+    assert of_qwen["use_sliding_window"] is False
+    from_transformers(qwen.state_dict(), {**of_qwen, "sliding_window": 32})

@@ -15,8 +15,12 @@ PRESETS: dict[str, DecoderConfig] = {}
 NOT_THESE = {
     "multi_modality": "it is Janus as its authors saved it; use the transformers version, such as Janus-Pro-1B-hf",
     "mammothmoda2_qwen3_vl": "its published code has not been followed; MammothModa2-Preview is read",
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "1 is added to its norms' weights, and embeddings are scaled"),
+    "granite": "its embeddings, residual branches, attention and logits are scaled",
+    "minicpm": "its embeddings, residual branches and logits are scaled",
+    "smollm3": "some of its layers have no RoPE",
 }
-"""Generators whose model_type is known to be none of these families, and why."""
+"""Models whose model_type is known to be none of these families, though some have tensors of Llama's names, and why."""
 
 
 def register_family(family: Family) -> Family:
