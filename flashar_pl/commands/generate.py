@@ -65,7 +65,7 @@ def generate(
 
     require_new(draw.out, "samples")
     work = partial(_generate, draw, model, sampling, shape, text, engine, sharing)
-    return on_devices(sharing.tensor_parallel, work, engine.device)
+    return on_devices(sharing.tensor_parallel, work, engine)
 
 
 def _generate(draw: GenerateOptions, model: ModelOptions, sampling: SamplingSettings, shape: ShapeOptions,

@@ -26,9 +26,18 @@ RUNNERS = ("auto", "eager", "graphs")
 FORMATS = ("auto", "plain")
 
 
-def on_devices(n: int, work: Callable[[Rank], T], device: str) -> T:
-    """What `work` returns on the first of n ranks that share a model; see `run_on_ranks`. Alone, it is called here."""
-    return work(Rank()) if n == 1 else run_on_ranks(work, RankOptions(devices=n), device, "tensor_parallel")
+def on_devices(n: int, work: Callable[[Rank], T], engine: EngineOptions) -> T:
+    """What `work` returns on the first of n ranks that share a model; see `run_on_ranks`. Alone, it is called here.
+
+    Raises:
+        ValueError: as `run_on_ranks`; before anything starts, a runner or a format of weights that they cannot share.
+    """
+    if n == 1:
+        return work(Rank())
+    for name, given, known in (("runner", engine.runner, RUNNERS), ("weight_format", engine.weight_format, FORMATS)):
+        if given not in known:
+            raise ValueError(f"{name} is {given}, which --tensor-parallel does not know; expected {', '.join(known)}.")
+    return run_on_ranks(work, RankOptions(devices=n), engine.device, "tensor_parallel")
 
 
 def open_share(options: ModelOptions, engine: EngineOptions, rank: Rank, n: int) -> Source:
@@ -37,13 +46,10 @@ def open_share(options: ModelOptions, engine: EngineOptions, rank: Rank, n: int)
     Ranks read one after the other into CPU memory: beside shares a machine holds one whole model at a time.
 
     Raises:
-        ValueError: as `open_checkpoint`; a runner, a format of weights or a model that several devices cannot share.
+        ValueError: as `open_checkpoint`; a model that several devices cannot share.
     """
     if n == 1:
         return open_checkpoint(options, engine)
-    for name, given, known in (("runner", engine.runner, RUNNERS), ("weight_format", engine.weight_format, FORMATS)):
-        if given not in known:
-            raise ValueError(f"{name} is {given}, which --tensor-parallel does not know; expected {', '.join(known)}.")
     if rank.world != n:
         raise ValueError(
             f"tensor_parallel is {n}, and {rank.world} processes were started; expected {n}, of one machine."

@@ -12,10 +12,11 @@ from pair import Pair
 
 from flashar_pl.checkpoints.description import Description
 from flashar_pl.checkpoints.weights import load_model, save_model
-from flashar_pl.decoding import generate
+from flashar_pl.decoding import generate, tensor_parallel
 from flashar_pl.decoding.prepare import prepare
 from flashar_pl.decoding.tensor_parallel import check_shares
 from flashar_pl.models.base import GridModel
+from flashar_pl.options import EngineOptions
 
 EVERY = ["raster", "diagonal", "lossless"]
 RARER = {
@@ -98,6 +99,14 @@ def test_what_two_devices_do_not_share_is_refused(pair, checkpoint, tmp_path, mo
     assert message in first
     assert (first.count("\n"), second) == (1, "")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("setting", "given"), [("runner", "fused"), ("weight_format", "fp8")])
+def test_what_devices_do_not_share_is_refused_before_they_start(monkeypatch, setting: str, given: str) -> None:
+    """Guards a minute of starting processes that then end with the line which was due at once."""
+    monkeypatch.setattr(tensor_parallel, "run_on_ranks", lambda *_: pytest.fail("processes were started"))
+    with pytest.raises(ValueError, match=f"{setting} is {given}, which --tensor-parallel does not know; expected auto"):
+        tensor_parallel.on_devices(2, print, EngineOptions(**{setting: given}))
 
 
 @pytest.mark.parametrize(
