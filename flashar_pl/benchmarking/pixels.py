@@ -6,6 +6,7 @@ Shapes: B images, H x W grid.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ def pixel_tokenizer(text: str, model: GridModel, device: torch.device, dtype: Pi
         with device:
             tokenizer: Tokenizer = kind(spec)
     else:
+        if ":" not in text and not Path(text).expanduser().is_dir():  # no file, directory or JSON object either
+            raise ValueError(
+                f"pixels is {text!r}; expected {', '.join(RANDOM)}, a directory, or KIND:VALUE such as vq16:FILE."
+            )
         tokenizer = build_tokenizer(parse_tokenizer(text) or {}).to(device)
     tokenizer.check_decodes("leave out --pixels")
     model.use_tokenizer(tokenizer)
