@@ -105,7 +105,7 @@ class GridModel(nn.Module, ABC):
         if tokenizer.vocabulary != self.backbone.vocabulary:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocabulary} codes, the model {self.backbone.vocabulary}; give the "
-                "tokenizer that made the training codes: --tokenizer."
+                "tokenizer that made the training codes: --tokenizer, or --pixels of a benchmark."
             )
 
     def invent(self) -> None:
