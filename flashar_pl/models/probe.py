@@ -6,6 +6,7 @@ Shapes: B samples, S slots, N cells, M cells with a cell above, D width, V codes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,11 @@ class LayerProbe(nn.Module):
         self.layers = list(layers)
         self.first_code = backbone.first_code
         self.mixture = nn.Parameter(torch.zeros(len(self.layers), device=backbone.head.weight.device))
-        self.scale = nn.Parameter(backbone.norm.weight.detach().float().clone())  # type: ignore[operator]
+        norm: Any = backbone.norm
+        self.scale = nn.Parameter(norm.weight.detach().float().clone())
+        shift = getattr(norm, "bias", None)
+        self.shift = None if shift is None else nn.Parameter(shift.detach().float().clone())  # of LayerNorm
+        self.logit_scale: float = norm.scale
         self.head = nn.Parameter(backbone.head.weight.detach().float().clone())  # (V, D)
 
     @property
@@ -69,7 +74,12 @@ class LayerProbe(nn.Module):
         for weight, layer in zip(self.weights, self.layers, strict=True):
             chosen = states[layer][:, above].float()
             x = x + weight * F.rms_norm(chosen, chosen.shape[-1:])
-        x = F.rms_norm(x, x.shape[-1:], self.scale).flatten(0, 1)
+        x = self._normed(x).flatten(0, 1) * self.logit_scale
         labels = codes.flatten(1)[:, targets.to(codes.device)].flatten() + self.first_code
         total, nll = head_nll(HeadInputs(x, self.head, labels, torch.ones(len(labels), device=x.device)))
         return total / len(labels), nll.view(len(codes), -1)
+
+    def _normed(self, x: Tensor) -> Tensor:
+        if self.shift is None:
+            return F.rms_norm(x, x.shape[-1:], self.scale)
+        return F.layer_norm(x, x.shape[-1:], self.scale, self.shift)

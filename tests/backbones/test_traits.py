@@ -13,7 +13,9 @@ from flashar_pl.backbones.decoder_config import DecoderConfig
 from flashar_pl.backbones.families import ARCHITECTURES, KNOWN, PRESETS, register_family
 from flashar_pl.backbones.families.base import Family, code_settings, text_settings
 from flashar_pl.decoding import generate
+from flashar_pl.grid import raster_plan
 from flashar_pl.models import FlashAR
+from flashar_pl.models.probe import LayerProbe, layer_states
 
 transformers = pytest.importorskip("transformers")
 
@@ -127,3 +129,19 @@ def test_a_model_that_only_has_the_names_of_llama_is_not_read_as_one() -> None:
     qwen, of_qwen = network("gelu_tanh")
     assert of_qwen["use_sliding_window"] is False
     from_transformers(qwen.state_dict(), {**of_qwen, "sliding_window": 32})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["yarn", "layer_norm", "logit_scale"])
+def test_a_probe_starts_as_the_backbones_own_norm_and_head(name: str) -> None:
+    """Guards `flashar probe` against an RMSNorm in place of a LayerNorm, and logits without their scale."""
+    model, values = network(name)
+    backbone, plan = from_transformers(model.state_dict(), values), raster_plan(3, 5)
+    codes = torch.randint(0, 30, (2, 3, 5), generator=torch.Generator().manual_seed(1))
+    states = layer_states(backbone, codes, PROMPTS, plan)
+    _, found = LayerProbe(backbone, [2]).nll(states, codes, plan)
+    logits = backbone.head(backbone.norm(states[2]))[:, plan.slot[:10]]  # (B, 10, rows): what is above another cell
+    below = codes.flatten(1)[:, 5:] + backbone.first_code
+    torch.testing.assert_close(
+        found.double(), -logits.log_softmax(-1).gather(-1, below[..., None])[..., 0], atol=1e-4, rtol=1e-4
+    )
