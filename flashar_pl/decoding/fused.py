@@ -48,16 +48,16 @@ def refusal(model: GridModel) -> str | None:
     if isinstance(model, FlashAR) and model.vertical_sees_prefix and not _is_common(model, "vertical_states", FlashAR):
         return f"a {model.config()['kind']} model has a vertical branch of its own"
     if isinstance(model.dual_head.gate, LogitGate):
-        return "its gate reads logits"
+        return "the gate reads logits"
     if model.dual_head.intra is not None and model.dual_head.intra.groups > 1:
-        return "it draws the codes of a diagonal in groups"
+        return "the model draws the codes of a diagonal in groups"
     if (model.frames or 1) > 1:
-        return "it has a third branch, for videos"
+        return "the model has a third branch, for videos"
     config = model.backbone.block
     if config.norm_place != "before":
         return f"norms stand {config.norm_place!r} in the blocks, and the kernels expect them before"
     if config.norm != "rms" or config.activation != "silu":
-        return f"its blocks have {config.norm} norms and {config.activation}, and the kernels rms norms and silu"
+        return f"the blocks have {config.norm} norms and {config.activation}, and the kernels rms norms and silu"
     if config.text_ffn or config.text_passes:
         return "text is treated otherwise than codes"
     if config.head_dim % 2:
@@ -68,9 +68,9 @@ def refusal(model: GridModel) -> str | None:
     if any(type(each) is not nn.Linear or type(each.weight) is not nn.Parameter for each in linears):
         return "the weights are packed, quantised, sharded or adapted, and the kernels read plain ones"
     if any(type(block) is not Block for block in blocks) or len(blocks) != model.cache_spec().n_layer:
-        return "its blocks are not the common ones"
+        return "the blocks are not the common ones"
     if len({parameter.dtype for parameter in model.parameters()}) > 1:
-        return "its parameters have several dtypes"
+        return "the parameters have several dtypes"
     return why_not(model.device)
 
 

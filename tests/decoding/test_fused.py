@@ -128,8 +128,8 @@ def test_five_kernels_a_layer_and_three_a_step() -> None:
 
 @pytest.mark.parametrize(("why", "make"), [
     ("packed", lambda: prepare(tiny.flashar(dim=32), "packed")),
-    ("several dtypes", lambda: _mixed(tiny.flashar())),
-    ("diagonal in groups", lambda: FlashAR(tiny.backbone(), 1, intra={"groups": 2})),
+    ("the parameters have several dtypes", lambda: _mixed(tiny.flashar())),
+    ("the model draws the codes of a diagonal in groups", lambda: FlashAR(tiny.backbone(), 1, intra={"groups": 2})),
 ])  # fmt: skip
 def test_what_the_kernels_cannot_do_is_said(why: str, make: Any) -> None:
     with pytest.raises(ValueError, match=rf"runner is fused, and .*{why}.*use eager"):
