@@ -322,6 +322,9 @@ def _reason(text: str, keys: list[str], owner: list[str], union: str) -> str:
         return f"{key} is {text!r}; expected {_names(union)}."
     if text.startswith("Given value: "):
         return f"{key} is {text.removeprefix('Given value: ')!r}; expected {_names(union)}."
+    if text.startswith("Expected a dot import path string: "):
+        such = ", such as flashar_pl.training.ShardedStrategy" if key == "trainer.strategy" else ""
+        return f"{key} is {text.split(': ', 1)[1]!r}, which has no options; expected the import path of a class{such}."
     where = "".join(f"{name}: " for name in classes or [key] if name)
     return f"{where}{text.rstrip('.')}."
 

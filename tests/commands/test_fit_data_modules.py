@@ -95,6 +95,10 @@ def test_wrong_data_modules_and_keys_are_named(refused, work):
     assert "no configuration key 'data.image'; closest: data.images" in message
     message = refused(*base, "--data.init_args.epoch_samples", "many")
     assert "data.epoch_samples is 'many'; expected int or null" in message
+    message = refused(*base, "--trainer.strategy.init_args.background", "true")  # of the docs, without its class
+    assert (
+        "trainer.strategy is 'auto', which has no options; expected the import path of a class, such as fl" in message
+    )
     assert "looked for none/manifest.json" in refused(*base, "--data.shards", "none")
     assert "none.tar" in refused(*base, "--data.images", "none.tar")
     for path in ("ImageTars", "json.JSONDecoder", "no.such.Module"):
