@@ -24,23 +24,21 @@ CAPABILITY = {torch.int8: (8, 0), torch.float8_e4m3fn: (9, 0)}
 """First CUDA compute capability that multiplies them, with a scale for each row."""
 
 
-def multiplies(x: Tensor, q: Tensor) -> bool:
-    """Whether the device of x (..., K) multiplies rows like these with q (N, K) faster than numbers of 16 bits."""
+def multiplies(x: Tensor, q: Tensor, exact: bool) -> bool:
+    """Whether the device of x (..., K) multiplies rows like these with q (N, K) faster than numbers of 16 bits.
+
+    exact: `exact_on_this_processor`, asked beforehand: torch.compile would try it at every call.
+    """
     if x.is_cuda:
         fits = not any(side % MULTIPLE[q.dtype] for side in q.shape)
         enough = q.dtype != torch.int8 or x.numel() >= LEAST_ROWS * x.shape[-1]
         return fits and enough and torch.cuda.get_device_capability(x.device) >= CAPABILITY[q.dtype]
-    return x.device.type == "cpu" and q.dtype == torch.int8 and exact_on_this_processor()
-
-
-@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and would try the product at every call
-def exact_on_this_processor() -> bool:
-    """Whether sums of int8 products are exact: without the VNNI instructions oneDNN adds pairs of them in 16 bits."""
-    return _exact()
+    return x.device.type == "cpu" and q.dtype == torch.int8 and exact
 
 
 @cache
-def _exact() -> bool:
+def exact_on_this_processor() -> bool:
+    """Whether sums of int8 products are exact: without the VNNI instructions oneDNN adds pairs of them in 16 bits."""
     largest = torch.full((16, 64), 127, dtype=torch.int8)
     return bool((integer_product(largest, largest.T) == 64 * 127**2).all())
 

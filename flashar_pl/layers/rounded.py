@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashar_pl.layers.byte_products import byte_product, multiplies
+from flashar_pl.layers.byte_products import byte_product, exact_on_this_processor, multiplies
 from flashar_pl.layers.kernels.launch import launch, why_not
 from flashar_pl.layers.kernels.tiles import tile
 
@@ -47,6 +47,7 @@ class RoundedLinear(nn.Module):
         self.dtype = weight.dtype
         kind, most = BYTES[rounding]
         self.most = most
+        self.exact = exact_on_this_processor()
         wide = weight.detach().float()
         scale = wide.abs().amax(1) / most  # (N,)
         q = wide / scale.where(scale > 0, 1.0)[:, None]  # (N, K); an output without weights stays zero
@@ -59,7 +60,7 @@ class RoundedLinear(nn.Module):
         rows = x.numel() // self.in_features
         if x.is_cuda and rows <= MOST_ROWS and not torch.compiler.is_compiling() and why_not(x.device) is None:
             return rounded_product(x, self.q, self.scale, self.bias)
-        if multiplies(x, self.q):
+        if multiplies(x, self.q, self.exact):
             return byte_product(x, self.q, self.scale, self.bias, self.most)
         return F.linear(x, (self.q.float() * self.scale[:, None]).to(x.dtype), self.bias)
 

@@ -46,7 +46,7 @@ def test_generate(run, flashar_model, work):
 def test_weights_of_one_byte_are_rounded_on_their_way_to_the_gpu(run, flashar_model, work, monkeypatch):
     """The whole model on the GPU first would not fit where rounding is needed."""
     monkeypatch.setattr(rounded, "why_not", lambda device: "pretended")
-    monkeypatch.setattr(rounded, "multiplies", lambda x, q: False)  # a processor has other products than a GPU
+    monkeypatch.setattr(rounded, "multiplies", lambda x, q, exact: False)  # a processor has other products than a GPU
     places = []
     real = prepare.prepare
     monkeypatch.setattr(
