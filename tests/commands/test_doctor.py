@@ -19,6 +19,7 @@ from flashar_pl.commands.doctor import doctor
 from flashar_pl.console import Missed
 from flashar_pl.decoding import generate
 from flashar_pl.decoding.parity import misplacement
+from flashar_pl.layers import rounded
 from flashar_pl.layers.kv_cache import KVCache
 from flashar_pl.layers.packed import unsupported
 from flashar_pl.options import ComputeOptions, PresetOptions, WayOptions
@@ -43,8 +44,9 @@ def test_all_is_well_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert re.search(rf"\| torch +\| +{re.escape(torch.__version__)} \|", printed)
 
 
-def test_what_rounded_weights_change_is_said(flashar_model: str) -> None:
+def test_what_rounded_weights_change_is_said(flashar_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards a comparison of the plain weights with themselves, and one of codes under another condition."""
+    monkeypatch.setattr(rounded, "exact_on_this_processor", lambda: False)  # else activations are rounded on some
     ways = WayOptions(weight_formats="plain,int8")
     checks = doctor(PresetOptions(checkpoint=flashar_model), ways, FP32)["checks"]
     told = {check["what"]: check["remark"] for check in checks}
@@ -54,7 +56,7 @@ def test_what_rounded_weights_change_is_said(flashar_model: str) -> None:
     for remark in filter(None, told.values()):
         found = re.fullmatch(r"([\d.e-]+) nats an image from plain, likeliest code the same in ([\d.]+)%", remark)
         assert found is not None
-        assert 1e-3 < float(found[1]) < 50  # of random weights, large ones
+        assert 1e-3 < float(found[1]) < 5
         assert 90 < float(found[2]) <= 100
 
 
